@@ -1,0 +1,50 @@
+"""torchgrow: grow efficient networks by structured continuous sparsification (ICLR 2021, arXiv 2007.15353).
+
+One training run starts from a tiny seed inside your own model and grows and prunes its channels until it sits on
+a parameter or FLOPs budget; what comes out is a plain, small, dense module.
+"""
+
+from .budget import Budget
+from .cost import Cost
+from .errors import (
+    BudgetError,
+    OptimizerError,
+    SavedModelError,
+    StructureError,
+    TorchgrowError,
+    TraceError,
+    TrainingError,
+)
+from .grower import Event, Grower, measure
+from .indicators import Method
+from .persist import load, save
+from .proof import Report, trace, verify
+from .space import Frozen, Space
+from .surgery import Bank, shrink_
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Bank",
+    "Budget",
+    "BudgetError",
+    "Cost",
+    "Event",
+    "Frozen",
+    "Grower",
+    "Method",
+    "OptimizerError",
+    "Report",
+    "SavedModelError",
+    "Space",
+    "StructureError",
+    "TorchgrowError",
+    "TraceError",
+    "TrainingError",
+    "load",
+    "measure",
+    "save",
+    "shrink_",
+    "trace",
+    "verify",
+]

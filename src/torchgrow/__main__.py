@@ -1,0 +1,18 @@
+"""``python -m torchgrow`` and the ``torchgrow`` command."""
+
+import sys
+
+
+def main() -> None:
+    """Run the command line, or say what to install if its dependencies are not there."""
+    try:
+        from torchgrow.cli import app
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "torchgrow":
+            raise
+        sys.exit(f"torchgrow: the command line needs {error.name}; install it with: pip install 'torchgrow[lab]'")
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Budgets: what the final network may cost, and the exact structure that uses it.
+
+Legend: u, u_G target and present sparsity (1 - kept share); lambda the pressure (paper, Eq 4).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cost import Cost, CostModel
+from .errors import BudgetError
+from .space import Space
+
+Amount = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """A budget in absolute numbers for one frame; None where there is no limit."""
+
+    params: int | None
+    flops: int | None
+
+    def tensor(self) -> Tensor:
+        """int64 [2]: parameters and FLOPs, the largest integer where there is no limit."""
+        most = torch.iinfo(torch.int64).max
+        return torch.tensor([most if x is None else x for x in (self.params, self.flops)])
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the final network may cost at most.
+
+    Args:
+        params: parameters: a share of the frame such as "36%", or an absolute number such as 100_000.
+        flops: FLOPs (2 x multiply-accumulates) for one sample, likewise.
+
+    Raises:
+        BudgetError: neither is given, or one is not a share in (0 %, 100 %] or a positive number.
+    """
+
+    params: Amount = None
+    flops: Amount = None
+
+    def __post_init__(self) -> None:
+        """Name the bad field."""
+        if self.params is None and self.flops is None:
+            raise BudgetError('a budget needs params or flops, e.g. Budget(params="36%") or Budget(flops=20_000_000)')
+        for name in ("params", "flops"):
+            _amount(name, getattr(self, name), None)
+
+    def __str__(self) -> str:
+        return " and ".join(
+            f"{name} <= {x}" for name, x in (("params", self.params), ("flops", self.flops)) if x is not None
+        )
+
+    def limits(self, frame: Cost) -> Limits:
+        """The budget in absolute numbers for a frame of the given cost."""
+        return Limits(_amount("params", self.params, frame.params), _amount("flops", self.flops, frame.flops))
+
+
+def _amount(name: str, value: Amount, full: int | None) -> int | None:
+    """An absolute number, rounded down; with `full` None only the form is checked."""
+    if value is None:
+        return None
+    works = f'use a share such as {name}="36%" or an absolute number such as {name}=100_000'
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*%\s*", value)
+        if match is None:
+            raise BudgetError(f"{name}={value!r} is not a share; {works}")
+        share = float(match[1]) / 100
+        if not 0 < share <= 1:
+            raise BudgetError(f"{name}={value!r} must lie above 0% and at most at 100%; {works}")
+        return 0 if full is None else int(share * full + 1e-9)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0 or int(value) != value:
+        hint = f'; did you mean {name}="{value:.0%}"?' if isinstance(value, float) and 0 < value < 1 else ""
+        raise BudgetError(f"{name}={value!r} is not a positive whole number{hint}; {works}")
+    return int(value)
+
+
+def check_feasible(budget: Budget, limits: Limits, costs: CostModel) -> None:
+    """Raise before any training if the budget cannot be met or does not bind.
+
+    Raises:
+        BudgetError: names the feasible range.
+    """
+    least, full = costs.both(costs.smallest()).tolist(), costs.both(costs.sizes).tolist()
+    for name, limit, low, high in zip(("params", "flops"), (limits.params, limits.flops), least, full, strict=True):
+        if limit is None:
+            continue
+        span = f"feasible here: {name} from {low:,} ({low / max(high, 1):.2%}) to {high:,} (100%)"
+        if limit < low:
+            raise BudgetError(f"{budget} allows {limit:,} {name}, but what cannot be removed costs {low:,}; {span}")
+        if limit > high:
+            raise BudgetError(f"{budget} allows {limit:,} {name}, more than the whole frame has ({high:,}); {span}")
+
+
+def pressure(base: float, limits: Limits, frame: Cost, now: Cost) -> float:
+    """The paper's lambda = lambda^base * (u - u_G) (Eq 4); of two budgets the one nearer to being violated counts."""
+    gaps = [
+        present / full - limit / full
+        for limit, full, present in ((limits.params, frame.params, now.params), (limits.flops, frame.flops, now.flops))
+        if limit is not None and full
+    ]
+    return base * max(gaps)
+
+
+def largest_shift(
+    keep_at: Callable[[float], Tensor], costs: CostModel, allowed: Tensor, span: float = 200.0
+) -> tuple[float, Tensor]:
+    """The largest shift of all indicators whose realised structure stays within `allowed`.
+
+    Args:
+        keep_at: shift -> keep vector (bool [n]); a larger shift never drops a unit.
+        costs: of the space.
+        allowed: int64 [2], the planned parameters and FLOPs.
+        span: shifts are searched in [-span, span].
+
+    Returns:
+        The shift and its keep vector. Bisection to 1e-6; exact in cost, since the realised cost is what is bisected.
+    """
+    low, high = -span, span
+    best = keep_at(low)
+    if _fits(costs, keep_at(high), allowed):
+        return high, keep_at(high)
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        keep = keep_at(middle)
+        if _fits(costs, keep, allowed):
+            low, best = middle, keep
+        else:
+            high = middle
+    return low, best
+
+
+def _fits(costs: CostModel, keep: Tensor, allowed: Tensor) -> bool:
+    return bool((costs.both(costs.live(keep)) <= allowed).all())
+
+
+def fit(space: Space, costs: CostModel, keep: Tensor, score: Tensor, limits: Limits) -> Tensor:
+    """The structure nearest to `keep` that uses the budget: never above it, and no removable unit fits any more.
+
+    Drops units in order of rising score until the cost is within the limits, then adds, in order of falling
+    score, every unit that still fits. One unit of every group stays.
+
+    Args:
+        space: the space.
+        costs: its cost model.
+        keep: bool [n], the structure to start from.
+        score: float [n]; higher is worth more.
+        limits: absolute limits, known to be feasible.
+    """
+    allowed, keep = limits.tensor(), keep.clone()
+    order = torch.argsort(score, stable=True).tolist()
+    group_of, removable = space.group_of.tolist(), space.removable.tolist()
+    live = costs.live(keep)
+    for unit in order:
+        if bool((costs.both(live) <= allowed).all()):
+            break
+        if keep[unit] and removable[unit] and live[group_of[unit]] > 1:
+            keep[unit] = False
+            live[group_of[unit]] -= 1
+    absent = [unit for unit in reversed(order) if not keep[unit]]
+    closed: set[int] = set()  # costs only grow, so a group that does not fit once never fits again
+    for unit in absent:
+        group = group_of[unit]
+        if group in closed:
+            continue
+        live[group] += 1
+        if bool((costs.both(live) <= allowed).all()):
+            keep[unit] = True
+        else:
+            live[group] -= 1
+            closed.add(group)
+    return keep

@@ -1,0 +1,111 @@
+"""The ``torchgrow`` command: ``torchgrow run RECIPE`` and ``torchgrow list``."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from torchgrow import Budget, TorchgrowError
+from torchgrow.lab import recipes
+from torchgrow.lab.run import run as run_recipe
+
+app = typer.Typer(
+    help="Grow small, dense PyTorch networks to a budget while they train.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+_BUDGET_HELP = (
+    "What the grown network may cost: '36%' (of the parameters), 'params=36%', 'flops=50%', "
+    "'params=36%,flops=40%', or absolute, as in 'params=100k'. Default: the recipe's."
+)
+
+
+def parse_budget(text: str) -> Budget:
+    """Read a budget as typed: ``36%``, ``flops=50%``, ``params=100k,flops=40%``.
+
+    Args:
+        text: one or two parts with a comma between. A part is ``params=`` or ``flops=`` (left out: parameters)
+            and a share such as ``36%`` or a number with k, M or G for 10^3, 10^6 or 10^9.
+
+    Raises:
+        TorchgrowError: it cannot be read; the message shows what can.
+    """
+    limits: dict[str, Any] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"(?:(params|flops)=)?(\d+(?:\.\d+)?)(%|[kmg]?)", part.strip(), re.IGNORECASE)
+        field = (match[1] or "params").lower() if match else ""
+        if not match or field in limits:
+            raise TorchgrowError(
+                f"cannot read the budget {text!r}; write it like 36%, params=36%, flops=50%, "
+                "params=36%,flops=40% or params=100k"
+            )
+        number, unit = match[2], match[3].lower()
+        limits[field] = f"{number}%" if unit == "%" else round(float(number) * _FACTORS[unit])
+    return Budget(**limits)
+
+
+@contextmanager
+def _clean_exit(console: Console) -> Iterator[None]:
+    """Errors that torchgrow means to raise are for the user to read, without a traceback."""
+    try:
+        yield
+    except TorchgrowError as error:
+        console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        console.print("stopped; what was measured so far is in the .partial run folder")
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="One of those that `torchgrow list` shows.")] = "digits",
+    out: Annotated[Path | None, typer.Option(help="Run folder to write. Default: a new one in runs/.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with the data. Default: data/cifar10.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch the data if it is not there.")] = False,
+    subset: Annotated[int | None, typer.Option(help="Train on this many images only.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
+    budget: Annotated[str | None, typer.Option(help=_BUDGET_HELP)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights, batches and growth. Default: 0.")] = None,
+    preset: Annotated[str | None, typer.Option(help="How to grow: default or paper.")] = None,
+    shortcut: Annotated[str | None, typer.Option(help="Shortcuts of a ResNet: A (padding) or B (1x1).")] = None,
+    twins: Annotated[bool, typer.Option(help="Train the dense and the uniform twin too.")] = True,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.")] = None,
+) -> None:
+    """Grow a network by a recipe and compare it with its dense and its uniformly thinned twin."""
+    console = Console()
+    with _clean_exit(Console(stderr=True)):
+        if threads:
+            torch.set_num_threads(threads)
+        edits: dict[str, Any] = {"subset": subset, "epochs": epochs, "seed": seed, "preset": preset}
+        edits["budget"] = parse_budget(budget) if budget else None
+        chosen = recipes.get(recipe)
+        chosen = replace(chosen, **{field: value for field, value in edits.items() if value is not None})
+        if shortcut:
+            chosen = recipes.with_shortcut(chosen, shortcut)
+        run_recipe(chosen, console=console, out=out, folder=data, download=download, twins=twins)
+
+
+@app.command("list")
+def list_recipes() -> None:
+    """Show the recipes."""
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("recipe", "data", "budget", "epochs", "what it does"):
+        grid.add_column(column)
+    for name, make in recipes.RECIPES.items():
+        recipe = make()
+        claim = (make.__doc__ or "").partition("\n")[0]
+        grid.add_row(name, recipe.dataset, str(recipe.budget), str(recipe.epochs), claim)
+    Console().print(grid)

@@ -1,0 +1,227 @@
+"""Gates folded into weights: the live tensor is w~ = m w, so the forward pass carries no masks.
+
+Around every optimizer step: *unfold* (weights back to raw w, gradients times m, so that the optimizer sees dL/dw
+exactly as if m w had been written out), *step*, *refold* with the new gates. The indicators' gradient is read off
+what is there already: m dL/dm = <dL/dw~, w~> over the unit's gated positions.
+
+Legend: m gate, w raw weight, w~ folded weight (what the model holds).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .errors import TrainingError
+from .space import Space, live_positions
+
+
+class Fold:
+    """The gated parameters of one live structure.
+
+    Args:
+        space: the space.
+        parameters: the model's parameters by name, at their live size.
+        keep: bool [n], the live units.
+        raw: raw live values of gated parameters; of those not named, the present contents are raw.
+    """
+
+    def __init__(
+        self, space: Space, parameters: Mapping[str, nn.Parameter], keep: Tensor, raw: Mapping[str, Tensor]
+    ) -> None:
+        self.n = space.n_units
+        self.names: list[str] = []
+        self.parameters: list[nn.Parameter] = []
+        self.raw: list[Tensor] = []
+        self._axes: list[list[int]] = []
+        units: list[Tensor] = []
+        places: dict[str, list[int]] = {}
+        for name, axis in space.fold:
+            places.setdefault(name, []).append(axis)
+        for name, axes in places.items():
+            self.names.append(name)
+            self.parameters.append(parameters[name])
+            self.raw.append(raw[name] if name in raw else parameters[name].detach().clone())
+            self._axes.append(axes)
+            for axis in axes:
+                live = live_positions(space.unit_of[name, axis], keep)
+                vector = space.fold[name, axis][live]
+                units.append(torch.where(vector < 0, self.n, vector))  # entry n stands for "no gate"
+        device = self.parameters[0].device if self.parameters else torch.device("cpu")
+        self._units = (torch.cat(units) if units else torch.zeros(0, dtype=torch.int64)).to(device)
+        self._lengths = [vector.numel() for vector in units]
+        self._versions: list[int] = []
+
+    def factors(self, gate: Tensor) -> list[Tensor]:
+        """What every gated parameter is multiplied by, broadcastable to it; `gate`: float64 [n]."""
+        extended = torch.cat([gate, torch.ones(1, dtype=gate.dtype)])
+        values = extended.to(self._units.device)[self._units].split(self._lengths)
+        factors, i = [], 0
+        for raw, axes in zip(self.raw, self._axes, strict=True):
+            factor: Tensor | None = None
+            for axis in axes:
+                shape = [1] * raw.dim()
+                shape[axis] = -1
+                one = values[i].to(raw.dtype).reshape(shape)
+                factor, i = one if factor is None else factor * one, i + 1
+            assert factor is not None
+            factors.append(factor)
+        return factors
+
+    def folded(self, gate: Tensor) -> dict[str, Tensor]:
+        """Folded contents of every gated parameter, as new tensors."""
+        return {name: raw * factor for name, raw, factor in zip(self.names, self.raw, self.factors(gate), strict=True)}
+
+    def gate_gradient(self, gradients: list[Tensor | None]) -> Tensor:
+        """m dL/dm for every unit, float64 [n], from the gradients of the folded parameters."""
+        products = []
+        for parameter, gradient, axes in zip(self.parameters, gradients, self._axes, strict=True):
+            product = torch.zeros_like(parameter) if gradient is None else gradient * parameter
+            for axis in axes:
+                others = [k for k in range(product.dim()) if k != axis]
+                products.append(product.sum(others) if others else product)
+        total = torch.zeros(self.n + 1, dtype=torch.float64, device=self._units.device)
+        if products:
+            total.index_add_(0, self._units, torch.cat(products).double())
+        return total[: self.n].cpu()
+
+    def seal(self) -> None:
+        """Remember the folded contents' versions, to notice changes made by others."""
+        self._versions = [parameter._version for parameter in self.parameters]
+
+    def adopt_edits(self, factors: list[Tensor]) -> None:
+        """Take over contents that somebody else wrote into gated parameters since `seal` (a loaded state, say)."""
+        for parameter, raw, factor, version in zip(self.parameters, self.raw, factors, self._versions, strict=True):
+            if parameter._version != version:
+                raw.copy_(parameter / factor)
+
+
+class Folding:
+    """Unfold, step, refold: hooks on the user's optimizer.
+
+    Args:
+        optimizer: the user's optimizer; its own loop is not changed.
+        on_step: called after every optimizer step with m dL/dm (float64 [n]); moves the indicators.
+        gate: returns the present gates, float64 [n].
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, on_step: Callable[[Tensor], None], gate: Callable[[], Tensor]
+    ) -> None:
+        self.optimizer, self._on_step, self._gate = optimizer, on_step, gate
+        self.fold: Fold | None = None
+        self._factors: list[Tensor] = []
+        self._unfolded = False
+        self._gradient: Tensor | None = None
+        self._handles: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def install(self, fold: Fold, gate: Tensor) -> None:
+        """Take over a new structure whose parameters already hold folded contents."""
+        self.fold, self._factors = fold, fold.factors(gate)
+        fold.seal()
+
+    def remove(self) -> None:
+        """Take the hooks off; the model keeps its folded weights."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def raw(self) -> dict[str, Tensor]:
+        """Raw contents of the gated parameters, edits by others included.
+
+        Raises:
+            TrainingError: the last optimizer step did not finish.
+        """
+        if self.fold is None:
+            return {}
+        self._recover()
+        with torch.no_grad():
+            self.fold.adopt_edits(self._factors)
+            self.fold.seal()
+        return dict(zip(self.fold.names, self.fold.raw, strict=True))
+
+    def _recover(self) -> None:
+        """If a step was interrupted half-way, fold the weights again and say so."""
+        if self._unfolded:
+            self._refold()
+            raise TrainingError(
+                "the last optimizer.step() did not finish; the weights were put back in order. "
+                "Call optimizer.zero_grad(), compute the gradients again, and go on"
+            )
+
+    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Pre-step hook: unfold, now or, with a closure, as soon as it has computed the gradients."""
+        self._recover()
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer itself
+        if closure is None:
+            self._unfold()
+            return None
+
+        def wrapped() -> Any:
+            if self._unfolded:  # an optimizer that evaluates several times
+                self._refold()
+            loss = closure()
+            self._unfold()
+            return loss
+
+        return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
+
+    @torch.no_grad()
+    def _unfold(self) -> None:
+        fold = self.fold
+        if fold is None or not fold.parameters:
+            self._gradient = None
+            self._unfolded = True
+            return
+        gradients = [parameter.grad for parameter in fold.parameters]
+        gradient = fold.gate_gradient(gradients)
+        scale = getattr(self.optimizer, "grad_scale", None)  # fused optimizers unscale inside step
+        overflow = getattr(self.optimizer, "found_inf", None)
+        if scale is not None:
+            gradient = gradient / float(scale)
+        if overflow is None and not bool(torch.isfinite(gradient).all()):
+            bad = [
+                n for n, g in zip(fold.names, gradients, strict=True) if g is not None and not bool(g.isfinite().all())
+            ]
+            raise TrainingError(
+                f"gradients of {', '.join(bad[:3]) or 'gated weights'} are NaN or infinite; nothing was changed. "
+                "Skip this batch (optimizer.zero_grad()), lower the learning rate, or clip the gradients"
+            )
+        self._gradient = None if overflow is not None and bool(overflow) else gradient
+        fold.adopt_edits(self._factors)
+        self._unfolded = True
+        present = [(g, f) for g, f in zip(gradients, self._factors, strict=True) if g is not None]
+        if present:
+            torch._foreach_mul_([g for g, _ in present], [f for _, f in present])
+        torch._foreach_copy_(fold.parameters, fold.raw)
+
+    @torch.no_grad()
+    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Post-step hook: the indicators move, the weights are folded with the new gates."""
+        if not self._unfolded:  # a closure that was never called
+            return
+        fold = self.fold
+        if fold is not None and fold.parameters:
+            torch._foreach_copy_(fold.raw, fold.parameters)
+        if self._gradient is not None:
+            self._on_step(self._gradient)
+        self._gradient = None
+        self._refold()
+
+    @torch.no_grad()
+    def _refold(self) -> None:
+        fold = self.fold
+        self._unfolded = False
+        if fold is None or not fold.parameters:
+            return
+        self._factors = fold.factors(self._gate())
+        torch._foreach_copy_(fold.parameters, fold.raw)
+        torch._foreach_mul_(fold.parameters, self._factors)
+        fold.seal()

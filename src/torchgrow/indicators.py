@@ -1,0 +1,204 @@
+"""Indicators: one trainable number per unit, how it becomes a gate, and how structures are drawn from it.
+
+Legend (paper): s indicator, m = sigma(beta s) gate, beta = beta_0 gamma^t_s temperature with one counter t_s per
+unit (Eq 7), q in {0, 1} presence drawn with probability m (Eq 6). Everything is float64 on the host: n is small,
+and ranks that run the same code decide alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import TorchgrowError
+from .space import Space
+
+SMALLEST_GATE = 1e-6
+"""Gates are kept at or above this, so that a raw weight can always be told from its folded value in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How a network grows. `Method.paper()` is literal, `Method.default()` the calmer default.
+
+    Attributes:
+        controller: "pressure": the paper's L1 penalty with lambda of Eq 4; "plan": all indicators are shifted by
+            the one number for which the realised cost follows a planned one.
+        draws: "independent": q ~ Bernoulli(m), anew at every update; "persistent": one uniform number per unit,
+            spread evenly over each group, kept for the whole run.
+        lambda_base: lambda^base of Eq 4 (controller "pressure" only).
+        ramp: share of the updates in which the planned cost rises from the seed to the budget ("plan" only).
+        settle: share of the updates at the end in which the structure no longer changes; at least the last one.
+        heat: gamma^T, how often beta is multiplied over the whole run for a unit that is always present (100).
+        lr: learning rate of the indicators at the start; it follows the weights' schedule from there (0.1).
+        momentum: SGD momentum of the indicators (0.9).
+        weight_decay: of the indicators (1e-6).
+    """
+
+    controller: str = "plan"
+    draws: str = "persistent"
+    lambda_base: float = 0.5
+    ramp: float = 0.1
+    settle: float = 0.0
+    heat: float = 100.0
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-6
+
+    def __post_init__(self) -> None:
+        """Name the bad field."""
+        for name, value, choices in (
+            ("controller", self.controller, ("plan", "pressure")),
+            ("draws", self.draws, ("persistent", "independent")),
+        ):
+            if value not in choices:
+                raise TorchgrowError(f"Method.{name}={value!r} is unknown; use one of {choices}")
+        for name, low, high in (("ramp", 0, 1), ("settle", 0, 1), ("momentum", 0, 1), ("heat", 1, 1e6), ("lr", 0, 1e3)):
+            if not low <= getattr(self, name) <= high:
+                raise TorchgrowError(f"Method.{name}={getattr(self, name)!r} must lie in [{low}, {high}]")
+
+    @classmethod
+    def default(cls) -> Method:
+        """A planned cost, persistent draws."""
+        return cls()
+
+    @classmethod
+    def paper(cls) -> Method:
+        """Eq 4, 6, 7 and Algorithm 1 to the letter."""
+        return cls(controller="pressure", draws="independent")
+
+
+PRESETS = {"default": Method.default, "paper": Method.paper}
+
+
+class Indicators:
+    """State of all indicators.
+
+    Args:
+        space: the space.
+        method: how to move and draw them.
+        updates: T, the number of updates in the run.
+        seed: of all draws.
+
+    Attributes:
+        s: float64 [n].
+        t: int64 [n], updates in which the unit was present (t_s).
+        velocity: float64 [n], SGD momentum buffer of s.
+    """
+
+    def __init__(self, space: Space, method: Method, updates: int, seed: int) -> None:
+        self.space, self.method = space, method
+        self.generator = torch.Generator().manual_seed(seed)
+        n = space.n_units
+        self.gamma = method.heat ** (1 / max(updates, 1))
+        self.t = torch.zeros(n, dtype=torch.int64)
+        self.velocity = torch.zeros(n, dtype=torch.float64)
+        sizes = torch.bincount(space.group_of, minlength=space.n_groups).double()
+        # one active unit per group: with beta = 1 the expected number is sum sigma(s) = size * 1/size
+        share = (1 / sizes)[space.group_of].clamp(max=0.5)
+        self.s = torch.logit(share) if n else torch.zeros(0, dtype=torch.float64)
+        self.uniform = self._spread()
+        self.beta = torch.ones(n, dtype=torch.float64)
+        self.gate = self._gate()
+
+    def _spread(self) -> Tensor:
+        """One number in (0, 1) per unit, spread evenly over each group in random order: low-variance draws."""
+        spread = torch.empty(self.space.n_units, dtype=torch.float64)
+        for group in range(self.space.n_groups):
+            units = torch.nonzero(self.space.group_of == group).flatten()
+            order = torch.randperm(units.numel(), generator=self.generator).double()
+            spread[units] = (order + torch.rand(1, generator=self.generator, dtype=torch.float64)) / units.numel()
+        return spread
+
+    def _gate(self) -> Tensor:
+        gate = torch.sigmoid(self.beta * self.s).clamp(min=SMALLEST_GATE)
+        return torch.where(self.space.removable, gate, 1.0)
+
+    def seed_structure(self) -> Tensor:
+        """The seed (bool [n]): one unit per group, and what cannot be removed."""
+        keep = ~self.space.removable
+        return keep | self._first_of_empty(keep, -self.uniform)
+
+    def _first_of_empty(self, keep: Tensor, score: Tensor) -> Tensor:
+        """The best-scored unit of every group of which `keep` has none."""
+        chosen = torch.zeros_like(keep)
+        live = torch.bincount(self.space.group_of[keep], minlength=self.space.n_groups)
+        empty = torch.nonzero(live == 0).flatten().tolist()
+        for group in empty:
+            units = torch.nonzero(self.space.group_of == group).flatten()
+            chosen[units[score[units].argmax()]] = True
+        return chosen
+
+    def draw(self) -> Tensor:
+        """q ~ Bernoulli(sigma(beta s)) (bool [n]); a group left without any unit gets its likeliest one."""
+        uniform = self.uniform
+        if self.method.draws == "independent":
+            uniform = torch.rand(self.space.n_units, generator=self.generator, dtype=torch.float64)
+        keep = (uniform < torch.sigmoid(self.beta * self.s)) | ~self.space.removable
+        return keep | self._first_of_empty(keep, torch.sigmoid(self.beta * self.s))
+
+    def shifted(self) -> _Shifted:
+        """Draws as a function of a common shift of all s, with one set of uniform numbers."""
+        uniform = self.uniform
+        if self.method.draws == "independent":
+            uniform = torch.rand(self.space.n_units, generator=self.generator, dtype=torch.float64)
+        must = ~self.space.removable
+        must = must | self._first_of_empty(must, torch.sigmoid(self.beta * self.s) - uniform)
+        return _Shifted(self.s, self.beta, uniform, must)
+
+    def score(self) -> Tensor:
+        """What a unit is worth when the structure must be trimmed or filled: probability minus its own draw."""
+        return torch.sigmoid(self.beta * self.s) - (self.uniform if self.method.draws == "persistent" else 0)
+
+    def step(self, task_gradient: Tensor, penalty: float, rate: float) -> None:
+        """One SGD step on s (Eq 6 and Eq 8).
+
+        Args:
+            task_gradient: float64 [n], m * dL/dm of the task loss: `<dL/dw~, w~>` over the unit's gated weights;
+                0 for absent units.
+            penalty: lambda, the weight of the L1 term, which acts on absent units too.
+            rate: present over initial learning rate of the weights.
+        """
+        slope = self.beta * (1 - self.gate)
+        gradient = slope * (task_gradient + penalty * self.gate) + self.method.weight_decay * self.s
+        self.velocity.mul_(self.method.momentum).add_(gradient)
+        self.s = self.s - self.method.lr * rate * self.velocity
+        self.gate = self._gate()
+
+    def shift(self, amount: float) -> None:
+        """Move all indicators alike."""
+        self.s = self.s + amount
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Everything that an update changes."""
+        names = ("s", "t", "beta", "gate")
+        return {**{name: getattr(self, name) for name in names}, "generator": self.generator.get_state()}
+
+    def restore(self, snapshot: dict[str, Tensor]) -> None:
+        """Back to a snapshot."""
+        for name, value in snapshot.items():
+            if name == "generator":
+                self.generator.set_state(value)
+            else:
+                setattr(self, name, value)
+
+    def advance(self, keep: Tensor) -> None:
+        """Raise the counters of the present units and their temperature (Eq 7)."""
+        self.t = self.t + keep.to(torch.int64)
+        self.beta = self.gamma ** self.t.double()
+        self.gate = self._gate()
+
+
+@dataclass(frozen=True)
+class _Shifted:
+    """shift -> keep vector; monotone in the shift."""
+
+    s: Tensor
+    beta: Tensor
+    uniform: Tensor
+    must: Tensor
+
+    def __call__(self, shift: float) -> Tensor:
+        return (self.uniform < torch.sigmoid(self.beta * (self.s + shift))) | self.must

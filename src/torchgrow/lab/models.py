@@ -1,0 +1,252 @@
+"""The networks of the CIFAR experiments, in plain PyTorch, written so that their channels can be cut.
+
+No ``forward`` names a channel count: every size is read from the tensors at hand, so that the same code
+runs at any width, before and after surgery. Each ``width`` scales all channel counts by one factor.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchgrow import TorchgrowError
+
+Shortcut = Literal["A", "B"]
+
+
+def scaled(channels: int, width: float) -> int:
+    """``channels`` times ``width``, rounded to the nearest integer, at least 1."""
+    return max(1, round(channels * width))
+
+
+class PadShortcut(nn.Module):
+    """Shortcut kind A of He et al. (2016): every second pixel, padded with zero channels on both sides.
+
+    The zeros are buffers, not arguments of ``F.pad``: as tensors with a channel axis they can be traced
+    and cut like any other, where a number in the code could not follow.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output, at least ``in_channels``.
+        stride: step in pixels along both image axes.
+
+    Shape: ``[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]``.
+    """
+
+    before: Tensor
+    after: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        extra = out_channels - in_channels
+        if extra < 0:
+            raise TorchgrowError(
+                f"shortcut A only adds channels, it cannot go from {in_channels} to {out_channels}; "
+                'use widths that do not shrink, or shortcut="B"'
+            )
+        self.stride = stride
+        self.register_buffer("before", torch.zeros(1, extra // 2, 1, 1))
+        self.register_buffer("after", torch.zeros(1, extra - extra // 2, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        x = x[:, :, :: self.stride, :: self.stride]
+        n, _, h, w = x.shape
+        return torch.cat([self.before.expand(n, -1, h, w), x, self.after.expand(n, -1, h, w)], 1)
+
+
+def _shortcut(kind: Shortcut, in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    if kind == "A":
+        return PadShortcut(in_channels, out_channels, stride)
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
+    )
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm beside a shortcut (He et al., 2016)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.shortcut = _shortcut(shortcut, in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return F.relu(y + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """The CIFAR ResNet of He et al. (2016): a 3x3 stem, three stages of basic blocks, one linear layer.
+
+    Args:
+        width: factor on ``widths``; 1.0 is the published network.
+        depth: 6n + 2 layers: 8, 14, 20, 32, 44, 56, 110.
+        widths: channels of the three stages.
+        shortcut: ``"A"`` (padding, as published for CIFAR) or ``"B"`` (1x1 convolution and batch norm)
+            where a stage begins.
+        in_channels: 3 for colour images, 1 for grey ones.
+        classes: number of outputs.
+
+    Shape: ``[N, in_channels, H, W] -> [N, classes]``, for any H and W.
+
+    Raises:
+        TorchgrowError: an impossible depth, widths that are not three positive numbers, another shortcut.
+    """
+
+    def __init__(
+        self,
+        width: float = 1.0,
+        *,
+        depth: int = 20,
+        widths: Sequence[int] = (16, 32, 64),
+        shortcut: Shortcut = "A",
+        in_channels: int = 3,
+        classes: int = 10,
+    ) -> None:
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise TorchgrowError(f"a CIFAR ResNet has 6n + 2 layers (8, 14, 20, ...), not {depth}")
+        if len(widths) != 3 or min(widths) < 1:
+            raise TorchgrowError(f"widths are three positive channel counts such as (16, 32, 64), got {widths}")
+        if shortcut not in ("A", "B"):
+            raise TorchgrowError(f'shortcut is "A" (padding) or "B" (1x1 convolution), got {shortcut!r}')
+        blocks = (depth - 2) // 6
+        channels = [scaled(w, width) for w in widths]
+        self.conv1 = nn.Conv2d(in_channels, channels[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels[0])
+        self.layer1 = _stage(channels[0], channels[0], blocks, 1, shortcut)
+        self.layer2 = _stage(channels[0], channels[1], blocks, 2, shortcut)
+        self.layer3 = _stage(channels[1], channels[2], blocks, 2, shortcut)
+        self.fc = nn.Linear(channels[2], classes)
+        _init(self)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def _stage(in_channels: int, out_channels: int, blocks: int, stride: int, kind: Shortcut) -> nn.Sequential:
+    first = BasicBlock(in_channels, out_channels, stride, kind)
+    return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, 1, kind) for _ in range(blocks - 1)))
+
+
+class VGG16(nn.Module):
+    """VGG-16 with batch norm for CIFAR: 13 convolutions, one linear layer, 14.73M parameters at width 1.
+
+    Convolutions keep their bias although batch norm follows, as in torchvision's ``vgg16_bn``, so that
+    parameter counts agree with those published.
+
+    Args:
+        width: factor on every channel count.
+        in_channels: 3 for colour images, 1 for grey ones.
+        classes: number of outputs.
+
+    Shape: ``[N, in_channels, H, W] -> [N, classes]``, H and W at least 32.
+    """
+
+    stages = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+    def __init__(self, width: float = 1.0, *, in_channels: int = 3, classes: int = 10) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for stage in self.stages:
+            for channels in stage:
+                out_channels = scaled(channels, width)
+                layers.append(nn.Conv2d(in_channels, out_channels, 3, padding=1))
+                layers += [nn.BatchNorm2d(out_channels), nn.ReLU()]
+                in_channels = out_channels
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(in_channels, classes)
+        _init(self)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.classifier(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
+
+
+class PreActivationBlock(nn.Module):
+    """Batch norm and ReLU before each of two 3x3 convolutions (Zagoruyko and Komodakis, 2016)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.shortcut: nn.Conv2d | None = None
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        y = F.relu(self.bn1(x))
+        if self.shortcut is not None:
+            x = self.shortcut(y)  # published code feeds the shortcut what was already normalised
+        y = self.conv2(F.relu(self.bn2(self.conv1(y))))
+        return x + y
+
+
+class WideResNet(nn.Module):
+    """WRN-d-k for CIFAR (Zagoruyko and Komodakis, 2016): three stages of pre-activation blocks.
+
+    Args:
+        width: factor on every channel count, on top of ``widen``.
+        depth: d = 6n + 4: 10, 16, 22, 28, 40.
+        widen: k; the stages have 16k, 32k and 64k channels. WRN-28-10 has 36.5M parameters.
+        in_channels: 3 for colour images, 1 for grey ones.
+        classes: number of outputs.
+
+    Shape: ``[N, in_channels, H, W] -> [N, classes]``, for any H and W.
+
+    Raises:
+        TorchgrowError: an impossible depth or widening factor.
+    """
+
+    def __init__(
+        self,
+        width: float = 1.0,
+        *,
+        depth: int = 28,
+        widen: int = 10,
+        in_channels: int = 3,
+        classes: int = 10,
+    ) -> None:
+        super().__init__()
+        if depth < 10 or (depth - 4) % 6:
+            raise TorchgrowError(f"a CIFAR WRN has 6n + 4 layers (10, 16, 22, 28, 40), not {depth}")
+        if widen < 1:
+            raise TorchgrowError(f"widen is a factor of at least 1, got {widen}")
+        channels = scaled(16, width)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        stages = []
+        for base, stride in ((16, 1), (32, 2), (64, 2)):
+            out_channels = scaled(base * widen, width)
+            blocks = [PreActivationBlock(channels, out_channels, stride)]
+            blocks += [PreActivationBlock(out_channels, out_channels, 1) for _ in range((depth - 4) // 6 - 1)]
+            stages.append(nn.Sequential(*blocks))
+            channels = out_channels
+        self.layer1, self.layer2, self.layer3 = stages
+        self.bn = nn.BatchNorm2d(channels)
+        self.fc = nn.Linear(channels, classes)
+        _init(self)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
+        return self.fc(F.adaptive_avg_pool2d(F.relu(self.bn(x)), 1).flatten(1))
+
+
+def _init(model: nn.Module) -> None:
+    """He initialisation by fan-out for convolutions; the other layers keep PyTorch's defaults."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

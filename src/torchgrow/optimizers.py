@@ -1,0 +1,74 @@
+"""Which optimizers can be served, found out by behaviour rather than by a list of names."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+from .errors import OptimizerError
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse early an optimizer that cannot be served.
+
+    A throw-away copy of the optimizer takes one step on a small matrix; every slot it keeps must be a scalar or
+    have the parameter's shape, so that it can be re-cut with it.
+
+    Raises:
+        OptimizerError: it is not an optimizer, trains none of the model's parameters or foreign ones, needs a
+            closure for every step, or keeps slots of another layout.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise OptimizerError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    name = type(optimizer).__name__
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    own = {id(p) for p in model.parameters()}
+    foreign = [p for p in held if id(p) not in own]
+    trained = [p for p in held if id(p) in own and p.requires_grad]
+    if not trained:
+        raise OptimizerError(
+            f"{name} holds none of the model's trainable parameters; build it from this very module: "
+            f"torch.optim.{name}(model.parameters(), ...), and do not copy or move the model in between"
+        )
+    if foreign:
+        raise OptimizerError(
+            f"{name} also holds {len(foreign)} parameters that are not the model's, e.g. one of shape "
+            f"{tuple(foreign[0].shape)}; give those an optimizer of their own"
+        )
+    group = next(g for g in optimizer.param_groups if any(p.requires_grad and id(p) in own for p in g["params"]))
+    _probe(optimizer, group, trained[0])
+
+
+def _probe(optimizer: torch.optim.Optimizer, group: dict[str, object], like: Tensor) -> None:
+    """One step of a copy of the optimizer on a 5 x 3 matrix."""
+    name = type(optimizer).__name__
+    matrix = nn.Parameter(torch.zeros(5, 3, dtype=like.dtype, device=like.device))
+    matrix.grad = torch.ones_like(matrix)
+    probe = object.__new__(type(optimizer))
+    settings = {key: copy.copy(value) for key, value in group.items() if key != "params"}
+    works = "use SGD, Adam, AdamW or RMSprop, or another optimizer whose state has the shape of its parameters"
+    try:
+        probe.__dict__.update({key: value for key, value in vars(optimizer).items() if "hook" not in key})
+        probe.__setstate__(
+            {
+                "state": defaultdict(dict),
+                "param_groups": [{**settings, "params": [matrix]}],
+                "defaults": optimizer.defaults,
+            }
+        )
+        if optimizer.state and not optimizer.state.get(like) is None and name == "Adagrad":
+            probe.state[matrix] = {"step": torch.tensor(0.0), "sum": torch.zeros_like(matrix)}
+        probe.step()
+    except Exception as error:
+        raise OptimizerError(
+            f"{name} cannot be served: a trial step failed ({type(error).__name__}: {error}); {works}"
+        ) from error
+    for key, slot in probe.state[matrix].items():
+        if isinstance(slot, Tensor) and slot.numel() > 1 and slot.shape != matrix.shape:
+            raise OptimizerError(
+                f"{name} cannot be served: it keeps {key!r} of shape {tuple(slot.shape)} for a parameter of shape "
+                f"{tuple(matrix.shape)}, which cannot be re-cut; {works}"
+            )

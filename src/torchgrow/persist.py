@@ -1,0 +1,176 @@
+"""Save and load a grown network: safetensors and a JSON record of its structure. Files are data, never code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .errors import SavedModelError
+from .guard import guard_
+from .surgery import RECORD, Index, Record, gather, replace_
+
+FORMAT = 1
+WEIGHTS, STRUCTURE = "model.safetensors", "structure.json"
+
+
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, tied ones once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Save a model, grown, shrunk or whole: `model.safetensors` and `structure.json`.
+
+    The folder appears complete or not at all; an existing saved folder is replaced.
+
+    Args:
+        model: the module; what torchgrow did to it is recorded on it.
+        folder: where to; created with its parents.
+
+    Raises:
+        SavedModelError: the folder exists and is not a saved model.
+    """
+    target = Path(folder)
+    if target.exists() and not (target.is_dir() and {p.name for p in target.iterdir()} <= {WEIGHTS, STRUCTURE}):
+        raise SavedModelError(f"{target} exists and is not a saved model; choose another folder or remove it")
+    record: Record = getattr(model, RECORD, None) or Record()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _named_tensors(model).items()}
+    structure = {
+        "format": FORMAT,
+        "kept": {
+            name: {str(axis): positions.tolist() for axis, positions in index.items()}
+            for name, index in record.kept.items()
+        },
+        "frame_shapes": {name: list(record.shapes[name]) for name in record.kept},
+        "attributes": [[module, name, number] for (module, name), number in record.attributes.items()],
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, staging / WEIGHTS)
+        (staging / STRUCTURE).write_text(json.dumps(structure, indent=1) + "\n")
+        staging.chmod(0o755)
+        if target.exists():
+            shutil.rmtree(target)
+        staging.rename(target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module]) -> nn.Module:
+    """Load a saved model into a fresh frame, without tracing anything.
+
+    Args:
+        folder: what `save` wrote.
+        frame_factory: builds the frame, the full-size model the saved one was grown in.
+
+    Returns:
+        The frame, cut to the saved structure, with the saved weights and buffers, in training mode as built.
+
+    Raises:
+        SavedModelError: the folder is missing or damaged, or does not fit the frame; the frame factory's
+            model is discarded.
+    """
+    source = Path(folder)
+    structure, tensors = _read(source)
+    model = frame_factory()
+    if not isinstance(model, nn.Module):
+        raise SavedModelError(f"frame_factory must return a torch.nn.Module, got {type(model).__name__}")
+    own = _named_tensors(model)
+    kept = {name: _index(source, name, axes, own) for name, axes in structure["kept"].items()}
+    missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or foreign:
+        raise SavedModelError(
+            f"{source} does not fit the frame: missing {missing[:3]}, foreign {foreign[:3]}; "
+            "frame_factory must build the same full-size model that was grown"
+        )
+    modules = dict(model.named_modules())
+    for module, name, number in structure["attributes"]:
+        if type(getattr(modules.get(module), name, None)) is not int or number < 1:
+            raise SavedModelError(f"{source / STRUCTURE}: the frame has no int attribute {module}.{name}")
+    parts = {name: gather(tensor.detach(), kept.get(name, {})) for name, tensor in own.items()}
+    for name, part in parts.items():
+        if tensors[name].shape != part.shape or tensors[name].dtype != part.dtype:
+            raise SavedModelError(
+                f"{source / WEIGHTS}: {name} is {tensors[name].dtype} {tuple(tensors[name].shape)}, but the structure "
+                f"record makes it {part.dtype} {tuple(part.shape)} in this frame"
+            )
+    shapes = {name: tuple(own[name].shape) for name in kept}
+    for name, tensor in own.items():
+        replace_(tensor, tensors[name].to(tensor.device))
+    for module, name, number in structure["attributes"]:
+        setattr(modules[module], name, number)
+    attributes = {(module, name): number for module, name, number in structure["attributes"]}
+    setattr(model, RECORD, Record(shapes, kept, attributes))
+    guard_(model)
+    return model
+
+
+def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Both files, with the record's form checked."""
+    absent = [name for name in (WEIGHTS, STRUCTURE) if not (source / name).is_file()]
+    if absent:
+        raise SavedModelError(
+            f"{source} is not a saved model: {' and '.join(absent)} not found; save one with torchgrow.save"
+        )
+    try:
+        structure = json.loads((source / STRUCTURE).read_text())
+    except (ValueError, RecursionError) as error:
+        raise SavedModelError(f"{source / STRUCTURE} is damaged: {error}") from error
+    if not isinstance(structure, dict) or structure.get("format") != FORMAT:
+        found = structure.get("format") if isinstance(structure, dict) else type(structure).__name__
+        raise SavedModelError(f"{source / STRUCTURE} has format {found!r}, this version of torchgrow reads {FORMAT}")
+    attributes, kept, shapes = structure.get("attributes"), structure.get("kept"), structure.get("frame_shapes")
+    well_formed = (
+        set(structure) == {"format", "kept", "frame_shapes", "attributes"}
+        and isinstance(kept, dict)
+        and all(isinstance(axes, dict) for axes in kept.values())
+        and isinstance(shapes, dict)
+        and isinstance(attributes, list)
+        and all(
+            isinstance(a, list) and len(a) == 3 and type(a[0]) is str and type(a[1]) is str and type(a[2]) is int
+            for a in attributes
+        )
+    )
+    if not well_formed:
+        raise SavedModelError(f"{source / STRUCTURE} is damaged: fields are missing, foreign or of the wrong type")
+    try:
+        return structure, load_file(source / WEIGHTS)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise SavedModelError(f"{source / WEIGHTS} is damaged: {error}") from error
+
+
+def _index(source: Path, name: str, axes: dict[str, Any], own: dict[str, Tensor]) -> Index:
+    """Kept positions of one tensor, checked against the frame: strictly rising and in range."""
+    if name not in own:
+        raise SavedModelError(
+            f"{source / STRUCTURE}: the frame has no tensor {name!r}; is frame_factory the same model?"
+        )
+    index: Index = {}
+    for key, positions in axes.items():
+        axis = int(key) if key.isdecimal() and len(key) < 3 else -1
+        size = own[name].shape[axis] if 0 <= axis < own[name].dim() else 0
+        rising = (
+            isinstance(positions, list)
+            and 0 < len(positions) <= size
+            and all(type(p) is int for p in positions)
+            and all(a < b for a, b in zip([-1, *positions], [*positions, size], strict=True))
+        )
+        if not rising:
+            raise SavedModelError(
+                f"{source / STRUCTURE}: kept positions of axis {key} of {name} {tuple(own[name].shape)} are not "
+                "rising positions in range"
+            )
+        index[axis] = torch.tensor(positions)
+    return dict(sorted(index.items()))

@@ -1,0 +1,223 @@
+"""The proof: a compact network computes what the frame computes with the absent structures zeroed.
+
+Run on the user's own model and inputs, with all weights, biases and statistics randomised on a copy (with default
+initial values most comparisons are vacuous), in evaluation mode and float64. What fails is bisected down to its
+groups and frozen with the reason; nothing unproven is ever removed.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .cost import CostModel
+from .errors import TraceError
+from .replay import _opened, call, quiet_eval, replay
+from .space import Frozen, Space, live_positions
+from .surgery import shrink_
+
+TOLERANCE = 1e-9
+"""Largest relative error in float64 that still counts as equal."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Result of `verify`.
+
+    Attributes:
+        ok: every trial's relative error was at most 1e-9 (float64).
+        max_error: largest relative error seen.
+        trials: number of random subsets tried.
+        removable_params: share of the frame's parameters that can go (down to one unit per group).
+        units: number of removable units.
+        groups: removable units per group, by name.
+        frozen: what can never be removed, and why.
+    """
+
+    ok: bool
+    max_error: float
+    trials: int
+    removable_params: float
+    units: int
+    groups: dict[str, int]
+    frozen: tuple[Frozen, ...]
+
+    def __str__(self) -> str:
+        verdict = "exact" if self.ok else "NOT EXACT"
+        return (
+            f"{verdict}: max relative error {self.max_error:.1e} over {self.trials} random subsets; {self.units} units "
+            f"in {len(self.groups)} groups, {self.removable_params:.1%} of the parameters can go, "
+            f"{len(self.frozen)} places frozen"
+        )
+
+
+class Prover:
+    """A randomised float64 copy of a frame, against which subsets are tried."""
+
+    def __init__(self, model: nn.Module, space: Space, example_inputs: Any, seed: int) -> None:
+        self.space, self.seed = space, seed
+        self.generator = torch.Generator().manual_seed(seed)
+        try:
+            self.frame = copy.deepcopy(model)
+        except Exception as error:
+            raise TraceError(f"the proof needs a copy of the model, but deepcopy failed: {error}") from error
+        self.frame.double()
+        self.inputs = tree_map(
+            lambda x: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x, example_inputs
+        )
+        self._randomize()
+
+    def _randomize(self) -> None:
+        """Weights around their usual size; scales in [0.5, 1.5]; statistics and offsets away from 0 and 1."""
+        with torch.no_grad():
+            for parameter in self.frame.parameters():
+                if not parameter.is_floating_point():
+                    continue
+                noise = torch.randn(parameter.shape, generator=self.generator, dtype=torch.float64)
+                fan_in = max(1, parameter[0].numel()) if parameter.dim() > 1 else 1
+                parameter.copy_(noise * (2 / fan_in) ** 0.5 if parameter.dim() > 1 else 1 + noise / 4)
+            for module in self.frame.modules():
+                if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
+                    draw = torch.rand(2, module.num_features, generator=self.generator, dtype=torch.float64)
+                    module.running_mean.copy_(draw[0] - 0.5)
+                    assert module.running_var is not None
+                    module.running_var.copy_(draw[1] + 0.5)
+
+    def draw(self, fraction: float, groups: list[int] | None = None) -> Tensor:
+        """A keep vector that drops about `fraction` of the removable units of each group (all groups if None)."""
+        space = self.space
+        keep = space.everything()
+        for group in range(space.n_groups) if groups is None else groups:
+            units = torch.nonzero((space.group_of == group) & space.removable).flatten()
+            size = int((space.group_of == group).sum())
+            drop = min(max(1, round(fraction * units.numel())), units.numel(), size - 1)
+            chosen = torch.randperm(units.numel(), generator=self.generator)[:drop]
+            keep[units[chosen]] = False
+        return keep
+
+    def error(self, keep: Tensor) -> tuple[float, str]:
+        """Relative error between compact network and zeroed frame, and what went wrong if the first fails."""
+        zeroed = copy.deepcopy(self.frame)
+        parameters = dict(zeroed.named_parameters())
+        with torch.no_grad():
+            for name in self.space.parameters:
+                for axis in self.space.cut_axes.get(name, ()):
+                    dead = torch.nonzero(~live_positions(self.space.unit_of[name, axis], keep)).flatten()
+                    parameters[name].index_fill_(axis, dead.to(parameters[name].device), 0)
+        expected = self._outputs(zeroed)
+        compact = copy.deepcopy(self.frame)
+        try:
+            shrink_(compact, self.space, keep)
+            found = self._outputs(compact)
+        except Exception as error:
+            return float("inf"), f"the compact network fails: {type(error).__name__}: {str(error).splitlines()[0]}"
+        if len(found) != len(expected) or any(a.shape != b.shape for a, b in zip(found, expected, strict=True)):
+            return float("inf"), "the compact network puts out other shapes"
+        worst = 0.0
+        for a, b in zip(found, expected, strict=True):
+            if a.numel():
+                gap = float((a.double() - b.double()).abs().max()) / max(float(b.double().abs().max()), 1e-12)
+                worst = max(worst, gap if gap == gap else float("inf"))
+        return worst, f"the compact network's outputs differ by {worst:.1e}"
+
+    def _outputs(self, model: nn.Module) -> list[Tensor]:
+        with quiet_eval(model):
+            torch.manual_seed(self.seed)
+            outputs = call(model, self.inputs)
+        return [x for x in tree_leaves(_opened(outputs)) if isinstance(x, Tensor) and not x.is_complex()]
+
+
+def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) -> Space:
+    """Try the space on a randomised copy; freeze, with the reason, every group that does not come out exact."""
+    free = _free_groups(space)
+    while free:
+        prover = Prover(model, space, example_inputs, seed)
+        failed: dict[int, str] = {}
+        for fraction in (0.3, 0.7):
+            failed.update(_failing(prover, free, fraction))
+            if failed:
+                break
+        if not failed:
+            return space
+        for group, reason in failed.items():
+            units = torch.nonzero(space.group_of == group).flatten().tolist()
+            name = space.group_names[group]
+            places = tuple(
+                place for place, v in space.unit_of.items() if bool(torch.isin(v, torch.tensor(units)).any())
+            )
+            space = space.freeze(units, Frozen("proof", name, "", reason, places))
+        free = _free_groups(space)
+    return space
+
+
+def _free_groups(space: Space) -> list[int]:
+    """Groups with something to remove: a removable unit beside another one."""
+    sizes = torch.bincount(space.group_of, minlength=space.n_groups)
+    return [g for g in space.group_of[space.removable].unique().tolist() if sizes[g] > 1]
+
+
+def _failing(prover: Prover, groups: list[int], fraction: float) -> dict[int, str]:
+    """The groups that break exactness when cut, found by bisection."""
+    error, reason = prover.error(prover.draw(fraction, groups))
+    if error <= TOLERANCE:
+        return {}
+    if len(groups) == 1:
+        return {groups[0]: reason}
+    half = len(groups) // 2
+    found = {**_failing(prover, groups[:half], fraction), **_failing(prover, groups[half:], fraction)}
+    return found or dict.fromkeys(groups, reason)  # exact apart, wrong together: none of them is proven
+
+
+def trace(model: nn.Module, example_inputs: Any) -> Space:
+    """Find the units of a model and prove them on the model itself.
+
+    The model is run a few times in evaluation mode; parameters, buffers, modes and random state are as before.
+
+    Args:
+        model: a module on one device, not wrapped and not compiled. It is the frame: the largest network.
+        example_inputs: a small batch: a tensor, a tuple of positional inputs, or a dict of keywords.
+
+    Returns:
+        The space, in which every removable unit came out exact (relative error at most 1e-9 in float64).
+
+    Raises:
+        TraceError: the model cannot be run or traced; the message says what works.
+    """
+    return prove(model, replay(model, example_inputs), example_inputs)
+
+
+def verify(model: nn.Module, example_inputs: Any, fraction: float = 0.3, seed: int = 0, trials: int = 3) -> Report:
+    """Prove exactness on your own model: remove random units and compare with the frame, those units zeroed.
+
+    Args:
+        model: the frame.
+        example_inputs: as for `trace`.
+        fraction: share of the units removed from every group, in (0, 1).
+        seed: of weights and subsets.
+        trials: number of random subsets.
+
+    Raises:
+        TraceError: as for `trace`.
+    """
+    if not 0 < fraction < 1:
+        raise TraceError(f"fraction must lie between 0 and 1, got {fraction}")
+    space = trace(model, example_inputs)
+    prover = Prover(model, space, example_inputs, seed)
+    errors = [prover.error(prover.draw(fraction))[0] for _ in range(trials if _free_groups(space) else 0)]
+    costs = CostModel(space)
+    full, least = costs.both(costs.sizes)[0], costs.both(costs.smallest())[0]
+    worst = max(errors, default=0.0)
+    return Report(
+        ok=worst <= TOLERANCE,
+        max_error=worst,
+        trials=len(errors),
+        removable_params=float(1 - least / full) if int(full) else 0.0,
+        units=int(space.removable.sum()),
+        groups=space.widths(space.everything()),
+        frozen=space.frozen,
+    )

@@ -1,0 +1,127 @@
+"""The command line: budgets as typed, options that reach the recipe, errors without tracebacks."""
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from torchgrow import TorchgrowError, cli
+from torchgrow.cli import app, parse_budget
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def plain(text):
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """What the command hands to the run, instead of running it: (recipe, keywords)."""
+    calls = []
+    monkeypatch.setattr(cli, "run_recipe", lambda recipe, **keywords: calls.append((recipe, keywords)))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("text", "params", "flops"),
+    [
+        ("36%", "36%", None),
+        ("params=36%", "36%", None),
+        ("flops=50%", None, "50%"),
+        ("params=36%,flops=40.5%", "36%", "40.5%"),
+        (" params=36% , FLOPS=40% ", "36%", "40%"),
+        ("100000", 100_000, None),
+        ("100k", 100_000, None),
+        ("params=1.5M,flops=2G", 1_500_000, 2_000_000_000),
+    ],
+)
+def test_budgets_as_typed(text, params, flops):
+    budget = parse_budget(text)
+    assert (budget.params, budget.flops) == (params, flops)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "half", "36 percent", "macs=36%", "-5%", "36%,params=30%", "params=", "1T", "36%%"]
+)
+def test_budgets_that_cannot_be_read(text):
+    with pytest.raises(TorchgrowError, match=re.escape(f"cannot read the budget {text!r}; write it like 36%")):
+        parse_budget(text)
+
+
+def test_list_names_every_recipe():
+    done = invoke("list")
+    assert done.exit_code == 0
+    assert "digits" in done.output
+    assert "resnet20-cifar10" in done.output
+
+
+def test_digits_is_the_default(ran):
+    assert invoke("run").exit_code == 0
+    recipe, keywords = ran[0]
+    assert recipe.name == "digits"
+    assert (keywords["out"], keywords["folder"], keywords["download"], keywords["twins"]) == (None, None, False, True)
+
+
+def test_options_reach_the_recipe(ran, tmp_path):
+    options = f"--out {tmp_path}/o --data {tmp_path} --download --subset 100 --epochs 7 --budget flops=50% --seed 3"
+    done = invoke("run", "resnet20-cifar10", *options.split(), "--preset", "paper", "--no-twins", "--shortcut", "B")
+    assert done.exit_code == 0, done.output
+    recipe, keywords = ran[0]
+    assert (recipe.subset, recipe.epochs, recipe.seed, recipe.preset) == (100, 7, 3, "paper")
+    assert (recipe.budget.params, recipe.budget.flops) == (None, "50%")
+    assert recipe.build.keywords["shortcut"] == "B"
+    assert (keywords["out"], keywords["folder"]) == (tmp_path / "o", tmp_path)
+    assert (keywords["download"], keywords["twins"]) == (True, False)
+
+
+def test_threads(ran, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli.torch, "set_num_threads", seen.append)
+    assert invoke("run", "--threads", "1").exit_code == 0
+    assert seen == [1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["resnet"], "error: there is no recipe 'resnet'; there are digits, resnet20-cifar10"),
+        (["--budget", "half"], "error: cannot read the budget 'half'"),
+        (["--budget", "0%"], "error:"),
+        (["--budget", "101%"], "error:"),
+        (["--epochs", "0"], "error: recipe 'digits': epochs must be at least 2"),
+        (["--preset", "fast"], "error: recipe 'digits': preset must be one of default, paper, got 'fast'"),
+        (["--shortcut", "C"], "error: shortcut is"),
+        (["--subset", "99999"], "error: a subset has 1 to 1437 of the training images"),
+        (["--budget", "params=5"], "error:"),
+        (["resnet20-cifar10", "--data", "nowhere"], "error: no CIFAR-10 in nowhere: the folder does not exist"),
+    ],
+)
+def test_errors_are_one_clean_message(arguments, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = invoke("run", *arguments)
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit)
+    assert text in plain(done.output)
+    assert "Traceback" not in done.output
+
+
+def test_ctrl_c_says_where_to_look(monkeypatch):
+    def interrupted(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run_recipe", interrupted)
+    done = invoke("run")
+    assert done.exit_code == 130
+    assert "what was measured so far is in the .partial run folder" in plain(done.output)
+
+
+def test_a_whole_run(tmp_path):
+    out = tmp_path / "run"
+    done = invoke("run", "digits", "--out", str(out), "--epochs", "2", "--subset", "64", "--no-twins")
+    assert done.exit_code == 0, done.output
+    assert str(out) in done.output.replace("\n", "")
+    assert list(json.loads((out / "results.json").read_text())) == ["grown"]

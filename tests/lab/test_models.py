@@ -1,0 +1,103 @@
+"""The lab's networks: published sizes, and no channel count that surgery could not follow."""
+
+import pytest
+import torch
+from torch import nn
+
+from torchgrow import TorchgrowError
+from torchgrow.lab.models import PadShortcut, ResNet, VGG16, WideResNet, scaled
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def meta(build, *arguments, **keywords) -> nn.Module:
+    with torch.device("meta"):
+        return build(*arguments, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("model", "params"),
+    [
+        (meta(ResNet), 269_722),  # 0.27M in He et al.
+        (meta(ResNet, depth=110), 1_727_962),  # 1.7M
+        (meta(ResNet, shortcut="B"), 272_474),
+        (meta(VGG16), 14_728_266),  # 14.73M
+        (meta(WideResNet), 36_479_194),  # 36.5M in Zagoruyko and Komodakis
+        (meta(WideResNet, depth=16, widen=2), 691_674),  # 0.7M
+    ],
+)
+def test_published_parameter_counts(model, params):
+    assert count(model) == params
+
+
+@pytest.mark.parametrize("build", [ResNet, VGG16, lambda w: WideResNet(w, depth=10, widen=1)])
+@pytest.mark.parametrize("width", [1e-9, 0.1, 0.37])
+def test_any_width_runs_forward_and_backward(build, width):
+    model = build(width)
+    out = model(torch.randn(2, 3, 32, 32))
+    assert out.shape == (2, 10)
+    out.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+def test_resnet_takes_grey_images_of_eight_pixels(shortcut):
+    model = ResNet(depth=8, widths=(3, 5, 8), shortcut=shortcut, in_channels=1, classes=7)
+    assert model(torch.randn(2, 1, 8, 8)).shape == (2, 7)
+
+
+def test_widths_scale_every_stage():
+    model = ResNet(0.5, depth=8, widths=(16, 30, 64))
+    assert [model.conv1.out_channels, model.layer2[0].conv1.out_channels, model.fc.in_features] == [8, 15, 32]
+
+
+@pytest.mark.parametrize(("channels", "width", "expected"), [(16, 1.0, 16), (16, 0.1, 2), (16, 1e-9, 1), (16, 1.5, 24)])
+def test_scaled(channels, width, expected):
+    assert scaled(channels, width) == expected
+
+
+@pytest.mark.parametrize(("into", "out_of"), [(4, 4), (4, 5), (4, 9)])
+def test_pad_shortcut_is_pad_and_stride(into, out_of):
+    x = torch.randn(2, into, 7, 8)
+    extra = out_of - into
+    expected = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, extra // 2, extra - extra // 2))
+    out = PadShortcut(into, out_of, 2)(x)
+    assert torch.equal(out, expected)
+    assert out.is_contiguous()
+
+
+def test_pad_shortcut_follows_its_buffers():
+    """Surgery cuts the buffers and what comes in; forward must need nothing else."""
+    shortcut = PadShortcut(4, 8, 2)
+    shortcut.before, shortcut.after = shortcut.before[:, :1], shortcut.after[:, :0]
+    assert shortcut(torch.ones(2, 3, 4, 4)).sum(dim=(0, 2, 3)).tolist() == [0, 8, 8, 8]
+
+
+def test_same_seed_same_weights():
+    models = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        models.append(ResNet(depth=8))
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (lambda: ResNet(depth=18), r"6n \+ 2 layers \(8, 14, 20, ...\), not 18"),
+        (lambda: ResNet(widths=(16, 32)), r"three positive channel counts such as \(16, 32, 64\), got \(16, 32\)"),
+        (lambda: ResNet(widths=(0, 32, 64)), "three positive channel counts"),
+        (lambda: ResNet(shortcut="C"), 'shortcut is "A" .* or "B" .*, got \'C\''),
+        (
+            lambda: ResNet(widths=(32, 16, 16)),
+            'cannot go from 32 to 16; use widths that do not shrink, or shortcut="B"',
+        ),
+        (lambda: WideResNet(depth=20), r"6n \+ 4 layers .*, not 20"),
+        (lambda: WideResNet(widen=0), "widen is a factor of at least 1, got 0"),
+    ],
+)
+def test_impossible_shapes_are_refused(build, text):
+    with pytest.raises(TorchgrowError, match=text):
+        build()

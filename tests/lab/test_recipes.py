@@ -1,0 +1,94 @@
+"""Recipes: fields that name themselves when wrong, variants, and what is written to config.json."""
+
+import json
+from dataclasses import FrozenInstanceError, replace
+from functools import partial
+
+import pytest
+import torch
+
+from torchgrow import TorchgrowError
+from torchgrow.lab import models, recipes
+from torchgrow.lab.models import PadShortcut
+from torchgrow.lab.recipes import RECIPES, get, with_shortcut
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_whole(name):
+    recipe = get(name)
+    assert recipe.name == name
+    assert "Command: ``torchgrow run " + name in RECIPES[name].__doc__
+    size = 8 if recipe.dataset == "digits" else 32
+    channels = 1 if recipe.dataset == "digits" else 3
+    for width in (1.0, 0.3):
+        assert recipe.build(width)(torch.randn(2, channels, size, size)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_config_survives_json(name):
+    config = json.loads(json.dumps(get(name).as_json()))
+    assert config["model"] == "ResNet"
+    assert config["model_arguments"]["widths"]
+    assert config["epochs"] == get(name).epochs
+    assert "36%" in config["budget"]
+
+
+def test_config_holds_what_a_variant_changed():
+    recipe = replace(get("digits"), build=partial(get("digits").build, depth=8))
+    assert recipe.as_json()["model_arguments"]["depth"] == 8
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("dataset", "mnist", "one of digits, cifar10"),
+        ("epochs", 1, "at least 2"),
+        ("batch_size", 1, "at least 2"),
+        ("lr", 0.0, "above 0"),
+        ("lr_milestones", (0.75, 0.5), "rising fractions of the run"),
+        ("lr_milestones", (80, 120), "rising fractions of the run"),
+        ("lr_factor", 0.0, "above 0 and at most 1"),
+        ("momentum", 1.0, "at least 0 and below 1"),
+        ("weight_decay", -1e-4, "at least 0"),
+        ("shift", -1, "at least 0"),
+        ("subset", 0, "at least 1"),
+        ("preset", "papre", "one of default, paper"),
+        ("seed", -1, "at least 0"),
+    ],
+)
+def test_a_bad_field_is_named(field, value, rule):
+    with pytest.raises(TorchgrowError, match=f"recipe 'digits': {field} must be {rule}.*, got "):
+        replace(get("digits"), **{field: value})
+
+
+def test_recipes_are_frozen_and_keyword_only():
+    with pytest.raises(FrozenInstanceError):
+        get("digits").epochs = 3
+    with pytest.raises(TypeError, match="positional"):
+        recipes.Recipe("digits")
+
+
+def test_unknown_recipe_lists_those_there_are():
+    with pytest.raises(TorchgrowError, match="no recipe 'resnet'; there are digits, resnet20-cifar10"):
+        get("resnet")
+
+
+@pytest.mark.parametrize(("kind", "pads"), [("A", 2), ("B", 0)])
+def test_shortcut_variant_changes_only_the_network(kind, pads):
+    recipe = get("resnet20-cifar10")
+    variant = with_shortcut(recipe, kind)
+    assert replace(variant, build=recipe.build) == recipe
+    assert sum(isinstance(module, PadShortcut) for module in variant.build().modules()) == pads
+
+
+def test_shortcut_variant_refuses_what_has_none():
+    recipe = replace(get("resnet20-cifar10"), build=models.VGG16)
+    with pytest.raises(TorchgrowError, match="has no choice of shortcuts; leave --shortcut out"):
+        with_shortcut(recipe, "A")
+    with pytest.raises(TorchgrowError, match="got 'C'"):
+        with_shortcut(get("digits"), "C")
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(160, [80, 120]), (20, [10, 15]), (2, [1, 2])])
+def test_milestones_become_epochs(epochs, expected):
+    assert replace(get("digits"), epochs=epochs).milestones_in_epochs() == expected

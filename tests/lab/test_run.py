@@ -1,0 +1,372 @@
+"""A run: what it writes, how it stops, and what it refuses."""
+
+import io
+import json
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import torchgrow
+from torchgrow import TorchgrowError
+from torchgrow.lab import data, run, train
+from torchgrow.lab.display import Display, short
+from torchgrow.lab.models import ResNet
+from torchgrow.lab.recipes import get
+from torchgrow.lab.run import RunFolder, default_out, environment, table, uniform_width
+from torchgrow.lab.train import Epoch
+
+BUILD = partial(ResNet, depth=8, widths=(4, 8, 16), in_channels=1)
+TINY = replace(get("digits"), build=BUILD, epochs=4, subset=128, batch_size=32)
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run with twins that several tests look at: (run folder, what the console showed)."""
+    console = Console(record=True, width=80, file=io.StringIO())
+    out = run.run(TINY, console=console, out=tmp_path_factory.mktemp("runs") / "tiny")
+    return out, console.export_text()
+
+
+def test_the_folder_is_whole(finished):
+    folder, _ = finished
+    names = {path.name for path in folder.iterdir()}
+    pictures = {"cost.png", "accuracy.png", "widths.png"}
+    records = {"config.json", "environment.json", "frame.json", "metrics.jsonl", "results.json", "network"}
+    assert names == pictures | records
+    assert not folder.with_name("tiny.partial").exists()
+    for picture in pictures:
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_have_one_line_per_epoch_and_network(finished):
+    records = lines(finished[0])
+    assert [(r["network"], r["epoch"]) for r in records] == [
+        (network, epoch) for network in ("grown", "dense", "uniform") for epoch in (1, 2, 3, 4)
+    ]
+    for record in records:
+        assert math.isfinite(record["loss"])
+        assert 0 <= record["accuracy"] <= 100
+    assert [r["lr"] for r in records[:4]] == pytest.approx([0.1, 0.1, 0.01, 0.001])
+
+
+def test_training_flops_are_three_forwards_of_every_image(finished):
+    so_far = {"grown": 0, "dense": 0, "uniform": 0}
+    for record in lines(finished[0]):
+        so_far[record["network"]] += 3 * record["flops"] * 128
+        assert record["training_flops"] == so_far[record["network"]]
+
+
+def test_the_grown_network_is_recorded_in_full(finished):
+    folder, _ = finished
+    frame = json.loads((folder / "frame.json").read_text())
+    grown = [r for r in lines(folder) if r["network"] == "grown"]
+    for record in grown:
+        assert record["widths"].keys() == frame["widths"].keys()
+        assert all(0 <= record["widths"][group] <= full for group, full in frame["widths"].items())
+        assert isinstance(record["pressure"], float)
+        assert record["temperature"]
+    assert grown[0]["params"] < grown[-1]["params"] <= frame["limits"]["params"]
+    assert sum(r["born"] for r in grown) > 0
+
+
+def test_results_are_of_the_networks_as_delivered(finished):
+    folder, _ = finished
+    results = json.loads((folder / "results.json").read_text())
+    frame = json.loads((folder / "frame.json").read_text())
+    assert list(results) == ["dense", "uniform", "grown"]
+    assert results["dense"]["params"] == frame["params"]
+    assert results["grown"]["params"] <= frame["limits"]["params"]
+    assert results["uniform"]["params"] <= results["grown"]["params"]
+    assert results["grown"]["training_flops"] < results["dense"]["training_flops"]
+
+
+def test_the_saved_network_loads_and_is_the_one_measured(finished):
+    folder, _ = finished
+    model = torchgrow.load(folder / "network", BUILD)
+    digits = data.load("digits")
+    grown = json.loads((folder / "results.json").read_text())["grown"]
+    assert train.evaluate(model, digits)[0] == grown["accuracy"]
+    assert sum(p.numel() for p in model.parameters()) == grown["params"]
+
+
+def test_config_and_environment(finished):
+    folder, _ = finished
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["epochs"], config["subset"], config["model"]) == (4, 128, "ResNet")
+    found = json.loads((folder / "environment.json").read_text())
+    assert found["torch"] == torch.__version__.partition("+")[0]
+    assert found["threads"] == torch.get_num_threads()
+    assert {"python", "cpu", "cores", "commit", "torchgrow"} <= found.keys()
+
+
+def test_what_a_plain_console_shows(finished):
+    folder, shown = finished
+    assert "grown   epoch   1/4" in shown
+    assert "dense twin" in shown
+    assert "(100%)" in shown
+    assert str(folder / "widths.png") in shown.replace("\n", "")
+    assert max(len(line) for line in shown.splitlines() if "twin" in line) <= 80
+
+
+def test_without_twins(tmp_path):
+    out = run.run(replace(TINY, epochs=2), console=quiet(), out=tmp_path / "alone", twins=False)
+    assert list(json.loads((out / "results.json").read_text())) == ["grown"]
+    assert (out / "accuracy.png").exists()
+
+
+def test_the_paper_preset_runs(tmp_path):
+    out = run.run(replace(TINY, preset="paper"), console=quiet(), out=tmp_path / "paper", twins=False)
+    frame = json.loads((out / "frame.json").read_text())
+    assert json.loads((out / "results.json").read_text())["grown"]["params"] <= frame["limits"]["params"]
+
+
+# --- folders
+
+
+def test_an_existing_run_folder_is_not_overwritten(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text("kept")
+    with pytest.raises(TorchgrowError, match="exists already and is not overwritten; choose another --out"):
+        run.run(TINY, console=quiet(), out=tmp_path / "out")
+    assert (tmp_path / "out" / "results.json").read_text() == "kept"
+
+
+def test_what_a_stopped_run_left_is_not_overwritten(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    with pytest.raises(TorchgrowError, match=r"out\.partial is what an earlier run left .* choose another --out"):
+        RunFolder(tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(TorchgrowError, match="cannot be made: .*; choose another --out"):
+        RunFolder(tmp_path / "file" / "out")
+
+
+def test_default_out_takes_the_first_free_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = []
+    for _ in range(2):
+        names.append(default_out("digits").name)
+        default_out("digits").mkdir(parents=True)
+    (tmp_path / "runs" / "digits-3.partial").mkdir()
+    assert [*names, default_out("digits").name] == ["digits", "digits-2", "digits-4"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), TorchgrowError("the reason")])
+def test_a_stopped_run_stays_readable_and_partial(tmp_path, monkeypatch, error):
+    whole = run.RunFolder.append
+
+    def stop_after_two(folder, record):
+        whole(folder, record)
+        if record.epoch == 2:
+            raise error
+
+    monkeypatch.setattr(run.RunFolder, "append", stop_after_two)
+    with pytest.raises(type(error)):
+        run.run(TINY, console=quiet(), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    left = tmp_path / "out.partial"
+    assert [record["epoch"] for record in lines(left)] == [1, 2]
+    assert (left / "stopped.txt").read_text().startswith(type(error).__name__)
+    assert json.loads((left / "config.json").read_text())["name"] == "digits"
+
+
+def test_bad_data_leaves_no_folder(tmp_path):
+    recipe = replace(get("resnet20-cifar10"), epochs=2)
+    with pytest.raises(TorchgrowError, match="no CIFAR-10 in"):
+        run.run(recipe, console=quiet(), out=tmp_path / "out", folder=tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cifar_from_files(tmp_path, cifar_folder):
+    recipe = replace(
+        get("resnet20-cifar10"), build=partial(ResNet, depth=8, widths=(4, 8, 16)), epochs=2, batch_size=16
+    )
+    out = run.run(recipe, console=quiet(), out=tmp_path / "out", folder=cifar_folder)
+    assert len(lines(out)) == 6
+
+
+# --- training
+
+
+def test_nan_loss_stops_with_where_and_why(tmp_path):
+    with pytest.raises(TorchgrowError, match=r"grown, epoch \d+, step \d+ of 4: the loss is (nan|inf)"):
+        run.run(replace(TINY, lr=1e30), console=quiet(), out=tmp_path / "out")
+    assert (tmp_path / "out.partial" / "stopped.txt").exists()
+
+
+class Spy(nn.Module):
+    """A linear network that notes in which mode it is called."""
+
+    def __init__(self, notes):
+        super().__init__()
+        self.fc = nn.Linear(64, 10)
+        self.notes = notes
+
+    def forward(self, x):
+        self.notes.append("train" if self.training else "evaluate")
+        return self.fc(x.flatten(1))
+
+
+def test_evaluation_comes_before_the_update():
+    notes = []
+    model = Spy(notes)
+
+    class Grower:
+        def cost(self):
+            return torchgrow.measure(nn.Linear(64, 10), torch.zeros(2, 64))
+
+        def widths(self):
+            return {}
+
+        def update(self):
+            notes.append("update")
+            return Epoch(**dict.fromkeys(Epoch.__dataclass_fields__, 0))
+
+    digits = data.load("digits", subset=64)
+    recipe = replace(TINY, epochs=2, batch_size=64)
+    epochs = train.fit("x", model, train.make_optimizer(model, recipe), digits, recipe, grower=Grower())
+    assert len(list(epochs)) == 2
+    assert notes == ["train", "evaluate", "update"] * 2
+
+
+def test_seconds_leave_evaluation_out(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    real = train.evaluate
+
+    def slow(model, images):
+        clock[0] += 1000
+        return real(model, images)
+
+    monkeypatch.setattr(train, "evaluate", slow)
+    digits = data.load("digits", subset=64)
+    model = Spy([])
+    epochs = list(train.fit("x", model, train.make_optimizer(model, TINY), digits, TINY))
+    assert [epoch.seconds for epoch in epochs] == [0.0] * 4
+
+
+def test_dense_runs_repeat_exactly():
+    digits = data.load("digits", subset=64)
+
+    def losses():
+        torch.manual_seed(0)
+        model = BUILD()
+        return [epoch.loss for epoch in train.fit("x", model, train.make_optimizer(model, TINY), digits, TINY)]
+
+    assert losses() == losses()
+
+
+# --- the uniform twin
+
+
+@pytest.mark.parametrize("share", [0.05, 0.36, 0.9])
+def test_uniform_twin_is_the_widest_that_fits(share):
+    def count(width):
+        return sum(p.numel() for p in BUILD(width).parameters())
+
+    limit = int(count(1.0) * share)
+    width = uniform_width(BUILD, limit)
+    assert count(width) <= limit
+    assert count(width + 1e-6) > limit
+
+
+def test_uniform_twin_at_the_ends():
+    assert uniform_width(BUILD, 10**9) == 1.0
+    smallest = BUILD(uniform_width(BUILD, 1))
+    assert smallest.conv1.out_channels == 1
+
+
+def test_uniform_twin_draws_no_random_numbers():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    uniform_width(BUILD, 1000)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# --- the environment and the display
+
+
+def test_environment_outside_git(monkeypatch):
+    def no_git(*arguments, **keywords):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(run.subprocess, "run", no_git)
+    assert environment()["commit"] is None
+
+
+def test_commit_of_a_foreign_repository_is_not_ours(monkeypatch):
+    class Done:
+        stdout = "/somewhere/else\n"
+
+    monkeypatch.setattr(run.subprocess, "run", lambda *arguments, **keywords: Done())
+    assert environment()["commit"] is None
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0"), (987, "987"), (37_912, "37.9k"), (1.5e6, "1.5M"), (2e15, "2P")])
+def test_short_numbers(number, text):
+    assert short(number) == text
+
+
+def shown(display, width=100):
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(display._render())
+    return console.export_text()
+
+
+def epoch_of(**fields):
+    plain = {"network": "grown", "epoch": 4, "loss": 0.3, "test_loss": 0.2, "accuracy": 97.5, "params": 30_000}
+    plain |= {"flops": 900_000, "training_flops": 10**9, "seconds": 3.0, "lr": 0.1}
+    return Epoch(**{**plain, **fields})
+
+
+def test_the_live_panel_shows_progress_size_and_widths(finished):
+    display = Display(Console(force_terminal=True, file=io.StringIO()))
+    assert shown(display).strip() == ""
+    cost = torchgrow.measure(BUILD(), torch.randn(2, 1, 8, 8))
+    full = {"conv1": 4, "layer3.0.conv1": 16}
+    limits = {"params": 60_000, "flops": None}
+    display.start("grown", epochs=30, frame=replace(cost, params=100_000), limits=limits, full=full)
+    assert "epoch 1/30" in shown(display)
+    display.epoch(epoch_of(widths={"conv1": 3, "layer3.0.conv1": 7}))
+    display.step(2, 4)
+    text = shown(display)
+    assert "epoch 5/30" in text
+    assert "accuracy 97.50 %" in text
+    assert "30k of 60k budget" in text
+    assert "30.0 % of dense" in text
+    assert "3/4" in text
+    assert "7/16" in text
+
+
+def test_the_live_panel_stays_short(finished):
+    display = Display(Console(force_terminal=True, file=io.StringIO()))
+    full = {f"layer{i}": 8 for i in range(50)}
+    cost = torchgrow.measure(BUILD(), torch.randn(2, 1, 8, 8))
+    display.start("grown", epochs=30, frame=cost, limits={}, full=full)
+    display.epoch(epoch_of(widths=full))
+    assert "and 26 more groups" in shown(display)
+    assert len(shown(display).splitlines()) < 30
+
+
+def test_the_table_without_a_dense_twin_has_no_shares():
+    result = run.Result(accuracy=98.0, params=1000, flops=2000, training_flops=10**6, seconds=1.5)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table({"grown": result}))
+    text = console.export_text()
+    assert "98.00 %" in text
+    assert "(" not in text

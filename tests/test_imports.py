@@ -1,0 +1,143 @@
+"""Who may import whom: the rooms of the core in one order, the lab and the command line by public names only."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import torchgrow
+
+ROOT = Path(torchgrow.__file__).parent
+
+# Each room may import only rooms named before it.
+ORDER = [
+    "errors",
+    "space",
+    "labels",
+    "rules",
+    "replay",
+    "surgery",
+    "cost",
+    "proof",
+    "budget",
+    "indicators",
+    "optimizers",
+    "fold",
+    "guard",
+    "grower",
+    "persist",
+    "__init__",
+]
+LAB_ORDER = ["__init__", "models", "data", "recipes", "train", "display", "report", "run"]
+OUTSIDE = {"__main__", "cli"}
+CORE_NEEDS = {"torch", "safetensors", "torchgrow"}
+
+
+def imports(source: str) -> Iterator[tuple[str, str | None]]:
+    """(module, name) of every import in a source, wherever it stands; name is None for a plain ``import``.
+
+    Relative imports are taken as from a file directly in the package, as all of the core's are.
+    """
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level <= 1, "no file lies that deep"
+            module = ".".join(filter(None, ["torchgrow" if node.level else "", node.module]))
+            yield from ((module, alias.name) for alias in node.names)
+
+
+def wrong_in_core(room: str, source: str) -> list[str]:
+    """Imports that a room of the core may not have."""
+    above = ORDER[: ORDER.index(room)]
+    wrong = []
+    for module, name in imports(source):
+        package, _, rest = module.partition(".")
+        if package == "torchgrow":
+            target = rest or name
+            if target not in above:
+                wrong.append(f"{room} imports {target}")
+        elif package not in CORE_NEEDS and package not in sys.stdlib_module_names:
+            wrong.append(f"{room} imports {module}")
+    return wrong
+
+
+def wrong_outside(source: str) -> list[str]:
+    """Names of the core that code beside it uses though they are not public."""
+    wrong = []
+    for module, name in imports(source):
+        if module == "torchgrow" and name not in {None, *torchgrow.__all__, "lab"}:
+            wrong.append(str(name))
+        elif module.startswith("torchgrow.") and not module.startswith(("torchgrow.lab", "torchgrow.cli")):
+            wrong.append(module)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torchgrow":
+            if node.attr not in {*torchgrow.__all__, "__file__"}:
+                wrong.append(node.attr)
+    return wrong
+
+
+def test_every_core_file_has_its_place_in_the_order():
+    assert {path.stem for path in ROOT.glob("*.py")} - OUTSIDE <= set(ORDER)
+
+
+@pytest.mark.parametrize("path", [p for p in ROOT.glob("*.py") if p.stem not in OUTSIDE], ids=lambda p: p.stem)
+def test_core_imports_only_what_stands_above(path):
+    assert wrong_in_core(path.stem, path.read_text()) == []
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("lab/*.py"), *(ROOT / f"{s}.py" for s in OUTSIDE)], ids=lambda p: p.stem)
+def test_lab_and_command_line_use_public_names(path):
+    assert wrong_outside(path.read_text()) == []
+
+
+@pytest.mark.parametrize("path", list(ROOT.glob("lab/*.py")), ids=lambda p: p.stem)
+def test_lab_has_an_order_too(path):
+    used = set()
+    for module, name in imports(path.read_text()):
+        if module.startswith("torchgrow.lab"):
+            used.add(module.split(".")[2] if module.count(".") > 1 else name)
+    assert used <= set(LAB_ORDER[: LAB_ORDER.index(path.stem)])
+
+
+def test_the_rules_see_violations():
+    assert wrong_in_core("space", "from torchgrow.grower import Grower") == ["space imports grower"]
+    assert wrong_in_core("space", "from .grower import Grower\nfrom . import fold") == [
+        "space imports grower",
+        "space imports fold",
+    ]
+    assert wrong_in_core("space", "def f():\n    import torchvision") == ["space imports torchvision"]
+    assert wrong_in_core("grower", "import math, torch\nfrom torchgrow.space import Space") == []
+    assert wrong_outside("from torchgrow.space import Space") == ["torchgrow.space"]
+    assert wrong_outside("import torchgrow\ntorchgrow.no_such_thing()") == ["no_such_thing"]
+    assert wrong_outside("from torchgrow import Grower\nfrom torchgrow.lab import data") == []
+
+
+def test_public_names_exist():
+    assert [name for name in torchgrow.__all__ if not hasattr(torchgrow, name)] == []
+
+
+# None in sys.modules is how Python says that a module cannot be had, whoever asks.
+BLOCK = """
+import sys
+sys.modules.update(dict.fromkeys(["torchvision", "typer", "rich", "sklearn", "matplotlib", "pyarrow", "PIL"]))
+"""
+
+
+def run_blocked(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", BLOCK + code], capture_output=True, text=True, timeout=120)
+
+
+def test_core_imports_without_the_lab():
+    done = run_blocked("import torchgrow; torchgrow.Grower")
+    assert done.returncode == 0, done.stderr
+
+
+def test_command_line_without_the_lab_says_what_to_install():
+    done = run_blocked("from torchgrow.__main__ import main; main()")
+    assert done.returncode == 1
+    assert "pip install 'torchgrow[lab]'" in done.stderr
+    assert "Traceback" not in done.stderr
