@@ -75,8 +75,7 @@ def wrong_outside(source: str) -> list[str]:
             wrong.append(module)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torchgrow":
-            if node.attr not in {*torchgrow.__all__, "__file__"}:
-                wrong.append(node.attr)
+            wrong += {node.attr} - {*torchgrow.__all__, "__file__"}
     return wrong
 
 

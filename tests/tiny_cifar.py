@@ -4,6 +4,7 @@ import io
 import pickle
 import struct
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +37,7 @@ class Python2Pickler(pickle._Pickler):
         self.write(pickle.BINSTRING + struct.pack("<i", len(raw)) + raw)
         self.memoize(value)
 
-    dispatch = {**pickle._Pickler.dispatch, bytes: save_string, str: save_string}
+    dispatch: ClassVar = {**pickle._Pickler.dispatch, bytes: save_string, str: save_string}
 
 
 def write_batches(folder: Path) -> dict[str, np.ndarray]:

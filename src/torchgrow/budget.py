@@ -142,11 +142,12 @@ def _fits(costs: CostModel, keep: Tensor, allowed: Tensor) -> bool:
     return bool((costs.both(costs.live(keep)) <= allowed).all())
 
 
-def fit(space: Space, costs: CostModel, keep: Tensor, score: Tensor, limits: Limits) -> Tensor:
+def fit(space: Space, costs: CostModel, keep: Tensor, score: Tensor, limits: Limits, steps: Tensor) -> Tensor:
     """The structure nearest to `keep` that uses the budget: never above it, and no removable unit fits any more.
 
-    Drops units in order of rising score until the cost is within the limits, then adds, in order of falling
-    score, every unit that still fits. One unit of every group stays.
+    Drops units in order of rising score until the cost is within the limits. Then adds, in order of falling
+    score, units that bring their group to the next multiple of its step, and fills what remains with single
+    units of the groups where one costs the fewest FLOPs. One unit of every group stays.
 
     Args:
         space: the space.
@@ -154,6 +155,7 @@ def fit(space: Space, costs: CostModel, keep: Tensor, score: Tensor, limits: Lim
         keep: bool [n], the structure to start from.
         score: float [n]; higher is worth more.
         limits: absolute limits, known to be feasible.
+        steps: int64 [G], the multiple at which each group's width is held; 1 for any width.
     """
     allowed, keep = limits.tensor(), keep.clone()
     order = torch.argsort(score, stable=True).tolist()
@@ -165,16 +167,40 @@ def fit(space: Space, costs: CostModel, keep: Tensor, score: Tensor, limits: Lim
         if keep[unit] and removable[unit] and live[group_of[unit]] > 1:
             keep[unit] = False
             live[group_of[unit]] -= 1
-    absent = [unit for unit in reversed(order) if not keep[unit]]
-    closed: set[int] = set()  # costs only grow, so a group that does not fit once never fits again
-    for unit in absent:
-        group = group_of[unit]
-        if group in closed:
-            continue
-        live[group] += 1
-        if bool((costs.both(live) <= allowed).all()):
-            keep[unit] = True
-        else:
-            live[group] -= 1
-            closed.add(group)
+    absent: dict[int, list[int]] = {}  # by group, best first; groups in the order of their best unit
+    for unit in reversed(order):
+        if not keep[unit]:
+            absent.setdefault(group_of[unit], []).append(unit)
+    best_first = [unit for unit in reversed(order) if not keep[unit]]
+    _add(best_first, group_of, absent, keep, live, costs, allowed, steps.tolist())
+    eye = torch.eye(space.n_groups, dtype=torch.int64)
+    flops = costs.both(live + eye)[:, 1].tolist()
+    cheapest_first = sorted((u for u in best_first if not keep[u]), key=lambda u: flops[group_of[u]])
+    _add(cheapest_first, group_of, absent, keep, live, costs, allowed, [1] * space.n_groups)
     return keep
+
+
+def _add(
+    candidates: list[int],
+    group_of: list[int],
+    absent: dict[int, list[int]],
+    keep: Tensor,
+    live: Tensor,
+    costs: CostModel,
+    allowed: Tensor,
+    steps: list[int],
+) -> None:
+    """Bring the candidates' groups from step to step while that fits; edits `keep`, `live` and `absent` in place."""
+    closed: set[int] = set()  # costs only grow, so a group that does not fit once never fits again
+    for unit in candidates:
+        group = group_of[unit]
+        if group in closed or keep[unit]:
+            continue
+        count = min(steps[group] - int(live[group]) % steps[group], len(absent[group]))
+        live[group] += count
+        if bool((costs.both(live) <= allowed).all()):
+            entering, absent[group] = absent[group][:count], absent[group][count:]
+            keep[entering] = True
+        else:
+            live[group] -= count
+            closed.add(group)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich import box
 from rich.console import Console
@@ -65,7 +64,7 @@ def _clean_exit(console: Console) -> Iterator[None]:
         console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        console.print("stopped; what was measured so far is in the .partial run folder")
+        console.print("stopped")
         raise typer.Exit(130) from None
 
 
@@ -82,14 +81,12 @@ def run(
     preset: Annotated[str | None, typer.Option(help="How to grow: default or paper.")] = None,
     shortcut: Annotated[str | None, typer.Option(help="Shortcuts of a ResNet: A (padding) or B (1x1).")] = None,
     twins: Annotated[bool, typer.Option(help="Train the dense and the uniform twin too.")] = True,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's choice.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the recipe's.")] = None,
 ) -> None:
     """Grow a network by a recipe and compare it with its dense and its uniformly thinned twin."""
     console = Console()
     with _clean_exit(Console(stderr=True)):
-        if threads:
-            torch.set_num_threads(threads)
-        edits: dict[str, Any] = {"subset": subset, "epochs": epochs, "seed": seed, "preset": preset}
+        edits: dict[str, Any] = {"subset": subset, "epochs": epochs, "seed": seed, "preset": preset, "threads": threads}
         edits["budget"] = parse_budget(budget) if budget else None
         chosen = recipes.get(recipe)
         chosen = replace(chosen, **{field: value for field, value in edits.items() if value is not None})

@@ -150,7 +150,7 @@ class Grower:
             else:
                 keep = indicators.draw()
             if number == final:
-                keep = fit(self.space, self._costs, keep, indicators.score(), self.limits)
+                keep = fit(self.space, self._costs, keep, indicators.score(), self.limits, indicators.steps)
             indicators.advance(keep)
             return self._change_to(keep, start, shift)
         except BaseException:
@@ -171,7 +171,7 @@ class Grower:
                 "finish() was called before; the network is final, save it with torchgrow.save(model, folder)"
             )
         start = time.perf_counter()
-        keep = fit(self.space, self._costs, self._bank.keep, self._indicators.score(), self.limits)
+        keep = fit(self.space, self._costs, self._bank.keep, self._indicators.score(), self.limits, self._indicators.steps)
         event = self._change_to(keep, start, shift=0.0, silent=keep & ~self._bank.keep)
         self._folding.remove()
         self._bank.empty()

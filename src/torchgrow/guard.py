@@ -17,7 +17,7 @@ def guard_(model: nn.Module) -> list[str]:
     A growing network reaches widths where PyTorch writes outside its memory: the weight gradient of a
     convolution with kernel 1, a stride > 1, no padding, one group, input sizes that are multiples of the
     stride, channels_last layout and fewer than 8 (AVX2) or 16 (AVX-512) input channels. It shows as `double
-    free or corruption`, as a crash some steps later, or as *wrong weight gradients and nothing else*.
+    free or corruption`, a crash some steps later, an endless wait, or *wrong weight gradients alone*.
 
     Seen with torch 2.13.0 and 2.14.1 (oneDNN 3.12) on AMD: with AVX2 from 8x8 inputs on, in float32; with
     AVX-512 from 48x48 on, in float32 and bfloat16. Channels_last may come from the input
@@ -66,7 +66,8 @@ def crop_thin(conv: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     nhwc = channels_last(x) or weight is None or channels_last(weight) or torch.compiler.is_compiling()
     axis = -2 if conv.stride[0] > 1 else -1
     size, stride = x.shape[axis], conv.stride[axis]
-    if not nhwc or size % stride or not torch.is_grad_enabled() or torch.jit.is_tracing():
+    traced = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if not nhwc or size % stride or traced or not torch.is_grad_enabled():
         return None
     return (narrow(x, axis, 0, size - stride + 1), *args[1:])
 

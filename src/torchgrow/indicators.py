@@ -30,6 +30,9 @@ class Method:
             spread evenly over each group, kept for the whole run.
         lambda_base: lambda^base of Eq 4 (controller "pressure" only).
         ramp: share of the updates in which the planned cost rises from the seed to the budget ("plan" only).
+        align: widths of groups with at least 2 x align units are held at multiples of it (8), or below it, since
+            hardware computes channels in blocks; only the remainder that fills the budget up goes elsewhere.
+            1: any width ("plan" only).
         settle: share of the updates at the end in which the structure no longer changes; at least the last one.
         heat: gamma^T, how often beta is multiplied over the whole run for a unit that is always present (100).
         lr: learning rate of the indicators at the start; it follows the weights' schedule from there (0.1).
@@ -41,6 +44,7 @@ class Method:
     draws: str = "persistent"
     lambda_base: float = 0.5
     ramp: float = 0.1
+    align: int = 8
     settle: float = 0.0
     heat: float = 100.0
     lr: float = 0.1
@@ -55,7 +59,7 @@ class Method:
         ):
             if value not in choices:
                 raise TorchgrowError(f"Method.{name}={value!r} is unknown; use one of {choices}")
-        for name, low, high in (("ramp", 0, 1), ("settle", 0, 1), ("momentum", 0, 1), ("heat", 1, 1e6), ("lr", 0, 1e3)):
+        for name, low, high in (("ramp", 0, 1), ("settle", 0, 1), ("momentum", 0, 1), ("heat", 1, 1e6), ("lr", 0, 1e3), ("align", 1, 4096)):
             if not low <= getattr(self, name) <= high:
                 raise TorchgrowError(f"Method.{name}={getattr(self, name)!r} must lie in [{low}, {high}]")
 
@@ -67,7 +71,7 @@ class Method:
     @classmethod
     def paper(cls) -> Method:
         """Eq 4, 6, 7 and Algorithm 1 to the letter."""
-        return cls(controller="pressure", draws="independent")
+        return cls(controller="pressure", draws="independent", align=1)
 
 
 PRESETS = {"default": Method.default, "paper": Method.paper}
@@ -95,10 +99,13 @@ class Indicators:
         self.gamma = method.heat ** (1 / max(updates, 1))
         self.t = torch.zeros(n, dtype=torch.int64)
         self.velocity = torch.zeros(n, dtype=torch.float64)
-        sizes = torch.bincount(space.group_of, minlength=space.n_groups).double()
-        # one active unit per group: with beta = 1 the expected number is sum sigma(s) = size * 1/size
-        share = (1 / sizes)[space.group_of].clamp(max=0.5)
-        self.s = torch.logit(share) if n else torch.zeros(0, dtype=torch.float64)
+        self.s = torch.zeros(n, dtype=torch.float64)
+        if method.controller == "pressure" and n:
+            # one active unit per group: with beta = 1 the expected number is sum sigma(s) = size * 1/size
+            sizes = torch.bincount(space.group_of, minlength=space.n_groups).double()
+            self.s = torch.logit((1 / sizes)[space.group_of].clamp(max=0.5))
+        sizes = torch.bincount(space.group_of, minlength=space.n_groups)
+        self.steps = torch.where(sizes >= 2 * method.align, method.align, 1)  # int64 [G]
         self.uniform = self._spread()
         self.beta = torch.ones(n, dtype=torch.float64)
         self.gate = self._gate()
@@ -146,7 +153,7 @@ class Indicators:
             uniform = torch.rand(self.space.n_units, generator=self.generator, dtype=torch.float64)
         must = ~self.space.removable
         must = must | self._first_of_empty(must, torch.sigmoid(self.beta * self.s) - uniform)
-        return _Shifted(self.s, self.beta, uniform, must)
+        return _Shifted(self.s, self.beta, uniform, must, self.space, self.steps)
 
     def score(self) -> Tensor:
         """What a unit is worth when the structure must be trimmed or filled: probability minus its own draw."""
@@ -193,12 +200,32 @@ class Indicators:
 
 @dataclass(frozen=True)
 class _Shifted:
-    """shift -> keep vector; monotone in the shift."""
+    """Shift -> keep vector; the number of units in a group never falls when the shift rises."""
 
     s: Tensor
     beta: Tensor
     uniform: Tensor
     must: Tensor
+    space: Space
+    steps: Tensor
 
     def __call__(self, shift: float) -> Tensor:
-        return (self.uniform < torch.sigmoid(self.beta * (self.s + shift))) | self.must
+        margin = torch.sigmoid(self.beta * (self.s + shift)) - self.uniform
+        keep = (margin > 0) | self.must
+        return keep if bool((self.steps == 1).all()) else self._aligned(keep, margin)
+
+    def _aligned(self, keep: Tensor, margin: Tensor) -> Tensor:
+        """Round every group's width down to a multiple of its step, by dropping its least likely units."""
+        group_of, n_groups = self.space.group_of, self.space.n_groups
+        live = torch.bincount(group_of[keep], minlength=n_groups)
+        least = torch.bincount(group_of[self.must], minlength=n_groups)
+        wanted = torch.maximum(torch.where(live < self.steps, live, live - live % self.steps), least)
+        rank = margin + 2.0 * keep + 4.0 * self.must  # what must stay first, then what was drawn, likeliest first
+        order = torch.argsort(rank, descending=True, stable=True)
+        order = order[torch.argsort(group_of[order], stable=True)]  # group by group
+        sizes = torch.bincount(group_of, minlength=n_groups)
+        first = torch.cumsum(sizes, 0) - sizes
+        place = torch.arange(order.numel()) - first[group_of[order]]
+        aligned = torch.zeros_like(keep)
+        aligned[order] = place < wanted[group_of[order]]
+        return aligned

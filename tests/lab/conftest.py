@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from tiny_cifar import images, write_parquet
 
 

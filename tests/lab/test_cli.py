@@ -78,11 +78,9 @@ def test_options_reach_the_recipe(ran, tmp_path):
     assert (keywords["download"], keywords["twins"]) == (True, False)
 
 
-def test_threads(ran, monkeypatch):
-    seen = []
-    monkeypatch.setattr(cli.torch, "set_num_threads", seen.append)
-    assert invoke("run", "--threads", "1").exit_code == 0
-    assert seen == [1]
+def test_threads(ran):
+    assert invoke("run", "--threads", "3").exit_code == 0
+    assert ran[0][0].threads == 3
 
 
 @pytest.mark.parametrize(
@@ -109,14 +107,16 @@ def test_errors_are_one_clean_message(arguments, text, tmp_path, monkeypatch):
     assert "Traceback" not in done.output
 
 
-def test_ctrl_c_says_where_to_look(monkeypatch):
+def test_ctrl_c_says_where_to_look(monkeypatch, tmp_path):
     def interrupted(*arguments, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run_recipe", interrupted)
+    monkeypatch.setattr("torchgrow.lab.run.fit", interrupted)
+    monkeypatch.chdir(tmp_path)
     done = invoke("run")
     assert done.exit_code == 130
-    assert "what was measured so far is in the .partial run folder" in plain(done.output)
+    assert plain(done.output).endswith("What was measured before the stop is in runs/digits.partial stopped")
+    assert (tmp_path / "runs" / "digits.partial" / "config.json").exists()
 
 
 def test_a_whole_run(tmp_path):

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_cifar import images, write_batches, write_parquet
 
+from tiny_cifar import images, write_batches, write_parquet
 from torchgrow import TorchgrowError
 from torchgrow.lab import data
 
@@ -196,7 +196,7 @@ def test_download_that_fails(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10", no_network)
-    with pytest.raises(TorchgrowError, match="could not be downloaded into .*: no network"):
+    with pytest.raises(TorchgrowError, match=r"could not be downloaded into .*: no network"):
         data.load("cifar10", folder=tmp_path / "new", download=True)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from torchgrow import TorchgrowError
-from torchgrow.lab.models import PadShortcut, ResNet, VGG16, WideResNet, scaled
+from torchgrow.lab.models import VGG16, PadShortcut, ResNet, WideResNet, scaled
 
 
 def count(model: nn.Module) -> int:

@@ -30,7 +30,7 @@ def test_config_survives_json(name):
     assert config["model"] == "ResNet"
     assert config["model_arguments"]["widths"]
     assert config["epochs"] == get(name).epochs
-    assert "36%" in config["budget"]
+    assert config["budget"] == str(get(name).budget)
 
 
 def test_config_holds_what_a_variant_changed():
@@ -54,6 +54,7 @@ def test_config_holds_what_a_variant_changed():
         ("subset", 0, "at least 1"),
         ("preset", "papre", "one of default, paper"),
         ("seed", -1, "at least 0"),
+        ("threads", 0, "at least 1"),
     ],
 )
 def test_a_bad_field_is_named(field, value, rule):

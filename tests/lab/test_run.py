@@ -152,7 +152,7 @@ def test_what_a_stopped_run_left_is_not_overwritten(tmp_path):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(TorchgrowError, match="cannot be made: .*; choose another --out"):
+    with pytest.raises(TorchgrowError, match=r"cannot be made: .*; choose another --out"):
         RunFolder(tmp_path / "file" / "out")
 
 

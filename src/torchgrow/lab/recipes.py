@@ -40,6 +40,7 @@ class Recipe:
         subset: training images to use; None means all.
         preset: how the grower grows, one of `PRESETS`.
         seed: of initial weights, batch order, augmentation and growth.
+        threads: CPU threads to train with; None leaves it to PyTorch. Results repeat only at the same number.
 
     Raises:
         TorchgrowError: a field out of range; the message names it.
@@ -62,6 +63,7 @@ class Recipe:
     subset: int | None = None
     preset: str = "default"
     seed: int = 0
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         def need(field: str, fine: bool, rule: str) -> None:
@@ -82,6 +84,7 @@ class Recipe:
         need("subset", self.subset is None or self.subset >= 1, "at least 1 (training images), or None for all")
         need("preset", self.preset in PRESETS, f"one of {', '.join(PRESETS)}")
         need("seed", self.seed >= 0, "at least 0")
+        need("threads", self.threads is None or self.threads >= 1, "at least 1, or None")
 
     def milestones_in_epochs(self) -> list[int]:
         """The epochs after which the learning rate drops; the one place where fractions become epochs."""
@@ -98,21 +101,22 @@ class Recipe:
 
 
 def digits() -> Recipe:
-    """A small residual network for scikit-learn's 8x8 digits, grown to 36 % of its parameters.
+    """A small residual network for scikit-learn's 8x8 digits, grown to a fifth of its parameters.
 
     Command: ``torchgrow run digits`` (or ``./demo``, which installs what it needs first).
-    Hardware: 2 CPU cores, no download.
+    Hardware: one CPU core, no download. With 360 test images, one of them is 0.28 points.
     """
     return Recipe(
         name="digits",
         dataset="digits",
-        build=partial(models.ResNet, depth=14, widths=(16, 32, 64), in_channels=1),
-        budget=Budget(params="36%"),
+        build=partial(models.ResNet, depth=14, widths=(32, 64, 128), in_channels=1),
+        budget=Budget(params="20%"),
         epochs=30,
         batch_size=64,
         lr=0.1,
         weight_decay=5e-4,
         shift=1,  # mirrored digits are other characters
+        threads=1,  # nearly as fast as two on layers this small, and not slowed down by a busy neighbour
     )
 
 

@@ -195,13 +195,20 @@ def run(
     Raises:
         TorchgrowError: bad data, an infeasible budget, an ``out`` that exists, a loss that is not finite.
     """
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
     data = lab_data.load(recipe.dataset, folder=folder, download=download, subset=recipe.subset)
-    with RunFolder(out or default_out(recipe.name)) as run_folder:
-        run_folder.write_json("config.json", recipe.as_json())
-        run_folder.write_json("environment.json", environment())
-        results = _train_all(recipe, data, run_folder, console, twins)
-        run_folder.write_json("results.json", {name: asdict(result) for name, result in results.items()})
-        pictures = report.draw(run_folder.path)
+    run_folder = RunFolder(out or default_out(recipe.name))
+    try:
+        with run_folder:
+            run_folder.write_json("config.json", recipe.as_json())
+            run_folder.write_json("environment.json", environment())
+            results = _train_all(recipe, data, run_folder, console, twins)
+            run_folder.write_json("results.json", {name: asdict(result) for name, result in results.items()})
+            pictures = report.draw(run_folder.path)
+    except (KeyboardInterrupt, TorchgrowError):
+        console.print(f"What was measured before the stop is in {run_folder.path}", soft_wrap=True)
+        raise
     console.print(table(results))
     console.print("Pictures:", *(f"  {run_folder.out / picture}" for picture in pictures), sep="\n", soft_wrap=True)
     console.print(f"Everything about this run: {run_folder.out}", soft_wrap=True)
@@ -212,45 +219,47 @@ def _train_all(
     recipe: Recipe, data: ImageData, run_folder: RunFolder, console: Console, twins: bool
 ) -> dict[str, Result]:
     """Train the networks, the grown one first since the uniform twin takes its size from it."""
-    example = data.normalise(data.train.pixels[:2])
     results = {}
     with Display(console) as display:
-
-        def train(name: str, width: float, grow: bool = False) -> None:
-            torch.manual_seed(recipe.seed)
-            model = recipe.build(width)
-            optimizer = make_optimizer(model, recipe)
-            grower: Grower | None = None
-            limits: dict[str, int | None] = {}
-            full: dict[str, int] = {}
-            frame = measure(model, example)
-            if grow:
-                grower = Grower(
-                    model,
-                    optimizer,
-                    example_inputs=example,
-                    budget=recipe.budget,
-                    updates=recipe.epochs,
-                    preset=recipe.preset,
-                    seed=recipe.seed,
-                )
-                limits, full = asdict(grower.limits), grower.full_widths()
-                shape = {**asdict(frame), "limits": limits, "widths": full}
-                run_folder.write_json("frame.json", shape)
-            display.start(name, epochs=recipe.epochs, frame=frame, limits=limits, full=full)
-            for epoch in fit(name, model, optimizer, data, recipe, grower=grower, on_step=display.step):
-                run_folder.append(epoch)
-                display.epoch(epoch)
-            results[name] = _result(model, data, epoch)
-            display.say(f"{NETWORKS[name]}: {results[name].accuracy:.2f} % in {results[name].seconds:.1f} s")
-            if grow:
-                torchgrow.save(model, run_folder.path / "network")
-
-        train("grown", 1.0, grow=True)
+        results["grown"] = _train("grown", 1.0, recipe, data, run_folder, display)
         if twins:
-            train("dense", 1.0)
-            train("uniform", uniform_width(recipe.build, results["grown"].params))
+            results["dense"] = _train("dense", 1.0, recipe, data, run_folder, display)
+            width = uniform_width(recipe.build, results["grown"].params)
+            results["uniform"] = _train("uniform", width, recipe, data, run_folder, display)
     return {name: results[name] for name in NETWORKS if name in results}
+
+
+def _train(name: str, width: float, recipe: Recipe, data: ImageData, run_folder: RunFolder, display: Display) -> Result:
+    """Train one network from the recipe's seed; the one named "grown" grows and is saved."""
+    example = data.normalise(data.train.pixels[:2])
+    frame = measure(recipe.build(1.0), example)
+    torch.manual_seed(recipe.seed)
+    model = recipe.build(width)
+    optimizer = make_optimizer(model, recipe)
+    grower: Grower | None = None
+    limits: dict[str, int | None] = {}
+    full: dict[str, int] = {}
+    if name == "grown":
+        grower = Grower(
+            model,
+            optimizer,
+            example_inputs=example,
+            budget=recipe.budget,
+            updates=recipe.epochs,
+            preset=recipe.preset,
+            seed=recipe.seed,
+        )
+        limits, full = asdict(grower.limits), grower.full_widths()
+        run_folder.write_json("frame.json", {**asdict(frame), "limits": limits, "widths": full})
+    display.start(name, epochs=recipe.epochs, frame=frame, limits=limits, full=full)
+    for epoch in fit(name, model, optimizer, data, recipe, grower=grower, on_step=display.step):
+        run_folder.append(epoch)
+        display.epoch(epoch)
+    result = _result(model, data, epoch)
+    display.say(f"{NETWORKS[name]}: {result.accuracy:.2f} % in {result.seconds:.1f} s of training")
+    if grower:
+        torchgrow.save(model, run_folder.path / "network")
+    return result
 
 
 def _result(model: nn.Module, data: ImageData, last: Epoch) -> Result:

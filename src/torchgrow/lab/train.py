@@ -95,11 +95,12 @@ def fit(
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, recipe.milestones_in_epochs(), gamma=recipe.lr_factor)
-    twin_cost = None if grower else measure(model, data.normalise(data.train.pixels[:2]))
+    cost = grower.cost() if grower else measure(model, data.normalise(data.train.pixels[:2]))
     images = train_steps(len(data.train), recipe.batch_size) * min(recipe.batch_size, len(data.train))
     seconds, training_flops = 0.0, 0
     for epoch in range(1, recipe.epochs + 1):
-        cost = grower.cost() if grower else twin_cost
+        if grower:
+            cost = grower.cost()
         widths = grower.widths() if grower else {}
         lr = optimizer.param_groups[0]["lr"]
         start = time.perf_counter()
