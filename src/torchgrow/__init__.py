@@ -4,7 +4,7 @@ One training run starts from a tiny seed inside your own model and grows and pru
 a parameter or FLOPs budget; what comes out is a plain, small, dense module.
 """
 
-from .budget import Budget
+from .budget import Budget, Limits
 from .cost import Cost
 from .errors import (
     BudgetError,
@@ -32,6 +32,7 @@ __all__ = [
     "Event",
     "Frozen",
     "Grower",
+    "Limits",
     "Method",
     "OptimizerError",
     "Report",

@@ -35,7 +35,7 @@ class Fold:
     ) -> None:
         self.n = space.n_units
         self.names: list[str] = []
-        self.parameters: list[nn.Parameter] = []
+        self.parameters: list[Tensor] = []
         self.raw: list[Tensor] = []
         self._axes: list[list[int]] = []
         units: list[Tensor] = []
@@ -54,7 +54,6 @@ class Fold:
         device = self.parameters[0].device if self.parameters else torch.device("cpu")
         self._units = (torch.cat(units) if units else torch.zeros(0, dtype=torch.int64)).to(device)
         self._lengths = [vector.numel() for vector in units]
-        self._versions: list[int] = []
 
     def factors(self, gate: Tensor) -> list[Tensor]:
         """What every gated parameter is multiplied by, broadcastable to it; `gate`: float64 [n]."""
@@ -72,12 +71,12 @@ class Fold:
             factors.append(factor)
         return factors
 
-    def folded(self, gate: Tensor) -> dict[str, Tensor]:
+    def folded(self, factors: list[Tensor]) -> dict[str, Tensor]:
         """Folded contents of every gated parameter, as new tensors."""
-        return {name: raw * factor for name, raw, factor in zip(self.names, self.raw, self.factors(gate), strict=True)}
+        return {name: raw * factor for name, raw, factor in zip(self.names, self.raw, factors, strict=True)}
 
     def gate_gradient(self, gradients: list[Tensor | None]) -> Tensor:
-        """m dL/dm for every unit, float64 [n], from the gradients of the folded parameters."""
+        """The product m dL/dm for every unit, float64 [n], from the gradients of the folded parameters."""
         products = []
         for parameter, gradient, axes in zip(self.parameters, gradients, self._axes, strict=True):
             product = torch.zeros_like(parameter) if gradient is None else gradient * parameter
@@ -89,19 +88,21 @@ class Fold:
             total.index_add_(0, self._units, torch.cat(products).double())
         return total[: self.n].cpu()
 
-    def seal(self) -> None:
-        """Remember the folded contents' versions, to notice changes made by others."""
-        self._versions = [parameter._version for parameter in self.parameters]
-
     def adopt_edits(self, factors: list[Tensor]) -> None:
-        """Take over contents that somebody else wrote into gated parameters since `seal` (a loaded state, say)."""
-        for parameter, raw, factor, version in zip(self.parameters, self.raw, factors, self._versions, strict=True):
-            if parameter._version != version:
-                raw.copy_(parameter / factor)
+        """Take over what somebody else wrote into gated parameters since they were folded (a loaded state, say).
+
+        Contents are compared, since an edit through `.data` leaves no other trace. `factors` are those they were
+        folded with.
+        """
+        for parameter, raw, factor in zip(self.parameters, self.raw, factors, strict=True):
+            raw.copy_(torch.where(parameter == raw * factor, raw, parameter / factor))
 
 
 class Folding:
     """Unfold, step, refold: hooks on the user's optimizer.
+
+    Between steps `.grad` is the gradient of what the model holds, dL/dw~; the optimizer sees m dL/dw~ = dL/dw.
+    Whatever the user does to gradients before the step (clipping, say) is therefore done to dL/dw~.
 
     Args:
         optimizer: the user's optimizer; its own loop is not changed.
@@ -116,16 +117,16 @@ class Folding:
         self.fold: Fold | None = None
         self._factors: list[Tensor] = []
         self._unfolded = False
-        self._gradient: Tensor | None = None
+        self._gradient: Tensor | None = None  # m dL/dm of the step under way; None if the step changes nothing
+        self._lent: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, its own gradient, the optimizer's
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
 
-    def install(self, fold: Fold, gate: Tensor) -> None:
-        """Take over a new structure whose parameters already hold folded contents."""
-        self.fold, self._factors = fold, fold.factors(gate)
-        fold.seal()
+    def install(self, fold: Fold, factors: list[Tensor]) -> None:
+        """Take over a new structure whose parameters already hold contents folded with `factors`."""
+        self.fold, self._factors = fold, factors
 
     def remove(self) -> None:
         """Take the hooks off; the model keeps its folded weights."""
@@ -139,12 +140,11 @@ class Folding:
         Raises:
             TrainingError: the last optimizer step did not finish.
         """
+        self._recover()
         if self.fold is None:
             return {}
-        self._recover()
         with torch.no_grad():
             self.fold.adopt_edits(self._factors)
-            self.fold.seal()
         return dict(zip(self.fold.names, self.fold.raw, strict=True))
 
     def _recover(self) -> None:
@@ -176,9 +176,7 @@ class Folding:
     @torch.no_grad()
     def _unfold(self) -> None:
         fold = self.fold
-        if fold is None or not fold.parameters:
-            self._gradient = None
-            self._unfolded = True
+        if fold is None:
             return
         gradients = [parameter.grad for parameter in fold.parameters]
         gradient = fold.gate_gradient(gradients)
@@ -196,32 +194,33 @@ class Folding:
             )
         self._gradient = None if overflow is not None and bool(overflow) else gradient
         fold.adopt_edits(self._factors)
+        present = [
+            (p, g, f) for p, g, f in zip(fold.parameters, gradients, self._factors, strict=True) if g is not None
+        ]
+        products = torch._foreach_mul([g for _, g, _ in present], [f for _, _, f in present]) if present else ()
+        self._lent = [(p, g, product) for (p, g, _), product in zip(present, products, strict=True)]
         self._unfolded = True
-        present = [(g, f) for g, f in zip(gradients, self._factors, strict=True) if g is not None]
-        if present:
-            torch._foreach_mul_([g for g, _ in present], [f for _, f in present])
+        for parameter, _, product in self._lent:
+            parameter.grad = product
         torch._foreach_copy_(fold.parameters, fold.raw)
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Post-step hook: the indicators move, the weights are folded with the new gates."""
-        if not self._unfolded:  # a closure that was never called
+        if self.fold is None or not self._unfolded:  # a closure that was never called
             return
-        fold = self.fold
-        if fold is not None and fold.parameters:
-            torch._foreach_copy_(fold.raw, fold.parameters)
+        torch._foreach_copy_(self.fold.raw, self.fold.parameters)
         if self._gradient is not None:
             self._on_step(self._gradient)
-        self._gradient = None
         self._refold()
 
     @torch.no_grad()
     def _refold(self) -> None:
-        fold = self.fold
-        self._unfolded = False
-        if fold is None or not fold.parameters:
-            return
-        self._factors = fold.factors(self._gate())
-        torch._foreach_copy_(fold.parameters, fold.raw)
-        torch._foreach_mul_(fold.parameters, self._factors)
-        fold.seal()
+        assert self.fold is not None
+        for parameter, gradient, product in self._lent:
+            if parameter.grad is product:  # else somebody has dropped it since
+                parameter.grad = gradient
+        self._factors = self.fold.factors(self._gate())
+        torch._foreach_copy_(self.fold.parameters, self.fold.raw)
+        torch._foreach_mul_(self.fold.parameters, self._factors)
+        self._lent, self._gradient, self._unfolded = [], None, False

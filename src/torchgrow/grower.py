@@ -117,7 +117,11 @@ class Grower:
         self.finished = False
         self.history: list[Event] = []
         self._seed_cost = self._costs.both(self._costs.live(self._indicators.seed_structure()))
-        self._change_to(self._indicators.seed_structure(), time.perf_counter(), shift=0.0)
+        try:
+            self._change_to(self._indicators.seed_structure(), time.perf_counter(), shift=0.0)
+        except BaseException:
+            self._folding.remove()
+            raise
 
     # --- what the user asks for ---
 
@@ -154,7 +158,8 @@ class Grower:
             indicators.advance(keep)
             return self._change_to(keep, start, shift)
         except BaseException:
-            indicators.restore(before)
+            if len(self.history) == number:  # a Ctrl-C held back while swapping in arrives after it is done
+                indicators.restore(before)
             raise
 
     def finish(self) -> Event:
@@ -171,11 +176,13 @@ class Grower:
                 "finish() was called before; the network is final, save it with torchgrow.save(model, folder)"
             )
         start = time.perf_counter()
-        keep = fit(self.space, self._costs, self._bank.keep, self._indicators.score(), self.limits, self._indicators.steps)
-        event = self._change_to(keep, start, shift=0.0, silent=keep & ~self._bank.keep)
-        self._folding.remove()
-        self._bank.empty()
-        self.finished = True
+        old, indicators = self._bank.keep, self._indicators
+        keep = fit(self.space, self._costs, old, indicators.score(), self.limits, indicators.steps)
+        with uninterrupted():
+            event = self._change_to(keep, start, shift=0.0, silent=keep & ~old)
+            self._folding.remove()
+            self._bank.empty()
+            self.finished = True
         return event
 
     def cost(self) -> Cost:
@@ -210,7 +217,8 @@ class Grower:
         if silent is not None:
             _silence(self.space, fresh, keep, silent)
         fold = Fold(self.space, self._parameters, keep, fresh)
-        for name, folded in fold.folded(gate).items():
+        factors = fold.factors(gate)
+        for name, folded in fold.folded(factors).items():
             change.swaps[name].new = folded
         cost = self._costs.cost(keep)
         penalty = 0.0
@@ -231,7 +239,7 @@ class Grower:
         )
         with uninterrupted():
             bank.commit(change)
-            folding.install(fold, gate)
+            folding.install(fold, factors)
             self._penalty, self._ever = penalty, self._ever | keep
             self.history.append(event)
         return event

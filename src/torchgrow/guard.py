@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 THIN = 16
 """Fewest input channels that are safe: oneDNN's channel block, 8 with AVX2 and 16 with AVX-512."""
@@ -77,5 +78,7 @@ def channels_last(tensor: Tensor) -> bool:
     return tensor.stride(-1) >= tensor.stride(-3) * tensor.shape[-3]
 
 
-# Outside the graph: inductor's gradient of a slice with fewer channels than lanes reads past its end.
-narrow = torch.compiler.disable(torch.narrow)
+@_disable_dynamo  # torch.compiler.disable, but importing the compiler (a second and more) only at the first call
+def narrow(x: Tensor, axis: int, start: int, length: int) -> Tensor:
+    """`torch.narrow` outside the graph: inductor's gradient of it reads past its end if channels are few."""
+    return x.narrow(axis, start, length)

@@ -139,7 +139,7 @@ class Indicators:
         return chosen
 
     def draw(self) -> Tensor:
-        """q ~ Bernoulli(sigma(beta s)) (bool [n]); a group left without any unit gets its likeliest one."""
+        """Q ~ Bernoulli(sigma(beta s)) (bool [n]); a group left without any unit gets its likeliest one."""
         uniform = self.uniform
         if self.method.draws == "independent":
             uniform = torch.rand(self.space.n_units, generator=self.generator, dtype=torch.float64)

@@ -38,30 +38,29 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
             f"{name} also holds {len(foreign)} parameters that are not the model's, e.g. one of shape "
             f"{tuple(foreign[0].shape)}; give those an optimizer of their own"
         )
-    group = next(g for g in optimizer.param_groups if any(p.requires_grad and id(p) in own for p in g["params"]))
-    _probe(optimizer, group, trained[0])
+    _probe(optimizer, next(g for g in optimizer.param_groups if any(p is trained[0] for p in g["params"])), trained)
 
 
-def _probe(optimizer: torch.optim.Optimizer, group: dict[str, object], like: Tensor) -> None:
+def _probe(optimizer: torch.optim.Optimizer, group: dict[str, object], trained: list[Tensor]) -> None:
     """One step of a copy of the optimizer on a 5 x 3 matrix."""
-    name = type(optimizer).__name__
-    matrix = nn.Parameter(torch.zeros(5, 3, dtype=like.dtype, device=like.device))
+    name, kind = type(optimizer).__name__, type(optimizer)
+    matrix = nn.Parameter(torch.zeros(5, 3, dtype=trained[0].dtype, device=trained[0].device))
     matrix.grad = torch.ones_like(matrix)
-    probe = object.__new__(type(optimizer))
     settings = {key: copy.copy(value) for key, value in group.items() if key != "params"}
     works = "use SGD, Adam, AdamW or RMSprop, or another optimizer whose state has the shape of its parameters"
+    probe = object.__new__(kind)
+    # Not its hooks, nor the method that a learning rate scheduler sets on it: both would act on the original.
+    own = {key: value for key, value in vars(optimizer).items() if "hook" not in key and not hasattr(kind, key)}
+    probe.__dict__.update(own)
     try:
-        probe.__dict__.update({key: value for key, value in vars(optimizer).items() if "hook" not in key})
         probe.__setstate__(
             {
-                "state": defaultdict(dict),
+                "state": defaultdict(dict, {matrix: _first_slots(optimizer, trained, matrix)}),
                 "param_groups": [{**settings, "params": [matrix]}],
                 "defaults": optimizer.defaults,
             }
         )
-        if optimizer.state and not optimizer.state.get(like) is None and name == "Adagrad":
-            probe.state[matrix] = {"step": torch.tensor(0.0), "sum": torch.zeros_like(matrix)}
-        probe.step()
+        kind.step(probe)
     except Exception as error:
         raise OptimizerError(
             f"{name} cannot be served: a trial step failed ({type(error).__name__}: {error}); {works}"
@@ -72,3 +71,16 @@ def _probe(optimizer: torch.optim.Optimizer, group: dict[str, object], like: Ten
                 f"{name} cannot be served: it keeps {key!r} of shape {tuple(slot.shape)} for a parameter of shape "
                 f"{tuple(matrix.shape)}, which cannot be re-cut; {works}"
             )
+
+
+def _first_slots(optimizer: torch.optim.Optimizer, trained: list[Tensor], like: Tensor) -> dict[str, object]:
+    """Slots for `like` such as a trained parameter has by now: Adagrad makes its own at construction."""
+    for parameter in trained:
+        if parameter.dim() > 1 and optimizer.state.get(parameter):
+            return {
+                key: torch.zeros_like(like)
+                if isinstance(slot, Tensor) and slot.shape == parameter.shape
+                else copy.deepcopy(slot)
+                for key, slot in optimizer.state[parameter].items()
+            }
+    return {}

@@ -1,0 +1,153 @@
+"""Write docs/results.md from the results files: python benchmarks/tables.py
+
+Nothing in that page is typed by hand; `--check` fails if it is not what the results files give.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "results.md"
+Row = dict[str, Any]
+
+
+def rows(name: str) -> list[Row]:
+    """Lines of a results file; none if it is not there yet."""
+    path = ROOT / "results" / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Mean and, with more than one value, standard deviation."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def grid(header: list[str], body: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def machine(found: list[Row]) -> str:
+    """Where rows were measured."""
+    seen = {
+        f"{e['cpu']}, {e['cores']} cores, {e['threads']} thread(s), torch {e['torch']}"
+        for e in (row["environment"] for row in found)
+    }
+    return "; ".join(sorted(seen))
+
+
+def growth() -> str:
+    """The evidence for growing: accuracy and cost beside the twins, paired by seed."""
+    found = rows("growth-resnet20-cifar10.jsonl")
+    if not found:
+        return "Not measured yet."
+    by_method: dict[str, list[Row]] = defaultdict(list)
+    for row in found:
+        by_method[row["method"]].append(row)
+    dense = {row["seed"]: row for row in by_method["dense"]}
+    body = []
+    for method in ("dense", "uniform", "default", "paper"):
+        group = by_method[method]
+        paired = [row for row in group if row["seed"] in dense]
+        if not group:
+            continue
+        body.append(
+            [
+                method,
+                str(len(group)),
+                spread([row["accuracy"] for row in group]),
+                spread([100 * row["params"] / row["dense_params"] for row in group], 1),
+                spread([100 * row["flops"] / row["dense_flops"] for row in group], 1),
+                spread([row["train_flops"] / dense[row["seed"]]["train_flops"] for row in paired]) if paired else "",
+                spread([row["seconds"] / dense[row["seed"]]["seconds"] for row in paired]) if paired else "",
+            ]
+        )
+    config = found[0]["config"]
+    head = ["method", "n", "test accuracy, %", "parameters, %", "FLOPs, %", "training FLOPs / dense", "seconds / dense"]
+    return (
+        f"ResNet-20 (shortcut B) on {config['subset']:,} CIFAR-10 images, {config['epochs']} epochs, budget "
+        f"{found[0]['budget']}; mean ± standard deviation over seeds; seconds of one thread, methods of one seed one "
+        f"after the other.\n\nCommand: `python benchmarks/growth.py --data FOLDER`. Measured on {machine(found)}.\n\n"
+        + grid(head, body)
+    )
+
+
+def exactness() -> str:
+    """The proof over random subsets, per model."""
+    found = rows("exactness.jsonl")
+    if not found:
+        return "Not measured yet."
+    body = [
+        [
+            row["model"],
+            str(row["subsets"]),
+            f"{row['max_error']:.1e}",
+            f"{row['units']:,}",
+            str(row["groups"]),
+            f"{100 * row['removable_params']:.1f}",
+        ]
+        for row in found
+    ]
+    head = ["model", "random subsets", "largest relative error", "removable units", "groups", "removable parameters, %"]
+    return (
+        "Compact network against the frame with the absent units zeroed, float64, all weights and statistics "
+        f"randomised.\n\nCommand: `python benchmarks/exactness.py`. Measured on {machine(found)}.\n\n" + grid(head, body)
+    )
+
+
+def timings(name: str, command: str, what: str) -> str:
+    """Ratios measured side by side; every row holds `case`, `ratio` (median), `low`, `high` and `repeats`."""
+    found = rows(name)
+    if not found:
+        return "Not measured yet."
+    body = [
+        [row["case"], f"{row['ratio']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}", str(row["repeats"])]
+        for row in found
+    ]
+    return f"{what}\n\nCommand: `{command}`. Measured on {machine(found)}.\n\n" + grid(
+        ["case", "median ratio", "interval", "repeats"], body
+    )
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [
+        "# Results\n\nMade from the files in `results/` by `python benchmarks/tables.py`; nothing here is typed by hand.",
+        "## Growing against its twins\n\n" + growth(),
+        "## Exactness\n\n" + exactness(),
+        "## Cost of a training step\n\n"
+        + timings(
+            "step-overhead.jsonl",
+            "python benchmarks/step_overhead.py",
+            "One training step of a live network, hooks included, over one of the same architecture written by hand.",
+        ),
+        "## Cost of an update\n\n"
+        + timings(
+            "update-cost.jsonl",
+            "python benchmarks/update_cost.py",
+            "One update of the structure, over what is named in the case.",
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> int:
+    """Write the page, or check it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="fail if the page is out of date")
+    text = page()
+    if parser.parse_args().check:
+        return 0 if PAGE.exists() and PAGE.read_text() == text else 1
+    PAGE.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""Rules for contractions: convolutions, matrix products and embeddings, which read labels through weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from .labels import Layer
+from .rules import Context, aligned, harmonize, on_axis, placed, rule, without_axes
+
+
+def contract(ctx: Context, produced: Layer | None, weight: Layer | None) -> None:
+    """Sum over an axis: tie what enters with the columns that read it; freeze the side that stands alone."""
+    if produced is not None and weight is not None:
+        ctx.unify(produced, weight)
+        ctx.read(produced, weight)
+    elif weight is not None:
+        ctx.freeze(weight, "reads values that cannot be removed")
+    elif produced is not None:
+        ctx.freeze(produced, "is summed over against values that carry no labels")
+
+
+@rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution")
+def convolution(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """Rows of the weight become the output channels; columns read the input channels; groups: see `grouped`."""
+    x, weight, bias = named["input"], named["weight"], named["bias"]
+    groups, transposed, rank = named["groups"], named["transposed"], out.dim()
+    spatial = list(range(2, rank))
+    x_layers = without_axes(ctx, ctx.layers(x), spatial, "convolves over this axis")
+    w_layers = without_axes(ctx, ctx.layers(weight), spatial, "")  # kernel axes: not worth a mention
+    row_axis, column_axis = (1, 0) if transposed else (0, 1)
+    entering, rows, columns = on_axis(x_layers, 1), on_axis(w_layers, row_axis), on_axis(w_layers, column_axis)
+    offset = on_axis(ctx.layers(bias), 0)
+    if transposed and groups > 1:
+        for layer in (entering, rows, columns, offset):
+            if layer is not None:
+                ctx.freeze(layer, "is a grouped transposed convolution, which has no rule yet")
+        rows = None
+    elif groups > 1:
+        grouped(ctx, x, weight, entering, rows, columns, groups)
+    else:
+        contract(ctx, entering, columns)
+    ctx.set_layers(out, [layer for layer in x_layers if layer.axes == (0,)] + [output(ctx, rows, offset, rank, 1)])
+    positions = math.prod((x if transposed else out).shape[2:])
+    kernel = math.prod(weight.shape[2:])
+    ctx.flop(
+        2 * out.shape[0] * positions * kernel, rows or weight.shape[row_axis], columns or weight.shape[column_axis]
+    )
+
+
+def output(ctx: Context, rows: Layer | None, bias: Layer | None, rank: int, axis: int) -> Layer | None:
+    """The layer of a contraction's output, from the weight's rows and the bias."""
+    if rows is None:
+        if bias is not None:
+            ctx.freeze(bias, "is added to values that cannot be removed")
+        return None
+    rows = placed(rows, rank, axis)
+    if bias is None:
+        return rows
+    bias = placed(bias, rank, axis)
+    ctx.unify(rows, bias)
+    return rows.with_silence(rows.silent & bias.silent, rows.sources | bias.sources)
+
+
+def grouped(
+    ctx: Context, x: Tensor, weight: Tensor, entering: Layer | None, rows: Layer | None, columns: Layer | None,
+    groups: int,
+) -> None:  # fmt: skip
+    """Grouped convolution: whole groups are units if there are at least as many as channels in each.
+
+    Otherwise the same slot of every group is one unit.
+    """
+    per_group = weight.shape[1]
+    whole = groups >= per_group
+    if entering is None:
+        if rows is not None and whole:
+            ctx.freeze(rows, "is grouped over values that cannot be removed")
+        if columns is not None:
+            ctx.freeze(columns, "reads values that cannot be removed")
+        return
+    inputs = entering.symbols.reshape(groups, per_group)
+    if whole:
+        ctx.tie(inputs, inputs[:, :1])
+        if rows is not None:
+            ctx.tie(rows.symbols.reshape(groups, -1), inputs[:, :1])
+        else:
+            ctx.freeze(entering, "its groups put out values that cannot be removed")
+        if columns is not None:
+            ctx.freeze(columns, "every group keeps all its inputs: whole groups are the units")
+        ctx.count(weight, "groups", inputs[:, 0])
+        return
+    ctx.tie(inputs, inputs[:1])
+    if rows is not None:
+        slots = rows.symbols.reshape(groups, -1)
+        ctx.tie(slots, slots[:1])
+    if columns is None:
+        ctx.freeze(entering, "is read by columns that cannot be removed")
+    else:
+        ctx.tie(inputs, columns.symbols.reshape(1, per_group))
+        ctx.read(entering, columns)
+
+
+@rule("linear")
+def linear(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """x [..., k] times weight [m, k], plus bias [m]."""
+    x, weight = named["input"], named["weight"]
+    turned = [Layer(layer.packed.t(), layer.sources) for layer in ctx.layers(weight)]
+    product(ctx, x, ctx.layers(x), weight.t(), turned, named["bias"], out)
+
+
+@rule("mm", "bmm", "matmul")
+def matmul(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """A [..., n, k] times B [..., k, m]."""
+    a, b = named["self"], named.get("mat2", named.get("other"))
+    assert isinstance(b, Tensor)
+    product(ctx, a, ctx.layers(a), b, ctx.layers(b), None, out)
+
+
+@rule("addmm", "baddbmm", "addbmm")
+def addmm(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """bias + A times B."""
+    a, b = named.get("mat1", named.get("batch1")), named.get("mat2", named.get("batch2"))
+    assert isinstance(a, Tensor) and isinstance(b, Tensor)
+    product(ctx, a, ctx.layers(a), b, ctx.layers(b), named["self"], out)
+
+
+def product(
+    ctx: Context, a: Tensor, a_layers: list[Layer], b: Tensor, b_layers: list[Layer], bias: Tensor | None, out: Tensor
+) -> None:
+    """out [..., n, m] = a [..., n, k] b [..., k, m] (+ bias [m] or of out's shape)."""
+    rank = out.dim()
+    if a.dim() < 2 or b.dim() < 2 or max(a.dim(), b.dim()) != rank:  # vectors: rare, not worth a case
+        for layer in [*a_layers, *b_layers, *ctx.layers(bias)]:
+            ctx.freeze(layer, "is a product with a vector, which has no rule")
+        ctx.set_layers(out, [])
+        return
+    a_layers, b_layers = aligned(a_layers, rank), aligned(b_layers, rank)
+    several = "sums over one of several labelled axes"
+    a_layers = [x for x in a_layers if x.axes == (rank - 1,)] + without_axes(
+        ctx, [x for x in a_layers if x.axes != (rank - 1,)], [rank - 1], several)  # fmt: skip
+    b_layers = [x for x in b_layers if x.axes == (rank - 2,)] + without_axes(
+        ctx, [x for x in b_layers if x.axes != (rank - 2,)], [rank - 2], several)  # fmt: skip
+    summed_a, summed_b = on_axis(a_layers, rank - 1), on_axis(b_layers, rank - 2)
+    if ctx.depends_on_input(b) and not ctx.depends_on_input(a):
+        contract(ctx, summed_b, summed_a)
+    else:
+        contract(ctx, summed_a, summed_b)
+    left = [x for x in a_layers if rank - 1 not in x.axes]
+    right = [x for x in b_layers if rank - 2 not in x.axes]
+    if rank > 2:
+        harmonize(ctx, [(a, left), (b, right)], range(rank - 2), rank, "multiplies batches with different labels")
+    groups: dict[tuple[int, ...], list[Layer]] = {}
+    for layer in [*left, *right]:
+        groups.setdefault(layer.axes, []).append(layer)
+    result: list[Layer] = []
+    for members in groups.values():
+        for other in members[1:]:
+            ctx.unify(members[0], other)
+        result.append(next((x for x in members if bool(x.silent.all())), members[0]))
+    rows, columns = on_axis(result, rank - 2), on_axis(result, rank - 1)
+    batch: list[Layer | int] = [on_axis(result, k) or out.shape[k] for k in range(rank - 2)]
+    ctx.flop(2, *batch, rows or out.shape[-2], columns or out.shape[-1], summed_a or a.shape[-1])
+    added = aligned(ctx.layers(bias), rank)
+    if bias is not None and (added or result):
+        operands = [(out, result), (bias, added)]
+        harmonize(ctx, operands, range(rank), rank, "adds a bias with different or no labels")
+        for layer in added:
+            mate = next((x for x in result if x.axes == layer.axes), None)
+            if mate is None:
+                continue
+            ctx.unify(mate, layer)
+            result[result.index(mate)] = mate.with_silence(mate.silent & layer.silent, mate.sources | layer.sources)
+        result = [x if any(x.axes == y.axes for y in added) else x.with_silence(False, frozenset()) for x in result]
+    ctx.set_layers(out, result)
+
+
+@rule("embedding")
+def embedding(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """Rows are looked up by the input and stay; columns are features."""
+    layers = without_axes(ctx, ctx.layers(named["weight"]), [0], "looks rows up by index")
+    ctx.set_layers(out, [placed(layer, out.dim(), out.dim() - 1) for layer in layers])

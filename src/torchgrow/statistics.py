@@ -1,0 +1,131 @@
+"""Rules for what takes statistics over an axis: normalisation, softmax, reductions, pooling and resampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .labels import Layer
+from .rules import RULES, Context, first_tensor, on_axis, placed, rule, without_axes
+from .space import Place
+
+
+def affine(ctx: Context, layer: Layer, weight: Tensor | None, bias: Tensor | None, axis: int) -> Layer:
+    """Tie scale and offset [C] of a normalisation to the channels, and let them be what silences these."""
+    rank = layer.packed.dim()
+    if weight is None or bias is None:
+        return layer.with_silence(False, frozenset())
+    sources: frozenset[Place] = frozenset()
+    silent = torch.ones_like(layer.packed, dtype=torch.bool)
+    for vector in (weight, bias):
+        own = on_axis(ctx.layers(vector), 0)
+        if own is None:
+            return layer.with_silence(False, frozenset())
+        ctx.unify(layer, placed(own, rank, axis))
+        sources, silent = sources | own.sources, silent & placed(own, rank, axis).silent
+    return layer.with_silence(silent, sources)
+
+
+@rule(
+    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
+    "_batch_norm_with_update", "_batch_norm_no_update", "batch_norm",
+)  # fmt: skip
+def batch_norm(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """Each channel on its own; scale and offset are the last affine map of the channel."""
+    x, out = named["input"], first_tensor(out)
+    layers = without_axes(ctx, ctx.layers(x), [k for k in range(x.dim()) if k != 1], "takes statistics along this axis")
+    channels = on_axis(layers, 1)
+    names = ("weight", "bias", "running_mean", "running_var")
+    vectors = [named.get(name) for name in names]
+    if channels is None:
+        for vector in vectors:
+            for layer in ctx.layers(vector):
+                ctx.freeze(layer, "normalises values that cannot be removed")
+        ctx.set_layers(out, [])
+        return
+    for vector in vectors[2:]:
+        own = on_axis(ctx.layers(vector), 0)
+        if own is not None:
+            ctx.unify(channels, placed(own, x.dim(), 1))
+    ctx.set_layers(out, [affine(ctx, channels, vectors[0], vectors[1], 1)])
+
+
+@rule("native_group_norm", "group_norm")
+def group_norm(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """Statistics run over a group's channels: whole groups are the units."""
+    x, out = named["input"], first_tensor(out)
+    groups = named.get("group", named.get("num_groups"))
+    weight, bias = named["weight"], named["bias"]
+    layers = without_axes(ctx, ctx.layers(x), [k for k in range(x.dim()) if k != 1], "takes statistics along this axis")
+    channels = on_axis(layers, 1)
+    if channels is None or groups == 1:
+        for layer in [*layers, *ctx.layers(weight), *ctx.layers(bias)]:
+            ctx.freeze(layer, "takes statistics over all channels")
+        ctx.set_layers(out, [])
+        return
+    symbols = channels.symbols.reshape(groups, -1)
+    ctx.tie(symbols, symbols[:, :1])
+    if weight is not None:
+        ctx.count(weight, "num_groups", symbols[:, 0])
+    ctx.set_layers(out, [affine(ctx, channels, weight, bias, 1)])
+
+
+@rule("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
+def layer_norm(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """Statistics run over the last axes: nothing on them can go."""
+    x, out = named["input"], first_tensor(out)
+    reason = "takes statistics over this axis"
+    normalized = range(x.dim() - len(named["normalized_shape"]), x.dim())
+    layers = without_axes(ctx, ctx.layers(x), normalized, reason)
+    for vector in (named.get("weight"), named.get("bias")):
+        for layer in ctx.layers(vector):
+            ctx.freeze(layer, reason)
+    ctx.set_layers(out, [layer.with_silence(False, frozenset()) for layer in layers])
+
+
+@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "logcumsumexp", "cumprod")
+def along_one_axis(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """Mixes values along one axis."""
+    dim = named["dim"] % out.dim()
+    layers = without_axes(ctx, ctx.layers(named["self"]), [dim], "mixes values along this axis")
+    ctx.set_layers(out, [layer.with_silence(False, frozenset()) for layer in layers])
+
+
+@rule("mean", "sum", "amax", "amin", "var", "std", "var_mean", "logsumexp", "prod", "any", "all", "norm")
+def reduction(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """Reduces over some axes, which must carry no labels."""
+    x = named["self"]
+    dims = named.get("dim")
+    dims = list(range(x.dim())) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
+    dims = sorted((dim % x.dim() for dim in dims), reverse=True)
+    layers = without_axes(ctx, ctx.layers(x), dims, "reduces over this axis")
+    if func._overloadpacket.__name__ not in ("mean", "sum", "amax", "amin"):
+        layers = [layer.with_silence(False, frozenset()) for layer in layers]
+    if not named.get("keepdim", False):
+        for dim in dims:
+            layers = [Layer(layer.packed.squeeze(dim), layer.sources) for layer in layers]
+    for part in [out] if isinstance(out, Tensor) else out:
+        ctx.set_layers(part, layers)
+
+
+def spatial(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """Pooling and resampling: the last one to three axes change size, channels pass; zero stays zero."""
+    out = first_tensor(out)
+    x = next(value for value in named.values() if isinstance(value, Tensor))
+    axes = range(x.dim() - SPATIAL[func._overloadpacket.__name__], x.dim())
+    ctx.set_layers(out, without_axes(ctx, ctx.layers(x), axes, "pools or resamples along this axis"))
+
+
+SPATIAL = {
+    "max_pool1d": 1, "max_pool2d": 2, "max_pool3d": 3, "max_pool2d_with_indices": 2, "max_pool3d_with_indices": 3,
+    "max_pool1d_with_indices": 1, "avg_pool1d": 1, "avg_pool2d": 2, "avg_pool3d": 3, "adaptive_avg_pool1d": 1,
+    "adaptive_avg_pool2d": 2, "adaptive_avg_pool3d": 3, "_adaptive_avg_pool2d": 2, "_adaptive_avg_pool3d": 3,
+    "adaptive_max_pool1d": 1, "adaptive_max_pool2d": 2, "adaptive_max_pool3d": 3, "upsample_nearest1d": 1,
+    "upsample_nearest2d": 2, "upsample_nearest3d": 3, "_upsample_nearest_exact2d": 2, "upsample_linear1d": 1,
+    "upsample_bilinear2d": 2, "upsample_trilinear3d": 3, "upsample_bicubic2d": 2, "_upsample_bilinear2d_aa": 2,
+    "mkldnn_max_pool2d": 2,
+}  # fmt: skip
+RULES.update(dict.fromkeys(SPATIAL, spatial))
