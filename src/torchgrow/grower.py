@@ -143,7 +143,7 @@ class Grower:
         start = time.perf_counter()
         indicators = self._indicators
         before = indicators.snapshot()
-        final = self.updates - max(1, math.ceil(self.method.settle * self.updates))
+        final = max(1, self.updates - max(1, math.ceil(self.method.settle * self.updates)))
         try:
             shift = 0.0
             if number > final:
@@ -153,7 +153,8 @@ class Grower:
                 indicators.shift(shift)
             else:
                 keep = indicators.draw()
-            if number == final:
+            ramped = self.method.controller == "plan" and self._progress(number) == 1.0
+            if number == final or (ramped and number < final):
                 keep = fit(self.space, self._costs, keep, indicators.score(), self.limits, indicators.steps)
             indicators.advance(keep)
             return self._change_to(keep, start, shift)
@@ -201,11 +202,15 @@ class Grower:
 
     def _planned(self, number: int) -> Tensor:
         """Planned parameters and FLOPs (int64 [2]) at an update: a line from the seed to the budget, then flat."""
-        progress = min(1.0, number / max(1, math.ceil(self.method.ramp * self.updates)))
+        progress = self._progress(number)
         limits = self.limits.tensor()
         limited = torch.tensor([self.limits.params is not None, self.limits.flops is not None])
         planned = self._seed_cost + ((limits - self._seed_cost).double() * progress).long()
         return torch.where(limited, planned, limits)
+
+    def _progress(self, number: int) -> float:
+        """How far the planned cost has come at an update, from 0 (the seed) to 1 (the budget)."""
+        return min(1.0, number / max(1, math.ceil(self.method.ramp * self.updates)))
 
     def _change_to(self, keep: Tensor, start: float, shift: float, silent: Tensor | None = None) -> Event:
         """Make `keep` the live structure, all or nothing, and record it."""

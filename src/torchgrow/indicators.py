@@ -33,7 +33,8 @@ class Method:
         align: widths of groups with at least 2 x align units are held at multiples of it (8), or below it, since
             hardware computes channels in blocks; only the remainder that fills the budget up goes elsewhere.
             1: any width ("plan" only).
-        settle: share of the updates at the end in which the structure no longer changes; at least the last one.
+        settle: share of the updates at the end in which the structure no longer changes; at least the last one
+            (0.5: a unit born late, at a low learning rate, is never trained).
         heat: gamma^T, how often beta is multiplied over the whole run for a unit that is always present (100).
         lr: learning rate of the indicators at the start; it follows the weights' schedule from there (0.1).
         momentum: SGD momentum of the indicators (0.9).
@@ -45,7 +46,7 @@ class Method:
     lambda_base: float = 0.5
     ramp: float = 0.1
     align: int = 8
-    settle: float = 0.0
+    settle: float = 0.5
     heat: float = 100.0
     lr: float = 0.1
     momentum: float = 0.9
@@ -59,7 +60,14 @@ class Method:
         ):
             if value not in choices:
                 raise TorchgrowError(f"Method.{name}={value!r} is unknown; use one of {choices}")
-        for name, low, high in (("ramp", 0, 1), ("settle", 0, 1), ("momentum", 0, 1), ("heat", 1, 1e6), ("lr", 0, 1e3), ("align", 1, 4096)):
+        for name, low, high in (
+            ("ramp", 0, 1),
+            ("settle", 0, 1),
+            ("momentum", 0, 1),
+            ("heat", 1, 1e6),
+            ("lr", 0, 1e3),
+            ("align", 1, 4096),
+        ):
             if not low <= getattr(self, name) <= high:
                 raise TorchgrowError(f"Method.{name}={getattr(self, name)!r} must lie in [{low}, {high}]")
 
@@ -71,7 +79,7 @@ class Method:
     @classmethod
     def paper(cls) -> Method:
         """Eq 4, 6, 7 and Algorithm 1 to the letter."""
-        return cls(controller="pressure", draws="independent", align=1)
+        return cls(controller="pressure", draws="independent", align=1, settle=0.0)
 
 
 PRESETS = {"default": Method.default, "paper": Method.paper}
@@ -139,7 +147,7 @@ class Indicators:
         return chosen
 
     def draw(self) -> Tensor:
-        """Q ~ Bernoulli(sigma(beta s)) (bool [n]); a group left without any unit gets its likeliest one."""
+        """Draw q ~ Bernoulli(sigma(beta s)), bool [n]; a group left without any unit gets its likeliest one."""
         uniform = self.uniform
         if self.method.draws == "independent":
             uniform = torch.rand(self.space.n_units, generator=self.generator, dtype=torch.float64)
