@@ -19,6 +19,8 @@ ORDER = [
     "space",
     "labels",
     "rules",
+    "contractions",
+    "reductions",
     "replay",
     "surgery",
     "cost",

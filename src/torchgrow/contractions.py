@@ -22,7 +22,7 @@ def contract(ctx: Context, produced: Layer | None, weight: Layer | None) -> None
         ctx.freeze(produced, "is summed over against values that carry no labels")
 
 
-@rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution")
+@rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution", counted=True)
 def convolution(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     """Rows of the weight become the output channels; columns read the input channels; groups: see `grouped`."""
     x, weight, bias = named["input"], named["weight"], named["bias"]
@@ -102,15 +102,15 @@ def grouped(
         ctx.read(entering, columns)
 
 
-@rule("linear")
+@rule("linear", counted=True)
 def linear(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
-    """x [..., k] times weight [m, k], plus bias [m]."""
+    """Input [..., k] times weight [m, k], plus bias [m]."""
     x, weight = named["input"], named["weight"]
     turned = [Layer(layer.packed.t(), layer.sources) for layer in ctx.layers(weight)]
     product(ctx, x, ctx.layers(x), weight.t(), turned, named["bias"], out)
 
 
-@rule("mm", "bmm", "matmul")
+@rule("mm", "bmm", "matmul", counted=True)
 def matmul(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     """A [..., n, k] times B [..., k, m]."""
     a, b = named["self"], named.get("mat2", named.get("other"))
@@ -118,18 +118,19 @@ def matmul(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     product(ctx, a, ctx.layers(a), b, ctx.layers(b), None, out)
 
 
-@rule("addmm", "baddbmm", "addbmm")
+@rule("addmm", "baddbmm", "addbmm", counted=True)
 def addmm(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
-    """bias + A times B."""
+    """A times B, plus a bias."""
     a, b = named.get("mat1", named.get("batch1")), named.get("mat2", named.get("batch2"))
-    assert isinstance(a, Tensor) and isinstance(b, Tensor)
+    assert isinstance(a, Tensor)
+    assert isinstance(b, Tensor)
     product(ctx, a, ctx.layers(a), b, ctx.layers(b), named["self"], out)
 
 
 def product(
     ctx: Context, a: Tensor, a_layers: list[Layer], b: Tensor, b_layers: list[Layer], bias: Tensor | None, out: Tensor
 ) -> None:
-    """out [..., n, m] = a [..., n, k] b [..., k, m] (+ bias [m] or of out's shape)."""
+    """A [..., n, k] times b [..., k, m], plus a bias [m] or of the shape of the output."""
     rank = out.dim()
     if a.dim() < 2 or b.dim() < 2 or max(a.dim(), b.dim()) != rank:  # vectors: rare, not worth a case
         for layer in [*a_layers, *b_layers, *ctx.layers(bias)]:

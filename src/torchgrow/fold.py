@@ -140,15 +140,19 @@ class Folding:
         Raises:
             TrainingError: the last optimizer step did not finish.
         """
-        self._recover()
+        self.recover()
         if self.fold is None:
             return {}
         with torch.no_grad():
             self.fold.adopt_edits(self._factors)
         return dict(zip(self.fold.names, self.fold.raw, strict=True))
 
-    def _recover(self) -> None:
-        """If a step was interrupted half-way, fold the weights again and say so."""
+    def recover(self) -> None:
+        """If a step was interrupted half-way, fold the weights again and say so.
+
+        Raises:
+            TrainingError: it was.
+        """
         if self._unfolded:
             self._refold()
             raise TrainingError(
@@ -158,7 +162,7 @@ class Folding:
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Pre-step hook: unfold, now or, with a closure, as soon as it has computed the gradients."""
-        self._recover()
+        self.recover()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer itself
         if closure is None:
             self._unfold()

@@ -141,6 +141,7 @@ class Grower:
         if number >= self.updates:
             return self.finish()
         start = time.perf_counter()
+        self._folding.recover()
         indicators = self._indicators
         before = indicators.snapshot()
         final = max(1, self.updates - max(1, math.ceil(self.method.settle * self.updates)))

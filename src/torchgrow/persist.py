@@ -60,12 +60,25 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, staging / WEIGHTS)
         (staging / STRUCTURE).write_text(json.dumps(structure, indent=1) + "\n")
         staging.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        staging.rename(target)
+        _swap_in(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _swap_in(staging: Path, target: Path) -> None:
+    """Put a finished folder in the place of another, which goes only once the new one stands."""
+    if not target.exists():
+        staging.rename(target)
+        return
+    old = target.with_name(f"{staging.name}.old")
+    target.rename(old)
+    try:
+        staging.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)
 
 
 def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module]) -> nn.Module:

@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import contractions, reductions  # noqa: F401 (importing them registers their rules)
 from .errors import TraceError
 from .labels import FIXED, Labels, Layer
-from .rules import RULES, pointwise, unknown
+from .rules import COUNTED, RULES, pointwise, unknown
 from .space import Attribute, FlopTerm, Frozen, Place, Space
 
 
@@ -55,7 +56,7 @@ def check_model(model: nn.Module, example_inputs: Any) -> None:
     if len(devices) > 1:
         raise TraceError(f"the model is spread over {', '.join(devices)}; move it to one device with model.to(...)")
     for name, tensor in tensors:
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
             raise TraceError(f"{name} is not materialised yet; run one forward pass before attaching torchgrow")
         if tensor.layout != torch.strided or tensor.is_quantized:
             raise TraceError(
@@ -66,15 +67,16 @@ def check_model(model: nn.Module, example_inputs: Any) -> None:
 @contextmanager
 def quiet_eval(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; modes, buffers and random state are as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training, dict(module._buffers)) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone(), buffer._version) for buffer in model.buffers()]
     try:
         model.eval()
         with torch.random.fork_rng(), torch.no_grad():
             yield
     finally:
-        for module, training in modes:
+        for module, training, held in modes:
             module.training = training
+            module._buffers.update(held)
         with torch.no_grad():
             for buffer, before, version in buffers:
                 if buffer._version != version:
@@ -130,14 +132,11 @@ class Replay(TorchDispatchMode):
                 continue
             symbols = self.labels.new(size)
             self.symbols[name, axis] = symbols
-            if name in self.parameters:
-                silent, sources = torch.ones(size, dtype=torch.int64), frozenset([(name, axis)])
-            else:
-                others = [k for k in range(tensor.dim()) if k != axis]
-                value = tensor.detach()
-                zero = torch.zeros(size, dtype=torch.bool) if value.is_meta else (value == 0).cpu()
-                silent, sources = (zero.all(dim=others[0]) if len(others) == 1 else
-                                   zero.movedim(axis, 0).reshape(size, -1).all(dim=1)).to(torch.int64), frozenset()  # fmt: skip
+            silent, sources = torch.ones(size, dtype=torch.int64), frozenset([(name, axis)])
+            if name not in self.parameters:
+                sources = frozenset()
+                zero = torch.zeros(tensor.shape) if tensor.is_meta else (tensor.detach() == 0).cpu()
+                silent *= zero.movedim(axis, 0).reshape(size, -1).all(1)
             shape = [1] * tensor.dim()
             shape[axis] = size
             layers.append(Layer((symbols << 1 | silent).reshape(shape), sources))
@@ -165,17 +164,23 @@ class Replay(TorchDispatchMode):
         first, second = a.symbols, b.symbols
         if len(a.axes) == 1 and len(b.axes) == 1:
             first, second = first.flatten(), second.flatten()
-        self.labels.unify(first, second)
+        self.tie(first, second)
 
     def tie(self, a: Tensor, b: Tensor) -> None:
-        """Tie two tensors of symbols entry by entry."""
+        """Tie two tensors of symbols entry by entry; what meets FIXED is frozen, on the record."""
+        a, b = torch.broadcast_tensors(self.labels.find(a), self.labels.find(b))
+        self._freeze(torch.cat([a[b == FIXED], b[a == FIXED]]), "meets values that cannot be removed")
         self.labels.unify(a, b)
 
     def freeze(self, layer: Layer, reason: str) -> None:
         """Never remove anything of this layer; an empty reason goes unrecorded."""
-        roots = self.labels.freeze(layer.symbols)
+        self._freeze(layer.symbols, reason)
+
+    def _freeze(self, symbols: Tensor, reason: str) -> None:
+        roots = self.labels.freeze(symbols)
         if roots.numel() and reason:
-            frozen = Frozen(self.op, self.stack[-1] if self.stack else "", _user_line(), reason, ())
+            module, line = (self.stack[-1], _user_line()) if self.stack else ("", "")
+            frozen = Frozen(self.op, module, line, reason, ())
             self.freezings.append(_Freezing(frozen, roots))
 
     def without_axis(self, layer: Layer, axis: int, reason: str) -> Layer | None:
@@ -243,14 +248,14 @@ class Replay(TorchDispatchMode):
         if any(x in self.from_input for x in tensors):
             for result in results:
                 self.from_input[result] = True
-        if any(self.known.get(x) for x in tensors):
+        if handler in COUNTED or any(self.known.get(x) for x in tensors):
             self.op = f"aten.{name}"
             named = _bind(func, args, kwargs)
             if results:
                 (handler or unknown)(self, func, named, out)
             else:
                 unknown(self, func, named, out)
-            if before is not None:
+            if mutated is not None and before is not None:
                 self._check_view_write(mutated, before)
         return out
 
@@ -305,8 +310,10 @@ class Replay(TorchDispatchMode):
         if current is None or len(current.axes) < 2:
             return
 
+        symbols = current.symbols
+
         def distinct(axis: int) -> int:
-            return int(current.symbols.movedim(axis, 0).flatten(1).unique(dim=0).shape[0])
+            return int(symbols.movedim(axis, 0).flatten(1).unique(dim=0).shape[0])
 
         free = max(current.axes, key=distinct)
         for axis in current.axes:
@@ -440,7 +447,8 @@ def _user_line() -> str:
     own = __name__.rpartition(".")[0]
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if not module.startswith((own, "torch.")) and module != "torch" and module != "contextlib":
+        inner = module.rpartition(".")[0] == own or module.partition(".")[0] in ("torch", "contextlib")
+        if not inner:
             return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return ""

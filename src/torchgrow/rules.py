@@ -2,7 +2,7 @@
 
 A rule may unify symbols, freeze them with a reason, and set the layers of the output; saying too much costs
 freedom, never correctness, and the proof (`verify`) judges the whole. An operation without a rule freezes
-whatever enters it. Here are pointwise operations and data movement; `contractions` and `statistics` have the rest.
+whatever enters it. Here are pointwise operations and data movement; `contractions` and `reductions` the rest.
 """
 
 from __future__ import annotations
@@ -58,14 +58,18 @@ class Context(Protocol):
 
 Rule = Callable[[Context, Any, dict[str, Any], Any], None]
 RULES: dict[str, Rule] = {}
+COUNTED: set[Rule] = set()
+"""Rules that count FLOPs, and so must run even where nothing carries labels."""
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+def rule(*names: str, counted: bool = False) -> Callable[[Rule], Rule]:
     """Register a rule for ATen operations by name."""
 
     def register(function: Rule) -> Rule:
         for name in names:
             RULES[name] = function
+        if counted:
+            COUNTED.add(function)
         return function
 
     return register
@@ -200,8 +204,9 @@ def pointwise(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
 
 
 POINTWISE = (
-    "hardswish", "hardsigmoid", "hardtanh", "relu6", "leaky_relu", "elu", "selu", "celu", "silu", "mish", "gelu", "relu",
-    "threshold", "softplus", "logsigmoid", "prelu", "_prelu_kernel", "glu_jvp", "add", "mul", "sub", "div", "where",
+    "hardswish", "hardsigmoid", "hardtanh", "relu6", "leaky_relu", "elu", "selu", "celu", "silu", "mish", "gelu",
+    "relu", "threshold", "softplus", "logsigmoid", "prelu", "_prelu_kernel", "glu_jvp", "add", "mul", "sub", "div",
+    "where",
 )  # fmt: skip
 """Pointwise operations that some releases of torch do not tag as such."""
 RULES.update(dict.fromkeys(POINTWISE, pointwise))
@@ -250,13 +255,21 @@ def reshape(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
 
 
 @rule(
-    "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "flip", "roll", "repeat", "movedim", "expand_as",
+    "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "flip", "repeat", "movedim", "expand_as",
     "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "broadcast_to", "numpy_T", "diagonal", "T", "mT",
 )  # fmt: skip
 def movement(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """Replay the same operation on the labels."""
     source = named.pop("self")
     ctx.set_layers(out, [layer.move(source.shape, lambda t: func(t, **named)) for layer in ctx.layers(source)])
+
+
+@rule("roll")
+def roll(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """Rolls axes by numbers fixed in the forward: what wraps around is no longer the same once an axis is cut."""
+    source = named["self"]
+    axes = [axis % source.dim() for axis in named["dims"]] or list(range(source.dim()))
+    ctx.set_layers(out, without_axes(ctx, ctx.layers(source), axes, "rolls this axis by a number fixed in the forward"))
 
 
 @rule("constant_pad_nd", "pad")

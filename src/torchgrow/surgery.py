@@ -86,6 +86,9 @@ class Record:
     attributes: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
+DIRECTIONS = frozenset({"momentum_buffer", "exp_avg", "grad_avg", "prev"})
+"""Optimizer slots that point somewhere, even where all entries of a small tensor happen to be positive."""
+
 RECORD = "_torchgrow_record"
 """Name of the plain attribute under which a model carries its Record."""
 
@@ -117,7 +120,7 @@ class Change:
         ]
         grads = [(parameter, parameter.grad) for parameter in bank.model.parameters()]
         attributes = [(m, n, getattr(m, n)) for m, n, _ in self._attributes()]
-        record = getattr(bank.model, RECORD, None)
+        record, keep, index = bank.model.__dict__.get(RECORD), bank.keep, bank.index
         try:
             for parameter, _ in grads:
                 parameter.grad = None
@@ -129,18 +132,22 @@ class Change:
             for module, name, number in self._attributes():
                 setattr(module, name, number)
             setattr(bank.model, RECORD, self.record)
+            bank.index = {name: self.record.kept.get(name, {}) for name in bank.space.cut_axes}
             bank.keep = self.keep
         except BaseException:
             for tensor, old, slots in before:
-                if tensor.data is not old:
-                    replace_(tensor, old)
+                replace_(tensor, old)
                 for state, key, value in slots:
                     state[key] = value
             for module, name, number in attributes:
                 setattr(module, name, number)
             for parameter, grad in grads:
                 parameter.grad = grad
-            setattr(bank.model, RECORD, record)
+            bank.keep, bank.index = keep, index
+            if record is None:
+                bank.model.__dict__.pop(RECORD, None)
+            else:
+                setattr(bank.model, RECORD, record)
             raise
 
     def _attributes(self) -> list[tuple[nn.Module, str, int]]:
@@ -184,6 +191,8 @@ class Bank:
             keep: units that shall live.
             values: what to write back instead of a parameter's own contents (raw values of gated ones).
         """
+        if self.space.cut_axes and not self.full:
+            raise StructureError("the bank has been emptied: what slept in it is gone, so the structure is final")
         keep = self.space.check_keep(keep)
         had_state = keep & False
         swaps: dict[str, _Swap] = {}
@@ -201,7 +210,7 @@ class Bank:
                 had_state = self.keep
                 full = self.slots.setdefault((name, key), torch.zeros(self.space.shapes[name], dtype=slot.dtype))
                 scatter_(full, old, slot.cpu())
-                fresh = self._newborn(name, gather(full, new), new, keep, slot)
+                fresh = self._newborn(name, key, gather(full, new), new, keep, slot)
                 slots.append((state, key, fresh.to(slot.device)))
             swaps[name] = _Swap(tensor, gather(self.full[name], new).to(tensor.device), slots)
         self.trained = self.trained | had_state
@@ -209,8 +218,8 @@ class Bank:
 
     def commit(self, change: Change) -> None:
         """Make a staged change."""
-        change.apply()
-        self.index = {name: change.record.kept.get(name, {}) for name in self.space.cut_axes}
+        with uninterrupted():
+            change.apply()
 
     def resize_(self, keep: Tensor) -> None:
         """Make the live model the one with the units in `keep`; detached ones sleep with all they had."""
@@ -235,20 +244,20 @@ class Bank:
                 slots.append((state, key, slot))
             elif isinstance(slot, Tensor) and slot.numel() > 1:
                 raise OptimizerError(
-                    f"{type(self.optimizer).__name__} keeps {key!r} of shape {tuple(slot.shape)} for a parameter of shape "
-                    f"{tuple(tensor.shape)}; torchgrow can only re-cut slots of the parameter's own shape. "
+                    f"{type(self.optimizer).__name__} keeps {key!r} of shape {tuple(slot.shape)} for a parameter of "
+                    f"shape {tuple(tensor.shape)}; torchgrow can only re-cut slots of the parameter's own shape. "
                     "Use SGD, Adam, AdamW or RMSprop"
                 )
         return slots
 
-    def _newborn(self, name: str, part: Tensor, index: Index, keep: Tensor, live: Tensor) -> Tensor:
+    def _newborn(self, name: str, key: str, part: Tensor, index: Index, keep: Tensor, live: Tensor) -> Tensor:
         """Slots of units that never trained: the mean of the living for a magnitude, else 0.
 
         A second moment of 0 under a large shared step count would let a newborn move several learning rates in
-        one step. A slot that is nowhere negative is taken for a magnitude.
+        one step. A slot that is nowhere negative, and not known for a direction, is taken for a magnitude.
         """
         new = keep & ~self.trained & ~self.keep
-        if not bool(new.any()) or bool((live < 0).any()):
+        if key in DIRECTIONS or not bool(new.any()) or bool((live < 0).any()):
             return part
         for axis in self.space.cut_axes[name]:
             vector = self.space.unit_of[name, axis]

@@ -145,7 +145,7 @@ def _commit() -> str | None:
 
 
 def uniform_width(build: Callable[[float], nn.Module], params: int) -> float:
-    """The largest width factor at which ``build(factor)`` has at most ``params`` trainable parameters.
+    """The largest width factor at which ``build(factor)`` has at most ``params`` parameters.
 
     Args:
         build: makes a network with every width scaled by a factor in (0, 1].
@@ -157,7 +157,7 @@ def uniform_width(build: Callable[[float], nn.Module], params: int) -> float:
 
     def fits(width: float) -> bool:
         with torch.device("meta"):  # counts need shapes only
-            return sum(p.numel() for p in build(width).parameters() if p.requires_grad) <= params
+            return sum(p.numel() for p in build(width).parameters()) <= params
 
     if fits(1.0):
         return 1.0

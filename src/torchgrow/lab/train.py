@@ -27,7 +27,7 @@ class Epoch:
         loss: mean training loss.
         test_loss: mean loss on the test images.
         accuracy: share of test images classified correctly, in percent.
-        params: trainable parameters.
+        params: parameters, tied ones once.
         flops: FLOPs of one image forward, 2 x MACs.
         training_flops: 3 x forward FLOPs x images, summed over all epochs so far.
         seconds: of training and updating, summed over all epochs so far; evaluation is left out.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,7 +56,7 @@ def batch_norm(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None
 def group_norm(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """Statistics run over a group's channels: whole groups are the units."""
     x, out = named["input"], first_tensor(out)
-    groups = named.get("group", named.get("num_groups"))
+    groups: int = named["group"] if "group" in named else named["num_groups"]
     weight, bias = named["weight"], named["bias"]
     layers = without_axes(ctx, ctx.layers(x), [k for k in range(x.dim()) if k != 1], "takes statistics along this axis")
     channels = on_axis(layers, 1)

@@ -1,0 +1,239 @@
+"""What tracing finds: expected units per model (the proof cannot see over-freezing), reasons, and bad input."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchvision
+import zoo
+from torch import nn
+
+from torchgrow import Space, TraceError, trace
+from torchgrow.lab.models import VGG16, ResNet, WideResNet
+from torchgrow.replay import replay
+
+# What every model has: its first weights read the inputs, its last ones write the outputs.
+USUAL = {"reads values that cannot be removed", "is an output of the model"}
+
+# Removable units per group, worked out from the drawings, and the reasons for what is frozen beyond the usual.
+EXPECTED: dict[str, tuple[dict[str, int], set[str]]] = {
+    "plain": ({"a": 6, "b": 5}, set()),
+    "plain-bias": ({"a": 6, "b": 5}, set()),
+    "residual": ({"stem": 6, "a": 5}, set()),
+    "preact": ({"stem": 5, "a": 7, "b": 6}, set()),
+    "concat": ({"a": 4, "b": 5, "c": 6}, set()),
+    "dense": ({"stem": 4, "a": 3, "b": 3}, set()),
+    "depthwise": ({"a": 6, "p": 5}, set()),
+    "grouped": ({"a": 4, "p": 5}, {"every group keeps all its inputs: whole groups are the units"}),
+    "grouped-2": ({"a": 4, "g": 6, "p": 5}, set()),
+    "squeeze-excite": ({"a": 6, "down": 3, "b": 5}, set()),
+    "shuffle": ({"a": 4, "b": 6}, set()),
+    "chunk": ({"a": 4, "b": 5}, set()),
+    "gated": ({"a": 6, "b": 5}, set()),
+    "unequal-split": ({"b": 6}, {"takes a part of this axis at a place fixed in the forward"}),
+    "number-pad": ({"stem": 4, "a": 6}, {"meets values that cannot be removed"}),
+    "buffer-pad": ({"stem": 4, "a": 6, "b": 2, "b#2": 2}, set()),
+    "shared": ({"stem": 6}, set()),
+    "tied": ({"stem": 5}, set()),
+    "gate-around": ({"a": 6, "b": 5}, set()),
+    "sigmoid": ({"a": 6, "b": 5}, set()),
+    "norm-only": ({"a": 6, "b": 5}, set()),
+    "group-norm": ({"a": 4}, {"takes statistics over all channels"}),
+    "flatten": ({"a": 5, "f1": 7}, set()),
+    "cumsum": ({"b": 5}, {"mixes values along this axis"}),
+    "fourier": ({"b": 5}, {"has no rule, so what enters it is kept"}),
+    "transposed": ({"a": 6, "up.weight[1]": 5}, set()),
+    "two-outputs": ({"a": 6}, set()),
+    "two-inputs": ({"a": 6, "b": 5}, set()),
+    "raw-scale": ({"scale[0]": 6, "b": 5}, set()),
+    "unused": ({"net.a": 6, "net.b": 5}, {"is not used by the forward"}),
+    "buffers": ({"a": 6, "b": 5}, set()),
+    "thin-middle": ({"a": 4, "d": 4}, set()),
+    "attention": ({}, {"mixes values along this axis"}),
+}
+
+# (units, groups) of the models people use; all their units are removable.
+BIG: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    # 3 inner widths of 3 blocks, 9 groups; the stages share their first channels, shortcuts add 2 x 2 pads
+    "resnet20-A": (ResNet, 3 * (16 + 32 + 64) + 64, 9 + 1 + 2 + 2),
+    "resnet20-B": (lambda: ResNet(shortcut="B"), 3 * (16 + 32 + 64) + 16 + 32 + 64, 9 + 3),
+    "vgg16": (VGG16, 2 * 64 + 2 * 128 + 3 * 256 + 6 * 512, 13),
+    # 6 inner widths, 3 stages and the stem
+    "wrn-16-2": (lambda: WideResNet(depth=16, widen=2), 16 + 3 * (32 + 64 + 128), 10),
+    "resnet18": (torchvision.models.resnet18, 3 * (64 + 128 + 256 + 512), 12),
+    "mobilenet_v2": (torchvision.models.mobilenet_v2, 9128, 25),
+    "mobilenet_v3_small": (torchvision.models.mobilenet_v3_small, 4872, 27),
+}
+
+
+def live_widths(space: Space) -> dict[str, int]:
+    return space.widths(space.everything())
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_units_and_reasons_of_the_zoo(name: str) -> None:
+    space = trace(zoo.build(name), zoo.inputs(name))
+    units, reasons = EXPECTED[name]
+    assert live_widths(space) == units
+    assert {frozen.reason for frozen in space.frozen} - USUAL == reasons
+    assert bool(space.removable.all()), "the proof had to freeze something"
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_units_of_known_networks(name: str) -> None:
+    build, units, groups = BIG[name]
+    space = replay(build(), torch.randn(1, 3, 32, 32))
+    assert (space.n_units, space.n_groups) == (units, groups)
+    assert {frozen.reason for frozen in space.frozen} == USUAL
+
+
+@pytest.mark.parametrize("name", ["residual", "concat", "shuffle", "two-inputs"])
+def test_batch_size_and_mode_do_not_matter(name: str) -> None:
+    model = zoo.build(name)
+    once, again = replay(model.train(), zoo.inputs(name, batch=1)), replay(model.eval(), zoo.inputs(name, batch=3))
+    assert once.unit_of.keys() == again.unit_of.keys()
+    assert all(torch.equal(once.unit_of[place], again.unit_of[place]) for place in once.unit_of)
+    assert (once.batch, again.batch) == (1, 3)
+
+
+def test_every_axis_has_a_vector_of_its_size() -> None:
+    for name in zoo.ZOO:
+        model = zoo.build(name)
+        space = replay(model, zoo.inputs(name))
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        assert space.shapes == {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        for key, tensor in tensors.items():
+            for axis, size in enumerate(tensor.shape):
+                vector = space.unit_of[key, axis]
+                assert vector.shape == (size,)
+                assert vector.dtype == torch.int64
+        assert space.group_of.shape == space.removable.shape
+
+
+def test_vectors_of_a_concatenation_and_a_flatten() -> None:
+    space = replay(zoo.build("concat"), zoo.inputs("concat"))
+    a, b = space.unit_of["a.weight", 0], space.unit_of["b.weight", 0]
+    assert torch.equal(space.unit_of["c.weight", 1], torch.cat([a, b]))
+    assert torch.equal(space.unit_of["bn.running_var", 0], torch.cat([a, b]))
+    space = replay(zoo.build("flatten"), zoo.inputs("flatten"))
+    assert torch.equal(space.unit_of["f1.weight", 1], space.unit_of["a.weight", 0].repeat_interleave(16))
+
+
+def test_frozen_names_operation_module_and_line() -> None:
+    space = replay(zoo.build("cumsum"), zoo.inputs("cumsum"))
+    (frozen,) = [f for f in space.frozen if f.op == "aten.cumsum"]
+    assert frozen.places == (("a.weight", 0),)
+    assert frozen.line.startswith("zoo.py:")
+    assert str(frozen).startswith("model: aten.cumsum (zoo.py:")
+    assert str(frozen).endswith("mixes values along this axis [a.weight[0]]")
+    (output,) = [f for f in space.frozen if f.op == "output"]
+    assert output.line == ""
+
+
+def gates(name: str) -> dict[str, int]:
+    """Number of gates per place."""
+    space = replay(zoo.build(name), zoo.inputs(name))
+    return {f"{place[0]}[{place[1]}]": int((units >= 0).sum()) for place, units in space.fold.items()}
+
+
+def test_gates_sit_on_the_last_affine_map_or_on_what_reads() -> None:
+    assert gates("plain") == {"bn.weight[0]": 6, "bn.bias[0]": 6, "b.weight[0]": 5, "b.bias[0]": 5}
+    # where zero does not survive to the reader, the reader's columns carry the gates
+    b = {"b.weight[0]": 5, "b.bias[0]": 5}
+    assert gates("sigmoid") == {"b.weight[1]": 6, **b}
+    assert gates("norm-only") == {"b.weight[1]": 6, **b}
+    assert gates("gate-around") == {"b.weight[1]": 6, **b}
+    # a GLU is silent where its value half is
+    assert gates("gated") == {"a.weight[0]": 12, "a.bias[0]": 12, **b}
+
+
+class Doubling(nn.Module):
+    """Fails on anything but 8 x 8 images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(192, 2)
+
+    def forward(self, x):
+        return self.fc(x.flatten(1))
+
+
+def ddp() -> nn.Module:
+    """A DistributedDataParallel without processes."""
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    wrapped.module = zoo.build("plain")
+    return wrapped
+
+
+def over_two_devices() -> nn.Module:
+    model = zoo.build("plain")
+    model.fc.to("meta")
+    return model
+
+
+def sparse() -> nn.Module:
+    model = zoo.build("plain")
+    model.register_buffer("s", torch.eye(3).to_sparse())
+    return model
+
+
+IMAGE = torch.zeros(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "text"),
+    [
+        (lambda: "resnet", IMAGE, r"must be a torch.nn.Module, got str"),
+        (Doubling, None, r"holds no tensor; pass a small batch .* images\[:2\]"),
+        (Doubling, (), r"holds no tensor"),
+        (Doubling, {}, r"holds no tensor"),
+        (Doubling, torch.zeros(2, 3, 9, 9), r"forward failed on example_inputs of shapes \[\(2, 3, 9, 9\)\]: RuntimeE"),
+        (Doubling, {"y": IMAGE}, r"unexpected keyword argument 'y'.*; pass inputs that model\(\.\.\.\) accepts"),
+        (Doubling, (IMAGE, IMAGE), r"TypeError"),
+        (ddp, IMAGE, r"wrapped in DistributedDataParallel; pass model\.module"),
+        (lambda: nn.DataParallel(Doubling()), IMAGE, r"wrapped in DataParallel; pass model\.module"),
+        (lambda: torch.compile(Doubling()), IMAGE, r"compiled; pass the plain module \(model\._orig_mod\)"),
+        (over_two_devices, IMAGE, r"spread over cpu, meta; move it to one device"),
+        (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), IMAGE, r"0\.weight is not materialised yet; run one forward"),
+        (sparse, IMAGE, r"s is torch\.sparse_coo.*only dense tensors"),
+    ],
+)
+def test_bad_input_gets_an_error_with_the_fix(model: Callable[[], nn.Module], example: object, text: str) -> None:
+    with pytest.raises(TraceError, match=text):
+        trace(model(), example)
+
+
+def test_a_failing_forward_leaves_the_model_as_it_was() -> None:
+    model = zoo.build("buffers").train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(TraceError):
+        trace(model, torch.zeros(2, 4, 8, 8))
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not torch.nn.modules.module._global_forward_hooks
+    assert not torch.nn.modules.module._global_forward_pre_hooks
+
+
+def test_nothing_to_remove_is_a_space_too() -> None:
+    space = trace(nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), IMAGE)
+    assert (space.n_units, space.n_groups, live_widths(space)) == (0, 0, {})
+    assert {frozen.reason for frozen in space.frozen} == USUAL
+    assert space.check_keep(space.everything()).shape == (0,)
+
+
+def test_labels_of_raw_operations_do_not_outlive_an_in_place_write() -> None:
+    class Stale(nn.Module):
+        """y = c3(x);  y[:, :3] is overwritten by another layer's channels: neither may be cut alone"""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = zoo.c3(3, 6), zoo.c3(3, 3), zoo.c3(6, 2)
+
+        def forward(self, x):
+            y = self.a(x)
+            y[:, :3] = self.b(x)
+            return self.c(y)
+
+    space = trace(Stale(), IMAGE)
+    assert live_widths(space) == {}

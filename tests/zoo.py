@@ -1,0 +1,460 @@
+"""Small hard convolutional models, each drawn in its docstring. They drive all tests of structure.
+
+`c3(a, b)` stands for a 3x3 convolution from a to b channels, `bn` for batch norm, `[x, y]` for a concatenation.
+`ZOO` maps a name to a function that builds the model; `inputs(name)` gives a small batch for it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def c3(a: int, b: int, **kwargs: Any) -> nn.Conv2d:
+    return nn.Conv2d(a, b, 3, padding=1, **kwargs)
+
+
+def head(x: Tensor, fc: nn.Linear) -> Tensor:
+    return fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class Plain(nn.Module):
+    """x -> c3(3, 6) -> bn -> relu -> c3(6, 5) -> relu -> pool -> fc"""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.a, self.bn, self.b, self.fc = c3(3, 6, bias=bias), nn.BatchNorm2d(6), c3(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return head(F.relu(self.b(F.relu(self.bn(self.a(x))))), self.fc)
+
+
+class Residual(nn.Module):
+    """x -> stem(3, 6) -> s;  s + bn(c3(5, 6)(relu(bn(c3(6, 5)(s))))) -> relu -> pool -> fc"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.bn1 = c3(3, 6), c3(6, 5, bias=False), nn.BatchNorm2d(5)
+        self.b, self.bn2, self.fc = c3(5, 6, bias=False), nn.BatchNorm2d(6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        s = F.relu(self.stem(x))
+        return head(F.relu(s + self.bn2(self.b(F.relu(self.bn1(self.a(s)))))), self.fc)
+
+
+class Preact(nn.Module):
+    """s = stem(x);  y = relu(bn(s));  shortcut 1x1(y) + c3(relu(bn(c3(y)))) -> relu(bn) -> pool -> fc"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn1, self.a, self.bn2 = c3(3, 5), nn.BatchNorm2d(5), c3(5, 7), nn.BatchNorm2d(7)
+        self.b, self.short, self.bn3, self.fc = c3(7, 6), nn.Conv2d(5, 6, 1), nn.BatchNorm2d(6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.stem(x)))
+        y = self.short(y) + self.b(F.relu(self.bn2(self.a(y))))
+        return head(F.relu(self.bn3(y)), self.fc)
+
+
+class Concat(nn.Module):
+    """[c3(3, 4)(x), 1x1(3, 5)(x)] -> bn(9) -> relu -> c3(9, 6) -> pool -> fc"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.bn, self.c, self.fc = c3(3, 4), nn.Conv2d(3, 5, 1), nn.BatchNorm2d(9), c3(9, 6), None
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x):
+        y = F.relu(self.bn(torch.cat([self.a(x), self.b(x)], 1)))
+        return head(self.c(y), self.fc)
+
+
+class Dense(nn.Module):
+    """x0 = c3(3, 4);  x1 = [x0, c3(4, 3)(relu(bn(x0)))];  x2 = [x1, c3(7, 3)(relu(bn(x1)))] -> bn -> pool -> fc"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn0, self.a = c3(3, 4), nn.BatchNorm2d(4), c3(4, 3)
+        self.bn1, self.b, self.bn2, self.fc = nn.BatchNorm2d(7), c3(7, 3), nn.BatchNorm2d(10), nn.Linear(10, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = torch.cat([x, self.a(F.relu(self.bn0(x)))], 1)
+        x = torch.cat([x, self.b(F.relu(self.bn1(x)))], 1)
+        return head(F.relu(self.bn2(x)), self.fc)
+
+
+class Depthwise(nn.Module):
+    """c3(3, 6) -> bn -> depthwise c3 with multiplier 2 (6 -> 12) -> bn -> relu6 -> 1x1(12, 5) -> pool -> fc"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bn1 = c3(3, 6, bias=False), nn.BatchNorm2d(6)
+        self.d, self.bn2 = c3(6, 12, groups=6, bias=False), nn.BatchNorm2d(12)
+        self.p, self.fc = nn.Conv2d(12, 5, 1), nn.Linear(5, 4)
+
+    def forward(self, x):
+        x = F.hardswish(self.bn1(self.a(x)))
+        return head(F.relu(self.p(F.relu6(self.bn2(self.d(x))))), self.fc)
+
+
+class Grouped(nn.Module):
+    """1x1(3, 8) -> c3 in 4 groups of 2 (8 -> 12): whole groups go -> relu -> 1x1(12, 5) -> pool -> fc"""
+
+    def __init__(self, groups: int = 4) -> None:
+        super().__init__()
+        self.a, self.g = nn.Conv2d(3, 8, 1), c3(8, 12, groups=groups)
+        self.p, self.fc = nn.Conv2d(12, 5, 1), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return head(F.relu(self.p(F.relu(self.g(F.relu(self.a(x)))))), self.fc)
+
+
+class SqueezeExcite(nn.Module):
+    """x = relu(bn(c3(3, 6)));  x * sigmoid(1x1(3, 6)(relu(1x1(6, 3)(pool(x))))) -> c3(6, 5) -> pool -> fc"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bn, self.down, self.up = c3(3, 6), nn.BatchNorm2d(6), nn.Conv2d(6, 3, 1), nn.Conv2d(3, 6, 1)
+        self.b, self.fc = c3(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        x = F.relu(self.bn(self.a(x)))
+        gate = torch.sigmoid(self.up(F.relu(self.down(F.adaptive_avg_pool2d(x, 1)))))
+        return head(F.relu(self.b(x * gate)), self.fc)
+
+
+class Shuffle(nn.Module):
+    """c3(3, 8) -> view [N, 2, 4, H, W] -> transpose -> view back (channel shuffle) -> c3(8, 6) -> pool -> fc"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = c3(3, 8), c3(8, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        return head(F.relu(self.b(x)), self.fc)
+
+
+class Chunk(nn.Module):
+    """c3(3, 8) -> chunk in two -> c3(4, 5)(first) + c3(4, 5)(second) -> pool -> fc"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.fc = c3(3, 8), c3(4, 5), c3(4, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        first, second = F.relu(self.a(x)).chunk(2, 1)
+        return head(F.relu(self.b(first) + self.c(second)), self.fc)
+
+
+class Gated(nn.Module):
+    """c3(3, 12) -> first half * sigmoid(second half) (GLU) -> c3(6, 5) -> pool -> fc"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = c3(3, 12), c3(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        value, gate = self.a(x).chunk(2, 1)
+        return head(F.relu(self.b(value * torch.sigmoid(gate))), self.fc)
+
+
+class UnequalSplit(nn.Module):
+    """c3(3, 8) -> split 5 + 3, places fixed in the forward -> c3(5, 6), c3(3, 6) -> add -> pool -> fc"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.fc = c3(3, 8), c3(5, 6), c3(3, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        return head(F.relu(self.b(x[:, :5]) + self.c(x[:, 5:])), self.fc)
+
+
+class NumberPad(nn.Module):
+    """s = c3(3, 4);  F.pad(s by 1 + 3 channels) + c3(6, 8)(relu(c3(4, 6)(s))) -> pool -> fc: the 4 pads stay"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b, self.fc = c3(3, 4), c3(4, 6), c3(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        return head(F.pad(x, (0, 0, 0, 0, 1, 3)) + self.b(F.relu(self.a(x))), self.fc)
+
+
+class BufferPad(nn.Module):
+    """As NumberPad, but the added channels are zero buffers of 1 and 3 channels: everything is free"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b, self.fc = c3(3, 4), c3(4, 6), c3(6, 8), nn.Linear(8, 4)
+        self.register_buffer("before", torch.zeros(1, 2, 1, 1))
+        self.register_buffer("after", torch.zeros(1, 2, 1, 1))
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        n, _, h, w = x.shape
+        wide = torch.cat([self.before.expand(n, -1, h, w), x, self.after.expand(n, -1, h, w)], 1)
+        return head(wide + self.b(F.relu(self.a(x))), self.fc)
+
+
+class Shared(nn.Module):
+    """s = c3(3, 6);  the same c3(6, 6), then the same bn, twice in a row -> pool -> fc: one group of 6"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.twice, self.bn, self.fc = c3(3, 6), c3(6, 6), nn.BatchNorm2d(6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        for _ in range(2):
+            x = F.relu(self.bn(self.twice(x)))
+        return head(x, self.fc)
+
+
+class Tied(nn.Module):
+    """stem(3, 5) -> a(5, 5) -> b(5, 5), where b.weight is a.weight -> pool -> fc"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b, self.fc = c3(3, 5), c3(5, 5), c3(5, 5), nn.Linear(5, 4)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return head(F.relu(self.b(F.relu(self.a(F.relu(self.stem(x)))))), self.fc)
+
+
+class GateAround(nn.Module):
+    """x = c3(3, 6);  x * g + g with g = sigmoid(c3(3, 6)): g is not zero where its weights are -> c3 -> fc"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.g, self.b, self.fc = c3(3, 6), c3(3, 6), c3(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        g = torch.sigmoid(self.g(x))
+        return head(F.relu(self.b(F.relu(self.a(x)) * g + g)), self.fc)
+
+
+class Sigmoid(nn.Module):
+    """c3(3, 6) -> sigmoid -> c3(6, 5) -> pool -> fc: a zero channel reads as 0.5"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = c3(3, 6), c3(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return head(F.relu(self.b(torch.sigmoid(self.a(x)))), self.fc)
+
+
+class NormOnly(nn.Module):
+    """c3(3, 6) -> bn without affine -> relu -> c3(6, 5) -> pool -> fc: the statistics shift a zero channel"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bn, self.b, self.fc = c3(3, 6), nn.BatchNorm2d(6, affine=False), c3(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return head(F.relu(self.b(F.relu(self.bn(self.a(x))))), self.fc)
+
+
+class Groups(nn.Module):
+    """c3(3, 8) -> group norm (4 groups of 2) -> relu -> c3(8, 6) -> group norm (1 group) -> pool -> fc"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.n1, self.b, self.n2 = c3(3, 8), nn.GroupNorm(4, 8), c3(8, 6), nn.GroupNorm(1, 6)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return head(self.n2(self.b(F.relu(self.n1(self.a(x))))), self.fc)
+
+
+class Flatten(nn.Module):
+    """c3(3, 5) -> relu -> max pool to 4x4 -> flatten (80, each channel 16 times) -> fc(80, 7) -> fc(7, 4)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.f1, self.f2 = c3(3, 5), nn.Linear(80, 7), nn.Linear(7, 4)
+
+    def forward(self, x):
+        return self.f2(F.relu(self.f1(F.max_pool2d(F.relu(self.a(x)), 2).flatten(1))))
+
+
+class Cumsum(nn.Module):
+    """c3(3, 6) -> cumsum over channels (mixes them: frozen) -> c3(6, 5) -> pool -> fc"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = c3(3, 6), c3(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return head(F.relu(self.b(torch.cumsum(self.a(x), 1))), self.fc)
+
+
+class Fourier(nn.Module):
+    """c3(3, 6) -> real part of a 2d FFT (no rule: frozen) -> c3(6, 5) -> pool -> fc"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = c3(3, 6), c3(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return head(F.relu(self.b(torch.fft.fft2(self.a(x)).real)), self.fc)
+
+
+class Transposed(nn.Module):
+    """c3(3, 6) -> relu -> transposed conv (6 -> 5, stride 2) -> bn -> relu -> c3(5, 2): a map"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.up, self.bn = c3(3, 6), nn.ConvTranspose2d(6, 5, 2, stride=2), nn.BatchNorm2d(5)
+        self.b = c3(5, 2)
+
+    def forward(self, x):
+        return self.b(F.relu(self.bn(self.up(F.relu(self.a(x))))))
+
+
+class TwoOutputs(nn.Module):
+    """c3(3, 6) -> y;  {"scores": fc(pool(y)), "maps": (y's c3(6, 2), c3(3, 5)'s own output)}: the 5 stay"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.fc = c3(3, 6), c3(6, 2), c3(3, 5), nn.Linear(6, 4)
+
+    def forward(self, x):
+        y = F.relu(self.a(x))
+        return {"scores": head(y, self.fc), "maps": (self.b(y), self.c(x))}
+
+
+class TwoInputs(nn.Module):
+    """c3(3, 6)(x) + 1x1(2, 6)(z) -> relu -> c3(6, 5) -> pool -> fc;  called by keyword"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.z, self.b, self.fc = c3(3, 6), nn.Conv2d(2, 6, 1), c3(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x, z):
+        return head(F.relu(self.b(F.relu(self.a(x) + self.z(z)))), self.fc)
+
+
+class RawScale(nn.Module):
+    """c3(3, 6) * scale[6, 1, 1] + shift[1, 6, 1, 1] (raw parameters) -> relu -> c3(6, 5) -> pool -> fc"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = c3(3, 6, bias=False), c3(6, 5), nn.Linear(5, 4)
+        self.scale, self.shift = nn.Parameter(torch.ones(6, 1, 1)), nn.Parameter(torch.zeros(1, 6, 1, 1))
+
+    def forward(self, x):
+        return head(F.relu(self.b(F.relu(self.a(x) * self.scale + self.shift))), self.fc)
+
+
+class Unused(nn.Module):
+    """Plain, beside a parameter, a layer and a buffer that the forward never reads"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.idle, self.alone = Plain(), c3(6, 6), nn.Parameter(torch.ones(6))
+        self.register_buffer("steps", torch.zeros(6))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Buffers(nn.Module):
+    """(c3(3, 6) - mean[6, 1, 1]) * mask[1, 6, 1, 1] (buffers, one of them counting calls) -> c3(6, 5) -> fc"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = c3(3, 6), c3(6, 5), nn.Linear(5, 4)
+        self.register_buffer("mean", torch.arange(6.0).reshape(6, 1, 1))
+        self.register_buffer("mask", torch.arange(1.0, 7).reshape(1, 6, 1, 1))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("last", torch.zeros(1))
+
+    def forward(self, x):
+        self.calls += 1
+        self.last = x.detach().mean().reshape(1)
+        return head(F.relu(self.b((self.a(x) - self.mean) * self.mask)), self.fc)
+
+
+class ThinMiddle(nn.Module):
+    """c3(3, 4) -> c3(4, 1) -> 1x1(1, 1) -> c3(1, 4) -> pool -> fc: axes of size one carry no units"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = c3(3, 4), c3(4, 1), nn.Conv2d(1, 1, 1), c3(1, 4)
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return head(F.relu(self.d(self.c(self.b(F.relu(self.a(x)))))), self.fc)
+
+
+class Attention(nn.Module):
+    """y = c3(3, 6) as [N, 64, 6];  (y softmax(y^T y)) -> mean over places -> fc: products of activations"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.fc = c3(3, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        y = self.a(x).flatten(2).transpose(1, 2)
+        return self.fc((y @ torch.softmax(y.transpose(1, 2) @ y, -1)).mean(1))
+
+
+ZOO: dict[str, Callable[[], nn.Module]] = {
+    "plain": Plain,
+    "plain-bias": lambda: Plain(bias=True),
+    "residual": Residual,
+    "preact": Preact,
+    "concat": Concat,
+    "dense": Dense,
+    "depthwise": Depthwise,
+    "grouped": Grouped,
+    "grouped-2": lambda: Grouped(groups=2),
+    "squeeze-excite": SqueezeExcite,
+    "shuffle": Shuffle,
+    "chunk": Chunk,
+    "gated": Gated,
+    "unequal-split": UnequalSplit,
+    "number-pad": NumberPad,
+    "buffer-pad": BufferPad,
+    "shared": Shared,
+    "tied": Tied,
+    "gate-around": GateAround,
+    "sigmoid": Sigmoid,
+    "norm-only": NormOnly,
+    "group-norm": Groups,
+    "flatten": Flatten,
+    "cumsum": Cumsum,
+    "fourier": Fourier,
+    "transposed": Transposed,
+    "two-outputs": TwoOutputs,
+    "two-inputs": TwoInputs,
+    "raw-scale": RawScale,
+    "unused": Unused,
+    "buffers": Buffers,
+    "thin-middle": ThinMiddle,
+    "attention": Attention,
+}
+
+
+def build(name: str, seed: int = 0) -> nn.Module:
+    """A zoo model with weights that depend on the seed alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return ZOO[name]()
+
+
+def inputs(name: str, seed: int = 0, batch: int = 2) -> Any:
+    """A small batch for a zoo model; keywords where it takes two inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, 3, 8, 8, generator=generator)
+    return {"z": torch.randn(batch, 2, 8, 8, generator=generator), "x": x} if name == "two-inputs" else x
