@@ -4,8 +4,8 @@
 
 Every finished (method, seed) is a line of results/growth-resnet20-cifar10.jsonl; lines that are there already
 (same recipe, same settings) are not run again, so a stopped run goes on where it was. Methods of one seed run one
-after the other in one process on one thread, so that their seconds can be compared; the uniform twin has at most the parameters
-that the default run of the same seed ended with.
+after the other in one process on one thread, so that their seconds can be compared; the uniform twin has at most
+the parameters that the default run of the same seed ended with.
 """
 
 import argparse
@@ -45,10 +45,8 @@ def train(recipe: recipes.Recipe, data: lab_data.ImageData, method: str, params:
         )
     epochs = list(fit(method, model, optimizer, data, recipe, grower=grower))
     final = measure(model, data.normalise(data.train.pixels[:2]))
-    assert (final.params, final.flops) == (
-        epochs[-1].params,
-        epochs[-1].flops,
-    )  # the last epoch trained what is delivered
+    if (final.params, final.flops) != (epochs[-1].params, epochs[-1].flops):
+        raise SystemExit(f"{method}: the last epoch trained another network than the one delivered")
     return epochs
 
 

@@ -98,7 +98,8 @@ def exactness() -> str:
     head = ["model", "random subsets", "largest relative error", "removable units", "groups", "removable parameters, %"]
     return (
         "Compact network against the frame with the absent units zeroed, float64, all weights and statistics "
-        f"randomised.\n\nCommand: `python benchmarks/exactness.py`. Measured on {machine(found)}.\n\n" + grid(head, body)
+        f"randomised.\n\nCommand: `python benchmarks/exactness.py`. Measured on {machine(found)}.\n\n"
+        + grid(head, body)
     )
 
 
@@ -119,7 +120,7 @@ def timings(name: str, command: str, what: str) -> str:
 def page() -> str:
     """The whole page."""
     parts = [
-        "# Results\n\nMade from the files in `results/` by `python benchmarks/tables.py`; nothing here is typed by hand.",
+        "# Results\n\nMade from the files in `results/` by `python benchmarks/tables.py`, all of it.",
         "## Growing against its twins\n\n" + growth(),
         "## Exactness\n\n" + exactness(),
         "## Cost of a training step\n\n"
@@ -133,6 +134,13 @@ def page() -> str:
             "update-cost.jsonl",
             "python benchmarks/update_cost.py",
             "One update of the structure, over what is named in the case.",
+        ),
+        "## Seconds by width\n\n"
+        + timings(
+            "step-by-width.jsonl",
+            "python benchmarks/step_by_width.py",
+            "One training step of a ResNet-20 over one at full width (16-32-64), batch 128: why widths are held at "
+            "multiples of 8.",
         ),
     ]
     return "\n\n".join(parts) + "\n"

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torchvision
-import zoo
 from torch import nn
 
+import zoo
 from torchgrow import Space, TraceError, trace
 from torchgrow.lab.models import VGG16, ResNet, WideResNet
 from torchgrow.replay import replay
@@ -166,6 +166,12 @@ def ddp() -> nn.Module:
     return wrapped
 
 
+def compiled_in_place() -> nn.Module:
+    model = Doubling()
+    model.fc.compile()
+    return model
+
+
 def over_two_devices() -> nn.Module:
     model = zoo.build("plain")
     model.fc.to("meta")
@@ -185,7 +191,7 @@ IMAGE = torch.zeros(2, 3, 8, 8)
     ("model", "example", "text"),
     [
         (lambda: "resnet", IMAGE, r"must be a torch.nn.Module, got str"),
-        (Doubling, None, r"holds no tensor; pass a small batch .* images\[:2\]"),
+        (Doubling, None, r"holds no tensor; pass a small batch .*images\[:2\]"),
         (Doubling, (), r"holds no tensor"),
         (Doubling, {}, r"holds no tensor"),
         (Doubling, torch.zeros(2, 3, 9, 9), r"forward failed on example_inputs of shapes \[\(2, 3, 9, 9\)\]: RuntimeE"),
@@ -194,6 +200,7 @@ IMAGE = torch.zeros(2, 3, 8, 8)
         (ddp, IMAGE, r"wrapped in DistributedDataParallel; pass model\.module"),
         (lambda: nn.DataParallel(Doubling()), IMAGE, r"wrapped in DataParallel; pass model\.module"),
         (lambda: torch.compile(Doubling()), IMAGE, r"compiled; pass the plain module \(model\._orig_mod\)"),
+        (compiled_in_place, IMAGE, r"layer 'fc' is compiled; call torchgrow first"),
         (over_two_devices, IMAGE, r"spread over cpu, meta; move it to one device"),
         (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), IMAGE, r"0\.weight is not materialised yet; run one forward"),
         (sparse, IMAGE, r"s is torch\.sparse_coo.*only dense tensors"),

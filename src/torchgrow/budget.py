@@ -77,8 +77,8 @@ def _amount(name: str, value: Amount, full: int | None) -> int | None:
         if not 0 < share <= 1:
             raise BudgetError(f"{name}={value!r} must lie above 0% and at most at 100%; {works}")
         return 0 if full is None else int(share * full + 1e-9)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0 or int(value) != value:
-        hint = f'; did you mean {name}="{value:.0%}"?' if isinstance(value, float) and 0 < value < 1 else ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0 or value % 1 != 0:
+        hint = f'; did you mean {name}="{value * 100:g}%"?' if isinstance(value, float) and 0 < value < 1 else ""
         raise BudgetError(f"{name}={value!r} is not a positive whole number{hint}; {works}")
     return int(value)
 

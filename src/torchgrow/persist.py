@@ -101,7 +101,7 @@ def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module])
     if not isinstance(model, nn.Module):
         raise SavedModelError(f"frame_factory must return a torch.nn.Module, got {type(model).__name__}")
     own = _named_tensors(model)
-    kept = {name: _index(source, name, axes, own) for name, axes in structure["kept"].items()}
+    kept = _kept(source, structure, own)
     missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or foreign:
         raise SavedModelError(
@@ -110,8 +110,12 @@ def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module])
         )
     modules = dict(model.named_modules())
     for module, name, number in structure["attributes"]:
-        if type(getattr(modules.get(module), name, None)) is not int or number < 1:
-            raise SavedModelError(f"{source / STRUCTURE}: the frame has no int attribute {module}.{name}")
+        whole = vars(modules[module]).get(name) if module in modules else None
+        if type(whole) is not int or not 1 <= number <= whole:
+            raise SavedModelError(
+                f"{source / STRUCTURE}: {module}.{name} = {number} does not fit the frame, where it is {whole}"
+            )
+    attributes = {(module, name): number for module, name, number in structure["attributes"]}
     parts = {name: gather(tensor.detach(), kept.get(name, {})) for name, tensor in own.items()}
     for name, part in parts.items():
         if tensors[name].shape != part.shape or tensors[name].dtype != part.dtype:
@@ -119,15 +123,31 @@ def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module])
                 f"{source / WEIGHTS}: {name} is {tensors[name].dtype} {tuple(tensors[name].shape)}, but the structure "
                 f"record makes it {part.dtype} {tuple(part.shape)} in this frame"
             )
+    for path, layer in modules.items():
+        if isinstance(layer, nn.modules.conv._ConvNd) and not _fits(path, layer, parts, attributes):
+            raise SavedModelError(f"{source / STRUCTURE}: the channels and groups of {path} do not fit its weight")
     shapes = {name: tuple(own[name].shape) for name in kept}
     for name, tensor in own.items():
         replace_(tensor, tensors[name].to(tensor.device))
-    for module, name, number in structure["attributes"]:
+    for (module, name), number in attributes.items():
         setattr(modules[module], name, number)
-    attributes = {(module, name): number for module, name, number in structure["attributes"]}
     setattr(model, RECORD, Record(shapes, kept, attributes))
     guard_(model)
     return model
+
+
+def _fits(
+    path: str, layer: nn.modules.conv._ConvNd, parts: dict[str, Tensor], attributes: dict[tuple[str, str], int]
+) -> bool:
+    """Whether a convolution's channel counts and groups will be those of its weight."""
+    weight = parts.get(f"{path}.weight" if path else "weight")
+    if weight is None:  # tied or parametrized: its shape is checked under another name
+        return True
+    names = ("out_channels", "in_channels", "groups")
+    out, into, groups = (attributes.get((path, name), getattr(layer, name)) for name in names)
+    first, second = weight.shape[:2]
+    counted = (second * groups, first) if layer.transposed else (first, second * groups)
+    return counted == (out, into) and out % groups == 0
 
 
 def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -139,10 +159,10 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     try:
         structure = json.loads((source / STRUCTURE).read_text())
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SavedModelError(f"{source / STRUCTURE} is damaged: {error}") from error
-    if not isinstance(structure, dict) or structure.get("format") != FORMAT:
-        found = structure.get("format") if isinstance(structure, dict) else type(structure).__name__
+    found = structure.get("format") if isinstance(structure, dict) else type(structure).__name__
+    if type(found) is not int or found != FORMAT:
         raise SavedModelError(f"{source / STRUCTURE} has format {found!r}, this version of torchgrow reads {FORMAT}")
     attributes, kept, shapes = structure.get("attributes"), structure.get("kept"), structure.get("frame_shapes")
     well_formed = (
@@ -164,16 +184,27 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise SavedModelError(f"{source / WEIGHTS} is damaged: {error}") from error
 
 
-def _index(source: Path, name: str, axes: dict[str, Any], own: dict[str, Tensor]) -> Index:
-    """Kept positions of one tensor, checked against the frame: strictly rising and in range."""
-    if name not in own:
+def _kept(source: Path, structure: dict[str, Any], own: dict[str, Tensor]) -> dict[str, Index]:
+    """Kept positions of every cut tensor, once its name and full shape are known to be the frame's."""
+    for name in structure["kept"]:
+        if name not in own:
+            raise SavedModelError(
+                f"{source / STRUCTURE}: the frame has no tensor {name!r}; is frame_factory the same model?"
+            )
+    if structure["frame_shapes"] != {name: list(own[name].shape) for name in structure["kept"]}:
         raise SavedModelError(
-            f"{source / STRUCTURE}: the frame has no tensor {name!r}; is frame_factory the same model?"
+            f"{source / STRUCTURE}: the saved model was cut from a frame with other shapes than frame_factory's; "
+            "frame_factory must build the same full-size model that was grown"
         )
+    return {name: _index(source, name, axes, own[name]) for name, axes in structure["kept"].items()}
+
+
+def _index(source: Path, name: str, axes: dict[str, Any], full: Tensor) -> Index:
+    """Kept positions of one tensor of the frame: strictly rising and in range."""
     index: Index = {}
     for key, positions in axes.items():
-        axis = int(key) if key.isdecimal() and len(key) < 3 else -1
-        size = own[name].shape[axis] if 0 <= axis < own[name].dim() else 0
+        axis = int(key) if key.isascii() and key.isdecimal() and key == str(int(key[:3])) else -1
+        size = full.shape[axis] if 0 <= axis < full.dim() else 0
         rising = (
             isinstance(positions, list)
             and 0 < len(positions) <= size
@@ -182,7 +213,7 @@ def _index(source: Path, name: str, axes: dict[str, Any], own: dict[str, Tensor]
         )
         if not rising:
             raise SavedModelError(
-                f"{source / STRUCTURE}: kept positions of axis {key} of {name} {tuple(own[name].shape)} are not "
+                f"{source / STRUCTURE}: kept positions of axis {key} of {name} {tuple(full.shape)} are not "
                 "rising positions in range"
             )
         index[axis] = torch.tensor(positions)

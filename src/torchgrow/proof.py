@@ -19,14 +19,17 @@ from .cost import CostModel
 from .errors import TraceError
 from .replay import _opened, call, quiet_eval, replay
 from .space import Frozen, Space, live_positions
-from .surgery import shrink_
+from .surgery import Bank
 
 TOLERANCE = 1e-9
 """Largest relative error in float64 that still counts as equal."""
 
 
-FRACTIONS = (0.3, "first", "last", 0.7, 0.1, 0.5)
-"""What the proof tries to remove from every group: random shares, and the first and the last unit.
+NOISE = 1_000_003
+"""Length of the block of noise that large parameters repeat; prime, so that their rows differ."""
+
+FRACTIONS = (0.3, "ends", 0.7, 0.5)
+"""What the proof tries to remove from every group: random shares, and the first and the last unit ("ends").
 
 Operations that depend on the order of channels (a roll by a fixed number, a cut at a fixed place) can agree by
 chance on a random subset; the ends of an axis give them away.
@@ -76,19 +79,29 @@ class Prover:
             self.frame = copy.deepcopy(model)
         except Exception as error:
             raise TraceError(f"the proof needs a copy of the model, but deepcopy failed: {error}") from error
-        self.frame.double()
+        self.frame.to(torch.float64)
         self.inputs = tree_map(
             lambda x: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x, example_inputs
         )
         self._randomize()
+        self.bank = Bank(self.frame, space)
+        try:
+            self._outputs()
+        except Exception as error:
+            raise TraceError(
+                f"the proof runs in float64, and there the model's forward failed: {type(error).__name__}: {error}; "
+                "take dtypes from the tensors at hand (x.to(weight.dtype)) instead of naming them"
+            ) from error
 
     def _randomize(self) -> None:
         """Weights around their usual size; scales in [0.5, 1.5]; statistics and offsets away from 0 and 1."""
+        block = torch.randn(NOISE, generator=self.generator, dtype=torch.float64)  # repeated: large layers are many
         with torch.no_grad():
             for parameter in self.frame.parameters():
                 if not parameter.is_floating_point():
                     continue
-                noise = torch.randn(parameter.shape, generator=self.generator, dtype=torch.float64)
+                noise = block.repeat(-(-parameter.numel() // NOISE))[: parameter.numel()].reshape(parameter.shape)
+                block = block.roll(1)
                 fan_in = max(1, parameter[0].numel()) if parameter.dim() > 1 else 1
                 parameter.copy_(noise * (2 / fan_in) ** 0.5 if parameter.dim() > 1 else 1 + noise / 4)
             for module in self.frame.modules():
@@ -101,38 +114,39 @@ class Prover:
     def draw(self, fraction: float | str, groups: list[int] | None = None) -> Tensor:
         """A keep vector that drops about `fraction` of the removable units of each group (all groups if None).
 
-        "first" and "last" drop one unit at that end.
+        "ends" drops the first and the last one (the first only where that would leave none).
         """
         space = self.space
         keep = space.everything()
         for group in range(space.n_groups) if groups is None else groups:
             units = torch.nonzero((space.group_of == group) & space.removable).flatten()
             size = int((space.group_of == group).sum())
-            share = fraction if isinstance(fraction, float) else 0.0
-            drop = min(max(1, round(share * units.numel())), units.numel(), size - 1)
-            chosen = torch.randperm(units.numel(), generator=self.generator)
             if isinstance(fraction, str):
-                chosen = torch.arange(units.numel()) if fraction == "first" else torch.arange(units.numel()).flip(0)
-            chosen = chosen[:drop]
+                order = torch.tensor([0, -1])
+            else:
+                order = torch.randperm(units.numel(), generator=self.generator)
+                order = order[: max(1, round(fraction * units.numel()))]
+            chosen = order[: min(units.numel(), size - 1)]
             keep[units[chosen]] = False
         return keep
 
     def error(self, keep: Tensor) -> tuple[float, str]:
         """Relative error between compact network and zeroed frame, and what went wrong if the first fails."""
-        zeroed = copy.deepcopy(self.frame)
-        parameters = dict(zeroed.named_parameters())
         with torch.no_grad():
             for name in self.space.parameters:
                 for axis in self.space.cut_axes.get(name, ()):
                     dead = torch.nonzero(~live_positions(self.space.unit_of[name, axis], keep)).flatten()
-                    parameters[name].index_fill_(axis, dead.to(parameters[name].device), 0)
-        expected = self._outputs(zeroed)
-        compact = copy.deepcopy(self.frame)
+                    self.bank.tensors[name].index_fill_(axis, dead.to(self.bank.tensors[name].device), 0)
+            expected = self._outputs()
+            for name, full in self.bank.full.items():
+                self.bank.tensors[name].copy_(full)
         try:
-            shrink_(compact, self.space, keep)
-            found = self._outputs(compact)
+            self.bank.resize_(keep)
+            found = self._outputs()
         except Exception as error:
             return float("inf"), f"the compact network fails: {type(error).__name__}: {str(error).splitlines()[0]}"
+        finally:
+            self.bank.restore_()
         if len(found) != len(expected) or any(a.shape != b.shape for a, b in zip(found, expected, strict=True)):
             return float("inf"), "the compact network puts out other shapes"
         worst = 0.0
@@ -142,10 +156,10 @@ class Prover:
                 worst = max(worst, gap if gap == gap else float("inf"))
         return worst, f"the compact network's outputs differ by {worst:.1e}"
 
-    def _outputs(self, model: nn.Module) -> list[Tensor]:
-        with quiet_eval(model):
+    def _outputs(self) -> list[Tensor]:
+        with quiet_eval(self.frame):
             torch.manual_seed(self.seed)
-            outputs = call(model, self.inputs)
+            outputs = call(self.frame, self.inputs)
         found = [x for x in tree_leaves(_opened(outputs)) if isinstance(x, Tensor)]
         return [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in found]
 
@@ -153,11 +167,13 @@ class Prover:
 def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) -> Space:
     """Try the space on a randomised copy; freeze, with the reason, every group that does not come out exact."""
     free = _free_groups(space)
+    if not free:
+        return space
+    prover = Prover(model, space, example_inputs, seed)
     while free:
-        prover = Prover(model, space, example_inputs, seed)
         failed: dict[int, str] = {}
         for fraction in FRACTIONS:
-            failed.update(_failing(prover, free, fraction))
+            failed.update(_failing(prover, free, prover.draw(fraction, free)))
             if failed:
                 break
         if not failed:
@@ -170,6 +186,7 @@ def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) ->
             )
             space = space.freeze(units, Frozen("proof", name, "", reason, places))
         free = _free_groups(space)
+        prover.space = prover.bank.space = space
     return space
 
 
@@ -179,15 +196,15 @@ def _free_groups(space: Space) -> list[int]:
     return [g for g in space.group_of[space.removable].unique().tolist() if sizes[g] > 1]
 
 
-def _failing(prover: Prover, groups: list[int], fraction: float | str) -> dict[int, str]:
-    """The groups that break exactness when cut, found by bisection."""
-    error, reason = prover.error(prover.draw(fraction, groups))
+def _failing(prover: Prover, groups: list[int], draw: Tensor) -> dict[int, str]:
+    """The groups that break exactness when cut as in `draw` (a keep vector), found by bisection."""
+    error, reason = prover.error(draw | ~torch.isin(prover.space.group_of, torch.tensor(groups)))
     if error <= TOLERANCE:
         return {}
     if len(groups) == 1:
         return {groups[0]: reason}
     half = len(groups) // 2
-    found = {**_failing(prover, groups[:half], fraction), **_failing(prover, groups[half:], fraction)}
+    found = {**_failing(prover, groups[:half], draw), **_failing(prover, groups[half:], draw)}
     return found or dict.fromkeys(groups, reason)  # exact apart, wrong together: none of them is proven
 
 
@@ -228,13 +245,13 @@ def verify(model: nn.Module, example_inputs: Any, fraction: float = 0.3, seed: i
     prover = Prover(model, space, example_inputs, seed)
     errors = [prover.error(prover.draw(fraction))[0] for _ in range(trials if _free_groups(space) else 0)]
     costs = CostModel(space)
-    full, least = costs.both(costs.sizes)[0], costs.both(costs.smallest())[0]
+    full, least = int(costs.both(costs.sizes)[0]), int(costs.both(costs.smallest())[0])
     worst = max(errors, default=0.0)
     return Report(
         ok=worst <= TOLERANCE,
         max_error=worst,
         trials=len(errors),
-        removable_params=float(1 - least / full) if int(full) else 0.0,
+        removable_params=1 - least / full if full else 0.0,
         units=int(space.removable.sum()),
         groups=space.widths(space.everything()),
         frozen=space.frozen,

@@ -46,6 +46,9 @@ def check_model(model: nn.Module, example_inputs: Any) -> None:
         raise TraceError(f"the model is wrapped in {type(model).__name__}; pass model.module and wrap it afterwards")
     if hasattr(model, "_orig_mod"):
         raise TraceError("the model is compiled; pass the plain module (model._orig_mod) to torchgrow")
+    for path, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise TraceError(f"layer {path!r} is compiled; call torchgrow first and compile what it leaves you with")
     if not any(isinstance(x, Tensor) for x in tree_leaves(example_inputs)):
         raise TraceError(
             "example_inputs holds no tensor; pass a small batch the model accepts, e.g. example_inputs=images[:2], "

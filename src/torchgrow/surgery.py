@@ -276,8 +276,11 @@ class Bank:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold a Ctrl-C back until the block is through, then deliver it. Outside the main thread: nothing to do."""
-    if threading.current_thread() is not threading.main_thread():
+    """Hold a Ctrl-C back until the block is through, then deliver it.
+
+    Nothing to do outside the main thread, nor where the handler is not Python's and so could not be put back.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return
     held: list[Any] = []

@@ -1,0 +1,179 @@
+"""Budgets: Eq 4, the planned shift, and the final fit against a slow literal greedy one on random small spaces."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from torchgrow import Budget, Cost, Method, Space
+from torchgrow.budget import Limits, fit, largest_shift, pressure
+from torchgrow.cost import CostModel
+from torchgrow.indicators import Indicators
+from torchgrow.space import FlopTerm
+
+
+def chain(widths: list[int], pixels: list[int], stuck: int = 0) -> Space:
+    """A chain of linear maps 3 -> widths... -> 2; the k-th is applied at `pixels[k]` places. One group per width.
+
+    The first `stuck` units of the first group cannot be removed.
+    """
+    starts = [0, *itertools.accumulate(widths)]
+    units = [torch.arange(a, b) for a, b in itertools.pairwise(starts)]
+    sides = [torch.full((3,), -1), *units, torch.full((2,), -1)]
+    unit_of: dict[tuple[str, int], Tensor] = {}
+    shapes, flops = {}, []
+    for k, (inner, outer) in enumerate(itertools.pairwise(sides)):
+        unit_of[f"w{k}", 0], unit_of[f"w{k}", 1] = outer, inner
+        shapes[f"w{k}"] = (outer.numel(), inner.numel())
+        flops.append(FlopTerm(2 * pixels[k], (outer, inner), f"w{k}"))
+    removable = torch.ones(sum(widths), dtype=torch.bool)
+    removable[:stuck] = False
+    return Space(
+        unit_of=unit_of,
+        removable=removable,
+        group_of=torch.cat([torch.full((w,), g) for g, w in enumerate(widths)]),
+        group_names=tuple(f"g{g}" for g in range(len(widths))),
+        shapes=shapes,
+        parameters=tuple(shapes),
+        flops=tuple(flops),
+        batch=1,
+        fold={(f"w{k}", 0): u for k, u in enumerate(units)},
+        attributes=(),
+    )
+
+
+def counted(space: Space, keep: Tensor) -> tuple[int, int]:
+    """Parameters and FLOPs, counted position by position."""
+    params = flops = 0
+    for name in space.parameters:
+        size = 1
+        for axis in (0, 1):
+            size *= sum(1 for u in space.unit_of[name, axis].tolist() if u < 0 or keep[u])
+        params += size
+    for term in space.flops:
+        size = term.constant
+        for vector in term.vectors:
+            size *= sum(1 for u in vector.tolist() if u < 0 or keep[u])
+        flops += size
+    return params, flops
+
+
+def within(space: Space, keep: Tensor, limits: Limits) -> bool:
+    params, flops = counted(space, keep)
+    return (limits.params is None or params <= limits.params) and (limits.flops is None or flops <= limits.flops)
+
+
+def slow_fit(space: Space, keep: Tensor, score: Tensor, limits: Limits) -> Tensor:
+    """Throw out the worst unit, again and again, until it fits; then let in the best that fits, again and again."""
+    keep = keep.clone()
+    worst_first = sorted(range(space.n_units), key=lambda u: (float(score[u]), u))
+    while not within(space, keep, limits):
+        for unit in worst_first:
+            alone = int(keep[space.group_of == space.group_of[unit]].sum()) == 1
+            if keep[unit] and space.removable[unit] and not alone:
+                keep[unit] = False
+                break
+    while True:
+        for unit in reversed(worst_first):
+            more = keep.clone()
+            more[unit] = True
+            if not keep[unit] and within(space, more, limits):
+                keep = more
+                break
+        else:
+            return keep
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Space, Tensor, Tensor, Limits]:
+    widths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
+    pixels = draw(st.lists(st.sampled_from([1, 4, 16, 64]), min_size=len(widths) + 1, max_size=len(widths) + 1))
+    space = chain(widths, pixels, stuck=draw(st.integers(0, widths[0])))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    keep = (torch.rand(space.n_units, generator=generator) < draw(st.floats(0, 1))) | ~space.removable
+    for group in range(space.n_groups):
+        units = torch.nonzero(space.group_of == group).flatten()
+        if not keep[units].any():
+            keep[units[0]] = True
+    score = torch.randint(0, 6, (space.n_units,), generator=generator).double()  # with ties
+    costs = CostModel(space)
+    low, high = costs.both(costs.smallest()).tolist(), costs.both(costs.sizes).tolist()
+    kind = draw(st.sampled_from(["params", "flops", "both"]))
+    params = draw(st.integers(low[0], high[0])) if kind != "flops" else None
+    flops = draw(st.integers(low[1], high[1])) if kind != "params" else None
+    return space, keep, score, Limits(params, flops)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(problems())
+def test_fit_is_the_literal_greedy_one(problem: tuple[Space, Tensor, Tensor, Limits]) -> None:
+    space, keep, score, limits = problem
+    steps = torch.ones(space.n_groups, dtype=torch.int64)
+    found = fit(space, CostModel(space), keep, score, limits, steps)
+    assert torch.equal(found, slow_fit(space, keep, score, limits))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(problems(), st.integers(1, 4))
+def test_fit_guarantees_the_budget_at_any_step(problem: tuple[Space, Tensor, Tensor, Limits], step: int) -> None:
+    """Within the limits, nothing more fits, at least one unit a group, what must stay stays; fitting again is idle."""
+    space, keep, score, limits = problem
+    before, costs = keep.clone(), CostModel(space)
+    steps = torch.full((space.n_groups,), step)
+    found = fit(space, costs, keep, score, limits, steps)
+    assert torch.equal(keep, before)
+    assert within(space, found, limits)
+    for unit in torch.nonzero(~found).flatten().tolist():
+        more = found.clone()
+        more[unit] = True
+        assert not within(space, more, limits)
+    space.check_keep(found)
+    if within(space, keep, limits):
+        assert bool((found | ~keep).all())
+    assert torch.equal(fit(space, costs, found, -score, limits, steps), found)
+    assert costs.both(costs.live(found)).tolist() == list(counted(space, found))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(problems(), st.integers(1, 3), st.sampled_from(["persistent", "independent"]))
+def test_largest_shift(problem: tuple[Space, Tensor, Tensor, Limits], align: int, draws: str) -> None:
+    """The structure fits, and at a slightly larger shift it would not. A larger shift never narrows a group."""
+    space, _, score, limits = problem
+    costs = CostModel(space)
+    indicators = Indicators(space, Method(align=align, draws=draws), updates=5, seed=int(score.sum()))
+    indicators.s = score - 3
+    keep_at = indicators.shifted()
+    shift, keep = largest_shift(keep_at, costs, limits.tensor())
+    assert within(space, keep, limits)
+    assert torch.equal(keep, keep_at(shift))
+    assert shift == 200.0 or not within(space, keep_at(shift + 2e-6), limits)
+    widths = torch.stack([costs.live(keep_at(x)) for x in torch.linspace(-10, 10, 41).tolist()])
+    assert bool((widths.diff(dim=0) >= 0).all())
+    assert bool((keep | space.removable).all())
+    live, least = costs.live(keep), costs.smallest()
+    held = (live % indicators.steps == 0) | (live < indicators.steps) | (live == least) | (live == costs.sizes)
+    assert bool(held.all())
+
+
+def test_pressure_is_eq_4() -> None:
+    """lambda = lambda^base (u - u_G), u = 1 - kept share; of two budgets the one nearer to being violated counts."""
+    frame, now = Cost(1000, 500), Cost(100, 400)
+    u, u_now = 1 - 360 / 1000, 1 - 100 / 1000
+    assert pressure(0.5, Limits(360, None), frame, now) == pytest.approx(0.5 * (u - u_now))
+    assert pressure(0.5, Limits(360, None), frame, now) < 0  # too sparse: growth is rewarded
+    assert pressure(2.0, Limits(None, 250), frame, now) == pytest.approx(2 * (400 - 250) / 500)
+    assert pressure(1.0, Limits(360, 250), frame, now) == pytest.approx(0.3)
+    assert pressure(1.0, Limits(360, None), frame, Cost(360, 1)) == 0
+
+
+def test_shares_and_absolute_numbers() -> None:
+    frame = Cost(1000, 12345)
+    assert Budget(params="36%").limits(frame) == Limits(360, None)
+    assert Budget(params=" 12.5 % ", flops="100%").limits(frame) == Limits(125, 12345)
+    assert Budget(params="29%").limits(Cost(100, 1)) == Limits(29, None)  # 0.29 * 100 < 29 in floating point
+    assert Budget(params="33.39%").limits(frame) == Limits(333, None)  # rounded down: a guarantee
+    assert Budget(flops=2e4).limits(frame) == Limits(None, 20000)
+    assert str(Budget(params="36%", flops=5)) == "params <= 36% and flops <= 5"

@@ -1,0 +1,283 @@
+"""Law 9: saved, loaded in a fresh process, the same outputs, without tracing; and what damaged folders get."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import torchgrow.persist
+import zoo
+from torchgrow import SavedModelError, load, save, shrink_, trace
+from torchgrow.proof import Prover
+from torchgrow.replay import call, replay
+
+WEIGHTS, STRUCTURE = "model.safetensors", "structure.json"
+
+
+def grown(name: str) -> nn.Module:
+    """A zoo model cut in half, with weights of its own."""
+    model, example = zoo.build(name, seed=5), zoo.inputs(name)
+    space = trace(model, example)
+    shrink_(model, space, Prover(model, space, example, seed=4).draw(0.5))
+    return model.eval()
+
+
+def same(a: Any, b: Any) -> bool:
+    flat = torch.utils._pytree.tree_leaves
+    return all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_saved_and_loaded_is_the_same(name: str, tmp_path: Path) -> None:
+    model = grown(name)
+    if name == "depthwise":
+        model.half()
+    example = zoo.inputs(name)
+    save(model, tmp_path / "deep" / "net")
+    again = load(tmp_path / "deep" / "net", lambda: zoo.build(name).to(next(model.parameters()).dtype)).eval()
+    if name != "depthwise":
+        expected = call(model, example)
+        assert same(call(again, example), expected)
+    for (key, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(a, b) or key in ("calls", "last")
+    save(again, tmp_path / "twice")
+    assert (tmp_path / "twice" / STRUCTURE).read_text() == (tmp_path / "deep" / "net" / STRUCTURE).read_text()
+    assert sorted(p.name for p in (tmp_path / "deep" / "net").iterdir()) == [WEIGHTS, STRUCTURE]
+
+
+FRESH = """
+import sys
+import torch
+import torchgrow
+import torchgrow.proof, torchgrow.replay, torchgrow.grower
+
+def refuse(*args, **kwargs):
+    raise AssertionError("traced")
+
+for module in (torchgrow, torchgrow.proof, torchgrow.replay, torchgrow.grower):
+    for name in ("trace", "replay", "prove", "verify", "Replay"):
+        if callable(getattr(module, name, None)):
+            setattr(module, name, refuse)
+sys.path.insert(0, sys.argv[1])
+import zoo
+
+expected = torch.load(sys.argv[3])
+for name, output in expected.items():
+    model = torchgrow.load(sys.argv[2] + "/" + name, lambda: zoo.build(name)).eval()
+    assert torch.equal(model(zoo.inputs(name)), output), name
+print(len(expected))
+"""
+
+
+def test_law_9_in_a_fresh_process_without_the_tracer(tmp_path: Path) -> None:
+    expected = {}
+    for name in ("residual", "grouped-2", "buffer-pad", "flatten", "depthwise", "group-norm", "tied"):
+        model = grown(name)
+        save(model, tmp_path / name)
+        expected[name] = model(zoo.inputs(name)).detach()
+    torch.save(expected, tmp_path / "expected.pt")
+    command = [sys.executable, "-W", "error", "-c", FRESH, str(Path(zoo.__file__).parent), str(tmp_path)]
+    done = subprocess.run([*command, str(tmp_path / "expected.pt")], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "7\n"), done.stderr
+
+
+def test_a_loaded_model_trains_and_is_a_frame_no_longer(tmp_path: Path) -> None:
+    save(grown("residual"), tmp_path / "net")
+    model = load(tmp_path / "net", lambda: zoo.build("residual"))
+    assert model.training
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model.a.weight.detach().clone()  # type: ignore[union-attr, operator]
+    model(zoo.inputs("residual")).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.a.weight, before)  # type: ignore[arg-type, union-attr]
+    assert replay(model, zoo.inputs("residual")).n_units == 6
+
+
+def test_a_whole_and_a_foreign_model_can_be_saved(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+    save(model, tmp_path / "net")
+    again = load(tmp_path / "net", lambda: nn.Sequential(nn.Linear(3, 2), nn.ReLU()))
+    assert same(again(torch.ones(1, 3)), model(torch.ones(1, 3)))
+
+
+# --- damaged folders ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save(grown("grouped"), tmp_path / "net")
+    return tmp_path / "net"
+
+
+def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+    """Edit the structure record."""
+
+    def damage(folder: Path) -> None:
+        record = json.loads((folder / STRUCTURE).read_text())
+        change(record)
+        (folder / STRUCTURE).write_text(json.dumps(record))
+
+    return damage
+
+
+def retensor(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], object]:
+    """Edit the tensors."""
+
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / WEIGHTS)
+
+    return damage
+
+
+def put(value: object, *keys: str) -> Callable[[Path], object]:
+    def change(record: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            record = record[key]
+        record[keys[-1]] = value
+
+    return edit(change)
+
+
+def attribute(name: str, number: object, module: str = "g") -> Callable[[Path], object]:
+    def change(record: dict[str, Any]) -> None:
+        record["attributes"] = [a for a in record["attributes"] if a[:2] != [module, name]] + [[module, name, number]]
+
+    return edit(change)
+
+
+def cut(name: str, at: float) -> Callable[[Path], object]:
+    def damage(folder: Path) -> None:
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: int(len(whole) * at)])
+
+    return damage
+
+
+RISING = r"structure\.json: kept positions of axis 0 of a\.weight \(8, 3, 1, 1\) are not rising positions in range"
+FORM = r"structure\.json is damaged: fields are missing, foreign or of the wrong type"
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), r"is not a saved model: model\.safetensors not found; save one"),
+    "no structure": (lambda f: (f / STRUCTURE).unlink(), r"structure\.json not found"),
+    "empty weights": (cut(WEIGHTS, 0), r"model\.safetensors is damaged"),
+    "weights cut in the header": (cut(WEIGHTS, 0.1), r"model\.safetensors is damaged"),
+    "weights cut in the data": (cut(WEIGHTS, 0.9), r"model\.safetensors is damaged"),
+    "empty structure": (cut(STRUCTURE, 0), r"structure\.json is damaged"),
+    "half a structure": (cut(STRUCTURE, 0.5), r"structure\.json is damaged"),
+    "not text": (lambda f: (f / STRUCTURE).write_bytes(b"\xff\xfe\x00"), r"structure\.json is damaged"),
+    "deeply nested": (lambda f: (f / STRUCTURE).write_text("[" * 100_000), r"structure\.json is damaged"),
+    "a list": (lambda f: (f / STRUCTURE).write_text("[]"), r"has format 'list', this version .* reads 1"),
+    "another format": (put(2, "format"), r"has format 2, this version of torchgrow reads 1"),
+    "a bool for the format": (put(True, "format"), r"has format True"),
+    "no attributes": (edit(lambda r: r.pop("attributes")), FORM),
+    "a foreign field": (put(1, "extra"), FORM),
+    "kept is a list": (put([], "kept"), FORM),
+    "kept axes are a list": (put([0], "kept", "a.weight"), FORM),
+    "attributes of two": (put([["g", "groups"]], "attributes"), FORM),
+    "a bool for a number": (attribute("groups", True), FORM),
+    "a float for a number": (attribute("groups", 2.0), FORM),
+    "shapes are a list": (put([], "frame_shapes"), FORM),
+    "another frame": (put([8, 3, 3, 3], "frame_shapes", "a.weight"), r"cut from a frame with other shapes"),
+    "an unknown tensor": (put({"0": [0]}, "kept", "z.weight"), r"no tensor 'z\.weight'; is frame_factory the same"),
+    "negative": (put([-1, 0, 1, 2], "kept", "a.weight", "0"), RISING),
+    "duplicate": (put([0, 1, 1, 2], "kept", "a.weight", "0"), RISING),
+    "falling": (put([3, 2, 1, 0], "kept", "a.weight", "0"), RISING),
+    "out of range": (put([0, 1, 2, 8], "kept", "a.weight", "0"), RISING),
+    "huge": (put([10**30], "kept", "a.weight", "0"), RISING),
+    "a huge list": (put(list(range(100_000)), "kept", "a.weight", "0"), RISING),
+    "empty list": (put([], "kept", "a.weight", "0"), RISING),
+    "bool positions": (put([False, True, 2, 3], "kept", "a.weight", "0"), RISING),
+    "float positions": (put([0.0, 1.0, 2.0, 3.0], "kept", "a.weight", "0"), RISING),
+    "text for positions": (put("0123", "kept", "a.weight", "0"), RISING),
+    "an axis too many": (put([0], "kept", "a.weight", "4"), r"axis 4 of a\.weight .* are not rising"),
+    "an axis twice": (put([0], "kept", "a.weight", "00"), r"axis 00 of a\.weight .* are not rising"),
+    "a negative axis": (put([0], "kept", "a.weight", "-1"), r"axis -1 of a\.weight .* are not rising"),
+    "a huge axis": (put([0], "kept", "a.weight", "9" * 5000), r"of a\.weight .* are not rising"),
+    "other positions": (put([0, 1], "kept", "a.weight", "0"), r"a\.weight is torch.float32 \(4, 3, 1, 1\), but the st"),
+    "an unknown module": (attribute("groups", 2, "z"), r"z\.groups = 2 does not fit the frame, where it is None"),
+    "an unknown attribute": (attribute("sides", 2), r"g\.sides = 2 does not fit the frame"),
+    "not an int of the frame": (attribute("training", 1), r"g\.training = 1 does not fit"),
+    "groups beyond the frame": (attribute("groups", 5), r"g\.groups = 5 does not fit the frame, where it is 4"),
+    "no groups": (attribute("groups", 0), r"g\.groups = 0 does not fit"),
+    "other groups": (attribute("groups", 1), r"channels and groups of g do not fit its weight"),
+    "a missing tensor": (retensor(lambda t: t.pop("fc.bias")), r"missing \['fc\.bias'\], foreign \[\]; frame_factory"),
+    "a foreign tensor": (retensor(lambda t: t.update(z=torch.ones(1))), r"missing \[\], foreign \['z'\]"),
+    "another dtype": (retensor(lambda t: t.update({"fc.bias": t["fc.bias"].double()})), r"fc\.bias is torch\.float64"),
+    "another shape": (retensor(lambda t: t.update({"fc.bias": torch.ones(5)})), r"fc\.bias is torch.float32 \(5,\)"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_folder_is_refused_and_the_frame_stays_whole(name: str, folder: Path) -> None:
+    damage, text = DAMAGE[name]
+    frame = zoo.build("grouped")
+    before = {key: value.clone() for key, value in frame.state_dict().items()}
+    assert load(folder, lambda: zoo.build("grouped")) is not None
+    damage(folder)
+    with pytest.raises(SavedModelError, match=text):
+        load(folder, lambda: frame)
+    assert all(torch.equal(value, before[key]) for key, value in frame.state_dict().items())
+    assert frame.g.groups == 4  # type: ignore[union-attr]
+    assert "_torchgrow_record" not in vars(frame)
+
+
+def test_a_missing_folder_and_a_wrong_factory(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(SavedModelError, match=r"nowhere is not a saved model: .* not found; save one with"):
+        load(tmp_path / "nowhere", lambda: zoo.build("grouped"))
+    with pytest.raises(SavedModelError, match=r"frame_factory must return a torch\.nn\.Module, got str"):
+        load(folder, lambda: "net")  # type: ignore[arg-type, return-value]
+    with pytest.raises(SavedModelError, match=r"no tensor 'a\.bias'; is frame_factory the same"):
+        load(folder, lambda: zoo.build("plain"))
+    with pytest.raises(SavedModelError, match=r"cut from a frame with other shapes than frame_factory's"):
+        load(folder, lambda: zoo.build("grouped-2"))
+
+
+# --- saving ---------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_save_leaves_nothing_or_the_old_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    real_save, real_rename = save_file, Path.rename
+
+    def half_a_file(tensors: dict[str, Tensor], path: Path) -> None:
+        real_save(tensors, path)
+        os.truncate(path, 100)
+        raise KeyboardInterrupt
+
+    def no_second_rename(self: Path, target: Path) -> Path:
+        if Path(target) == folder and not self.name.endswith(".old"):
+            raise OSError("disk full")
+        return real_rename(self, target)
+
+    for name, broken, error in (("save_file", half_a_file, KeyboardInterrupt), ("rename", no_second_rename, OSError)):
+        with monkeypatch.context() as patch:
+            patch.setattr(torchgrow.persist if name == "save_file" else Path, name, broken)
+            for target in (folder, tmp_path / "new") if name == "save_file" else (folder,):
+                with pytest.raises(error):
+                    save(grown("plain"), target)
+        assert [path.name for path in tmp_path.iterdir()] == ["net"]
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_saved_folder_is_replaced_and_nothing_else_is(folder: Path, tmp_path: Path) -> None:
+    save(grown("plain"), folder)
+    load(folder, lambda: zoo.build("plain"))
+    assert [path.name for path in tmp_path.iterdir()] == ["net"]
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(SavedModelError, match=r"net exists and is not a saved model; choose another folder"):
+        save(grown("plain"), folder)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SavedModelError, match="exists and is not a saved model"):
+        save(grown("plain"), tmp_path / "file")
+    assert (folder / "notes.txt").read_text() == (tmp_path / "file").read_text() == "mine"

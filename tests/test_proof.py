@@ -1,0 +1,213 @@
+"""Law 1: a compact network computes what the frame computes with the absent units zeroed; and what fails is frozen."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import zoo
+from torchgrow import Space, TraceError, shrink_, trace, verify
+from torchgrow.proof import TOLERANCE, Prover, prove
+from torchgrow.replay import replay
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_law_1_on_the_zoo(name: str) -> None:
+    """Unproven spaces, so that nothing is hidden by the proof's own freezing."""
+    model, example = zoo.build(name), zoo.inputs(name)
+    prover = Prover(model, replay(model, example), example, seed=1)
+    for fraction in (0.1, 0.3, 0.5, 0.8, 0.95):
+        for _ in range(3):
+            error, reason = prover.error(prover.draw(fraction))
+            assert error <= TOLERANCE, reason
+
+
+def zeroed(model: nn.Module, space: Space, keep: torch.Tensor) -> nn.Module:
+    """The oracle, written out: a copy of the frame with every position of every absent unit set to zero."""
+    model = copy.deepcopy(model)
+    for (name, axis), units in space.unit_of.items():
+        for position, unit in enumerate(units.tolist()):
+            if unit >= 0 and not keep[unit] and name in space.parameters:
+                model.get_parameter(name).data.select(axis, position).zero_()
+    return model
+
+
+@pytest.mark.parametrize("name", ["residual", "concat", "depthwise", "flatten", "grouped-2", "sigmoid"])
+def test_law_1_by_hand(name: str) -> None:
+    """Without the prover: default weights, non-trivial statistics, one unit of each group absent."""
+    model, example = zoo.build(name).double().eval(), zoo.inputs(name).double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -1, 1)  # type: ignore[arg-type]
+            nn.init.uniform_(module.running_var, 0.5, 2)  # type: ignore[arg-type]
+    space = trace(model, example)
+    keep = space.everything()
+    for group in range(space.n_groups):
+        keep[torch.nonzero(space.group_of == group)[1]] = False
+    expected = zeroed(model, space, keep)(example)
+    assert not torch.allclose(expected, model(example))
+    before = sum(p.numel() for p in model.parameters())
+    shrink_(model, space, keep)
+    torch.testing.assert_close(model(example), expected, rtol=1e-12, atol=1e-12)
+    assert sum(p.numel() for p in model.parameters()) < before
+
+
+def swapped(space: Space, place: tuple[str, int], i: int, j: int) -> Space:
+    """A wrong space: two positions of one axis have each other's units."""
+    vector = space.unit_of[place].clone()
+    vector[[i, j]] = vector[[j, i]]
+    return replace(space, unit_of={**space.unit_of, place: vector})
+
+
+@pytest.mark.parametrize("place", [("a.weight", 0), ("bn1.bias", 0), ("bn1.running_mean", 0), ("b.weight", 1)])
+def test_a_wrong_space_is_caught_and_its_group_frozen(place: tuple[str, int]) -> None:
+    model, example = zoo.build("residual"), zoo.inputs("residual")
+    space = replay(model, example)
+    wrong = swapped(space, place, 0, 4)
+    proven = prove(model, wrong, example)
+    group = space.group_names.index("a")
+    assert not bool(proven.removable[space.group_of == group].any())
+    assert bool(proven.removable[space.group_of != group].all())
+    (frozen,) = [f for f in proven.frozen if f.op == "proof"]
+    assert frozen.module == "a"
+    assert place in frozen.places
+    assert "outputs differ by" in frozen.reason
+    with pytest.raises(Exception, match="not removable"):
+        proven.check_keep(~(space.group_of == group))
+
+
+def test_a_missing_axis_is_caught_as_a_failing_network() -> None:
+    model, example = zoo.build("plain"), zoo.inputs("plain")
+    space = replay(model, example)
+    cut = {**space.unit_of, ("b.weight", 1): torch.full((6,), -1)}
+    proven = prove(model, replace(space, unit_of=cut), example)
+    (frozen,) = [f for f in proven.frozen if f.op == "proof"]
+    assert frozen.reason.startswith("the compact network fails: RuntimeError: ")
+    assert proven.widths(proven.everything()) == {"b": 5}
+
+
+def test_a_size_fixed_in_the_forward_is_found_by_the_proof() -> None:
+    class Fixed(nn.Module):
+        """c3(3, 6) -> view [N, 6, 64] with the 6 written out -> mean -> fc(6, 5) -> fc(5, 2)"""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.f, self.g = zoo.c3(3, 6), nn.Linear(6, 5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            return self.g(torch.relu(self.f(self.a(x).reshape(len(x), 6, -1).mean(2))))
+
+    report = verify(Fixed(), zoo.inputs("plain"))
+    assert report.ok
+    assert report.groups == {"f": 5}
+    assert any(f.op == "proof" and f.module == "a" for f in report.frozen)
+
+
+def test_report_fields() -> None:
+    model = zoo.build("plain-bias")
+    report = verify(model, zoo.inputs("plain-bias"), fraction=0.5, seed=3, trials=4)
+    assert report.ok
+    assert 0 < report.max_error <= TOLERANCE
+    assert (report.trials, report.units, report.groups) == (4, 11, {"a": 6, "b": 5})
+    # frame: a 3*6*9 + 6, bn 12, b 6*5*9 + 5, fc 24; least: one channel each
+    full, least = (162 + 6) + 12 + (270 + 5) + 24, (27 + 1) + 2 + (9 + 1) + (4 + 4)
+    assert report.removable_params == pytest.approx(1 - least / full, abs=1e-12)
+    assert len(report.frozen) == 2
+    assert str(report).startswith("exact: max relative error ")
+    assert "11 units in 2 groups" in str(report)
+    assert verify(model, zoo.inputs("plain-bias"), fraction=0.5, seed=3, trials=4) == report
+
+
+def test_report_says_when_it_is_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, example = zoo.build("residual"), zoo.inputs("residual")
+    wrong = swapped(replay(model, example), ("a.weight", 0), 0, 4)
+    monkeypatch.setattr("torchgrow.proof.trace", lambda model, example: wrong)
+    report = verify(model, example, fraction=0.5)
+    assert not report.ok
+    assert report.max_error > 1e-3
+    assert str(report).startswith("NOT EXACT")
+
+
+def test_nothing_to_prove() -> None:
+    report = verify(zoo.build("attention"), zoo.inputs("attention"))
+    assert (report.ok, report.trials, report.units, report.removable_params) == (True, 0, 0, 0.0)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.2, float("nan")])
+def test_fraction_must_lie_between(fraction: float) -> None:
+    with pytest.raises(TraceError, match="fraction must lie between 0 and 1"):
+        verify(zoo.build("plain"), zoo.inputs("plain"), fraction=fraction)
+
+
+def test_a_dtype_named_in_the_forward_is_explained() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = zoo.c3(3, 6), zoo.c3(6, 2)
+
+        def forward(self, x):
+            return self.b(self.a(x).float())
+
+    with pytest.raises(TraceError, match=r"float64.* failed: RuntimeError.*take dtypes from the tensors"):
+        trace(Named(), zoo.inputs("plain"))
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    """Weights, buffers (counted and reassigned in the forward), modes, gradients, random state."""
+    for name in ("residual", "buffers", "unused"):
+        model, example = zoo.build(name), zoo.inputs(name)
+        model.train()
+        next(model.children()).eval()
+        zoo_output = model(example)
+        zoo_output.sum().backward()
+        state = {key: (value, value.clone()) for key, value in model.state_dict(keep_vars=True).items()}
+        grads = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+        modes = [module.training for module in model.modules()]
+        random = torch.get_rng_state()
+        verify(model, example)
+        assert torch.equal(torch.get_rng_state(), random)
+        assert [module.training for module in model.modules()] == modes
+        after = model.state_dict(keep_vars=True)
+        assert after.keys() == state.keys()
+        for key, (tensor, value) in state.items():
+            assert after[key] is tensor, f"{key} of {name} is another object"
+            assert torch.equal(tensor, value)
+        assert all(torch.equal(model.get_parameter(key).grad, grad) for key, grad in grads.items())  # type: ignore[arg-type]
+        assert "_torchgrow_record" not in vars(model)
+
+
+class Random(nn.Module):
+    """A chain of blocks, each plain, residual, concatenating or depthwise, with widths and norms drawn."""
+
+    def __init__(self, blocks: list[tuple[str, int, bool]]) -> None:
+        super().__init__()
+        self.kinds, self.layers = [kind for kind, _, _ in blocks], nn.ModuleList()
+        width = 3
+        for kind, size, norm in blocks:
+            out = width if kind in ("residual", "depthwise") else size
+            conv = zoo.c3(width, out, groups=width if kind == "depthwise" else 1, bias=not norm)
+            self.layers.append(nn.Sequential(conv, nn.BatchNorm2d(out)) if norm else conv)
+            width = width + out if kind == "concat" else out
+        self.fc = nn.Linear(width, 2)
+
+    def forward(self, x):
+        for kind, layer in zip(self.kinds, self.layers, strict=True):
+            y = torch.relu(layer(x))
+            x = x + y if kind == "residual" else torch.cat([x, y], 1) if kind == "concat" else y
+        return zoo.head(x, self.fc)
+
+
+BLOCK = st.tuples(st.sampled_from(["plain", "residual", "concat", "depthwise"]), st.integers(1, 5), st.booleans())
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(BLOCK, min_size=1, max_size=5), st.floats(0.1, 0.9))
+def test_law_1_on_random_networks(blocks: list[tuple[str, int, bool]], fraction: float) -> None:
+    model, example = Random(blocks), zoo.inputs("plain")
+    prover = Prover(model, replay(model, example), example, seed=0)
+    error, reason = prover.error(prover.draw(fraction))
+    assert error <= TOLERANCE, reason
