@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
-from torchgrow import Cost, Space, measure, shrink_, trace
+from torchgrow import Cost, Space, measure, shrink_
 from torchgrow.cost import CostModel
 from torchgrow.lab.models import ResNet
 from torchgrow.proof import Prover
@@ -33,7 +33,7 @@ def draws(space: Space, model: nn.Module, example: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_law_6_on_the_zoo(name: str) -> None:
     model, example = zoo.build(name), zoo.inputs(name)
-    space = trace(model, example)
+    space = zoo.space(name)
     costs = CostModel(space)
     for keep in draws(space, model, example):
         bank = shrink_(model, space, keep)

@@ -84,9 +84,7 @@ def make_pair(make: Make, penalty: float = 0.0, model: nn.Module | None = None) 
     return Pair(live, grower, oracle)
 
 
-def train(
-    pair: Pair, steps: int = STEPS, penalty: float = 0.0, rate: Callable[[int], float] = lambda step: 1.0
-) -> None:
+def train(pair: Pair, steps: int = STEPS, penalty: float = 0.0, rate: float = 1.0) -> None:
     """Both, side by side, on the same batches."""
     optimizer = pair.grower.optimizer
     for step in range(steps):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import torchgrow.persist
 import zoo
-from torchgrow import SavedModelError, load, save, shrink_, trace
+from torchgrow import SavedModelError, load, save, shrink_
 from torchgrow.proof import Prover
 from torchgrow.replay import call, replay
 
@@ -25,7 +25,7 @@ WEIGHTS, STRUCTURE = "model.safetensors", "structure.json"
 def grown(name: str) -> nn.Module:
     """A zoo model cut in half, with weights of its own."""
     model, example = zoo.build(name, seed=5), zoo.inputs(name)
-    space = trace(model, example)
+    space = zoo.space(name)
     shrink_(model, space, Prover(model, space, example, seed=4).draw(0.5))
     return model.eval()
 

@@ -72,7 +72,7 @@ def live_widths(space: Space) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_units_and_reasons_of_the_zoo(name: str) -> None:
-    space = trace(zoo.build(name), zoo.inputs(name))
+    space = zoo.space(name)
     units, reasons = EXPECTED[name]
     assert live_widths(space) == units
     assert {frozen.reason for frozen in space.frozen} - USUAL == reasons

@@ -4,12 +4,15 @@
 `ZOO` maps a name to a function that builds the model; `inputs(name)` gives a small batch for it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from torchgrow import Space, trace
 
 
 def c3(a: int, b: int, **kwargs: Any) -> nn.Conv2d:
@@ -458,3 +461,9 @@ def inputs(name: str, seed: int = 0, batch: int = 2) -> Any:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, 3, 8, 8, generator=generator)
     return {"z": torch.randn(batch, 2, 8, 8, generator=generator), "x": x} if name == "two-inputs" else x
+
+
+@functools.cache
+def space(name: str) -> Space:
+    """The proven space of a zoo model, traced once."""
+    return trace(build(name), inputs(name))

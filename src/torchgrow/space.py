@@ -80,7 +80,6 @@ class Space:
         group_names: one readable name per group: the place of its first position.
         shapes: full shape of every parameter and buffer.
         parameters: names of the parameters (the other names in `shapes` are buffers).
-        trainable: names of the parameters that require grad.
         flops: FLOP terms of all traced operations, for `batch` samples.
         batch: number of samples in the example inputs.
         fold: for every (tensor, axis) place that carries gates, int64 unit ids, -1 where no gate sits.

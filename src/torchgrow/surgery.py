@@ -120,7 +120,6 @@ class Change:
         ]
         grads = [(parameter, parameter.grad) for parameter in bank.model.parameters()]
         attributes = [(m, n, getattr(m, n)) for m, n, _ in self._attributes()]
-        record, keep, index = bank.model.__dict__.get(RECORD), bank.keep, bank.index
         try:
             for parameter, _ in grads:
                 parameter.grad = None
@@ -131,9 +130,7 @@ class Change:
                     state[key] = value
             for module, name, number in self._attributes():
                 setattr(module, name, number)
-            setattr(bank.model, RECORD, self.record)
-            bank.index = {name: self.record.kept.get(name, {}) for name in bank.space.cut_axes}
-            bank.keep = self.keep
+            index = {name: self.record.kept.get(name, {}) for name in bank.space.cut_axes}
         except BaseException:
             for tensor, old, slots in before:
                 replace_(tensor, old)
@@ -143,12 +140,9 @@ class Change:
                 setattr(module, name, number)
             for parameter, grad in grads:
                 parameter.grad = grad
-            bank.keep, bank.index = keep, index
-            if record is None:
-                bank.model.__dict__.pop(RECORD, None)
-            else:
-                setattr(bank.model, RECORD, record)
             raise
+        setattr(bank.model, RECORD, self.record)
+        bank.keep, bank.index = self.keep, index
 
     def _attributes(self) -> list[tuple[nn.Module, str, int]]:
         modules = dict(self.bank.model.named_modules())
