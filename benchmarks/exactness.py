@@ -80,13 +80,14 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     arguments.results.parent.mkdir(exist_ok=True)
     arguments.results.touch()
+    machine = environment()  # of the code that was imported, whatever is committed meanwhile
     for name in arguments.models:
         build, pixels = MODELS[name]
         settings = {"model": name, "subsets": arguments.subsets, "seed": arguments.seed, "pixels": pixels}
         rows = [json.loads(line) for line in arguments.results.read_text().splitlines()]
         if any(settings.items() <= row.items() for row in rows):
             continue
-        row = settings | measure(build, pixels, arguments.subsets, arguments.seed) | {"environment": environment()}
+        row = settings | measure(build, pixels, arguments.subsets, arguments.seed) | {"environment": machine}
         with arguments.results.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"{name}: {row['max_error']:.1e}, {row['exact']} of {arguments.subsets} exact, {row['seconds']:.0f} s")  # noqa: T201

@@ -265,6 +265,23 @@ def test_scheduler(early: bool) -> None:
     pair.compare()
 
 
+def test_warm_up() -> None:
+    """A scheduler made before the grower has lowered the rate already; what counts is the rate it started from."""
+    made: list[torch.optim.lr_scheduler.LRScheduler] = []
+
+    def make(m: nn.Module) -> torch.optim.Optimizer:
+        optimizer = OPTIMIZERS["momentum"](m)
+        made.append(torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=9))
+        return optimizer
+
+    pair = make_pair(make)
+    for step in range(12):
+        train(pair, 1, rate=min(1.0, 0.1 + 0.1 * step))
+        for scheduler in made:
+            scheduler.step()
+    pair.compare()
+
+
 def everything(pair: Pair) -> dict[str, Tensor]:
     """All that a step may change, as copies: weights, buffers, indicators, slots."""
     state = {name: tensor.detach().clone() for name, tensor in pair.live.state_dict().items()}
