@@ -134,3 +134,26 @@ def test_an_unknown_layout() -> None:
     model = TwoLayers()
     with pytest.raises(OptimizerError, match=r"Squared cannot be served: it keeps 'outer' of shape \(15, 15\) for a"):
         check_optimizer(Squared(model.parameters()), model)
+
+
+class Eager(torch.optim.Optimizer):
+    """A user's optimizer that makes its slots at construction, as Adagrad did for long."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+        for p in self.param_groups[0]["params"]:
+            self.state[p] = {"sum": torch.zeros_like(p), "step": torch.tensor(0.0)}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                self.state[p]["sum"].add_(p.grad)
+                self.state[p]["step"] += 1
+
+
+def test_slots_made_at_construction() -> None:
+    model = TwoLayers()
+    optimizer = Eager(model.parameters())
+    check_optimizer(optimizer, model)
+    assert all(float(slots["step"]) == 0 and not slots["sum"].any() for slots in optimizer.state.values())

@@ -49,9 +49,7 @@ def _probe(optimizer: torch.optim.Optimizer, group: dict[str, object], trained: 
     settings = {key: copy.copy(value) for key, value in group.items() if key != "params"}
     works = "use SGD, Adam, AdamW or RMSprop, or another optimizer whose state has the shape of its parameters"
     probe = object.__new__(kind)
-    # Not its hooks, nor the method that a learning rate scheduler sets on it: both would act on the original.
-    own = {key: value for key, value in vars(optimizer).items() if "hook" not in key and not hasattr(kind, key)}
-    probe.__dict__.update(own)
+    probe.__dict__.update({key: value for key, value in vars(optimizer).items() if "hook" not in key})
     try:
         probe.__setstate__(
             {
@@ -60,7 +58,7 @@ def _probe(optimizer: torch.optim.Optimizer, group: dict[str, object], trained: 
                 "defaults": optimizer.defaults,
             }
         )
-        kind.step(probe)
+        kind.step(probe)  # not probe.step: a learning rate scheduler has bound that one to the original
     except Exception as error:
         raise OptimizerError(
             f"{name} cannot be served: a trial step failed ({type(error).__name__}: {error}); {works}"
