@@ -103,7 +103,7 @@ def everything(grower: Grower) -> dict[str, Any]:
         "generator": indicators.generator.get_state(),
         "keep": grower._bank.keep.clone(),
         "history": [timeless(event) for event in grower.history],
-        "attributes": [(m.in_channels, m.out_channels) for m in grower.model.modules() if isinstance(m, nn.Conv2d)],
+        "attributes": [{k: v for k, v in vars(m).items() if isinstance(v, int)} for m in grower.model.modules()],
         "record": copy.deepcopy(vars(getattr(grower.model, torchgrow.surgery.RECORD))["attributes"]),
         "outputs": outputs(grower),
         "penalty": grower._penalty,
@@ -347,6 +347,17 @@ def test_a_live_loss_does_not_disturb_the_next_backward(set_to_none: bool) -> No
         total.backward()
 
 
+def test_an_old_graph_refuses_backward_though_no_shape_changed() -> None:
+    """Nothing came or went, but the gates did change: gradients at the new weights would be wrong without a word."""
+    grower = make(STILL)
+    x, target = batch(0)
+    kept = F.cross_entropy(grower.model(x), target)
+    event = grow_to(grower, grower._bank.keep)
+    assert event.born == event.regrown == event.detached == 0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
+
+
 def test_gradients_of_before_the_update_are_not_used_after_it() -> None:
     grower = make()
     x, target = batch(0)
@@ -430,6 +441,7 @@ PLACES = [
     *[(torchgrow.surgery, "gather", call) for call in (1, 7)],
     (torchgrow.grower, "Fold", 1),
     (torchgrow.grower, "Event", 1),
+    *[(nn.Module, "__setattr__", call) for call in (4, 9)],
     (Bank, "stage", 1),
     (Bank, "commit", 1),
     (Fold, "factors", 1),
