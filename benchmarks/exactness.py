@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torchvision
+from rich.console import Console
 from torch import nn
 
 import torchgrow
@@ -80,7 +81,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     arguments.results.parent.mkdir(exist_ok=True)
     arguments.results.touch()
-    machine = environment()  # of the code that was imported, whatever is committed meanwhile
+    console, machine = Console(), environment()  # of the code that was imported, whatever is committed meanwhile
     for name in arguments.models:
         build, pixels = MODELS[name]
         settings = {"model": name, "subsets": arguments.subsets, "seed": arguments.seed, "pixels": pixels}
@@ -90,7 +91,7 @@ def main() -> None:
         row = settings | measure(build, pixels, arguments.subsets, arguments.seed) | {"environment": machine}
         with arguments.results.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print(f"{name}: {row['max_error']:.1e}, {row['exact']} of {arguments.subsets} exact, {row['seconds']:.0f} s")  # noqa: T201
+        console.print(f"{name}: {row['max_error']:.1e}, {row['exact']} of {arguments.subsets} exact")
 
 
 if __name__ == "__main__":

@@ -94,14 +94,14 @@ class Prover:
             ) from error
 
     def _randomize(self) -> None:
-        """Weights around their usual size; scales in [0.5, 1.5]; statistics and offsets away from 0 and 1."""
+        """Weights of their usual size, scales and offsets around 1, statistics away from 0 and 1."""
         block = torch.randn(NOISE, generator=self.generator, dtype=torch.float64)  # repeated: large layers are many
         with torch.no_grad():
             for parameter in self.frame.parameters():
                 if not parameter.is_floating_point():
                     continue
                 noise = block.repeat(-(-parameter.numel() // NOISE))[: parameter.numel()].reshape(parameter.shape)
-                block = block.roll(1)
+                block = block.roll(-parameter.numel())  # go on where this one ended: no two parameters alike
                 fan_in = max(1, parameter[0].numel()) if parameter.dim() > 1 else 1
                 parameter.copy_(noise * (2 / fan_in) ** 0.5 if parameter.dim() > 1 else 1 + noise / 4)
             for module in self.frame.modules():

@@ -152,9 +152,11 @@ def silencers(ctx: Context, func: Any, named: dict[str, Any], labelled: Sequence
             return set(), False
 
     def result_is_zero(zeroed: set[int]) -> bool:
+        """Whether zeros for these operands, and anything for the others, give zero."""
         for probe in PROBES:
 
             def stand_in(value: Any, probe: float = probe) -> Any:
+                """One number in place of a tensor; constants and plain arguments as they are."""
                 if isinstance(value, (list, tuple)):
                     return type(value)(stand_in(v) for v in value)
                 if not isinstance(value, Tensor):

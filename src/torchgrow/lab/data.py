@@ -236,6 +236,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     """Unpickles CIFAR-10's batches and nothing that could run code: plain containers and numpy arrays."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """The few numpy names that an array needs; anything else raises."""
         if module.startswith("numpy"):
             if name == "_reconstruct":
                 return np.empty(0).__reduce__()[0]  # numpy's own, wherever this version keeps it

@@ -1,0 +1,110 @@
+"""What the tests of growing share: small runs, and everything of a run that can be compared."""
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import torchgrow.grower
+import torchgrow.surgery
+from oracle import SmallResNet
+from torchgrow import (
+    Budget,
+    Event,
+    Grower,
+    Method,
+)
+
+STILL = Method(controller="pressure", draws="independent", lambda_base=0.0, heat=1.0, align=1, settle=0.0)
+"""No pressure and a constant temperature: an update changes the structure and nothing else."""
+
+
+def batch(step: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(8, 3, 6, 6, generator=generator, dtype=torch.float64)
+    return x.to(dtype), torch.randint(0, 4, (8,), generator=generator)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
+
+
+def make(
+    preset: str | Method = "default",
+    budget: Budget | None = None,
+    updates: int = 10,
+    seed: int = 0,
+    optimizer: Any = sgd,
+) -> Grower:
+    torch.manual_seed(0)
+    model = SmallResNet().double()
+    return Grower(
+        model,
+        optimizer(model),
+        example_inputs=batch(0)[0],
+        budget=budget or Budget(params="50%"),
+        updates=updates,
+        preset=preset,
+        seed=seed,
+    )
+
+
+def train(grower: Grower, first: int = 0, steps: int = 2) -> None:
+    for step in range(first, first + steps):
+        x, target = batch(step)
+        grower.optimizer.zero_grad()
+        F.cross_entropy(grower.model(x), target).backward()
+        grower.optimizer.step()
+
+
+def run(grower: Grower, updates: int | None = None) -> Grower:
+    """Epochs of two steps, an update after each."""
+    for epoch in range(updates or grower.updates):
+        train(grower, 2 * epoch)
+        grower.update()
+    return grower
+
+
+def outputs(grower: Grower) -> Tensor:
+    """In evaluation mode, without a trace in the model."""
+    model = copy.deepcopy(grower.model).eval()
+    with torch.no_grad():
+        return model(batch(99)[0])
+
+
+def everything(grower: Grower) -> dict[str, Any]:
+    """All that must survive a failed update, as copies."""
+    state: dict[str, Any] = {name: tensor.clone() for name, tensor in grower.model.state_dict().items()}
+    indicators = grower._indicators
+    for name in ("s", "velocity", "gate", "beta", "t", "uniform"):
+        state[name] = getattr(indicators, name).clone()
+    for name, parameter in grower.model.named_parameters():
+        for key, slot in grower.optimizer.state.get(parameter, {}).items():
+            state[f"{key} of {name}"] = copy.deepcopy(slot)
+        state[f"gradient of {name}"] = copy.deepcopy(parameter.grad)
+    return {
+        **state,
+        "generator": indicators.generator.get_state(),
+        "keep": grower._bank.keep.clone(),
+        "history": [timeless(event) for event in grower.history],
+        "attributes": [{k: v for k, v in vars(m).items() if isinstance(v, int)} for m in grower.model.modules()],
+        "record": copy.deepcopy(vars(getattr(grower.model, torchgrow.surgery.RECORD))["attributes"]),
+        "outputs": outputs(grower),
+        "penalty": grower._penalty,
+        "raw": {name: raw.clone() for name, raw in grower._folding.raw().items()},
+    }
+
+
+def timeless(event: Event) -> dict[str, Any]:
+    return {name: value for name, value in vars(event).items() if name != "seconds"}
+
+
+def differences(a: Any, b: Any, at: str = "") -> list[str]:
+    """Where two nested structures are not bit for bit the same."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        names = sorted(a.keys() | b.keys(), key=str)
+        return [d for n in names for d in differences(a.get(n), b.get(n), f"{at}/{n}")]
+    equal = torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b) and a == b
+    return [] if equal else [at]

@@ -1,0 +1,249 @@
+"""Growing when things go wrong: failures and interrupts in an update, and bad input."""
+
+import copy
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchgrow.grower
+import torchgrow.surgery
+from growing import differences, everything, make, run, sgd, train
+from oracle import TwoLayers
+from torchgrow import (
+    Bank,
+    Budget,
+    BudgetError,
+    Grower,
+    OptimizerError,
+    StructureError,
+    TorchgrowError,
+)
+from torchgrow.fold import Fold
+
+# --- transactions ---
+
+
+def failing(error: BaseException, call: int, original: Any) -> Any:
+    """A function that fails at one of its calls, and only once."""
+    count = 0
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == call:
+            raise error
+        return original(*args, **kwargs)
+
+    return wrapper
+
+
+PLACES = [
+    *[(torchgrow.surgery, "replace_", call) for call in (1, 2, 9)],
+    *[(torchgrow.surgery, "scatter_", call) for call in (1, 5)],
+    *[(torchgrow.surgery, "gather", call) for call in (1, 7)],
+    (torchgrow.grower, "Fold", 1),
+    (torchgrow.grower, "Event", 1),
+    *[(nn.Module, "__setattr__", call) for call in (4, 9)],
+    (Bank, "stage", 1),
+    (Bank, "commit", 1),
+    (Fold, "factors", 1),
+    (torchgrow.grower.CostModel, "cost", 1),
+    (torchgrow.grower.Indicators, "advance", 1),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "call"), PLACES, ids=lambda p: p if isinstance(p, (str, int)) else "")
+@pytest.mark.parametrize(("preset", "error"), [("default", MemoryError("none left")), ("paper", KeyboardInterrupt())])
+def test_a_failed_update_changes_nothing(
+    owner: Any, name: str, call: int, preset: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit the old state; and the run goes on to just where it would have come without the failure."""
+    grower, undisturbed = make(preset), make(preset)
+    for one in (grower, undisturbed):
+        run(one, 4)
+        train(one, 8)
+    before = everything(grower)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing(error, call, getattr(owner, name)))
+        with pytest.raises(type(error)):
+            grower.update()
+    assert differences(before, everything(grower)) == []
+    for one in (grower, undisturbed):
+        one.update()
+        train(one, 10)
+    assert differences(everything(undisturbed), everything(grower)) == []
+
+
+def test_ctrl_c_while_swapping_in_waits_until_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real SIGINT in the middle of the swap: KeyboardInterrupt comes, after a whole update."""
+    grower, undisturbed = run(make(), 4), run(make(), 4)
+    replace_, calls = torchgrow.surgery.replace_, 0
+
+    def interrupting(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        replace_(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torchgrow.surgery, "replace_", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            grower.update()
+    undisturbed.update()
+    assert differences(everything(undisturbed), everything(grower)) == []
+
+
+def test_ctrl_c_at_any_time_leaves_a_whole_network() -> None:
+    """SIGINT from a timer at times spread over the update: what is left is the state before or that after it."""
+    grower = run(make("paper", updates=40), 3)
+    before = everything(grower)
+    start = time.perf_counter()
+    grower_after = copy_of_update(grower)
+    span = time.perf_counter() - start
+    hits = 0
+    for i in range(12):
+        grower = run(make("paper", updates=40), 3)
+        timer = threading.Timer(span * i / 12, lambda: os.kill(os.getpid(), signal.SIGINT))
+        try:
+            timer.start()
+            grower.update()
+            timer.join()
+            time.sleep(0.05)  # it may arrive only now
+        except KeyboardInterrupt:
+            hits += 1
+        state = everything(grower)
+        assert differences(before, state) == [] or differences(grower_after, state) == []
+        if len(grower.history) == 4:
+            grower.update()
+    assert hits == 12
+
+
+def copy_of_update(grower: Grower) -> dict[str, Any]:
+    grower.update()
+    return everything(grower)
+
+
+def test_ctrl_c_in_finish_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    grower = run(make(), 3)
+    remove = grower._folding.remove
+
+    def interrupting() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        remove()
+
+    monkeypatch.setattr(grower._folding, "remove", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        grower.finish()
+    assert grower.finished
+    assert not grower.optimizer._optimizer_step_pre_hooks
+
+
+def test_a_grower_that_fails_to_start_leaves_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchgrow.grower, "Fold", failing(MemoryError(), 1, Fold))
+    made: list[torch.optim.Optimizer] = []
+    with pytest.raises(MemoryError):
+        make(optimizer=lambda m: made.append(sgd(m)) or made[0])  # type: ignore[func-returns-value]
+    assert not made[0]._optimizer_step_pre_hooks
+    assert not made[0]._optimizer_step_post_hooks
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "a budget needs params or flops"),
+        ({"params": 0}, "params=0 is not a positive whole number; use a share such as"),
+        ({"params": -3}, "params=-3 is not a positive"),
+        ({"flops": True}, "flops=True is not a positive"),
+        ({"params": 0.36}, 'params=0.36 is not a positive whole number; did you mean params="36%"?'),
+        ({"flops": 0.005}, 'did you mean flops="0.5%"?'),
+        ({"params": 1.5}, "params=1.5 is not a positive whole number; use"),
+        ({"params": float("nan")}, "params=nan is not a positive"),
+        ({"params": float("inf")}, "params=inf is not a positive"),
+        ({"params": "0%"}, "params='0%' must lie above 0% and at most at 100%"),
+        ({"flops": "101%"}, "flops='101%' must lie above 0% and at most at 100%"),
+        ({"params": "-5%"}, "params='-5%' is not a share"),
+        ({"params": "a third"}, "params='a third' is not a share; use a share such as params=\"36%\""),
+        ({"params": "36"}, "params='36' is not a share"),
+    ],
+)
+def test_malformed_budgets(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(BudgetError) as caught:
+        Budget(**arguments)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (Budget(params="1%"), r"what cannot be removed costs 71; feasible here: params from 71 \(5\.59%\) to 1,271"),
+        (Budget(params=70), r"params <= 70 allows 70 params, but what cannot be removed costs 71"),
+        (Budget(params="50%", flops=10), r"allows 10 flops, but .* feasible here: flops from [\d,]+ \([\d.]+%\) to"),
+        (Budget(params=10**9), r"allows 1,000,000,000 params, more than the whole frame has \(1,"),
+    ],
+)
+def test_infeasible_budgets_name_the_range(budget: Budget, message: str) -> None:
+    with pytest.raises(BudgetError, match=message):
+        make(budget=budget)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget": "36%"}, r"budget must be a torchgrow\.Budget such as Budget"),
+        ({"updates": 0}, r"updates=0 must be a whole number >= 1"),
+        ({"updates": 2.0}, r"updates=2\.0 must be a whole number >= 1"),
+        ({"updates": True}, r"updates=True must be"),
+        ({"preset": "papr"}, r"preset 'papr' is unknown; use one of \['default', 'paper'\] or a torchgrow\.Method"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], message: str) -> None:
+    model = TwoLayers()
+    arguments = {"example_inputs": torch.randn(2, 5), "budget": Budget(params="50%"), "updates": 3}
+    with pytest.raises(TorchgrowError, match=message):
+        Grower(model, sgd(model), **{**arguments, **change})
+    assert model.fc1.weight.shape == (12, 5)
+
+
+def test_a_refused_grower_leaves_the_model_alone() -> None:
+    model = TwoLayers()
+    optimizer = torch.optim.LBFGS(model.parameters())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(OptimizerError, match="LBFGS cannot be served"):
+        Grower(model, optimizer, example_inputs=torch.randn(2, 5), budget=Budget(params="50%"), updates=3)
+    assert differences(dict(before), dict(model.state_dict())) == []
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+class Rigid(nn.Module):
+    """Every hidden unit is an output of the model as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(5, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.relu(self.fc1(x))
+        return hidden, self.fc2(hidden)
+
+
+def test_nothing_can_grow() -> None:
+    model = Rigid()
+    with pytest.raises(StructureError, match=r"nothing can grow here, because .*is an output of the model"):
+        Grower(model, sgd(model), example_inputs=torch.randn(2, 5), budget=Budget(params="50%"), updates=3)
+
+
+def test_nothing_can_grow_where_no_gate_is_trained() -> None:
+    model = TwoLayers()
+    optimizer = torch.optim.SGD(model.fc2.parameters(), 0.1)
+    with pytest.raises(StructureError, match=r"nothing can grow here, because .*does not train"):
+        Grower(model, optimizer, example_inputs=torch.randn(2, 5), budget=Budget(params="50%"), updates=3)
