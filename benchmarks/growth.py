@@ -3,18 +3,21 @@
     python benchmarks/growth.py --data FOLDER [--seeds 0 1 2] [--epochs 20] [--subset 10000]
 
 Every finished (method, seed) is a line of results/growth-resnet20-cifar10.jsonl; lines that are there already
-(same recipe, same settings) are not run again, so a stopped run goes on where it was. Methods of one seed run one
-after the other in one process on one thread, so that their seconds can be compared; the uniform twin has at most
-the parameters that the default run of the same seed ended with.
+(same recipe, same settings) are not run again, so a stopped run goes on where it was. All methods of one seed
+train in turns, epoch by epoch, in one process on one thread, so that their seconds can be compared on a machine
+that is now faster, now slower; the uniform twin has at most the parameters that the budget allows.
 """
 
 import argparse
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from torchgrow import Grower, measure
 from torchgrow.lab import data as lab_data
@@ -26,11 +29,10 @@ RESULTS = Path(__file__).parent.parent / "results" / "growth-resnet20-cifar10.js
 METHODS = ("default", "uniform", "dense", "paper")
 
 
-def train(recipe: recipes.Recipe, data: lab_data.ImageData, method: str, params: int | None) -> list[Epoch]:
-    """All epochs of one method; `params` bounds the uniform twin."""
+def training(recipe: recipes.Recipe, data: lab_data.ImageData, method: str, params: int) -> Iterator[Epoch]:
+    """The epochs of one method; `params` bounds the uniform twin."""
     torch.manual_seed(recipe.seed)
-    width = uniform_width(recipe.build, params) if method == "uniform" and params else 1.0
-    model = recipe.build(width)
+    model = recipe.build(uniform_width(recipe.build, params) if method == "uniform" else 1.0)
     optimizer = make_optimizer(model, recipe)
     grower = None
     if method in recipes.PRESETS:
@@ -43,11 +45,12 @@ def train(recipe: recipes.Recipe, data: lab_data.ImageData, method: str, params:
             preset=method,
             seed=recipe.seed,
         )
-    epochs = list(fit(method, model, optimizer, data, recipe, grower=grower))
+    epoch = None
+    for epoch in fit(method, model, optimizer, data, recipe, grower=grower):
+        yield epoch
     final = measure(model, data.normalise(data.train.pixels[:2]))
-    if (final.params, final.flops) != (epochs[-1].params, epochs[-1].flops):
+    if epoch is None or (final.params, final.flops) != (epoch.params, epoch.flops):
         raise SystemExit(f"{method}: the last epoch trained another network than the one delivered")
-    return epochs
 
 
 def main() -> None:
@@ -65,17 +68,22 @@ def main() -> None:
     base = replace(recipe, epochs=arguments.epochs, subset=arguments.subset)
     data = lab_data.load(base.dataset, folder=arguments.data, subset=base.subset)
     dense = measure(base.build(1.0), data.normalise(data.train.pixels[:2]))
+    surroundings = environment()  # now: the commit that runs, whatever is committed meanwhile
     arguments.results.parent.mkdir(exist_ok=True)
     arguments.results.touch()
     for seed in arguments.seeds:
         recipe = replace(base, seed=seed)
         settings = hashlib.sha256(json.dumps(recipe.as_json(), sort_keys=True).encode()).hexdigest()[:16]
         rows = [json.loads(line) for line in arguments.results.read_text().splitlines()]
-        done = {row["method"]: row for row in rows if row["settings"] == settings}
-        for method in METHODS:
-            if method in done:
-                continue
-            epochs = train(recipe, data, method, done["default"]["params"] if method == "uniform" else None)
+        done = {row["method"] for row in rows if row["settings"] == settings}
+        missing = [method for method in METHODS if method not in done]
+        limit = recipe.budget.limits(dense).params
+        if limit is None:
+            raise SystemExit("the uniform twin needs a budget in parameters")
+        runs = [training(recipe, data, method, limit) for method in missing]
+        rounds = zip(*runs, strict=True)  # one epoch of each method, in turns
+        described = track(rounds, f"seed {seed}", total=recipe.epochs, console=Console(stderr=True))
+        for method, epochs in zip(missing, zip(*described, strict=True), strict=True):
             last = epochs[-1]
             row = {
                 "recipe": recipe.name,
@@ -84,6 +92,7 @@ def main() -> None:
                 "settings": settings,
                 "config": recipe.as_json(),
                 "budget": str(recipe.budget),
+                "together": missing,
                 "accuracy": last.accuracy,
                 "params": last.params,
                 "flops": last.flops,
@@ -91,12 +100,11 @@ def main() -> None:
                 "seconds": last.seconds,
                 "dense_params": dense.params,
                 "dense_flops": dense.flops,
-                "environment": environment(),
+                "environment": surroundings,
                 "epochs": [asdict(epoch) for epoch in epochs],
             }
             with arguments.results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            done[method] = row
 
 
 if __name__ == "__main__":
