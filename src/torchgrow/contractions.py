@@ -146,6 +146,8 @@ def product(
     summed_a, summed_b = on_axis(a_layers, rank - 1), on_axis(b_layers, rank - 2)
     if ctx.depends_on_input(b) and not ctx.depends_on_input(a):
         contract(ctx, summed_b, summed_a)
+    elif summed_a is None and not ctx.depends_on_input(a) and ctx.constant_along(a, a.dim() - 1):
+        pass  # the zeros that a recurrent cell starts from: they are as many as the columns that read them
     else:
         contract(ctx, summed_a, summed_b)
     left = [x for x in a_layers if rank - 1 not in x.axes]

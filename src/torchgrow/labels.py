@@ -22,7 +22,7 @@ from .space import Place
 FIXED = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layer:
     """One set of labels on a tensor.
 

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .errors import SavedModelError
+from .adapters import adapt_
+from .errors import SavedModelError, TorchgrowError
 from .guard import guard_
 from .surgery import RECORD, Index, Record, gather, replace_
 
@@ -53,6 +54,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         },
         "frame_shapes": {name: list(record.shapes[name]) for name in record.kept},
         "attributes": [[module, name, number] for (module, name), number in record.attributes.items()],
+        "adapted": list(record.adapted),
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -126,12 +128,16 @@ def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module])
     for path, layer in modules.items():
         if isinstance(layer, nn.modules.conv._ConvNd) and not _fits(path, layer, parts, attributes):
             raise SavedModelError(f"{source / STRUCTURE}: the channels and groups of {path} do not fit its weight")
+    try:
+        adapt_(model, structure["adapted"])
+    except TorchgrowError as error:
+        raise SavedModelError(f"{source / STRUCTURE}: {error}") from error
     shapes = {name: tuple(own[name].shape) for name in kept}
     for name, tensor in own.items():
         replace_(tensor, tensors[name].to(tensor.device))
     for (module, name), number in attributes.items():
         setattr(modules[module], name, number)
-    setattr(model, RECORD, Record(shapes, kept, attributes))
+    setattr(model, RECORD, Record(shapes, kept, attributes, tuple(structure["adapted"])))
     guard_(model)
     return model
 
@@ -165,11 +171,14 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if type(found) is not int or found != FORMAT:
         raise SavedModelError(f"{source / STRUCTURE} has format {found!r}, this version of torchgrow reads {FORMAT}")
     attributes, kept, shapes = structure.get("attributes"), structure.get("kept"), structure.get("frame_shapes")
+    adapted = structure.get("adapted")
     well_formed = (
-        set(structure) == {"format", "kept", "frame_shapes", "attributes"}
+        set(structure) == {"format", "kept", "frame_shapes", "attributes", "adapted"}
         and isinstance(kept, dict)
         and all(isinstance(axes, dict) for axes in kept.values())
         and isinstance(shapes, dict)
+        and isinstance(adapted, list)
+        and all(type(path) is str for path in adapted)
         and isinstance(attributes, list)
         and all(
             isinstance(a, list) and len(a) == 3 and type(a[0]) is str and type(a[1]) is str and type(a[2]) is int

@@ -8,7 +8,7 @@ groups and frozen with the reason; nothing unproven is ever removed.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .cost import CostModel
+from .counting import Guess, choices, guesses
 from .errors import TraceError
 from .replay import _opened, call, quiet_eval, replay
 from .space import Frozen, Space, live_positions
@@ -156,6 +157,18 @@ class Prover:
                 worst = max(worst, gap if gap == gap else float("inf"))
         return worst, f"the compact network's outputs differ by {worst:.1e}"
 
+    def adopt(self, found: list[Guess], keep: Tensor) -> bool:
+        """Let the first choice of attributes follow the surgery that makes `keep` exact; False if none does."""
+        before = self.space
+        for choice in choices(found):
+            chosen = {(guess.attribute.module, guess.attribute.name): guess.attribute for guess in choice}
+            others = tuple(a for a in before.attributes if (a.module, a.name) not in chosen)
+            self.space = self.bank.space = replace(before, attributes=(*others, *chosen.values()))
+            if self.error(keep)[0] <= TOLERANCE:
+                return True
+        self.space = self.bank.space = before
+        return False
+
     def _outputs(self) -> list[Tensor]:
         with quiet_eval(self.frame):
             torch.manual_seed(self.seed)
@@ -165,19 +178,33 @@ class Prover:
 
 
 def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) -> Space:
-    """Try the space on a randomised copy; freeze, with the reason, every group that does not come out exact."""
+    """Try the space on a randomised copy; freeze, with the reason, every group that does not come out exact.
+
+    Where a size kept in an attribute may be the reason, the attribute is made to follow, if that proves exact.
+    """
     free = _free_groups(space)
     if not free:
         return space
     prover = Prover(model, space, example_inputs, seed)
+    found: list[Guess] | None = None
     while free:
         failed: dict[int, str] = {}
         for fraction in FRACTIONS:
-            failed.update(_failing(prover, free, prover.draw(fraction, free)))
-            if failed:
-                break
-        if not failed:
-            return space
+            draw = prover.draw(fraction, free)
+            if prover.error(draw)[0] <= TOLERANCE:
+                continue
+            if found is None:
+                found = guesses(model, space)
+                if prover.adopt(found, draw):
+                    continue
+            failed = _failing(prover, free, draw)
+            for group in list(failed):
+                if prover.adopt([guess for guess in found if guess.group == group], _only(prover.space, [group], draw)):
+                    del failed[group]
+            break
+        else:
+            return prover.space
+        space = prover.space
         for group, reason in failed.items():
             units = torch.nonzero(space.group_of == group).flatten().tolist()
             name = space.group_names[group]
@@ -187,7 +214,12 @@ def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) ->
             space = space.freeze(units, Frozen("proof", name, "", reason, places))
         free = _free_groups(space)
         prover.space = prover.bank.space = space
-    return space
+    return prover.space
+
+
+def _only(space: Space, groups: list[int], draw: Tensor) -> Tensor:
+    """A keep vector that drops what `draw` does, in these groups only."""
+    return draw | ~torch.isin(space.group_of, torch.tensor(groups))
 
 
 def _free_groups(space: Space) -> list[int]:
@@ -198,7 +230,7 @@ def _free_groups(space: Space) -> list[int]:
 
 def _failing(prover: Prover, groups: list[int], draw: Tensor) -> dict[int, str]:
     """The groups that break exactness when cut as in `draw` (a keep vector), found by bisection."""
-    error, reason = prover.error(draw | ~torch.isin(prover.space.group_of, torch.tensor(groups)))
+    error, reason = prover.error(_only(prover.space, groups, draw))
     if error <= TOLERANCE:
         return {}
     if len(groups) == 1:

@@ -93,15 +93,38 @@ def along_one_axis(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) 
     ctx.set_layers(out, [layer.with_silence(False, frozenset()) for layer in layers])
 
 
-@rule("mean", "sum", "amax", "amin", "var", "std", "var_mean", "logsumexp", "prod", "any", "all", "norm")
+@rule(
+    "mean",
+    "sum",
+    "amax",
+    "amin",
+    "var",
+    "std",
+    "var_mean",
+    "logsumexp",
+    "prod",
+    "any",
+    "all",
+    "norm",
+    "linalg_vector_norm",
+)
 def reduction(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """Reduces over some axes, which must carry no labels."""
     x = named["self"]
     dims = named.get("dim")
     dims = list(range(x.dim())) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
     dims = sorted((dim % x.dim() for dim in dims), reverse=True)
-    layers = without_axes(ctx, ctx.layers(x), dims, "reduces over this axis")
-    if func._overloadpacket.__name__ not in ("mean", "sum", "amax", "amin"):
+    reason = "reduces over this axis"
+    layers = ctx.layers(x)
+    inside: list[Layer] = []  # layers that end here
+    across: list[Layer] = []  # layers that vary elsewhere too
+    for layer in layers:
+        (inside if set(layer.axes) <= set(dims) else across).append(layer)
+    for layer in inside:
+        for part in [out] if isinstance(out, Tensor) else out:
+            ctx.freeze_if_used(part, layer, reason)
+    layers = without_axes(ctx, across, dims, reason)
+    if func._overloadpacket.__name__ not in ("mean", "sum", "amax", "amin", "linalg_vector_norm"):
         layers = [layer.with_silence(False, frozenset()) for layer in layers]
     if not named.get("keepdim", False):
         for dim in dims:

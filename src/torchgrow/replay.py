@@ -6,6 +6,7 @@ raw parameters need no special care. What cannot be understood is frozen with it
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,10 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import contractions, reductions  # noqa: F401 (importing them registers their rules)
+from . import contractions, reductions, sequences  # noqa: F401 (importing them registers their rules)
+from .adapters import adapted
 from .errors import TraceError
 from .labels import FIXED, Labels, Layer
-from .rules import COUNTED, RULES, pointwise, unknown
+from .rules import COUNTED, MODULE_RULES, RULES, pointwise, unknown
 from .space import Attribute, FlopTerm, Frozen, Place, Space
 
 
@@ -121,6 +123,8 @@ class Replay(TorchDispatchMode):
         self.counted: dict[tuple[str, str], Tensor] = {}
         self.module_names = {id(module): name for name, module in model.named_modules()}
         self.stack: list[str] = []
+        self.whole: nn.Module | None = None  # the module under way that has a rule of its own
+        self.deferred: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> what its use would freeze
         self.op = ""
         self.parameters = dict(model.named_parameters())
         self.tensors: dict[str, Tensor] = {**self.parameters, **dict(model.named_buffers())}
@@ -179,11 +183,24 @@ class Replay(TorchDispatchMode):
         """Never remove anything of this layer; an empty reason goes unrecorded."""
         self._freeze(layer.symbols, reason)
 
-    def _freeze(self, symbols: Tensor, reason: str) -> None:
+    def freeze_if_used(self, out: Tensor, layer: Layer, reason: str) -> None:
+        """Freeze as soon as anything reads `out`."""
+        self.deferred.setdefault(out, []).append((layer, self._reason(reason)))
+
+    def _used(self, tensors: Sequence[Tensor]) -> None:
+        """Make the freezes that waited for a use of these tensors."""
+        for tensor in tensors:
+            for layer, frozen in self.deferred.pop(tensor, ()):
+                self._freeze(layer.symbols, frozen)
+
+    def _reason(self, reason: str) -> Frozen:
+        module, line = (self.stack[-1], _user_line()) if self.stack else ("", "")
+        return Frozen(self.op, module, line, reason, ())
+
+    def _freeze(self, symbols: Tensor, reason: str | Frozen) -> None:
         roots = self.labels.freeze(symbols)
         if roots.numel() and reason:
-            module, line = (self.stack[-1], _user_line()) if self.stack else ("", "")
-            frozen = Frozen(self.op, module, line, reason, ())
+            frozen = self._reason(reason) if isinstance(reason, str) else reason
             self.freezings.append(_Freezing(frozen, roots))
 
     def without_axis(self, layer: Layer, axis: int, reason: str) -> Layer | None:
@@ -238,19 +255,19 @@ class Replay(TorchDispatchMode):
         handler = RULES.get(name) or RULES.get(name.rstrip("_"))
         if handler is None and torch.Tag.pointwise in func.tags:
             handler = pointwise
-        if handler is None:
+        if handler is None and self.whole is None:
             with self:
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if self.whole is not None:
+            return self._unlabelled(func, args, kwargs, tensors)
+        self._used(tensors)
         mutated = args[0] if func._schema.is_mutable and args and isinstance(args[0], Tensor) else None
         before = self.layers(mutated) if mutated is not None and mutated._is_view() else None
-        out = func(*args, **kwargs)
+        out = self._unlabelled(func, args, kwargs, tensors)
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        if any(x in self.from_input for x in tensors):
-            for result in results:
-                self.from_input[result] = True
         if handler in COUNTED or any(self.known.get(x) for x in tensors):
             self.op = f"aten.{name}"
             named = _bind(func, args, kwargs)
@@ -260,6 +277,15 @@ class Replay(TorchDispatchMode):
                 unknown(self, func, named, out)
             if mutated is not None and before is not None:
                 self._check_view_write(mutated, before)
+        return out
+
+    def _unlabelled(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Any:
+        """Run an operation and note only whether its results depend on the inputs."""
+        out = func(*args, **kwargs)
+        if any(x in self.from_input for x in tensors):
+            for result in tree_leaves(out):
+                if isinstance(result, Tensor):
+                    self.from_input[result] = True
         return out
 
     def _check_view_write(self, mutated: Tensor, before: list[Layer]) -> None:
@@ -282,8 +308,13 @@ class Replay(TorchDispatchMode):
                 self.from_input[x] = True
         pre = nn.modules.module.register_module_forward_pre_hook(self._enter)
         post = nn.modules.module.register_module_forward_hook(self._leave, always_call=True)
+        handles = [pre, post]
+        for module in self.model.modules():
+            if type(module) in MODULE_RULES:
+                handles.append(module.register_forward_pre_hook(self._enter_whole))
+                handles.append(module.register_forward_hook(self._leave_whole, with_kwargs=True))
         try:
-            with quiet_eval(self.model), self:
+            with adapted(self.model), quiet_eval(self.model), self:
                 outputs = call(self.model, example_inputs)
         except Exception as error:
             shapes = [tuple(x.shape) for x in tree_leaves(example_inputs) if isinstance(x, Tensor)]
@@ -292,11 +323,12 @@ class Replay(TorchDispatchMode):
                 "pass inputs that model(...) accepts (a tuple for several arguments, a dict for keywords)"
             ) from error
         finally:
-            pre.remove()
-            post.remove()
+            for handle in handles:
+                handle.remove()
         self.stack, self.op = [], "output"
         for x in tree_leaves(_opened(outputs)):
             if isinstance(x, Tensor):
+                self._used([x])
                 for layer in self.layers(x):
                     self.freeze(layer, "is an output of the model")
         for name, tensor in self.tensors.items():
@@ -327,6 +359,23 @@ class Replay(TorchDispatchMode):
         self.stack.append(self.module_names.get(id(module), type(module).__name__))
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.stack.pop()
+
+    def _enter_whole(self, module: nn.Module, inputs: Any) -> None:
+        """Look away until `_leave_whole`: the module has a rule of its own."""
+        if self.whole is None:
+            self.whole = module
+
+    def _leave_whole(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if module is not self.whole:
+            return
+        self.whole = None
+        self.stack.append(self.module_names.get(id(module), type(module).__name__))
+        self.op = type(module).__name__
+        named = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        self._used([x for x in tree_leaves(named) if isinstance(x, Tensor)])
+        with torch.utils._python_dispatch._disable_current_modes():
+            MODULE_RULES[type(module)](self, module, named, output)
         self.stack.pop()
 
     # --- reading off the space ---
@@ -409,6 +458,12 @@ class Replay(TorchDispatchMode):
                     vector = whole.repeat_interleave(vector.numel()) if whole is not None else vector.repeat(groups)
                 if vector is not None and getattr(module, attribute, None) == vector.numel():
                     found[path, attribute] = vector
+            if isinstance(module, nn.MultiheadAttention):
+                tensor = "in_proj_weight" if module.in_proj_weight is not None else "q_proj_weight"
+                rows = unit_of[f"{path}.{tensor}" if path else tensor, 0]
+                heads = rows[: module.num_heads * module.head_dim].reshape(module.num_heads, -1)
+                if bool((heads == heads[:, :1]).all()):
+                    found[path, "num_heads"] = heads[:, 0]
         return tuple(
             Attribute(module, name, vector) for (module, name), vector in found.items() if bool((vector >= 0).any())
         )
@@ -469,6 +524,8 @@ def _counted_axes(module: nn.Module) -> dict[str, Place]:
         return {"num_features": ("weight" if module.weight is not None else "running_mean", 0)}
     if isinstance(module, nn.GroupNorm):
         return {"num_channels": ("weight", 0)}
+    if isinstance(module, nn.RNNCellBase):
+        return {"input_size": ("weight_ih", 1), "hidden_size": ("weight_hh", 1)}
     if isinstance(module, nn.Embedding):
         return {"embedding_dim": ("weight", 1)}
     return {}

@@ -37,6 +37,9 @@ class Context(Protocol):
     def without_axis(self, layer: Layer, axis: int, reason: str) -> Layer | None:
         """The layer made constant along `axis`: merged if it varies elsewhere too, else frozen (None)."""
 
+    def freeze_if_used(self, out: Tensor, layer: Layer, reason: str) -> None:
+        """Freeze as soon as anything reads `out`; a result that nobody looks at costs no freedom."""
+
     def read(self, produced: Layer, weight: Layer) -> None:
         """Note that a contraction reads `produced` through the columns `weight`."""
 
@@ -57,7 +60,10 @@ class Context(Protocol):
 
 
 Rule = Callable[[Context, Any, dict[str, Any], Any], None]
+ModuleRule = Callable[[Context, Any, dict[str, Any], Any], None]
 RULES: dict[str, Rule] = {}
+MODULE_RULES: dict[type, ModuleRule] = {}
+"""Modules that are followed as a whole: nothing inside them is looked at."""
 COUNTED: set[Rule] = set()
 """Rules that count FLOPs, and so must run even where nothing carries labels."""
 
@@ -70,6 +76,19 @@ def rule(*names: str, counted: bool = False) -> Callable[[Rule], Rule]:
             RULES[name] = function
         if counted:
             COUNTED.add(function)
+        return function
+
+    return register
+
+
+def module_rule(*kinds: type) -> Callable[[ModuleRule], ModuleRule]:
+    """Register a rule for whole modules of these classes (not of their subclasses).
+
+    The rule is called as `rule(context, module, named, output)`, `named` being the arguments of `forward`.
+    """
+
+    def register(function: ModuleRule) -> ModuleRule:
+        MODULE_RULES.update(dict.fromkeys(kinds, function))
         return function
 
     return register
@@ -115,8 +134,8 @@ def harmonize(
 ) -> None:
     """Make operands that meet position by position agree along `axes`; edits the layer lists in place.
 
-    Along an axis every operand of size > 1 must carry layers varying over the same set of axes; otherwise the
-    axis is merged away from all of them.
+    Along an axis every operand of size > 1 must carry layers varying over the same set of axes. What some vary over
+    and others do not is merged away; an operand without layers there takes the axis from all.
     """
     changed = True
     while changed:
@@ -125,7 +144,14 @@ def harmonize(
             varying = [layer for _, layers in operands for layer in layers if axis in layer.axes]
             if not varying:
                 continue
-            agree = len({layer.axes for layer in varying}) == 1
+            common = set.intersection(*(set(layer.axes) for layer in varying))
+            if any(set(layer.axes) != common for layer in varying):  # heads x width meets heads: heads stay free
+                changed = True
+                for _, layers in operands:
+                    for i, layer in enumerate(layers):
+                        if axis in layer.axes:
+                            layers[i : i + 1] = without_axes(ctx, [layer], sorted(set(layer.axes) - common), reason)
+            agree = True
             for tensor, layers in operands:
                 own = axis - (rank - tensor.dim())
                 if own >= 0 and tensor.shape[own] > 1 and not any(axis in layer.axes for layer in layers):
@@ -344,6 +370,17 @@ def select(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     moved = [layer.move(source.shape, lambda t: t.select(dim, 0)) for layer in layers]
     for part in [out] if isinstance(out, Tensor) else out:
         ctx.set_layers(part, moved)
+
+
+@rule("index", "index_select")
+def index(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """Positions of some axes are looked up; the other axes pass."""
+    source = named.pop("self")
+    looked_up = [k for k, x in enumerate(named["indices"]) if x is not None] if "indices" in named else [named["dim"]]
+    if "indices" in named and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in named["indices"]):
+        looked_up = list(range(source.dim()))  # a mask covers as many axes as it has
+    layers = without_axes(ctx, ctx.layers(source), [k % source.dim() for k in looked_up], "looks this axis up by index")
+    ctx.set_layers(out, [layer.move(source.shape, lambda t: func(t, **named)) for layer in layers])
 
 
 @rule("cat", "concat", "concatenate")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapters import adapt_, adaptable
 from .errors import OptimizerError, StructureError
 from .space import Space, live_positions
 
@@ -79,11 +80,13 @@ class Record:
         shapes: full shapes of the tensors that can be cut.
         kept: per cut tensor and axis the live positions in the frame.
         attributes: changed int attributes, by (module, name).
+        adapted: modules whose class was swapped for an adapter.
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     kept: dict[str, Index] = field(default_factory=dict)
     attributes: dict[tuple[str, str], int] = field(default_factory=dict)
+    adapted: tuple[str, ...] = ()
 
 
 DIRECTIONS = frozenset({"momentum_buffer", "exp_avg", "grad_avg", "prev"})
@@ -172,6 +175,8 @@ class Bank:
                 f"{name} is {found} but the space was traced with {space.shapes[name]}; the model must be the full "
                 "frame (trace it again, or restore it from its bank first)"
             )
+        self.adapted = _adaptable_and_cut(model, space)
+        adapt_(model, self.adapted)
         self.full = {name: self.tensors[name].detach().cpu().clone() for name in space.cut_axes}
         self.slots: dict[tuple[str, str], Tensor] = {}
         self.keep = space.everything()
@@ -265,7 +270,7 @@ class Bank:
     def _record(self, keep: Tensor, index: dict[str, Index]) -> Record:
         attributes = {(a.module, a.name): int(live_positions(a.units, keep).sum()) for a in self.space.attributes}
         shapes = {name: self.space.shapes[name] for name in self.space.cut_axes}
-        return Record(shapes, {name: cut for name, cut in index.items() if cut}, attributes)
+        return Record(shapes, {name: cut for name, cut in index.items() if cut}, attributes, self.adapted)
 
 
 @contextmanager
@@ -285,6 +290,12 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if held and callable(before):
             before(*held[0])
+
+
+def _adaptable_and_cut(model: nn.Module, space: Space) -> tuple[str, ...]:
+    """Modules that need their adapter: something can go in them or below them."""
+    cut = [name for name, axes in space.cut_axes.items() if axes]
+    return tuple(path for path in adaptable(model) if any(name.startswith(f"{path}." if path else "") for name in cut))
 
 
 def _same(a: Index, b: Index) -> bool:

@@ -1,0 +1,268 @@
+"""Models by name: from torchvision, timm, transformers, a Python file, or a recipe, each with inputs to trace it on."""
+
+import difflib
+import importlib.util
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision.models as zoo
+from torch import nn
+
+from torchgrow import TorchgrowError
+from torchgrow.lab import recipes
+
+FORMS = "torchvision:NAME, timm:NAME, hf:TYPE, path/to/file.py:factory, or a recipe that `torchgrow list` shows"
+
+Shape = tuple[int, ...]
+
+_SAMPLES = 2
+_TOKENS = 16  # of a text, where nothing is said
+_RECIPE_IMAGES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32)}
+_BYTES = 28  # a parameter, while it is proven: in float32, and in float64 as frame, as backup and as the cut network
+
+
+def parse_shape(text: str) -> Shape:
+    """Read a shape as typed: ``1x3x224x224``.
+
+    Raises:
+        TorchgrowError: it is not whole numbers of at least 1 with x between.
+    """
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
+        raise TorchgrowError(f"cannot read the input shape {text!r}; write it with the batch first, like 1x3x224x224")
+    return tuple(int(size) for size in text.split("x"))
+
+
+def load(name: str, shapes: Iterable[Shape] = ()) -> tuple[nn.Module, Any]:
+    """The model of that name, and example inputs for it.
+
+    Args:
+        name: in one of the `FORMS`. A file is executed.
+        shapes: of the inputs, in place of those known for the model: one float tensor each. For ``hf:`` a
+            single one, of the model's main input.
+
+    Raises:
+        TorchgrowError: there is no such model, it cannot be built, or no inputs are known for it.
+    """
+    shapes = tuple(shapes)
+    kind, _, rest = name.partition(":")
+    if kind in _LIBRARIES and rest:
+        return _LIBRARIES[kind](rest, shapes)
+    path, _, factory = name.rpartition(":")
+    if path.endswith(".py") or name.endswith(".py"):
+        return _from_file(Path(path or name), factory if path else "", shapes)
+    if name in recipes.RECIPES:
+        recipe = recipes.get(name)
+        return recipe.build(), _images(shapes, _RECIPE_IMAGES[recipe.dataset])
+    full = {known: known for known in recipes.RECIPES} | {known: f"torchvision:{known}" for known in zoo.list_models()}
+    near = [full[known] for known in difflib.get_close_matches(rest or name, full, 3)]
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise TorchgrowError(f"there is no model {name!r}{hint}; what works: {FORMS}")
+
+
+def _images(shapes: tuple[Shape, ...], default: Shape) -> Any:
+    """Random float tensors of these shapes; without any, a small batch of the default shape."""
+    inputs = tuple(torch.randn(shape) for shape in shapes or ((_SAMPLES, *default),))
+    return inputs if len(inputs) > 1 else inputs[0]
+
+
+def _no_inputs(name: str, why: str) -> TorchgrowError:
+    return TorchgrowError(
+        f"{name} {why}; write a file with a function that returns (model, example_inputs) and name it as "
+        "path/to/file.py:function"
+    )
+
+
+def _package(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise TorchgrowError(
+            f"this needs the package {name}, which cannot be imported ({error}); install it with: pip install {name}"
+        ) from error
+
+
+def _known(source: str, name: str, names: Iterable[str]) -> None:
+    """Raise, with what is near, if the name is not among the names."""
+    names = list(names)
+    if name not in names:
+        near = [f"{source}:{close}" for close in difflib.get_close_matches(name, names, 3)]
+        hint = f"did you mean {' or '.join(near)}?" if near else f"it knows {len(names)}, such as {', '.join(names[:3])}"
+        raise TorchgrowError(f"{source} has no model {name!r}; {hint}")
+
+
+@contextmanager
+def _explained(what: str, fix: str, file: str = "") -> Iterator[None]:
+    """Turn whatever foreign code raises into one readable error, with the last line reached in `file`."""
+    try:
+        yield
+    except TorchgrowError:
+        raise
+    except (Exception, SystemExit) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        at = f" (line {lines[-1]})" if lines else ""
+        raise TorchgrowError(f"{what}{at}: {type(error).__name__}: {error}; {fix}") from error
+
+
+def _build(name: str, build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a library's model, unless it is too large for memory: a killed process explains nothing."""
+    try:
+        with torch.device("meta"):
+            count = sum(p.numel() for p in build().parameters())
+    except Exception:
+        count = 0  # some compute with values while they are built; those few are taken at their word
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    if memory and count * _BYTES > memory:
+        raise TorchgrowError(
+            f"{name} has {count:,} parameters, and proving what can go needs about {count * _BYTES / 1e9:.0f} GB of "
+            f"memory ({memory / 1e9:.0f} GB here); inspect a smaller one of the same kind, with fewer layers or "
+            "narrower, by path/to/file.py:function"
+        )
+    with _explained(f"{name} could not be built", "try another model, or another version of its library"):
+        return build()
+
+
+def _from_torchvision(name: str, shapes: tuple[Shape, ...]) -> tuple[nn.Module, Any]:
+    _known("torchvision", name, zoo.list_models())
+    builder, full = zoo.get_model_builder(name), f"torchvision:{name}"
+    options: dict[str, Any] = {"weights": None, "weights_backbone": None, "init_weights": True}
+    taken = signature(builder).parameters
+    if "init_weights" in signature(getattr(zoo, "GoogLeNet", nn.Module)).parameters and name in _WARN_WITHOUT:
+        options = {key: value for key, value in options.items() if key in taken or key == "init_weights"}
+    else:
+        options = {key: value for key, value in options.items() if key in taken}
+    model = _build(full, lambda: builder(**options))
+    family = builder.__module__.split(".")[2]
+    if shapes:
+        return model, _images(shapes, ())
+    if family == "detection":
+        raise _no_inputs(full, "takes a list of images, of which no FLOPs for one sample can be told")
+    weights = list(zoo.get_model_weights(name))
+    keywords = getattr(weights[0].transforms, "keywords", {}) if weights else {}
+    size = getattr(model, "image_size", keywords.get("crop_size", 224))
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    if family == "optical_flow":
+        return model, _images(((_SAMPLES, 3, 128, 128),) * 2, ())
+    return model, _images((), (3, 16, *size) if family == "video" else (3, *size))
+
+
+_WARN_WITHOUT = ("googlenet", "inception_v3")
+
+
+def _from_timm(name: str, shapes: tuple[Shape, ...]) -> tuple[nn.Module, Any]:
+    timm = _package("timm")
+    architecture = name.partition(".")[0]  # what follows the dot names weights
+    _known("timm", architecture, timm.list_models())
+    model = _build(f"timm:{name}", lambda: timm.create_model(architecture, pretrained=False))
+    size = getattr(model, "default_cfg", {}).get("input_size")
+    if not size and not shapes:
+        raise _no_inputs(f"timm:{name}", "does not say its input size")
+    return model, _images(shapes, size)
+
+
+def _from_transformers(name: str, shapes: tuple[Shape, ...]) -> tuple[nn.Module, Any]:
+    transformers = _package("transformers")
+    full = f"hf:{name}"
+    _known("hf", name, transformers.CONFIG_MAPPING.keys())
+    with _explained(f"{full} has no default configuration", "try another type"):
+        config = transformers.AutoConfig.for_model(name)
+    config.use_cache = False  # a cache among the outputs is not what is asked about
+    model = _build(full, lambda: transformers.AutoModel.from_config(config))
+    return model, _tokens_or_pixels(full, model, config, shapes)
+
+
+def _tokens_or_pixels(full: str, model: Any, config: Any, shapes: tuple[Shape, ...]) -> dict[str, Any]:
+    """Inputs by the names that a model of transformers takes, read off its configuration."""
+    parts = [config, getattr(config, "text_config", None), getattr(config, "vision_config", None)]
+
+    def setting(*fields: str) -> Any:
+        found = (getattr(part, field, None) for part in parts for field in fields)
+        return next((value for value in found if value is not None), None)
+
+    main = model.main_input_name
+    if len(shapes) > 1:
+        raise TorchgrowError(f"{full} takes one --input, the shape of its {main}; got {len(shapes)}")
+    shape = shapes[0] if shapes else None
+    accepted = signature(model.forward).parameters
+    words, size = setting("vocab_size"), setting("image_size")
+    inputs: dict[str, Any] = {}
+    if words and "input_ids" in accepted:
+        ids = torch.randint(words, (shape if shape and main == "input_ids" else None) or (_SAMPLES, _TOKENS))
+        inputs["input_ids"] = ids
+        if "decoder_input_ids" in accepted and config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = ids
+    if (size or shape) and "pixel_values" in accepted and (main == "pixel_values" or parts[2] is not None):
+        sides = (size, size) if isinstance(size, int) else tuple(size or ())
+        frames = (setting("num_frames"),) if setting("num_frames") else ()
+        known = (_SAMPLES, *frames, setting("num_channels") or 3, *sides)
+        inputs["pixel_values"] = torch.randn(shape if shape and main == "pixel_values" else known)
+    if main not in inputs and shape:
+        inputs[main] = torch.randn(shape)
+    if main not in inputs:
+        raise _no_inputs(full, f"takes {main}, and no inputs of that kind are known")
+    return inputs
+
+
+def _from_file(path: Path, factory: str, shapes: tuple[Shape, ...]) -> tuple[nn.Module, Any]:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 3)
+        hint = f"did you mean {' or '.join(str(path.with_name(close)) for close in near)}?" if near else "check the path"
+        raise TorchgrowError(f"there is no file {path}; {hint}")
+    if not factory:
+        raise TorchgrowError(f"{path} needs the name of a function that returns the model: {path}:build")
+    full, file = f"{path}:{factory}", str(path.resolve())
+    with _explained(f"{path} failed", "run it with python until it passes", file):
+        module = _executed(path)
+    made = vars(module).get(factory)
+    if not callable(made):
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+        there = difflib.get_close_matches(factory, own, 3) or [key for key in own if callable(vars(module)[key])]
+        what = "defines no" if made is None else "has no callable"
+        hint = f"did you mean {' or '.join(f'{path}:{close}' for close in there[:3])}?" if there else "define one there"
+        raise TorchgrowError(f"{path} {what} {factory!r}; {hint}")
+    inputs: Any = None
+    if not isinstance(made, nn.Module):  # a model that stands in the file ready made is as good
+        with _explained(f"{full} failed", "it is called without arguments and must return the model", file):
+            made = made()
+    if isinstance(made, tuple) and len(made) == 2:
+        made, inputs = made
+    if not isinstance(made, nn.Module):
+        raise TorchgrowError(
+            f"{full} returned {type(made).__name__}; return a torch.nn.Module, or (module, example_inputs)"
+        )
+    if shapes:
+        inputs = _images(shapes, ())
+    if inputs is None:
+        raise TorchgrowError(
+            f"no inputs are known for {full}; give their shape with --input 1x3x224x224, or return (model, "
+            "example_inputs)"
+        )
+    return made, inputs
+
+
+def _executed(path: Path) -> Any:
+    """The module in a file, run as ``python file.py`` would find its neighbours, but not as ``__main__``."""
+    name = f"_torchgrow_inspected_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
+    sys.path.insert(0, str(path.resolve().parent))
+    spec.loader.exec_module(module)
+    return module
+
+
+_LIBRARIES: dict[str, Callable[[str, tuple[Shape, ...]], tuple[nn.Module, Any]]] = {
+    "torchvision": _from_torchvision,
+    "timm": _from_timm,
+    "hf": _from_transformers,
+}
