@@ -17,9 +17,10 @@ from torchgrow.replay import replay
 
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_law_1_on_the_zoo(name: str) -> None:
-    """Unproven spaces, so that nothing is hidden by the proof's own freezing."""
+    """Unproven spaces, so that nothing is hidden by the proof's own freezing (but attributes are found by it)."""
     model, example = zoo.build(name), zoo.inputs(name)
-    prover = Prover(model, replay(model, example), example, seed=1)
+    space = zoo.space(name) if name == "heads-counted" else replay(model, example)
+    prover = Prover(model, space, example, seed=1)
     for fraction in (0.1, 0.3, 0.5, 0.8, 0.95):
         for _ in range(3):
             error, reason = prover.error(prover.draw(fraction))

@@ -15,6 +15,10 @@ from torchgrow.replay import replay
 # What every model has: its first weights read the inputs, its last ones write the outputs.
 USUAL = {"reads values that cannot be removed", "is an output of the model"}
 
+LOOKED_UP = {"looks rows up by index"}
+MEETS = {"operands with different or no labels meet here"}
+STATISTICS = "takes statistics over this axis"
+
 # Removable units per group, worked out from the drawings, and the reasons for what is frozen beyond the usual.
 EXPECTED: dict[str, tuple[dict[str, int], set[str]]] = {
     "plain": ({"a": 6, "b": 5}, set()),
@@ -50,6 +54,38 @@ EXPECTED: dict[str, tuple[dict[str, int], set[str]]] = {
     "buffers": ({"a": 6, "b": 5}, set()),
     "thin-middle": ({"a": 4, "d": 4}, set()),
     "attention": ({}, {"mixes values along this axis"}),
+    "transposed-groups": ({"a": 4}, {"every group keeps all its outputs: whole groups are the units"}),
+    "transposed-slots": ({"a": 4, "up.weight[1]": 6}, set()),
+    "lstm": ({"embed.weight[1]": 6, "rnn.weight_ih_l0[0]": 5}, LOOKED_UP),
+    "lstm-bidirectional": ({"embed.weight[1]": 6, "rnn.weight_ih_l0[0]": 5}, LOOKED_UP),
+    "lstm-projected": (
+        {"embed.weight[1]": 6, "rnn.weight_hh_l0[1]": 3},
+        {*LOOKED_UP, "hidden_size must stay above proj_size, so only the projection can be narrowed"},
+    ),
+    "gru": ({"embed.weight[1]": 6, "rnn.weight_ih_l0[0]": 5}, LOOKED_UP),
+    "rnn": ({"embed.weight[1]": 6, "rnn.weight_ih_l0[0]": 5}, LOOKED_UP),
+    "packed": ({"a": 5, "rnn.weight_ih_l0[0]": 4}, set()),
+    "states": ({"h": 4}, set()),
+    "lstm-cell": ({"cell.weight_ih[0]": 5}, set()),
+    "gru-cell": ({"cell.weight_ih[0]": 5}, set()),
+    "rnn-cell": ({"cell.weight_ih[0]": 5}, set()),
+    "heads": ({"q": 4}, MEETS),
+    "heads-grouped": ({"q": 2}, MEETS),
+    "heads-rotary": ({"q": 4}, MEETS),
+    "heads-by-hand": ({"q": 4}, MEETS),
+    "heads-counted": ({"qkv": 4}, set()),
+    "multihead": ({"a": 6, "o.weight[1]": 6, "attention.in_proj_weight[0]": 3}, set()),
+    "multihead-extra": ({"a": 6, "o.weight[1]": 6, "attention.in_proj_weight[0]": 3}, set()),
+    "encoder": ({"layers.0.self_attn.in_proj_weight[0]": 2, "layers.0.linear1": 5}, {*MEETS, STATISTICS}),
+    "decoder": (
+        {"self_attn.in_proj_weight[0]": 2, "multihead_attn.in_proj_weight[0]": 2, "linear1": 5},
+        {*MEETS, STATISTICS},
+    ),
+    "experts": (
+        {"up[1]": 5},
+        {"mixes values along this axis", "takes one index of this axis", "is written to by index"},
+    ),
+    "vectors": ({"w[0]": 5}, set()),
 }
 
 # (units, groups) of the models people use; all their units are removable.

@@ -4,6 +4,7 @@ One training run starts from a tiny seed inside your own model and grows and pru
 a parameter or FLOPs budget; what comes out is a plain, small, dense module.
 """
 
+from .adapters import adapter
 from .budget import Budget, Limits
 from .cost import Cost
 from .errors import (
@@ -19,6 +20,7 @@ from .grower import Event, Grower, measure
 from .indicators import Method
 from .persist import load, save
 from .proof import Report, trace, verify
+from .rules import Context, module_rule, rule
 from .space import Frozen, Space
 from .surgery import Bank, shrink_
 
@@ -28,6 +30,7 @@ __all__ = [
     "Bank",
     "Budget",
     "BudgetError",
+    "Context",
     "Cost",
     "Event",
     "Frozen",
@@ -42,8 +45,11 @@ __all__ = [
     "TorchgrowError",
     "TraceError",
     "TrainingError",
+    "adapter",
     "load",
     "measure",
+    "module_rule",
+    "rule",
     "save",
     "shrink_",
     "trace",

@@ -1,8 +1,10 @@
-"""The ``torchgrow`` command: ``torchgrow run RECIPE`` and ``torchgrow list``."""
+"""The ``torchgrow`` command: ``torchgrow run RECIPE``, ``torchgrow list`` and ``torchgrow inspect MODEL``."""
 
+import json
 import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from torchgrow import Budget, TorchgrowError
-from torchgrow.lab import recipes
+from torchgrow.lab import inspect, recipes, sources
 from torchgrow.lab.run import run as run_recipe
 
 app = typer.Typer(
@@ -106,3 +108,41 @@ def list_recipes() -> None:
         claim = (make.__doc__ or "").partition("\n")[0]
         grid.add_row(name, recipe.dataset, str(recipe.budget), str(recipe.epochs), claim)
     Console().print(grid)
+
+
+@app.command("inspect")
+def inspect_model(
+    model: Annotated[str, typer.Argument(help=f"One of {sources.FORMS}. A file is executed as Python.")],
+    budget: Annotated[str | None, typer.Option(help="A budget to ask about, as for `torchgrow run`.")] = None,
+    shapes: Annotated[
+        list[str] | None, typer.Option("--input", help="Shape of an input, such as 1x3x224x224; repeat for several.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    svg: Annotated[Path | None, typer.Option(help="Draw the groups into this SVG file.")] = None,
+    proof: Annotated[bool, typer.Option(help="Prove exactness a second time, on other random weights.")] = True,
+) -> None:
+    """Show what torchgrow can do on a model, and why it cannot do more.
+
+    Exit code 0: it can grow. 1: an error, a proof that failed, or a budget out of reach. 3: nothing can change.
+    """
+    errors = Console(stderr=True)
+    with _clean_exit(errors):
+        asked = parse_budget(budget) if budget else None
+        sizes = [sources.parse_shape(text) for text in shapes or ()]
+        # What a file prints while it runs must not end up in the JSON.
+        with errors.status("building the model") as status, redirect_stdout(sys.stderr):
+            network, inputs = sources.load(model, sizes)
+            seen = inspect.inspect(network, inputs, name=model, budget=asked, proof=proof, tell=status.update)
+        if svg:
+            inspect.draw(seen, svg)
+    if as_json:
+        typer.echo(json.dumps(seen.as_json(), indent=2))
+    else:
+        console = Console()
+        if not console.is_terminal:
+            console.width = 120  # what goes into a file need not fit a window
+        console.print(inspect.render(seen))
+    if seen.nothing_can_change:
+        raise typer.Exit(3)
+    if seen.exact is False or seen.feasible is False:
+        raise typer.Exit(1)

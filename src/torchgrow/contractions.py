@@ -32,12 +32,9 @@ def convolution(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> 
     w_layers = without_axes(ctx, ctx.layers(weight), spatial, "")  # kernel axes: not worth a mention
     row_axis, column_axis = (1, 0) if transposed else (0, 1)
     entering, rows, columns = on_axis(x_layers, 1), on_axis(w_layers, row_axis), on_axis(w_layers, column_axis)
-    offset = on_axis(ctx.layers(bias), 0)
+    offset, counted = on_axis(ctx.layers(bias), 0), (rows, columns)
     if transposed and groups > 1:
-        for layer in (entering, rows, columns, offset):
-            if layer is not None:
-                ctx.freeze(layer, "is a grouped transposed convolution, which has no rule yet")
-        rows = None
+        rows = grouped_transposed(ctx, weight, entering, rows, columns, groups)
     elif groups > 1:
         grouped(ctx, x, weight, entering, rows, columns, groups)
     else:
@@ -46,7 +43,9 @@ def convolution(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> 
     positions = math.prod((x if transposed else out).shape[2:])
     kernel = math.prod(weight.shape[2:])
     ctx.flop(
-        2 * out.shape[0] * positions * kernel, rows or weight.shape[row_axis], columns or weight.shape[column_axis]
+        2 * out.shape[0] * positions * kernel,
+        counted[0] or weight.shape[row_axis],
+        counted[1] or weight.shape[column_axis],
     )
 
 
@@ -102,6 +101,62 @@ def grouped(
         ctx.read(entering, columns)
 
 
+def grouped_transposed(
+    ctx: Context, weight: Tensor, entering: Layer | None, rows: Layer | None, columns: Layer | None, groups: int
+) -> Layer | None:
+    """Weight [in, out / groups, ...]: as `grouped`, with the output channels on columns that all groups share.
+
+    Returns the layer of the output channels, one-axis.
+    """
+    per_group = weight.shape[0] // groups
+    if entering is None or columns is None:
+        for layer in (entering, columns):
+            if layer is not None:
+                ctx.freeze(layer, "enters a grouped transposed convolution beside values that cannot be removed")
+    if groups >= per_group:
+        if rows is not None:
+            ctx.freeze(rows, "every group keeps all its outputs: whole groups are the units")
+        if entering is None or columns is None:
+            return None
+        inputs, own = entering.symbols.reshape(groups, per_group), columns.packed.reshape(groups, per_group)
+        ctx.tie(inputs, inputs[:, :1])
+        ctx.tie(own >> 1, inputs[:, :1])
+        ctx.count(weight, "groups", inputs[:, 0])
+        whole = own[:, :1] & ~1 | (own & 1).min(1, keepdim=True).values
+        return Layer(whole.repeat(1, weight.shape[1]).flatten(), columns.sources)
+    if entering is not None and columns is not None:
+        inputs = entering.symbols.reshape(groups, per_group)
+        ctx.tie(inputs, inputs[:1])
+        ctx.tie(columns.symbols.reshape(groups, per_group), inputs)
+        ctx.read(entering, columns)
+    return None if rows is None else Layer(rows.packed.flatten().repeat(groups), rows.sources)
+
+
+@rule("mv", "dot", "vdot", "inner", counted=True)
+def with_vector(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """Matrix [n, k] (or vector [k]) times vector [k]."""
+    a = named["self"]
+    vector = next(x for key, x in named.items() if key != "self" and isinstance(x, Tensor))
+    if vector.dim() != 1:
+        for layer in [*ctx.layers(a), *ctx.layers(vector)]:
+            ctx.freeze(layer, "is an inner product of matrices, which has no rule")
+        return
+    layers = ctx.layers(a)
+    last = a.dim() - 1
+    contract(ctx, *sorted_by_input(ctx, (a, on_axis(layers, last)), (vector, on_axis(ctx.layers(vector), 0))))
+    rows = without_axes(ctx, [x for x in layers if x.axes != (last,)], [last], "sums over one of several labelled axes")
+    ctx.set_layers(out, [Layer(layer.packed.squeeze(last), layer.sources) for layer in rows])
+    ctx.flop(2, *(on_axis(rows, k) or a.shape[k] for k in range(a.dim() - 1)), on_axis(layers, last) or a.shape[-1])
+
+
+def sorted_by_input(
+    ctx: Context, first: tuple[Tensor, Layer | None], second: tuple[Tensor, Layer | None]
+) -> tuple[Layer | None, Layer | None]:
+    """The operand computed from the inputs, then the one that reads it."""
+    turned = ctx.depends_on_input(second[0]) and not ctx.depends_on_input(first[0])
+    return (second[1], first[1]) if turned else (first[1], second[1])
+
+
 @rule("linear", counted=True)
 def linear(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     """Input [..., k] times weight [m, k], plus bias [m]."""
@@ -144,12 +199,10 @@ def product(
     b_layers = [x for x in b_layers if x.axes == (rank - 2,)] + without_axes(
         ctx, [x for x in b_layers if x.axes != (rank - 2,)], [rank - 2], several)  # fmt: skip
     summed_a, summed_b = on_axis(a_layers, rank - 1), on_axis(b_layers, rank - 2)
-    if ctx.depends_on_input(b) and not ctx.depends_on_input(a):
-        contract(ctx, summed_b, summed_a)
-    elif summed_a is None and not ctx.depends_on_input(a) and ctx.constant_along(a, a.dim() - 1):
+    if summed_a is None and not ctx.depends_on_input(a) and ctx.constant_along(a, a.dim() - 1):
         pass  # the zeros that a recurrent cell starts from: they are as many as the columns that read them
     else:
-        contract(ctx, summed_a, summed_b)
+        contract(ctx, *sorted_by_input(ctx, (a, summed_a), (b, summed_b)))
     left = [x for x in a_layers if rank - 1 not in x.axes]
     right = [x for x in b_layers if rank - 2 not in x.axes]
     if rank > 2:
@@ -164,7 +217,7 @@ def product(
         result.append(next((x for x in members if bool(x.silent.all())), members[0]))
     rows, columns = on_axis(result, rank - 2), on_axis(result, rank - 1)
     batch: list[Layer | int] = [on_axis(result, k) or out.shape[k] for k in range(rank - 2)]
-    ctx.flop(2, *batch, rows or out.shape[-2], columns or out.shape[-1], summed_a or a.shape[-1])
+    ctx.flop(2, *batch, rows or out.shape[-2], columns or out.shape[-1], summed_a or summed_b or a.shape[-1])
     added = aligned(ctx.layers(bias), rank)
     if bias is not None and (added or result):
         operands = [(out, result), (bias, added)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from .budget import Budget, Limits, check_feasible, fit, largest_shift, pressure
 from .cost import Cost, CostModel
-from .errors import BudgetError, StructureError, TorchgrowError
+from .errors import BudgetError, StructureError, TorchgrowError, TraceError
 from .fold import Fold, Folding
 from .guard import guard_
 from .indicators import PRESETS, Indicators, Method
 from .optimizers import check_optimizer
 from .proof import trace
-from .replay import replay
-from .space import Frozen, Space
+from .replay import Couples, replay
+from .space import Frozen, Place, Space
 from .surgery import Bank, uninterrupted
 
 
@@ -68,6 +68,8 @@ class Grower:
         updates: T, the number of updates in the run. The structure is final from update T-1 on.
         preset: "default" (planned cost, persistent draws), "paper" (literal), or a `Method` of your own.
         seed: of all draws.
+        freeze: what keeps its shape, as for `trace`.
+        couple: what is cut alike, as for `trace`.
 
     Raises:
         TraceError: the model cannot be traced with these inputs.
@@ -86,6 +88,8 @@ class Grower:
         updates: int,
         preset: str | Method = "default",
         seed: int = 0,
+        freeze: Sequence[str | Place] = (),
+        couple: Couples = (),
     ) -> None:
         if not isinstance(budget, Budget):
             raise BudgetError(f'budget must be a torchgrow.Budget such as Budget(params="36%"), got {budget!r}')
@@ -95,7 +99,9 @@ class Grower:
             raise TorchgrowError(f"preset {preset!r} is unknown; use one of {sorted(PRESETS)} or a torchgrow.Method")
         self.method = preset if isinstance(preset, Method) else PRESETS[preset]()
         self.model, self.optimizer, self.budget, self.updates = model, optimizer, budget, updates
-        space = trace(model, example_inputs)
+        space = trace(model, example_inputs, freeze=freeze, couple=couple)
+        if not space.proven:
+            raise TraceError("the model is on the meta device, where nothing can train; use model.to_empty(device=...)")
         check_optimizer(optimizer, model)
         self.space = _pin_untrained(space, _trained_names(model, optimizer))
         if not bool(self.space.removable.any()):

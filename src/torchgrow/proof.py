@@ -8,6 +8,7 @@ groups and frozen with the reason; nothing unproven is ever removed.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .cost import CostModel
 from .counting import Guess, choices, guesses
 from .errors import TraceError
-from .replay import _opened, call, quiet_eval, replay
-from .space import Frozen, Space, live_positions
+from .replay import Couples, _opened, call, quiet_eval, replay
+from .space import Frozen, Place, Space, live_positions
 from .surgery import Bank
 
 TOLERANCE = 1e-9
@@ -184,7 +185,7 @@ def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) ->
     """
     free = _free_groups(space)
     if not free:
-        return space
+        return replace(space, proven=True)
     prover = Prover(model, space, example_inputs, seed)
     found: list[Guess] | None = None
     while free:
@@ -203,7 +204,7 @@ def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) ->
                     del failed[group]
             break
         else:
-            return prover.space
+            return replace(prover.space, proven=True)
         space = prover.space
         for group, reason in failed.items():
             units = torch.nonzero(space.group_of == group).flatten().tolist()
@@ -214,7 +215,7 @@ def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) ->
             space = space.freeze(units, Frozen("proof", name, "", reason, places))
         free = _free_groups(space)
         prover.space = prover.bank.space = space
-    return prover.space
+    return replace(prover.space, proven=True)
 
 
 def _only(space: Space, groups: list[int], draw: Tensor) -> Tensor:
@@ -240,14 +241,18 @@ def _failing(prover: Prover, groups: list[int], draw: Tensor) -> dict[int, str]:
     return found or dict.fromkeys(groups, reason)  # exact apart, wrong together: none of them is proven
 
 
-def trace(model: nn.Module, example_inputs: Any) -> Space:
+def trace(model: nn.Module, example_inputs: Any, *, freeze: Sequence[str | Place] = (), couple: Couples = ()) -> Space:
     """Find the units of a model and prove them on the model itself.
 
     The model is run a few times in evaluation mode; parameters, buffers, modes and random state are as before.
 
     Args:
         model: a module on one device, not wrapped and not compiled. It is the frame: the largest network.
+            On the meta device labels are followed and nothing is proven (`Space.proven` is False).
         example_inputs: a small batch: a tensor, a tuple of positional inputs, or a dict of keywords.
+        freeze: parameters or modules that keep their shape, by qualified name or pattern ("head.*"); or single
+            axes, such as ("head.weight", 1).
+        couple: pairs of axes that are cut alike, position by position, such as (("a.weight", 0), ("b.weight", 0)).
 
     Returns:
         The space, in which every removable unit came out exact (relative error at most 1e-9 in float64).
@@ -255,7 +260,10 @@ def trace(model: nn.Module, example_inputs: Any) -> Space:
     Raises:
         TraceError: the model cannot be run or traced; the message says what works.
     """
-    return prove(model, replay(model, example_inputs), example_inputs)
+    space = replay(model, example_inputs, freeze=freeze, couple=couple)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return space
+    return prove(model, space, example_inputs)
 
 
 def verify(model: nn.Module, example_inputs: Any, fraction: float = 0.3, seed: int = 0, trials: int = 3) -> Report:

@@ -11,19 +11,21 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import contractions, reductions, sequences  # noqa: F401 (importing them registers their rules)
 from .adapters import adapted
 from .errors import TraceError
 from .labels import FIXED, Labels, Layer
-from .rules import COUNTED, MODULE_RULES, RULES, pointwise, unknown
+from .rules import CONSTANT, COUNTED, FILLED, MODULE_RULES, RULES, copy, pointwise, unknown
 from .space import Attribute, FlopTerm, Frozen, Place, Space
 
 
@@ -113,6 +115,7 @@ class Replay(TorchDispatchMode):
         self.labels = Labels()
         self.known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> its layers
         self.from_input: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensors computed from the inputs
+        self.filled_tensors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.names: dict[int, str] = {}
         self.symbols: dict[Place, Tensor] = {}
         self.used: set[str] = set()
@@ -126,6 +129,7 @@ class Replay(TorchDispatchMode):
         self.whole: nn.Module | None = None  # the module under way that has a rule of its own
         self.deferred: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> what its use would freeze
         self.op = ""
+        self.shadows: WeakTensorKeyDictionary | None = None  # meta frames: the values of what no weight has touched
         self.parameters = dict(model.named_parameters())
         self.tensors: dict[str, Tensor] = {**self.parameters, **dict(model.named_buffers())}
         for name, tensor in self.tensors.items():
@@ -142,8 +146,10 @@ class Replay(TorchDispatchMode):
             silent, sources = torch.ones(size, dtype=torch.int64), frozenset([(name, axis)])
             if name not in self.parameters:
                 sources = frozenset()
-                zero = torch.zeros(tensor.shape) if tensor.is_meta else (tensor.detach() == 0).cpu()
-                silent *= zero.movedim(axis, 0).reshape(size, -1).all(1)
+                if tensor.is_meta:
+                    silent.zero_()
+                else:
+                    silent *= (tensor.detach() == 0).cpu().movedim(axis, 0).reshape(size, -1).all(1)
             shape = [1] * tensor.dim()
             shape[axis] = size
             layers.append(Layer((symbols << 1 | silent).reshape(shape), sources))
@@ -234,9 +240,16 @@ class Replay(TorchDispatchMode):
         """Constant by construction (stride 0), or by value where no input has a say."""
         if tensor.stride(axis) == 0:
             return True
-        if tensor in self.from_input or tensor in self.known or tensor.is_meta:
+        if tensor in self.from_input or tensor in self.known:
             return False
+        if tensor.is_meta:
+            shadow = self.shadows.get(tensor) if self.shadows is not None else None
+            return shadow is not None and bool((shadow == shadow.narrow(axis, 0, 1)).all())
         return bool((tensor == tensor.narrow(axis, 0, 1)).all())
+
+    def filled(self, tensor: Tensor) -> bool:
+        """Made with one value everywhere."""
+        return tensor in self.filled_tensors
 
     def depends_on_input(self, tensor: Tensor) -> bool:
         """Whether a tensor was computed from the inputs."""
@@ -275,18 +288,52 @@ class Replay(TorchDispatchMode):
                 (handler or unknown)(self, func, named, out)
             else:
                 unknown(self, func, named, out)
-            if mutated is not None and before is not None:
+            if mutated is not None and before is not None and handler is not copy:
                 self._check_view_write(mutated, before)
         return out
 
     def _unlabelled(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Any:
         """Run an operation and note only whether its results depend on the inputs."""
-        out = func(*args, **kwargs)
-        if any(x in self.from_input for x in tensors):
+        if self.shadows is not None:
+            known = self._shadow(func, args, kwargs, tensors)
+            if known is not None and func is torch.ops.aten._local_scalar_dense.default:
+                return known
+            out = func(*args, **kwargs)
+            for mine, real in zip(tree_leaves(out), tree_leaves(known), strict=False):
+                if isinstance(mine, Tensor) and isinstance(real, Tensor):
+                    self.shadows[mine] = real
+        else:
+            out = func(*args, **kwargs)
+        name = func._overloadpacket.__name__
+        if name in FILLED and isinstance(out, Tensor):
+            self.filled_tensors[out] = True
+        elif func._schema.is_mutable and name != "copy_":
+            for x in tensors[:1]:
+                self.filled_tensors.pop(x if x._base is None else x._base, None)
+        if name not in CONSTANT and any(x in self.from_input for x in tensors):
             for result in tree_leaves(out):
                 if isinstance(result, Tensor):
                     self.from_input[result] = True
+                    if func._schema.is_mutable and result._base is not None:
+                        self.from_input[result._base] = True
         return out
+
+    def _shadow(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Any:
+        """On the meta device, what the operation gives in fact: positions and masks decide which way a forward goes.
+
+        None where a weight or a floating-point input has a say, whose values nobody knows.
+        """
+        assert self.shadows is not None
+        if any(x not in self.shadows for x in tensors):
+            return None
+        shadows = self.shadows
+
+        def real(x: Any) -> Any:
+            if isinstance(x, torch.device):
+                return torch.device("cpu")
+            return shadows[x] if isinstance(x, Tensor) else x
+
+        return func(*tree_map(real, args), **tree_map(real, kwargs))
 
     def _check_view_write(self, mutated: Tensor, before: list[Layer]) -> None:
         """An in-place write into a view changes its base behind our back: only unchanged labels are safe."""
@@ -303,6 +350,12 @@ class Replay(TorchDispatchMode):
 
     def run(self, example_inputs: Any) -> None:
         """Run the frame once; afterwards freeze its outputs and what the run left open."""
+        if any(parameter.is_meta for parameter in self.parameters.values()):
+            given, self.shadows = example_inputs, WeakTensorKeyDictionary()
+            example_inputs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, given)
+            for x, real in zip(tree_leaves(example_inputs), tree_leaves(given), strict=True):
+                if isinstance(x, Tensor) and not real.is_floating_point():
+                    self.shadows[x] = real
         for x in tree_leaves(example_inputs):
             if isinstance(x, Tensor):
                 self.from_input[x] = True
@@ -453,7 +506,7 @@ class Replay(TorchDispatchMode):
                 place = (f"{path}.{tensor}" if path else tensor, axis)
                 vector = unit_of.get(place)
                 groups = int(getattr(module, "groups", 1))
-                if vector is not None and attribute == "in_channels" and groups > 1:
+                if vector is not None and attribute in ("in_channels", "out_channels") and axis == 1 and groups > 1:
                     whole = found.get((path, "groups"))
                     vector = whole.repeat_interleave(vector.numel()) if whole is not None else vector.repeat(groups)
                 if vector is not None and getattr(module, attribute, None) == vector.numel():
@@ -574,19 +627,67 @@ def _place_name(place: Place | None, taken: list[str]) -> str:
     return name
 
 
-def replay(model: nn.Module, example_inputs: Any) -> Space:
+Couples = Sequence[tuple[Place, Place]]
+
+
+def _frozen_by_name(symbols: dict[Place, Tensor], names: Sequence[str | Place]) -> list[Place]:
+    """Places of the tensors, modules, patterns and single axes named."""
+    found: list[Place] = []
+    for name in names:
+        if isinstance(name, str):
+            matching = [p for p in symbols if p[0] == name or p[0].startswith(f"{name}.") or fnmatchcase(p[0], name)]
+        else:
+            matching = [name] if name in symbols else []
+        if not matching:
+            raise TraceError(f"freeze names {name!r}, which no parameter or buffer {_close(name, symbols)}")
+        found += matching
+    return found
+
+
+def _coupled(symbols: dict[Place, Tensor], couple: Couples) -> Couples:
+    """The pairs, once both sides are known and as long as each other."""
+    for pair in couple:
+        for place in pair:
+            if place not in symbols:
+                raise TraceError(f"couple names {place!r}, which no parameter or buffer {_close(place, symbols)}")
+        sizes = [symbols[place].numel() for place in pair]
+        if sizes[0] != sizes[1]:
+            raise TraceError(
+                f"couple names {pair[0]} of {sizes[0]} positions and {pair[1]} of {sizes[1]}; only axes "
+                "of the same length can be cut alike"
+            )
+    return couple
+
+
+def _close(name: str | Place, symbols: dict[Place, Tensor]) -> str:
+    """The end of an error about a name: what there is instead."""
+    near = get_close_matches(name if isinstance(name, str) else str(name[0]), {place[0] for place in symbols}, 3, 0.3)
+    axes = [f"{tensor} (axes {[a for t, a in symbols if t == tensor]})" for tensor in near]
+    return f"of two or more positions has; close are {', '.join(axes) or 'none: see model.named_parameters()'}"
+
+
+def replay(model: nn.Module, example_inputs: Any, *, freeze: Sequence[str | Place] = (), couple: Couples = ()) -> Space:
     """Trace the frame by label replay, without proof.
 
     Args:
         model: the frame, on one device, not wrapped and not compiled.
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs; the first axis of
             the first tensor is taken for the batch.
+        freeze: parameters or modules that keep their shape, by qualified name or pattern ("head.*"); or single
+            axes, such as ("head.weight", 1).
+        couple: pairs of axes that are cut alike, position by position, such as (("a.weight", 0), ("b.weight", 0)).
 
     Raises:
         TraceError: the model or the inputs cannot be traced; the message says what would work.
     """
     check_model(model, example_inputs)
     tracer = Replay(model)
+    wanted = _frozen_by_name(tracer.symbols, freeze), _coupled(tracer.symbols, couple)
     tracer.run(example_inputs)
+    tracer.op = "the user"
+    for a, b in wanted[1]:
+        tracer.tie(tracer.symbols[a], tracer.symbols[b])
+    for place in wanted[0]:
+        tracer._freeze(tracer.symbols[place], "was named to stay as it is")
     first = next(x for x in tree_leaves(example_inputs) if isinstance(x, Tensor))
     return tracer.space(batch=max(1, first.shape[0]) if first.dim() else 1)

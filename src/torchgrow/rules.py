@@ -52,6 +52,9 @@ class Context(Protocol):
     def constant_along(self, tensor: Tensor, axis: int) -> bool:
         """Whether an unlabelled tensor has the same values all along an axis, whatever the inputs are."""
 
+    def filled(self, tensor: Tensor) -> bool:
+        """Whether a tensor was made with one value everywhere, and since then written to by `copy_` at most."""
+
     def depends_on_input(self, tensor: Tensor) -> bool:
         """Whether a tensor was computed from the model's inputs."""
 
@@ -145,13 +148,14 @@ def harmonize(
             if not varying:
                 continue
             common = set.intersection(*(set(layer.axes) for layer in varying))
-            if any(set(layer.axes) != common for layer in varying):  # heads x width meets heads: heads stay free
-                changed = True
+            largest = max((layer.axes for layer in varying), key=len)
+            agree = all(set(layer.axes) == common for layer in varying)
+            if not agree and largest[0] in common:  # heads x width meets heads: heads stay free; else width is merged
+                changed = agree = True
                 for _, layers in operands:
                     for i, layer in enumerate(layers):
                         if axis in layer.axes:
                             layers[i : i + 1] = without_axes(ctx, [layer], sorted(set(layer.axes) - common), reason)
-            agree = True
             for tensor, layers in operands:
                 own = axis - (rank - tensor.dim())
                 if own >= 0 and tensor.shape[own] > 1 and not any(axis in layer.axes for layer in layers):
@@ -381,6 +385,83 @@ def index(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
         looked_up = list(range(source.dim()))  # a mask covers as many axes as it has
     layers = without_axes(ctx, ctx.layers(source), [k % source.dim() for k in looked_up], "looks this axis up by index")
     ctx.set_layers(out, [layer.move(source.shape, lambda t: func(t, **named)) for layer in layers])
+
+
+@rule("gather")
+def gather(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """As `index`, along one axis; the index must span the others."""
+    source, index_ = named["self"], named["index"]
+    axes = {named["dim"] % source.dim(), *(k for k in range(source.dim()) if index_.shape[k] != source.shape[k])}
+    layers = without_axes(ctx, ctx.layers(source), sorted(axes), "looks this axis up by index")
+    ctx.set_layers(out, [layer for layer in layers if layer.packed.dim() == out.dim()])
+
+
+@rule("index_add", "scatter_add", "index_copy", "scatter")
+def index_add(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """Adds or writes rows of `source` at places of one axis; the other axes meet position by position."""
+    target, source = named["self"], named.get("source", named.get("src"))
+    if not isinstance(source, Tensor) or source.dim() != target.dim():
+        unknown(ctx, func, named, out)
+        return
+    axis = named["dim"] % target.dim()
+    axes = {axis, *(k for k in range(target.dim()) if source.shape[k] != target.shape[k])}
+    reason = "is written to by index"
+    operands = [(x, without_axes(ctx, ctx.layers(x), sorted(axes), reason)) for x in (target, source)]
+    harmonize(ctx, operands, [k for k in range(target.dim()) if k not in axes], target.dim(), reason)
+    result = [layer.with_silence(False, frozenset()) for layer in operands[1][1]]
+    for layer in operands[0][1]:
+        mate = next((x for x in result if x.axes == layer.axes), None)
+        if mate is None:
+            result.append(layer.with_silence(False, frozenset()))
+        else:
+            ctx.unify(mate, layer)
+    ctx.set_layers(out, result)
+
+
+@rule("copy")
+def copy(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """Overwrites a tensor, or the part of one that a view shows; the rest of that one must be the same all along."""
+    target = named["self"]
+    layers = aligned(ctx.layers(named["src"]), target.dim())
+    base = target._base if target._is_view() else None
+    if base is not None:
+        under = ctx.layers(base)
+        layers = [layer for layer in layers if _written_through(ctx, target, base, under, layer)]
+        ctx.set_layers(base, under)
+    ctx.set_layers(target, layers)
+
+
+def _written_through(ctx: Context, target: Tensor, base: Tensor, under: list[Layer], layer: Layer) -> bool:
+    """Carry a layer over to the base of a view, if the axis is one of the base's; else freeze it."""
+    axis = layer.axes[0]
+    place = (target.stride(axis), target.shape[axis])
+    fitting = [k for k in range(base.dim()) if (base.stride(k), base.shape[k]) == place]
+    if len(layer.axes) > 1 or len(fitting) != 1:
+        ctx.freeze(layer, "is written to a part of a tensor")
+        return False
+    moved = placed(layer, base.dim(), fitting[0]).with_silence(False, frozenset())
+    old = on_axis(under, fitting[0])
+    if old is not None:
+        ctx.unify(old, moved)
+    elif not ctx.filled(base):
+        ctx.freeze(layer, "is written beside values that cannot be removed")
+        return False
+    else:
+        under.append(moved)
+    return True
+
+
+CONSTANT = frozenset(
+    {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
+)
+"""New tensors of a size taken from another: they carry no labels and do not depend on its values."""
+FILLED = CONSTANT | {"zeros", "ones", "full", "empty"}
+"""What makes tensors with one value everywhere (or with none that counts)."""
+
+
+@rule(*CONSTANT)
+def constant(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """The same value everywhere, at whatever size: nothing to note."""
 
 
 @rule("cat", "concat", "concatenate")

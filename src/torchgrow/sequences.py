@@ -175,6 +175,7 @@ def one_direction(
         if down is None or across is None:
             return None
         ctx.tie(cell, across.symbols.flatten())
+        ctx.freeze(across, "hidden_size must stay above proj_size, so only the projection can be narrowed")
         ctx.read(shown, across)
         ctx.flop(2 * tokens, down, across)
         shown = Layer(down.packed.flatten(), down.sources)

@@ -85,6 +85,7 @@ class Space:
         fold: for every (tensor, axis) place that carries gates, int64 unit ids, -1 where no gate sits.
         attributes: module attributes that count an axis.
         frozen: what can never be removed, and why.
+        proven: whether the units were tried on the model itself; never on the meta device, where nothing can run.
     """
 
     unit_of: Mapping[Place, Tensor]
@@ -98,6 +99,7 @@ class Space:
     fold: Mapping[Place, Tensor]
     attributes: tuple[Attribute, ...]
     frozen: tuple[Frozen, ...] = ()
+    proven: bool = False
     cut_axes: Mapping[str, tuple[int, ...]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
