@@ -477,7 +477,7 @@ class Heads(nn.Module):
     def forward(self, x):
         q, k, v = (m(x).unflatten(-1, (-1, 3)).transpose(1, 2) for m in (self.q, self.k, self.v))
         if self.angle is not None:
-            turn = (torch.arange(x.shape[1])[:, None] * self.angle).cos()
+            turn = (torch.arange(x.shape[1], device=x.device)[:, None] * self.angle).cos()
             q, k = q * turn, k * turn
         if self.fused:
             y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.kv != 4)

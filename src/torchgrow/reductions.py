@@ -85,7 +85,7 @@ def layer_norm(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None
     ctx.set_layers(out, [layer.with_silence(False, frozenset()) for layer in layers])
 
 
-@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "logcumsumexp", "cumprod")
+@rule("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "cumsum", "logcumsumexp", "cumprod")
 def along_one_axis(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     """Mixes values along one axis."""
     dim = named["dim"] % out.dim()
