@@ -26,13 +26,21 @@ def one_lstm(x: Any, into: Any, again: Any, *args: Any, **kwargs: Any) -> int:
     return 2 * x[0] * x[1] * (into[0] * into[1] + again[0] * again[1])
 
 
+def bilinear(a: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * a[0] * weight[0] * weight[1] * weight[2]
+
+
 def measured(model: nn.Module, example: Any) -> Cost:
     """Parameters once each, FLOPs as torch counts them, for one sample."""
     first = next(iter(example.values())) if isinstance(example, dict) else example
     batch = len(first[0] if isinstance(first, tuple) else first)
     model.eval()
     # the counter knows no fused attention, no fused LSTM and no product of a matrix and a vector
-    more = {torch.ops.aten.mv: matrix_times_vector, torch.ops.aten.mkldnn_rnn_layer: one_lstm}
+    more = {
+        torch.ops.aten.mv: matrix_times_vector,
+        torch.ops.aten.mkldnn_rnn_layer: one_lstm,
+        torch.ops.aten._trilinear: bilinear,
+    }
     counter = FlopCounterMode(display=False, custom_mapping=more)
     with sdpa_kernel(SDPBackend.MATH), adapted(model), counter, torch.no_grad():
         call(model, example)

@@ -86,6 +86,8 @@ EXPECTED: dict[str, tuple[dict[str, int], set[str]]] = {
         {"mixes values along this axis", "takes one index of this axis", "is written to by index"},
     ),
     "vectors": ({"w[0]": 5}, set()),
+    "two-sides": ({"a": 5, "b": 4, "mix": 6}, set()),
+    "windows": ({"a": 4, "mix": 2, "b": 5}, set()),
 }
 
 # (units, groups) of the models people use; all their units are removable.

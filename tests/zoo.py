@@ -556,6 +556,29 @@ class Vectors(nn.Module):
         return F.relu(self.a(x[0])) @ self.w
 
 
+class Windows(nn.Module):
+    """c3(3, 4) -> unfold 2x2 -> 1x1(16, 8) on columns -> fold 2x2 -> c3(2, 5) -> pool -> fc"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.mix, self.b, self.fc = c3(3, 4), nn.Conv1d(16, 8, 1), c3(2, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        columns = self.mix(F.unfold(self.a(x), 2, stride=2))
+        return head(F.relu(self.b(F.fold(columns, x.shape[2:], 2, stride=2))), self.fc)
+
+
+class TwoSides(nn.Module):
+    """nn.Bilinear(5, 4, 6) of relu(a(6, 5) x) and relu(b(6, 4) x) -> c(6, 3)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.mix, self.c = nn.Linear(6, 5), nn.Linear(6, 4), nn.Bilinear(5, 4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.c(F.relu(self.mix(F.relu(self.a(x)), F.relu(self.b(x)))))
+
+
 SEQUENCES: dict[str, Callable[[], nn.Module]] = {
     "lstm": lambda: Language(nn.LSTM),
     "lstm-bidirectional": lambda: Language(nn.LSTM, num_layers=2, bidirectional=True),
@@ -578,6 +601,7 @@ SEQUENCES: dict[str, Callable[[], nn.Module]] = {
     "decoder": lambda: nn.TransformerDecoderLayer(6, 2, 5, batch_first=True),
     "experts": Experts,
     "vectors": Vectors,
+    "two-sides": TwoSides,
 }
 """Models of sequences: [2, 4, 6] vectors, or [2, 4] tokens where they have an embedding."""
 
@@ -617,6 +641,7 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "attention": Attention,
     "transposed-groups": lambda: MoreTransposed(4),
     "transposed-slots": lambda: MoreTransposed(2),
+    "windows": Windows,
     **SEQUENCES,
 }
 

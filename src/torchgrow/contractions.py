@@ -237,3 +237,21 @@ def embedding(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> No
     """Rows are looked up by the input and stay; columns are features."""
     layers = without_axes(ctx, ctx.layers(named["weight"]), [0], "looks rows up by index")
     ctx.set_layers(out, [placed(layer, out.dim(), out.dim() - 1) for layer in layers])
+
+
+@rule("_trilinear", counted=True)
+def bilinear(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """As `nn.Bilinear` calls it: a [N, A], weight [O, A, B], b [N, B] to [N, O]."""
+    a, weight, b = named["i1"], named["i2"], named["i3"]
+    layers = [ctx.layers(tensor) for tensor in (a, weight, b)]
+    expected = ([1, 3], [0], [1, 2], [2, 3])
+    if tuple(list(named[key]) for key in ("expand1", "expand2", "expand3", "sumdim")) != expected:
+        for layer in (layer for found in layers for layer in found):
+            ctx.freeze(layer, "is a trilinear product of another form than nn.Bilinear's, which has no rule")
+        ctx.set_layers(out, [])
+        return
+    rows, first, second = (on_axis(layers[1], axis) for axis in range(3))
+    contract(ctx, on_axis(layers[0], 1), first)
+    contract(ctx, on_axis(layers[2], 1), second)
+    ctx.set_layers(out, [] if rows is None else [placed(rows, out.dim(), 1)])
+    ctx.flop(2 * out.shape[0], *(layer or weight.shape[k] for k, layer in enumerate((rows, first, second))))

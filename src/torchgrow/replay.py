@@ -558,7 +558,7 @@ def _user_line() -> str:
     own = __name__.rpartition(".")[0]
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        inner = module.rpartition(".")[0] == own or module.partition(".")[0] in ("torch", "contextlib")
+        inner = module.partition(".")[0] in (own, "torch", "contextlib")
         if not inner:
             return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]

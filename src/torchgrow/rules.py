@@ -296,6 +296,43 @@ def movement(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     ctx.set_layers(out, [layer.move(source.shape, lambda t: func(t, **named)) for layer in ctx.layers(source)])
 
 
+@rule("im2col")
+def unfold(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """[N, C, H, W] to [N, C x kernel, positions]: every channel becomes a block of rows."""
+    source = named["self"]
+    spatial = [source.dim() - 2, source.dim() - 1]
+    layers = without_axes(ctx, ctx.layers(source), spatial, "slides a window along this axis")
+    ctx.set_layers(out, [windowed(layer, out.dim(), named["kernel_size"]) for layer in layers])
+
+
+def windowed(layer: Layer, rank: int, kernel: Sequence[int]) -> Layer:
+    """A layer of images, constant along both sides, on their windows."""
+    packed = layer.packed.squeeze(-1)  # the sides are of size 1
+    axis = rank - 2
+    if axis in layer.axes:
+        packed = packed.repeat_interleave(kernel[0] * kernel[1], axis)
+    return Layer(packed, layer.sources)
+
+
+@rule("col2im")
+def fold(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """The inverse of `im2col`: the rows of a channel go together."""
+    source, kernel = named["self"], named["kernel_size"]
+    rows, last, each = source.dim() - 2, source.dim() - 1, kernel[0] * kernel[1]
+    result = []
+    for layer in without_axes(ctx, ctx.layers(source), [last], "slides a window along this axis"):
+        if layer.axes == (rows,):
+            channels = layer.packed.flatten().reshape(-1, each)
+            ctx.tie(channels >> 1, channels[:, :1] >> 1)
+            whole = channels[:, 0] & ~1 | (channels & 1).amin(1)
+            result.append(placed(Layer(whole, layer.sources), out.dim(), out.dim() - 3))
+        else:
+            result += [
+                Layer(x.packed[..., None], x.sources) for x in without_axes(ctx, [layer], [rows], "folds windows")
+            ]
+    ctx.set_layers(out, result)
+
+
 @rule("roll")
 def roll(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """Rolls axes by numbers fixed in the forward: what wraps around is no longer the same once an axis is cut."""

@@ -52,7 +52,12 @@ def load(name: str, shapes: Iterable[Shape] = ()) -> tuple[nn.Module, Any]:
     Raises:
         TorchgrowError: there is no such model, it cannot be built, or no inputs are known for it.
     """
-    shapes = tuple(shapes)
+    with torch.random.fork_rng(devices=()):  # the same answer every time, and no trace of it in the caller's state
+        torch.manual_seed(0)
+        return _load(name, tuple(shapes))
+
+
+def _load(name: str, shapes: tuple[Shape, ...]) -> tuple[nn.Module, Any]:
     kind, _, rest = name.partition(":")
     if kind in _LIBRARIES and rest:
         return _LIBRARIES[kind](rest, shapes)
@@ -76,7 +81,7 @@ def _images(shapes: tuple[Shape, ...], default: Shape) -> Any:
 
 def _no_inputs(name: str, why: str) -> TorchgrowError:
     return TorchgrowError(
-        f"{name} {why}; write a file with a function that returns (model, example_inputs) and name it as "
+        f"{name} {why}, or write a file with a function that returns (model, example_inputs) and name it as "
         "path/to/file.py:function"
     )
 
@@ -95,7 +100,9 @@ def _known(source: str, name: str, names: Iterable[str]) -> None:
     names = list(names)
     if name not in names:
         near = [f"{source}:{close}" for close in difflib.get_close_matches(name, names, 3)]
-        hint = f"did you mean {' or '.join(near)}?" if near else f"it knows {len(names)}, such as {', '.join(names[:3])}"
+        hint = (
+            f"did you mean {' or '.join(near)}?" if near else f"it knows {len(names)}, such as {', '.join(names[:3])}"
+        )
         raise TorchgrowError(f"{source} has no model {name!r}; {hint}")
 
 
@@ -133,18 +140,19 @@ def _build(name: str, build: Callable[[], nn.Module]) -> nn.Module:
 def _from_torchvision(name: str, shapes: tuple[Shape, ...]) -> tuple[nn.Module, Any]:
     _known("torchvision", name, zoo.list_models())
     builder, full = zoo.get_model_builder(name), f"torchvision:{name}"
-    options: dict[str, Any] = {"weights": None, "weights_backbone": None, "init_weights": True}
-    taken = signature(builder).parameters
-    if "init_weights" in signature(getattr(zoo, "GoogLeNet", nn.Module)).parameters and name in _WARN_WITHOUT:
-        options = {key: value for key, value in options.items() if key in taken or key == "init_weights"}
-    else:
-        options = {key: value for key, value in options.items() if key in taken}
+    options: dict[str, Any] = {"weights": None}
+    if "weights_backbone" in signature(builder).parameters:
+        options["weights_backbone"] = None  # else it would be downloaded
+    if name in ("googlenet", "inception_v3"):
+        options["init_weights"] = False  # else they warn that they have not been told
     model = _build(full, lambda: builder(**options))
     family = builder.__module__.split(".")[2]
     if shapes:
         return model, _images(shapes, ())
     if family == "detection":
-        raise _no_inputs(full, "takes a list of images, of which no FLOPs for one sample can be told")
+        raise _no_inputs(
+            full, "takes a list of images, so that FLOPs of one sample cannot be told; inspect its backbone"
+        )
     weights = list(zoo.get_model_weights(name))
     keywords = getattr(weights[0].transforms, "keywords", {}) if weights else {}
     size = getattr(model, "image_size", keywords.get("crop_size", 224))
@@ -154,17 +162,14 @@ def _from_torchvision(name: str, shapes: tuple[Shape, ...]) -> tuple[nn.Module, 
     return model, _images((), (3, 16, *size) if family == "video" else (3, *size))
 
 
-_WARN_WITHOUT = ("googlenet", "inception_v3")
-
-
 def _from_timm(name: str, shapes: tuple[Shape, ...]) -> tuple[nn.Module, Any]:
     timm = _package("timm")
     architecture = name.partition(".")[0]  # what follows the dot names weights
     _known("timm", architecture, timm.list_models())
     model = _build(f"timm:{name}", lambda: timm.create_model(architecture, pretrained=False))
-    size = getattr(model, "default_cfg", {}).get("input_size")
+    size: Any = getattr(model, "default_cfg", {}).get("input_size")
     if not size and not shapes:
-        raise _no_inputs(f"timm:{name}", "does not say its input size")
+        raise _no_inputs(f"timm:{name}", "does not say its input size; give it with --input")
     return model, _images(shapes, size)
 
 
@@ -207,14 +212,15 @@ def _tokens_or_pixels(full: str, model: Any, config: Any, shapes: tuple[Shape, .
     if main not in inputs and shape:
         inputs[main] = torch.randn(shape)
     if main not in inputs:
-        raise _no_inputs(full, f"takes {main}, and no inputs of that kind are known")
+        raise _no_inputs(full, f"takes {main}, of which no shape is known; give it with --input")
     return inputs
 
 
 def _from_file(path: Path, factory: str, shapes: tuple[Shape, ...]) -> tuple[nn.Module, Any]:
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 3)
-        hint = f"did you mean {' or '.join(str(path.with_name(close)) for close in near)}?" if near else "check the path"
+        near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.py")], 3)
+        names = " or ".join(str(path.with_name(f"{close}.py")) for close in near)
+        hint = f"did you mean {names}?" if near else "check the path"
         raise TorchgrowError(f"there is no file {path}; {hint}")
     if not factory:
         raise TorchgrowError(f"{path} needs the name of a function that returns the model: {path}:build")
