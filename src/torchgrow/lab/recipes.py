@@ -124,7 +124,8 @@ def resnet20_cifar10() -> Recipe:
     """The paper's ResNet-20 on CIFAR-10, grown to 36 % of its parameters in 160 epochs.
 
     Command: ``torchgrow run resnet20-cifar10 --data FOLDER``.
-    Hardware: 2 CPU cores; for a try there, add ``--subset 10000 --epochs 20``.
+    Hardware: 2 CPU cores; for a try there, add ``--subset 10000 --epochs 20``. What that gives, with seeds,
+    spread and hardware: the first table of docs/results.md.
     """
     return Recipe(
         name="resnet20-cifar10",
