@@ -74,8 +74,8 @@ def growth() -> str:
     return (
         f"ResNet-20 (shortcut B) on {config['subset']:,} CIFAR-10 images, {config['epochs']} epochs, budget "
         f"{found[0]['budget']}; mean ± standard deviation over seeds; one thread, all methods of a seed train in "
-        f"turns, epoch by epoch.\n\nCommand: `python benchmarks/growth.py --data FOLDER`. Measured on {machine(found)}.\n\n"
-        + grid(head, body)
+        "turns, epoch by epoch.\n\nCommand: `python benchmarks/growth.py --data FOLDER`. Measured on "
+        f"{machine(found)}.\n\n" + grid(head, body)
     )
 
 

@@ -80,24 +80,33 @@ class Labels:
     """
 
     def __init__(self) -> None:
-        self.parent = torch.zeros(1, dtype=torch.int64)
+        self._room = torch.arange(1024)  # grows by doubling, so that many small tensors cost no more than few large
+        self.count = 1
+
+    @property
+    def parent(self) -> Tensor:
+        """int64 [number of symbols], writable."""
+        return self._room[: self.count]
 
     def new(self, count: int) -> Tensor:
         """`count` fresh symbols, int64 [count]."""
-        start = self.parent.numel()
-        fresh = torch.arange(start, start + count)
-        self.parent = torch.cat([self.parent, fresh])
-        return fresh
+        start, self.count = self.count, self.count + count
+        if self.count > self._room.numel():
+            room = torch.arange(2 * self.count)
+            room[:start] = self._room[:start]
+            self._room = room
+        return torch.arange(start, self.count)
 
     def find(self, symbols: Tensor) -> Tensor:
         """Roots of `symbols` (same shape), with path compression."""
-        root = self.parent[symbols]
-        while True:
-            above = self.parent[root]
-            if torch.equal(above, root):
-                break
-            root = above
-        self.parent[symbols] = root
+        parent = self.parent
+        root = parent[symbols]
+        above = parent[root]
+        if torch.equal(above, root):
+            return root
+        while not torch.equal(above, root):
+            root, above = above, parent[above]
+        parent[symbols] = root
         return root
 
     def unify(self, a: Tensor, b: Tensor) -> None:

@@ -182,7 +182,8 @@ class Replay(TorchDispatchMode):
     def tie(self, a: Tensor, b: Tensor) -> None:
         """Tie two tensors of symbols entry by entry; what meets FIXED is frozen, on the record."""
         a, b = torch.broadcast_tensors(self.labels.find(a), self.labels.find(b))
-        self._freeze(torch.cat([a[b == FIXED], b[a == FIXED]]), "meets values that cannot be removed")
+        if not bool((a * b).all()):  # FIXED is 0
+            self._freeze(torch.cat([a[b == FIXED], b[a == FIXED]]), "meets values that cannot be removed")
         self.labels.unify(a, b)
 
     def freeze(self, layer: Layer, reason: str) -> None:
@@ -589,36 +590,29 @@ def _groups(unit_of: dict[Place, Tensor], counted: list[Tensor], n: int) -> tupl
 
     A group is named by the first place of its first unit.
     """
-    generator = torch.Generator().manual_seed(0)
-    signature = torch.zeros(n, 2, dtype=torch.int64)
-    first: list[Place | None] = [None] * n
-    for place, vector in [*unit_of.items(), *((None, vector) for vector in counted)]:
-        owned = vector[vector >= 0]
-        if not owned.numel():
-            continue
-        units, counts = owned.unique(return_counts=True)
-        code = torch.randint(-(2**62), 2**62, (1, 2), generator=generator)
-        signature[units] += counts[:, None] * code  # wraps around: a hash of the multiset of places
-        if place is not None:
-            for unit in units.tolist():
-                first[unit] = first[unit] or place
     if n == 0:
         return torch.zeros(0, dtype=torch.int64), ()
-    _, inverse = signature.unique(dim=0, return_inverse=True)
-    numbering: dict[int, int] = {}
+    places, vectors = list(unit_of), [*unit_of.values(), *counted]
+    codes = torch.randint(-(2**62), 2**62, (len(vectors),), generator=torch.Generator().manual_seed(0))
+    signature = torch.zeros(n, dtype=torch.int64)  # a hash of the multiset of places; sums wrap around
+    first = torch.zeros(n, dtype=torch.int64)  # each unit's first place
+    for i in range(len(vectors) - 1, -1, -1):
+        owned = vectors[i][vectors[i] >= 0]
+        if owned.numel():
+            signature.index_add_(0, owned, codes[i].expand(owned.numel()))
+            if i < len(places):
+                first[owned] = i
+    _, key = signature.unique(return_inverse=True)
+    leader = torch.full((int(key.max()) + 1,), n).scatter_reduce_(0, key, torch.arange(n), "amin")
+    order = torch.argsort(leader)  # groups in the order of their first units
     names: list[str] = []
-    group_of = torch.empty(n, dtype=torch.int64)
-    for unit, key in enumerate(inverse.tolist()):
-        if key not in numbering:
-            numbering[key] = len(names)
-            names.append(_place_name(first[unit], names))
-        group_of[unit] = numbering[key]
-    return group_of, tuple(names)
+    for place in first[leader[order]].tolist():
+        names.append(_place_name(places[place], names))
+    return torch.argsort(order)[key], tuple(names)
 
 
-def _place_name(place: Place | None, taken: list[str]) -> str:
+def _place_name(place: Place, taken: list[str]) -> str:
     """`layer1.0.conv1` for rows of a weight, `name[axis]` otherwise; made unique with a number."""
-    assert place is not None
     tensor, axis = place
     base = tensor.removesuffix(".weight") if axis == 0 and tensor.endswith(".weight") else f"{tensor}[{axis}]"
     name, number = base, 2
