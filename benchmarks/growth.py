@@ -1,16 +1,19 @@
 """Growing against its twins on CIFAR-10: default, paper, uniform twin and dense, side by side.
 
-    python benchmarks/growth.py --data FOLDER [--seeds 0 1 2] [--epochs 20] [--subset 10000]
+    python benchmarks/growth.py --data FOLDER [--seeds 0 1 2] [--epochs 20] [--subset 10000] [--jobs 2]
 
 Every finished (method, seed) is a line of results/growth-resnet20-cifar10.jsonl; lines that are there already
 (same recipe, same settings) are not run again, so a stopped run goes on where it was. All methods of one seed
 train in turns, epoch by epoch, in one process on one thread, so that their seconds can be compared on a machine
-that is now faster, now slower; the uniform twin has at most the parameters that the budget allows.
+that is now faster, now slower; the uniform twin has at most the parameters that the budget allows. With `--jobs`,
+that many seeds run at once, each in a process and on a core of its own.
 """
 
 import argparse
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -61,8 +64,17 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--subset", type=int, default=10_000)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    if arguments.jobs > 1:
+        workers = []
+        for job in range(arguments.jobs):
+            seeds = [str(seed) for seed in arguments.seeds[job :: arguments.jobs]]
+            given = [f"--{key}={vars(arguments)[key]}" for key in ("data", "epochs", "subset", "threads", "results")]
+            if seeds:
+                workers.append(subprocess.Popen([sys.executable, __file__, *given, "--seeds", *seeds]))
+        sys.exit(max(worker.wait() for worker in workers))
     torch.set_num_threads(arguments.threads)
     recipe = recipes.with_shortcut(recipes.get("resnet20-cifar10"), "B")
     base = replace(recipe, epochs=arguments.epochs, subset=arguments.subset)
