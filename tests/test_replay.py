@@ -87,6 +87,9 @@ EXPECTED: dict[str, tuple[dict[str, int], set[str]]] = {
     ),
     "vectors": ({"w[0]": 5}, set()),
     "two-sides": ({"a": 5, "b": 4, "mix": 6}, set()),
+    "bag": ({"bag.weight[1]": 6}, LOOKED_UP),
+    "shared-keys": ({"q": 2}, {STATISTICS}),
+    "interleaved": ({"a": 2, "b": 5}, set()),
     "windows": ({"a": 4, "mix": 2, "b": 5}, set()),
 }
 

@@ -579,6 +579,49 @@ class TwoSides(nn.Module):
         return self.c(F.relu(self.mix(F.relu(self.a(x)), F.relu(self.b(x)))))
 
 
+class Interleaved(nn.Module):
+    """glu(c3(3, 8)) -> channel shuffle, 2 groups -> [y, -y] stacked channel by channel -> c3(8, 5) -> pool -> fc"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.shuffle, self.b, self.fc = c3(3, 8), nn.ChannelShuffle(2), c3(8, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        y = self.shuffle(F.glu(self.a(x), 1))
+        return head(F.relu(self.b(torch.stack([y, -y], 2).flatten(1, 2))), self.fc)
+
+
+class Bag(nn.Module):
+    """tokens -> nn.EmbeddingBag(11, 6) -> relu -> linear(6, 3)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.out = nn.EmbeddingBag(11, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.out(F.relu(self.bag(x)))
+
+
+class SharedKeys(nn.Module):
+    """attention with 4 query and 2 key/value heads, whose numbers, ratio and total width are attributes"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.groups, self.head_dim, self.hidden = 4, 2, 2, 3, 12
+        self.q, self.k, self.v, self.o = nn.Linear(12, 12), nn.Linear(12, 6), nn.Linear(12, 6), nn.Linear(12, 12)
+        self.a = nn.Linear(6, 12)
+
+    def forward(self, x):
+        x = F.layer_norm(self.a(x), (12,))
+        n, length, _ = x.shape
+        q = self.q(x).view(n, length, self.num_heads, self.head_dim).transpose(1, 2)
+        k = self.k(x).view(n, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v(x).view(n, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        k, v = (y.repeat_interleave(self.groups, 1) for y in (k, v))
+        y = (q @ k.mT).softmax(-1) @ v
+        return self.o(y.transpose(1, 2).reshape(n, length, self.hidden))
+
+
 SEQUENCES: dict[str, Callable[[], nn.Module]] = {
     "lstm": lambda: Language(nn.LSTM),
     "lstm-bidirectional": lambda: Language(nn.LSTM, num_layers=2, bidirectional=True),
@@ -602,6 +645,8 @@ SEQUENCES: dict[str, Callable[[], nn.Module]] = {
     "experts": Experts,
     "vectors": Vectors,
     "two-sides": TwoSides,
+    "bag": Bag,
+    "shared-keys": SharedKeys,
 }
 """Models of sequences: [2, 4, 6] vectors, or [2, 4] tokens where they have an embedding."""
 
@@ -642,6 +687,7 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "transposed-groups": lambda: MoreTransposed(4),
     "transposed-slots": lambda: MoreTransposed(2),
     "windows": Windows,
+    "interleaved": Interleaved,
     **SEQUENCES,
 }
 
@@ -656,7 +702,7 @@ def build(name: str, seed: int = 0) -> nn.Module:
 def inputs(name: str, seed: int = 0, batch: int = 2) -> Any:
     """A small batch for a zoo model; keywords where it takes two inputs."""
     generator = torch.Generator().manual_seed(seed)
-    if name in ("lstm", "lstm-bidirectional", "lstm-projected", "gru", "rnn"):
+    if name in ("lstm", "lstm-bidirectional", "lstm-projected", "gru", "rnn", "bag"):
         return torch.randint(11, (batch, 4), generator=generator)
     if name in SEQUENCES:
         y = torch.randn(batch, 4, 6, generator=generator)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .labels import Layer
-from .rules import Context, aligned, harmonize, on_axis, placed, rule, without_axes
+from .rules import Context, aligned, first_tensor, harmonize, on_axis, placed, rule, without_axes
 
 
 def contract(ctx: Context, produced: Layer | None, weight: Layer | None) -> None:
@@ -237,6 +237,14 @@ def embedding(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> No
     """Rows are looked up by the input and stay; columns are features."""
     layers = without_axes(ctx, ctx.layers(named["weight"]), [0], "looks rows up by index")
     ctx.set_layers(out, [placed(layer, out.dim(), out.dim() - 1) for layer in layers])
+
+
+@rule("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """As `embedding`, with rows summed, averaged or maximised: each feature on its own."""
+    layers = without_axes(ctx, ctx.layers(named["weight"]), [0], "looks rows up by index")
+    first = first_tensor(out)
+    ctx.set_layers(first, [placed(layer, first.dim(), first.dim() - 1) for layer in layers])
 
 
 @rule("_trilinear", counted=True)

@@ -31,6 +31,9 @@ LEVELS = 3
 FLIPS = 16
 """How many single guesses are added or left out, one at a time."""
 
+SUBSETS = 6
+"""Of how many attributes every subset is tried in the end."""
+
 
 def guesses(model: nn.Module, space: Space) -> list[Guess]:
     """All int attributes that may count an axis on which units can go."""
@@ -78,27 +81,33 @@ def guesses(model: nn.Module, space: Space) -> list[Guess]:
     return sorted(result, key=lambda guess: not guess.strong)
 
 
-def choices(found: list[Guess]) -> Iterator[list[Guess]]:
-    """What to try, in this order: what is sure, what is strong, everything, and single flips of each of these."""
-    sure = _one_each([guess for guess in found if guess.sure])
-    strong = _one_each([guess for guess in found if guess.strong])
-    everything = _one_each(found)
-    tried: list[list[Guess]] = []
+def choices(
+    found: list[Guess], known: frozenset[str] = frozenset(), *, thorough: bool = False
+) -> Iterator[list[Guess]]:
+    """What to try, in this order: what served before, what is sure, what is strong, everything.
+
+    Args:
+        found: guesses, strong ones first.
+        known: names of attributes that followed elsewhere in this model.
+        thorough: then leave out or add single guesses, and in the end try every subset of a few attributes.
+    """
+    sure, strong = ([g for g in found if g.sure], [g for g in found if g.strong])
+    bases = [_one_each([g for g in found if g.attribute.name in known]), *map(_one_each, (sure, strong, found))]
     flipped = [
         [other for other in base if other is not guess]
         if any(guess is other for other in base)
         else _one_each([guess, *base])
-        for base in (sure, strong, everything)
+        for base in bases
         for guess in found[:FLIPS]
     ]
-    for choice in [sure, strong, everything, *flipped]:
-        if choice and not any(_same(choice, other) for other in tried):
-            tried.append(choice)
+    few = _one_each(found)[:SUBSETS]
+    subsets = [[g for i, g in enumerate(few) if code >> i & 1] for code in range(1, 2 ** len(few))]
+    tried: list[set[int]] = []
+    for choice in [*bases, *(flipped + subsets if thorough else [])]:
+        members = {id(guess) for guess in choice}
+        if choice and members not in tried:
+            tried.append(members)
             yield choice
-
-
-def _same(a: list[Guess], b: list[Guess]) -> bool:
-    return {id(x) for x in a} == {id(x) for x in b}
 
 
 def _one_each(found: list[Guess]) -> list[Guess]:

@@ -76,6 +76,7 @@ class Prover:
 
     def __init__(self, model: nn.Module, space: Space, example_inputs: Any, seed: int) -> None:
         self.space, self.seed = space, seed
+        self.counting: frozenset[str] = frozenset()  # names of attributes that had to follow
         self.generator = torch.Generator().manual_seed(seed)
         try:
             self.frame = copy.deepcopy(model)
@@ -158,14 +159,15 @@ class Prover:
                 worst = max(worst, gap if gap == gap else float("inf"))
         return worst, f"the compact network's outputs differ by {worst:.1e}"
 
-    def adopt(self, found: list[Guess], keep: Tensor) -> bool:
+    def adopt(self, found: list[Guess], keep: Tensor, *, thorough: bool = False) -> bool:
         """Let the first choice of attributes follow the surgery that makes `keep` exact; False if none does."""
         before = self.space
-        for choice in choices(found):
+        for choice in choices(found, self.counting, thorough=thorough):
             chosen = {(guess.attribute.module, guess.attribute.name): guess.attribute for guess in choice}
             others = tuple(a for a in before.attributes if (a.module, a.name) not in chosen)
             self.space = self.bank.space = replace(before, attributes=(*others, *chosen.values()))
             if self.error(keep)[0] <= TOLERANCE:
+                self.counting |= {guess.attribute.name for guess in choice}
                 return True
         self.space = self.bank.space = before
         return False
@@ -183,6 +185,7 @@ def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) ->
 
     Where a size kept in an attribute may be the reason, the attribute is made to follow, if that proves exact.
     """
+    space = _without_lone_units(space)
     free = _free_groups(space)
     if not free:
         return replace(space, proven=True)
@@ -200,7 +203,8 @@ def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) ->
                     continue
             failed = _failing(prover, free, draw)
             for group in list(failed):
-                if prover.adopt([guess for guess in found if guess.group == group], _only(prover.space, [group], draw)):
+                mine = [guess for guess in found if guess.group == group]
+                if prover.adopt(mine, _only(prover.space, [group], draw), thorough=True):
                     del failed[group]
             break
         else:
@@ -221,6 +225,17 @@ def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) ->
 def _only(space: Space, groups: list[int], draw: Tensor) -> Tensor:
     """A keep vector that drops what `draw` does, in these groups only."""
     return draw | ~torch.isin(space.group_of, torch.tensor(groups))
+
+
+def _without_lone_units(space: Space) -> Space:
+    """Units alone in their group always stay, since no group is ever left empty; nothing could prove them either."""
+    sizes = torch.bincount(space.group_of, minlength=space.n_groups)
+    lone = torch.nonzero((sizes[space.group_of] == 1) & space.removable).flatten()
+    for unit in lone.tolist():
+        name = space.group_names[int(space.group_of[unit])]
+        places = tuple(place for place, vector in space.unit_of.items() if bool((vector == unit).any()))
+        space = space.freeze([unit], Frozen("proof", name, "", "is the only unit of its group", places))
+    return space
 
 
 def _free_groups(space: Space) -> list[int]:

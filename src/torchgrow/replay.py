@@ -404,7 +404,7 @@ class Replay(TorchDispatchMode):
         def distinct(axis: int) -> int:
             return int(symbols.movedim(axis, 0).flatten(1).unique(dim=0).shape[0])
 
-        free = max(current.axes, key=distinct)
+        free = max(current.axes, key=lambda axis: (distinct(axis), symbols.shape[axis]))
         for axis in current.axes:
             if axis != free and current is not None:
                 current = self.labels.merge_along(current, axis)

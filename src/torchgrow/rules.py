@@ -288,7 +288,7 @@ def reshape(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
 
 @rule(
     "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "flip", "repeat", "movedim", "expand_as",
-    "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "broadcast_to", "numpy_T", "diagonal", "T", "mT",
+    "pixel_shuffle", "pixel_unshuffle", "broadcast_to", "numpy_T", "diagonal", "T", "mT",
 )  # fmt: skip
 def movement(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """Replay the same operation on the labels."""
@@ -533,6 +533,54 @@ def cat(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
             ctx.unify(members[0][1], other)
         result.append(combined(members[0][1], members, set(), True, len(operands)))
     ctx.set_layers(out, result)
+
+
+@rule("stack")
+def stack(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """Parts laid side by side along a new axis, labels as they are; a part without labels follows the others."""
+    parts = named["tensors"]
+    dim, rank = named.get("dim", 0) % out.dim(), out.dim() - 1
+    operands = [(part, ctx.layers(part)) for part in parts]
+    harmonize(ctx, operands, range(rank), rank, "stacks parts with different or no labels")
+    by_axes: dict[tuple[int, ...], list[Layer | None]] = {}
+    for index, (_, layers) in enumerate(operands):
+        for layer in layers:
+            by_axes.setdefault(layer.axes, [None] * len(parts))[index] = layer
+    result: list[Layer | None] = []
+    for slots in by_axes.values():
+        head = next(layer for layer in slots if layer is not None)
+        packed = [(head.with_silence(False, frozenset()) if x is None else x).packed for x in slots]
+        shape = torch.broadcast_shapes(*(x.shape for x in packed))
+        sources = frozenset().union(*(x.sources for x in slots if x is not None))
+        full = Layer(torch.stack([x.expand(shape) for x in packed], dim), sources)
+        result.append(full.move(full.packed.shape, lambda t: t))
+    for stacked in result:
+        if stacked is not None and len(stacked.axes) > 1:
+            ctx.split_view(stacked)
+    ctx.set_layers(out, result)
+
+
+@rule("glu")
+def glu(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """First half times sigmoid of the second: the halves tie, and the first silences."""
+    source, dim = named["self"], named["dim"] % named["self"].dim()
+    layers = tie_chunks(ctx, ctx.layers(source), dim, 2)
+    ctx.set_layers(out, [layer.move(source.shape, lambda t: t.narrow(dim, 0, out.shape[dim])) for layer in layers])
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """Interleaves a fixed number of groups: the same slot of every group is one unit."""
+    source = named["self"]
+    layers = tie_chunks(ctx, ctx.layers(source), 1, named["groups"])
+    slots = named["groups"]
+    ctx.set_layers(
+        out,
+        [
+            layer.move(source.shape, lambda t: t.unflatten(1, (slots, -1)).transpose(1, 2).flatten(1, 2))
+            for layer in layers
+        ],
+    )
 
 
 def unknown(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
