@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/conformance.py [--sets plain transformers torchvision vision timm]
 
-Needs `pip install timm transformers torch-pruning==1.6.1`. Every model runs in a process of its own, with a time limit.
+Needs `pip install '.[zoo]'`. Every model runs in a process of its own, with a time limit.
 Verdicts: exact (two more random subsets after the proof, error at most 1e-9 in float64), frozen (nothing may go),
 refused (with the reason), wrong, time-out, left out (too large to be proven here). Of Torch-Pruning it is noted only
 whether a step that asks for 30 % runs and the forward works afterwards. Each is a line of results/conformance.jsonl;

@@ -1,0 +1,86 @@
+"""Law 3 on recurrent layers and attention: growing them is Eq 6 written out, step by step, structure by structure."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import zoo
+from growing import sgd
+from oracle import Eq6
+from torchgrow import Budget, Grower, Method
+
+NAMES = [
+    "lstm", "lstm-bidirectional", "lstm-projected", "gru", "rnn", "states", "lstm-cell", "gru-cell", "heads",
+    "heads-grouped", "heads-rotary", "heads-counted", "multihead", "two-sides", "experts", "bag", "windows",
+    "interleaved", "transposed-slots",
+]  # fmt: skip
+EPOCHS = 8
+
+
+def loss(outputs: object) -> Tensor:
+    """Pulls every output to its own sine."""
+    total = torch.zeros((), dtype=torch.float64)
+    for out in tree_leaves(outputs):
+        total = total + (out - torch.arange(out.numel()).reshape(out.shape).sin()).square().mean()
+    return total
+
+
+def double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+@pytest.mark.parametrize("preset", ["paper", "plan"])
+@pytest.mark.parametrize("name", NAMES)
+def test_growing_is_literal_eq6(name: str, preset: str) -> None:
+    method = Method.paper() if preset == "paper" else Method(ramp=0.5, align=1, settle=0.0)
+    model, frame = zoo.build(name).double(), zoo.build(name).double()
+    grower = Grower(
+        model,
+        sgd(model),
+        example_inputs=double(zoo.inputs(name)),
+        budget=Budget(params="100%" if name == "heads-grouped" else "85%"),  # which has two units in all
+        updates=EPOCHS,
+        preset=method,
+        seed=1,
+    )
+    space, indicators = grower.space, grower._indicators
+    t = torch.zeros(space.n_units, dtype=torch.int64)
+    oracle = Eq6(
+        frame, sgd(frame), space, method, s=indicators.s, q=grower._bank.keep, beta=torch.ones(space.n_units).double()
+    )
+    changed = 0
+    for epoch in range(EPOCHS - 1):
+        for step in range(2):
+            x = double(zoo.inputs(name, seed=2 * epoch + step))
+            grower.optimizer.zero_grad()
+            live, literal = loss(model(x)), loss(oracle(x))
+            torch.testing.assert_close(live, literal, rtol=1e-9, atol=1e-9)
+            live.backward()
+            literal.backward()
+            grower.optimizer.step()
+            oracle.step(grower.history[-1].pressure if preset == "paper" else 0.0)
+        removable = space.removable
+        torch.testing.assert_close(indicators.s[removable], oracle.s.detach()[removable], rtol=1e-9, atol=1e-9)
+        event = grower.update()
+        t += grower._bank.keep
+        oracle.update(grower._bank.keep, 100 ** (1 / EPOCHS), t, 0.0 if preset == "paper" else event.pressure)
+        for key, parameter in {**dict(model.named_parameters()), **grower._folding.raw()}.items():
+            full = oracle.live(oracle.parameters, key)
+            torch.testing.assert_close(parameter.detach(), full, rtol=1e-9, atol=1e-9, msg=f"{key} in epoch {epoch}")
+        changed += event.born + event.detached + event.regrown
+    assert changed > 0, "nothing ever changed, so nothing was compared"
+
+
+def test_a_grown_lstm_is_a_plain_lstm_of_that_size() -> None:
+    model = zoo.build("lstm")
+    grower = Grower(
+        model, sgd(model), example_inputs=zoo.inputs("lstm"), budget=Budget(params="80%"), updates=2, seed=0
+    )
+    grower.finish()
+    plain = nn.LSTM(model.rnn.input_size, model.rnn.hidden_size)
+    plain.load_state_dict(model.rnn.state_dict())
+    x = torch.randn(4, 2, plain.input_size)
+    assert type(model.rnn) is nn.LSTM
+    assert plain.hidden_size < 5
+    torch.testing.assert_close(plain(x), model.rnn(x))
