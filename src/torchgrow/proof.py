@@ -82,10 +82,8 @@ class Prover:
             self.frame = copy.deepcopy(model)
         except Exception as error:
             raise TraceError(f"the proof needs a copy of the model, but deepcopy failed: {error}") from error
-        self.frame.to(torch.float64)
-        self.inputs = tree_map(
-            lambda x: x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x, example_inputs
-        )
+        self.frame._apply(_doubled)
+        self.inputs = tree_map(lambda x: _doubled(x.detach()) if isinstance(x, Tensor) else x, example_inputs)
         self._randomize()
         self.bank = Bank(self.frame, space)
         try:
@@ -178,6 +176,11 @@ class Prover:
             outputs = call(self.frame, self.inputs)
         found = [x for x in tree_leaves(_opened(outputs)) if isinstance(x, Tensor)]
         return [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in found]
+
+
+def _doubled(x: Tensor) -> Tensor:
+    """In double precision, real or complex; integers as they are."""
+    return x.to(torch.complex128) if x.is_complex() else x.double() if x.is_floating_point() else x
 
 
 def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) -> Space:

@@ -65,6 +65,8 @@ def check_model(model: nn.Module, example_inputs: Any) -> None:
     for name, tensor in tensors:
         if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
             raise TraceError(f"{name} is not materialised yet; run one forward pass before attaching torchgrow")
+        if isinstance(tensor, nn.Parameter) and tensor.is_complex():
+            raise TraceError(f"{name} is complex; keep real and imaginary part in two real parameters")
         if tensor.layout != torch.strided or tensor.is_quantized:
             raise TraceError(
                 f"{name} is {tensor.layout}, quantized={tensor.is_quantized}; only dense tensors can be cut"
