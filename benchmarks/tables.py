@@ -169,6 +169,36 @@ def conformance() -> str:
     )
 
 
+def random_networks() -> str:
+    """Networks nobody chose: exact or not, and units found against units expected."""
+    found = rows("random-networks.jsonl")
+    if not found:
+        return "Not measured yet."
+    total = {
+        key: sum(row[key] for row in found) for key in ("networks", "exact", "as_many_units", "units", "units_expected")
+    }
+    verdicts = [row["verdict"] for chunk in found for row in chunk["not_exact"]]
+    fewer = sum(row["units"] < row["expected"] for chunk in found for row in chunk["other_counts"])
+    more = sum(row["units"] > row["expected"] for chunk in found for row in chunk["other_counts"])
+    body = [
+        ["networks", f"{total['networks']:,}"],
+        ["exact", f"{total['exact']:,}"],
+        ["refused", str(verdicts.count("refused"))],
+        ["wrong", str(verdicts.count("wrong"))],
+        ["largest relative error", f"{max(row['worst_error'] for row in found):.1e}"],
+        ["as many units as expected", f"{total['as_many_units']:,}"],
+        ["fewer (something stayed that could go)", str(fewer)],
+        ["more", str(more)],
+        ["units found, of those expected", f"{total['units']:,} of {total['units_expected']:,}"],
+    ]
+    return (
+        "Convolutions, groups, depthwise, concatenation, chunks, shuffles, residuals, pooling, recurrent layers, "
+        "attention and shared layers in random order, against a literal oracle in float64; the number of units is "
+        f"worked out beside.\n\nCommand: `python benchmarks/random_networks.py`. Measured on {machine(found)}.\n\n"
+        + grid(["", "count"], body)
+    )
+
+
 def page() -> str:
     """The whole page."""
     parts = [
@@ -176,6 +206,7 @@ def page() -> str:
         "## Growing against its twins\n\n" + growth(),
         "## Exactness\n\n" + exactness(),
         "## Models people use\n\n" + conformance(),
+        "## Random networks\n\n" + random_networks(),
         "## Cost of a training step\n\n"
         + timings(
             "step-overhead.jsonl",
