@@ -79,6 +79,7 @@ def test_named_parts_keep_their_shape(freeze: list[str | tuple[str, int]], left:
     space = trace(model, example, freeze=freeze)
     assert space.widths(space.everything()) == left
     assert "was named to stay as it is" in {frozen.reason for frozen in space.frozen}
+    assert verify(model, example, freeze=freeze).groups == left
     assert verify(model, example).groups == {"stem": 6, "a": 5}, "and only for as long as one says so"
 
 
@@ -298,6 +299,8 @@ def test_meta_frames_have_the_same_units(name: str) -> None:
     assert not space.proven
     assert space.unit_of.keys() == real.unit_of.keys()
     assert all(torch.equal(space.unit_of[place], real.unit_of[place]) for place in real.unit_of)
+    with pytest.raises(TraceError, match=r"on the meta device, where nothing can be proven; use trace"):
+        verify(model, example)
     with pytest.raises(TraceError, match=r"on the meta device, where nothing can train; use model.to_empty"):
         Grower(
             model,

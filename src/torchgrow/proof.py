@@ -91,7 +91,8 @@ class Prover:
         except Exception as error:
             raise TraceError(
                 f"the proof runs in float64, and there the model's forward failed: {type(error).__name__}: {error}; "
-                "take dtypes from the tensors at hand (x.to(weight.dtype)) instead of naming them"
+                "take dtypes from the tensors at hand (x.to(weight.dtype)) instead of naming them, and leave out fused kernels "
+                "that know no float64 (in transformers: attn_implementation='eager', experts_implementation='eager')"
             ) from error
 
     def _randomize(self) -> None:
@@ -284,7 +285,16 @@ def trace(model: nn.Module, example_inputs: Any, *, freeze: Sequence[str | Place
     return prove(model, space, example_inputs)
 
 
-def verify(model: nn.Module, example_inputs: Any, fraction: float = 0.3, seed: int = 0, trials: int = 3) -> Report:
+def verify(
+    model: nn.Module,
+    example_inputs: Any,
+    fraction: float = 0.3,
+    seed: int = 0,
+    trials: int = 3,
+    *,
+    freeze: Sequence[str | Place] = (),
+    couple: Couples = (),
+) -> Report:
     """Prove exactness on your own model: remove random units and compare with the frame, those units zeroed.
 
     Args:
@@ -293,13 +303,17 @@ def verify(model: nn.Module, example_inputs: Any, fraction: float = 0.3, seed: i
         fraction: share of the units removed from every group, in (0, 1).
         seed: of weights and subsets.
         trials: number of random subsets.
+        freeze: as for `trace`.
+        couple: as for `trace`.
 
     Raises:
         TraceError: as for `trace`.
     """
     if not 0 < fraction < 1:
         raise TraceError(f"fraction must lie between 0 and 1, got {fraction}")
-    space = trace(model, example_inputs)
+    space = trace(model, example_inputs, freeze=freeze, couple=couple)
+    if not space.proven:
+        raise TraceError("the model is on the meta device, where nothing can be proven; use trace for its units")
     prover = Prover(model, space, example_inputs, seed)
     errors = [prover.error(prover.draw(fraction))[0] for _ in range(trials if _free_groups(space) else 0)]
     costs = CostModel(space)
