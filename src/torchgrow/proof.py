@@ -91,8 +91,8 @@ class Prover:
         except Exception as error:
             raise TraceError(
                 f"the proof runs in float64, and there the model's forward failed: {type(error).__name__}: {error}; "
-                "take dtypes from the tensors at hand (x.to(weight.dtype)) instead of naming them, and leave out fused kernels "
-                "that know no float64 (in transformers: attn_implementation='eager', experts_implementation='eager')"
+                "take dtypes from the tensors at hand (x.to(weight.dtype)) instead of naming them, and leave out fused "
+                "kernels that know no float64 (in transformers: attn_implementation and experts_implementation 'eager')"
             ) from error
 
     def _randomize(self) -> None:
