@@ -102,6 +102,8 @@ BIG: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     # 6 inner widths, 3 stages and the stem
     "wrn-16-2": (lambda: WideResNet(depth=16, widen=2), 16 + 3 * (32 + 64 + 128), 10),
     "resnet18": (torchvision.models.resnet18, 3 * (64 + 128 + 256 + 512), 12),
+    "resnet50": (torchvision.models.resnet50, 11456, 37),
+    "mobilenet_v3_large": (torchvision.models.mobilenet_v3_large, 8696, 30),
     "mobilenet_v2": (torchvision.models.mobilenet_v2, 9128, 25),
     "mobilenet_v3_small": (torchvision.models.mobilenet_v3_small, 4872, 27),
 }
