@@ -287,3 +287,11 @@ def test_labels_of_raw_operations_do_not_outlive_an_in_place_write() -> None:
 
     space = trace(Stale(), IMAGE)
     assert live_widths(space) == {}
+
+
+def test_a_grouped_convolution_of_the_inputs_keeps_its_groups_even() -> None:
+    """Each group must put out as many channels, whatever may be known of what enters."""
+    model = nn.Sequential(nn.Conv2d(6, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 3, 1))
+    space = trace(model, torch.randn(2, 6, 5, 5))
+    assert live_widths(space) == {"0": 4}
+    assert space.unit_of["0.weight", 0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]

@@ -76,6 +76,9 @@ def grouped(
     if entering is None:
         if rows is not None and whole:
             ctx.freeze(rows, "is grouped over values that cannot be removed")
+        elif rows is not None:  # as many outputs must stay in every group
+            slots = rows.symbols.reshape(groups, -1)
+            ctx.tie(slots, slots[:1])
         if columns is not None:
             ctx.freeze(columns, "reads values that cannot be removed")
         return
