@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import torchgrow.grower
 import torchgrow.surgery
-from oracle import SmallResNet
+from oracle import Eq6, SmallResNet
 from torchgrow import (
     Budget,
     Event,
@@ -108,3 +108,25 @@ def differences(a: Any, b: Any, at: str = "") -> list[str]:
         return [d for n in names for d in differences(a.get(n), b.get(n), f"{at}/{n}")]
     equal = torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b) and a == b
     return [] if equal else [at]
+
+
+def step_both(grower: Grower, oracle: Eq6, live: Tensor, literal: Tensor, penalty: float) -> None:
+    """One optimizer step of the live network and of Eq 6 written out, whose losses must be the same."""
+    assert abs(live.item() - literal.item()) <= 1e-9
+    live.backward()
+    literal.backward()
+    grower.optimizer.step()
+    oracle.step(penalty)
+
+
+def same_indicators(grower: Grower, oracle: Eq6) -> None:
+    """Indicators of the units that can go, live and literal."""
+    removable = grower.space.removable
+    torch.testing.assert_close(grower._indicators.s[removable], oracle.s.detach()[removable], rtol=1e-9, atol=1e-9)
+
+
+def same_parameters(grower: Grower, oracle: Eq6, raw: dict[str, Tensor], where: str) -> None:
+    """Raw parameters of the live network, and the present part of the literal ones."""
+    for name, parameter in raw.items():
+        full = oracle.live(oracle.parameters, name)
+        torch.testing.assert_close(parameter.detach(), full, rtol=1e-9, atol=1e-9, msg=f"{name} {where}")

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import zoo
+import zoo_sequences
 from torchgrow import (
     Budget,
     Grower,
@@ -240,6 +241,22 @@ def test_only_what_can_be_cut_is_adapted() -> None:
     assert type(model.attention) is nn.MultiheadAttention  # type: ignore[comparison-overlap]
 
 
+def test_an_adapter_that_computes_something_else_is_refused() -> None:
+    class Twice(nn.Linear):
+        pass
+
+    class Wrong(Twice):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    adapter(Twice)(Wrong)
+    try:
+        with pytest.raises(TraceError, match=r"adapters in place of Wrong change the model's outputs by [0-9.]+e-01"):
+            trace(nn.Sequential(Twice(3, 5), nn.Linear(5, 2)), torch.randn(4, 3))
+    finally:
+        del ADAPTERS[Twice]
+
+
 def test_adapters_must_be_subclasses_and_known() -> None:
     with pytest.raises(TorchgrowError, match="Linear must be a subclass of Conv2d"):
         adapter(nn.Conv2d)(nn.Linear)
@@ -340,7 +357,7 @@ def test_attributes_that_count_follow_and_come_back() -> None:
 
 
 def test_an_attribute_that_cannot_follow_leaves_its_group_whole() -> None:
-    class Elsewhere(zoo.CountedHeads):
+    class Elsewhere(zoo_sequences.CountedHeads):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             self.num_heads = 4  # whatever surgery says
             return super().forward(x)

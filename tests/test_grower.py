@@ -8,7 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from growing import STILL, batch, differences, everything, make, outputs, run, sgd, timeless, train
+from growing import (
+    STILL,
+    batch,
+    differences,
+    everything,
+    make,
+    outputs,
+    run,
+    same_indicators,
+    same_parameters,
+    sgd,
+    step_both,
+    timeless,
+    train,
+)
 from oracle import Eq6, SmallResNet, TwoLayers
 from torchgrow import (
     Budget,
@@ -40,23 +54,14 @@ def test_growing_is_literal_eq6(preset: str) -> None:
         for step in range(4 * epoch, 4 * epoch + 4):
             x, target = batch(step)
             grower.optimizer.zero_grad()
-            live = F.cross_entropy(grower.model(x), target)
-            literal = F.cross_entropy(oracle(x), target)
-            assert abs(live.item() - literal.item()) <= 1e-9
-            live.backward()
-            literal.backward()
-            grower.optimizer.step()
-            oracle.step(grower.history[-1].pressure if preset == "paper" else 0.0)
-        removable = space.removable
-        torch.testing.assert_close(indicators.s[removable], oracle.s.detach()[removable], rtol=1e-9, atol=1e-9)
+            live, literal = F.cross_entropy(grower.model(x), target), F.cross_entropy(oracle(x), target)
+            step_both(grower, oracle, live, literal, grower.history[-1].pressure if preset == "paper" else 0.0)
+        same_indicators(grower, oracle)
         event = grower.update()
         t += grower._bank.keep
-        shift = 0.0 if preset == "paper" else event.pressure
-        oracle.update(grower._bank.keep, 100 ** (1 / 12), t, shift)
+        oracle.update(grower._bank.keep, 100 ** (1 / 12), t, 0.0 if preset == "paper" else event.pressure)
         raw = {**dict(grower.model.named_parameters()), **grower._folding.raw()} if epoch < 11 else {}
-        for name, parameter in raw.items():
-            full = oracle.live(oracle.parameters, name)
-            torch.testing.assert_close(parameter.detach(), full, rtol=1e-9, atol=1e-9, msg=f"{name} in epoch {epoch}")
+        same_parameters(grower, oracle, raw, f"in epoch {epoch}")
         changed += event.born + event.detached + event.regrown
     assert changed > 10
     assert preset != "paper" or sum(event.regrown for event in grower.history) > 3

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import zoo
-from growing import sgd
+from growing import same_indicators, same_parameters, sgd, step_both
 from oracle import Eq6
 from torchgrow import Budget, Grower, Method
 
@@ -54,20 +54,14 @@ def test_growing_is_literal_eq6(name: str, preset: str) -> None:
         for step in range(2):
             x = double(zoo.inputs(name, seed=2 * epoch + step))
             grower.optimizer.zero_grad()
-            live, literal = loss(model(x)), loss(oracle(x))
-            torch.testing.assert_close(live, literal, rtol=1e-9, atol=1e-9)
-            live.backward()
-            literal.backward()
-            grower.optimizer.step()
-            oracle.step(grower.history[-1].pressure if preset == "paper" else 0.0)
-        removable = space.removable
-        torch.testing.assert_close(indicators.s[removable], oracle.s.detach()[removable], rtol=1e-9, atol=1e-9)
+            penalty = grower.history[-1].pressure if preset == "paper" else 0.0
+            step_both(grower, oracle, loss(model(x)), loss(oracle(x)), penalty)
+        same_indicators(grower, oracle)
         event = grower.update()
         t += grower._bank.keep
         oracle.update(grower._bank.keep, 100 ** (1 / EPOCHS), t, 0.0 if preset == "paper" else event.pressure)
-        for key, parameter in {**dict(model.named_parameters()), **grower._folding.raw()}.items():
-            full = oracle.live(oracle.parameters, key)
-            torch.testing.assert_close(parameter.detach(), full, rtol=1e-9, atol=1e-9, msg=f"{key} in epoch {epoch}")
+        raw = {**dict(model.named_parameters()), **grower._folding.raw()}
+        same_parameters(grower, oracle, raw, f"in epoch {epoch}")
         changed += event.born + event.detached + event.regrown
     assert changed > 0, "nothing ever changed, so nothing was compared"
 

@@ -25,6 +25,7 @@ ORDER = [
     "contractions",
     "reductions",
     "sequences",
+    "findings",
     "replay",
     "surgery",
     "cost",

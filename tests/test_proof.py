@@ -1,6 +1,5 @@
 """Law 1: a compact network computes what the frame computes with the absent units zeroed; and what fails is frozen."""
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import zoo
+from drawn import zeroed
 from torchgrow import Space, TraceError, shrink_, trace, verify
 from torchgrow.proof import TOLERANCE, Prover, prove
 from torchgrow.replay import replay
@@ -25,16 +25,6 @@ def test_law_1_on_the_zoo(name: str) -> None:
         for _ in range(3):
             error, reason = prover.error(prover.draw(fraction))
             assert error <= TOLERANCE, reason
-
-
-def zeroed(model: nn.Module, space: Space, keep: torch.Tensor) -> nn.Module:
-    """The oracle, written out: a copy of the frame with every position of every absent unit set to zero."""
-    model = copy.deepcopy(model)
-    for (name, axis), units in space.unit_of.items():
-        for position, unit in enumerate(units.tolist()):
-            if unit >= 0 and not keep[unit] and name in space.parameters:
-                model.get_parameter(name).data.select(axis, position).zero_()
-    return model
 
 
 @pytest.mark.parametrize("name", ["residual", "concat", "depthwise", "flatten", "grouped-2", "sigmoid"])

@@ -8,7 +8,8 @@ groups and frozen with the reason; nothing unproven is ever removed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,15 +86,22 @@ class Prover:
         self.frame._apply(_doubled)
         self.inputs = tree_map(lambda x: _doubled(x.detach()) if isinstance(x, Tensor) else x, example_inputs)
         self._randomize()
-        self.bank = Bank(self.frame, space)
         try:
-            self._outputs()
+            plain = self._outputs()
+            self.bank = Bank(self.frame, space)
+            gap = _gap(self._outputs(), plain) if self.bank.adapted else 0.0
         except Exception as error:
             raise TraceError(
                 f"the proof runs in float64, and there the model's forward failed: {type(error).__name__}: {error}; "
                 "take dtypes from the tensors at hand (x.to(weight.dtype)) instead of naming them, and leave out fused "
                 "kernels that know no float64 (in transformers: attn_implementation and experts_implementation 'eager')"
             ) from error
+        if gap > TOLERANCE:
+            kinds = sorted({type(module).__name__ for module in map(self.frame.get_submodule, self.bank.adapted)})
+            raise TraceError(
+                f"the adapters in place of {', '.join(kinds)} change the model's outputs by {gap:.1e}; an adapter must "
+                "compute what the module it replaces computes (correct the subclass given to torchgrow.adapter)"
+            )
 
     def _randomize(self) -> None:
         """Weights of their usual size, scales and offsets around 1, statistics away from 0 and 1."""
@@ -149,13 +157,7 @@ class Prover:
             return float("inf"), f"the compact network fails: {type(error).__name__}: {str(error).splitlines()[0]}"
         finally:
             self.bank.restore_()
-        if len(found) != len(expected) or any(a.shape != b.shape for a, b in zip(found, expected, strict=True)):
-            return float("inf"), "the compact network puts out other shapes"
-        worst = 0.0
-        for a, b in zip(found, expected, strict=True):
-            if a.numel():
-                gap = float((a.double() - b.double()).abs().max()) / max(float(b.double().abs().max()), 1e-12)
-                worst = max(worst, gap if gap == gap else float("inf"))
+        worst = _gap(found, expected)
         return worst, f"the compact network's outputs differ by {worst:.1e}"
 
     def adopt(self, found: list[Guess], keep: Tensor, *, thorough: bool = False) -> bool:
@@ -172,11 +174,34 @@ class Prover:
         return False
 
     def _outputs(self) -> list[Tensor]:
-        with quiet_eval(self.frame):
+        with quiet_eval(self.frame), _no_fast_path():
             torch.manual_seed(self.seed)
             outputs = call(self.frame, self.inputs)
         found = [x for x in tree_leaves(_opened(outputs)) if isinstance(x, Tensor)]
         return [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in found]
+
+
+def _gap(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest relative error of outputs; infinite where their number or shapes differ, or there is a NaN."""
+    if len(found) != len(expected) or any(a.shape != b.shape for a, b in zip(found, expected, strict=True)):
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(found, expected, strict=True):
+        if a.numel():
+            gap = float((a.double() - b.double()).abs().max()) / max(float(b.double().abs().max()), 1e-12)
+            worst = max(worst, gap if gap == gap else float("inf"))
+    return worst
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Without the fused encoder layers, which put zeros where they skip padding."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _doubled(x: Tensor) -> Tensor:

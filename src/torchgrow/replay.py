@@ -10,7 +10,6 @@ import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -24,9 +23,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from . import contractions, reductions, sequences  # noqa: F401 (importing them registers their rules)
 from .adapters import adapted
 from .errors import TraceError
+from .findings import Findings, Freezing, Read
 from .labels import FIXED, Labels, Layer
 from .rules import CONSTANT, COUNTED, FILLED, MODULE_RULES, RULES, copy, pointwise, unknown
-from .space import Attribute, FlopTerm, Frozen, Place, Space
+from .space import Frozen, Place, Space
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
@@ -92,49 +92,28 @@ def quiet_eval(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
 
 
-@dataclass
-class _Read:
-    """A contraction reading produced values through the columns of a weight."""
-
-    produced: Layer
-    weight: Layer
-
-
-@dataclass
-class _Freezing:
-    """A call of `freeze`, with the symbols it froze."""
-
-    frozen: Frozen
-    symbols: Tensor
-
-
 class Replay(TorchDispatchMode):
     """The tracer: implements `rules.Context` while the frame runs."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self.labels = Labels()
+        self.found = Findings(model, self.labels, tuple(name for name, _ in model.named_parameters()), tensors)
         self.known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> its layers
         self.from_input: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensors computed from the inputs
         self.filled_tensors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.names: dict[int, str] = {}
-        self.symbols: dict[Place, Tensor] = {}
         self.used: set[str] = set()
-        self.reads: list[_Read] = []
-        self.freezings: list[_Freezing] = []
         self.split_layers: list[Layer] = []
-        self.flop_terms: list[tuple[int, list[Tensor], str]] = []
-        self.counted: dict[tuple[str, str], Tensor] = {}
         self.module_names = {id(module): name for name, module in model.named_modules()}
         self.stack: list[str] = []
         self.whole: nn.Module | None = None  # the module under way that has a rule of its own
         self.deferred: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> what its use would freeze
         self.op = ""
         self.shadows: WeakTensorKeyDictionary | None = None  # meta frames: the values of what no weight has touched
-        self.parameters = dict(model.named_parameters())
-        self.tensors: dict[str, Tensor] = {**self.parameters, **dict(model.named_buffers())}
-        for name, tensor in self.tensors.items():
+        for name, tensor in tensors.items():
             self._label(name, tensor)
 
     def _label(self, name: str, tensor: Tensor) -> None:
@@ -144,9 +123,9 @@ class Replay(TorchDispatchMode):
             if size < 2:
                 continue
             symbols = self.labels.new(size)
-            self.symbols[name, axis] = symbols
+            self.found.symbols[name, axis] = symbols
             silent, sources = torch.ones(size, dtype=torch.int64), frozenset([(name, axis)])
-            if name not in self.parameters:
+            if name not in self.found.parameters:
                 sources = frozenset()
                 if tensor.is_meta:
                     silent.zero_()
@@ -210,7 +189,7 @@ class Replay(TorchDispatchMode):
         roots = self.labels.freeze(symbols)
         if roots.numel() and reason:
             frozen = self._reason(reason) if isinstance(reason, str) else reason
-            self.freezings.append(_Freezing(frozen, roots))
+            self.found.freezings.append(Freezing(frozen, roots))
 
     def without_axis(self, layer: Layer, axis: int, reason: str) -> Layer | None:
         """Merge the axis away if the layer varies elsewhere too, else freeze it."""
@@ -221,7 +200,7 @@ class Replay(TorchDispatchMode):
 
     def read(self, produced: Layer, weight: Layer) -> None:
         """Note a contraction."""
-        self.reads.append(_Read(produced, weight))
+        self.found.reads.append(Read(produced, weight))
 
     def flop(self, constant: int, *counted: Layer | int) -> None:
         """Count FLOPs."""
@@ -231,13 +210,13 @@ class Replay(TorchDispatchMode):
                 constant *= item
             else:
                 vectors.append(item.symbols.flatten())
-        self.flop_terms.append((constant, vectors, self.stack[-1] if self.stack else ""))
+        self.found.flop_terms.append((constant, vectors, self.stack[-1] if self.stack else ""))
 
     def count(self, owner: Tensor, attribute: str, symbols: Tensor) -> None:
         """Note an attribute of the module that owns a parameter."""
         name = self.names.get(id(owner))
         if name is not None:
-            self.counted[name.rpartition(".")[0], attribute] = symbols
+            self.found.counted[name.rpartition(".")[0], attribute] = symbols
 
     def constant_along(self, tensor: Tensor, axis: int) -> bool:
         """Constant by construction (stride 0), or by value where no input has a say."""
@@ -353,7 +332,7 @@ class Replay(TorchDispatchMode):
 
     def run(self, example_inputs: Any) -> None:
         """Run the frame once; afterwards freeze its outputs and what the run left open."""
-        if any(parameter.is_meta for parameter in self.parameters.values()):
+        if any(parameter.is_meta for parameter in self.model.parameters()):
             given, self.shadows = example_inputs, WeakTensorKeyDictionary()
             example_inputs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, given)
             for x, real in zip(tree_leaves(example_inputs), tree_leaves(given), strict=True):
@@ -387,7 +366,7 @@ class Replay(TorchDispatchMode):
                 self._used([x])
                 for layer in self.layers(x):
                     self.freeze(layer, "is an output of the model")
-        for name, tensor in self.tensors.items():
+        for name, tensor in self.found.tensors.items():
             if name not in self.used:
                 self.op = "unused"
                 for layer in self.layers(tensor):
@@ -434,106 +413,6 @@ class Replay(TorchDispatchMode):
             MODULE_RULES[type(module)](self, module, named, output)
         self.stack.pop()
 
-    # --- reading off the space ---
-
-    def space(self, batch: int) -> Space:
-        """The space, before the proof."""
-        roots = {place: self.labels.find(symbols) for place, symbols in self.symbols.items()}
-        owned = [roots[place] for place in roots if place[0] in self.parameters]
-        real = torch.cat(owned).unique() if owned else torch.zeros(0, dtype=torch.int64)
-        real = real[real != FIXED]
-        unit_of_root = torch.full_like(self.labels.parent, -1)
-        unit_of_root[real] = torch.arange(real.numel())
-        unit_of = {}
-        for name, tensor in self.tensors.items():
-            for axis, size in enumerate(tensor.shape):
-                known = roots.get((name, axis))
-                unit_of[name, axis] = (
-                    torch.full((size,), -1, dtype=torch.int64) if known is None else unit_of_root[known]
-                )
-
-        def units(symbols: Tensor) -> Tensor:
-            return unit_of_root[self.labels.find(symbols)]
-
-        terms = tuple(
-            FlopTerm(constant, tuple(units(v) for v in vectors), module)
-            for constant, vectors, module in self.flop_terms
-        )
-        group_of, names = _groups(unit_of, [v for term in terms for v in term.vectors], real.numel())
-        space = Space(
-            unit_of=unit_of,
-            removable=torch.ones(real.numel(), dtype=torch.bool),
-            group_of=group_of,
-            group_names=names,
-            shapes={name: tuple(tensor.shape) for name, tensor in self.tensors.items()},
-            parameters=tuple(self.parameters),
-            flops=terms,
-            batch=batch,
-            fold=self._fold_places(unit_of, units, real.numel()),
-            attributes=self._attributes(unit_of, units),
-        )
-        return replace(space, frozen=self._frozen())
-
-    def _fold_places(self, unit_of: dict[Place, Tensor], units: Any, n: int) -> dict[Place, Tensor]:
-        """Where each unit's gate sits.
-
-        On the last affine map that produces the unit, if every reader sees zero when that is zero; else on
-        the columns of everything that reads it.
-        """
-        by_producer = torch.ones(n, dtype=torch.bool)
-        reads = []
-        for read in self.reads:
-            read_units, silent = units(read.produced.symbols).flatten(), read.produced.silent.flatten()
-            loud = read_units[~silent & (read_units >= 0)]
-            by_producer[loud] = False
-            reads.append((read_units[read_units >= 0].unique(), read.produced.sources, read.weight.sources))
-        fold: dict[Place, Tensor] = {}
-        for read_units, produced, weights in reads:
-            for places, chosen in ((produced, by_producer), (weights, ~by_producer)):
-                here = torch.zeros(n + 1, dtype=torch.bool)  # the last entry stands for -1, "no unit"
-                here[read_units[chosen[read_units]]] = True
-                for place in sorted(places):
-                    vector = unit_of[place]
-                    if place[0] not in self.parameters or not bool(here[vector].any()):
-                        continue
-                    gated = torch.where(here[vector], vector, -1)
-                    old = fold.get(place)
-                    fold[place] = gated if old is None else torch.where(old >= 0, old, gated)
-        return fold
-
-    def _attributes(self, unit_of: dict[Place, Tensor], units: Any) -> tuple[Attribute, ...]:
-        """Attributes of torch.nn modules that count an axis."""
-        found: dict[tuple[str, str], Tensor] = {key: units(symbols) for key, symbols in self.counted.items()}
-        for path, module in self.model.named_modules():
-            for attribute, (tensor, axis) in _counted_axes(module).items():
-                place = (f"{path}.{tensor}" if path else tensor, axis)
-                vector = unit_of.get(place)
-                groups = int(getattr(module, "groups", 1))
-                if vector is not None and attribute in ("in_channels", "out_channels") and axis == 1 and groups > 1:
-                    whole = found.get((path, "groups"))
-                    vector = whole.repeat_interleave(vector.numel()) if whole is not None else vector.repeat(groups)
-                if vector is not None and getattr(module, attribute, None) == vector.numel():
-                    found[path, attribute] = vector
-            if isinstance(module, nn.MultiheadAttention):
-                tensor = "in_proj_weight" if module.in_proj_weight is not None else "q_proj_weight"
-                rows = unit_of[f"{path}.{tensor}" if path else tensor, 0]
-                heads = rows[: module.num_heads * module.head_dim].reshape(module.num_heads, -1)
-                if bool((heads == heads[:, :1]).all()):
-                    found[path, "num_heads"] = heads[:, 0]
-        return tuple(
-            Attribute(module, name, vector) for (module, name), vector in found.items() if bool((vector >= 0).any())
-        )
-
-    def _frozen(self) -> tuple[Frozen, ...]:
-        """Freezings with the places of their symbols."""
-        places = list(self.symbols)
-        starts = torch.tensor([int(self.symbols[place][0]) for place in places] or [0])
-        result = []
-        for freezing in self.freezings:
-            index = (torch.searchsorted(starts, freezing.symbols, right=True) - 1).unique().tolist()
-            result.append(replace(freezing.frozen, places=tuple(places[i] for i in index)))
-        return tuple(result)
-
 
 def _opened(outputs: Any) -> Any:
     """Outputs with dataclasses and plain objects opened up, so that every tensor in them is found."""
@@ -566,61 +445,6 @@ def _user_line() -> str:
             return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return ""
-
-
-def _counted_axes(module: nn.Module) -> dict[str, Place]:
-    """For modules of torch.nn: attribute -> (tensor, axis) it counts."""
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return {"in_channels": ("weight", 0), "out_channels": ("weight", 1)}
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return {"in_channels": ("weight", 1), "out_channels": ("weight", 0)}
-    if isinstance(module, nn.Linear):
-        return {"in_features": ("weight", 1), "out_features": ("weight", 0)}
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        return {"num_features": ("weight" if module.weight is not None else "running_mean", 0)}
-    if isinstance(module, nn.GroupNorm):
-        return {"num_channels": ("weight", 0)}
-    if isinstance(module, nn.RNNCellBase):
-        return {"input_size": ("weight_ih", 1), "hidden_size": ("weight_hh", 1)}
-    if isinstance(module, nn.Embedding):
-        return {"embedding_dim": ("weight", 1)}
-    return {}
-
-
-def _groups(unit_of: dict[Place, Tensor], counted: list[Tensor], n: int) -> tuple[Tensor, tuple[str, ...]]:
-    """Units that live on the same places (and are counted by the same FLOPs) equally often form a group.
-
-    A group is named by the first place of its first unit.
-    """
-    if n == 0:
-        return torch.zeros(0, dtype=torch.int64), ()
-    places, vectors = list(unit_of), [*unit_of.values(), *counted]
-    codes = torch.randint(-(2**62), 2**62, (len(vectors),), generator=torch.Generator().manual_seed(0))
-    signature = torch.zeros(n, dtype=torch.int64)  # a hash of the multiset of places; sums wrap around
-    first = torch.zeros(n, dtype=torch.int64)  # each unit's first place
-    for i in range(len(vectors) - 1, -1, -1):
-        owned = vectors[i][vectors[i] >= 0]
-        if owned.numel():
-            signature.index_add_(0, owned, codes[i].expand(owned.numel()))
-            if i < len(places):
-                first[owned] = i
-    _, key = signature.unique(return_inverse=True)
-    leader = torch.full((int(key.max()) + 1,), n).scatter_reduce_(0, key, torch.arange(n), "amin")
-    order = torch.argsort(leader)  # groups in the order of their first units
-    names: list[str] = []
-    for place in first[leader[order]].tolist():
-        names.append(_place_name(places[place], names))
-    return torch.argsort(order)[key], tuple(names)
-
-
-def _place_name(place: Place, taken: list[str]) -> str:
-    """`layer1.0.conv1` for rows of a weight, `name[axis]` otherwise; made unique with a number."""
-    tensor, axis = place
-    base = tensor.removesuffix(".weight") if axis == 0 and tensor.endswith(".weight") else f"{tensor}[{axis}]"
-    name, number = base, 2
-    while name in taken:
-        name, number = f"{base}#{number}", number + 1
-    return name
 
 
 Couples = Sequence[tuple[Place, Place]]
@@ -678,12 +502,12 @@ def replay(model: nn.Module, example_inputs: Any, *, freeze: Sequence[str | Plac
     """
     check_model(model, example_inputs)
     tracer = Replay(model)
-    wanted = _frozen_by_name(tracer.symbols, freeze), _coupled(tracer.symbols, couple)
+    wanted = _frozen_by_name(tracer.found.symbols, freeze), _coupled(tracer.found.symbols, couple)
     tracer.run(example_inputs)
     tracer.op = "the user"
     for a, b in wanted[1]:
-        tracer.tie(tracer.symbols[a], tracer.symbols[b])
+        tracer.tie(tracer.found.symbols[a], tracer.found.symbols[b])
     for place in wanted[0]:
-        tracer._freeze(tracer.symbols[place], "was named to stay as it is")
+        tracer._freeze(tracer.found.symbols[place], "was named to stay as it is")
     first = next(x for x in tree_leaves(example_inputs) if isinstance(x, Tensor))
-    return tracer.space(batch=max(1, first.shape[0]) if first.dim() else 1)
+    return tracer.found.space(batch=max(1, first.shape[0]) if first.dim() else 1)

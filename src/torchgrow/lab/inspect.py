@@ -325,6 +325,7 @@ def _branches(parts: tuple[Part, ...]) -> list[tuple[str, Part | None]]:
     lines: list[tuple[str, Part | None]] = []
 
     def walk(node: dict[str, Any], lead: str) -> None:
+        """Append the lines below a node, each behind `lead`."""
         pieces = [piece for piece in node if piece]
         for piece in pieces:
             child, label, last = node[piece], piece, piece == pieces[-1]
