@@ -30,6 +30,7 @@ ORDER = [
     "surgery",
     "cost",
     "counting",
+    "depth",
     "proof",
     "budget",
     "indicators",

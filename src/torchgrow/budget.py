@@ -147,7 +147,8 @@ def fit(space: Space, costs: CostModel, keep: Tensor, score: Tensor, limits: Lim
 
     Drops units in order of rising score until the cost is within the limits. Then adds, in order of falling
     score, units that bring their group to the next multiple of its step, and fills what remains with single
-    units of the groups where one costs the fewest FLOPs. One unit of every group stays.
+    units of the groups where one costs the fewest FLOPs. One unit of every group stays, of layers none need to; units
+    inside a layer that is left out cost nothing and stay as they are.
 
     Args:
         space: the space.
@@ -160,11 +161,11 @@ def fit(space: Space, costs: CostModel, keep: Tensor, score: Tensor, limits: Lim
     allowed, keep = limits.tensor(), keep.clone()
     order = torch.argsort(score, stable=True).tolist()
     group_of, removable = space.group_of.tolist(), space.removable.tolist()
-    live = costs.live(keep)
+    live, floor = costs.live(keep), space.least.tolist()
     for unit in order:
         if bool((costs.both(live) <= allowed).all()):
             break
-        if keep[unit] and removable[unit] and live[group_of[unit]] > 1:
+        if keep[unit] and removable[unit] and live[group_of[unit]] > floor[group_of[unit]]:
             keep[unit] = False
             live[group_of[unit]] -= 1
     absent: dict[int, list[int]] = {}  # by group, best first; groups in the order of their best unit
@@ -172,17 +173,20 @@ def fit(space: Space, costs: CostModel, keep: Tensor, score: Tensor, limits: Lim
         if not keep[unit]:
             absent.setdefault(group_of[unit], []).append(unit)
     best_first = [unit for unit in reversed(order) if not keep[unit]]
-    _add(best_first, group_of, absent, keep, live, costs, allowed, steps.tolist())
+    _add(space, best_first, absent, keep, live, costs, allowed, steps.tolist())
     eye = torch.eye(space.n_groups, dtype=torch.int64)
     flops = costs.both(live + eye)[:, 1].tolist()
     cheapest_first = sorted((u for u in best_first if not keep[u]), key=lambda u: flops[group_of[u]])
-    _add(cheapest_first, group_of, absent, keep, live, costs, allowed, [1] * space.n_groups)
+    before = None
+    while before is None or not torch.equal(before, keep):  # a layer that came in may have room inside
+        before = keep.clone()
+        _add(space, cheapest_first, absent, keep, live, costs, allowed, [1] * space.n_groups)
     return keep
 
 
 def _add(
+    space: Space,
     candidates: list[int],
-    group_of: list[int],
     absent: dict[int, list[int]],
     keep: Tensor,
     live: Tensor,
@@ -191,10 +195,11 @@ def _add(
     steps: list[int],
 ) -> None:
     """Bring the candidates' groups from step to step while that fits; edits `keep`, `live` and `absent` in place."""
+    group_of, owner = space.group_of.tolist(), space.owner.tolist()
     closed: set[int] = set()  # costs only grow, so a group that does not fit once never fits again
     for unit in candidates:
         group = group_of[unit]
-        if group in closed or keep[unit]:
+        if group in closed or keep[unit] or (owner[unit] >= 0 and not keep[owner[unit]]):
             continue
         count = min(steps[group] - int(live[group]) % steps[group], len(absent[group]))
         live[group] += count

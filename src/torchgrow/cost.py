@@ -45,7 +45,10 @@ class CostModel:
         for name in space.parameters:
             shape, axes = space.shapes[name], space.cut_axes.get(name, ())
             whole = [size for axis, size in enumerate(shape) if axis not in axes]
-            params.append((_product(whole), [self._row(space.unit_of[name, axis]) for axis in axes]))
+            rows = [self._row(space.unit_of[name, axis]) for axis in axes]
+            if name in space.slot_of:
+                rows.append(self._row(torch.tensor([space.slot_of[name]])))
+            params.append((_product(whole), rows))
         flops = [(term.constant, [self._row(v) for v in term.vectors]) for term in space.flops]
         self.base = torch.tensor(self._base, dtype=torch.int64)
         self.multiplicity = torch.tensor(self._multiplicity, dtype=torch.int64).reshape(len(self._base), space.n_groups)
@@ -89,9 +92,8 @@ class CostModel:
         return Cost(params, flops)
 
     def smallest(self) -> Tensor:
-        """Fewest live units per group, int64 [G]: what cannot be removed, and at least one."""
-        stuck = torch.bincount(self.space.group_of[~self.space.removable], minlength=self.space.n_groups)
-        return stuck.clamp(min=1)
+        """Fewest live units per group, int64 [G]: what cannot be removed, and at least one; of layers none."""
+        return self.space.least
 
 
 def _product(sizes: list[int]) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .errors import TrainingError
-from .space import Space, live_positions
+from .space import WHOLE, Space, live_positions
 
 
 class Fold:
@@ -26,7 +26,7 @@ class Fold:
     Args:
         space: the space.
         parameters: the model's parameters by name, at their live size.
-        keep: bool [n], the live units.
+        keep: bool [n], the live units; gates of layers left out have no place.
         raw: raw live values of gated parameters; of those not named, the present contents are raw.
     """
 
@@ -41,15 +41,17 @@ class Fold:
         units: list[Tensor] = []
         places: dict[str, list[int]] = {}
         for name, axis in space.fold:
-            places.setdefault(name, []).append(axis)
+            if not space.absent(name, keep):
+                places.setdefault(name, []).append(axis)
         for name, axes in places.items():
             self.names.append(name)
             self.parameters.append(parameters[name])
             self.raw.append(raw[name] if name in raw else parameters[name].detach().clone())
             self._axes.append(axes)
             for axis in axes:
-                live = live_positions(space.unit_of[name, axis], keep)
-                vector = space.fold[name, axis][live]
+                vector = space.fold[name, axis]
+                if axis != WHOLE:
+                    vector = vector[live_positions(space.unit_of[name, axis], keep)]
                 units.append(torch.where(vector < 0, self.n, vector))  # entry n stands for "no gate"
         device = self.parameters[0].device if self.parameters else torch.device("cpu")
         self._units = (torch.cat(units) if units else torch.zeros(0, dtype=torch.int64)).to(device)
@@ -64,7 +66,8 @@ class Fold:
             factor: Tensor | None = None
             for axis in axes:
                 shape = [1] * raw.dim()
-                shape[axis] = -1
+                if axis != WHOLE:
+                    shape[axis] = -1
                 one = values[i].to(raw.dtype).reshape(shape)
                 factor, i = one if factor is None else factor * one, i + 1
             assert factor is not None
@@ -82,7 +85,7 @@ class Fold:
             product = torch.zeros_like(parameter) if gradient is None else gradient * parameter
             for axis in axes:
                 others = [k for k in range(product.dim()) if k != axis]
-                products.append(product.sum(others) if others else product)
+                products.append((product.sum(others) if others else product).reshape(-1))
         total = torch.zeros(self.n + 1, dtype=torch.float64, device=self._units.device)
         if products:
             total.index_add_(0, self._units, torch.cat(products).double())

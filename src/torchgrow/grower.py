@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .budget import Budget, Limits, check_feasible, fit, largest_shift, pressure
 from .cost import Cost, CostModel
+from .depth import Named
 from .errors import BudgetError, StructureError, TorchgrowError, TraceError
 from .fold import Fold, Folding
 from .guard import guard_
@@ -20,7 +21,7 @@ from .indicators import PRESETS, Indicators, Method
 from .optimizers import check_optimizer
 from .proof import trace
 from .replay import Couples, replay
-from .space import Frozen, Place, Space
+from .space import WHOLE, Frozen, Place, Space
 from .surgery import Bank, uninterrupted
 
 
@@ -70,6 +71,8 @@ class Grower:
         seed: of all draws.
         freeze: what keeps its shape, as for `trace`.
         couple: what is cut alike, as for `trace`.
+        depth: whether layers grow too, as for `trace`. A layer that is left out costs nothing: its module hands its
+            input on, and its parameters (still the same objects, in the optimizer too) are empty.
 
     Raises:
         TraceError: the model cannot be traced with these inputs.
@@ -90,6 +93,7 @@ class Grower:
         seed: int = 0,
         freeze: Sequence[str | Place] = (),
         couple: Couples = (),
+        depth: bool | Sequence[Named] = False,
     ) -> None:
         if not isinstance(budget, Budget):
             raise BudgetError(f'budget must be a torchgrow.Budget such as Budget(params="36%"), got {budget!r}')
@@ -97,9 +101,12 @@ class Grower:
             raise TorchgrowError(f"updates={updates!r} must be a whole number >= 1: how often you will call update()")
         if isinstance(preset, str) and preset not in PRESETS:
             raise TorchgrowError(f"preset {preset!r} is unknown; use one of {sorted(PRESETS)} or a torchgrow.Method")
-        self.method = preset if isinstance(preset, Method) else PRESETS[preset]()
+        if preset == "paper":
+            self.method = Method.paper(layers=bool(depth))
+        else:
+            self.method = preset if isinstance(preset, Method) else PRESETS[preset]()
         self.model, self.optimizer, self.budget, self.updates = model, optimizer, budget, updates
-        space = trace(model, example_inputs, freeze=freeze, couple=couple)
+        space = trace(model, example_inputs, freeze=freeze, couple=couple, depth=depth)
         if not space.proven:
             raise TraceError("the model is on the meta device, where nothing can train; use model.to_empty(device=...)")
         check_optimizer(optimizer, model)
@@ -118,7 +125,10 @@ class Grower:
         self._gated = sorted({name for name, _ in self.space.fold})
         self._initial_lr = self._learning_rate(initial=True)
         self._folding = Folding(optimizer, self._step, lambda: self._indicators.gate)
-        self._penalty = 0.0
+        self._penalty = torch.zeros(self.space.n_units, dtype=torch.float64)
+        self._lambda_share = torch.ones(self.space.n_units, dtype=torch.float64)  # of lambda_1, by unit
+        for slot in self.space.slots:
+            self._lambda_share[slot.unit] = self.method.layer_lambda_base / (self.method.lambda_base or 1.0)
         self._ever = torch.zeros(self.space.n_units, dtype=torch.bool)
         self.finished = False
         self.history: list[Event] = []
@@ -225,7 +235,7 @@ class Grower:
         old = bank.keep if self.history else keep
         raw = folding.raw() or {name: self._parameters[name].detach() for name in self._gated}
         change = bank.stage(keep, raw)
-        fresh = {name: change.swaps[name].new for name in self._gated}
+        fresh = {name: change.swaps[name].new for name in self._gated if not self.space.absent(name, keep)}
         if silent is not None:
             _silence(self.space, fresh, keep, silent)
         fold = Fold(self.space, self._parameters, keep, fresh)
@@ -236,7 +246,8 @@ class Grower:
         penalty = 0.0
         if self.method.controller == "pressure":
             penalty = pressure(self.method.lambda_base, self.limits, self.frame_cost, cost)
-        born, back = keep & ~self._ever, keep & ~old & self._ever
+        here, before = self.space.present(keep), self.space.present(old)
+        born, back = here & ~self._ever, here & ~before & self._ever
         event = Event(
             update=len(self.history),
             params=cost.params,
@@ -246,13 +257,13 @@ class Grower:
             temperature=self._temperature(),
             born=int((born & self.space.removable).sum()),
             regrown=int(back.sum()),
-            detached=int((old & ~keep).sum()),
+            detached=int((before & ~here).sum()),
             seconds=time.perf_counter() - start,
         )
         with uninterrupted():
             bank.commit(change)
             folding.install(fold, factors)
-            self._penalty, self._ever = penalty, self._ever | keep
+            self._penalty, self._ever = penalty * self._lambda_share, self._ever | here
             self.history.append(event)
         return event
 
@@ -315,6 +326,12 @@ def _pin_untrained(space: Space, trained: set[str]) -> Space:
 def _silence(space: Space, raw: Mapping[str, Tensor], keep: Tensor, silent: Tensor) -> None:
     """Zero the gated raw weights of the units in `silent` (bool [n])."""
     for (name, axis), vector in space.fold.items():
+        if name not in raw:
+            continue
+        if axis == WHOLE:
+            if bool(silent[vector]):
+                raw[name].zero_()
+            continue
         live = vector[keep[space.unit_of[name, axis].clamp(min=0)] | (space.unit_of[name, axis] < 0)]
         positions = torch.nonzero((live >= 0) & silent[live.clamp(min=0)]).flatten()
         if positions.numel():

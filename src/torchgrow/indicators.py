@@ -28,7 +28,8 @@ class Method:
             the one number for which the realised cost follows a planned one.
         draws: "independent": q ~ Bernoulli(m), anew at every update; "persistent": one uniform number per unit,
             spread evenly over each group, kept for the whole run.
-        lambda_base: lambda^base of Eq 4 (controller "pressure" only).
+        lambda_base: lambda_1^base of Eq 4 (controller "pressure" only).
+        layer_lambda_base: lambda_2^base, the same for layers.
         ramp: share of the updates in which the planned cost rises from the seed to the budget ("plan" only).
         align: widths of groups with at least 2 x align units are held at multiples of it (8), or below it, since
             hardware computes channels in blocks; only the remainder that fills the budget up goes elsewhere.
@@ -44,6 +45,7 @@ class Method:
     controller: str = "plan"
     draws: str = "persistent"
     lambda_base: float = 0.5
+    layer_lambda_base: float = 0.1
     ramp: float = 0.1
     align: int = 8
     settle: float = 0.5
@@ -77,9 +79,11 @@ class Method:
         return cls()
 
     @classmethod
-    def paper(cls) -> Method:
-        """Eq 4, 6, 7 and Algorithm 1 to the letter."""
-        return cls(controller="pressure", draws="independent", align=1, settle=0.0)
+    def paper(cls, *, layers: bool = False) -> Method:
+        """Eq 4, 6, 7 and Algorithm 1 to the letter; where layers grow too, with lambda_1^base 1.0 and lambda_2^base 0.1."""
+        return cls(
+            controller="pressure", draws="independent", align=1, settle=0.0, lambda_base=1.0 if layers else 0.5
+        )
 
 
 PRESETS = {"default": Method.default, "paper": Method.paper}
@@ -109,20 +113,30 @@ class Indicators:
         self.velocity = torch.zeros(n, dtype=torch.float64)
         self.s = torch.zeros(n, dtype=torch.float64)
         if method.controller == "pressure" and n:
-            # one active unit per group: with beta = 1 the expected number is sum sigma(s) = size * 1/size
-            sizes = torch.bincount(space.group_of, minlength=space.n_groups).double()
-            self.s = torch.logit((1 / sizes)[space.group_of].clamp(max=0.5))
+            # one active unit per group (and layer per stage): sigma(s) = 1 / size, so that sum sigma(s) = 1
+            for pool in self._pools():
+                self.s[pool] = torch.logit(torch.tensor(1 / pool.numel(), dtype=torch.float64).clamp(max=0.5))
         sizes = torch.bincount(space.group_of, minlength=space.n_groups)
         self.steps = torch.where(sizes >= 2 * method.align, method.align, 1)  # int64 [G]
         self.uniform = self._spread()
         self.beta = torch.ones(n, dtype=torch.float64)
         self.gate = self._gate()
 
+    def _pools(self) -> list[Tensor]:
+        """Units that stand for each other: those of a group, and the layers of a stage."""
+        space = self.space
+        layer = torch.zeros(space.n_units, dtype=torch.bool)
+        stages: dict[str, list[int]] = {}
+        for slot in space.slots:
+            layer[slot.unit] = True
+            stages.setdefault(slot.stage, []).append(slot.unit)
+        groups = [torch.nonzero((space.group_of == g) & ~layer).flatten() for g in range(space.n_groups)]
+        return [pool for pool in groups if pool.numel()] + [torch.tensor(units) for units in stages.values()]
+
     def _spread(self) -> Tensor:
-        """One number in (0, 1) per unit, spread evenly over each group in random order: low-variance draws."""
+        """One number in (0, 1) per unit, spread evenly over each pool in random order: low-variance draws."""
         spread = torch.empty(self.space.n_units, dtype=torch.float64)
-        for group in range(self.space.n_groups):
-            units = torch.nonzero(self.space.group_of == group).flatten()
+        for units in self._pools():
             order = torch.randperm(units.numel(), generator=self.generator).double()
             spread[units] = (order + torch.rand(1, generator=self.generator, dtype=torch.float64)) / units.numel()
         return spread
@@ -132,7 +146,7 @@ class Indicators:
         return torch.where(self.space.removable, gate, 1.0)
 
     def seed_structure(self) -> Tensor:
-        """The seed (bool [n]): one unit per group, and what cannot be removed."""
+        """The seed (bool [n]): one unit per group, no layer that can be left out, and what cannot be removed."""
         keep = ~self.space.removable
         return keep | self._first_of_empty(keep, -self.uniform)
 
@@ -140,7 +154,7 @@ class Indicators:
         """The best-scored unit of every group of which `keep` has none."""
         chosen = torch.zeros_like(keep)
         live = torch.bincount(self.space.group_of[keep], minlength=self.space.n_groups)
-        empty = torch.nonzero(live == 0).flatten().tolist()
+        empty = torch.nonzero(live < self.space.least).flatten().tolist()
         for group in empty:
             units = torch.nonzero(self.space.group_of == group).flatten()
             chosen[units[score[units].argmax()]] = True
@@ -167,13 +181,13 @@ class Indicators:
         """What a unit is worth when the structure must be trimmed or filled: probability minus its own draw."""
         return torch.sigmoid(self.beta * self.s) - (self.uniform if self.method.draws == "persistent" else 0)
 
-    def step(self, task_gradient: Tensor, penalty: float, rate: float) -> None:
+    def step(self, task_gradient: Tensor, penalty: Tensor | float, rate: float) -> None:
         """One SGD step on s (Eq 6 and Eq 8).
 
         Args:
             task_gradient: float64 [n], m * dL/dm of the task loss: `<dL/dw~, w~>` over the unit's gated weights;
                 0 for absent units.
-            penalty: lambda, the weight of the L1 term, which acts on absent units too.
+            penalty: lambda, the weight of the L1 term, which acts on absent units too; one number, or float64 [n].
             rate: present over initial learning rate of the weights.
         """
         slope = self.beta * (1 - self.gate)
@@ -201,7 +215,7 @@ class Indicators:
 
     def advance(self, keep: Tensor) -> None:
         """Raise the counters of the present units and their temperature (Eq 7)."""
-        self.t = self.t + keep.to(torch.int64)
+        self.t = self.t + self.space.present(keep).to(torch.int64)
         self.beta = self.gamma ** self.t.double()
         self.gate = self._gate()
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from .adapters import adapt_
 from .errors import SavedModelError, TorchgrowError
 from .guard import guard_
-from .surgery import RECORD, Index, Record, gather, replace_
+from .space import PassThrough
+from .surgery import RECORD, Index, Record, gather, replace_, skip_
 
 FORMAT = 1
 WEIGHTS, STRUCTURE = "model.safetensors", "structure.json"
@@ -55,6 +56,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         "frame_shapes": {name: list(record.shapes[name]) for name in record.kept},
         "attributes": [[module, name, number] for (module, name), number in record.attributes.items()],
         "adapted": list(record.adapted),
+        "skipped": {path: [skip.keyword, skip.outputs] for path, skip in record.skipped.items()},
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -118,7 +120,12 @@ def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module])
                 f"{source / STRUCTURE}: {module}.{name} = {number} does not fit the frame, where it is {whole}"
             )
     attributes = {(module, name): number for module, name, number in structure["attributes"]}
-    parts = {name: gather(tensor.detach(), kept.get(name, {})) for name, tensor in own.items()}
+    skipped = _skipped(source, structure["skipped"], modules)
+    below = tuple(f"{path}." for path in skipped)
+    parts = {
+        name: gather(tensor.detach(), None if name.startswith(below) else kept.get(name, {}))
+        for name, tensor in own.items()
+    }
     for name, part in parts.items():
         if tensors[name].shape != part.shape or tensors[name].dtype != part.dtype:
             raise SavedModelError(
@@ -126,20 +133,34 @@ def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module])
                 f"record makes it {part.dtype} {tuple(part.shape)} in this frame"
             )
     for path, layer in modules.items():
-        if isinstance(layer, nn.modules.conv._ConvNd) and not _fits(path, layer, parts, attributes):
+        left_out = f"{path}.".startswith(below)
+        if not left_out and isinstance(layer, nn.modules.conv._ConvNd) and not _fits(path, layer, parts, attributes):
             raise SavedModelError(f"{source / STRUCTURE}: the channels and groups of {path} do not fit its weight")
     try:
         adapt_(model, structure["adapted"])
     except TorchgrowError as error:
         raise SavedModelError(f"{source / STRUCTURE}: {error}") from error
-    shapes = {name: tuple(own[name].shape) for name in kept}
+    shapes = {name: tuple(own[name].shape) for name in own if name in kept or name.startswith(below)}
     for name, tensor in own.items():
         replace_(tensor, tensors[name].to(tensor.device))
     for (module, name), number in attributes.items():
         setattr(modules[module], name, number)
-    setattr(model, RECORD, Record(shapes, kept, attributes, tuple(structure["adapted"])))
+    skip_(model, skipped, skipped)
+    setattr(model, RECORD, Record(shapes, kept, attributes, tuple(structure["adapted"]), skipped))
     guard_(model)
     return model
+
+
+def _skipped(source: Path, recorded: dict[str, Any], modules: dict[str, nn.Module]) -> dict[str, PassThrough]:
+    """Modules that are left out, once they are known to be the frame's."""
+    skipped = {}
+    for path, (keyword, outputs) in recorded.items():
+        if not path or path not in modules:
+            raise SavedModelError(
+                f"{source / STRUCTURE}: the frame has no module {path!r} to leave out; is frame_factory the same model?"
+            )
+        skipped[path] = PassThrough(keyword, outputs)
+    return skipped
 
 
 def _fits(
@@ -171,9 +192,13 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if type(found) is not int or found != FORMAT:
         raise SavedModelError(f"{source / STRUCTURE} has format {found!r}, this version of torchgrow reads {FORMAT}")
     attributes, kept, shapes = structure.get("attributes"), structure.get("kept"), structure.get("frame_shapes")
-    adapted = structure.get("adapted")
+    adapted, skipped = structure.get("adapted"), structure.setdefault("skipped", {})  # absent before depth
     well_formed = (
-        set(structure) == {"format", "kept", "frame_shapes", "attributes", "adapted"}
+        set(structure) == {"format", "kept", "frame_shapes", "attributes", "adapted", "skipped"}
+        and isinstance(skipped, dict)
+        and all(
+            isinstance(x, list) and [type(y) for y in x] == [str, int] and 0 <= x[1] <= 64 for x in skipped.values()
+        )
         and isinstance(kept, dict)
         and all(isinstance(axes, dict) for axes in kept.values())
         and isinstance(shapes, dict)

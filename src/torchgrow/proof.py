@@ -19,10 +19,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .cost import CostModel
 from .counting import Guess, choices, guesses
+from .depth import Named, find, gated, with_layers
 from .errors import TraceError
 from .replay import Couples, _opened, call, quiet_eval, replay
-from .space import Frozen, Place, Space, live_positions
-from .surgery import Bank
+from .space import WHOLE, Frozen, Place, Space, live_positions
+from .surgery import Bank, skip_
 
 TOLERANCE = 1e-9
 """Largest relative error in float64 that still counts as equal."""
@@ -128,7 +129,9 @@ class Prover:
         """
         space = self.space
         keep = space.everything()
-        for group in range(space.n_groups) if groups is None else groups:
+        groups = list(range(space.n_groups)) if groups is None else groups
+        layers = torch.tensor([s.unit for s in space.slots if int(space.group_of[s.unit]) in groups], dtype=torch.int64)
+        for group in groups:
             units = torch.nonzero((space.group_of == group) & space.removable).flatten()
             size = int((space.group_of == group).sum())
             if isinstance(fraction, str):
@@ -138,6 +141,12 @@ class Prover:
                 order = order[: max(1, round(fraction * units.numel()))]
             chosen = order[: min(units.numel(), size - 1)]
             keep[units[chosen]] = False
+        layers = layers[space.removable[layers]]
+        if layers.numel() and isinstance(fraction, str):
+            keep[layers[[0, -1]]] = False
+        elif layers.numel():
+            order = torch.randperm(layers.numel(), generator=self.generator)
+            keep[layers[order[: max(1, round(fraction * layers.numel()))]]] = False
         return keep
 
     def error(self, keep: Tensor) -> tuple[float, str]:
@@ -147,7 +156,17 @@ class Prover:
                 for axis in self.space.cut_axes.get(name, ()):
                     dead = torch.nonzero(~live_positions(self.space.unit_of[name, axis], keep)).flatten()
                     self.bank.tensors[name].index_fill_(axis, dead.to(self.bank.tensors[name].device), 0)
+            plain = {}  # layers whose gate of 0 is not removal: the frame without them is the reference (Eq 2)
+            for slot in self.space.slots:
+                if not keep[slot.unit] and not slot.residual:
+                    plain.update(dict.fromkeys(slot.modules, slot.skip))
+                elif not keep[slot.unit]:
+                    for name, axis in self.space.fold:
+                        if axis == WHOLE and self.space.slot_of[name] == slot.unit:
+                            self.bank.tensors[name].zero_()
+            skip_(self.frame, plain, plain)
             expected = self._outputs()
+            skip_(self.frame, plain, {})
             for name, full in self.bank.full.items():
                 self.bank.tensors[name].copy_(full)
         try:
@@ -219,6 +238,9 @@ def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) ->
     if not free:
         return replace(space, proven=True)
     prover = Prover(model, space, example_inputs, seed)
+    if space.slots:
+        space = prover.space = prover.bank.space = gated(space, prover.frame, prover._outputs, TOLERANCE)
+        free = _free_groups(space)
     found: list[Guess] | None = None
     while free:
         failed: dict[int, str] = {}
@@ -259,7 +281,7 @@ def _only(space: Space, groups: list[int], draw: Tensor) -> Tensor:
 def _without_lone_units(space: Space) -> Space:
     """Units alone in their group always stay, since no group is ever left empty; nothing could prove them either."""
     sizes = torch.bincount(space.group_of, minlength=space.n_groups)
-    lone = torch.nonzero((sizes[space.group_of] == 1) & space.removable).flatten()
+    lone = torch.nonzero((sizes[space.group_of] == 1) & (space.least[space.group_of] > 0) & space.removable).flatten()
     for unit in lone.tolist():
         name = space.group_names[int(space.group_of[unit])]
         places = tuple(place for place, vector in space.unit_of.items() if bool((vector == unit).any()))
@@ -268,9 +290,9 @@ def _without_lone_units(space: Space) -> Space:
 
 
 def _free_groups(space: Space) -> list[int]:
-    """Groups with something to remove: a removable unit beside another one."""
+    """Groups with something to remove."""
     sizes = torch.bincount(space.group_of, minlength=space.n_groups)
-    return [g for g in space.group_of[space.removable].unique().tolist() if sizes[g] > 1]
+    return torch.nonzero(sizes > space.least).flatten().tolist()
 
 
 def _failing(prover: Prover, groups: list[int], draw: Tensor) -> dict[int, str]:
@@ -285,7 +307,14 @@ def _failing(prover: Prover, groups: list[int], draw: Tensor) -> dict[int, str]:
     return found or dict.fromkeys(groups, reason)  # exact apart, wrong together: none of them is proven
 
 
-def trace(model: nn.Module, example_inputs: Any, *, freeze: Sequence[str | Place] = (), couple: Couples = ()) -> Space:
+def trace(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    freeze: Sequence[str | Place] = (),
+    couple: Couples = (),
+    depth: bool | Sequence[Named] = False,
+) -> Space:
     """Find the units of a model and prove them on the model itself.
 
     The model is run a few times in evaluation mode; parameters, buffers, modes and random state are as before.
@@ -297,6 +326,9 @@ def trace(model: nn.Module, example_inputs: Any, *, freeze: Sequence[str | Place
         freeze: parameters or modules that keep their shape, by qualified name or pattern ("head.*"); or single
             axes, such as ("head.weight", 1).
         couple: pairs of axes that are cut alike, position by position, such as (("a.weight", 0), ("b.weight", 0)).
+        depth: whether layers may be left out as well (paper Eq 2). True finds them: blocks of one class that follow
+            each other in a container and return a tensor like the one they are given, but for one in each stage.
+            Or their qualified names; a tuple of names is one layer of several modules that run in that order.
 
     Returns:
         The space, in which every removable unit came out exact (relative error at most 1e-9 in float64).
@@ -304,7 +336,8 @@ def trace(model: nn.Module, example_inputs: Any, *, freeze: Sequence[str | Place
     Raises:
         TraceError: the model cannot be run or traced; the message says what works.
     """
-    space = replay(model, example_inputs, freeze=freeze, couple=couple)
+    slots = find(model, example_inputs, depth)
+    space = with_layers(replay(model, example_inputs, freeze=freeze, couple=couple, slots=slots), slots)
     if any(parameter.is_meta for parameter in model.parameters()):
         return space
     return prove(model, space, example_inputs)
@@ -319,6 +352,7 @@ def verify(
     *,
     freeze: Sequence[str | Place] = (),
     couple: Couples = (),
+    depth: bool | Sequence[Named] = False,
 ) -> Report:
     """Prove exactness on your own model: remove random units and compare with the frame, those units zeroed.
 
@@ -330,13 +364,14 @@ def verify(
         trials: number of random subsets.
         freeze: as for `trace`.
         couple: as for `trace`.
+        depth: as for `trace`.
 
     Raises:
         TraceError: as for `trace`.
     """
     if not 0 < fraction < 1:
         raise TraceError(f"fraction must lie between 0 and 1, got {fraction}")
-    space = trace(model, example_inputs, freeze=freeze, couple=couple)
+    space = trace(model, example_inputs, freeze=freeze, couple=couple, depth=depth)
     if not space.proven:
         raise TraceError("the model is on the meta device, where nothing can be proven; use trace for its units")
     prover = Prover(model, space, example_inputs, seed)

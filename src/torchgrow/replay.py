@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ from .adapters import adapted
 from .errors import TraceError
 from .findings import Findings, Freezing, Read
 from .labels import FIXED, Labels, Layer
-from .rules import CONSTANT, COUNTED, FILLED, MODULE_RULES, RULES, copy, pointwise, unknown
-from .space import Frozen, Place, Space
+from .rules import CONSTANT, COUNTED, FILLED, MODULE_RULES, RULES, copy, either, pointwise, unknown
+from .space import Frozen, Place, Slot, Space
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
@@ -95,9 +96,9 @@ def quiet_eval(model: nn.Module) -> Iterator[None]:
 class Replay(TorchDispatchMode):
     """The tracer: implements `rules.Context` while the frame runs."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, slots: Sequence[Slot] = ()) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.slots = model, slots
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self.labels = Labels()
         self.found = Findings(model, self.labels, tuple(name for name, _ in model.named_parameters()), tensors)
@@ -107,6 +108,7 @@ class Replay(TorchDispatchMode):
         self.names: dict[int, str] = {}
         self.used: set[str] = set()
         self.split_layers: list[Layer] = []
+        self.entering: dict[int, Tensor] = {}  # inputs of the layers under way that may be left out
         self.module_names = {id(module): name for name, module in model.named_modules()}
         self.stack: list[str] = []
         self.whole: nn.Module | None = None  # the module under way that has a rule of its own
@@ -348,6 +350,10 @@ class Replay(TorchDispatchMode):
             if type(module) in MODULE_RULES:
                 handles.append(module.register_forward_pre_hook(self._enter_whole))
                 handles.append(module.register_forward_hook(self._leave_whole, with_kwargs=True))
+        for slot in self.slots:
+            first, last = (self.model.get_submodule(slot.modules[k]) for k in (0, -1))
+            handles.append(first.register_forward_pre_hook(partial(self._enter_slot, slot), with_kwargs=True))
+            handles.append(last.register_forward_hook(partial(self._leave_slot, slot)))
         try:
             with adapted(self.model), quiet_eval(self.model), self:
                 outputs = call(self.model, example_inputs)
@@ -395,6 +401,15 @@ class Replay(TorchDispatchMode):
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self.stack.pop()
+
+    def _enter_slot(self, slot: Slot, module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = slot.skip(*args, **kwargs)
+        self.entering[slot.unit] = x[0] if slot.skip.outputs else x
+
+    def _leave_slot(self, slot: Slot, module: nn.Module, args: Any, output: Any) -> None:
+        """Whatever follows a layer that may be left out reads its output or its input: their labels are one."""
+        self.op = "left out"
+        either(self, self.entering.pop(slot.unit), output[0] if slot.skip.outputs else output)
 
     def _enter_whole(self, module: nn.Module, inputs: Any) -> None:
         """Look away until `_leave_whole`: the module has a rule of its own."""
@@ -486,7 +501,14 @@ def _close(name: str | Place, symbols: dict[Place, Tensor]) -> str:
     return f"of two or more positions has; close are {', '.join(axes) or 'none: see model.named_parameters()'}"
 
 
-def replay(model: nn.Module, example_inputs: Any, *, freeze: Sequence[str | Place] = (), couple: Couples = ()) -> Space:
+def replay(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    freeze: Sequence[str | Place] = (),
+    couple: Couples = (),
+    slots: Sequence[Slot] = (),
+) -> Space:
     """Trace the frame by label replay, without proof.
 
     Args:
@@ -496,12 +518,13 @@ def replay(model: nn.Module, example_inputs: Any, *, freeze: Sequence[str | Plac
         freeze: parameters or modules that keep their shape, by qualified name or pattern ("head.*"); or single
             axes, such as ("head.weight", 1).
         couple: pairs of axes that are cut alike, position by position, such as (("a.weight", 0), ("b.weight", 0)).
+        slots: layers that may hand their input on instead; they become units in `depth.with_layers`.
 
     Raises:
         TraceError: the model or the inputs cannot be traced; the message says what would work.
     """
     check_model(model, example_inputs)
-    tracer = Replay(model)
+    tracer = Replay(model, slots)
     wanted = _frozen_by_name(tracer.found.symbols, freeze), _coupled(tracer.found.symbols, couple)
     tracer.run(example_inputs)
     tracer.op = "the user"

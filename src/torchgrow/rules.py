@@ -265,6 +265,18 @@ def combined(
     return head.with_silence(False, frozenset())
 
 
+def either(ctx: Context, one: Tensor, other: Tensor) -> None:
+    """Whatever reads `other` may get `one` instead: both carry the same labels, silent where both are."""
+    operands = [(tensor, list(ctx.layers(tensor))) for tensor in (one, other)]
+    harmonize(ctx, operands, range(other.dim()), other.dim(), "meets no such labels where the layer is left out")
+    result: list[Layer | None] = []
+    for layer in operands[1][1]:
+        mate = next(x for x in operands[0][1] if x.axes == layer.axes)
+        ctx.unify(layer, mate)
+        result.append(combined(layer, [(0, mate), (1, layer)], set(), True, 2))
+    ctx.set_layers(other, result)
+
+
 # --- data movement --------------------------------------------------------------------------------------------
 
 

@@ -3,12 +3,16 @@
 Legend: a *unit* is what an indicator switches (a channel, a neuron, a head). For every axis of every parameter
 and buffer `Space.unit_of[(name, axis)]` holds one unit id per position, -1 for a position no unit owns. All
 later work is data on these vectors: surgery is `index_select(axis, alive[unit_of])`, cost is a product of counts.
+
+A layer that may be left out (`Slot`) is a unit too. It carries no positions: without it, all tensors below it are
+empty, and whatever indicators say of the units inside, none of them is there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +73,52 @@ class Attribute:
     units: Tensor
 
 
+WHOLE = -1
+"""As the axis of a place in `Space.fold`: one gate for the whole tensor."""
+
+
+@dataclass(frozen=True)
+class PassThrough:
+    """What a layer computes that is left out: it hands its input on (x_out = x_in, paper Eq 2).
+
+    Attributes:
+        keyword: name of the input, where it is passed by keyword.
+        outputs: 0 for a layer that returns a tensor, n for one that returns a tuple of n with the tensor first
+            (the others become None).
+    """
+
+    keyword: str = ""
+    outputs: int = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """In place of the layer's `forward`."""
+        x = args[0] if args else kwargs[self.keyword]
+        return (x, *[None] * (self.outputs - 1)) if self.outputs else x
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A layer that may be left out.
+
+    Attributes:
+        unit: id of its unit.
+        modules: qualified names of its modules, which run one after the other.
+        stage: where it stands among its like: the name of the container, for modules named by the user "".
+        skip: what its modules compute when it is left out.
+        residual: whether a gate of 0 leaves it out (x + m f(x)); else the gate scales its output (m f(x)).
+    """
+
+    unit: int
+    modules: tuple[str, ...]
+    stage: str
+    skip: PassThrough
+    residual: bool = True
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor (or module) of that qualified name lies below it."""
+        return any(name == module or name.startswith(f"{module}.") for module in self.modules)
+
+
 @dataclass(frozen=True)
 class Space:
     """What tracing found. Units are numbered 0..n-1.
@@ -82,10 +132,16 @@ class Space:
         parameters: names of the parameters (the other names in `shapes` are buffers).
         flops: FLOP terms of all traced operations, for `batch` samples.
         batch: number of samples in the example inputs.
-        fold: for every (tensor, axis) place that carries gates, int64 unit ids, -1 where no gate sits.
+        fold: for every (tensor, axis) place that carries gates, int64 unit ids, -1 where no gate sits; axis
+            `WHOLE` (-1) and one id for a tensor that carries the gate of its layer.
         attributes: module attributes that count an axis.
         frozen: what can never be removed, and why.
         proven: whether the units were tried on the model itself; never on the meta device, where nothing can run.
+        slots: layers that may be left out.
+        cut_axes: for every tensor that surgery changes, the axes that carry units.
+        slot_of: the layer unit of every tensor that lies below a slot.
+        owner: int64 [n], the layer unit of a unit that lives inside a slot only, -1 for others.
+        least: int64 [G], fewest units that a group keeps: those that cannot go and at least one, of a layer none.
     """
 
     unit_of: Mapping[Place, Tensor]
@@ -100,15 +156,35 @@ class Space:
     attributes: tuple[Attribute, ...]
     frozen: tuple[Frozen, ...] = ()
     proven: bool = False
+    slots: tuple[Slot, ...] = ()
     cut_axes: Mapping[str, tuple[int, ...]] = field(init=False, repr=False)
+    slot_of: Mapping[str, int] = field(init=False, repr=False)
+    owner: Tensor = field(init=False, repr=False)
+    least: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Index the axes that carry units, so that later loops touch no others."""
-        axes: dict[str, list[int]] = {}
-        for (name, axis), units in self.unit_of.items():
-            if bool((units >= 0).any()):
+        """Index what later loops ask for again and again."""
+        slot_of = {name: slot.unit for slot in self.slots for name in self.shapes if slot.holds(name)}
+        axes: dict[str, list[int]] = {name: [] for name in slot_of}
+        owner = torch.full((self.n_units,), -2, dtype=torch.int64)  # -2: no place seen yet
+        for (name, axis), vector in self.unit_of.items():
+            units = vector[vector >= 0]
+            if units.numel():
                 axes.setdefault(name, []).append(axis)
-        object.__setattr__(self, "cut_axes", {name: tuple(sorted(found)) for name, found in axes.items()})
+                here, before = slot_of.get(name, -1), owner[units]
+                owner[units] = torch.where((before == -2) | (before == here), here, -1)
+        stuck = torch.bincount(self.group_of[~self.removable], minlength=self.n_groups)
+        least = stuck.clamp(min=1)
+        for slot in self.slots:
+            least[self.group_of[slot.unit]] = stuck[self.group_of[slot.unit]]
+        cut_axes = {name: tuple(sorted(found)) for name, found in axes.items()}
+        for name, value in (
+            ("cut_axes", cut_axes),
+            ("slot_of", slot_of),
+            ("owner", owner.clamp(min=-1)),
+            ("least", least),
+        ):
+            object.__setattr__(self, name, value)
 
     @property
     def n_units(self) -> int:
@@ -124,9 +200,18 @@ class Space:
         """A keep vector (bool [n]) that keeps every unit: the frame itself."""
         return torch.ones(self.n_units, dtype=torch.bool)
 
+    def present(self, keep: Tensor) -> Tensor:
+        """Bool [n], the units that are there: those of `keep` but for the ones inside layers left out."""
+        return keep & (keep[self.owner] | (self.owner < 0)) if self.slots else keep
+
+    def absent(self, name: str, keep: Tensor) -> bool:
+        """Whether a tensor lies below a layer that is left out."""
+        unit = self.slot_of.get(name)
+        return unit is not None and not bool(keep[unit])
+
     def widths(self, keep: Tensor) -> dict[str, int]:
         """Live units per group name, for groups with at least one removable unit."""
-        live = torch.bincount(self.group_of[keep], minlength=self.n_groups).tolist()
+        live = torch.bincount(self.group_of[self.present(keep)], minlength=self.n_groups).tolist()
         free = torch.bincount(self.group_of[self.removable], minlength=self.n_groups).tolist()
         return {name: live[g] for g, name in enumerate(self.group_names) if free[g]}
 

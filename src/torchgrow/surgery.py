@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,14 +19,16 @@ from torch import Tensor, nn
 
 from .adapters import adapt_, adaptable
 from .errors import OptimizerError, StructureError
-from .space import Space, live_positions
+from .space import PassThrough, Space, live_positions
 
 Index = dict[int, Tensor]
 """Live positions (int64) per cut axis; an axis that is whole is left out."""
 
 
-def index_of(space: Space, name: str, keep: Tensor) -> Index:
-    """Where the live part of a tensor sits in its full size."""
+def index_of(space: Space, name: str, keep: Tensor) -> Index | None:
+    """Where the live part of a tensor sits in its full size; None where its layer is left out."""
+    if space.absent(name, keep):
+        return None
     index: Index = {}
     for axis in space.cut_axes.get(name, ()):
         live = live_positions(space.unit_of[name, axis], keep)
@@ -35,16 +37,20 @@ def index_of(space: Space, name: str, keep: Tensor) -> Index:
     return index
 
 
-def gather(full: Tensor, index: Index) -> Tensor:
-    """The part of `full` at `index`, as a new tensor."""
+def gather(full: Tensor, index: Index | None) -> Tensor:
+    """The part of `full` at `index`, as a new tensor; an empty one for None."""
+    if index is None:
+        return full.new_empty(0)
     part = full
     for axis, positions in index.items():
         part = part.index_select(axis, positions)
     return part.clone() if part is full else part
 
 
-def scatter_(full: Tensor, index: Index, part: Tensor) -> None:
+def scatter_(full: Tensor, index: Index | None, part: Tensor) -> None:
     """Write `part` into `full` at `index`: the inverse of `gather`."""
+    if index is None:
+        return
     if not index:
         full.copy_(part)
         return
@@ -81,12 +87,26 @@ class Record:
         kept: per cut tensor and axis the live positions in the frame.
         attributes: changed int attributes, by (module, name).
         adapted: modules whose class was swapped for an adapter.
+        skipped: modules that are left out, and what they compute instead.
     """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     kept: dict[str, Index] = field(default_factory=dict)
     attributes: dict[tuple[str, str], int] = field(default_factory=dict)
     adapted: tuple[str, ...] = ()
+    skipped: dict[str, PassThrough] = field(default_factory=dict)
+
+
+def skip_(model: nn.Module, paths: Iterable[str], skipped: Mapping[str, PassThrough]) -> None:
+    """Leave out the modules named in `skipped` and put back the others of `paths`.
+
+    A plain attribute on the module stands before the `forward` of its class; deleting it brings that one back.
+    """
+    for path in paths:
+        module = model.get_submodule(path)
+        module.__dict__.pop("forward", None)
+        if path in skipped:
+            module.forward = skipped[path]  # type: ignore[assignment]
 
 
 DIRECTIONS = frozenset({"momentum_buffer", "exp_avg", "grad_avg", "prev"})
@@ -112,8 +132,10 @@ class Change:
         swaps: by tensor name, what will be written; values may be replaced before `apply`.
     """
 
-    def __init__(self, bank: Bank, keep: Tensor, swaps: dict[str, _Swap], record: Record) -> None:
-        self.bank, self.keep, self.swaps, self.record = bank, keep, swaps, record
+    def __init__(
+        self, bank: Bank, keep: Tensor, swaps: dict[str, _Swap], index: dict[str, Index | None], record: Record
+    ) -> None:
+        self.bank, self.keep, self.swaps, self.index, self.record = bank, keep, swaps, index, record
 
     def apply(self) -> None:
         """Swap everything in, or, whatever happens in between, nothing."""
@@ -123,6 +145,7 @@ class Change:
         ]
         grads = [(parameter, parameter.grad) for parameter in bank.model.parameters()]
         attributes = [(m, n, getattr(m, n)) for m, n, _ in self._attributes()]
+        layers = [path for slot in bank.space.slots for path in slot.modules]
         try:
             for parameter, _ in grads:
                 parameter.grad = None
@@ -133,7 +156,7 @@ class Change:
                     state[key] = value
             for module, name, number in self._attributes():
                 setattr(module, name, number)
-            index = {name: self.record.kept.get(name, {}) for name in bank.space.cut_axes}
+            skip_(bank.model, layers, self.record.skipped)
         except BaseException:
             for tensor, old, slots in before:
                 replace_(tensor, old)
@@ -141,11 +164,12 @@ class Change:
                     state[key] = value
             for module, name, number in attributes:
                 setattr(module, name, number)
+            skip_(bank.model, layers, bank.skipped(bank.keep))
             for parameter, grad in grads:
                 parameter.grad = grad
             raise
         setattr(bank.model, RECORD, self.record)
-        bank.keep, bank.index = self.keep, index
+        bank.keep, bank.index = self.keep, self.index
 
     def _attributes(self) -> list[tuple[nn.Module, str, int]]:
         modules = dict(self.bank.model.named_modules())
@@ -180,7 +204,7 @@ class Bank:
         self.full = {name: self.tensors[name].detach().cpu().clone() for name in space.cut_axes}
         self.slots: dict[tuple[str, str], Tensor] = {}
         self.keep = space.everything()
-        self.index: dict[str, Index] = {name: {} for name in space.cut_axes}
+        self.index: dict[str, Index | None] = {name: {} for name in space.cut_axes}
         self.trained = torch.zeros(space.n_units, dtype=torch.bool)  # units for which optimizer slots ever existed
 
     def stage(self, keep: Tensor, values: Mapping[str, Tensor] | None = None) -> Change:
@@ -195,7 +219,7 @@ class Bank:
         keep = self.space.check_keep(keep)
         had_state = keep & False
         swaps: dict[str, _Swap] = {}
-        index: dict[str, Index] = {}
+        index: dict[str, Index | None] = {}
         for name in self.space.cut_axes:
             tensor, old, new = self.tensors[name], self.index[name], index_of(self.space, name, keep)
             index[name] = new
@@ -206,14 +230,14 @@ class Bank:
             scatter_(self.full[name], old, live.cpu())
             slots = []
             for state, key, slot in self._slots_of(tensor):
-                had_state = self.keep
+                had_state = self.space.present(self.keep)
                 full = self.slots.setdefault((name, key), torch.zeros(self.space.shapes[name], dtype=slot.dtype))
                 scatter_(full, old, slot.cpu())
                 fresh = self._newborn(name, key, gather(full, new), new, keep, slot)
                 slots.append((state, key, fresh.to(slot.device)))
             swaps[name] = _Swap(tensor, gather(self.full[name], new).to(tensor.device), slots)
         self.trained = self.trained | had_state
-        return Change(self, keep, swaps, self._record(keep, index))
+        return Change(self, keep, swaps, index, self._record(keep, index))
 
     def commit(self, change: Change) -> None:
         """Make a staged change."""
@@ -232,6 +256,10 @@ class Bank:
         """Forget what sleeps; the live model stays as it is and cannot be changed any more."""
         self.full, self.slots = {}, {}
 
+    def skipped(self, keep: Tensor) -> dict[str, PassThrough]:
+        """Modules of the layers that `keep` leaves out, and what they compute instead."""
+        return {path: slot.skip for slot in self.space.slots if not bool(keep[slot.unit]) for path in slot.modules}
+
     def _slots_of(self, tensor: Tensor) -> list[tuple[dict[str, Any], str, Tensor]]:
         """Optimizer slots that have the parameter's shape; refuses layouts it does not know."""
         if self.optimizer is None or tensor not in self.optimizer.state:
@@ -249,14 +277,15 @@ class Bank:
                 )
         return slots
 
-    def _newborn(self, name: str, key: str, part: Tensor, index: Index, keep: Tensor, live: Tensor) -> Tensor:
+    def _newborn(self, name: str, key: str, part: Tensor, index: Index | None, keep: Tensor, live: Tensor) -> Tensor:
         """Slots of units that never trained: the mean of the living for a magnitude, else 0.
 
         A second moment of 0 under a large shared step count would let a newborn move several learning rates in
         one step. A slot that is nowhere negative, and not known for a direction, is taken for a magnitude.
         """
-        new = keep & ~self.trained & ~self.keep
-        if key in DIRECTIONS or not bool(new.any()) or bool((live < 0).any()):
+        new = self.space.present(keep) & ~self.trained & ~self.space.present(self.keep)
+        living = live if live.numel() else part[part != 0]  # a layer that comes back has its own past only
+        if index is None or key in DIRECTIONS or not living.numel() or not new.any() or bool((living < 0).any()):
             return part
         for axis in self.space.cut_axes[name]:
             vector = self.space.unit_of[name, axis]
@@ -264,13 +293,14 @@ class Bank:
             if axis in index:
                 born = born[index[axis]]
             if bool(born.any()):
-                part.index_fill_(axis, torch.nonzero(born).flatten(), float(live.mean()))
+                part.index_fill_(axis, torch.nonzero(born).flatten(), float(living.mean()))
         return part
 
-    def _record(self, keep: Tensor, index: dict[str, Index]) -> Record:
+    def _record(self, keep: Tensor, index: dict[str, Index | None]) -> Record:
         attributes = {(a.module, a.name): int(live_positions(a.units, keep).sum()) for a in self.space.attributes}
         shapes = {name: self.space.shapes[name] for name in self.space.cut_axes}
-        return Record(shapes, {name: cut for name, cut in index.items() if cut}, attributes, self.adapted)
+        kept = {name: cut for name, cut in index.items() if cut}
+        return Record(shapes, kept, attributes, self.adapted, self.skipped(keep))
 
 
 @contextmanager
@@ -298,7 +328,9 @@ def _adaptable_and_cut(model: nn.Module, space: Space) -> tuple[str, ...]:
     return tuple(path for path in adaptable(model) if any(name.startswith(f"{path}." if path else "") for name in cut))
 
 
-def _same(a: Index, b: Index) -> bool:
+def _same(a: Index | None, b: Index | None) -> bool:
+    if a is None or b is None:
+        return a is b
     return a.keys() == b.keys() and all(torch.equal(a[axis], b[axis]) for axis in a)
 
 

@@ -1,0 +1,344 @@
+"""Layers that may be left out: found or named, exact, skipped for real, grown like Eq 6 says, saved and loaded."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from growing import same_indicators, same_parameters, step_both
+from oracle import Eq6
+from torchgrow import Budget, Grower, Method, Space, TraceError, load, save, shrink_, trace, verify
+from torchgrow.proof import Prover
+
+
+class Residual(nn.Module):
+    """x + f(x), with a batch norm at the end of f."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, inner, 3, padding=1, bias=False), nn.BatchNorm2d(inner)
+        self.conv2, self.bn2 = nn.Conv2d(inner, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+
+
+class Plain(nn.Module):
+    """Convolution, batch norm, activation."""
+
+    def __init__(self, width: int, inner: int = 0) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.bn(self.conv(x)))
+
+
+class Stages(nn.Module):
+    """A stem, a stage of blocks, a classifier."""
+
+    def __init__(self, block: type[nn.Module] = Residual, blocks: int = 4) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.stage = nn.Sequential(*(block(6, 5) for _ in range(blocks)))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stage(torch.relu(self.norm(self.stem(x)))).mean((2, 3)))
+
+
+class Tuples(nn.Module):
+    """Blocks in a ModuleList that take keywords and return tuples, as those of Hugging Face do."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.up, self.down = nn.LayerNorm(6), nn.Linear(6, 9), nn.Linear(9, 6)
+
+        def forward(self, hidden: Tensor, scale: float = 1.0, mask: Tensor | None = None) -> tuple[Tensor, None]:
+            return hidden + scale * self.down(F.gelu(self.up(self.norm(hidden)))), None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 6)
+        self.layers = nn.ModuleList(self.Block() for _ in range(3))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        for layer in self.layers:
+            x = layer(hidden=x, scale=0.5, mask=None)[0]
+        return self.head(x)
+
+
+def batch(step: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(8, 3, 6, 6, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, 4, (8,), generator=generator)
+
+
+def slots(space: Space) -> dict[str, int]:
+    return {slot.modules[0]: slot.unit for slot in space.slots if space.removable[slot.unit]}
+
+
+FRAMES = {
+    "residual": (Stages, (2, 3, 6, 6), ["stage.1", "stage.2", "stage.3"]),
+    "plain": (lambda: Stages(Plain), (2, 3, 6, 6), ["stage.1", "stage.2", "stage.3"]),
+    "tuples": (Tuples, (2, 3), ["layers.1", "layers.2"]),
+    "resnet18": (torchvision.models.resnet18, (1, 3, 32, 32), [f"layer{k}.1" for k in (1, 2, 3, 4)]),
+    "encoder": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, norm_first=True), 3, enable_nested_tensor=False),
+        (2, 5, 8),
+        ["layers.1", "layers.2"],
+    ),
+    "post-norm encoder": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 3, enable_nested_tensor=False),
+        (2, 5, 8),
+        ["layers.1", "layers.2"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_found_and_exact(name: str) -> None:
+    factory, shape, expected = FRAMES[name]
+    torch.manual_seed(0)
+    model, x = factory(), torch.randn(shape)
+    space = trace(model, x, depth=True)
+    assert sorted(slots(space)) == expected
+    prover = Prover(model, space, x, seed=5)
+    for fraction in (0.3, 0.6, "ends"):
+        keep = prover.draw(fraction)
+        assert any(not keep[unit] for unit in slots(space).values())
+        assert prover.error(keep)[0] <= 1e-9
+
+
+def test_strided_blocks_stay() -> None:
+    space = trace(torchvision.models.resnet18(), torch.randn(1, 3, 32, 32), depth=True)
+    assert not any(slot.holds("layer2.0.conv1.weight") for slot in space.slots)
+
+
+def test_named() -> None:
+    model, (x, _) = Stages().double(), batch()
+    assert list(slots(trace(model, x, depth=["stage.0", "stage.2"]))) == ["stage.0", "stage.2"]
+    flat = nn.Sequential(nn.Conv2d(3, 5, 1), nn.Conv2d(5, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 2, 1))
+    space = trace(flat, x.float(), depth=[("1", "2", "3")])
+    assert space.slots[0].modules == ("1", "2", "3") and not space.slots[0].residual
+    bank = shrink_(flat, space, space.everything() & ~_only(space, space.slots[0].unit))
+    assert flat[1].weight.shape == (0,)
+    alone = nn.Sequential(flat[0], flat[4])
+    torch.testing.assert_close(flat.eval()(x.float()), alone(x.float()))
+    bank.restore_()
+    assert flat[1].weight.shape == (5, 5, 3, 3)
+
+
+def _only(space: Space, *units: int) -> Tensor:
+    return torch.isin(torch.arange(space.n_units), torch.tensor(units))
+
+
+@pytest.mark.parametrize(
+    ("depth", "says"),
+    [
+        (["stage.9"], "depth names 'stage.9', which no module has"),
+        (["head"], r"depth names 'head', which turns \(8, 6\) into \(8, 4\)"),
+        ([("stage.0", "stage.2")], "the second does not read the first"),
+    ],
+)
+def test_names_that_do_not_fit(depth: Any, says: str) -> None:
+    with pytest.raises(TraceError, match=says):
+        trace(Stages().double(), batch()[0], depth=depth)
+
+
+def test_nothing_to_leave_out_is_said() -> None:
+    with pytest.raises(TraceError, match="name the layers that may be left out"):
+        trace(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(2, 3), depth=True)
+
+
+def test_shared_and_repeated_layers_are_refused() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Residual(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(self.block(x))
+
+    with pytest.raises(TraceError, match="is called 2 times in a forward"):
+        trace(Twice(), torch.randn(2, 3, 6, 6), depth=["block"])
+
+
+def test_a_layer_that_never_hands_its_input_on_stays() -> None:
+    class Shift(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(5, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) + 1
+
+    model = nn.Sequential(nn.Linear(3, 5), Shift(), nn.Linear(5, 2))
+    space = trace(model, torch.randn(2, 3), depth=["1"])
+    assert not slots(space)
+    assert any("neither hands its input on nor gives zero" in frozen.reason for frozen in space.frozen)
+
+
+def test_detach_then_regrow_is_the_identity() -> None:
+    torch.manual_seed(0)
+    model, (x, target) = Stages().double(), batch()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), target).backward()
+        optimizer.step()
+    space = trace(model, x, depth=True)
+    objects = dict(model.named_parameters())
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    keep = space.everything()
+    keep[[slots(space)["stage.1"], slots(space)["stage.3"]]] = False
+    bank = shrink_(model, space, keep, optimizer)
+    assert all(objects[name] is p for name, p in model.named_parameters())
+    assert all(t.numel() == 0 for name, t in model.state_dict().items() if name.startswith(("stage.1", "stage.3")))
+    left = nn.Sequential(model.stem, model.norm, nn.ReLU(), model.stage[0], model.stage[2])
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), model.head(left(x).mean((2, 3))))
+    bank.restore_()
+    after = model.state_dict(), optimizer.state_dict()
+    assert all(torch.equal(before[0][name], tensor) for name, tensor in after[0].items())
+    for index, state in before[1]["state"].items():
+        assert all(torch.equal(value, after[1]["state"][index][key]) for key, value in state.items())
+
+
+def make(block: type[nn.Module], optimizer: Any = None, **settings: Any) -> Grower:
+    torch.manual_seed(0)
+    model = Stages(block).double()
+    optimizer = optimizer or (lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=1e-3))
+    settings = {"budget": Budget(params="60%"), "updates": 8, **settings}
+    return Grower(model, optimizer(model.parameters()), example_inputs=batch()[0], depth=True, **settings)
+
+
+@pytest.mark.parametrize("block", [Residual, Plain])
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_grows_to_the_budget(block: type[nn.Module], preset: str) -> None:
+    grower = make(block, preset=preset)
+    assert not any("stage" in n and p.numel() for n, p in grower.model.named_parameters() if not n.startswith("stage.0"))
+    for epoch in range(8):
+        for step in range(2):
+            x, target = batch(2 * epoch + step)
+            grower.optimizer.zero_grad()
+            F.cross_entropy(grower.model(x), target).backward()
+            grower.optimizer.step()
+        event = grower.update()
+        measured = sum(p.numel() for p in grower.model.parameters())
+        assert event.params == measured == grower.cost().params
+    limit = grower.limits.params
+    assert limit is not None and grower.cost().params <= limit
+    keep, space = grower._bank.keep, grower.space
+    for unit in torch.nonzero(space.removable & ~keep).flatten().tolist():
+        owner = int(space.owner[unit])
+        if owner < 0 or keep[owner]:
+            assert grower._costs.cost(keep | _only(space, unit)).params > limit
+
+
+class WithLayers(Eq6):
+    """Eq 6 with layers: an absent one hands its input on, the gate of a present one scales f (Eq 2)."""
+
+    def masked(self) -> dict[str, Tensor]:
+        m = self.masks()
+        result: dict[str, Tensor] = {}
+        for (name, axis), units in self.space.fold.items():
+            w = result.get(name, self.parameters[name])
+            factor = torch.where(units >= 0, m[units.clamp(min=0)], torch.ones(1, dtype=m.dtype))
+            shape = [1] * w.dim()
+            if axis >= 0:
+                shape[axis] = -1
+            result[name] = w * factor.reshape(shape)
+        return result
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for slot in self.space.slots:
+            module = self.frame.get_submodule(slot.modules[0])
+            module.__dict__.pop("forward", None)
+            if not self.q[slot.unit]:
+                module.forward = lambda x: x  # type: ignore[method-assign]
+        return super().__call__(x)
+
+    def absent(self, name: str) -> Tensor:
+        if self.space.absent(name, self.q):
+            return torch.ones(self.space.shapes[name], dtype=torch.bool)
+        return super().absent(name)
+
+    def live(self, full: Any, name: str) -> Tensor:
+        return full[name].new_empty(0) if self.space.absent(name, self.q) else super().live(full, name)
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=1e-3),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01),
+}
+
+
+@pytest.mark.parametrize("block", [Residual, Plain])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_grows_like_eq_6(block: type[nn.Module], kind: str) -> None:
+    method = Method(controller="pressure", draws="independent", lambda_base=1.0, align=1, settle=0.0, heat=20.0)
+    torch.manual_seed(0)
+    frame = Stages(block).double()
+    grower = make(block, OPTIMIZERS[kind], preset=method, updates=40)
+    indicators = grower._indicators
+    oracle = WithLayers(
+        frame, OPTIMIZERS[kind](frame.parameters()), grower.space, method,
+        s=indicators.s, q=grower._bank.keep, beta=indicators.beta,
+    )  # fmt: skip
+    share = grower._lambda_share
+    assert {round(float(x), 9) for x in share} == {1.0, 0.1}
+    seen = set()
+    for epoch in range(3 if kind == "sgd" else 1):  # what is born is the one difference Adam's second moments make
+        for step in range(3):
+            x, target = batch(3 * epoch + step)
+            grower.optimizer.zero_grad()
+            live, literal = F.cross_entropy(grower.model(x), target), F.cross_entropy(oracle(x), target)
+            every = torch.sigmoid(oracle.beta * oracle.s)[grower.space.removable]
+            extra = (grower._penalty[grower.space.removable] * every).sum()
+            extra.backward()
+            step_both(grower, oracle, live, literal, 0.0)
+        same_indicators(grower, oracle)
+        seen.add(tuple(grower._bank.keep[[slot.unit for slot in grower.space.slots]].tolist()))
+        grower.update()
+        oracle.update(grower._bank.keep, indicators.gamma, indicators.t)
+        raw = {**dict(grower.model.named_parameters()), **grower._folding.raw()}
+        same_parameters(grower, oracle, raw, f"after epoch {epoch}")
+    assert kind != "sgd" or len(seen) > 1
+
+
+def test_counters_rise_only_where_a_unit_is_there() -> None:
+    grower = make(Residual)
+    x, target = batch()
+    F.cross_entropy(grower.model(x), target).backward()
+    grower.optimizer.step()
+    grower.update()
+    inside = grower.space.owner >= 0
+    layers_out = ~grower._bank.keep[grower.space.owner.clamp(min=0)] & inside
+    assert bool(layers_out.any()) and int(grower._indicators.t[layers_out].max()) == 0
+
+
+@pytest.mark.parametrize("block", [Residual, Plain])
+def test_save_and_load(block: type[nn.Module], tmp_path: Any) -> None:
+    grower = make(block, budget=Budget(params="45%"))
+    grower.finish()
+    assert any(not p.numel() for p in grower.model.parameters())
+    save(grower.model, tmp_path / "small")
+    model = load(tmp_path / "small", lambda: Stages(block).double())
+    x, _ = batch(7)
+    assert torch.equal(model.eval()(x), grower.model.eval()(x))
+    assert [p.shape for p in model.parameters()] == [p.shape for p in grower.model.parameters()]
+    twin = copy.deepcopy(grower.model)
+    assert torch.equal(twin(x), grower.model(x))
+
+
+def test_verify_with_depth() -> None:
+    report = verify(Stages(), batch()[0].float(), depth=True)
+    assert report.ok and report.groups["stage.1 (layer)"] == 1
