@@ -13,6 +13,7 @@ from growing import same_indicators, same_parameters, step_both
 from oracle import Eq6
 from torchgrow import Budget, Grower, Method, Space, TraceError, load, save, shrink_, trace, verify
 from torchgrow.proof import Prover
+from torchgrow.store import Births, Store, gather, scatter_
 
 
 class Residual(nn.Module):
@@ -327,16 +328,116 @@ def test_counters_rise_only_where_a_unit_is_there() -> None:
 
 @pytest.mark.parametrize("block", [Residual, Plain])
 def test_save_and_load(block: type[nn.Module], tmp_path: Any) -> None:
-    grower = make(block, budget=Budget(params="45%"))
-    grower.finish()
-    assert any(not p.numel() for p in grower.model.parameters())
-    save(grower.model, tmp_path / "small")
-    model = load(tmp_path / "small", lambda: Stages(block).double())
-    x, _ = batch(7)
-    assert torch.equal(model.eval()(x), grower.model.eval()(x))
-    assert [p.shape for p in model.parameters()] == [p.shape for p in grower.model.parameters()]
-    twin = copy.deepcopy(grower.model)
-    assert torch.equal(twin(x), grower.model(x))
+    torch.manual_seed(0)
+    model, (x, _) = Stages(block).double(), batch(7)
+    space = trace(model, x, depth=True)
+    shrink_(model, space, Prover(model, space, x, seed=1).draw(0.6))
+    assert any(not p.numel() for p in model.parameters())
+    save(model, tmp_path / "small")
+    loaded = load(tmp_path / "small", lambda: Stages(block).double())
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+    assert [p.shape for p in loaded.parameters()] == [p.shape for p in model.parameters()]
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+
+
+def test_depths_and_widths() -> None:
+    grower = make(Residual, updates=20)
+    assert grower.depths() == {"stage": 1}
+    seen = set()
+    for _ in range(4):
+        grower.update()
+        live = [p.numel() > 0 for name, p in grower.model.named_parameters() if name.endswith("conv1.weight")]
+        assert grower.depths() == {"stage": sum(live)}
+        widths = grower.widths()
+        assert [widths[f"stage.{k}.conv1"] > 0 for k in range(4)] == live
+        seen.add(sum(live))
+    assert max(seen) > 1
+
+
+def on_meta(block: type[nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return Stages(block).double()
+
+
+@pytest.mark.parametrize("block", [Residual, Plain])
+def test_a_frame_on_the_meta_device_grows_as_a_real_one_does(block: type[nn.Module]) -> None:
+    """A real frame, begun as `Births` says, is the reference: same structures, weights and buffers at every update."""
+    real, meta = Stages(block).double(), on_meta(block)
+    births = Births(meta, 3)
+    with torch.no_grad():
+        for name, tensor in [*real.named_parameters(), *real.named_buffers()]:
+            tensor.copy_(births.full(name))
+    objects = dict(meta.named_parameters())
+    growers = []
+    for model in (real, meta):
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+        growers.append(
+            Grower(
+                model,
+                optimizer,
+                example_inputs=batch()[0],
+                budget=Budget(params="60%"),
+                updates=8,
+                seed=3,
+                depth=True,
+                preset=Method(draws="independent"),
+            )
+        )
+    assert sum(store.held.numel() for store in growers[1]._bank.full.values()) == 0
+    detached = 0
+    for epoch in range(8):
+        for grower in growers:
+            for step in range(2):
+                x, target = batch(2 * epoch + step)
+                grower.optimizer.zero_grad()
+                F.cross_entropy(grower.model(x), target).backward()
+                grower.optimizer.step()
+            detached += grower.update().detached
+        assert torch.equal(growers[0]._bank.keep, growers[1]._bank.keep)
+        for (name, a), b in zip(real.state_dict().items(), meta.state_dict().values(), strict=True):
+            assert torch.equal(a, b), (epoch, name)
+        for a, b in zip(real.parameters(), meta.parameters(), strict=True):
+            for key, slot in growers[0].optimizer.state[a].items():
+                assert torch.equal(slot, growers[1].optimizer.state[b][key])
+    assert detached > 0
+    assert all(objects[name] is p for name, p in meta.named_parameters())
+
+
+def test_what_nobody_initialises_is_refused() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.scale = nn.Linear(3, 4), nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) * self.scale
+
+    with torch.device("meta"):
+        model = nn.Sequential(Scaled(), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(TraceError, match=r"0\.scale begins: give Scaled a reset_parameters\(\)"):
+        Grower(model, optimizer, example_inputs=torch.randn(2, 3), budget=Budget(params="50%"), updates=2)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_store_reads_what_was_written_and_else_what_was_there(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (5, 1, 4)
+    full = torch.randn(shape, generator=generator)
+    store, reference = Store(full.clone, shape, whole=bool(seed % 2)), full.clone()
+    for _ in range(12):
+        index: Any = {}
+        for axis in (0, 2):
+            chosen = torch.nonzero(torch.rand(shape[axis], generator=generator) < 0.6).flatten()
+            if 0 < chosen.numel() < shape[axis]:
+                index[axis] = chosen
+        assert torch.equal(store.read(index), gather(reference, index))
+        if torch.rand(1, generator=generator) < 0.5:
+            part = torch.randn(gather(full, index).shape, generator=generator)
+            store.write(index, part)
+            scatter_(reference, index, part)
+    assert torch.equal(store.read({}), reference)
+    assert store.read(None).numel() == 0
 
 
 def test_verify_with_depth() -> None:

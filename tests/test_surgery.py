@@ -14,7 +14,8 @@ from torch.nn import functional as F
 import torchgrow.surgery
 import zoo
 from torchgrow import Bank, OptimizerError, Space, StructureError, shrink_
-from torchgrow.surgery import gather, replace_, scatter_, uninterrupted
+from torchgrow.store import gather, scatter_
+from torchgrow.surgery import replace_, uninterrupted
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05),

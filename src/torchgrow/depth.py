@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .errors import TraceError
 from .replay import call, quiet_eval
 from .space import WHOLE, FlopTerm, Frozen, PassThrough, Slot, Space
+from .store import is_meta
 
 Named = str | Sequence[str]
 """A module by its qualified name, or several that run one after the other and are left out together."""
@@ -87,6 +89,8 @@ def _calls(model: nn.Module, example_inputs: Any) -> dict[str, list[_Call]]:
             seen.setdefault(path, []).append(_Call(x, keyword, output))
 
         handles.append(module.register_forward_hook(note, with_kwargs=True))
+    if is_meta(model):
+        example_inputs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, example_inputs)
     try:
         with quiet_eval(model):
             call(model, example_inputs)

@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .budget import Budget, Limits, check_feasible, fit, largest_shift, pressure
 from .cost import Cost, CostModel
 from .depth import Named
-from .errors import BudgetError, StructureError, TorchgrowError, TraceError
+from .errors import BudgetError, StructureError, TorchgrowError
 from .fold import Fold, Folding
 from .guard import guard_
 from .indicators import PRESETS, Indicators, Method
 from .optimizers import check_optimizer
-from .proof import trace
+from .proof import prove, trace
 from .replay import Couples, replay
 from .space import WHOLE, Frozen, Place, Space
 from .surgery import Bank, uninterrupted
@@ -62,7 +63,9 @@ class Grower:
     optimizer stay; gradients are dropped at an update.
 
     Args:
-        model: the frame, a plain module on one device.
+        model: the frame, a plain module on one device. On the meta device (`with torch.device("meta"): ...`) it takes
+            no memory but for what grows: what comes to life is initialised by its own module's `reset_parameters`, on
+            the device of the example inputs.
         optimizer: the optimizer that trains it; its state is re-cut with the parameters.
         example_inputs: a small batch for tracing: a tensor, a tuple, or a dict of keywords.
         budget: what the final network may cost; it is never above and no removable unit still fits under it.
@@ -107,8 +110,8 @@ class Grower:
             self.method = preset if isinstance(preset, Method) else PRESETS[preset]()
         self.model, self.optimizer, self.budget, self.updates = model, optimizer, budget, updates
         space = trace(model, example_inputs, freeze=freeze, couple=couple, depth=depth)
-        if not space.proven:
-            raise TraceError("the model is on the meta device, where nothing can train; use model.to_empty(device=...)")
+        if not space.proven:  # a frame on the meta device
+            space = prove(model, space, example_inputs)
         check_optimizer(optimizer, model)
         self.space = _pin_untrained(space, _trained_names(model, optimizer))
         if not bool(self.space.removable.any()):
@@ -120,7 +123,8 @@ class Grower:
         check_feasible(budget, self.limits, self._costs)
         guard_(model)
         self._indicators = Indicators(self.space, self.method, updates, seed)
-        self._bank = Bank(model, self.space, optimizer)
+        device = next(x.device for x in tree_leaves(example_inputs) if isinstance(x, Tensor))
+        self._bank = Bank(model, self.space, optimizer, seed=seed, device=device)
         self._parameters = dict(model.named_parameters())
         self._gated = sorted({name for name, _ in self.space.fold})
         self._initial_lr = self._learning_rate(initial=True)
@@ -210,6 +214,16 @@ class Grower:
     def widths(self) -> dict[str, int]:
         """Live units per group."""
         return self.space.widths(self._bank.keep)
+
+    def depths(self) -> dict[str, int]:
+        """Live blocks per stage, those that always stay included; layers named by the user count under ""."""
+        found: dict[str, int] = {}
+        for slot in self.space.slots:
+            blocks = len(list(self.model.get_submodule(slot.stage).children())) if slot.stage else 0
+            live = bool(self._bank.keep[slot.unit])
+            found.setdefault(slot.stage, blocks)
+            found[slot.stage] += int(live) if not slot.stage else int(live) - 1
+        return found
 
     def full_widths(self) -> dict[str, int]:
         """Units per group in the frame."""

@@ -44,7 +44,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 def _probe(optimizer: torch.optim.Optimizer, group: dict[str, object], trained: list[Tensor]) -> None:
     """One step of a copy of the optimizer on a 5 x 3 matrix."""
     name, kind = type(optimizer).__name__, type(optimizer)
-    matrix = nn.Parameter(torch.zeros(5, 3, dtype=trained[0].dtype, device=trained[0].device))
+    device = "cpu" if trained[0].is_meta else trained[0].device
+    matrix = nn.Parameter(torch.zeros(5, 3, dtype=trained[0].dtype, device=device))
     matrix.grad = torch.ones_like(matrix)
     settings = {key: copy.copy(value) for key, value in group.items() if key != "params"}
     works = "use SGD, Adam, AdamW or RMSprop, or another optimizer whose state has the shape of its parameters"

@@ -19,7 +19,8 @@ from .adapters import adapt_
 from .errors import SavedModelError, TorchgrowError
 from .guard import guard_
 from .space import PassThrough
-from .surgery import RECORD, Index, Record, gather, replace_, skip_
+from .store import Index, gather
+from .surgery import RECORD, Record, replace_, skip_
 
 FORMAT = 1
 WEIGHTS, STRUCTURE = "model.safetensors", "structure.json"

@@ -23,6 +23,7 @@ from .depth import Named, find, gated, with_layers
 from .errors import TraceError
 from .replay import Couples, _opened, call, quiet_eval, replay
 from .space import WHOLE, Frozen, Place, Space, live_positions
+from .store import Births, is_meta
 from .surgery import Bank, skip_
 
 TOLERANCE = 1e-9
@@ -84,6 +85,11 @@ class Prover:
             self.frame = copy.deepcopy(model)
         except Exception as error:
             raise TraceError(f"the proof needs a copy of the model, but deepcopy failed: {error}") from error
+        if is_meta(model):
+            births = Births(model, seed)
+            self.frame.to_empty(device=_device(example_inputs))
+            for name, tensor in [*self.frame.named_parameters(), *self.frame.named_buffers()]:
+                tensor.detach().copy_(births.full(name))
         self.frame._apply(_doubled)
         self.inputs = tree_map(lambda x: _doubled(x.detach()) if isinstance(x, Tensor) else x, example_inputs)
         self._randomize()
@@ -167,8 +173,8 @@ class Prover:
             skip_(self.frame, plain, plain)
             expected = self._outputs()
             skip_(self.frame, plain, {})
-            for name, full in self.bank.full.items():
-                self.bank.tensors[name].copy_(full)
+            for name, asleep in self.bank.full.items():
+                self.bank.tensors[name].copy_(asleep.read({}))
         try:
             self.bank.resize_(keep)
             found = self._outputs()
@@ -221,6 +227,10 @@ def _no_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _device(example_inputs: Any) -> torch.device:
+    return next(x.device for x in tree_leaves(example_inputs) if isinstance(x, Tensor))
 
 
 def _doubled(x: Tensor) -> Tensor:
@@ -338,7 +348,7 @@ def trace(
     """
     slots = find(model, example_inputs, depth)
     space = with_layers(replay(model, example_inputs, freeze=freeze, couple=couple, slots=slots), slots)
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if is_meta(model):
         return space
     return prove(model, space, example_inputs)
 

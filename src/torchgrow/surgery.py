@@ -1,6 +1,7 @@
 """Surgery: cut a live model out of its frame, in place, and put it back.
 
-The `Bank` holds every cut tensor and optimizer slot at full size on the host. A change of structure is computed
+The `Bank` holds every cut tensor and optimizer slot at full size on the host; of a frame on the meta device only
+what ever lived. A change of structure is computed
 first (`Bank.stage`) and swapped in afterwards (`Change.apply`), which rolls back whatever happens in between, so
 the model is always whole. Parameter and optimizer objects keep their identity; one function, `replace_`, writes.
 """
@@ -20,48 +21,7 @@ from torch import Tensor, nn
 from .adapters import adapt_, adaptable
 from .errors import OptimizerError, StructureError
 from .space import PassThrough, Space, live_positions
-
-Index = dict[int, Tensor]
-"""Live positions (int64) per cut axis; an axis that is whole is left out."""
-
-
-def index_of(space: Space, name: str, keep: Tensor) -> Index | None:
-    """Where the live part of a tensor sits in its full size; None where its layer is left out."""
-    if space.absent(name, keep):
-        return None
-    index: Index = {}
-    for axis in space.cut_axes.get(name, ()):
-        live = live_positions(space.unit_of[name, axis], keep)
-        if not bool(live.all()):
-            index[axis] = torch.nonzero(live).flatten()
-    return index
-
-
-def gather(full: Tensor, index: Index | None) -> Tensor:
-    """The part of `full` at `index`, as a new tensor; an empty one for None."""
-    if index is None:
-        return full.new_empty(0)
-    part = full
-    for axis, positions in index.items():
-        part = part.index_select(axis, positions)
-    return part.clone() if part is full else part
-
-
-def scatter_(full: Tensor, index: Index | None, part: Tensor) -> None:
-    """Write `part` into `full` at `index`: the inverse of `gather`."""
-    if index is None:
-        return
-    if not index:
-        full.copy_(part)
-        return
-    (axis, positions), *rest = index.items()
-    if not rest:
-        full.index_copy_(axis, positions, part)
-        return
-    middle = full.index_select(axis, positions)
-    scatter_(middle, dict(rest), part)
-    full.index_copy_(axis, positions, middle)
-
+from .store import Births, Index, Store, gather, index_of, is_meta
 
 def replace_(tensor: Tensor, new: Tensor) -> None:
     """Give a parameter or buffer other contents of any shape; the object, its hooks and requires_grad stay.
@@ -183,12 +143,22 @@ class Bank:
         model: the frame, at full size.
         space: its space.
         optimizer: the user's optimizer, whose state is cut along with the parameters.
+        seed: of initial values, for a frame on the meta device.
+        device: where a frame on the meta device comes to life; nothing of it is there before the first change.
 
     Attributes:
         keep: bool [n], the units of the live model.
     """
 
-    def __init__(self, model: nn.Module, space: Space, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        space: Space,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.model, self.space, self.optimizer = model, space, optimizer
         self.tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         wrong = [n for n, shape in space.shapes.items() if n not in self.tensors or self.tensors[n].shape != shape]
@@ -200,11 +170,15 @@ class Bank:
                 "frame (trace it again, or restore it from its bank first)"
             )
         self.adapted = _adaptable_and_cut(model, space)
+        self.births = Births(model, seed) if is_meta(model) else None
         adapt_(model, self.adapted)
-        self.full = {name: self.tensors[name].detach().cpu().clone() for name in space.cut_axes}
-        self.slots: dict[tuple[str, str], Tensor] = {}
+        self.full = {name: self._store(name) for name in space.cut_axes}
+        self.slots: dict[tuple[str, str], Store] = {}
         self.keep = space.everything()
         self.index: dict[str, Index | None] = {name: {} for name in space.cut_axes}
+        if self.births is not None:
+            self._materialise(self.births, device)
+            self.keep, self.index = torch.zeros_like(self.keep), dict.fromkeys(space.cut_axes)
         self.trained = torch.zeros(space.n_units, dtype=torch.bool)  # units for which optimizer slots ever existed
 
     def stage(self, keep: Tensor, values: Mapping[str, Tensor] | None = None) -> Change:
@@ -227,15 +201,17 @@ class Bank:
             if not gated and _same(old, new):
                 continue
             live = values[name] if values is not None and gated else tensor.detach()
-            scatter_(self.full[name], old, live.cpu())
+            self.full[name].write(old, live.cpu())
             slots = []
             for state, key, slot in self._slots_of(tensor):
                 had_state = self.space.present(self.keep)
-                full = self.slots.setdefault((name, key), torch.zeros(self.space.shapes[name], dtype=slot.dtype))
-                scatter_(full, old, slot.cpu())
-                fresh = self._newborn(name, key, gather(full, new), new, keep, slot)
+                asleep = self.slots.setdefault((name, key), self._empty_slot(name, slot.dtype))
+                asleep.write(old, slot.cpu())
+                fresh = self._newborn(name, key, asleep.read(new), new, keep, slot)
                 slots.append((state, key, fresh.to(slot.device)))
-            swaps[name] = _Swap(tensor, gather(self.full[name], new).to(tensor.device), slots)
+            swaps[name] = _Swap(tensor, self.full[name].read(new).to(tensor.device), slots)
+        if self.births is not None:
+            self.births.forget()
         self.trained = self.trained | had_state
         return Change(self, keep, swaps, index, self._record(keep, index))
 
@@ -255,6 +231,28 @@ class Bank:
     def empty(self) -> None:
         """Forget what sleeps; the live model stays as it is and cannot be changed any more."""
         self.full, self.slots = {}, {}
+
+    def _store(self, name: str) -> Store:
+        births, tensor = self.births, self.tensors[name].detach()
+        if births is None:
+            return Store(lambda: tensor.cpu().clone(), tensor.shape, whole=True)
+        return Store(lambda: births.full(name), tensor.shape, whole=False)
+
+    def _empty_slot(self, name: str, dtype: torch.dtype) -> Store:
+        shape = self.space.shapes[name]
+        if self.births is None:
+            return Store(lambda: torch.zeros(shape, dtype=dtype), shape, whole=True)
+        return Store(lambda: torch.zeros((), dtype=dtype).expand(shape), shape, whole=False)
+
+    def _materialise(self, births: Births, device: torch.device | str) -> None:
+        """Give the model's own tensors a device: nothing yet of those that are cut, the initial value of the others."""
+        for name, tensor in self.tensors.items():
+            full = births.full(name)
+            new = (gather(full, None) if name in self.space.cut_axes else full).to(device)
+            if isinstance(tensor, nn.Parameter):
+                torch.utils.swap_tensors(tensor, nn.Parameter(new, requires_grad=tensor.requires_grad))
+            else:
+                torch.utils.swap_tensors(tensor, new)
 
     def skipped(self, keep: Tensor) -> dict[str, PassThrough]:
         """Modules of the layers that `keep` leaves out, and what they compute instead."""
