@@ -80,9 +80,13 @@ class Eq6:
         self.held: dict[str, Tensor] = {}  # w~, a leaf
         self.refresh()
 
+    def relaxed(self) -> Tensor:
+        """Sigma(beta s)."""
+        return torch.sigmoid(self.beta * self.s)
+
     def masks(self) -> Tensor:
         """Sigma(beta s) q; 1 for what cannot be removed."""
-        m = torch.sigmoid(self.beta * self.s) * self.q
+        m = self.relaxed() * self.q
         return torch.where(self.space.removable, m, torch.ones_like(m))
 
     def masked(self) -> dict[str, Tensor]:
@@ -129,7 +133,7 @@ class Eq6:
         names = [name for name in masked if self.held[name].grad is not None and masked[name].requires_grad]
         torch.autograd.backward([masked[n] for n in names], [self.held[n].grad for n in names])
         if penalty:
-            every = torch.sigmoid(self.beta * self.s)[self.space.removable]
+            every = self.relaxed()[self.space.removable]
             (penalty * every.sum()).backward()
         before = {name: p.detach().clone() for name, p in self.parameters.items()}
         slots = {name: self.slots(name) for name in self.parameters}

@@ -92,12 +92,16 @@ FRAMES = {
     "tuples": (Tuples, (2, 3), ["layers.1", "layers.2"]),
     "resnet18": (torchvision.models.resnet18, (1, 3, 32, 32), [f"layer{k}.1" for k in (1, 2, 3, 4)]),
     "encoder": (
-        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, norm_first=True), 3, enable_nested_tensor=False),
+        lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, norm_first=True), 3, enable_nested_tensor=False
+        ),
         (2, 5, 8),
         ["layers.1", "layers.2"],
     ),
     "post-norm encoder": (
-        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 3, enable_nested_tensor=False),
+        lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 3, enable_nested_tensor=False
+        ),
         (2, 5, 8),
         ["layers.1", "layers.2"],
     ),
@@ -126,9 +130,12 @@ def test_strided_blocks_stay() -> None:
 def test_named() -> None:
     model, (x, _) = Stages().double(), batch()
     assert list(slots(trace(model, x, depth=["stage.0", "stage.2"]))) == ["stage.0", "stage.2"]
-    flat = nn.Sequential(nn.Conv2d(3, 5, 1), nn.Conv2d(5, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 2, 1))
+    flat = nn.Sequential(
+        nn.Conv2d(3, 5, 1), nn.Conv2d(5, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 2, 1)
+    )
     space = trace(flat, x.float(), depth=[("1", "2", "3")])
-    assert space.slots[0].modules == ("1", "2", "3") and not space.slots[0].residual
+    assert space.slots[0].modules == ("1", "2", "3")
+    assert not space.slots[0].residual
     bank = shrink_(flat, space, space.everything() & ~_only(space, space.slots[0].unit))
     assert flat[1].weight.shape == (0,)
     alone = nn.Sequential(flat[0], flat[4])
@@ -225,7 +232,9 @@ def make(block: type[nn.Module], optimizer: Any = None, **settings: Any) -> Grow
 @pytest.mark.parametrize("preset", ["default", "paper"])
 def test_grows_to_the_budget(block: type[nn.Module], preset: str) -> None:
     grower = make(block, preset=preset)
-    assert not any("stage" in n and p.numel() for n, p in grower.model.named_parameters() if not n.startswith("stage.0"))
+    assert not any(
+        "stage" in n and p.numel() for n, p in grower.model.named_parameters() if not n.startswith("stage.0")
+    )
     for epoch in range(8):
         for step in range(2):
             x, target = batch(2 * epoch + step)
@@ -236,7 +245,8 @@ def test_grows_to_the_budget(block: type[nn.Module], preset: str) -> None:
         measured = sum(p.numel() for p in grower.model.parameters())
         assert event.params == measured == grower.cost().params
     limit = grower.limits.params
-    assert limit is not None and grower.cost().params <= limit
+    assert limit is not None
+    assert grower.cost().params <= limit
     keep, space = grower._bank.keep, grower.space
     for unit in torch.nonzero(space.removable & ~keep).flatten().tolist():
         owner = int(space.owner[unit])
@@ -323,7 +333,8 @@ def test_counters_rise_only_where_a_unit_is_there() -> None:
     grower.update()
     inside = grower.space.owner >= 0
     layers_out = ~grower._bank.keep[grower.space.owner.clamp(min=0)] & inside
-    assert bool(layers_out.any()) and int(grower._indicators.t[layers_out].max()) == 0
+    assert bool(layers_out.any())
+    assert int(grower._indicators.t[layers_out].max()) == 0
 
 
 @pytest.mark.parametrize("block", [Residual, Plain])
@@ -442,4 +453,5 @@ def test_a_store_reads_what_was_written_and_else_what_was_there(seed: int) -> No
 
 def test_verify_with_depth() -> None:
     report = verify(Stages(), batch()[0].float(), depth=True)
-    assert report.ok and report.groups["stage.1 (layer)"] == 1
+    assert report.ok
+    assert report.groups["stage.1 (layer)"] == 1

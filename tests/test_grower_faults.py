@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import torchgrow.grower
+import torchgrow.store
 import torchgrow.surgery
 from growing import differences, everything, make, run, sgd, train
 from oracle import TwoLayers
@@ -45,8 +46,8 @@ def failing(error: BaseException, call: int, original: Any) -> Any:
 
 PLACES = [
     *[(torchgrow.surgery, "replace_", call) for call in (1, 2, 9)],
-    *[(torchgrow.surgery, "scatter_", call) for call in (1, 5)],
-    *[(torchgrow.surgery, "gather", call) for call in (1, 7)],
+    *[(torchgrow.store, "scatter_", call) for call in (1, 5)],
+    *[(torchgrow.store, "gather", call) for call in (1, 7)],
     (torchgrow.grower, "Fold", 1),
     (torchgrow.grower, "Event", 1),
     *[(nn.Module, "__setattr__", call) for call in (4, 9)],
@@ -203,7 +204,10 @@ def test_infeasible_budgets_name_the_range(budget: Budget, message: str) -> None
         ({"updates": 0}, r"updates=0 must be a whole number >= 1"),
         ({"updates": 2.0}, r"updates=2\.0 must be a whole number >= 1"),
         ({"updates": True}, r"updates=True must be"),
-        ({"preset": "papr"}, r"preset 'papr' is unknown; use one of \['default', 'paper'\] or a torchgrow\.Method"),
+        (
+            {"preset": "papr"},
+            r"preset 'papr' is unknown; use one of \['default', 'paper', 'random'\] or a torchgrow\.Method",
+        ),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], message: str) -> None:

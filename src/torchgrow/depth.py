@@ -7,6 +7,7 @@ are is found by trying, on the randomised copy that the proof works with.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -133,7 +134,7 @@ def _blocks(model: nn.Module, seen: dict[str, list[_Call]]) -> list[Slot]:
             continue
         paths = [f"{stage}.{name}" if stage else name for name, _ in container.named_children()]
         linked: set[str] = set()
-        for before, after in zip(paths, paths[1:], strict=False):
+        for before, after in itertools.pairwise(paths):
             one, other = seen.get(before, []), seen.get(after, [])
             alike = type(model.get_submodule(before)) is type(model.get_submodule(after))
             if alike and len(one) == len(other) == 1 and one[0].result is other[0].entering is not None:
@@ -170,9 +171,11 @@ def _named(model: nn.Module, seen: dict[str, list[_Call]], name: Named) -> Slot:
         fault = _fault(model, seen, path)
         if fault:
             raise TraceError(f"depth names {path!r}, which {fault}")
-    for before, after in zip(paths, paths[1:], strict=False):
+    for before, after in itertools.pairwise(paths):
         if seen[before][0].result is not seen[after][0].entering:
-            raise TraceError(f"depth names {before!r} and {after!r} as one layer, but the second does not read the first")
+            raise TraceError(
+                f"depth names {before!r} and {after!r} as one layer, but the second does not read the first"
+            )
     return Slot(0, paths, "", seen[paths[0]][0].skip)
 
 
@@ -197,9 +200,7 @@ def with_layers(space: Space, slots: Sequence[Slot]) -> Space:
 
 
 @contextmanager
-def _left_out(
-    frame: nn.Module, slots: Sequence[Slot], judge: Callable[[Slot, Tensor, Tensor], None]
-) -> Iterator[None]:
+def _left_out(frame: nn.Module, slots: Sequence[Slot], judge: Callable[[Slot, Tensor, Tensor], None]) -> Iterator[None]:
     """While the frame runs, every slot hands its input on, after `judge` has seen what it would have computed."""
     entering: dict[int, Any] = {}
 

@@ -70,7 +70,8 @@ class Grower:
         example_inputs: a small batch for tracing: a tensor, a tuple, or a dict of keywords.
         budget: what the final network may cost; it is never above and no removable unit still fits under it.
         updates: T, the number of updates in the run. The structure is final from update T-1 on.
-        preset: "default" (planned cost, persistent draws), "paper" (literal), or a `Method` of your own.
+        preset: "default" (planned cost, persistent draws), "paper" (literal), "random" (its baseline), or a `Method`
+            of your own.
         seed: of all draws.
         freeze: what keeps its shape, as for `trace`.
         couple: what is cut alike, as for `trace`.
@@ -177,7 +178,7 @@ class Grower:
             ramped = self.method.controller == "plan" and self._progress(number) == 1.0
             if number == final or (ramped and number < final):
                 keep = fit(self.space, self._costs, keep, indicators.score(), self.limits, indicators.steps)
-            indicators.advance(keep)
+            indicators.advance(keep, self._rate())
             return self._change_to(keep, start, shift)
         except BaseException:
             if len(self.history) == number:  # a Ctrl-C held back while swapping in arrives after it is done
@@ -289,8 +290,11 @@ class Grower:
 
     def _step(self, task_gradient: Tensor) -> None:
         """After every optimizer step: the indicators take one of their own."""
-        rate = self._learning_rate() / self._initial_lr if self._initial_lr else 1.0
-        self._indicators.step(task_gradient, self._penalty, rate)
+        self._indicators.step(task_gradient, self._penalty, self._rate())
+
+    def _rate(self) -> float:
+        """Present over initial learning rate of the weights."""
+        return self._learning_rate() / self._initial_lr if self._initial_lr else 1.0
 
     def _learning_rate(self, initial: bool = False) -> float:
         group = self.optimizer.param_groups[0]

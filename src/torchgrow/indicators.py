@@ -37,6 +37,12 @@ class Method:
         settle: share of the updates at the end in which the structure no longer changes; at least the last one
             (0.5: a unit born late, at a low learning rate, is never trained).
         heat: gamma^T, how often beta is multiplied over the whole run for a unit that is always present (100).
+        temperature: when beta rises: "unit": in updates in which the unit is present (Eq 7); "global": in every one,
+            for all alike; "learning_rate": as "unit", each time by gamma^(present / initial learning rate), our
+            reading of A.10's gamma that decays with the learning rate.
+        relaxation: "sigmoid": m = sigma(beta s); "gumbel": m = sigma(beta (s + g_1 - g_0)) with Gumbel noise g drawn
+            at every step, the Gumbel-softmax form of 3.2 for s = log s_1 - log s_0 and a falling temperature 1 / beta.
+        gates: whether what is present is scaled by m; False: it counts in full, and the plan alone moves indicators.
         lr: learning rate of the indicators at the start; it follows the weights' schedule from there (0.1).
         momentum: SGD momentum of the indicators (0.9).
         weight_decay: of the indicators (1e-6).
@@ -50,6 +56,9 @@ class Method:
     align: int = 8
     settle: float = 0.5
     heat: float = 100.0
+    temperature: str = "unit"
+    relaxation: str = "sigmoid"
+    gates: bool = True
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-6
@@ -59,6 +68,9 @@ class Method:
         for name, value, choices in (
             ("controller", self.controller, ("plan", "pressure")),
             ("draws", self.draws, ("persistent", "independent")),
+            ("temperature", self.temperature, ("unit", "global", "learning_rate")),
+            ("relaxation", self.relaxation, ("sigmoid", "gumbel")),
+            ("gates", self.gates, (True, False)),
         ):
             if value not in choices:
                 raise TorchgrowError(f"Method.{name}={value!r} is unknown; use one of {choices}")
@@ -80,13 +92,19 @@ class Method:
 
     @classmethod
     def paper(cls, *, layers: bool = False) -> Method:
-        """Eq 4, 6, 7 and Algorithm 1 to the letter; where layers grow too, with lambda_1^base 1.0 and lambda_2^base 0.1."""
-        return cls(
-            controller="pressure", draws="independent", align=1, settle=0.0, lambda_base=1.0 if layers else 0.5
-        )
+        """Eq 4, 6, 7 and Algorithm 1 to the letter; lambda_1^base is 1.0 where layers grow too, else 0.5."""
+        return cls(controller="pressure", draws="independent", align=1, settle=0.0, lambda_base=1.0 if layers else 0.5)
+
+    @classmethod
+    def random(cls) -> Method:
+        """The paper's random baseline (Table 5): at every update all units alike are drawn with one probability.
+
+        It is the one at which the draw costs what the budget allows; nothing is learned about any unit.
+        """
+        return cls(draws="independent", ramp=0.0, align=1, settle=0.0, gates=False)
 
 
-PRESETS = {"default": Method.default, "paper": Method.paper}
+PRESETS = {"default": Method.default, "paper": Method.paper, "random": Method.random}
 
 
 class Indicators:
@@ -101,6 +119,7 @@ class Indicators:
     Attributes:
         s: float64 [n].
         t: int64 [n], updates in which the unit was present (t_s).
+        exponent: float64 [n], beta = gamma^exponent; t, unless `Method.temperature` says otherwise.
         velocity: float64 [n], SGD momentum buffer of s.
     """
 
@@ -110,6 +129,8 @@ class Indicators:
         n = space.n_units
         self.gamma = method.heat ** (1 / max(updates, 1))
         self.t = torch.zeros(n, dtype=torch.int64)
+        self.exponent = torch.zeros(n, dtype=torch.float64)
+        self.noise = torch.zeros(n, dtype=torch.float64)  # g_1 - g_0
         self.velocity = torch.zeros(n, dtype=torch.float64)
         self.s = torch.zeros(n, dtype=torch.float64)
         if method.controller == "pressure" and n:
@@ -142,8 +163,17 @@ class Indicators:
         return spread
 
     def _gate(self) -> Tensor:
-        gate = torch.sigmoid(self.beta * self.s).clamp(min=SMALLEST_GATE)
+        if not self.method.gates:
+            return torch.ones_like(self.s)
+        gate = torch.sigmoid(self.beta * (self.s + self.noise)).clamp(min=SMALLEST_GATE)
         return torch.where(self.space.removable, gate, 1.0)
+
+    def _stir(self) -> None:
+        """Draw Gumbel noise anew, one for presence and one for absence."""
+        if self.method.relaxation == "gumbel":
+            uniform = torch.rand(2, self.space.n_units, generator=self.generator, dtype=torch.float64)
+            gumbel = -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12)))
+            self.noise = gumbel[1] - gumbel[0]
 
     def seed_structure(self) -> Tensor:
         """The seed (bool [n]): one unit per group, no layer that can be left out, and what cannot be removed."""
@@ -194,6 +224,7 @@ class Indicators:
         gradient = slope * (task_gradient + penalty * self.gate) + self.method.weight_decay * self.s
         self.velocity.mul_(self.method.momentum).add_(gradient)
         self.s = self.s - self.method.lr * rate * self.velocity
+        self._stir()
         self.gate = self._gate()
 
     def shift(self, amount: float) -> None:
@@ -202,7 +233,7 @@ class Indicators:
 
     def snapshot(self) -> dict[str, Tensor]:
         """Everything that an update changes."""
-        names = ("s", "t", "beta", "gate")
+        names = ("s", "t", "exponent", "beta", "gate")
         return {**{name: getattr(self, name) for name in names}, "generator": self.generator.get_state()}
 
     def restore(self, snapshot: dict[str, Tensor]) -> None:
@@ -213,10 +244,13 @@ class Indicators:
             else:
                 setattr(self, name, value)
 
-    def advance(self, keep: Tensor) -> None:
-        """Raise the counters of the present units and their temperature (Eq 7)."""
-        self.t = self.t + self.space.present(keep).to(torch.int64)
-        self.beta = self.gamma ** self.t.double()
+    def advance(self, keep: Tensor, rate: float = 1.0) -> None:
+        """Raise the counters of the present units and their temperature (Eq 7); `rate` as for `step`."""
+        present, temperature = self.space.present(keep), self.method.temperature
+        self.t = self.t + present.to(torch.int64)
+        rise = torch.ones_like(self.exponent) if temperature == "global" else present.double()
+        self.exponent = self.exponent + (rise * rate if temperature == "learning_rate" else rise)
+        self.beta = self.gamma**self.exponent
         self.gate = self._gate()
 
 

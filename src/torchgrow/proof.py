@@ -148,11 +148,12 @@ class Prover:
             chosen = order[: min(units.numel(), size - 1)]
             keep[units[chosen]] = False
         layers = layers[space.removable[layers]]
-        if layers.numel() and isinstance(fraction, str):
-            keep[layers[[0, -1]]] = False
-        elif layers.numel():
-            order = torch.randperm(layers.numel(), generator=self.generator)
-            keep[layers[order[: max(1, round(fraction * layers.numel()))]]] = False
+        if layers.numel():
+            order = torch.tensor([0, -1])
+            if not isinstance(fraction, str):
+                order = torch.randperm(layers.numel(), generator=self.generator)
+                order = order[: max(1, round(fraction * layers.numel()))]
+            keep[layers[order]] = False
         return keep
 
     def error(self, keep: Tensor) -> tuple[float, str]:

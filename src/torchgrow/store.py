@@ -155,8 +155,7 @@ class Births:
         module.to_empty(device="cpu", recurse=hasattr(module, "_reset_parameters"))
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(self.seed ^ zlib.crc32(path.encode()))
-            reset = getattr(module, "reset_parameters", None) or module._reset_parameters
-            reset()
+            getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))()  # type: ignore[misc]
         return module
 
 

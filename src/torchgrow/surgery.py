@@ -23,6 +23,7 @@ from .errors import OptimizerError, StructureError
 from .space import PassThrough, Space, live_positions
 from .store import Births, Index, Store, gather, index_of, is_meta
 
+
 def replace_(tensor: Tensor, new: Tensor) -> None:
     """Give a parameter or buffer other contents of any shape; the object, its hooks and requires_grad stay.
 
@@ -66,7 +67,7 @@ def skip_(model: nn.Module, paths: Iterable[str], skipped: Mapping[str, PassThro
         module = model.get_submodule(path)
         module.__dict__.pop("forward", None)
         if path in skipped:
-            module.forward = skipped[path]  # type: ignore[assignment]
+            module.forward = skipped[path]
 
 
 DIRECTIONS = frozenset({"momentum_buffer", "exp_avg", "grad_avg", "prev"})

@@ -1,0 +1,166 @@
+"""Every option of the method beside the literal form of what it names (Eq 6, 7, Table 5, A.10)."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from growing import STILL, batch, run, same_indicators, same_parameters, sgd, step_both
+from oracle import Eq6, SmallResNet
+from torchgrow import Budget, Grower, Method, TorchgrowError
+
+WARM = replace(STILL, heat=50.0, lambda_base=1.0)
+
+
+class Variant(Eq6):
+    """Eq 6 with the relaxation of 3.2 that the method names."""
+
+    generator: torch.Generator
+    noise: Tensor
+
+    def relaxed(self) -> Tensor:
+        if not self.method.gates:
+            return torch.ones_like(self.s)
+        if self.method.relaxation == "sigmoid":
+            return super().relaxed()
+        tau = 1 / self.beta  # falls, as the Gumbel-softmax form wants
+        noise = self.noise if hasattr(self, "noise") else torch.zeros(2, self.space.n_units, dtype=torch.float64)
+        absent, present = torch.exp((torch.stack([torch.zeros_like(self.s), self.s]) + noise) / tau)
+        return present / (absent + present)
+
+    def zero_grad(self) -> None:
+        if self.method.relaxation == "gumbel":
+            uniform = torch.rand(2, self.space.n_units, generator=self.generator, dtype=torch.float64)
+            self.noise = -torch.log(-torch.log(uniform))
+        super().zero_grad()
+
+    def update(self, q: Tensor, gamma: float, t: Tensor, shift: float = 0.0) -> None:
+        with torch.no_grad():
+            self.s += shift
+        self.q, self.beta = q.clone(), gamma ** t.double()
+        super().zero_grad() if self.method.relaxation == "sigmoid" else Eq6.zero_grad(self)
+
+
+def pair(method: Method, updates: int = 20) -> tuple[Grower, Variant]:
+    torch.manual_seed(0)
+    model = SmallResNet().double()
+    frame = copy.deepcopy(model)
+    grower = Grower(
+        model, sgd(model), example_inputs=batch(0)[0], budget=Budget(params="50%"), updates=updates, preset=method
+    )
+    indicators = grower._indicators
+    oracle = Variant(frame, sgd(frame), grower.space, method, s=indicators.s, q=grower._bank.keep, beta=indicators.beta)
+    oracle.generator = torch.Generator()
+    return grower, oracle
+
+
+def both(grower: Grower, oracle: Variant, epoch: int, steps: int = 3) -> None:
+    oracle.generator.set_state(grower._indicators.generator.get_state())
+    for step in range(3 * epoch, 3 * epoch + steps):
+        x, target = batch(step)
+        grower.optimizer.zero_grad()
+        live, literal = F.cross_entropy(grower.model(x), target), F.cross_entropy(oracle(x), target)
+        step_both(grower, oracle, live, literal, float(grower._penalty[0]) if oracle.method.gates else 0.0)
+
+
+@pytest.mark.parametrize("relaxation", ["sigmoid", "gumbel"])
+@pytest.mark.parametrize("gates", [True, False])
+def test_relaxations(relaxation: str, gates: bool) -> None:
+    method = replace(WARM, relaxation=relaxation, gates=gates)
+    grower, oracle = pair(method)
+    for epoch in range(3):
+        both(grower, oracle, epoch)
+        if gates:
+            same_indicators(grower, oracle)
+        raw = {**dict(grower.model.named_parameters()), **grower._folding.raw()}
+        same_parameters(grower, oracle, raw, f"in epoch {epoch}")
+        grower.update()
+        oracle.update(grower._bank.keep, grower._indicators.gamma, grower._indicators.exponent)
+
+
+def test_gumbel_noise_is_drawn_at_every_step() -> None:
+    grower, oracle = pair(replace(WARM, relaxation="gumbel"))
+    seen = set()
+    for step in range(4):
+        both(grower, oracle, step, steps=1)
+        seen.add(round(float(grower._indicators.noise[0]), 9))
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("temperature", ["unit", "global", "learning_rate"])
+def test_temperatures(temperature: str) -> None:
+    """Eq 7's counters, one schedule for all, and gamma that decays with the learning rate."""
+    grower, _ = pair(replace(WARM, temperature=temperature, heat=100.0), updates=10)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(grower.optimizer, [2, 4], gamma=0.1)
+    exponent = torch.zeros(grower.space.n_units, dtype=torch.float64)
+    absent = torch.zeros(grower.space.n_units, dtype=torch.bool)
+    for epoch in range(6):
+        x, target = batch(epoch)
+        grower.optimizer.zero_grad()
+        F.cross_entropy(grower.model(x), target).backward()
+        grower.optimizer.step()
+        rate = [1.0, 1.0, 0.1, 0.1, 0.01, 0.01][epoch]
+        grower.update()
+        schedule.step()
+        keep = grower._bank.keep
+        absent |= ~keep
+        exponent += {"unit": keep.double(), "global": 1.0, "learning_rate": rate * keep.double()}[temperature]
+        torch.testing.assert_close(grower._indicators.beta, 100 ** (exponent / 10), rtol=1e-12, atol=0)
+    assert bool(absent.any())
+    if temperature != "global":
+        assert exponent.unique().numel() > 1
+
+
+def test_random_draws_all_units_alike_at_the_budget() -> None:
+    """Table 5: the same probability for every unit of the space, whatever was learned; the budget is kept."""
+    drawn = []
+    for seed in range(60):
+        torch.manual_seed(0)
+        model = SmallResNet().double()
+        grower = Grower(
+            model,
+            sgd(model),
+            example_inputs=batch(0)[0],
+            budget=Budget(params="50%"),
+            updates=3,
+            seed=seed,
+            preset="random",
+        )
+        x, target = batch(seed)
+        F.cross_entropy(model(x), target).backward()
+        grower.optimizer.step()
+        grower.update()
+        assert grower.cost().params <= grower.limits.params
+        assert bool((grower._indicators.gate == 1).all())
+        drawn.append(grower._bank.keep.double())
+    often = torch.stack(drawn).mean(0)[grower.space.removable]
+    spread = 4 * (0.25 / 60) ** 0.5  # four standard errors of a share
+    assert float(often.max() - often.min()) < 2 * spread
+    assert torch.stack(drawn).unique(dim=0).shape[0] > 50
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(TorchgrowError, match=r"Method\.temperature='hot' is unknown; use one of \('unit', 'global'"):
+        Method(temperature="hot")
+    with pytest.raises(TorchgrowError, match=r"Method\.relaxation='softmax' is unknown"):
+        Method(relaxation="softmax")
+
+
+def test_every_variant_ends_within_the_budget() -> None:
+    for method in (
+        Method(temperature="global"),
+        Method(relaxation="gumbel"),
+        Method(gates=False),
+        replace(Method.paper(), temperature="learning_rate", relaxation="gumbel"),
+        Method.random(),
+    ):
+        torch.manual_seed(0)
+        model = SmallResNet().double()
+        grower = run(
+            Grower(model, sgd(model), example_inputs=batch(0)[0], budget=Budget(flops="40%"), updates=6, preset=method)
+        )
+        assert grower.finished
+        assert grower.cost().flops <= grower.limits.flops
