@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/conformance.py [--sets plain transformers torchvision vision timm]
 
-Needs `pip install '.[zoo]'`. Every model runs in a process of its own, with a time limit.
+Needs `pip install '.[zoo]'`. Every model runs in a process of its own, with a time limit, and so does Torch-Pruning.
 Verdicts: exact (two more random subsets after the proof, error at most 1e-9 in float64), frozen (nothing may go),
 refused (with the reason), wrong, time-out, left out (too large to be proven here). Of Torch-Pruning it is noted only
 whether a step that asks for 30 % runs and the forward works afterwards. Each is a line of results/conformance.jsonl;
@@ -91,19 +91,27 @@ def theirs(model: nn.Module, example: Any) -> dict[str, Any]:
     return {"seconds_to_build": built, "runs": after < before, "params_left": after / before}
 
 
-def one(set_name: str, name: str) -> dict[str, Any]:
-    """The row of one model."""
+def one(side: str, set_name: str, name: str) -> dict[str, Any]:
+    """The row of one model, or what it holds of Torch-Pruning."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model, example = SETS[set_name]()[name]()
     if sum(p.numel() for p in model.parameters()) > LARGEST:
         return {"verdict": "left out", "reason": f"more than {LARGEST:,} parameters"}
-    row = ours(model, example)
+    return ours(model, example) if side == "ours" else theirs(model, example)
+
+
+def apart(side: str, set_name: str, name: str, seconds: float) -> dict[str, Any] | str:
+    """`one` in a process of its own; a text if that crashed or took longer than the limit."""
+    command = [sys.executable, __file__, "--one", side, set_name, name]
     try:
-        row["torch_pruning"] = theirs(model, example)
-    except Exception as error:  # whatever it is, it is theirs
-        row["torch_pruning"] = {"runs": False, "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-    return row
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return f"time-out: more than {seconds:g} s"
+    lines = ran.stdout.splitlines()
+    if ran.returncode == 0 and lines:
+        return json.loads(lines[-1])
+    return (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1][:300]
 
 
 def main() -> None:
@@ -112,7 +120,8 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--models", nargs="+", help="only these")
     parser.add_argument("--seconds", type=float, default=300, help="time limit of one model")
-    parser.add_argument("--one", nargs=2, metavar=("SET", "MODEL"), help=argparse.SUPPRESS)
+    parser.add_argument("--their-seconds", type=float, default=60, help="that of Torch-Pruning; 0: leave it out")
+    parser.add_argument("--one", nargs=3, metavar=("SIDE", "SET", "MODEL"), help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -128,15 +137,12 @@ def main() -> None:
         (kind, name) for kind, name in wanted if name not in done and (not arguments.models or name in arguments.models)
     ]
     for kind, name in track(wanted, "models", console=Console(stderr=True)):
-        command = [sys.executable, __file__, "--one", kind, name]
-        try:
-            ran = subprocess.run(command, capture_output=True, text=True, timeout=arguments.seconds, check=False)
-            lines = ran.stdout.splitlines()
-            row = json.loads(lines[-1]) if ran.returncode == 0 and lines else None
-            crash = (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1]
-        except subprocess.TimeoutExpired:
-            row, crash = {"verdict": "time-out", "reason": f"more than {arguments.seconds:g} s"}, ""
-        row = row or {"verdict": "crashed", "reason": crash[:300]}
+        row = apart("ours", kind, name, arguments.seconds)
+        if isinstance(row, str):
+            row = {"verdict": "time-out" if row.startswith("time-out") else "crashed", "reason": row}
+        if row["verdict"] != "left out" and arguments.their_seconds:
+            other = apart("theirs", kind, name, arguments.their_seconds)
+            row["torch_pruning"] = {"runs": False, "error": other} if isinstance(other, str) else other
         with arguments.results.open("a") as file:
             file.write(json.dumps({"set": kind, "model": name, **row, "environment": surroundings}) + "\n")
 

@@ -52,7 +52,7 @@ def other_vision() -> dict[str, Factory]:
 
 
 def _video(name: str) -> tuple[nn.Module, Any]:
-    frames, pixels = (16, 224) if name.startswith("mvit") else (16, 64) if name == "s3d" else (4, 64)
+    frames, pixels = (16, 224) if name.startswith(("mvit", "s3d")) else (4, 64)
     return torchvision.models.get_model(name, weights=None), torch.randn(1, 3, frames, pixels, pixels)
 
 

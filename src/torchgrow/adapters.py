@@ -20,7 +20,7 @@ from .errors import TorchgrowError
 ADAPTERS: dict[type, type] = {}
 """Class -> the subclass that takes its place."""
 
-SHIPPED = {"torchvision": "torchgrow.adapters_torchvision"}
+SHIPPED = {"timm": "torchgrow.adapters_timm", "torchvision": "torchgrow.adapters_torchvision"}
 """Adapters of other libraries, by the package of the module they serve; imported when one is met."""
 
 

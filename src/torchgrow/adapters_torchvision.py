@@ -10,8 +10,10 @@ from torch.nn import functional as F
 from torchvision.models.maxvit import RelativePositionalMultiHeadAttention as MaxVitBase
 from torchvision.models.swin_transformer import ShiftedWindowAttention as SwinBase
 from torchvision.models.swin_transformer import ShiftedWindowAttentionV2 as SwinV2Base
+from torchvision.models.video import swin_transformer as video
 
 from .adapters import adapter
+from .inferring import inferring
 
 
 @adapter(SwinBase)
@@ -83,6 +85,27 @@ def _mask(rows: int, columns: int, high: int, wide: int, shift: list[int], like:
     region = _windows(region[None, :, :, None], high, wide)[..., 0]  # [1, windows, positions]
     apart = region[..., None] != region[..., None, :]
     return torch.where(apart, -100.0, 0.0).to(like.dtype)[:, :, None]
+
+
+attention_3d = inferring(
+    video.shifted_window_attention_3d, {"q * (c // num_heads) ** -0.5": "q * q.shape[-1] ** -0.5"}, width="c"
+)
+
+
+@adapter(video.ShiftedWindowAttention3d)
+class ShiftedWindowAttention3d(video.ShiftedWindowAttention3d):  # type: ignore[misc]
+    """Video Swin's window attention for any number of heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, H, W, C] to the same shape."""
+        window, shift = video._get_window_and_shift_size(
+            self.shift_size.copy(), list(x.shape[1:4]), self.window_size.copy()
+        )
+        out: Tensor = attention_3d(
+            x, self.qkv.weight, self.proj.weight, self.get_relative_position_bias(window), window, self.num_heads,
+            shift, self.attention_dropout, self.dropout, self.qkv.bias, self.proj.bias, self.training,
+        )  # fmt: skip
+        return out
 
 
 @adapter(MaxVitBase)

@@ -33,6 +33,12 @@ TOLERANCE = 1e-9
 NOISE = 1_000_003
 """Length of the block of noise that large parameters repeat; prime, so that their rows differ."""
 
+ZERO = 1e-100
+"""What stands for zero where a parameter is zeroed: as good as nothing to a sum, but it can be normalised.
+
+A weight-normalised row of true zeros is 0 / 0, which is no answer to compare with.
+"""
+
 FRACTIONS = (0.3, "ends", 0.7, 0.5)
 """What the proof tries to remove from every group: random shares, and the first and the last unit ("ends").
 
@@ -162,7 +168,7 @@ class Prover:
             for name in self.space.parameters:
                 for axis in self.space.cut_axes.get(name, ()):
                     dead = torch.nonzero(~live_positions(self.space.unit_of[name, axis], keep)).flatten()
-                    self.bank.tensors[name].index_fill_(axis, dead.to(self.bank.tensors[name].device), 0)
+                    self.bank.tensors[name].index_fill_(axis, dead.to(self.bank.tensors[name].device), ZERO)
             plain = {}  # layers whose gate of 0 is not removal: the frame without them is the reference (Eq 2)
             for slot in self.space.slots:
                 if not keep[slot.unit] and not slot.residual:
@@ -170,7 +176,7 @@ class Prover:
                 elif not keep[slot.unit]:
                     for name, axis in self.space.fold:
                         if axis == WHOLE and self.space.slot_of[name] == slot.unit:
-                            self.bank.tensors[name].zero_()
+                            self.bank.tensors[name].fill_(ZERO)
             skip_(self.frame, plain, plain)
             expected = self._outputs()
             skip_(self.frame, plain, {})

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .labels import Layer
-from .rules import RULES, Context, first_tensor, on_axis, placed, rule, without_axes
+from .rules import RULES, Context, first_tensor, harmonize, on_axis, placed, rule, without_axes
 from .space import Place
 
 
@@ -133,12 +133,50 @@ def reduction(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
         ctx.set_layers(part, layers)
 
 
+@rule("_weight_norm_interface")
+def weight_norm(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """Directions `v` over their norms, times lengths `g` along `dim`: a length of zero silences, nothing else does."""
+    v, dim, out = named["v"], named["dim"] % named["v"].dim(), first_tensor(out)
+    reason = "is normalised together with other axes"
+    layers = ctx.layers(v)
+    along = [x for x in layers if x.axes == (dim,)]
+    rest = without_axes(ctx, [x for x in layers if x.axes != (dim,)], [dim], reason)
+    operands = [(v, along), (named["g"], ctx.layers(named["g"]))]
+    harmonize(ctx, operands, [dim], v.dim(), reason)
+    result = [layer.with_silence(False, frozenset()) for layer in rest]
+    for direction, length in zip(along, operands[1][1], strict=True):
+        ctx.unify(direction, length)
+        result.append(length)
+    ctx.set_layers(out, result)
+
+
 def spatial(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """Pooling and resampling: the last one to three axes change size, channels pass; zero stays zero."""
-    out = first_tensor(out)
+    """Pooling and resampling: the last one to three axes change size, channels pass; zero stays zero.
+
+    So do the channels of the places that pooling also returns.
+    """
+    out, *places = [out] if isinstance(out, Tensor) else out
     x = next(value for value in named.values() if isinstance(value, Tensor))
     axes = range(x.dim() - SPATIAL[func._overloadpacket.__name__], x.dim())
-    ctx.set_layers(out, without_axes(ctx, ctx.layers(x), axes, "pools or resamples along this axis"))
+    layers = without_axes(ctx, ctx.layers(x), axes, "pools or resamples along this axis")
+    ctx.set_layers(out, layers)
+    for part in places:
+        ctx.set_layers(part, [layer.with_silence(False, frozenset()) for layer in layers])
+
+
+@rule("max_unpool2d", "max_unpool3d")
+def max_unpool(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """Values go back to the places they were pooled from, with zeros around them; each channel on its own."""
+    x, places, rank = named["self"], named["indices"], out.dim()
+    spatial_axes = range(rank - (2 if func._overloadpacket.__name__ == "max_unpool2d" else 3), rank)
+    reason = "puts values back at places"
+    operands = [(t, without_axes(ctx, ctx.layers(t), spatial_axes, reason)) for t in (x, places)]
+    harmonize(ctx, operands, range(spatial_axes[0]), rank, "puts values back at places with different or no labels")
+    for layer in operands[0][1]:
+        for mate in operands[1][1]:
+            if mate.axes == layer.axes:
+                ctx.unify(layer, mate)
+    ctx.set_layers(out, operands[0][1])
 
 
 SPATIAL = {

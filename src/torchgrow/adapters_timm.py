@@ -1,0 +1,66 @@
+"""Adapters for timm: attention that may lose heads, made from timm's own methods (see `inferring`)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from torch import nn
+
+from .adapters import adapter
+from .inferring import inferring
+
+CLASSES = {
+    "layers.attention_pool": ("AttentionPoolLatent",),
+    "layers.pos_embed_rel": ("RelPosBias", "RelPosMlp"),
+    "models.beit": ("Attention",),
+    "models.cait": ("ClassAttn", "TalkingHeadAttn"),
+    "models.convit": ("GPSA", "MHSA"),
+    "models.crossvit": ("CrossAttention",),
+    "models.davit": ("ChannelAttention", "ChannelAttentionV2", "WindowAttention"),
+    "models.edgenext": ("CrossCovarianceAttn",),
+    "models.efficientformer": ("Attention",),
+    "models.eva": ("EvaAttention",),
+    "models.fastvit": ("Attention",),
+    "models.gcvit": ("WindowAttentionGlobal",),
+    "models.levit": ("Attention", "AttentionDownsample"),
+    "models.nest": ("Attention",),
+    "models.pvt_v2": ("Attention",),
+    "models.swin_transformer_v2": ("WindowAttention",),
+    "models.swin_transformer_v2_cr": ("WindowMultiHeadAttention",),
+    "models.tiny_vit": ("Attention",),
+    "models.twins": ("GlobalSubSampleAttn", "LocallyGroupedAttn"),
+    "models.vision_transformer": ("DiffParallelScalingBlock", "ParallelScalingBlock"),
+    "models.volo": ("Attention", "OutlookAttention"),
+    "models.xcit": ("XCA",),
+}
+"""Classes that cannot lose heads as they are, by module of timm; one that a release has not is left out."""
+
+METHODS = ("forward", "get_attention", "get_attention_biases", "get_bias")
+"""Where their sizes are."""
+
+EDITS = {
+    # two sizes to be inferred, one of which is known
+    "reshape(B, -1, 2, self.num_heads, C": "reshape(B, x.shape[1], 2, self.num_heads, C",
+    "reshape(B, -1, self.val_attn_dim)": "flatten(2)",
+    # a tuple that ends in the number of heads
+    "view(self.bias_shape)": "view(*self.bias_shape[:-1], -1)",
+    # position biases kept from the first call on, whatever becomes of the heads
+    "if torch.jit.is_tracing() or self.training:": "if True:",
+}
+"""What has to be replaced in their source besides."""
+
+
+def adapted_class(base: type[nn.Module], name: str) -> type[nn.Module] | None:
+    """A subclass of that name with its sizes inferred; None if it would be the same."""
+    own = {key: vars(base)[key] for key in METHODS if key in vars(base)}
+    changed = {key: made for key, method in own.items() if (made := inferring(method, EDITS)) is not method}
+    about = {"__module__": __name__, "__qualname__": name, "__doc__": f"`{base.__name__}` for any number of heads."}
+    return type(name, (base,), {**about, **changed}) if changed else None
+
+
+for path, names in CLASSES.items():
+    for class_name in names:
+        base = getattr(import_module(f"timm.{path}"), class_name, None)
+        unique = f"{class_name}_{path.rpartition('.')[2]}"
+        if base is not None and (subclass := adapted_class(base, unique)) is not None:
+            globals()[unique] = adapter(base)(subclass)  # where pickle looks for it
