@@ -9,7 +9,7 @@ Legend: m gate, w raw weight, w~ folded weight (what the model holds).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,19 @@ class Fold:
         self._units = (torch.cat(units) if units else torch.zeros(0, dtype=torch.int64)).to(device)
         self._lengths = [vector.numel() for vector in units]
 
+    def part(self, names: Collection[str]) -> Fold:
+        """Some of the parameters only; raw contents are shared with the whole."""
+        part = object.__new__(Fold)
+        chosen = [i for i, name in enumerate(self.names) if name in names]
+        part.n = self.n
+        part.names = [self.names[i] for i in chosen]
+        part.parameters, part.raw = [self.parameters[i] for i in chosen], [self.raw[i] for i in chosen]
+        part._axes = [self._axes[i] for i in chosen]
+        vectors, owners = self._units.split(self._lengths), [i for i, axes in enumerate(self._axes) for _ in axes]
+        units = [vector for vector, owner in zip(vectors, owners, strict=True) if owner in chosen]
+        part._units, part._lengths = torch.cat([self._units[:0], *units]), [vector.numel() for vector in units]
+        return part
+
     def factors(self, gate: Tensor) -> list[Tensor]:
         """What every gated parameter is multiplied by, broadcastable to it; `gate`: float64 [n]."""
         extended = torch.cat([gate, torch.ones(1, dtype=gate.dtype)])
@@ -102,19 +115,103 @@ class Fold:
 
 
 class Folding:
-    """Unfold, step, refold: hooks on the user's optimizer.
+    """Unfold, step, refold: hooks on the user's optimizers.
 
     Between steps `.grad` is the gradient of what the model holds, dL/dw~; the optimizer sees m dL/dw~ = dL/dw.
     Whatever the user does to gradients before the step (clipping, say) is therefore done to dL/dw~.
 
+    Every optimizer unfolds its own parameters. With several, the indicators move once all of those that hold gates
+    have stepped since the last time, by the sum of what these steps gave; until then the gates stay.
+
     Args:
-        optimizer: the user's optimizer; its own loop is not changed.
-        on_step: called after every optimizer step with m dL/dm (float64 [n]); moves the indicators.
+        optimizers: the user's optimizers; their own loop is not changed.
+        on_step: called with m dL/dm (float64 [n]) when the indicators shall move.
+        gate: returns the present gates, float64 [n].
+
+    Attributes:
+        fold: all gated parameters of the present structure.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        on_step: Callable[[Tensor], None],
+        gate: Callable[[], Tensor],
+    ) -> None:
+        self.fold: Fold | None = None
+        self._on_step = on_step
+        self._hooks = [_Hooks(optimizer, self._stepped, gate) for optimizer in optimizers]
+        self._waiting: list[_Hooks] = []  # for a step of theirs
+        self._sum: Tensor | None = None
+
+    def install(self, fold: Fold, factors: list[Tensor]) -> None:
+        """Take over a new structure whose parameters already hold contents folded with `factors`."""
+        self.fold = fold
+        owner: dict[int, _Hooks] = {}
+        for hooks in self._hooks:
+            owner |= {id(p): hooks for group in hooks.optimizer.param_groups for p in group["params"]}
+        owners = [owner.get(id(parameter), self._hooks[0]) for parameter in fold.parameters]
+        for hooks in self._hooks:
+            own = [hooks is other for other in owners]
+            part = fold.part({name for name, mine in zip(fold.names, own, strict=True) if mine})
+            hooks.install(part, [factor for factor, mine in zip(factors, own, strict=True) if mine])
+        self._wait()
+
+    def remove(self) -> None:
+        """Take the hooks off; the model keeps its folded weights."""
+        for hooks in self._hooks:
+            hooks.remove()
+
+    def raw(self) -> dict[str, Tensor]:
+        """Raw contents of the gated parameters, edits by others included.
+
+        Raises:
+            TrainingError: the last optimizer step did not finish.
+        """
+        self.recover()
+        if self.fold is None:
+            return {}
+        for hooks in self._hooks:
+            hooks.adopt_edits()
+        return dict(zip(self.fold.names, self.fold.raw, strict=True))
+
+    def recover(self) -> None:
+        """If a step was interrupted half-way, fold the weights again and say so.
+
+        Raises:
+            TrainingError: it was.
+        """
+        for hooks in self._hooks:
+            hooks.recover()
+
+    def _wait(self) -> None:
+        self._waiting, self._sum = [hooks for hooks in self._hooks if hooks.fold is not None], None
+
+    def _stepped(self, hooks: _Hooks, gradient: Tensor) -> None:
+        self._sum = gradient if self._sum is None else self._sum + gradient
+        self._waiting = [other for other in self._waiting if other is not hooks]
+        if not self._waiting:
+            self._on_step(self._sum)
+            for other in self._hooks:
+                if other is not hooks:
+                    other.refold()
+            self._wait()
+
+
+class _Hooks:
+    """Those on one optimizer.
+
+    Args:
+        optimizer: the optimizer.
+        on_step: called after every step with m dL/dm (float64 [n]) of the optimizer's own parameters.
         gate: returns the present gates, float64 [n].
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, on_step: Callable[[Tensor], None], gate: Callable[[], Tensor]
+        self,
+        optimizer: torch.optim.Optimizer,
+        on_step: Callable[[_Hooks, Tensor], None],
+        gate: Callable[[], Tensor],
     ) -> None:
         self.optimizer, self._on_step, self._gate = optimizer, on_step, gate
         self.fold: Fold | None = None
@@ -128,34 +225,29 @@ class Folding:
         ]
 
     def install(self, fold: Fold, factors: list[Tensor]) -> None:
-        """Take over a new structure whose parameters already hold contents folded with `factors`."""
-        self.fold, self._factors = fold, factors
+        """As `Folding.install`, of this optimizer's parameters only."""
+        self.fold, self._factors = (fold if fold.names else None), factors
 
     def remove(self) -> None:
-        """Take the hooks off; the model keeps its folded weights."""
+        """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
-    def raw(self) -> dict[str, Tensor]:
-        """Raw contents of the gated parameters, edits by others included.
-
-        Raises:
-            TrainingError: the last optimizer step did not finish.
-        """
-        self.recover()
-        if self.fold is None:
-            return {}
-        with torch.no_grad():
+    @torch.no_grad()
+    def adopt_edits(self) -> None:
+        """Take over what somebody else wrote into gated parameters."""
+        if self.fold is not None:
             self.fold.adopt_edits(self._factors)
-        return dict(zip(self.fold.names, self.fold.raw, strict=True))
+
+    def refold(self) -> None:
+        """The gates have moved though this optimizer took no step."""
+        if self.fold is not None and not self._unfolded:  # a step that failed is folded when it is recovered
+            self.adopt_edits()
+            self._refold()
 
     def recover(self) -> None:
-        """If a step was interrupted half-way, fold the weights again and say so.
-
-        Raises:
-            TrainingError: it was.
-        """
+        """As `Folding.recover`."""
         if self._unfolded:
             self._refold()
             raise TrainingError(
@@ -218,7 +310,7 @@ class Folding:
             return
         torch._foreach_copy_(self.fold.raw, self.fold.parameters)
         if self._gradient is not None:
-            self._on_step(self._gradient)
+            self._on_step(self, self._gradient)
         self._refold()
 
     @torch.no_grad()

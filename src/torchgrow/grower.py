@@ -19,7 +19,7 @@ from .errors import BudgetError, StructureError, TorchgrowError
 from .fold import Fold, Folding
 from .guard import guard_
 from .indicators import PRESETS, Indicators, Method
-from .optimizers import check_optimizer
+from .optimizers import check_optimizers
 from .proof import prove, trace
 from .replay import Couples, replay
 from .space import WHOLE, Frozen, Place, Space
@@ -66,7 +66,8 @@ class Grower:
         model: the frame, a plain module on one device. On the meta device (`with torch.device("meta"): ...`) it takes
             no memory but for what grows: what comes to life is initialised by its own module's `reset_parameters`, on
             the device of the example inputs.
-        optimizer: the optimizer that trains it; its state is re-cut with the parameters.
+        optimizer: the optimizer that trains it, or a list of several; their state is re-cut with the parameters.
+            With several, the indicators move once all that hold gates have stepped, and follow the first one's rate.
         example_inputs: a small batch for tracing: a tensor, a tuple, or a dict of keywords.
         budget: what the final network may cost; it is never above and no removable unit still fits under it.
         updates: T, the number of updates in the run. The structure is final from update T-1 on.
@@ -88,7 +89,7 @@ class Grower:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
         example_inputs: Any,
         budget: Budget,
@@ -109,12 +110,14 @@ class Grower:
             self.method = Method.paper(layers=bool(depth))
         else:
             self.method = preset if isinstance(preset, Method) else PRESETS[preset]()
-        self.model, self.optimizer, self.budget, self.updates = model, optimizer, budget, updates
+        self.model, self.budget, self.updates = model, budget, updates
+        self.optimizers = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
         space = trace(model, example_inputs, freeze=freeze, couple=couple, depth=depth)
         if not space.proven:  # a frame on the meta device
             space = prove(model, space, example_inputs)
-        check_optimizer(optimizer, model)
-        self.space = _pin_untrained(space, _trained_names(model, optimizer))
+        check_optimizers(self.optimizers, model)
+        self.optimizer = self.optimizers[0]
+        self.space = _pin_untrained(space, _trained_names(model, self.optimizers))
         if not bool(self.space.removable.any()):
             reasons = "; ".join(str(frozen) for frozen in self.space.frozen[:5])
             raise StructureError(f"nothing can grow here, because {reasons or 'the model has no units'}")
@@ -125,11 +128,11 @@ class Grower:
         guard_(model)
         self._indicators = Indicators(self.space, self.method, updates, seed)
         device = next(x.device for x in tree_leaves(example_inputs) if isinstance(x, Tensor))
-        self._bank = Bank(model, self.space, optimizer, seed=seed, device=device)
+        self._bank = Bank(model, self.space, self.optimizers, seed=seed, device=device)
         self._parameters = dict(model.named_parameters())
         self._gated = sorted({name for name, _ in self.space.fold})
         self._initial_lr = self._learning_rate(initial=True)
-        self._folding = Folding(optimizer, self._step, lambda: self._indicators.gate)
+        self._folding = Folding(self.optimizers, self._step, lambda: self._indicators.gate)
         self._penalty = torch.zeros(self.space.n_units, dtype=torch.float64)
         self._lambda_share = torch.ones(self.space.n_units, dtype=torch.float64)  # of lambda_1, by unit
         for slot in self.space.slots:
@@ -297,7 +300,7 @@ class Grower:
         return self._learning_rate() / self._initial_lr if self._initial_lr else 1.0
 
     def _learning_rate(self, initial: bool = False) -> float:
-        group = self.optimizer.param_groups[0]
+        group = self.optimizers[0].param_groups[0]
         return float(group.get("initial_lr", group["lr"]) if initial else group["lr"])
 
 
@@ -315,8 +318,8 @@ def measure(model: nn.Module, example_inputs: Any) -> Cost:
     return CostModel(space).cost(space.everything())
 
 
-def _trained_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> set[str]:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+def _trained_names(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> set[str]:
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     return {name for name, p in model.named_parameters() if id(p) in held and p.requires_grad}
 
 

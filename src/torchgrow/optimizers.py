@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .errors import OptimizerError
+
+
+def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> None:
+    """Refuse early optimizers that cannot be served, one by one and together.
+
+    Raises:
+        OptimizerError: there is none, or a parameter is held by two.
+    """
+    if not optimizers:
+        raise OptimizerError("there is no optimizer; pass one, or a list of those that train the model")
+    for optimizer in optimizers:
+        check_optimizer(optimizer, model)
+    held: dict[int, int] = {}
+    names = {id(p): name for name, p in model.named_parameters()}
+    for i, optimizer in enumerate(optimizers):
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            if held.setdefault(id(parameter), i) != i:
+                raise OptimizerError(
+                    f"{names[id(parameter)]} is held by optimizers {held[id(parameter)]} and {i} of the list "
+                    f"({type(optimizers[held[id(parameter)]]).__name__} and {type(optimizer).__name__}); "
+                    "give every parameter to one of them"
+                )
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

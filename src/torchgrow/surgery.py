@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,7 +143,7 @@ class Bank:
     Args:
         model: the frame, at full size.
         space: its space.
-        optimizer: the user's optimizer, whose state is cut along with the parameters.
+        optimizer: the user's optimizer, or several, whose state is cut along with the parameters.
         seed: of initial values, for a frame on the meta device.
         device: where a frame on the meta device comes to life; nothing of it is there before the first change.
 
@@ -155,12 +155,14 @@ class Bank:
         self,
         model: nn.Module,
         space: Space,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         *,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.model, self.space, self.optimizer = model, space, optimizer
+        self.model, self.space = model, space
+        listed = optimizer if isinstance(optimizer, Sequence) else (optimizer,)
+        self.optimizers = tuple(one for one in listed if one is not None)
         self.tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         wrong = [n for n, shape in space.shapes.items() if n not in self.tensors or self.tensors[n].shape != shape]
         if wrong:
@@ -261,16 +263,17 @@ class Bank:
 
     def _slots_of(self, tensor: Tensor) -> list[tuple[dict[str, Any], str, Tensor]]:
         """Optimizer slots that have the parameter's shape; refuses layouts it does not know."""
-        if self.optimizer is None or tensor not in self.optimizer.state:
+        optimizer = next((optimizer for optimizer in self.optimizers if tensor in optimizer.state), None)
+        if optimizer is None:
             return []
-        state = self.optimizer.state[tensor]
+        state = optimizer.state[tensor]
         slots = []
         for key, slot in state.items():
             if isinstance(slot, Tensor) and slot.shape == tensor.shape:
                 slots.append((state, key, slot))
             elif isinstance(slot, Tensor) and slot.numel() > 1:
                 raise OptimizerError(
-                    f"{type(self.optimizer).__name__} keeps {key!r} of shape {tuple(slot.shape)} for a parameter of "
+                    f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(slot.shape)} for a parameter of "
                     f"shape {tuple(tensor.shape)}; torchgrow can only re-cut slots of the parameter's own shape. "
                     "Use SGD, Adam, AdamW or RMSprop"
                 )
