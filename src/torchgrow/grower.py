@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .budget import Budget, Limits, check_feasible, fit, largest_shift, pressure
 from .cost import Cost, CostModel
@@ -19,9 +20,9 @@ from .guard import guard_
 from .indicators import PRESETS, Indicators, Method
 from .optimizers import check_optimizer
 from .proof import trace
-from .replay import Couples, replay
-from .space import Frozen, Place, Space
-from .surgery import Bank, uninterrupted
+from .replay import Carries, Couples, replay
+from .space import Frozen, Place, Space, live_positions
+from .surgery import Bank, recut, uninterrupted
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Grower:
         seed: of all draws.
         freeze: what keeps its shape, as for `trace`.
         couple: what is cut alike, as for `trace`.
+        carried: outputs that become arguments of the next call, as for `trace`; see `carry`.
 
     Raises:
         TraceError: the model cannot be traced with these inputs.
@@ -90,6 +92,7 @@ class Grower:
         seed: int = 0,
         freeze: Sequence[str | Place] = (),
         couple: Couples = (),
+        carried: Carries | None = None,
     ) -> None:
         if not isinstance(budget, Budget):
             raise BudgetError(f'budget must be a torchgrow.Budget such as Budget(params="36%"), got {budget!r}')
@@ -99,7 +102,7 @@ class Grower:
             raise TorchgrowError(f"preset {preset!r} is unknown; use one of {sorted(PRESETS)} or a torchgrow.Method")
         self.method = preset if isinstance(preset, Method) else PRESETS[preset]()
         self.model, self.optimizer, self.budget, self.updates = model, optimizer, budget, updates
-        space = trace(model, example_inputs, freeze=freeze, couple=couple)
+        space = trace(model, example_inputs, freeze=freeze, couple=couple, carried=carried)
         if not space.proven:
             raise TraceError("the model is on the meta device, where nothing can train; use model.to_empty(device=...)")
         check_optimizer(optimizer, model)
@@ -120,6 +123,7 @@ class Grower:
         self._folding = Folding(optimizer, self._step, lambda: self._indicators.gate)
         self._penalty = 0.0
         self._ever = torch.zeros(self.space.n_units, dtype=torch.bool)
+        self._before = self.space.everything()  # the structure before the last change
         self.finished = False
         self.history: list[Event] = []
         self._seed_cost = self._costs.both(self._costs.live(self._indicators.seed_structure()))
@@ -193,6 +197,47 @@ class Grower:
             self.finished = True
         return event
 
+    def carry(self, state: Any) -> Any:
+        """What the model put out before the last change of structure, as it takes it now.
+
+        Truncated backpropagation through time hands the hidden state of a recurrent network from one step to the
+        next. Where the structure changes in between, call this once: after every `update()`, after `finish()`, and
+        after construction if there was a state of the frame before.
+
+        Args:
+            state: the carried tensors, in any nesting; with several carried arguments, a tuple of them all. Sizes of
+                axes that no unit lives on (of the batch, say) are free.
+
+        Returns:
+            `state`, detached: entries of units that stayed are the same bit for bit, those of units that came are
+            0, those of units that left are gone.
+
+        Raises:
+            StructureError: nothing was declared as carried, or the state is not the one of the structure before.
+        """
+        carried, old, new = self.space.carried, self._before, self._bank.keep
+        if not carried:
+            raise StructureError(
+                "no state was declared; construct Grower(..., example_inputs=(x, state), carried={1: 1}) for a model "
+                "called as out, state = model(x, state)"
+            )
+        tensors = [x for x in tree_leaves(state) if isinstance(x, Tensor)]
+        if len(tensors) != len(carried):
+            raise StructureError(
+                f"the state holds {len(tensors)} tensors, but {len(carried)} were declared as carried; pass the whole "
+                "state as the model returned it"
+            )
+        for i, (tensor, place) in enumerate(zip(tensors, carried, strict=True)):
+            for axis, units in place.units.items():
+                size = int(live_positions(units, old).sum())
+                if tensor.dim() <= axis or tensor.shape[axis] != size:
+                    raise StructureError(
+                        f"tensor {i} of the state is {tuple(tensor.shape)}, but axis {axis} had {size} positions "
+                        "before the last update; call carry once after every update, with what the model returned last"
+                    )
+        cut = iter([recut(x, place.units, old, new) for x, place in zip(tensors, carried, strict=True)])
+        return tree_map(lambda x: next(cut) if isinstance(x, Tensor) else x, state)
+
     def cost(self) -> Cost:
         """Cost of the live network."""
         return self._costs.cost(self._bank.keep)
@@ -222,7 +267,8 @@ class Grower:
     def _change_to(self, keep: Tensor, start: float, shift: float, silent: Tensor | None = None) -> Event:
         """Make `keep` the live structure, all or nothing, and record it."""
         bank, folding, gate = self._bank, self._folding, self._indicators.gate
-        old = bank.keep if self.history else keep
+        before = bank.keep
+        old = before if self.history else keep
         raw = folding.raw() or {name: self._parameters[name].detach() for name in self._gated}
         change = bank.stage(keep, raw)
         fresh = {name: change.swaps[name].new for name in self._gated}
@@ -252,7 +298,7 @@ class Grower:
         with uninterrupted():
             bank.commit(change)
             folding.install(fold, factors)
-            self._penalty, self._ever = penalty, self._ever | keep
+            self._penalty, self._ever, self._before = penalty, self._ever | keep, before
             self.history.append(event)
         return event
 

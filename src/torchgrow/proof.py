@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .cost import CostModel
 from .counting import Guess, choices, guesses
 from .errors import TraceError
-from .replay import Couples, _opened, call, quiet_eval, replay
+from .replay import Carries, Couples, _opened, call, quiet_eval, replay
 from .space import Frozen, Place, Space, live_positions
-from .surgery import Bank
+from .surgery import Bank, recut
 
 TOLERANCE = 1e-9
 """Largest relative error in float64 that still counts as equal."""
@@ -85,7 +85,11 @@ class Prover:
             raise TraceError(f"the proof needs a copy of the model, but deepcopy failed: {error}") from error
         self.frame._apply(_doubled)
         self.inputs = tree_map(lambda x: _doubled(x.detach()) if isinstance(x, Tensor) else x, example_inputs)
+        self.tensors = [x for x in tree_leaves(self.inputs) if isinstance(x, Tensor)]
         self._randomize()
+        for i in [state.input for state in space.carried]:  # anything, not the zeros that most examples begin with
+            noise = torch.randn(self.tensors[i].shape, generator=self.generator, dtype=torch.float64)
+            self.tensors[i] = noise.to(self.tensors[i])
         try:
             plain = self._outputs()
             self.bank = Bank(self.frame, space)
@@ -152,11 +156,13 @@ class Prover:
                 self.bank.tensors[name].copy_(full)
         try:
             self.bank.resize_(keep)
-            found = self._outputs()
+            found = self._outputs(keep)
         except Exception as error:
             return float("inf"), f"the compact network fails: {type(error).__name__}: {str(error).splitlines()[0]}"
         finally:
             self.bank.restore_()
+        for state in self.space.carried:  # what a removed unit would have carried on is nobody's business
+            expected[state.output] = recut(expected[state.output], state.units, self.space.everything(), keep)
         worst = _gap(found, expected)
         return worst, f"the compact network's outputs differ by {worst:.1e}"
 
@@ -173,10 +179,17 @@ class Prover:
         self.space = self.bank.space = before
         return False
 
-    def _outputs(self) -> list[Tensor]:
+    def _outputs(self, keep: Tensor | None = None) -> list[Tensor]:
+        """All tensors the network puts out; with the units in `keep`, given states are cut as it is."""
+        tensors = list(self.tensors)
+        if keep is not None:
+            for state in self.space.carried:
+                tensors[state.input] = recut(tensors[state.input], state.units, self.space.everything(), keep)
+        rest = iter(tensors)
+        inputs = tree_map(lambda x: next(rest) if isinstance(x, Tensor) else x, self.inputs)
         with quiet_eval(self.frame), _no_fast_path():
             torch.manual_seed(self.seed)
-            outputs = call(self.frame, self.inputs)
+            outputs = call(self.frame, inputs)
         found = [x for x in tree_leaves(_opened(outputs)) if isinstance(x, Tensor)]
         return [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in found]
 
@@ -285,7 +298,14 @@ def _failing(prover: Prover, groups: list[int], draw: Tensor) -> dict[int, str]:
     return found or dict.fromkeys(groups, reason)  # exact apart, wrong together: none of them is proven
 
 
-def trace(model: nn.Module, example_inputs: Any, *, freeze: Sequence[str | Place] = (), couple: Couples = ()) -> Space:
+def trace(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    freeze: Sequence[str | Place] = (),
+    couple: Couples = (),
+    carried: Carries | None = None,
+) -> Space:
     """Find the units of a model and prove them on the model itself.
 
     The model is run a few times in evaluation mode; parameters, buffers, modes and random state are as before.
@@ -297,6 +317,8 @@ def trace(model: nn.Module, example_inputs: Any, *, freeze: Sequence[str | Place
         freeze: parameters or modules that keep their shape, by qualified name or pattern ("head.*"); or single
             axes, such as ("head.weight", 1).
         couple: pairs of axes that are cut alike, position by position, such as (("a.weight", 0), ("b.weight", 0)).
+        carried: outputs that become arguments of the next call and are cut as the model is, {argument: output},
+            by position or name: {1: 1} for `out, state = model(x, state)`.
 
     Returns:
         The space, in which every removable unit came out exact (relative error at most 1e-9 in float64).
@@ -304,7 +326,7 @@ def trace(model: nn.Module, example_inputs: Any, *, freeze: Sequence[str | Place
     Raises:
         TraceError: the model cannot be run or traced; the message says what works.
     """
-    space = replay(model, example_inputs, freeze=freeze, couple=couple)
+    space = replay(model, example_inputs, freeze=freeze, couple=couple, carried=carried)
     if any(parameter.is_meta for parameter in model.parameters()):
         return space
     return prove(model, space, example_inputs)
@@ -319,6 +341,7 @@ def verify(
     *,
     freeze: Sequence[str | Place] = (),
     couple: Couples = (),
+    carried: Carries | None = None,
 ) -> Report:
     """Prove exactness on your own model: remove random units and compare with the frame, those units zeroed.
 
@@ -330,13 +353,14 @@ def verify(
         trials: number of random subsets.
         freeze: as for `trace`.
         couple: as for `trace`.
+        carried: as for `trace`.
 
     Raises:
         TraceError: as for `trace`.
     """
     if not 0 < fraction < 1:
         raise TraceError(f"fraction must lie between 0 and 1, got {fraction}")
-    space = trace(model, example_inputs, freeze=freeze, couple=couple)
+    space = trace(model, example_inputs, freeze=freeze, couple=couple, carried=carried)
     if not space.proven:
         raise TraceError("the model is on the meta device, where nothing can be proven; use trace for its units")
     prover = Prover(model, space, example_inputs, seed)
