@@ -1,6 +1,7 @@
 """Slow, literal versions of what the library does fast: Eq 6 with explicit masks, and small frames to try it on."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,9 +110,9 @@ class Eq6:
         """What the live network calls its parameters: w~ where there are gates, w elsewhere."""
         return [self.held.get(name, p) for name, p in self.parameters.items()]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, *inputs: Any) -> Any:
         buffers = {name: b.clone() for name, b in self.buffers.items()}
-        outputs = functional_call(self.frame, {**self.held, **buffers}, (x,))
+        outputs = functional_call(self.frame, {**self.held, **buffers}, inputs)
         for name, b in self.buffers.items():
             b.copy_(torch.where(self.absent(name), b, buffers[name]))
         return outputs

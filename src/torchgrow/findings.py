@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .labels import FIXED, Labels, Layer
-from .space import Attribute, FlopTerm, Frozen, Place, Space
+from .space import Attribute, Carried, FlopTerm, Frozen, Place, Space
 
 
 @dataclass
@@ -42,6 +42,7 @@ class Findings:
         freezings: what was frozen, in order.
         flop_terms: constant, counted symbols, module.
         counted: int attributes that rules have seen counting symbols, by (module, name).
+        carried: for tensors that the model is given again: which input, which output, and the symbols per axis.
     """
 
     model: nn.Module
@@ -53,6 +54,7 @@ class Findings:
     freezings: list[Freezing] = field(default_factory=list)
     flop_terms: list[tuple[int, list[Tensor], str]] = field(default_factory=list)
     counted: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    carried: list[tuple[int, int, dict[int, Tensor]]] = field(default_factory=list)
 
     def space(self, batch: int) -> Space:
         """The space, before the proof; `batch` is the number of samples in the example inputs."""
@@ -89,6 +91,10 @@ class Findings:
             batch=batch,
             fold=self._fold_places(unit_of, units, real.numel()),
             attributes=self._attributes(unit_of, units),
+            carried=tuple(
+                Carried(i, o, {axis: cut for axis, s in symbols.items() if bool(((cut := units(s)) >= 0).any())})
+                for i, o, symbols in sorted(self.carried, key=lambda state: state[0])
+            ),
         )
         return replace(space, frozen=self._frozen())
 
@@ -145,12 +151,16 @@ class Findings:
         )
 
     def _frozen(self) -> tuple[Frozen, ...]:
-        """Freezings with the places of their symbols."""
+        """Freezings with the places of their symbols; those of nothing but axes of carried tensors go unsaid."""
         places = list(self.symbols)
         starts = torch.tensor([int(self.symbols[place][0]) for place in places] or [0])
+        last = max((int(symbols[-1]) for symbols in self.symbols.values()), default=0)
         result = []
         for freezing in self.freezings:
-            index = (torch.searchsorted(starts, freezing.symbols, right=True) - 1).unique().tolist()
+            symbols = freezing.symbols[freezing.symbols <= last]
+            if not symbols.numel():
+                continue
+            index = (torch.searchsorted(starts, symbols, right=True) - 1).unique().tolist()
             result.append(replace(freezing.frozen, places=tuple(places[i] for i in index)))
         return tuple(result)
 

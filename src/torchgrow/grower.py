@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .budget import Budget, Limits, check_feasible, fit, largest_shift, pressure
 from .cost import Cost, CostModel
@@ -21,9 +21,9 @@ from .guard import guard_
 from .indicators import PRESETS, Indicators, Method
 from .optimizers import check_optimizers
 from .proof import prove, trace
-from .replay import Couples, replay
-from .space import WHOLE, Frozen, Place, Space
-from .surgery import Bank, uninterrupted
+from .replay import Carries, Couples, replay
+from .space import WHOLE, Frozen, Place, Space, live_positions
+from .surgery import Bank, recut, uninterrupted
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class Grower:
         couple: what is cut alike, as for `trace`.
         depth: whether layers grow too, as for `trace`. A layer that is left out costs nothing: its module hands its
             input on, and its parameters (still the same objects, in the optimizer too) are empty.
+        carried: outputs that become arguments of the next call, as for `trace`; see `carry`.
 
     Raises:
         TraceError: the model cannot be traced with these inputs.
@@ -99,6 +100,7 @@ class Grower:
         freeze: Sequence[str | Place] = (),
         couple: Couples = (),
         depth: bool | Sequence[Named] = False,
+        carried: Carries | None = None,
     ) -> None:
         if not isinstance(budget, Budget):
             raise BudgetError(f'budget must be a torchgrow.Budget such as Budget(params="36%"), got {budget!r}')
@@ -112,7 +114,7 @@ class Grower:
             self.method = preset if isinstance(preset, Method) else PRESETS[preset]()
         self.model, self.budget, self.updates = model, budget, updates
         self.optimizers = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
-        space = trace(model, example_inputs, freeze=freeze, couple=couple, depth=depth)
+        space = trace(model, example_inputs, freeze=freeze, couple=couple, carried=carried, depth=depth)
         if not space.proven:  # a frame on the meta device
             space = prove(model, space, example_inputs)
         check_optimizers(self.optimizers, model)
@@ -138,6 +140,7 @@ class Grower:
         for slot in self.space.slots:
             self._lambda_share[slot.unit] = self.method.layer_lambda_base / (self.method.lambda_base or 1.0)
         self._ever = torch.zeros(self.space.n_units, dtype=torch.bool)
+        self._before = self.space.everything()  # the structure before the last change
         self.finished = False
         self.history: list[Event] = []
         self._seed_cost = self._costs.both(self._costs.live(self._indicators.seed_structure()))
@@ -211,6 +214,47 @@ class Grower:
             self.finished = True
         return event
 
+    def carry(self, state: Any) -> Any:
+        """What the model put out before the last change of structure, as it takes it now.
+
+        Truncated backpropagation through time hands the hidden state of a recurrent network from one step to the
+        next. Where the structure changes in between, call this once: after every `update()`, after `finish()`, and
+        after construction if there was a state of the frame before.
+
+        Args:
+            state: the carried tensors, in any nesting; with several carried arguments, a tuple of them all. Sizes of
+                axes that no unit lives on (of the batch, say) are free.
+
+        Returns:
+            `state`, detached: entries of units that stayed are the same bit for bit, those of units that came are
+            0, those of units that left are gone.
+
+        Raises:
+            StructureError: nothing was declared as carried, or the state is not the one of the structure before.
+        """
+        carried, old, new = self.space.carried, self._before, self._bank.keep
+        if not carried:
+            raise StructureError(
+                "no state was declared; construct Grower(..., example_inputs=(x, state), carried={1: 1}) for a model "
+                "called as out, state = model(x, state)"
+            )
+        tensors = [x for x in tree_leaves(state) if isinstance(x, Tensor)]
+        if len(tensors) != len(carried):
+            raise StructureError(
+                f"the state holds {len(tensors)} tensors, but {len(carried)} were declared as carried; pass the whole "
+                "state as the model returned it"
+            )
+        for i, (tensor, place) in enumerate(zip(tensors, carried, strict=True)):
+            for axis, units in place.units.items():
+                size = int(live_positions(units, old).sum())
+                if tensor.dim() <= axis or tensor.shape[axis] != size:
+                    raise StructureError(
+                        f"tensor {i} of the state is {tuple(tensor.shape)}, but axis {axis} had {size} positions "
+                        "before the last update; call carry once after every update, with what the model returned last"
+                    )
+        cut = iter([recut(x, place.units, old, new) for x, place in zip(tensors, carried, strict=True)])
+        return tree_map(lambda x: next(cut) if isinstance(x, Tensor) else x, state)
+
     def cost(self) -> Cost:
         """Cost of the live network."""
         return self._costs.cost(self._bank.keep)
@@ -250,7 +294,8 @@ class Grower:
     def _change_to(self, keep: Tensor, start: float, shift: float, silent: Tensor | None = None) -> Event:
         """Make `keep` the live structure, all or nothing, and record it."""
         bank, folding, gate = self._bank, self._folding, self._indicators.gate
-        old = bank.keep if self.history else keep
+        previous = bank.keep
+        old = previous if self.history else keep
         raw = folding.raw() or {name: self._parameters[name].detach() for name in self._gated}
         change = bank.stage(keep, raw)
         fresh = {name: change.swaps[name].new for name in self._gated if not self.space.absent(name, keep)}
@@ -282,6 +327,7 @@ class Grower:
             bank.commit(change)
             folding.install(fold, factors)
             self._penalty, self._ever = penalty * self._lambda_share, self._ever | here
+            self._before = previous
             self.history.append(event)
         return event
 

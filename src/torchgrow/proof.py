@@ -21,10 +21,10 @@ from .cost import CostModel
 from .counting import Guess, choices, guesses
 from .depth import Named, find, gated, with_layers
 from .errors import TraceError
-from .replay import Couples, _opened, call, quiet_eval, replay
+from .replay import Carries, Couples, _opened, call, quiet_eval, replay
 from .space import WHOLE, Frozen, Place, Space, live_positions
 from .store import Births, is_meta
-from .surgery import Bank, skip_
+from .surgery import Bank, recut, skip_
 
 TOLERANCE = 1e-9
 """Largest relative error in float64 that still counts as equal."""
@@ -98,7 +98,11 @@ class Prover:
                 tensor.detach().copy_(births.full(name))
         self.frame._apply(_doubled)
         self.inputs = tree_map(lambda x: _doubled(x.detach()) if isinstance(x, Tensor) else x, example_inputs)
+        self.tensors = [x for x in tree_leaves(self.inputs) if isinstance(x, Tensor)]
         self._randomize()
+        for i in [state.input for state in space.carried]:  # anything, not the zeros that most examples begin with
+            noise = torch.randn(self.tensors[i].shape, generator=self.generator, dtype=torch.float64)
+            self.tensors[i] = noise.to(self.tensors[i])
         try:
             plain = self._outputs()
             self.bank = Bank(self.frame, space)
@@ -184,11 +188,13 @@ class Prover:
                 self.bank.tensors[name].copy_(asleep.read({}))
         try:
             self.bank.resize_(keep)
-            found = self._outputs()
+            found = self._outputs(keep)
         except Exception as error:
             return float("inf"), f"the compact network fails: {type(error).__name__}: {str(error).splitlines()[0]}"
         finally:
             self.bank.restore_()
+        for state in self.space.carried:  # what a removed unit would have carried on is nobody's business
+            expected[state.output] = recut(expected[state.output], state.units, self.space.everything(), keep)
         worst = _gap(found, expected)
         return worst, f"the compact network's outputs differ by {worst:.1e}"
 
@@ -205,10 +211,17 @@ class Prover:
         self.space = self.bank.space = before
         return False
 
-    def _outputs(self) -> list[Tensor]:
+    def _outputs(self, keep: Tensor | None = None) -> list[Tensor]:
+        """All tensors the network puts out; with the units in `keep`, given states are cut as it is."""
+        tensors = list(self.tensors)
+        if keep is not None:
+            for state in self.space.carried:
+                tensors[state.input] = recut(tensors[state.input], state.units, self.space.everything(), keep)
+        rest = iter(tensors)
+        inputs = tree_map(lambda x: next(rest) if isinstance(x, Tensor) else x, self.inputs)
         with quiet_eval(self.frame), _no_fast_path():
             torch.manual_seed(self.seed)
-            outputs = call(self.frame, self.inputs)
+            outputs = call(self.frame, inputs)
         found = [x for x in tree_leaves(_opened(outputs)) if isinstance(x, Tensor)]
         return [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in found]
 
@@ -331,6 +344,7 @@ def trace(
     freeze: Sequence[str | Place] = (),
     couple: Couples = (),
     depth: bool | Sequence[Named] = False,
+    carried: Carries | None = None,
 ) -> Space:
     """Find the units of a model and prove them on the model itself.
 
@@ -346,6 +360,8 @@ def trace(
         depth: whether layers may be left out as well (paper Eq 2). True finds them: blocks of one class that follow
             each other in a container and return a tensor like the one they are given, but for one in each stage.
             Or their qualified names; a tuple of names is one layer of several modules that run in that order.
+        carried: outputs that become arguments of the next call and are cut as the model is, {argument: output},
+            by position or name: {1: 1} for `out, state = model(x, state)`.
 
     Returns:
         The space, in which every removable unit came out exact (relative error at most 1e-9 in float64).
@@ -354,7 +370,8 @@ def trace(
         TraceError: the model cannot be run or traced; the message says what works.
     """
     slots = find(model, example_inputs, depth)
-    space = with_layers(replay(model, example_inputs, freeze=freeze, couple=couple, slots=slots), slots)
+    found = replay(model, example_inputs, freeze=freeze, couple=couple, carried=carried, slots=slots)
+    space = with_layers(found, slots)
     if is_meta(model):
         return space
     return prove(model, space, example_inputs)
@@ -370,6 +387,7 @@ def verify(
     freeze: Sequence[str | Place] = (),
     couple: Couples = (),
     depth: bool | Sequence[Named] = False,
+    carried: Carries | None = None,
 ) -> Report:
     """Prove exactness on your own model: remove random units and compare with the frame, those units zeroed.
 
@@ -382,13 +400,14 @@ def verify(
         freeze: as for `trace`.
         couple: as for `trace`.
         depth: as for `trace`.
+        carried: as for `trace`.
 
     Raises:
         TraceError: as for `trace`.
     """
     if not 0 < fraction < 1:
         raise TraceError(f"fraction must lie between 0 and 1, got {fraction}")
-    space = trace(model, example_inputs, freeze=freeze, couple=couple, depth=depth)
+    space = trace(model, example_inputs, freeze=freeze, couple=couple, carried=carried, depth=depth)
     if not space.proven:
         raise TraceError("the model is on the meta device, where nothing can be proven; use trace for its units")
     prover = Prover(model, space, example_inputs, seed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import contractions, reductions, sequences  # noqa: F401 (importing them registers their rules)
@@ -26,7 +26,7 @@ from .adapters import adapted
 from .errors import TraceError
 from .findings import Findings, Freezing, Read
 from .labels import FIXED, Labels, Layer
-from .rules import CONSTANT, COUNTED, FILLED, MODULE_RULES, RULES, copy, either, pointwise, unknown
+from .rules import CONSTANT, COUNTED, FILLED, MODULE_RULES, RULES, copy, either, placed, pointwise, unknown
 from .space import Frozen, Place, Slot, Space
 
 
@@ -332,17 +332,19 @@ class Replay(TorchDispatchMode):
             for layer in [*before, *after, *(self.layers(base) if base is not None else [])]:
                 self.freeze(layer, "writes in place into a view")
 
-    def run(self, example_inputs: Any) -> None:
+    def run(self, example_inputs: Any, carries: Carries | None = None) -> None:
         """Run the frame once; afterwards freeze its outputs and what the run left open."""
+        entering = _carried_inputs(example_inputs, carries or {})
         if any(parameter.is_meta for parameter in self.model.parameters()):
             given, self.shadows = example_inputs, WeakTensorKeyDictionary()
             example_inputs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, given)
             for x, real in zip(tree_leaves(example_inputs), tree_leaves(given), strict=True):
                 if isinstance(x, Tensor) and not real.is_floating_point():
                     self.shadows[x] = real
-        for x in tree_leaves(example_inputs):
-            if isinstance(x, Tensor):
-                self.from_input[x] = True
+        given = [x for x in tree_leaves(example_inputs) if isinstance(x, Tensor)]
+        for x in given:
+            self.from_input[x] = True
+        states = {i: self._label_state(given[i]) for indices in entering.values() for i in indices}
         pre = nn.modules.module.register_module_forward_pre_hook(self._enter)
         post = nn.modules.module.register_module_forward_hook(self._leave, always_call=True)
         handles = [pre, post]
@@ -367,11 +369,15 @@ class Replay(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
         self.stack, self.op = [], "output"
-        for x in tree_leaves(_opened(outputs)):
-            if isinstance(x, Tensor):
-                self._used([x])
-                for layer in self.layers(x):
-                    self.freeze(layer, "is an output of the model")
+        leaving = _carried_outputs(outputs, given, entering)
+        for i, x in enumerate(x for x in tree_leaves(_opened(outputs)) if isinstance(x, Tensor)):
+            self._used([x])
+            if i in leaving:
+                self._close_state(x, states[leaving[i]])
+                self.found.carried.append((leaving[i], i, states[leaving[i]]))
+                continue
+            for layer in self.layers(x):
+                self.freeze(layer, "is an output of the model")
         for name, tensor in self.found.tensors.items():
             if name not in self.used:
                 self.op = "unused"
@@ -379,6 +385,25 @@ class Replay(TorchDispatchMode):
                     self.freeze(layer, "is not used by the forward")
         for layer in self.split_layers:
             self._make_box(layer)
+
+    def _label_state(self, state: Tensor) -> dict[int, Tensor]:
+        """Fresh symbols for every axis of a carried input, of which nothing is known but that it comes back."""
+        symbols = {axis: self.labels.new(size) for axis, size in enumerate(state.shape) if size > 1}
+        self.known[state] = [placed(Layer(s << 1, frozenset()), state.dim(), axis) for axis, s in symbols.items()]
+        return symbols
+
+    def _close_state(self, out: Tensor, symbols: dict[int, Tensor]) -> None:
+        """A carried output is the input of the next call: the same units at the same positions."""
+        layers = self.layers(out)
+        for layer in layers:
+            if len(layer.axes) != 1:
+                self.freeze(layer, "is carried on, but not along one axis")
+        for axis, own in symbols.items():
+            ends = [layer for layer in layers if layer.axes == (axis,)]
+            for end in ends:
+                self.tie(own, end.symbols.flatten())
+            if not ends:
+                self._freeze(own, "is carried over from positions that cannot be removed")
 
     def _make_box(self, layer: Layer) -> None:
         """Live positions of a view over several axes must form a box: keep freedom along one axis only."""
@@ -464,6 +489,57 @@ def _user_line() -> str:
 
 Couples = Sequence[tuple[Place, Place]]
 
+Carries = Mapping[int | str, int | str]
+"""Which argument of a model's next call each of its outputs becomes: {argument: output}, by position or name."""
+
+
+def _leaves_by_entry(tree: Any) -> list[tuple[Any, Tensor]]:
+    """The tensors of arguments or outputs, each with the position or name of the entry it lies in."""
+
+    def entry(path: Any) -> Any:
+        return next(
+            (getattr(path[0], field) for field in ("idx", "key", "name") if path and hasattr(path[0], field)), None
+        )
+
+    return [(entry(path), leaf) for path, leaf in tree_flatten_with_path(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _carried_inputs(example_inputs: Any, carries: Carries) -> dict[tuple[int | str, int | str], list[int]]:
+    """For every (argument, output) the indices of the argument's tensors among those of the example inputs."""
+    leaves = _leaves_by_entry(example_inputs)
+    entering = {}
+    for argument, output in carries.items():
+        indices = [i for i, (entry, leaf) in enumerate(leaves) if entry == argument and leaf.is_floating_point()]
+        if not indices:
+            entries = list(dict.fromkeys(entry for entry, _ in leaves if entry is not None))
+            raise TraceError(
+                f"carried names argument {argument!r}, in which example_inputs holds no floating-point tensor (it "
+                f"holds tensors in {entries}); give an initial state of zeros there, as in example_inputs=(tokens, "
+                "state), carried={1: 1}"
+            )
+        entering[argument, output] = indices
+    return entering
+
+
+def _carried_outputs(
+    outputs: Any, given: list[Tensor], entering: dict[tuple[int | str, int | str], list[int]]
+) -> dict[int, int]:
+    """Index of every carried tensor among the outputs' tensors, and among the inputs'."""
+    leaves = _leaves_by_entry(_opened(outputs))
+    leaving: dict[int, int] = {}
+    for (argument, output), indices in entering.items():
+        ends = [i for i, (entry, leaf) in enumerate(leaves) if entry == output and leaf.is_floating_point()]
+        into = [tuple(given[i].shape) for i in indices]
+        out_of = [tuple(leaves[i][1].shape) for i in ends]
+        if into != out_of:
+            raise TraceError(
+                f"carried says that output {output!r} becomes argument {argument!r} of the next call, but their "
+                f"tensors are of shapes {out_of} and {into}; name the output (by position, key or attribute) that "
+                "returns the new state, and give an initial state of its shapes in example_inputs"
+            )
+        leaving.update(zip(ends, indices, strict=True))
+    return leaving
+
 
 def _frozen_by_name(symbols: dict[Place, Tensor], names: Sequence[str | Place]) -> list[Place]:
     """Places of the tensors, modules, patterns and single axes named."""
@@ -508,6 +584,7 @@ def replay(
     freeze: Sequence[str | Place] = (),
     couple: Couples = (),
     slots: Sequence[Slot] = (),
+    carried: Carries | None = None,
 ) -> Space:
     """Trace the frame by label replay, without proof.
 
@@ -519,6 +596,7 @@ def replay(
             axes, such as ("head.weight", 1).
         couple: pairs of axes that are cut alike, position by position, such as (("a.weight", 0), ("b.weight", 0)).
         slots: layers that may hand their input on instead; they become units in `depth.with_layers`.
+        carried: outputs that become arguments of the next call, {argument: output}, by position or name.
 
     Raises:
         TraceError: the model or the inputs cannot be traced; the message says what would work.
@@ -526,7 +604,7 @@ def replay(
     check_model(model, example_inputs)
     tracer = Replay(model, slots)
     wanted = _frozen_by_name(tracer.found.symbols, freeze), _coupled(tracer.found.symbols, couple)
-    tracer.run(example_inputs)
+    tracer.run(example_inputs, carried)
     tracer.op = "the user"
     for a, b in wanted[1]:
         tracer.tie(tracer.found.symbols[a], tracer.found.symbols[b])

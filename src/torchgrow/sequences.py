@@ -201,4 +201,4 @@ def carried(ctx: Context, start: Tensor, units: Layer) -> None:
     if own is not None:
         ctx.tie(own.symbols.flatten(), units.symbols.flatten())
     elif ctx.depends_on_input(start) or not ctx.constant_along(start, axis):
-        ctx.freeze(units, "starts from a state whose size is given from outside")
+        ctx.freeze(units, "starts from a state given from outside; if the model put it out before, declare carried=...")

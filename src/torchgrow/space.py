@@ -120,6 +120,21 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class Carried:
+    """A tensor that the model puts out and is given again at its next call, such as the hidden state of an LSTM.
+
+    Attributes:
+        input: which of the tensors among the example inputs it is.
+        output: which of the tensors among the outputs it is.
+        units: for every axis that can be cut, int64 unit ids, -1 for positions that always live.
+    """
+
+    input: int
+    output: int
+    units: Mapping[int, Tensor]
+
+
+@dataclass(frozen=True)
 class Space:
     """What tracing found. Units are numbered 0..n-1.
 
@@ -136,6 +151,7 @@ class Space:
             `WHOLE` (-1) and one id for a tensor that carries the gate of its layer.
         attributes: module attributes that count an axis.
         frozen: what can never be removed, and why.
+        carried: tensors that go from one call of the model to the next, and are cut as it is.
         proven: whether the units were tried on the model itself; never on the meta device, where nothing can run.
         slots: layers that may be left out.
         cut_axes: for every tensor that surgery changes, the axes that carry units.
@@ -155,6 +171,7 @@ class Space:
     fold: Mapping[Place, Tensor]
     attributes: tuple[Attribute, ...]
     frozen: tuple[Frozen, ...] = ()
+    carried: tuple[Carried, ...] = ()
     proven: bool = False
     slots: tuple[Slot, ...] = ()
     cut_axes: Mapping[str, tuple[int, ...]] = field(init=False, repr=False)

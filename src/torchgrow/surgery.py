@@ -24,6 +24,27 @@ from .space import PassThrough, Space, live_positions
 from .store import Births, Index, Store, gather, index_of, is_meta
 
 
+def recut(tensor: Tensor, units: Mapping[int, Tensor], old: Tensor, new: Tensor) -> Tensor:
+    """A carried tensor of the network with the units in `old`, as the network with those in `new` takes it.
+
+    Args:
+        tensor: as the old network put it out.
+        units: per axis, int64 unit ids of its positions in the frame.
+        old: bool [n].
+        new: bool [n].
+
+    Returns:
+        The same tensor, detached, without the entries of units that left, and with zeros for those that came.
+    """
+    tensor = tensor.detach()
+    for axis, vector in units.items():
+        before, after = (torch.nonzero(live_positions(vector, keep)).flatten().to(tensor.device) for keep in (old, new))
+        if not torch.equal(before, after):
+            full = tensor.new_zeros([*tensor.shape[:axis], vector.numel(), *tensor.shape[axis + 1 :]])
+            tensor = full.index_copy_(axis, before, tensor).index_select(axis, after)
+    return tensor
+
+
 def replace_(tensor: Tensor, new: Tensor) -> None:
     """Give a parameter or buffer other contents of any shape; the object, its hooks and requires_grad stay.
 
