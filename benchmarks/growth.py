@@ -87,7 +87,8 @@ def main() -> None:
         recipe = replace(base, seed=seed)
         settings = hashlib.sha256(json.dumps(recipe.as_json(), sort_keys=True).encode()).hexdigest()[:16]
         rows = [json.loads(line) for line in arguments.results.read_text().splitlines()]
-        done = {row["method"] for row in rows if row["settings"] == settings}
+        config = json.loads(json.dumps(recipe.as_json()))
+        done = {row["method"] for row in rows if {**config, **row["config"]} == config}  # but for fields added since
         missing = [method for method in METHODS if method not in done]
         limit = recipe.budget.limits(dense).params
         if limit is None:

@@ -44,7 +44,10 @@ ORDER = [
     "persist",
     "__init__",
 ]
-LAB_ORDER = ["__init__", "models", "data", "recipes", "train", "display", "report", "run", "sources", "inspect"]
+LAB_ORDER = [
+    "__init__", "metrics", "models", "recurrent", "attention", "text", "data", "recipes", "train", "display", "report",
+    "run", "sources", "inspect",
+]  # fmt: skip
 BEYOND = {"inspect": {"torchgrow.budget", "torchgrow.cost"}}  # it shows the core's own counts and answers
 OUTSIDE = {"__main__", "cli"}
 CORE_NEEDS = {"torch", "safetensors", "torchgrow"}

@@ -74,14 +74,18 @@ def _clean_exit(console: Console) -> Iterator[None]:
 def run(
     recipe: Annotated[str, typer.Argument(help="One of those that `torchgrow list` shows.")] = "digits",
     out: Annotated[Path | None, typer.Option(help="Run folder to write. Default: a new one in runs/.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder with the data. Default: data/cifar10.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the data. Default: data/cifar10; for text, Python's manual."),
+    ] = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data if it is not there.")] = False,
-    subset: Annotated[int | None, typer.Option(help="Train on this many images only.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
+    subset: Annotated[int | None, typer.Option(help="Train on this many images, or words, only.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images, or text.")] = None,
     budget: Annotated[str | None, typer.Option(help=_BUDGET_HELP)] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, batches and growth. Default: 0.")] = None,
     preset: Annotated[str | None, typer.Option(help="How to grow: default or paper.")] = None,
     shortcut: Annotated[str | None, typer.Option(help="Shortcuts of a ResNet: A (padding) or B (1x1).")] = None,
+    size: Annotated[str | None, typer.Option(help="Size of the LSTM: small, medium or large.")] = None,
     twins: Annotated[bool, typer.Option(help="Train the dense and the uniform twin too.")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the recipe's.")] = None,
 ) -> None:
@@ -91,6 +95,8 @@ def run(
         edits: dict[str, Any] = {"subset": subset, "epochs": epochs, "seed": seed, "preset": preset, "threads": threads}
         edits["budget"] = parse_budget(budget) if budget else None
         chosen = recipes.get(recipe)
+        if size:
+            chosen = recipes.with_size(chosen, size)
         chosen = replace(chosen, **{field: value for field, value in edits.items() if value is not None})
         if shortcut:
             chosen = recipes.with_shortcut(chosen, shortcut)

@@ -78,6 +78,11 @@ def test_options_reach_the_recipe(ran, tmp_path):
     assert (keywords["download"], keywords["twins"]) == (True, False)
 
 
+def test_size_comes_before_what_is_edited(ran):
+    assert invoke("run", "lstm-ptb", "--size", "medium", "--epochs", "5").exit_code == 0
+    assert (ran[0][0].build.keywords["hidden"], ran[0][0].epochs) == ((650, 650), 5)
+
+
 def test_threads(ran):
     assert invoke("run", "--threads", "3").exit_code == 0
     assert ran[0][0].threads == 3
@@ -93,6 +98,9 @@ def test_threads(ran):
         (["--epochs", "0"], "error: recipe 'digits': epochs must be at least 2"),
         (["--preset", "fast"], "error: recipe 'digits': preset must be one of default, paper, got 'fast'"),
         (["--shortcut", "C"], "error: shortcut is"),
+        (["--size", "large"], "error: recipe 'digits' has no choice of sizes; leave --size out"),
+        (["lstm-ptb", "--data", "nowhere"], "error: no text in nowhere: the folder does not exist"),
+        (["lstm-ptb", "--download"], "error: a text cannot be downloaded"),
         (["--subset", "99999"], "error: a subset has 1 to 1437 of the training images"),
         (["--budget", "params=5"], "error:"),
         (["resnet20-cifar10", "--data", "nowhere"], "error: no CIFAR-10 in nowhere: the folder does not exist"),

@@ -16,6 +16,7 @@ from torchgrow import Budget, Frozen, TorchgrowError, measure, shrink_, trace
 from torchgrow.cli import app
 from torchgrow.lab import inspect, recipes, sources
 from torchgrow.lab.data import DATASETS
+from torchgrow.lab.recurrent import LSTM
 
 NETS = """
 import torch
@@ -300,10 +301,21 @@ def test_models_and_inputs_are_the_same_every_time():
 
 
 def test_every_recipe_has_inputs():
-    assert set(sources._RECIPE_IMAGES) == set(DATASETS)
+    assert {*sources._RECIPE_IMAGES, "text"} == set(DATASETS)
     for name in recipes.RECIPES:
         model, inputs = sources.load(name)
-        model.eval()(inputs)
+        model.eval()(*inputs) if isinstance(inputs, tuple) else model.eval()(inputs)
+
+
+def test_a_recurrent_recipe_is_inspected_with_the_state_it_carries():
+    model, (words, state) = sources.load("lstm-ptb", [(2, 3)])
+    small = LSTM(words=7, embedding=4, hidden=(3, 5))
+    seen = inspect.inspect(small, (words % 7, small.start(2)))
+    assert (words.shape, len(state)) == ((2, 3), len(model.layers))
+    assert [(part.units, part.removable) for part in seen.parts if part.removable] == [(4, 3), (3, 2), (5, 4)]
+    assert seen.exact
+    with pytest.raises(TorchgrowError, match="lstm-ptb takes one --input, the shape of its words; got 2"):
+        sources.load("lstm-ptb", [(2, 3), (2, 3)])
 
 
 def test_sizes_that_torchvision_states():

@@ -4,8 +4,22 @@ import pytest
 import torch
 from torch import nn
 
-from torchgrow import TorchgrowError
+from torchgrow import TorchgrowError, trace, verify
+from torchgrow.lab.attention import GPT, ViT
 from torchgrow.lab.models import VGG16, PadShortcut, ResNet, WideResNet, scaled
+from torchgrow.lab.recurrent import LSTM
+
+TINY = {
+    "lstm": lambda width=1.0: LSTM(width, words=11, embedding=6, hidden=(8, 5)),
+    "gpt": lambda width=1.0: GPT(width, words=11, features=8, layers=2, heads=3, head=2, neurons=7, context=6),
+    "vit": lambda width=1.0: ViT(width, size=8, features=8, layers=2, heads=3, head=2, neurons=7),
+}
+
+
+def inputs(name, model):
+    """A batch of two, with the state that the LSTM carries."""
+    x = torch.randn(2, 3, 8, 8) if name == "vit" else torch.randint(11, (2, 6))
+    return (x, model.start(2)) if name == "lstm" else x
 
 
 def count(model: nn.Module) -> int:
@@ -26,6 +40,7 @@ def meta(build, *arguments, **keywords) -> nn.Module:
         (meta(VGG16), 14_728_266),  # 14.73M
         (meta(WideResNet), 36_479_194),  # 36.5M in Zagoruyko and Komodakis
         (meta(WideResNet, depth=16, widen=2), 691_674),  # 0.7M
+        (meta(LSTM, embedding=1500, hidden=(1500, 1500)), 66_034_000),  # 66.0M in the paper's Table 8
     ],
 )
 def test_published_parameter_counts(model, params):
@@ -99,5 +114,73 @@ def test_same_seed_same_weights():
     ],
 )
 def test_impossible_shapes_are_refused(build, text):
+    with pytest.raises(TorchgrowError, match=text):
+        build()
+
+
+@pytest.mark.parametrize(("name", "units"), [("lstm", 8 + 5), ("gpt", 2 * (3 + 7)), ("vit", 2 * (3 + 7))])
+def test_hidden_units_heads_and_neurons_can_go_exactly(name, units):
+    """With the embedding kept, as the recipes do; the residual stream of a transformer stays by itself."""
+    model = TINY[name]()
+    x, carried = inputs(name, model), getattr(model, "carried", None)
+    freeze = ("embedding",) if name == "lstm" else ()
+    space = trace(model, x, freeze=freeze, carried=carried)
+    assert int(space.removable.sum()) == units
+    assert not [frozen for frozen in space.frozen if frozen.op == "proof"]
+    assert verify(model, x, freeze=freeze, carried=carried).ok
+
+
+@pytest.mark.parametrize(("name", "names"), [("lstm", ("layers",)), ("gpt", ("blocks",)), ("vit", ("blocks",))])
+def test_width_scales_what_growing_scales_and_nothing_else(name, names):
+    whole, half = (dict(TINY[name](width).named_parameters()) for width in (1.0, 0.5))
+    changed = {key.partition(".")[0] for key in whole if whole[key].shape != half[key].shape}
+    assert changed == {*names, *(("decoder",) if name == "lstm" else ())}
+    assert whole.keys() == half.keys()
+
+
+def test_gpt_sees_no_word_that_comes_later():
+    model = TINY["gpt"]().eval()
+    words = torch.arange(6)[None]
+    changed = words.clone()
+    changed[0, 4] = 9
+    a, b = model(words), model(changed)
+    assert torch.equal(a[:, :4], b[:, :4])
+    assert not torch.equal(a[:, 4:], b[:, 4:])
+
+
+def test_gpt_ties_its_decoder():
+    model = TINY["gpt"]()
+    assert model.decoder.weight is model.embedding.weight
+
+
+def test_lstm_goes_on_from_its_state():
+    """Two halves of a text, the state handed on, are the whole."""
+    model = TINY["lstm"]().eval()
+    words = torch.randint(11, (2, 6))
+    whole, end = model(words)
+    first, state = model(words[:, :3])
+    second, after = model(words[:, 3:], state)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole)
+    torch.testing.assert_close(after, end)
+    torch.testing.assert_close(model(words, model.start(2)), (whole, end))
+
+
+def test_lstm_drops_before_between_and_after_its_layers():
+    """With nearly everything dropped, scores are the decoder's bias, whatever the words are."""
+    model = LSTM(words=11, embedding=6, hidden=(8, 5), dropout=0.999999)
+    scores, _ = model(torch.randint(11, (2, 6)))
+    assert torch.equal(scores, model.decoder.bias.expand_as(scores))
+    assert not torch.equal(model.eval()(torch.randint(11, (2, 6)))[0], scores)
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (lambda: LSTM(hidden=()), r"hidden are the positive unit counts of one or more layers, got \(\)"),
+        (lambda: LSTM(hidden=(4, 0)), "hidden are the positive unit counts"),
+        (lambda: LSTM(dropout=1.0), "dropout is the share that is dropped, at least 0 and below 1, got 1.0"),
+    ],
+)
+def test_impossible_lstms_are_refused(build, text):
     with pytest.raises(TorchgrowError, match=text):
         build()

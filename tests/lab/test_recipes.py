@@ -10,7 +10,7 @@ import torch
 from torchgrow import TorchgrowError
 from torchgrow.lab import models, recipes
 from torchgrow.lab.models import PadShortcut
-from torchgrow.lab.recipes import RECIPES, get, with_shortcut
+from torchgrow.lab.recipes import RECIPES, SIZES, get, with_shortcut, with_size
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -18,17 +18,22 @@ def test_every_recipe_is_whole(name):
     recipe = get(name)
     assert recipe.name == name
     assert "Command: ``torchgrow run " + name in RECIPES[name].__doc__
-    size = 8 if recipe.dataset == "digits" else 32
-    channels = 1 if recipe.dataset == "digits" else 3
+    if recipe.dataset == "text":
+        x, shape = torch.randint(99, (2, recipe.steps)), (2, recipe.steps, 99)
+        recipe = recipe.with_words(99)
+    else:
+        size, channels = (8, 1) if recipe.dataset == "digits" else (32, 3)
+        x, shape = torch.randn(2, channels, size, size), (2, 10)
     for width in (1.0, 0.3):
-        assert recipe.build(width)(torch.randn(2, channels, size, size)).shape == (2, 10)
+        out = recipe.build(width)(x)
+        assert (out[0] if isinstance(out, tuple) else out).shape == shape
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_config_survives_json(name):
     config = json.loads(json.dumps(get(name).as_json()))
-    assert config["model"] == "ResNet"
-    assert config["model_arguments"]["widths"]
+    assert config["model"] in ("ResNet", "ViT", "LSTM", "GPT")
+    assert config["model_arguments"]
     assert config["epochs"] == get(name).epochs
     assert config["budget"] == str(get(name).budget)
 
@@ -41,7 +46,14 @@ def test_config_holds_what_a_variant_changed():
 @pytest.mark.parametrize(
     ("field", "value", "rule"),
     [
-        ("dataset", "mnist", "one of digits, cifar10"),
+        ("dataset", "mnist", "one of digits, cifar10, text"),
+        ("updates_per_epoch", 0, "at least 1"),
+        ("steps", 0, "at least 1"),
+        ("optimizer", "adam", "one of sgd, adamw"),
+        ("schedule", "linear", "one of milestones, cosine"),
+        ("warmup", 0.1, "0 with milestones"),
+        ("warmup", 1.0, "a share of the run"),
+        ("clip", 0.0, "above 0"),
         ("epochs", 1, "at least 2"),
         ("batch_size", 1, "at least 2"),
         ("lr", 0.0, "above 0"),
@@ -93,3 +105,25 @@ def test_shortcut_variant_refuses_what_has_none():
 @pytest.mark.parametrize(("epochs", "expected"), [(160, [80, 120]), (20, [10, 15]), (2, [1, 2])])
 def test_milestones_become_epochs(epochs, expected):
     assert replace(get("digits"), epochs=epochs).milestones_in_epochs() == expected
+
+
+def test_sizes_are_zarembas():
+    """Parameters of the small network worked out by hand; rates per word of a sample, as in the published code."""
+    small, medium, large = (with_size(get("lstm-ptb"), size) for size in SIZES)
+    layer = 4 * 200 * (200 + 200) + 2 * 4 * 200
+    assert sum(p.numel() for p in small.build().parameters()) == 10_000 * 200 + 2 * layer + 200 * 10_000 + 10_000
+    assert [r.epochs for r in (small, medium, large)] == [13, 39, 55]
+    assert [r.milestones_in_epochs()[0] for r in (small, medium, large)] == [4, 6, 14]
+    assert [len(r.milestones_in_epochs()) for r in (small, medium, large)] == [9, 33, 41]
+    assert [r.lr / r.steps for r in (small, medium, large)] == [1, 1, 1]
+    assert [r.clip * r.steps for r in (small, medium, large)] == pytest.approx([5, 5, 10])
+    assert (medium.build.keywords["dropout"], large.build.keywords["dropout"]) == (0.5, 0.65)
+    assert large.as_json()["grown_arguments"]["dropout"] == 0.35
+    assert large.with_words(50).build_grown.keywords["words"] == 50
+
+
+def test_size_variant_refuses_what_has_none():
+    with pytest.raises(TorchgrowError, match="recipe 'digits' has no choice of sizes; leave --size out"):
+        with_size(get("digits"), "small")
+    with pytest.raises(TorchgrowError, match="size is one of small, medium, large, got 'huge'"):
+        with_size(get("lstm-ptb"), "huge")

@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchgrow import TorchgrowError
+from torchgrow.lab.metrics import ACCURACY, Metric
+from torchgrow.lab.text import TextData, load_text
 
-DATASETS = ("digits", "cifar10")
+DATASETS = ("digits", "cifar10", "text")
 
 # Per channel, of the 50,000 training images with values in [0, 1]; published with the set's first ResNets.
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -71,6 +73,11 @@ class ImageData:
     test: Images
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    metric: Metric = ACCURACY
+
+    def example(self) -> Tensor:
+        """A small batch to trace a network on, float32 ``[2, C, H, W]``."""
+        return self.normalise(self.train.pixels[:2])
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Uint8 ``[N, C, H, W]`` to float32 of the same shape, about zero mean and unit variance, contiguous."""
@@ -141,21 +148,35 @@ def augment(pixels: Tensor, *, shift: int, mirror: bool, generator: torch.Genera
     ]
 
 
-def load(dataset: str, *, folder: Path | None = None, download: bool = False, subset: int | None = None) -> ImageData:
+Data = ImageData | TextData
+
+
+def load(
+    dataset: str, *, folder: Path | None = None, download: bool = False, subset: int | None = None, steps: int = 35
+) -> Data:
     """Load a data set into memory.
 
     Args:
-        dataset: ``"digits"`` (1,437 training and 360 test images of 1 x 8 x 8, shipped with scikit-learn) or
-            ``"cifar10"`` (50,000 and 10,000 images of 3 x 32 x 32).
-        folder: where CIFAR-10 is; default ``data/cifar10``. Digits need none.
+        dataset: ``"digits"`` (1,437 training and 360 test images of 1 x 8 x 8, shipped with scikit-learn),
+            ``"cifar10"`` (50,000 and 10,000 images of 3 x 32 x 32) or ``"text"`` (three files of words).
+        folder: where the data is; default for CIFAR-10 ``data/cifar10``, for a text the manual that comes with
+            Python. Digits need none.
         download: let torchvision fetch CIFAR-10 into ``folder`` if it is not there.
-        subset: number of training images to keep, drawn once and for all, whatever the run's seed; the test
-            images are never cut. Default: all.
+        subset: number of training images to keep, drawn once and for all, whatever the run's seed, or of training
+            words, from the beginning; what a network is judged by is never cut. Default: all.
+        steps: words a sample, of a text.
 
     Raises:
         TorchgrowError: an unknown data set; a folder that is missing, empty, incomplete or holds something
-            else; a subset that is not between 1 and the number of training images.
+            else; a subset that is not between 1 and the number of training images or words; a download of a text.
     """
+    if dataset == "text":
+        if download:
+            raise TorchgrowError(
+                "a text cannot be downloaded: the Penn Treebank may not be passed on freely; leave --download out and "
+                "name a folder with your copy, or none for the manual that comes with Python"
+            )
+        return load_text(folder=folder, steps=steps, subset=subset)
     if dataset == "digits":
         data = _digits()
     elif dataset == "cifar10":

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from torchgrow import Cost
+from torchgrow.lab.metrics import metric_of
 from torchgrow.lab.train import Epoch
 
 _BAR = 36  # characters
@@ -23,6 +24,12 @@ def short(number: float) -> str:
         if abs(number) >= factor:
             return f"{number / factor:.3g}{suffix}"
     return f"{number:.3g}"
+
+
+def _score(record: Epoch) -> str:
+    """What the network is judged by, with its name."""
+    metric = metric_of(vars(record))
+    return f"{metric.name} {metric.show(getattr(record, metric.name))}"
 
 
 class Display:
@@ -73,7 +80,7 @@ class Display:
         if not self.console.is_terminal:
             self.console.print(
                 f"{record.network:<8}epoch {record.epoch:>3}/{self._epochs}  loss {record.loss:.3f}  "
-                f"accuracy {record.accuracy:.2f} %  {short(record.params)} parameters  "
+                f"{_score(record)}  {short(record.params)} parameters  "
                 f"{short(record.flops)} FLOPs  {record.seconds:.1f} s",
                 soft_wrap=True,
             )
@@ -87,7 +94,7 @@ class Display:
             return ""
         done = self._last.epoch if self._last else 0
         head = Table.grid(padding=(0, 2))
-        status = f"accuracy {self._last.accuracy:.2f} %  loss {self._last.loss:.3f}" if self._last else ""
+        status = f"{_score(self._last)}  loss {self._last.loss:.3f}" if self._last else ""
         head.add_row(
             Text(self._network, style="bold"),
             f"epoch {min(done + 1, self._epochs)}/{self._epochs}",

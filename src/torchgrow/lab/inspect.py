@@ -134,7 +134,7 @@ def inspect(
     """Trace a model and find out what can go, what cannot, and whether a budget can be met.
 
     Args:
-        model: the frame; it is left as it was.
+        model: the frame; it is left as it was. An attribute ``carried`` on it is taken as `torchgrow.trace` takes it.
         inputs: a small batch, as for `torchgrow.trace`.
         name: what to call it.
         budget: to ask about.
@@ -145,7 +145,8 @@ def inspect(
         TorchgrowError: the model cannot be traced, or its proof cannot be run.
     """
     tell("tracing, and proving what can go")
-    space = trace(model, inputs)
+    carried: Any = getattr(model, "carried", None)  # how a recurrent network says what it hands on to its next call
+    space = trace(model, inputs, carried=carried)
     costs = CostModel(space)
     frame, least = Cost(*costs.both(costs.sizes).tolist()), Cost(*costs.both(costs.smallest()).tolist())
     parts = _parts(space, costs, frame)
@@ -154,7 +155,7 @@ def inspect(
         verdict = "each group came out exact while tracing (float64); the second proof was left out"
         if proof:
             tell("proving once more, on other random weights")
-            report = verify(model, inputs, seed=1)
+            report = verify(model, inputs, seed=1, carried=carried)
             exact = report.ok
             verdict = (
                 f"{'exact' if exact else 'NOT EXACT'}: relative error at most {report.max_error:.1e} "

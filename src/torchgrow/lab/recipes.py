@@ -13,8 +13,13 @@ from torch import nn
 
 from torchgrow import Budget, TorchgrowError
 from torchgrow.lab import data, models
+from torchgrow.lab.attention import GPT, ViT
+from torchgrow.lab.recurrent import LSTM
 
 PRESETS = ("default", "paper")
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("milestones", "cosine")
+SIZES = ("small", "medium", "large")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,18 +31,26 @@ class Recipe:
         dataset: one of `torchgrow.lab.data.DATASETS`.
         build: ``build(width)`` makes the network with every channel count scaled by ``width``, a factor;
             at 1.0, its default, it is the frame that the grown network may become and the dense twin is.
+        build_grown: makes the frame of the grown network if that differs in what is no parameter, such as dropout.
         budget: what the grown network may cost.
-        epochs: passes over the training images; the grower updates after each.
-        batch_size: images a step.
-        lr: learning rate before the first milestone.
+        epochs: passes over the training images, or text.
+        updates_per_epoch: how often the grower updates in each, the last time at its end.
+        batch_size: images, or sequences of words, a step.
+        steps: words a sequence, of a text.
+        optimizer: one of `OPTIMIZERS`.
+        lr: learning rate before the first milestone, or after warm-up.
+        schedule: one of `SCHEDULES`: steps at ``lr_milestones``, or a cosine down to 0.
         lr_milestones: fractions of the run after which the learning rate is multiplied by ``lr_factor``.
         lr_factor: see there.
+        warmup: share of the run in which a cosine's learning rate first rises from 0.
         momentum: of SGD.
         nesterov: whether SGD's momentum is Nesterov's.
-        weight_decay: of SGD, on all parameters.
+        weight_decay: on all parameters with SGD; with AdamW on matrices, not on biases, norms and positions.
+        clip: largest norm of all gradients together; None means any.
+        freeze: parameters or modules that keep their width, as for `torchgrow.Grower`.
         shift: augmentation, largest shift of a training image in pixels.
         mirror: augmentation, whether half the training images are mirrored.
-        subset: training images to use; None means all.
+        subset: training images, or words, to use; None means all.
         preset: how the grower grows, one of `PRESETS`.
         seed: of initial weights, batch order, augmentation and growth.
         threads: CPU threads to train with; None leaves it to PyTorch. Results repeat only at the same number.
@@ -49,15 +62,23 @@ class Recipe:
     name: str
     dataset: str
     build: Callable[..., nn.Module]
+    build_grown: Callable[..., nn.Module] | None = None
     budget: Budget
     epochs: int
+    updates_per_epoch: int = 1
     batch_size: int
+    steps: int = 35
+    optimizer: str = "sgd"
     lr: float
+    schedule: str = "milestones"
     lr_milestones: tuple[float, ...] = (0.5, 0.75)
     lr_factor: float = 0.1
+    warmup: float = 0.0
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
+    clip: float | None = None
+    freeze: tuple[str, ...] = ()
     shift: int = 0
     mirror: bool = False
     subset: int | None = None
@@ -71,8 +92,15 @@ class Recipe:
                 raise TorchgrowError(f"recipe {self.name!r}: {field} must be {rule}, got {getattr(self, field)!r}")
 
         need("dataset", self.dataset in data.DATASETS, f"one of {', '.join(data.DATASETS)}")
-        need("epochs", self.epochs >= 2, "at least 2 (passes over the training images)")
-        need("batch_size", self.batch_size >= 2, "at least 2 (images)")
+        need("epochs", self.epochs >= 2, "at least 2 (passes over the training images or text)")
+        need("updates_per_epoch", self.updates_per_epoch >= 1, "at least 1")
+        need("batch_size", self.batch_size >= 2, "at least 2 (images, or sequences of words)")
+        need("steps", self.steps >= 1, "at least 1 (words)")
+        need("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
+        need("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+        need("warmup", 0 <= self.warmup < 1, "a share of the run, at least 0 and below 1")
+        need("warmup", self.warmup == 0 or self.schedule == "cosine", "0 with milestones, which do not warm up")
+        need("clip", self.clip is None or self.clip > 0, "above 0 (norm of the gradients), or None for any")
         need("lr", self.lr > 0, "above 0")
         milestones = self.lr_milestones
         rising = all(a < b for a, b in zip((0.0, *milestones), (*milestones, 1.0), strict=True))
@@ -81,7 +109,7 @@ class Recipe:
         need("momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
         need("weight_decay", self.weight_decay >= 0, "at least 0")
         need("shift", self.shift >= 0, "at least 0 (pixels)")
-        need("subset", self.subset is None or self.subset >= 1, "at least 1 (training images), or None for all")
+        need("subset", self.subset is None or self.subset >= 1, "at least 1 (images, or words), or None for all")
         need("preset", self.preset in PRESETS, f"one of {', '.join(PRESETS)}")
         need("seed", self.seed >= 0, "at least 0")
         need("threads", self.threads is None or self.threads >= 1, "at least 1, or None")
@@ -90,14 +118,28 @@ class Recipe:
         """The epochs after which the learning rate drops; the one place where fractions become epochs."""
         return [round(fraction * self.epochs) for fraction in self.lr_milestones]
 
+    def with_words(self, words: int) -> "Recipe":
+        """The recipe with networks for a vocabulary of so many words."""
+        grown = self.build_grown and partial(self.build_grown, words=words)
+        return replace(self, build=partial(self.build, words=words), build_grown=grown)
+
     def as_json(self) -> dict[str, Any]:
-        """All fields as JSON can hold them; ``build`` by its class and arguments."""
+        """All fields as JSON can hold them; ``build`` and ``build_grown`` by their class and arguments."""
         fields = dict(vars(self))
-        build = fields.pop("build")
-        while isinstance(build, partial):
-            fields["model_arguments"] = {**build.keywords, **fields.get("model_arguments", {})}
-            build = build.func
-        return {**fields, "model": build.__name__, "budget": str(self.budget)}
+        model, fields["model_arguments"] = _described(fields.pop("build"))
+        grown = fields.pop("build_grown")
+        if grown is not None:
+            fields["grown_arguments"] = _described(grown)[1]
+        return {**fields, "model": model, "budget": str(self.budget)}
+
+
+def _described(build: Callable[..., nn.Module]) -> tuple[str, dict[str, Any]]:
+    """The name of a network's class, and the arguments it is built with."""
+    arguments: dict[str, Any] = {}
+    while isinstance(build, partial):
+        arguments = {**build.keywords, **arguments}
+        build = build.func
+    return build.__name__, arguments
 
 
 def digits() -> Recipe:
@@ -140,7 +182,108 @@ def resnet20_cifar10() -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"digits": digits, "resnet20-cifar10": resnet20_cifar10}
+def vit_cifar10() -> Recipe:
+    """A small vision transformer on CIFAR-10: heads and hidden neurons grow to half the FLOPs.
+
+    Command: ``torchgrow run vit-cifar10 --data FOLDER``.
+    Hardware: 2 CPU cores; for a try there, add ``--subset 10000 --epochs 10``.
+    """
+    return Recipe(
+        name="vit-cifar10",
+        dataset="cifar10",
+        build=partial(ViT, features=128, layers=6, heads=4, head=32, neurons=512),
+        budget=Budget(flops="50%"),
+        epochs=100,
+        batch_size=128,
+        optimizer="adamw",
+        lr=1e-3,
+        schedule="cosine",
+        warmup=0.05,
+        weight_decay=0.05,
+        clip=1.0,
+        shift=4,
+        mirror=True,
+    )
+
+
+def gpt_ptb() -> Recipe:
+    """A small GPT on words: heads and hidden neurons grow to 60 % of the FLOPs, the residual stream stays.
+
+    Command: ``torchgrow run gpt-ptb --data FOLDER``, with the Penn Treebank or any other text in three files;
+    without ``--data``, the manual that comes with Python.
+    Hardware: 2 CPU cores; for a try there, leave ``--data`` out and add ``--epochs 2``.
+    """
+    return Recipe(
+        name="gpt-ptb",
+        dataset="text",
+        build=partial(GPT, features=256, layers=6, heads=8, head=32, neurons=1024, context=64, dropout=0.2),
+        budget=Budget(flops="60%"),
+        epochs=20,
+        updates_per_epoch=5,
+        batch_size=16,
+        steps=64,
+        optimizer="adamw",
+        lr=1e-3,
+        schedule="cosine",
+        warmup=0.05,
+        weight_decay=0.1,
+        clip=1.0,
+    )
+
+
+def lstm_ptb(size: str = "small") -> Recipe:
+    """Zaremba's LSTM on words: hidden units grow to half the FLOPs of LSTM and decoder, the embedding stays.
+
+    Command: ``torchgrow run lstm-ptb --data FOLDER``, with the Penn Treebank or any other text in three files;
+    without ``--data``, the manual that comes with Python. ``--size`` takes small (200 hidden units a layer, 13
+    epochs), medium (650, 39 epochs) and large (1500, 55 epochs; the network of the paper that grows it, with its
+    two rates of dropout). Sizes and schedules are those of Zaremba et al. (2014, arXiv 1409.2329) and their code,
+    whose loss is a sum over the words of a sample: the mean over them, as here, needs a learning rate as many
+    times larger, and gradients clipped at a norm as many times smaller.
+    Hardware: 2 CPU cores for small; for a try there, leave ``--data`` out and add ``--epochs 2``.
+
+    Raises:
+        TorchgrowError: another size.
+    """
+    if size not in SIZES:
+        raise TorchgrowError(f"size is one of {', '.join(SIZES)}, got {size!r}")
+    hidden = {"small": 200, "medium": 650, "large": 1500}[size]
+    epochs, constant = {"small": (13, 4), "medium": (39, 6), "large": (55, 14)}[size]
+    steps = 20 if size == "small" else 35
+    build = partial(
+        LSTM,
+        embedding=hidden,
+        hidden=(hidden, hidden),
+        dropout={"small": 0.0, "medium": 0.5, "large": 0.65}[size],
+        init={"small": 0.1, "medium": 0.05, "large": 0.04}[size],
+    )
+    return Recipe(
+        name="lstm-ptb",
+        dataset="text",
+        build=build,
+        build_grown=partial(build, dropout=0.35) if size == "large" else None,
+        budget=Budget(flops="50%"),
+        epochs=epochs,
+        updates_per_epoch=4,  # 13 updates would be few
+        batch_size=20,
+        steps=steps,
+        lr=1.0 * steps,
+        lr_milestones=tuple(epoch / epochs for epoch in range(constant, epochs)),
+        lr_factor={"small": 1 / 2, "medium": 0.8, "large": 1 / 1.15}[size],
+        momentum=0.0,
+        weight_decay=0.0,
+        clip=(10.0 if size == "large" else 5.0) / steps,
+        freeze=("embedding",),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "digits": digits,
+    "resnet20-cifar10": resnet20_cifar10,
+    "vit-cifar10": vit_cifar10,
+    "lstm-ptb": lstm_ptb,
+    "gpt-ptb": gpt_ptb,
+}
 
 
 def get(name: str) -> Recipe:
@@ -165,3 +308,14 @@ def with_shortcut(recipe: Recipe, kind: str) -> Recipe:
     if kind not in ("A", "B"):
         raise TorchgrowError(f'shortcut is "A" (padding) or "B" (1x1 convolution), got {kind!r}')
     return replace(recipe, build=partial(recipe.build, shortcut=kind))
+
+
+def with_size(recipe: Recipe, size: str) -> Recipe:
+    """``recipe`` for one of the `SIZES` of its network, schedule included.
+
+    Raises:
+        TorchgrowError: its network has no choice of sizes, or not this one.
+    """
+    if recipe.name != "lstm-ptb":
+        raise TorchgrowError(f"recipe {recipe.name!r} has no choice of sizes; leave --size out")
+    return lstm_ptb(size)

@@ -10,12 +10,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from torchgrow.lab.metrics import Metric, metric_of
+
 COLOURS = {"dense": "0.55", "uniform": "tab:orange", "grown": "tab:blue"}
 LABELS = {"dense": "dense twin", "uniform": "uniform twin", "grown": "grown"}
 
 
 def draw(folder: Path) -> list[str]:
-    """Draw ``cost.png``, ``accuracy.png`` and ``widths.png`` into a run folder.
+    """Draw ``cost.png``, ``accuracy.png`` (or ``perplexity.png``) and ``widths.png`` into a run folder.
 
     Args:
         folder: holds ``metrics.jsonl`` and ``frame.json`` as `torchgrow.lab.run.run` writes them.
@@ -25,9 +27,10 @@ def draw(folder: Path) -> list[str]:
     """
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     frame = json.loads((folder / "frame.json").read_text())
+    metric = metric_of(records[0])
     figures = {
         "cost.png": _cost(records, frame),
-        "accuracy.png": _accuracy(records),
+        f"{metric.name}.png": _scores(records, metric),
         "widths.png": _widths(records, frame),
     }
     for name, figure in figures.items():
@@ -59,7 +62,7 @@ def _legend(figure: Figure, ax: Axes) -> None:
 
 def _cost(records: list[dict[str, Any]], frame: dict[str, Any]) -> Figure:
     figure, axes = _axes(2)
-    titles = {"flops": "FLOPs of one image (2 x MACs)", "params": "Parameters"}
+    titles = {"flops": "FLOPs of one sample (2 x MACs)", "params": "Parameters"}
     for ax, (field, title) in zip(axes, titles.items(), strict=True):
         for network, rows in _curves(records):
             ax.step(
@@ -79,18 +82,21 @@ def _cost(records: list[dict[str, Any]], frame: dict[str, Any]) -> Figure:
     return figure
 
 
-def _accuracy(records: list[dict[str, Any]]) -> Figure:
+def _scores(records: list[dict[str, Any]], metric: Metric) -> Figure:
     figure, (by_epoch, by_flops) = _axes(2)
     for network, rows in _curves(records):
-        accuracy = [row["accuracy"] for row in rows]
+        scores = [row[metric.name] for row in rows]
         for ax, field in ((by_epoch, "epoch"), (by_flops, "training_flops")):
-            ax.plot([row[field] for row in rows], accuracy, color=COLOURS[network], label=LABELS[network])
-    by_epoch.set(title="Test accuracy by epoch", xlabel="epoch", ylabel="accuracy, %")
+            ax.plot([row[field] for row in rows], scores, color=COLOURS[network], label=LABELS[network])
+    title = f"{metric.on.capitalize()} {metric.name}"
+    label = ", ".join(filter(None, (metric.name, metric.unit.strip())))
+    by_epoch.set(title=f"{title} by epoch", xlabel="epoch", ylabel=label)
     by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
-    by_flops.set(title="Test accuracy by training cost", xlabel="training FLOPs so far", ylabel="accuracy, %")
+    by_flops.set(title=f"{title} by training cost", xlabel="training FLOPs so far", ylabel=label)
     for ax in (by_epoch, by_flops):
         # The first epochs would squeeze the rest, in which networks differ, into a few pixels.
-        ax.set_ylim(*_span([record["accuracy"] for record in records]))
+        scores = [record[metric.name] for record in records]
+        ax.set_ylim(*(_span_of_perplexity(scores) if metric.lower_is_better else _span(scores)))
     by_flops.xaxis.set_major_formatter(EngFormatter())
     _legend(figure, by_epoch)
     return figure
@@ -100,6 +106,11 @@ def _span(accuracy: list[float]) -> tuple[float, float]:
     best = max(accuracy)
     low = max(min(accuracy), best - 4 * (best - sorted(accuracy)[len(accuracy) // 2]) - 10)
     return low - 1, min(100.5, best + 1)
+
+
+def _span_of_perplexity(perplexity: list[float]) -> tuple[float, float]:
+    best, middle = min(perplexity), sorted(perplexity)[len(perplexity) // 2]
+    return 0.95 * best, min(1.05 * max(perplexity), best + 4 * (middle - best) + 0.1 * best)
 
 
 def _widths(records: list[dict[str, Any]], frame: dict[str, Any]) -> Figure:

@@ -22,10 +22,12 @@ import torchgrow
 from torchgrow import Grower, TorchgrowError, measure
 from torchgrow.lab import data as lab_data
 from torchgrow.lab import report
-from torchgrow.lab.data import ImageData
+from torchgrow.lab.data import Data
 from torchgrow.lab.display import Display, short
+from torchgrow.lab.metrics import metric_of
 from torchgrow.lab.recipes import Recipe
-from torchgrow.lab.train import Epoch, evaluate, fit, make_optimizer
+from torchgrow.lab.text import TextData
+from torchgrow.lab.train import Epoch, evaluate, fit, make_grower, make_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +36,14 @@ NETWORKS = {"dense": "dense twin", "uniform": "uniform twin", "grown": "grown"} 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a network came to, after its last epoch. Units as in `torchgrow.lab.train.Epoch`."""
+    """What a network came to, after its last epoch. Units as in `torchgrow.lab.train.Epoch`.
 
-    accuracy: float
+    ``test_perplexity`` is that of the test text, which is not looked at before.
+    """
+
+    accuracy: float | None = None
+    perplexity: float | None = None
+    test_perplexity: float | None = None
     params: int
     flops: int
     training_flops: int
@@ -144,20 +151,30 @@ def _commit() -> str | None:
         return None
 
 
-def uniform_width(build: Callable[[float], nn.Module], params: int) -> float:
-    """The largest width factor at which ``build(factor)`` has at most ``params`` parameters.
+def uniform_width(
+    build: Callable[[float], nn.Module],
+    limit: int,
+    count: Callable[[nn.Module], int] | None = None,
+) -> float:
+    """The largest width factor at which ``build(factor)`` costs at most ``limit``.
 
     Args:
         build: makes a network with every width scaled by a factor in (0, 1].
-        params: parameters not to exceed.
+        limit: cost not to exceed.
+        count: what a network on the meta device costs. Default: its parameters.
 
     Returns:
         the factor; if even one channel everywhere is too many, the factor of that smallest network.
     """
+    costs: dict[tuple[torch.Size, ...], int] = {}  # most of the widths tried give a network that was seen before
 
     def fits(width: float) -> bool:
         with torch.device("meta"):  # counts need shapes only
-            return sum(p.numel() for p in build(width).parameters()) <= params
+            model = build(width)
+        shapes = tuple(p.shape for p in model.parameters())
+        if shapes not in costs:
+            costs[shapes] = count(model) if count else sum(shape.numel() for shape in shapes)
+        return costs[shapes] <= limit
 
     if fits(1.0):
         return 1.0
@@ -166,6 +183,13 @@ def uniform_width(build: Callable[[float], nn.Module], params: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def twin_width(recipe: Recipe, data: Data, *, params: int, flops: int) -> float:
+    """The width factor of the uniform twin: at most these FLOPs if they are all that is budgeted, else parameters."""
+    if recipe.budget.params is None:
+        return uniform_width(recipe.build, flops, lambda model: measure(model, data.example()).flops)
+    return uniform_width(recipe.build, params)
 
 
 def run(
@@ -197,11 +221,19 @@ def run(
     """
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    data = lab_data.load(recipe.dataset, folder=folder, download=download, subset=recipe.subset)
+    data = lab_data.load(recipe.dataset, folder=folder, download=download, subset=recipe.subset, steps=recipe.steps)
+    config = {}
+    if isinstance(data, TextData):
+        recipe = recipe.with_words(len(data.vocabulary))
+        config["text"] = data.source
+        console.print(
+            f"Text: {data.source}; {len(data.train):,} words to train on, a vocabulary of {len(data.vocabulary):,}",
+            soft_wrap=True,
+        )
     run_folder = RunFolder(out or default_out(recipe.name))
     try:
         with run_folder:
-            run_folder.write_json("config.json", recipe.as_json())
+            run_folder.write_json("config.json", {**recipe.as_json(), **config})
             run_folder.write_json("environment.json", environment())
             results = _train_all(recipe, data, run_folder, console, twins)
             run_folder.write_json("results.json", {name: asdict(result) for name, result in results.items()})
@@ -215,40 +247,29 @@ def run(
     return run_folder.out
 
 
-def _train_all(
-    recipe: Recipe, data: ImageData, run_folder: RunFolder, console: Console, twins: bool
-) -> dict[str, Result]:
+def _train_all(recipe: Recipe, data: Data, run_folder: RunFolder, console: Console, twins: bool) -> dict[str, Result]:
     """Train the networks, the grown one first since the uniform twin takes its size from it."""
     results = {}
     with Display(console) as display:
         results["grown"] = _train("grown", 1.0, recipe, data, run_folder, display)
         if twins:
             results["dense"] = _train("dense", 1.0, recipe, data, run_folder, display)
-            width = uniform_width(recipe.build, results["grown"].params)
+            width = twin_width(recipe, data, params=results["grown"].params, flops=results["grown"].flops)
             results["uniform"] = _train("uniform", width, recipe, data, run_folder, display)
     return {name: results[name] for name in NETWORKS if name in results}
 
 
-def _train(name: str, width: float, recipe: Recipe, data: ImageData, run_folder: RunFolder, display: Display) -> Result:
+def _train(name: str, width: float, recipe: Recipe, data: Data, run_folder: RunFolder, display: Display) -> Result:
     """Train one network from the recipe's seed; the one named "grown" grows and is saved."""
-    example = data.normalise(data.train.pixels[:2])
-    frame = measure(recipe.build(1.0), example)
+    frame = measure(recipe.build(1.0), data.example())
     torch.manual_seed(recipe.seed)
-    model = recipe.build(width)
+    model = (recipe.build_grown or recipe.build)(width) if name == "grown" else recipe.build(width)
     optimizer = make_optimizer(model, recipe)
     grower: Grower | None = None
     limits: dict[str, int | None] = {}
     full: dict[str, int] = {}
     if name == "grown":
-        grower = Grower(
-            model,
-            optimizer,
-            example_inputs=example,
-            budget=recipe.budget,
-            updates=recipe.epochs,
-            preset=recipe.preset,
-            seed=recipe.seed,
-        )
+        grower = make_grower(model, optimizer, data, recipe)
         limits, full = asdict(grower.limits), grower.full_widths()
         run_folder.write_json("frame.json", {**asdict(frame), "limits": limits, "widths": full})
     display.start(name, epochs=recipe.epochs, frame=frame, limits=limits, full=full)
@@ -256,18 +277,21 @@ def _train(name: str, width: float, recipe: Recipe, data: ImageData, run_folder:
         run_folder.append(epoch)
         display.epoch(epoch)
     result = _result(model, data, epoch)
-    display.say(f"{NETWORKS[name]}: {result.accuracy:.2f} % in {result.seconds:.1f} s of training")
+    display.say(f"{NETWORKS[name]}: {_score(result)} in {result.seconds:.1f} s of training")
     if grower:
         torchgrow.save(model, run_folder.path / "network")
     return result
 
 
-def _result(model: nn.Module, data: ImageData, last: Epoch) -> Result:
+def _result(model: nn.Module, data: Data, last: Epoch) -> Result:
     """Measured again on the network as it is delivered, after the grower's last update."""
-    cost = measure(model, data.normalise(data.train.pixels[:2]))
-    accuracy, _ = evaluate(model, data)
+    cost = measure(model, data.example())
+    score, _ = evaluate(model, data)
+    scores = {data.metric.name: score}
+    if isinstance(data, TextData):
+        scores["test_perplexity"] = evaluate(model, data, "test")[0]
     return Result(
-        accuracy=accuracy,
+        **scores,
         params=cost.params,
         flops=cost.flops,
         training_flops=last.training_flops,
@@ -275,14 +299,28 @@ def _result(model: nn.Module, data: ImageData, last: Epoch) -> Result:
     )
 
 
+def _score(result: Result) -> str:
+    metric = metric_of(vars(result))
+    return metric.show(getattr(result, metric.name)) + ("" if metric.unit else f" {metric.name}")
+
+
 def table(results: dict[str, Result]) -> Table:
     """The networks side by side, with shares of the dense twin if it is among them."""
     grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # fits 80 columns
-    for column in ("network", "accuracy", "parameters", "inference\nFLOPs", "training\nFLOPs", "training\nseconds"):
+    metric = metric_of(vars(next(iter(results.values()))))
+    scores = {"accuracy": "accuracy"} if metric.unit else {"perplexity": "perplexity", "test_perplexity": "on test"}
+    for column in (
+        "network",
+        *scores.values(),
+        "parameters",
+        "inference\nFLOPs",
+        "training\nFLOPs",
+        "training\nseconds",
+    ):
         grid.add_column(column, justify="left" if column == "network" else "right", no_wrap=True)
     dense = results.get("dense")
     for name, result in results.items():
-        cells = [NETWORKS[name], f"{result.accuracy:.2f} %"]
+        cells = [NETWORKS[name], *(metric.show(getattr(result, field)) for field in scores)]
         for field in ("params", "flops", "training_flops", "seconds"):
             value = getattr(result, field)
             text = (f"{value:.1f}" if value < 1000 else f"{value:.0f}") if field == "seconds" else short(value)

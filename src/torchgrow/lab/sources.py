@@ -26,7 +26,7 @@ Shape = tuple[int, ...]
 
 _SAMPLES = 2
 _TOKENS = 16  # of a text, where nothing is said
-_RECIPE_IMAGES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32)}
+_RECIPE_IMAGES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32)}  # the other recipes read text
 _BYTES = 28  # a parameter, while it is proven: in float32, and in float64 as frame, as backup and as the cut network
 
 
@@ -66,7 +66,10 @@ def _load(name: str, shapes: tuple[Shape, ...]) -> tuple[nn.Module, Any]:
         return _from_file(Path(path or name), factory if path else "", shapes)
     if name in recipes.RECIPES:
         recipe = recipes.get(name)
-        return recipe.build(), _images(shapes, _RECIPE_IMAGES[recipe.dataset])
+        network = recipe.build()
+        if recipe.dataset in _RECIPE_IMAGES:
+            return network, _images(shapes, _RECIPE_IMAGES[recipe.dataset])
+        return network, _words(network, shapes, recipe)
     full = {known: known for known in recipes.RECIPES} | {known: f"torchvision:{known}" for known in zoo.list_models()}
     near = [full[known] for known in difflib.get_close_matches(rest or name, full, 3)]
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
@@ -77,6 +80,14 @@ def _images(shapes: tuple[Shape, ...], default: Shape) -> Any:
     """Random float tensors of these shapes; without any, a small batch of the default shape."""
     inputs = tuple(torch.randn(shape) for shape in shapes or ((_SAMPLES, *default),))
     return inputs if len(inputs) > 1 else inputs[0]
+
+
+def _words(network: Any, shapes: tuple[Shape, ...], recipe: recipes.Recipe) -> Any:
+    """Random words, and the state that a recurrent network begins with."""
+    if len(shapes) > 1:
+        raise TorchgrowError(f"{recipe.name} takes one --input, the shape of its words; got {len(shapes)}")
+    words = torch.randint(network.embedding.num_embeddings, shapes[0] if shapes else (_SAMPLES, recipe.steps))
+    return (words, network.start(len(words))) if hasattr(network, "carried") else words
 
 
 def _no_inputs(name: str, why: str) -> TorchgrowError:

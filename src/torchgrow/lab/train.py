@@ -1,37 +1,45 @@
-"""The training loop: plain SGD epochs, evaluation, and the grower's update after it."""
+"""The training loop: plain epochs over images or text, evaluation, and the grower's updates."""
 
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
-from torchgrow import Grower, TorchgrowError, measure
-from torchgrow.lab.data import ImageData, train_steps
+from torchgrow import Event, Grower, TorchgrowError, measure
+from torchgrow.lab.data import Data, train_steps
+from torchgrow.lab.metrics import ACCURACY
 from torchgrow.lab.recipes import Recipe
+from torchgrow.lab.text import TextData
+
+Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
     """What one epoch of one network came to; a line of ``metrics.jsonl``.
 
-    The network is described as it was trained and evaluated in this epoch, before the update that ends it;
-    pressure, temperature and the last three counts are of that update.
+    The network is described as it was evaluated at the end of this epoch, before the update that ends it; pressure
+    and temperature are of that update, the last three counts of all updates in the epoch. A *sample* is an image, or
+    a sequence of words.
 
     Attributes:
         network: ``"grown"``, ``"dense"`` or ``"uniform"``.
         epoch: counted from 1.
-        loss: mean training loss.
-        test_loss: mean loss on the test images.
-        accuracy: share of test images classified correctly, in percent.
+        loss: mean training loss, of an image or a word.
+        test_loss: mean loss on the test images, or on the words of the validation text.
+        accuracy: share of test images classified correctly, in percent; None for text.
+        perplexity: of the validation text, ``exp(test_loss)``; None for images.
         params: parameters, tied ones once.
-        flops: FLOPs of one image forward, 2 x MACs.
-        training_flops: 3 x forward FLOPs x images, summed over all epochs so far.
+        flops: FLOPs of one sample forward, 2 x MACs.
+        training_flops: 3 x forward FLOPs x samples, summed over all epochs so far.
         seconds: of training and updating, summed over all epochs so far; evaluation is left out.
-        lr: learning rate of this epoch.
+        lr: learning rate at the beginning of this epoch.
         widths: live units of every group; empty for a network that does not grow.
         pressure: what pushed indicators up or down; None for a network that does not grow.
         temperature: mean temperature of every group; empty for a network that does not grow.
@@ -44,7 +52,8 @@ class Epoch:
     epoch: int
     loss: float
     test_loss: float
-    accuracy: float
+    accuracy: float | None = None
+    perplexity: float | None = None
     params: int
     flops: int
     training_flops: int
@@ -58,8 +67,19 @@ class Epoch:
     detached: int = 0
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """The recipe's SGD over all parameters of ``model``."""
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer over all parameters of ``model``."""
+    if recipe.optimizer == "adamw":
+        embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        groups: dict[float, list[nn.Parameter]] = {recipe.weight_decay: [], 0.0: []}
+        for name, parameter in model.named_parameters():
+            matrix = parameter.dim() > 1 and id(parameter) not in embedded and name != "positions"
+            groups[recipe.weight_decay if matrix else 0.0].append(parameter)
+        return torch.optim.AdamW(
+            [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()],
+            lr=recipe.lr,
+            betas=(0.9, 0.99),
+        )
     return torch.optim.SGD(
         model.parameters(),
         lr=recipe.lr,
@@ -69,11 +89,50 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     )
 
 
+def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """The recipe's learning rate, to be stepped after every optimizer step, of which an epoch has ``steps``."""
+    if recipe.schedule == "milestones":
+        milestones = [steps * epochs for epochs in recipe.milestones_in_epochs()]
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=recipe.lr_factor)
+    total = steps * recipe.epochs
+    rising = round(recipe.warmup * total)
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        return (1 + math.cos(math.pi * (step - rising) / max(1, total - rising))) / 2
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def example(model: nn.Module, data: Data) -> tuple[Any, dict[int | str, int | str] | None]:
+    """What to trace ``model`` on, and what it carries from call to call; None for a network without a state."""
+    x = data.example()
+    carried = getattr(model, "carried", None)
+    return ((x, model.start(len(x))) if carried else x), carried  # type: ignore[operator]
+
+
+def make_grower(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, recipe: Recipe) -> Grower:
+    """The recipe's grower, which shrinks ``model`` to a seed at once."""
+    inputs, carried = example(model, data)
+    return Grower(
+        model,
+        optimizer,
+        example_inputs=inputs,
+        budget=recipe.budget,
+        updates=recipe.epochs * recipe.updates_per_epoch,
+        preset=recipe.preset,
+        seed=recipe.seed,
+        freeze=recipe.freeze,
+        carried=carried,
+    )
+
+
 def fit(
     network: str,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    data: ImageData,
+    data: Data,
     recipe: Recipe,
     *,
     grower: Grower | None = None,
@@ -83,93 +142,123 @@ def fit(
 
     Args:
         network: name for the records and for errors.
-        model: trained in place.
+        model: trained in place. If it returns a state beside its scores, the state goes into its next call.
         optimizer: of ``model``'s parameters.
-        data: images to train and to evaluate on.
+        data: what to train and to evaluate on.
         recipe: epochs, batches, schedule, augmentation and seed.
-        grower: updated once an epoch, after evaluation, since units just born are untrained.
+        grower: updated as often as the recipe says, at the end of an epoch after evaluation, since units just born
+            are untrained.
         on_step: called as ``on_step(done, total)`` after each step of an epoch.
 
     Raises:
         TorchgrowError: the loss is not finite.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, recipe.milestones_in_epochs(), gamma=recipe.lr_factor)
-    cost = grower.cost() if grower else measure(model, data.normalise(data.train.pixels[:2]))
-    images = train_steps(len(data.train), recipe.batch_size) * min(recipe.batch_size, len(data.train))
+    steps, samples = _extent(model, data, recipe)
+    schedule = make_schedule(optimizer, recipe, steps)
+    cost = grower.cost() if grower else measure(model, data.example())
+    between = {steps * part // recipe.updates_per_epoch for part in range(1, recipe.updates_per_epoch)}
     seconds, training_flops = 0.0, 0
     for epoch in range(1, recipe.epochs + 1):
+        lr = optimizer.param_groups[0]["lr"]
+        events: list[Event] = []
+        start, total, state = time.perf_counter(), 0.0, None
         if grower:
             cost = grower.cost()
-        widths = grower.widths() if grower else {}
-        lr = optimizer.param_groups[0]["lr"]
-        start = time.perf_counter()
-        loss = _train_epoch(f"{network}, epoch {epoch}", model, optimizer, data, recipe, generator, on_step)
+        model.train()
+        for step, (x, labels) in enumerate(_batches(model, data, recipe, generator), start=1):
+            scores, state = _scores(model, x, state)
+            loss = F.cross_entropy(scores, labels.flatten())
+            total += _step(f"{network}, epoch {epoch}, step {step} of {steps}", loss, model, optimizer, recipe)
+            schedule.step()
+            training_flops += 3 * cost.flops * samples
+            on_step(step, steps)
+            if grower and step in between:
+                events.append(grower.update())
+                cost = grower.cost()
+                state = grower.carry(state) if state is not None else None
         seconds += time.perf_counter() - start
-        training_flops += 3 * cost.flops * images
-        accuracy, test_loss = evaluate(model, data)
-        grown = {}
+        widths = grower.widths() if grower else {}
+        score, test_loss = evaluate(model, data)
+        fields: dict[str, Any] = {data.metric.name: score}
         if grower:
             start = time.perf_counter()
-            event = grower.update()
+            events.append(grower.update())
             seconds += time.perf_counter() - start
-            grown = {name: getattr(event, name) for name in ("pressure", "temperature", "born", "regrown", "detached")}
-        schedule.step()
+            fields |= {name: getattr(events[-1], name) for name in ("pressure", "temperature")}
+            fields |= {name: sum(getattr(event, name) for event in events) for name in ("born", "regrown", "detached")}
         yield Epoch(
             network=network,
             epoch=epoch,
-            loss=loss,
+            loss=total / steps,
             test_loss=test_loss,
-            accuracy=accuracy,
             params=cost.params,
             flops=cost.flops,
             training_flops=training_flops,
             seconds=seconds,
             lr=lr,
             widths=widths,
-            **grown,
+            **fields,
         )
 
 
-def _train_epoch(
-    where: str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    data: ImageData,
-    recipe: Recipe,
-    generator: torch.Generator,
-    on_step: Callable[[int, int], None],
-) -> float:
-    """One pass over the training images; returns the mean loss."""
-    model.train()
-    steps = train_steps(len(data.train), recipe.batch_size)
-    batches = data.train_batches(
+def _extent(model: nn.Module, data: Data, recipe: Recipe) -> tuple[int, int]:
+    """Steps of an epoch, and samples of a step."""
+    if isinstance(data, TextData):
+        return data.train_steps(recipe.batch_size, shuffled=not hasattr(model, "carried")), recipe.batch_size
+    return train_steps(len(data.train), recipe.batch_size), min(recipe.batch_size, len(data.train))
+
+
+def _batches(model: nn.Module, data: Data, recipe: Recipe, generator: torch.Generator) -> Batches:
+    """One epoch of training batches; a text goes on from batch to batch for a model that carries a state."""
+    if isinstance(data, TextData):
+        shuffle = None if hasattr(model, "carried") else generator
+        return data.train_batches(batch_size=recipe.batch_size, shuffle=shuffle)
+    return data.train_batches(
         batch_size=recipe.batch_size, shift=recipe.shift, mirror=recipe.mirror, generator=generator
     )
-    total = 0.0
-    for step, (images, labels) in enumerate(batches, start=1):
-        loss = F.cross_entropy(model(images), labels)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise TorchgrowError(
-                f"{where}, step {step} of {steps}: the loss is {value}. Nothing after this step can be trusted; "
-                f"a learning rate below {optimizer.param_groups[0]['lr']:g} or other data may help"
-            )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        total += value
-        on_step(step, steps)
-    return total / steps
+
+
+def _scores(model: nn.Module, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Scores of shape ``[predictions, classes]``, and the state to go on with, detached."""
+    out = model(x) if state is None else model(x, state)
+    scores, state = out if isinstance(out, tuple) else (out, None)
+    return scores.flatten(0, -2), None if state is None else tree_map(Tensor.detach, state)
+
+
+def _step(where: str, loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> float:
+    """One optimizer step; returns the loss."""
+    value = loss.item()
+    if not math.isfinite(value):
+        raise TorchgrowError(
+            f"{where}: the loss is {value}. Nothing after this step can be trusted; "
+            f"a learning rate below {optimizer.param_groups[0]['lr']:g} or other data may help"
+        )
+    optimizer.zero_grad()
+    loss.backward()
+    if recipe.clip is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    optimizer.step()
+    return value
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, data: ImageData) -> tuple[float, float]:
-    """Accuracy in percent and mean loss on the test images. Leaves ``model`` in evaluation mode."""
+def evaluate(model: nn.Module, data: Data, split: str | None = None) -> tuple[float, float]:
+    """The data's metric and the mean loss, on test images or on a text. Leaves ``model`` in evaluation mode.
+
+    Args:
+        model: what to judge.
+        data: images, or a text.
+        split: of a text, ``"valid"`` (default) or ``"test"``.
+
+    Returns:
+        Accuracy in percent, or perplexity, and the loss of an image or a word.
+    """
     model.eval()
-    correct, loss = 0, 0.0
-    for images, labels in data.test_batches():
-        scores: Tensor = model(images)
-        correct += int((scores.argmax(1) == labels).sum())
-        loss += F.cross_entropy(scores, labels, reduction="sum").item()
-    return 100 * correct / len(data.test), loss / len(data.test)
+    correct, loss, count, state = 0, 0.0, 0, None
+    for x, labels in data.test_batches(split or "valid") if isinstance(data, TextData) else data.test_batches():
+        scores, state = _scores(model, x, state)
+        correct += int((scores.argmax(1) == labels.flatten()).sum())
+        loss += F.cross_entropy(scores, labels.flatten(), reduction="sum").item()
+        count += labels.numel()
+    return (100 * correct / count if data.metric is ACCURACY else math.exp(loss / count)), loss / count

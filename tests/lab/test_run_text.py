@@ -1,0 +1,231 @@
+"""Runs on text: perplexity everywhere, updates within an epoch under a carried state, the network as delivered."""
+
+import io
+import json
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import torchgrow
+from torchgrow import Budget, Grower, TorchgrowError, measure
+from torchgrow.lab import run, train
+from torchgrow.lab.attention import GPT, ViT
+from torchgrow.lab.data import load
+from torchgrow.lab.display import Display
+from torchgrow.lab.metrics import ACCURACY, PERPLEXITY, metric_of
+from torchgrow.lab.recipes import get
+from torchgrow.lab.recurrent import LSTM
+from torchgrow.lab.text import TextData
+
+BUILD = partial(LSTM, embedding=6, hidden=(16, 8), init=0.3)
+TINY = replace(
+    get("lstm-ptb"),
+    build=BUILD,
+    epochs=3,
+    updates_per_epoch=3,
+    batch_size=4,
+    steps=5,
+    lr=5.0,
+    lr_milestones=(0.9,),
+    budget=Budget(flops="60%"),
+)
+TINY_GPT = replace(
+    get("gpt-ptb"),
+    build=partial(GPT, features=8, layers=1, heads=3, head=4, neurons=16, context=5),
+    epochs=2,
+    batch_size=4,
+    steps=5,
+    budget=Budget(flops="80%"),
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three short texts in which every word follows from the one before."""
+    place = tmp_path / "text"
+    place.mkdir()
+    for split, lines in (("train", 121), ("valid", 61), ("test", 61)):
+        (place / f"{split}.txt").write_text("one two three four five six seven\n" * lines)
+    return place
+
+
+@pytest.fixture
+def finished(tmp_path, folder):
+    console = Console(record=True, width=100, file=io.StringIO())
+    out = run.run(TINY, console=console, out=tmp_path / "out", folder=folder)
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return out, records, console.export_text()
+
+
+def test_a_run_on_text(finished, folder):
+    out, records, shown = finished
+    assert {path.name for path in out.iterdir() if path.suffix == ".png"} == {
+        "cost.png", "perplexity.png", "widths.png",
+    }  # fmt: skip
+    for record in records:
+        assert record["accuracy"] is None
+        assert record["perplexity"] == math.exp(record["test_loss"])
+    grown = [record for record in records if record["network"] == "grown"]
+    assert all(record["perplexity"] < 4 for record in records if record["epoch"] == 3), "of 8 words that come in turn"
+    assert sum(record["born"] for record in grown) > 0
+    results = json.loads((out / "results.json").read_text())
+    frame = json.loads((out / "frame.json").read_text())
+    assert list(results) == ["dense", "uniform", "grown"]
+    assert 0.9 * frame["limits"]["flops"] < results["grown"]["flops"] <= frame["limits"]["flops"]
+    assert results["uniform"]["flops"] <= results["grown"]["flops"]
+    assert all(result["test_perplexity"] > 1 for result in results.values())
+    assert set(frame["widths"]) == {"layers.0.weight_ih_l0[0]", "layers.1.weight_ih_l0[0]"}, "the embedding was to stay"
+    config = json.loads((out / "config.json").read_text())
+    assert (config["text"], config["model_arguments"]["words"]) == (str(folder), 9)
+    model = torchgrow.load(out / "network", partial(BUILD, words=9))
+    data = load("text", folder=folder, steps=5)
+    assert train.evaluate(model, data, "test")[0] == results["grown"]["test_perplexity"]
+    assert f"Text: {folder}; 968 words to train on, a vocabulary of 9" in shown.replace("\n", "")
+    assert "grown   epoch   1/3  loss" in shown
+    assert "perplexity" in shown
+    assert "on test" in shown
+    assert "%  " not in shown.partition("network")[0], "perplexity is no share"
+
+
+def test_training_flops_follow_every_update(folder):
+    """Worked out update by update, with three updates an epoch and 4 sequences a step."""
+    data, recipe = load("text", folder=folder, steps=5), TINY.with_words(9)
+    torch.manual_seed(0)
+    model = recipe.build()
+    optimizer = train.make_optimizer(model, recipe)
+    grower = train.make_grower(model, optimizer, data, recipe)
+    steps = data.train_steps(4, shuffled=False)
+    epochs = list(train.fit("grown", model, optimizer, data, recipe, grower=grower))
+    ends = [0, *(steps * part // 3 for part in (1, 2)), steps]
+    flops = [event.flops for event in grower.history]
+    for i, epoch in enumerate(epochs):
+        parts = [3 * flops[3 * i + k] * 4 * (ends[k + 1] - ends[k]) for k in range(3)]
+        assert epoch.training_flops - (epochs[i - 1].training_flops if i else 0) == sum(parts)
+        assert (epoch.flops, epoch.params) == (flops[3 * i + 2], grower.history[3 * i + 2].params)
+        assert epoch.born == sum(event.born for event in grower.history[3 * i + 1 : 3 * i + 4])
+    assert flops[0] < flops[1], "nothing changed within the first epoch"
+    assert len(grower.history) == 1 + 9
+    assert measure(model, data.example()) == grower.cost()
+
+
+def test_the_state_goes_over_an_update_within_an_epoch_and_starts_anew_with_it(folder, monkeypatch):
+    carried, began = [], []
+    real = Grower.carry
+    monkeypatch.setattr(Grower, "carry", lambda self, state: carried.append(state) or real(self, state))
+    forward = LSTM.forward
+    monkeypatch.setattr(
+        LSTM, "forward", lambda self, x, state=None: began.append(state is None) or forward(self, x, state)
+    )
+    data, recipe = load("text", folder=folder, steps=5), TINY.with_words(9)
+    model = recipe.build()
+    optimizer = train.make_optimizer(model, recipe)
+    grower = train.make_grower(model, optimizer, data, recipe)
+    began.clear()
+    list(train.fit("grown", model, optimizer, data, recipe, grower=grower))
+    assert len(carried) == 3 * 2, "two updates within each of three epochs"
+    assert began.count(True) == 3 * 2, "once for training and once for evaluation, in each epoch"
+
+
+def test_evaluation_is_the_plain_mean_over_all_words(folder):
+    data = load("text", folder=folder, steps=5)
+    model = BUILD(words=9).eval()
+    perplexity, loss = train.evaluate(model, data)
+    columns = 20
+    table = data.valid[: len(data.valid) // columns * columns].view(columns, -1)
+    scores, _ = model(table[:, :-1])
+    expected = nn.functional.cross_entropy(scores.flatten(0, 1), table[:, 1:].flatten())
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert perplexity == math.exp(loss)
+
+
+def test_gradients_are_clipped(folder):
+    data, recipe = load("text", folder=folder, steps=5), replace(TINY, clip=1e-3, lr=1.0, momentum=0.0).with_words(9)
+    model = recipe.build()
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    next(train.fit("x", model, train.make_optimizer(model, replace(recipe, epochs=2)), data, recipe))
+    moved = (torch.cat([p.detach().flatten() for p in model.parameters()]) - before).norm()
+    assert 0 < moved <= 1e-3 * data.train_steps(4, shuffled=False) * (1 + 1e-4)
+
+
+def test_gpt_runs_in_another_order_each_epoch_without_a_state(folder, tmp_path):
+    out = run.run(TINY_GPT, console=Console(quiet=True), out=tmp_path / "gpt", folder=folder)
+    results = json.loads((out / "results.json").read_text())
+    assert results["grown"]["flops"] <= json.loads((out / "frame.json").read_text())["limits"]["flops"]
+    assert results["uniform"]["flops"] <= results["grown"]["flops"] < results["dense"]["flops"]
+
+
+def test_vit_runs(tmp_path, cifar_folder):
+    recipe = replace(
+        get("vit-cifar10"),
+        build=partial(ViT, features=8, layers=1, heads=3, head=4, neurons=16),
+        epochs=2,
+        batch_size=16,
+        budget=Budget(flops="80%"),
+    )
+    out = run.run(recipe, console=Console(quiet=True), out=tmp_path / "vit", folder=cifar_folder, twins=False)
+    assert (out / "accuracy.png").exists()
+
+
+def test_adamw_decays_matrices_only():
+    model = GPT(words=11, features=8, layers=1, heads=2, head=4, neurons=6, context=5)
+    optimizer = train.make_optimizer(model, TINY_GPT)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, plain = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    parts = ("query", "key", "value", "out")
+    assert decayed == {
+        *(f"blocks.0.attention.{part}.weight" for part in parts), "blocks.0.up.weight", "blocks.0.down.weight",
+    }  # fmt: skip
+    assert {"embedding.weight", "positions", "norm.weight"} < plain
+    assert len(decayed | plain) == len(names)
+
+
+def test_a_cosine_rises_and_falls():
+    """4 of 20 steps up to the full rate in equal steps, then down half a cosine, to 0 after the last."""
+    parameter = nn.Parameter(torch.zeros(1))
+    recipe = replace(TINY_GPT, epochs=2, warmup=0.2, lr=1.0)
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    schedule, rates = train.make_schedule(optimizer, recipe, 10), []
+    for _ in range(20):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[12] == pytest.approx(0.5)
+    assert rates == sorted(rates[:5]) + sorted(rates[5:], reverse=True)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0)
+
+
+def test_a_text_too_short_says_so(folder, tmp_path):
+    with pytest.raises(TorchgrowError, match="968 words, too few for one batch of 200 samples of 5 words"):
+        run.run(replace(TINY, batch_size=200), console=Console(quiet=True), out=tmp_path / "out", folder=folder)
+
+
+# --- perplexity is lower when better
+
+
+def test_the_better_of_two():
+    assert (PERPLEXITY.best([90.0, 80.0]), ACCURACY.best([90.0, 80.0])) == (80.0, 90.0)
+    assert (PERPLEXITY.show(82.574), ACCURACY.show(91.3)) == ("82.57", "91.30 %")
+    assert metric_of({"accuracy": None, "perplexity": 3.0}) is PERPLEXITY
+    assert metric_of({"accuracy": 3.0}) is ACCURACY, "records of before there was a perplexity"
+
+
+def test_the_live_panel_shows_perplexity():
+    console = Console(force_terminal=True, width=100, record=True, file=io.StringIO())
+    display = Display(console)
+    cost = measure(BUILD(words=9), torch.zeros(2, 5, dtype=torch.int64))
+    display.start("dense", epochs=3, frame=cost, limits={}, full={})
+    fields = {"network": "dense", "epoch": 1, "loss": 0.3, "test_loss": 4.0, "perplexity": math.exp(4.0)}
+    display.epoch(train.Epoch(**fields, params=1, flops=1, training_flops=1, seconds=1.0, lr=1.0))
+    console.print(display._render())
+    assert "perplexity 54.60  loss 0.300" in console.export_text()
+
+
+def test_text_data_is_judged_by_perplexity():
+    assert TextData.metric is PERPLEXITY
