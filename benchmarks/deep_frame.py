@@ -50,9 +50,7 @@ def one(case: str, blocks: int) -> dict[str, Any]:
         with torch.device("meta"):
             model = ResNet(depth=6 * blocks + 2, shortcut="B")
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-        grower = Grower(
-            model, optimizer, example_inputs=x, budget=Budget(params="20%"), updates=40, depth=True, seed=0
-        )
+        grower = Grower(model, optimizer, example_inputs=x, budget=Budget(params="20%"), updates=40, depth=True, seed=0)
     else:
         if case == "seed":
             model = ResNet(depth=8, widths=(1, 1, 1), shortcut="B")

@@ -83,7 +83,10 @@ def run(
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images, or text.")] = None,
     budget: Annotated[str | None, typer.Option(help=_BUDGET_HELP)] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, batches and growth. Default: 0.")] = None,
-    preset: Annotated[str | None, typer.Option(help="How to grow: default or paper.")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"How to grow: {', '.join(recipes.PRESETS)}.")] = None,
+    scale: Annotated[str | None, typer.Option(help="small (fits two CPU cores) or full (as published).")] = None,
+    depth: Annotated[bool | None, typer.Option(help="Grow layers too. Default: the recipe's.")] = None,
+    then: Annotated[int | None, typer.Option(help="Epochs after growth, with the schedule anew.")] = None,
     shortcut: Annotated[str | None, typer.Option(help="Shortcuts of a ResNet: A (padding) or B (1x1).")] = None,
     size: Annotated[str | None, typer.Option(help="Size of the LSTM: small, medium or large.")] = None,
     twins: Annotated[bool, typer.Option(help="Train the dense and the uniform twin too.")] = True,
@@ -93,10 +96,13 @@ def run(
     console = Console()
     with _clean_exit(Console(stderr=True)):
         edits: dict[str, Any] = {"subset": subset, "epochs": epochs, "seed": seed, "preset": preset, "threads": threads}
+        edits |= {"depth": depth, "then": then}
         edits["budget"] = parse_budget(budget) if budget else None
         chosen = recipes.get(recipe)
         if size:
             chosen = recipes.with_size(chosen, size)
+        if scale:
+            chosen = recipes.with_scale(chosen, scale)
         chosen = replace(chosen, **{field: value for field, value in edits.items() if value is not None})
         if shortcut:
             chosen = recipes.with_shortcut(chosen, shortcut)

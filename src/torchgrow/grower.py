@@ -71,8 +71,8 @@ class Grower:
         example_inputs: a small batch for tracing: a tensor, a tuple, or a dict of keywords.
         budget: what the final network may cost; it is never above and no removable unit still fits under it.
         updates: T, the number of updates in the run. The structure is final from update T-1 on.
-        preset: "default" (planned cost, persistent draws), "paper" (literal), "random" (its baseline), or a `Method`
-            of your own.
+        preset: "default" (planned cost, persistent draws), "paper" (literal), "nas" (its settings for
+            architecture search), "random" (its baseline), or a `Method` of your own.
         seed: of all draws.
         freeze: what keeps its shape, as for `trace`.
         couple: what is cut alike, as for `trace`.

@@ -7,7 +7,7 @@ and ranks that run the same code decide alike.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -96,6 +96,14 @@ class Method:
         return cls(controller="pressure", draws="independent", align=1, settle=0.0, lambda_base=1.0 if layers else 0.5)
 
     @classmethod
+    def nas(cls) -> Method:
+        """The paper's settings where architectures are searched (4.3): lambda_1^base 2.0 and lambda_2^base 0.1.
+
+        The structure is grown to an absolute number of parameters, then trained with a schedule of its own.
+        """
+        return replace(cls.paper(layers=True), lambda_base=2.0)
+
+    @classmethod
     def random(cls) -> Method:
         """The paper's random baseline (Table 5): at every update all units alike are drawn with one probability.
 
@@ -104,7 +112,7 @@ class Method:
         return cls(draws="independent", ramp=0.0, align=1, settle=0.0, gates=False)
 
 
-PRESETS = {"default": Method.default, "paper": Method.paper, "random": Method.random}
+PRESETS = {"default": Method.default, "paper": Method.paper, "nas": Method.nas, "random": Method.random}
 
 
 class Indicators:

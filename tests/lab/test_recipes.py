@@ -32,7 +32,7 @@ def test_every_recipe_is_whole(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_config_survives_json(name):
     config = json.loads(json.dumps(get(name).as_json()))
-    assert config["model"] in ("ResNet", "ViT", "LSTM", "GPT")
+    assert config["model"] in ("ResNet", "VGG16", "WideResNet", "Staged", "ViT", "LSTM", "GPT")
     assert config["model_arguments"]
     assert config["epochs"] == get(name).epochs
     assert config["budget"] == str(get(name).budget)
@@ -46,7 +46,7 @@ def test_config_holds_what_a_variant_changed():
 @pytest.mark.parametrize(
     ("field", "value", "rule"),
     [
-        ("dataset", "mnist", "one of digits, cifar10, text"),
+        ("dataset", "mnist", "one of digits, cifar10, imagefolder, text"),
         ("updates_per_epoch", 0, "at least 1"),
         ("steps", 0, "at least 1"),
         ("optimizer", "adam", "one of sgd, adamw"),
@@ -64,7 +64,7 @@ def test_config_holds_what_a_variant_changed():
         ("weight_decay", -1e-4, "at least 0"),
         ("shift", -1, "at least 0"),
         ("subset", 0, "at least 1"),
-        ("preset", "papre", "one of default, paper"),
+        ("preset", "papre", "one of default, paper, nas, random"),
         ("seed", -1, "at least 0"),
         ("threads", 0, "at least 1"),
     ],

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,13 +25,17 @@ from torchgrow import TorchgrowError
 from torchgrow.lab.metrics import ACCURACY, Metric
 from torchgrow.lab.text import TextData, load_text
 
-DATASETS = ("digits", "cifar10", "text")
+DATASETS = ("digits", "cifar10", "imagefolder", "text")
 
 # Per channel, of the 50,000 training images with values in [0, 1]; published with the set's first ResNets.
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+# Of ImageNet's training images, as all of torchvision's models take them.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _DIGITS_TEST_IMAGES = 360  # of 1,797
+_MOST_BYTES = 16e9  # of images in memory
 _SPLIT_SEED = 0  # the digits split and the subset draw are the same for every run seed
 
 _CIFAR10_HELP = (
@@ -152,19 +158,27 @@ Data = ImageData | TextData
 
 
 def load(
-    dataset: str, *, folder: Path | None = None, download: bool = False, subset: int | None = None, steps: int = 35
+    dataset: str,
+    *,
+    folder: Path | None = None,
+    download: bool = False,
+    subset: int | None = None,
+    steps: int = 35,
+    side: int = 64,
 ) -> Data:
     """Load a data set into memory.
 
     Args:
         dataset: ``"digits"`` (1,437 training and 360 test images of 1 x 8 x 8, shipped with scikit-learn),
-            ``"cifar10"`` (50,000 and 10,000 images of 3 x 32 x 32) or ``"text"`` (three files of words).
+            ``"cifar10"`` (50,000 and 10,000 images of 3 x 32 x 32), ``"imagefolder"`` (your own, in one folder a class)
+            or ``"text"`` (three files of words).
         folder: where the data is; default for CIFAR-10 ``data/cifar10``, for a text the manual that comes with
             Python. Digits need none.
         download: let torchvision fetch CIFAR-10 into ``folder`` if it is not there.
         subset: number of training images to keep, drawn once and for all, whatever the run's seed, or of training
             words, from the beginning; what a network is judged by is never cut. Default: all.
         steps: words a sample, of a text.
+        side: pixels that images of ``"imagefolder"`` are resized to, along both axes.
 
     Raises:
         TorchgrowError: an unknown data set; a folder that is missing, empty, incomplete or holds something
@@ -181,6 +195,8 @@ def load(
         data = _digits()
     elif dataset == "cifar10":
         data = _cifar10(folder or Path("data/cifar10"), download)
+    elif dataset == "imagefolder":
+        data = _imagefolder(folder or Path("data/images"), side)
     else:
         raise TorchgrowError(f"there is no data set {dataset!r}; there are {', '.join(DATASETS)}")
     if subset is None:
@@ -218,6 +234,38 @@ def _cifar10(folder: Path, download: bool) -> ImageData:
         raise TorchgrowError(f"no CIFAR-10 in {folder}: {_found(folder)}. {_CIFAR10_HELP}")
     train, test = read("train"), read("test")
     return ImageData(train=train, test=test, mean=CIFAR10_MEAN, std=CIFAR10_STD)
+
+
+def _imagefolder(folder: Path, side: int) -> ImageData:
+    """``train/CLASS/*`` and ``val/CLASS/*`` by torchvision's `ImageFolder`, squeezed to squares in memory."""
+    from torchvision.datasets import ImageFolder
+
+    sets = {}
+    for split in ("train", "val"):
+        try:
+            found = ImageFolder(str(folder / split))
+        except (OSError, RuntimeError) as error:  # torchvision says which class has no image
+            raise TorchgrowError(
+                f"{folder} has no images in {split}/CLASS/*: {_found(folder)} ({error}); "
+                "--data names a folder that holds train/ and val/, with one folder of images a class in each"
+            ) from error
+        needed = len(found) * 3 * side**2
+        if needed > _MOST_BYTES:
+            raise TorchgrowError(
+                f"{folder / split} holds {len(found)} images, {needed / 1e9:.0f} GB at {side} x {side}; these recipes "
+                f"keep them in memory, up to {_MOST_BYTES / 1e9:.0f} GB: use fewer images, or your own training loop"
+            )
+        pixels = torch.empty(len(found), 3, side, side, dtype=torch.uint8)
+        for i, (path, _) in enumerate(track(found.samples, f"reading {split}", console=Console(stderr=True))):
+            with Image.open(path) as image:
+                square = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+            pixels[i] = torch.from_numpy(np.array(square)).permute(2, 0, 1)
+        sets[split] = found.classes, Images(pixels=pixels, labels=torch.tensor(found.targets))
+    (classes, train), (others, test) = sets["train"], sets["val"]
+    if classes != others:
+        odd = sorted(set(classes) ^ set(others))
+        raise TorchgrowError(f"{folder}: train/ and val/ differ in classes, e.g. {odd[0]}; both need the same folders")
+    return ImageData(train=train, test=test, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
 def _cifar10_reader(folder: Path) -> Callable[[str], Images] | None:

@@ -139,6 +139,93 @@ def _stage(in_channels: int, out_channels: int, blocks: int, stride: int, kind: 
     return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, 1, kind) for _ in range(blocks - 1)))
 
 
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolution with batch norm beside a shortcut; inside a quarter of the channels."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        inside = max(1, out_channels // 4)
+        self.conv1, self.bn1 = nn.Conv2d(in_channels, inside, 1, bias=False), nn.BatchNorm2d(inside)
+        self.conv2 = nn.Conv2d(inside, inside, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(inside)
+        self.conv3, self.bn3 = nn.Conv2d(inside, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
+        self.shortcut = _shortcut("B", in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        return F.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
+
+
+class PlainUnit(nn.Module):
+    """A 3x3 convolution, batch norm and ReLU, with nothing beside them."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Staged(nn.Module):
+    """AutoGrow's other families (Wen et al., 2020): a stem, three or four stages of like units, one linear layer.
+
+    Args:
+        width: factor on ``widths``.
+        unit: ``"bottleneck"`` (Bottleneck4ResNet) or ``"plain"`` (Plain3Net, Plain4Net).
+        units: how many in each stage; the first of every stage but the first one halves the image.
+        widths: channels of the stages.
+        stem: ``"small"`` (a 3x3 convolution) or ``"large"`` (7x7 and a pooling, a quarter of the image's side).
+        in_channels: 3 for colour images, 1 for grey ones.
+        classes: number of outputs.
+
+    Shape: ``[N, in_channels, H, W] -> [N, classes]``.
+
+    Raises:
+        TorchgrowError: stages without units, or not as many widths as stages; another unit or stem.
+    """
+
+    def __init__(
+        self,
+        width: float = 1.0,
+        *,
+        unit: Literal["bottleneck", "plain"] = "plain",
+        units: Sequence[int] = (3, 3, 3),
+        widths: Sequence[int] = (16, 32, 64),
+        stem: Literal["small", "large"] = "small",
+        in_channels: int = 3,
+        classes: int = 10,
+    ) -> None:
+        super().__init__()
+        if len(units) != len(widths) or not units or min(*units, *widths) < 1:
+            raise TorchgrowError(f"every stage has units and a width, all at least 1, got {units} and {widths}")
+        kinds = {"bottleneck": Bottleneck, "plain": PlainUnit}
+        if unit not in kinds or stem not in ("small", "large"):
+            raise TorchgrowError(f"a unit is one of {', '.join(kinds)} and a stem small or large, got {unit}, {stem}")
+        channels = [scaled(w, width) for w in widths]
+        before = channels[0] if unit == "plain" else max(1, channels[0] // 4)
+        large = stem == "large"
+        self.conv1 = nn.Conv2d(in_channels, before, 7 if large else 3, 2 if large else 1, 3 if large else 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(before)
+        self.pool = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
+        stages = []
+        for stage, (count, after) in enumerate(zip(units, channels, strict=True)):
+            first = kinds[unit](before, after, 2 if stage else 1)
+            stages.append(nn.Sequential(first, *(kinds[unit](after, after, 1) for _ in range(count - 1))))
+            before = after
+        self.stages = nn.ModuleList(stages)
+        self.fc = nn.Linear(before, classes)
+        _init(self)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        x = self.pool(F.relu(self.bn1(self.conv1(x))))
+        for stage in self.stages:
+            x = stage(x)
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
 class VGG16(nn.Module):
     """VGG-16 with batch norm for CIFAR: 13 convolutions, one linear layer, 14.73M parameters at width 1.
 
@@ -146,7 +233,8 @@ class VGG16(nn.Module):
     parameter counts agree with those published.
 
     Args:
-        width: factor on every channel count.
+        width: factor on every channel count, on top of ``widen``.
+        widen: another such factor.
         in_channels: 3 for colour images, 1 for grey ones.
         classes: number of outputs.
 
@@ -155,12 +243,12 @@ class VGG16(nn.Module):
 
     stages = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
-    def __init__(self, width: float = 1.0, *, in_channels: int = 3, classes: int = 10) -> None:
+    def __init__(self, width: float = 1.0, *, widen: float = 1.0, in_channels: int = 3, classes: int = 10) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for stage in self.stages:
             for channels in stage:
-                out_channels = scaled(channels, width)
+                out_channels = scaled(channels, width * widen)
                 layers.append(nn.Conv2d(in_channels, out_channels, 3, padding=1))
                 layers += [nn.BatchNorm2d(out_channels), nn.ReLU()]
                 in_channels = out_channels

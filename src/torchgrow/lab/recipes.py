@@ -7,6 +7,7 @@ A variant is a function that takes a recipe and returns an edited one (`with_sho
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -16,10 +17,11 @@ from torchgrow.lab import data, models
 from torchgrow.lab.attention import GPT, ViT
 from torchgrow.lab.recurrent import LSTM
 
-PRESETS = ("default", "paper")
+PRESETS = ("default", "paper", "nas", "random")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("milestones", "cosine")
 SIZES = ("small", "medium", "large")
+SCALES = ("small", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +35,15 @@ class Recipe:
             at 1.0, its default, it is the frame that the grown network may become and the dense twin is.
         build_grown: makes the frame of the grown network if that differs in what is no parameter, such as dropout.
         budget: what the grown network may cost.
+        depth: whether layers grow too, as for `torchgrow.Grower`.
+        meta: whether the grown network's frame is built on the meta device, where what never grows costs nothing.
         epochs: passes over the training images, or text.
+        then: more of them once the structure is final, with the schedule anew (fine-tuning; the train phase after
+            the grow phase, where an architecture is searched). Networks that do not grow train on just so.
         updates_per_epoch: how often the grower updates in each, the last time at its end.
         batch_size: images, or sequences of words, a step.
         steps: words a sequence, of a text.
+        side: height and width that images of a folder are resized to, in pixels.
         optimizer: one of `OPTIMIZERS`.
         lr: learning rate before the first milestone, or after warm-up.
         schedule: one of `SCHEDULES`: steps at ``lr_milestones``, or a cosine down to 0.
@@ -64,10 +71,14 @@ class Recipe:
     build: Callable[..., nn.Module]
     build_grown: Callable[..., nn.Module] | None = None
     budget: Budget
+    depth: bool = False
+    meta: bool = False
     epochs: int
+    then: int = 0
     updates_per_epoch: int = 1
     batch_size: int
     steps: int = 35
+    side: int = 64
     optimizer: str = "sgd"
     lr: float
     schedule: str = "milestones"
@@ -93,6 +104,8 @@ class Recipe:
 
         need("dataset", self.dataset in data.DATASETS, f"one of {', '.join(data.DATASETS)}")
         need("epochs", self.epochs >= 2, "at least 2 (passes over the training images or text)")
+        need("then", self.then >= 0, "at least 0 (more passes after growth)")
+        need("side", self.side >= 8, "at least 8 (pixels)")
         need("updates_per_epoch", self.updates_per_epoch >= 1, "at least 1")
         need("batch_size", self.batch_size >= 2, "at least 2 (images, or sequences of words)")
         need("steps", self.steps >= 1, "at least 1 (words)")
@@ -122,6 +135,10 @@ class Recipe:
         """The recipe with networks for a vocabulary of so many words."""
         grown = self.build_grown and partial(self.build_grown, words=words)
         return replace(self, build=partial(self.build, words=words), build_grown=grown)
+
+    def with_classes(self, classes: int) -> "Recipe":
+        """The recipe with networks of so many outputs."""
+        return replace(self, build=partial(self.build, classes=classes))
 
     def as_json(self) -> dict[str, Any]:
         """All fields as JSON can hold them; ``build`` and ``build_grown`` by their class and arguments."""
@@ -162,24 +179,133 @@ def digits() -> Recipe:
     )
 
 
-def resnet20_cifar10() -> Recipe:
-    """The paper's ResNet-20 on CIFAR-10, grown to 36 % of its parameters in 160 epochs.
-
-    Command: ``torchgrow run resnet20-cifar10 --data FOLDER``.
-    Hardware: 2 CPU cores; for a try there, add ``--subset 10000 --epochs 20``. What that gives, with seeds,
-    spread and hardware: the first table of docs/results.md.
-    """
+def _cifar10(name: str, scale: str, build: Callable[..., nn.Module], budget: Budget, epochs: int = 160) -> Recipe:
+    """CIFAR-10 as the paper trains on it; small: 10,000 images and 20 epochs, which fits two CPU cores."""
+    if scale not in SCALES:
+        raise TorchgrowError(f"scale is one of {', '.join(SCALES)}, got {scale!r}")
+    small = scale == "small"
     return Recipe(
-        name="resnet20-cifar10",
+        name=name,
         dataset="cifar10",
-        build=partial(models.ResNet, depth=20, widths=(16, 32, 64), shortcut="A"),
-        budget=Budget(params="36%"),
-        epochs=160,
+        build=build,
+        budget=budget,
+        epochs=20 if small else epochs,
+        subset=10_000 if small else None,
         batch_size=128,
         lr=0.1,
         shift=4,
         mirror=True,
     )
+
+
+def resnet20_cifar10(scale: str = "small") -> Recipe:
+    """The paper's ResNet-20 on CIFAR-10, grown to 36 % of its parameters.
+
+    Command: ``torchgrow run resnet20-cifar10 --data FOLDER``, with ``--scale full --preset paper`` for the paper's
+    160 epochs on all images, to the letter.
+    Hardware: 2 CPU cores. What 10,000 images and 20 epochs give, with seeds, spread and hardware: the first table of
+    docs/results.md.
+    """
+    build = partial(models.ResNet, depth=20, widths=(16, 32, 64), shortcut="A")
+    return _cifar10("resnet20-cifar10", scale, build, Budget(params="36%"))
+
+
+def vgg16_cifar10(scale: str = "small") -> Recipe:
+    """The paper's VGG-16 on CIFAR-10, grown to 5 % of its parameters; small: a quarter of its width, to 20 %.
+
+    Command: ``torchgrow run vgg16-cifar10 --data FOLDER``, with ``--scale full --preset paper`` for the paper's.
+    Hardware: 2 CPU cores for small; a GPU for full.
+    """
+    build = partial(models.VGG16, widen=0.25 if scale == "small" else 1.0)
+    return _cifar10("vgg16-cifar10", scale, build, Budget(params="20%" if scale == "small" else "5%"))
+
+
+def wrn28_10_cifar10(scale: str = "small") -> Recipe:
+    """The paper's WRN-28-10 on CIFAR-10, grown to 9.4 % of its parameters; small: WRN-16-2, to 30 %.
+
+    Command: ``torchgrow run wrn28-10-cifar10 --data FOLDER``, with ``--scale full --preset paper`` for the paper's.
+    Hardware: 2 CPU cores for small; a GPU for full.
+    """
+    depth, widen, share = (16, 2, "30%") if scale == "small" else (28, 10, "9.4%")
+    build = partial(models.WideResNet, depth=depth, widen=widen)
+    recipe = _cifar10("wrn28-10-cifar10", scale, build, Budget(params=share), epochs=200)
+    return replace(recipe, lr_milestones=(0.3, 0.6, 0.8), lr_factor=0.2, weight_decay=5e-4)
+
+
+def basic3resnet_cifar10(scale: str = "small") -> Recipe:
+    """AutoGrow's Basic3ResNet: layers and channels grow from one block of one channel a stage, in a 42-42-42 frame.
+
+    Small: a 9-9-9 frame, to the parameters of ResNet-20, which is 3-3-3.
+    Command: ``torchgrow run basic3resnet-cifar10 --data FOLDER``, with ``--scale full --preset paper`` for the
+    paper's, whose nets are then fine-tuned for 40 epochs.
+    Hardware: 2 CPU cores for small; a GPU for full.
+    """
+    small = scale == "small"
+    build = partial(models.ResNet, depth=6 * (9 if small else 42) + 2, shortcut="B")
+    recipe = _cifar10("basic3resnet-cifar10", scale, build, Budget(params=275_572 if small else "50%"))
+    return replace(recipe, depth=True, meta=True, then=0 if small else 40)
+
+
+def plain3net_cifar10(scale: str = "small") -> Recipe:
+    """AutoGrow's Plain3Net: the same without shortcuts, in a 23-23-23 frame; small: 5-5-5, to half its parameters.
+
+    Command: ``torchgrow run plain3net-cifar10 --data FOLDER``, with ``--scale full --preset paper`` for the paper's,
+    whose nets are then fine-tuned for 40 epochs.
+    Hardware: 2 CPU cores for small; a GPU for full.
+    """
+    small = scale == "small"
+    build = partial(models.Staged, unit="plain", units=(5, 5, 5) if small else (23, 23, 23), widths=(16, 32, 64))
+    recipe = _cifar10("plain3net-cifar10", scale, build, Budget(params="50%"))
+    return replace(recipe, depth=True, meta=True, then=0 if small else 40)
+
+
+def _imagenet(name: str, scale: str, build: Callable[..., nn.Module]) -> Recipe:
+    """Folders of images, as ImageNet's; small: 64 pixels and 20 epochs, for ten classes or so."""
+    if scale not in SCALES:
+        raise TorchgrowError(f"scale is one of {', '.join(SCALES)}, got {scale!r}")
+    small = scale == "small"
+    return Recipe(
+        name=name,
+        dataset="imagefolder",
+        build=build,
+        budget=Budget(params="50%"),
+        depth=True,
+        meta=True,
+        epochs=20 if small else 90,
+        then=0 if small else 20,
+        batch_size=128 if small else 256,
+        side=64 if small else 224,
+        lr=0.1,
+        lr_milestones=(1 / 3, 2 / 3),
+        shift=4 if small else 16,
+        mirror=True,
+    )
+
+
+def bottleneck4resnet_imagenet(scale: str = "small") -> Recipe:
+    """AutoGrow's Bottleneck4ResNet for ImageNet, from one unit a stage; small: a quarter of the width, 3-4-6-3.
+
+    Command: ``torchgrow run bottleneck4resnet-imagenet --data FOLDER``, the folder holding ``train/CLASS/*`` and
+    ``val/CLASS/*``; with ``--scale full --preset paper`` for the paper's.
+    Hardware: 2 CPU cores for small (Imagenette, say); several GPUs for full.
+    """
+    small = scale == "small"
+    widths, units = ((64, 128, 256, 512), (3, 4, 6, 3)) if small else ((256, 512, 1024, 2048), (6, 8, 12, 10))
+    build = partial(models.Staged, unit="bottleneck", units=units, widths=widths, stem="large")
+    return _imagenet("bottleneck4resnet-imagenet", scale, build)
+
+
+def plain4net_imagenet(scale: str = "small") -> Recipe:
+    """AutoGrow's Plain4Net for ImageNet, from one unit a stage; small: a quarter of the width, 2-2-2-2.
+
+    Command: ``torchgrow run plain4net-imagenet --data FOLDER``, the folder holding ``train/CLASS/*`` and
+    ``val/CLASS/*``; with ``--scale full --preset paper`` for the paper's.
+    Hardware: 2 CPU cores for small (Imagenette, say); several GPUs for full.
+    """
+    small = scale == "small"
+    widths, units = ((16, 32, 64, 128), (2, 2, 2, 2)) if small else ((64, 128, 256, 512), (6, 6, 6, 6))
+    build = partial(models.Staged, unit="plain", units=units, widths=widths, stem="large")
+    return _imagenet("plain4net-imagenet", scale, build)
 
 
 def vit_cifar10() -> Recipe:
@@ -280,6 +406,12 @@ def lstm_ptb(size: str = "small") -> Recipe:
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "digits": digits,
     "resnet20-cifar10": resnet20_cifar10,
+    "vgg16-cifar10": vgg16_cifar10,
+    "wrn28-10-cifar10": wrn28_10_cifar10,
+    "basic3resnet-cifar10": basic3resnet_cifar10,
+    "plain3net-cifar10": plain3net_cifar10,
+    "bottleneck4resnet-imagenet": bottleneck4resnet_imagenet,
+    "plain4net-imagenet": plain4net_imagenet,
     "vit-cifar10": vit_cifar10,
     "lstm-ptb": lstm_ptb,
     "gpt-ptb": gpt_ptb,
@@ -308,6 +440,18 @@ def with_shortcut(recipe: Recipe, kind: str) -> Recipe:
     if kind not in ("A", "B"):
         raise TorchgrowError(f'shortcut is "A" (padding) or "B" (1x1 convolution), got {kind!r}')
     return replace(recipe, build=partial(recipe.build, shortcut=kind))
+
+
+def with_scale(recipe: Recipe, scale: str) -> Recipe:
+    """``recipe`` at one of the `SCALES`: small enough for two CPU cores, or as published.
+
+    Raises:
+        TorchgrowError: it has no choice of scales, or not this one.
+    """
+    make: Callable[..., Recipe] = RECIPES[recipe.name]
+    if "scale" not in signature(make).parameters:
+        raise TorchgrowError(f"recipe {recipe.name!r} has no choice of scales; leave --scale out")
+    return make(scale)
 
 
 def with_size(recipe: Recipe, size: str) -> Recipe:

@@ -221,7 +221,9 @@ def run(
     """
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    data = lab_data.load(recipe.dataset, folder=folder, download=download, subset=recipe.subset, steps=recipe.steps)
+    data = lab_data.load(
+        recipe.dataset, folder=folder, download=download, subset=recipe.subset, steps=recipe.steps, side=recipe.side
+    )
     config = {}
     if isinstance(data, TextData):
         recipe = recipe.with_words(len(data.vocabulary))
@@ -230,6 +232,8 @@ def run(
             f"Text: {data.source}; {len(data.train):,} words to train on, a vocabulary of {len(data.vocabulary):,}",
             soft_wrap=True,
         )
+    elif recipe.dataset == "imagefolder":
+        recipe = recipe.with_classes(1 + int(data.train.labels.max()))
     run_folder = RunFolder(out or default_out(recipe.name))
     try:
         with run_folder:
@@ -263,7 +267,9 @@ def _train(name: str, width: float, recipe: Recipe, data: Data, run_folder: RunF
     """Train one network from the recipe's seed; the one named "grown" grows and is saved."""
     frame = measure(recipe.build(1.0), data.example())
     torch.manual_seed(recipe.seed)
-    model = (recipe.build_grown or recipe.build)(width) if name == "grown" else recipe.build(width)
+    build = recipe.build_grown or recipe.build if name == "grown" else recipe.build
+    with torch.device("meta" if name == "grown" and recipe.meta else "cpu"):
+        model = build(width)
     optimizer = make_optimizer(model, recipe)
     grower: Grower | None = None
     limits: dict[str, int | None] = {}
@@ -272,7 +278,7 @@ def _train(name: str, width: float, recipe: Recipe, data: Data, run_folder: RunF
         grower = make_grower(model, optimizer, data, recipe)
         limits, full = asdict(grower.limits), grower.full_widths()
         run_folder.write_json("frame.json", {**asdict(frame), "limits": limits, "widths": full})
-    display.start(name, epochs=recipe.epochs, frame=frame, limits=limits, full=full)
+    display.start(name, epochs=recipe.epochs + recipe.then, frame=frame, limits=limits, full=full)
     for epoch in fit(name, model, optimizer, data, recipe, grower=grower, on_step=display.step):
         run_folder.append(epoch)
         display.epoch(epoch)

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Epoch:
         seconds: of training and updating, summed over all epochs so far; evaluation is left out.
         lr: learning rate at the beginning of this epoch.
         widths: live units of every group; empty for a network that does not grow.
+        depths: live blocks of every stage; empty where layers do not grow.
         pressure: what pushed indicators up or down; None for a network that does not grow.
         temperature: mean temperature of every group; empty for a network that does not grow.
         born: units that came in for the first time.
@@ -60,6 +61,7 @@ class Epoch:
     seconds: float
     lr: float
     widths: dict[str, int] = field(default_factory=dict)
+    depths: dict[str, int] = field(default_factory=dict)
     pressure: float | None = None
     temperature: dict[str, float] = field(default_factory=dict)
     born: int = 0
@@ -125,6 +127,7 @@ def make_grower(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, 
         seed=recipe.seed,
         freeze=recipe.freeze,
         carried=carried,
+        depth=recipe.depth,
     )
 
 
@@ -159,7 +162,12 @@ def fit(
     cost = grower.cost() if grower else measure(model, data.example())
     between = {steps * part // recipe.updates_per_epoch for part in range(1, recipe.updates_per_epoch)}
     seconds, training_flops = 0.0, 0
-    for epoch in range(1, recipe.epochs + 1):
+    for epoch in range(1, recipe.epochs + recipe.then + 1):
+        if epoch == recipe.epochs + 1:
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr
+            schedule = make_schedule(optimizer, replace(recipe, epochs=recipe.then), steps)
+        growing = grower if epoch <= recipe.epochs else None
         lr = optimizer.param_groups[0]["lr"]
         events: list[Event] = []
         start, total, state = time.perf_counter(), 0.0, None
@@ -173,17 +181,17 @@ def fit(
             schedule.step()
             training_flops += 3 * cost.flops * samples
             on_step(step, steps)
-            if grower and step in between:
-                events.append(grower.update())
-                cost = grower.cost()
-                state = grower.carry(state) if state is not None else None
+            if growing and step in between:
+                events.append(growing.update())
+                cost = growing.cost()
+                state = growing.carry(state) if state is not None else None
         seconds += time.perf_counter() - start
-        widths = grower.widths() if grower else {}
+        widths, depths = (grower.widths(), grower.depths()) if grower else ({}, {})
         score, test_loss = evaluate(model, data)
         fields: dict[str, Any] = {data.metric.name: score}
-        if grower:
+        if growing:
             start = time.perf_counter()
-            events.append(grower.update())
+            events.append(growing.update())
             seconds += time.perf_counter() - start
             fields |= {name: getattr(events[-1], name) for name in ("pressure", "temperature")}
             fields |= {name: sum(getattr(event, name) for event in events) for name in ("born", "regrown", "detached")}
@@ -198,6 +206,7 @@ def fit(
             seconds=seconds,
             lr=lr,
             widths=widths,
+            depths=depths,
             **fields,
         )
 

@@ -1,0 +1,127 @@
+"""Recipes in which layers grow: AutoGrow's families, frames on the meta device, a second phase, folders of images."""
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+import torchgrow
+from torchgrow import Budget, TorchgrowError, measure, trace
+from torchgrow.lab import data, run
+from torchgrow.lab.models import ResNet, Staged
+from torchgrow.lab.recipes import RECIPES, SCALES, get, with_scale
+
+DEEP = partial(ResNet, depth=20, widths=(4, 8, 16), in_channels=1, shortcut="B")
+
+
+@pytest.mark.parametrize("unit", ["bottleneck", "plain"])
+@pytest.mark.parametrize("stem", ["small", "large"])
+def test_staged_networks_have_layers_to_leave_out(unit, stem):
+    model = Staged(unit=unit, units=(2, 3, 1), widths=(8, 8, 12), stem=stem, classes=7)
+    x = torch.randn(2, 3, 32, 32)
+    assert model(x).shape == (2, 7)
+    space = trace(model, x, depth=True)
+    assert [slot.modules[0] for slot in space.slots if space.removable[slot.unit]] == [
+        "stages.0.1",
+        "stages.1.1",
+        "stages.1.2",
+    ]
+
+
+def test_a_plain_and_a_residual_layer_of_the_same_width():
+    assert measure(Staged(units=(2, 1, 1)), torch.randn(1, 3, 32, 32)).params > 0
+    with pytest.raises(TorchgrowError, match=r"every stage has units and a width.*got \(2, 0\) and \(4, 8\)"):
+        Staged(units=(2, 0), widths=(4, 8))
+    with pytest.raises(TorchgrowError, match="a unit is one of bottleneck, plain"):
+        Staged(unit="dense")
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in RECIPES if name.endswith(("cifar10", "imagenet")) and "vit" not in name]
+)
+def test_full_scale_is_more(name):
+    small, full = (with_scale(get(name), scale) for scale in SCALES)
+    assert get(name).as_json() == small.as_json()
+    assert full.epochs > small.epochs
+    assert full.subset is None
+    with torch.device("meta"):
+        sizes = [sum(p.numel() for p in recipe.build().parameters()) for recipe in (small, full)]
+    assert sizes[1] >= sizes[0]
+    with pytest.raises(TorchgrowError, match="scale is one of small, full, got 'huge'"):
+        with_scale(get(name), "huge")
+
+
+def test_the_paper_s_frames_have_the_paper_s_sizes():
+    with torch.device("meta"):
+        sizes = {
+            name: sum(p.numel() for p in with_scale(get(f"{name}-cifar10"), "full").build().parameters()) / 1e6
+            for name in ("vgg16", "wrn28-10", "resnet20")
+        }
+    assert sizes == pytest.approx({"vgg16": 14.73, "wrn28-10": 36.5, "resnet20": 0.27}, abs=0.05)
+
+
+def test_digits_have_one_scale():
+    with pytest.raises(TorchgrowError, match="recipe 'digits' has no choice of scales; leave --scale out"):
+        with_scale(get("digits"), "full")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Layers grow in a frame on the meta device, then the network trains on."""
+    recipe = replace(
+        get("digits"), build=DEEP, epochs=4, then=3, subset=128, batch_size=32, depth=True, meta=True, preset="paper"
+    )
+    return run.run(recipe, console=Console(quiet=True), out=tmp_path_factory.mktemp("runs") / "deep", twins=False)
+
+
+def test_layers_grow_and_the_second_phase_has_a_schedule_of_its_own(finished):
+    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [r["lr"] for r in records] == pytest.approx([0.1, 0.1, 0.01, 0.001, 0.1, 0.1, 0.001])
+    assert records[0]["depths"] == {"layer1": 1, "layer2": 1, "layer3": 1}
+    assert max(sum(r["depths"].values()) for r in records) > 3
+    params = {r["params"] for r in records if r["epoch"] > 4}
+    assert len(params) == 1
+    assert all(r["born"] == r["detached"] == 0 for r in records if r["epoch"] > 4)
+    results = json.loads((finished / "results.json").read_text())["grown"]
+    assert results["params"] in params
+    model = torchgrow.load(finished / "network", DEEP)
+    assert sum(p.numel() for p in model.parameters()) == results["params"]
+
+
+def pictures(folder: Path, classes: tuple[str, ...] = ("cat", "dog"), each: int = 3) -> Path:
+    random = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in classes:
+            (folder / split / name).mkdir(parents=True)
+            for i in range(each):
+                array = random.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)
+                Image.fromarray(array).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+def test_a_folder_of_images(tmp_path):
+    found = data.load("imagefolder", folder=pictures(tmp_path), side=16)
+    assert found.train.pixels.shape == (6, 3, 16, 16)
+    assert found.test.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    recipe = replace(
+        get("plain4net-imagenet"), epochs=2, batch_size=2, side=32, budget=Budget(params="60%"), updates_per_epoch=2
+    )
+    out = run.run(recipe, console=Console(quiet=True), out=tmp_path / "run", folder=tmp_path, twins=False)
+    assert json.loads((out / "config.json").read_text())["model_arguments"]["classes"] == 2
+
+
+def test_folders_that_do_not_fit(tmp_path):
+    with pytest.raises(TorchgrowError, match=r"has no images in train/CLASS/\*.*the folder is empty"):
+        data.load("imagefolder", folder=tmp_path)
+    pictures(tmp_path / "odd")
+    (tmp_path / "odd" / "val" / "dog").rename(tmp_path / "odd" / "val" / "wolf")
+    with pytest.raises(TorchgrowError, match=r"train/ and val/ differ in classes, e\.g\. dog"):
+        data.load("imagefolder", folder=tmp_path / "odd")
+    with pytest.raises(TorchgrowError, match=r"these recipes keep them in memory, up to 16 GB"):
+        data.load("imagefolder", folder=pictures(tmp_path / "large"), side=40_000)
