@@ -36,6 +36,7 @@ ORDER = [
     "optimizers",
     "fold",
     "guard",
+    "distributed",
     "grower",
     "persist",
     "__init__",
