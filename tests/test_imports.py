@@ -40,6 +40,7 @@ ORDER = [
     "optimizers",
     "fold",
     "guard",
+    "distributed",
     "grower",
     "persist",
     "__init__",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .budget import Budget, Limits, check_feasible, fit, largest_shift, pressure
 from .cost import Cost, CostModel
 from .depth import Named
+from .distributed import Ranks
 from .errors import BudgetError, StructureError, TorchgrowError
 from .fold import Fold, Folding
 from .guard import guard_
@@ -23,7 +25,7 @@ from .optimizers import check_optimizers
 from .proof import prove, trace
 from .replay import Carries, Couples, replay
 from .space import WHOLE, Frozen, Place, Space, live_positions
-from .surgery import Bank, recut, uninterrupted
+from .surgery import Bank, Change, recut, uninterrupted
 
 
 @dataclass(frozen=True)
@@ -129,12 +131,17 @@ class Grower:
         check_feasible(budget, self.limits, self._costs)
         guard_(model)
         self._indicators = Indicators(self.space, self.method, updates, seed)
+        self._ranks = Ranks()
+        self._ranks.agree(self._decided(None))
+        self._ranks.share([tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta])
         device = next(x.device for x in tree_leaves(example_inputs) if isinstance(x, Tensor))
         self._bank = Bank(model, self.space, self.optimizers, seed=seed, device=device)
         self._parameters = dict(model.named_parameters())
         self._gated = sorted({name for name, _ in self.space.fold})
         self._initial_lr = self._learning_rate(initial=True)
         self._folding = Folding(self.optimizers, self._step, lambda: self._indicators.gate)
+        self._followers: list[Bank] = []
+        self._copies: list[Bank] = []  # those of them that began with the frame's own weights
         self._penalty = torch.zeros(self.space.n_units, dtype=torch.float64)
         self._lambda_share = torch.ones(self.space.n_units, dtype=torch.float64)  # of lambda_1, by unit
         for slot in self.space.slots:
@@ -155,8 +162,10 @@ class Grower:
     def update(self) -> Event:
         """Grow, detach and regrow once. Evaluate before: newborn units are untrained.
 
+        With several processes every rank calls it; buffers such as running statistics become rank 0's.
+
         Raises:
-            TorchgrowError: the run is over.
+            TorchgrowError: the run is over, or the ranks do not agree.
             TrainingError: the last optimizer step did not finish.
         """
         number = len(self.history)
@@ -165,8 +174,89 @@ class Grower:
                 f"the run is over: update() was called {self.updates} times or finish() once; "
                 f"for a longer run construct Grower(..., updates={number + 1} or more)"
             )
-        if number >= self.updates:
-            return self.finish()
+        with self._ranks.together(self._buffers()):
+            return self._finish() if number >= self.updates else self._update(number)
+
+    def finish(self) -> Event:
+        """End the run now: the network is brought to the budget, the bank is emptied, the hooks come off.
+
+        Called before update T-1 the network may have to change once more; units that enter here are silent
+        (their gated weights are 0), so that the function of the network is what survived of it.
+
+        Raises:
+            TorchgrowError: the run is over already, or the ranks do not agree.
+        """
+        if self.finished:
+            raise TorchgrowError(
+                "finish() was called before; the network is final, save it with torchgrow.save(model, folder)"
+            )
+        with self._ranks.together(self._buffers()):
+            return self._finish()
+
+    def wrap(self, **settings: Any) -> nn.Module:
+        """The network for data-parallel training; call it anew after every update: `ddp = grower.wrap()`.
+
+        Returns a new DistributedDataParallel, or, where no process group was started, the model itself. Wrappers
+        made before an update raise when they are called after it. Evaluate and save the model, not the wrapper.
+
+        Args:
+            **settings: of DistributedDataParallel, such as `find_unused_parameters`.
+
+        Raises:
+            TorchgrowError: there are several processes, but no process group, or it was started after the grower.
+        """
+        return self._ranks.wrap(self.model, settings)
+
+    def follow(self, module: nn.Module) -> None:
+        """Let a second model of the same frame, such as a moving average, follow every change of structure.
+
+        It keeps weights and buffers of its own, those of detached units too: a unit that comes back is in it as it
+        left. A unit that a copy has no history of starts in it as in the network.
+
+        Args:
+            module: a copy of the frame or of the live network, or what holds one in `.module`, such as
+                `torch.optim.swa_utils.AveragedModel`; or a whole frame with other weights, which stay as they are.
+
+        Raises:
+            StructureError: it does not fit; the message names tensors and shapes.
+            TorchgrowError: the run is over.
+        """
+        if self.finished:
+            raise TorchgrowError("the run is over and the structure final; a copy of the network needs no following")
+        inner = getattr(module, "module", None)
+        if isinstance(inner, nn.Module) and not module.state_dict().keys() & self._bank.tensors.keys():
+            module = inner
+        follower = self._bank.follower(module)
+        guard_(follower.model)
+        self._followers.append(follower)
+        if self._bank.sleeps_alike(follower):
+            self._copies.append(follower)
+
+    def cost(self) -> Cost:
+        """Cost of the live network."""
+        return self._costs.cost(self._bank.keep)
+
+    def widths(self) -> dict[str, int]:
+        """Live units per group."""
+        return self.space.widths(self._bank.keep)
+
+    def depths(self) -> dict[str, int]:
+        """Live blocks per stage, those that always stay included; layers named by the user count under ""."""
+        found: dict[str, int] = {}
+        for slot in self.space.slots:
+            blocks = len(list(self.model.get_submodule(slot.stage).children())) if slot.stage else 0
+            live = bool(self._bank.keep[slot.unit])
+            found.setdefault(slot.stage, blocks)
+            found[slot.stage] += int(live) if not slot.stage else int(live) - 1
+        return found
+
+    def full_widths(self) -> dict[str, int]:
+        """Units per group in the frame."""
+        return self.space.widths(self.space.everything())
+
+    # --- how it is done ---
+
+    def _update(self, number: int) -> Event:
         start = time.perf_counter()
         self._folding.recover()
         indicators = self._indicators
@@ -191,26 +281,27 @@ class Grower:
                 indicators.restore(before)
             raise
 
-    def finish(self) -> Event:
-        """End the run now: the network is brought to the budget, the bank is emptied, the hooks come off.
+    def _check_parameters(self) -> None:
+        """The optimizer trains, and the bank writes into, the parameter objects that were there at the start."""
+        now = dict(self.model.named_parameters())
+        for name, parameter in self._parameters.items():
+            if now.get(name) is not parameter:
+                found = "sharded (fully_shard)" if hasattr(now.get(name), "device_mesh") else "exchanged or taken out"
+                raise StructureError(
+                    f"{name} is not the parameter any more that Grower was given: it was {found} since. "
+                    "Write into the objects that are there (load_state_dict without assign=True), and use DDP instead "
+                    "of fully_shard"
+                )
 
-        Called before update T-1 the network may have to change once more; units that enter here are silent
-        (their gated weights are 0), so that the function of the network is what survived of it.
-
-        Raises:
-            TorchgrowError: the run is over already.
-        """
-        if self.finished:
-            raise TorchgrowError(
-                "finish() was called before; the network is final, save it with torchgrow.save(model, folder)"
-            )
+    def _finish(self) -> Event:
         start = time.perf_counter()
         old, indicators = self._bank.keep, self._indicators
         keep = fit(self.space, self._costs, old, indicators.score(), self.limits, indicators.steps)
         with uninterrupted():
             event = self._change_to(keep, start, shift=0.0, silent=keep & ~old)
             self._folding.remove()
-            self._bank.empty()
+            for bank in (self._bank, *self._followers):
+                bank.empty()
             self.finished = True
         return event
 
@@ -255,30 +346,6 @@ class Grower:
         cut = iter([recut(x, place.units, old, new) for x, place in zip(tensors, carried, strict=True)])
         return tree_map(lambda x: next(cut) if isinstance(x, Tensor) else x, state)
 
-    def cost(self) -> Cost:
-        """Cost of the live network."""
-        return self._costs.cost(self._bank.keep)
-
-    def widths(self) -> dict[str, int]:
-        """Live units per group."""
-        return self.space.widths(self._bank.keep)
-
-    def depths(self) -> dict[str, int]:
-        """Live blocks per stage, those that always stay included; layers named by the user count under ""."""
-        found: dict[str, int] = {}
-        for slot in self.space.slots:
-            blocks = len(list(self.model.get_submodule(slot.stage).children())) if slot.stage else 0
-            live = bool(self._bank.keep[slot.unit])
-            found.setdefault(slot.stage, blocks)
-            found[slot.stage] += int(live) if not slot.stage else int(live) - 1
-        return found
-
-    def full_widths(self) -> dict[str, int]:
-        """Units per group in the frame."""
-        return self.space.widths(self.space.everything())
-
-    # --- how it is done ---
-
     def _planned(self, number: int) -> Tensor:
         """Planned parameters and FLOPs (int64 [2]) at an update: a line from the seed to the budget, then flat."""
         progress = self._progress(number)
@@ -293,6 +360,7 @@ class Grower:
 
     def _change_to(self, keep: Tensor, start: float, shift: float, silent: Tensor | None = None) -> Event:
         """Make `keep` the live structure, all or nothing, and record it."""
+        self._check_parameters()
         bank, folding, gate = self._bank, self._folding, self._indicators.gate
         previous = bank.keep
         old = previous if self.history else keep
@@ -303,6 +371,7 @@ class Grower:
             _silence(self.space, fresh, keep, silent)
         fold = Fold(self.space, self._parameters, keep, fresh)
         factors = fold.factors(gate)
+        followed = self._followed(keep, fresh, fold.folded(factors))
         for name, folded in fold.folded(factors).items():
             change.swaps[name].new = folded
         cost = self._costs.cost(keep)
@@ -323,13 +392,51 @@ class Grower:
             detached=int((before & ~here).sum()),
             seconds=time.perf_counter() - start,
         )
+        self._ranks.agree(self._decided(keep))
+        reshaped = any(swap.tensor.shape != swap.new.shape for swap in change.swaps.values())
         with uninterrupted():
-            bank.commit(change)
+            bank.commit(change, *followed)
             folding.install(fold, factors)
             self._penalty, self._ever = penalty * self._lambda_share, self._ever | here
             self._before = previous
             self.history.append(event)
+            self._ranks.invalidate()
+            torch.clear_autocast_cache()  # casts of weights as they were, if a context is open
+            if reshaped:
+                _forget_compiled()
         return event
+
+    def _followed(self, keep: Tensor, raw: Mapping[str, Tensor], folded: Mapping[str, Tensor]) -> list[Change]:
+        """The change to `keep` of every follower; where a copy still holds what the bank holds, it gets that folded."""
+        changes = []
+        for follower in self._followers:
+            change = follower.stage(keep)
+            for name in change.swaps.keys() & folded.keys() if follower in self._copies else ():
+                own, value = change.swaps[name].new, folded[name].to(change.swaps[name].new)
+                change.swaps[name].new = torch.where(own == raw[name].to(own), value, own)
+            changes.append(change)
+        return changes
+
+    def _buffers(self) -> list[Tensor]:
+        return [buffer for bank in (self._bank, *self._followers) for buffer in bank.model.buffers()]
+
+    def _decided(self, keep: Tensor | None) -> dict[str, list[Tensor | str]]:
+        """What must be the same on all ranks: before anything else (keep None), and at every update."""
+        indicators = self._indicators
+        limits, shapes = self.limits, sorted(self.space.shapes.items())
+        weights: list[Tensor | str] = []
+        if keep is not None:
+            weights += [p for bank in (self._bank, *self._followers) for p in bank.model.parameters()]
+            for optimizer in self.optimizers:
+                weights += [slot for p in optimizer.state.values() for slot in p.values() if isinstance(slot, Tensor)]
+        return {
+            "calls": [f"{len(self.history) if keep is not None else 'start'}"],
+            "settings": [f"{limits} {self.updates} {self.method} {shapes} {len(self.optimizers)}"],
+            "draws": [indicators.generator.get_state(), indicators.uniform],
+            "indicators": [indicators.s, indicators.velocity, indicators.t],
+            "weights": weights,
+            "structure": [] if keep is None else [keep],
+        }
 
     def _temperature(self) -> dict[str, float]:
         space, beta = self.space, self._indicators.beta
@@ -348,6 +455,15 @@ class Grower:
     def _learning_rate(self, initial: bool = False) -> float:
         group = self.optimizers[0].param_groups[0]
         return float(group.get("initial_lr", group["lr"]) if initial else group["lr"])
+
+
+def _forget_compiled() -> None:
+    """Let Dynamo forget code compiled for the old shapes, which it guards on; it is compiled anew at its next call.
+
+    Left alone, Dynamo gives a function up after 8 recompilations and stays eager from then on, with a warning at most.
+    """
+    if "torch._dynamo" in sys.modules:  # else nothing has been compiled
+        torch.compiler.reset()
 
 
 def measure(model: nn.Module, example_inputs: Any) -> Cost:

@@ -48,7 +48,10 @@ def check_model(model: nn.Module, example_inputs: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TraceError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise TraceError(f"the model is wrapped in {type(model).__name__}; pass model.module and wrap it afterwards")
+        raise TraceError(
+            f"the model is wrapped in {type(model).__name__}; pass model.module, and train through what "
+            "grower.wrap() returns"
+        )
     if hasattr(model, "_orig_mod"):
         raise TraceError("the model is compiled; pass the plain module (model._orig_mod) to torchgrow")
     for path, module in model.named_modules():
@@ -60,6 +63,12 @@ def check_model(model: nn.Module, example_inputs: Any) -> None:
             "a tuple for several arguments, or a dict for keywords"
         )
     tensors = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in tensors:
+        if hasattr(tensor, "device_mesh"):
+            raise TraceError(
+                f"{name} is sharded over processes (FSDP2, fully_shard): a shard holds rows of some units only, and "
+                "its contents cannot be exchanged for smaller ones; use DDP, that is ddp = grower.wrap()"
+            )
     devices = sorted({str(tensor.device) for _, tensor in tensors})
     if len(devices) > 1:
         raise TraceError(f"the model is spread over {', '.join(devices)}; move it to one device with model.to(...)")

@@ -72,6 +72,12 @@ class Store:
         self.box: Index | None = {} if whole else None  # positions held; None: nothing
         self.held: Tensor = full() if whole else torch.empty(0)
 
+    def copy(self, dtype: torch.dtype) -> Store:
+        """A store of its own with the same contents in another dtype."""
+        other = copy.copy(self)
+        other.held, other._full = self.held.to(dtype, copy=True), lambda: self._full().to(dtype)
+        return other
+
     def read(self, index: Index | None) -> Tensor:
         """The part at `index`, a new tensor; an empty one for None."""
         if index is None or (self.box is not None and _covers(self.box, index)):

@@ -8,9 +8,10 @@ the model is always whole. Parameter and optimizer objects keep their identity; 
 
 from __future__ import annotations
 
+import copy
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,15 +120,33 @@ class Change:
     ) -> None:
         self.bank, self.keep, self.swaps, self.index, self.record = bank, keep, swaps, index, record
 
-    def apply(self) -> None:
-        """Swap everything in, or, whatever happens in between, nothing."""
+    def apply(self) -> Callable[[], None]:
+        """Swap everything in, or, whatever happens in between, nothing; returns what takes it back."""
         bank = self.bank
+        keep_before, index_before, record_before = bank.keep, bank.index, getattr(bank.model, RECORD, None)
         before = [
             (swap.tensor, swap.tensor.data, [(s, k, s[k]) for s, k, _ in swap.slots]) for swap in self.swaps.values()
         ]
         grads = [(parameter, parameter.grad) for parameter in bank.model.parameters()]
         attributes = [(m, n, getattr(m, n)) for m, n, _ in self._attributes()]
         layers = [path for slot in bank.space.slots for path in slot.modules]
+
+        def undo() -> None:
+            for tensor, old, slots in before:
+                replace_(tensor, old)
+                for state, key, value in slots:
+                    state[key] = value
+            for module, name, number in attributes:
+                setattr(module, name, number)
+            skip_(bank.model, layers, bank.skipped(keep_before))
+            for parameter, grad in grads:
+                parameter.grad = grad
+            if record_before is None:
+                vars(bank.model).pop(RECORD, None)
+            else:
+                setattr(bank.model, RECORD, record_before)
+            bank.keep, bank.index = keep_before, index_before
+
         try:
             for parameter, _ in grads:
                 parameter.grad = None
@@ -140,18 +159,11 @@ class Change:
                 setattr(module, name, number)
             skip_(bank.model, layers, self.record.skipped)
         except BaseException:
-            for tensor, old, slots in before:
-                replace_(tensor, old)
-                for state, key, value in slots:
-                    state[key] = value
-            for module, name, number in attributes:
-                setattr(module, name, number)
-            skip_(bank.model, layers, bank.skipped(bank.keep))
-            for parameter, grad in grads:
-                parameter.grad = grad
+            undo()
             raise
         setattr(bank.model, RECORD, self.record)
         bank.keep, bank.index = self.keep, self.index
+        return undo
 
     def _attributes(self) -> list[tuple[nn.Module, str, int]]:
         modules = dict(self.bank.model.named_modules())
@@ -205,6 +217,55 @@ class Bank:
             self.keep, self.index = torch.zeros_like(self.keep), dict.fromkeys(space.cut_axes)
         self.trained = torch.zeros(space.n_units, dtype=torch.bool)  # units for which optimizer slots ever existed
 
+    def follower(self, model: nn.Module) -> Bank:
+        """A bank of another model of the same frame, which is brought to the live structure.
+
+        Args:
+            model: the whole frame, with weights of its own, or a copy of the live model; of the latter everything
+                that sleeps starts as it sleeps here.
+
+        Raises:
+            StructureError: its tensors are neither; the message names them.
+        """
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        live = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        full = {name: self.space.shapes[name] for name in live}
+        if found == full:
+            other = Bank(model, self.space)
+            other.resize_(self.keep)
+            return other
+        if found != live:
+            differing = [name for name in {**live, **found} if found.get(name) not in (live.get(name), full.get(name))]
+            differing = differing or [name for name in live if live[name] != full[name]]
+            seen = "; ".join(
+                f"{name} is {found.get(name, 'missing')}, not {full.get(name, 'there')} as in the frame "
+                f"or {live.get(name, 'missing')} as in the live network"
+                for name in differing[:3]
+            )
+            raise StructureError(
+                f"{type(model).__name__} is neither the whole frame nor a copy of the live network: {seen}; "
+                "make it with copy.deepcopy(model)"
+            )
+        adapt_(model, self.adapted)
+        other = copy.copy(self)
+        other.model, other.tensors, other.optimizers, other.slots = model, tensors, (), {}
+        other.full = {name: asleep.copy(tensors[name].dtype) for name, asleep in self.full.items()}
+        for name, asleep in other.full.items():
+            asleep.write(self.index[name], tensors[name].detach().cpu())
+        setattr(model, RECORD, copy.deepcopy(getattr(self.model, RECORD)))
+        return other
+
+    def sleeps_alike(self, other: Bank) -> bool:
+        """Whether all parameters of another bank are what this one's are, apart from the live part."""
+        for name in self.full.keys() & set(self.space.parameters):
+            index, theirs = self.index[name], other.full[name].read({})
+            mine = self.full[name].copy(theirs.dtype)
+            mine.write(index, gather(theirs, index))
+            if not torch.equal(mine.read({}), theirs):
+                return False
+        return True
+
     def stage(self, keep: Tensor, values: Mapping[str, Tensor] | None = None) -> Change:
         """Write the live tensors back and compute those for `keep` (bool [n]); nothing live is touched.
 
@@ -239,10 +300,17 @@ class Bank:
         self.trained = self.trained | had_state
         return Change(self, keep, swaps, index, self._record(keep, index))
 
-    def commit(self, change: Change) -> None:
-        """Make a staged change."""
+    def commit(self, *changes: Change) -> None:
+        """Make staged changes, of this bank and of others: all of them or none."""
+        undone: list[Callable[[], None]] = []
         with uninterrupted():
-            change.apply()
+            try:
+                for change in changes:
+                    undone.append(change.apply())
+            except BaseException:
+                for undo in reversed(undone):
+                    undo()
+                raise
 
     def resize_(self, keep: Tensor) -> None:
         """Make the live model the one with the units in `keep`; detached ones sleep with all they had."""

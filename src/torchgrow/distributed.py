@@ -1,0 +1,189 @@
+"""Several processes that grow one network: they decide alike because they compute alike, and this proves it.
+
+Ranks share reduced gradients, a seeded generator and the same code, so none has to tell another what to do. Once per
+update each sends one hash per part of its state to all; where a hash differs, all ranks stop before anything is
+changed, with the same message. Without `torch.distributed` (or with one rank) nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .errors import TorchgrowError
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits in an update for the others; rank 0 may be evaluating meanwhile."""
+
+_APART = (
+    "the ranks trained on different gradients or wrote into weights by themselves: run the forward pass through what "
+    "grower.wrap() returns, not through the bare model, with the same optimizer settings on every rank"
+)
+
+PARTS = {
+    "calls": "call update() and finish() on every rank, equally often",
+    "settings": "give Grower the same model, budget, updates and preset on every rank",
+    "draws": "give Grower the same seed on every rank",
+    "indicators": _APART,
+    "weights": _APART,
+    "structure": "the ranks computed different structures from the same numbers, which differing machines may do: "
+    "use the same torch version and kind of CPU",
+}
+"""What ranks compare, and how to put it right; where several parts differ, the first is the cause."""
+
+
+class Ranks:
+    """The processes that hold one copy of the network each; made on all of them at the same time.
+
+    Attributes:
+        rank: of this process.
+        size: number of processes, 1 without torch.distributed.
+    """
+
+    def __init__(self) -> None:
+        started = dist.is_available() and dist.is_initialized()
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if started else (0, 1)
+        # A group of its own: what is sent here must never be taken for a step of somebody's DDP.
+        self._group: dist.ProcessGroup | None = None
+        if self.size > 1:
+            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=TIMEOUT))
+        self._agreed = False
+        self._wrappers: weakref.WeakSet[Wrapper] = weakref.WeakSet()
+
+    @contextmanager
+    def together(self, tensors: Iterable[Tensor] = ()) -> Iterator[None]:
+        """Around what all ranks do alike, ending in `agree`: where one fails before, the others need not wait for it.
+
+        Args:
+            tensors: made equal to rank 0's first; such as running statistics, which every rank has its own of.
+        """
+        self._agreed = False
+        self.share(tensors)
+        try:
+            yield
+        except Exception:
+            if self._group is not None and not self._agreed:
+                self._compare(torch.zeros(1 + len(PARTS), dtype=torch.int64))
+            raise
+
+    def agree(self, parts: Mapping[str, Iterable[Tensor | str]]) -> None:
+        """Return if all ranks hold the same in every part of `PARTS`.
+
+        Raises:
+            TorchgrowError: on all ranks alike, naming those that differ from rank 0, in what, and what to do.
+        """
+        if self._group is None:
+            return
+        mine = torch.tensor([1, *(_hash(parts[part]) for part in PARTS)], dtype=torch.int64)
+        self._agreed = True
+        found = self._compare(mine)
+        failed = [str(rank) for rank, (fine, *_) in enumerate(found) if not fine]
+        if failed:
+            raise TorchgrowError(
+                f"rank {', '.join(failed)} failed in this update, for the reason given there; nothing was changed on "
+                "any rank"
+            )
+        differing = {
+            part: [rank for rank in range(self.size) if found[rank][i] != found[0][i]]
+            for i, part in enumerate(PARTS, start=1)
+        }
+        differing = {part: ranks for part, ranks in differing.items() if ranks}
+        if differing:
+            seen = "; ".join(f"{part} of rank {', '.join(map(str, ranks))}" for part, ranks in differing.items())
+            raise TorchgrowError(
+                f"the ranks do not agree, so nothing was changed on any of them. Different from rank 0: {seen}. "
+                f"To put it right: {PARTS[next(iter(differing))]}"
+            )
+
+    def _compare(self, mine: Tensor) -> list[list[int]]:
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        try:
+            dist.all_gather(found, mine, group=self._group)
+        except RuntimeError as error:
+            raise TorchgrowError(
+                f"rank {self.rank} waited in an update for other ranks in vain ({error}). Call update() and finish() "
+                "on every rank, not on rank 0 alone; or else another rank has died"
+            ) from error
+        return [one.tolist() for one in found]
+
+    @torch.no_grad()
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Give every rank the contents that rank 0's tensors have, as DDP does with buffers before a forward pass."""
+        tensors = list(tensors)
+        if self._group is None or not tensors:
+            return
+        data = torch.cat([_bytes(tensor) for tensor in tensors])
+        dist.broadcast(data, src=0, group=self._group)
+        if self.rank:
+            for tensor, part in zip(tensors, data.split([_bytes(tensor).numel() for tensor in tensors]), strict=True):
+                tensor.copy_(part.clone().view(tensor.dtype).reshape(tensor.shape))
+
+    def wrap(self, model: nn.Module, settings: dict[str, Any]) -> nn.Module:
+        """A new DistributedDataParallel over the model; the model itself where no process group was started.
+
+        Raises:
+            TorchgrowError: torchrun started several processes and nobody connected them.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise TorchgrowError(
+                    f"torchrun started {os.environ['WORLD_SIZE']} processes that do not know each other; call "
+                    'torch.distributed.init_process_group("gloo") (CPU) or ("nccl") (CUDA) before Grower(...)'
+                )
+            return model
+        if dist.get_world_size() != self.size:
+            raise TorchgrowError("init_process_group was called after Grower(...); call it before")
+        # What lies in layers left out is empty and gets no gradient, which DDP would wait for.
+        empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if not tensor.numel()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, empty)
+        wrapper = Wrapper(model, **settings)
+        self._wrappers.add(wrapper)
+        return wrapper
+
+    def invalidate(self) -> None:
+        """Every wrapper made so far hangs on gradients of the old shapes: none may be used again."""
+        for wrapper in self._wrappers:
+            wrapper.stale = True
+        self._wrappers.clear()
+
+
+class Wrapper(DistributedDataParallel):
+    """DistributedDataParallel that knows when the network under it has changed."""
+
+    stale = False
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """As DistributedDataParallel's; raises if the network has changed since."""
+        if self.stale:
+            raise TorchgrowError(
+                "the network has changed under this wrapper since it was made; "
+                "call it anew after every update: ddp = grower.wrap()"
+            )
+        return super().forward(*inputs, **kwargs)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """Contents as uint8 on the host."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _hash(values: Iterable[Tensor | str]) -> int:
+    """64 bits of BLAKE2 over contents, types and shapes."""
+    state = hashlib.blake2b(digest_size=8)
+    for value in values:
+        if isinstance(value, Tensor):
+            state.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            state.update(_bytes(value).numpy().data)
+        else:
+            state.update(value.encode())
+    return int.from_bytes(state.digest(), "little", signed=True)

@@ -1,0 +1,218 @@
+"""Processes for tests of distributed growing: every rank runs the same scenarios, one after the other."""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import torchgrow.distributed
+from growing import batch, sgd
+from oracle import SmallResNet
+from torchgrow import Budget, Grower, Method, TorchgrowError
+
+EPOCHS, STEPS = 3, 4
+
+
+class Plain(nn.Module):
+    """No batch norm, so that a batch can be shared out: conv1 -> conv2 (stride 2) -> pool -> fc1 -> fc2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 16, 3, stride=2)
+        self.fc1, self.fc2 = nn.Linear(16, 14), nn.Linear(14, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv2(torch.relu(self.conv1(x)))).mean((2, 3))
+        return self.fc2(torch.relu(self.fc1(x)))
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def shard(step: int) -> tuple[Tensor, Tensor]:
+    """This rank's part of a global batch of 8."""
+    x, target = batch(step)
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    return x[rank() :: size], target[rank() :: size]
+
+
+def make(model: nn.Module, optimizer: Any = sgd, **settings: Any) -> Grower:
+    arguments = {"example_inputs": batch(0)[0], "budget": Budget(params="50%"), "updates": EPOCHS + 2}
+    method = Method(ramp=0.5, align=1, settle=0.0)
+    return Grower(model, optimizer(model), preset=method, **{**arguments, **settings})
+
+
+def train(net: nn.Module, grower: Grower, first: int, steps: int = STEPS, parts: int = 1) -> None:
+    """Some steps; with several parts the gradients of the first ones stay on their rank."""
+    for step in range(first, first + steps):
+        grower.optimizer.zero_grad()
+        for part in range(parts):
+            x, target = shard(parts * step + part)
+            last = part == parts - 1 or not isinstance(net, nn.parallel.DistributedDataParallel)
+            quiet: AbstractContextManager[None] = nullcontext() if last else net.no_sync()
+            with quiet:
+                (F.cross_entropy(net(x), target) / parts).backward()
+        grower.optimizer.step()
+
+
+def tensors(grower: Grower) -> dict[str, Tensor]:
+    """All that must be the same on all ranks."""
+    bank, indicators = grower._bank, grower._indicators
+    slots = {
+        f"{i} {key}": slot
+        for i, state in enumerate(grower.optimizer.state.values())
+        for key, slot in state.items()
+        if isinstance(slot, Tensor)
+    }
+    found = {
+        **{f"live {name}": tensor for name, tensor in grower.model.state_dict().items()},
+        **{f"bank {name}": tensor for name, tensor in bank.full.items()},
+        **{f"bank {name} {key}": tensor for (name, key), tensor in bank.slots.items()},
+        **{f"slot {name}": slot for name, slot in slots.items()},
+        **{f"raw {name}": tensor for name, tensor in grower._folding.raw().items()},
+        **{name: getattr(indicators, name) for name in ("s", "t", "velocity", "gate", "uniform")},
+        "generator": indicators.generator.get_state(),
+        "keep": bank.keep,
+    }
+    return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+
+def plain() -> list[dict[str, Tensor]]:
+    """Every tensor after every update, the old wrappers kept alive; rank 0's initial weights count."""
+    torch.manual_seed(rank())
+    grower, seen, wrappers = make(Plain().double()), [], []
+    seen.append(tensors(grower))
+    for epoch in range(EPOCHS):
+        wrappers.append(grower.wrap())
+        train(wrappers[-1], grower, STEPS * epoch)
+        grower.update()
+        seen.append(tensors(grower))
+    return seen
+
+
+def with_batch_norm() -> list[dict[str, Tensor]]:
+    """Statistics differ between ranks until the update; accumulated gradients; Adam; to the end of the run."""
+    torch.manual_seed(rank())
+    grower = make(SmallResNet().double(), lambda m: torch.optim.Adam(m.parameters(), 0.01), updates=EPOCHS)
+    seen = []
+    for epoch in range(EPOCHS):
+        train(grower.wrap(), grower, STEPS * epoch, parts=2)
+        grower.update()
+        seen.append(tensors(grower))
+    train(grower.wrap(broadcast_buffers=False), grower, 0)
+    seen.append(dict(grower.model.named_parameters()))
+    return seen
+
+
+def message(act: Callable[[], Any]) -> str:
+    try:
+        act()
+    except TorchgrowError as error:
+        return str(error)
+    return "no error"
+
+
+def seeds_differ() -> str:
+    return message(lambda: make(Plain().double(), seed=rank()))
+
+
+def budgets_differ() -> str:
+    return message(lambda: make(Plain().double(), budget=Budget(params=f"{50 - rank()}%")))
+
+
+def bare_model() -> list[Any]:
+    """Trained around the wrapper: the update is refused, nothing has changed, and the message says why."""
+    torch.manual_seed(0)
+    grower = make(Plain().double())
+    grower.wrap()
+    train(grower.model, grower, 0)
+    before = tensors(grower)
+    said = message(grower.update)
+    after = tensors(grower)
+    changed = [name for name in before if not torch.equal(before[name], after[name]) and "bank" not in name]
+    return [said, len(grower.history), changed]  # writing back into the bank is no change
+
+
+def rates_differ() -> str:
+    torch.manual_seed(0)
+    grower = make(Plain().double(), lambda m: torch.optim.SGD(m.parameters(), 0.1 + 0.01 * rank()))
+    train(grower.wrap(), grower, 0)
+    return message(grower.update)
+
+
+def calls_differ() -> str:
+    """One rank calls update(), the other finish()."""
+    torch.manual_seed(0)
+    grower = make(Plain().double())
+    train(grower.wrap(), grower, 0)
+    grower.update()
+    grower.history.extend(grower.history[-1:] * rank())
+    return message(grower.update)
+
+
+def one_fails() -> list[Any]:
+    """An optimizer step of rank 1 did not finish; the others must not wait, and all can go on."""
+    torch.manual_seed(0)
+    grower = make(Plain().double())
+    net = grower.wrap()
+    train(net, grower, 0)
+    if rank() == 1:
+        grower._folding._hooks[0]._unfold()
+    said = message(grower.update)
+    train(net, grower, STEPS)
+    grower.update()
+    return [said, len(grower.history)]
+
+
+def old_wrapper() -> list[str]:
+    grower = make(Plain().double())
+    net = grower.wrap()
+    train(net, grower, 0)
+    grower.update()
+    said = [message(lambda: net(shard(0)[0]))]
+    net = grower.wrap()
+    train(net, grower, 0)
+    grower.finish()
+    return [*said, message(lambda: net(shard(0)[0]))]
+
+
+def only_rank_0_updates() -> str:
+    """The last scenario: afterwards the group of the grower is broken."""
+    torchgrow.distributed.TIMEOUT = timedelta(seconds=1)
+    grower = make(Plain().double())
+    said = message(grower.update) if rank() == 0 else ""
+    dist.barrier()
+    return said
+
+
+def work(number: int, size: int, scenarios: list[Callable[[], Any]], folder: Path) -> None:
+    """What one process does: all scenarios, results in a file."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=number, world_size=size)
+    torch.save({scenario.__name__: scenario() for scenario in scenarios}, folder / f"{number}.pt")
+    dist.destroy_process_group()
+
+
+def launch(size: int, scenarios: list[Callable[[], Any]], folder: Path, timeout: float = 240) -> list[dict[str, Any]]:
+    """Results of all ranks, by scenario."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=work, args=(i, size, scenarios, folder)) for i in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout)
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+    assert [process.exitcode for process in processes] == [0] * size
+    return [torch.load(folder / f"{i}.pt", weights_only=False) for i in range(size)]

@@ -1,0 +1,195 @@
+"""Law 5: ranks agree on every tensor, or all of them stop with the same message; with one process nothing happens."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import ranks
+from growing import differences, make, train
+from oracle import TwoLayers
+from ranks import EPOCHS, Plain, launch, plain
+from torchgrow import Budget, Grower, TorchgrowError, TraceError
+from torchgrow.distributed import _hash
+
+SCENARIOS = [
+    ranks.plain,
+    ranks.with_batch_norm,
+    ranks.seeds_differ,
+    ranks.budgets_differ,
+    ranks.bare_model,
+    ranks.rates_differ,
+    ranks.calls_differ,
+    ranks.one_fails,
+    ranks.old_wrapper,
+    ranks.only_rank_0_updates,
+]
+Results = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return launch(2, SCENARIOS, tmp_path_factory.mktemp("ranks"))
+
+
+def test_all_ranks_hold_the_same_and_what_one_process_would(two: Results) -> None:
+    """Bit for bit at every update, different initial weights or not; float64 to 1e-9 of the same global batches."""
+    same_everywhere([found["plain"] for found in two])
+    as_one_process(two[0]["plain"])
+
+
+def test_four_ranks(tmp_path: Path) -> None:
+    found = [result["plain"] for result in launch(4, [plain], tmp_path)]
+    same_everywhere(found)
+    as_one_process(found[0])
+
+
+def test_with_batch_norm_adam_and_accumulation(two: Results) -> None:
+    """Every rank has statistics of its own while it trains; an update makes them rank 0's, in the bank too."""
+    same_everywhere([found["with_batch_norm"] for found in two])
+
+
+def same_everywhere(found: list[list[dict[str, Any]]]) -> None:
+    for other in found[1:]:
+        for update, (a, b) in enumerate(zip(found[0], other, strict=True)):
+            assert differences(a, b) == [], f"after update {update}"
+
+
+def as_one_process(found: list[dict[str, Any]]) -> None:
+    alone = plain()
+    changed = 0
+    for update, (a, b) in enumerate(zip(found, alone, strict=True)):
+        assert a.keys() == b.keys()
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-9, atol=1e-9, msg=f"{name} after update {update}")
+        changed += int((a["keep"] != found[0]["keep"]).sum())
+    assert changed > 10
+    assert len(found) == EPOCHS + 1
+
+
+# --- they stop together ---
+
+
+@pytest.mark.parametrize(
+    ("scenario", "text"),
+    [
+        ("seeds_differ", "Different from rank 0: draws of rank 1. To put it right: give Grower the same seed on every"),
+        ("budgets_differ", "Different from rank 0: settings of rank 1. To put it right: give Grower the same model, b"),
+        ("rates_differ", "weights of rank 1. To put it right: the ranks trained on different gradients or wrote into"),
+        ("calls_differ", "Different from rank 0: calls of rank 1; "),
+        ("calls_differ", "To put it right: call update() and finish() on every rank, equally often"),
+    ],
+)
+def test_a_mismatch_stops_all_ranks(two: Results, scenario: str, text: str) -> None:
+    assert two[0][scenario] == two[1][scenario]
+    assert text in two[0][scenario]
+    assert two[0][scenario].startswith("the ranks do not agree, so nothing was changed on any of them.")
+
+
+def test_training_around_the_wrapper_is_found_out(two: Results) -> None:
+    for found in two:
+        said, events, changed = found["bare_model"]
+        assert "weights of rank 1. To put it right: the ranks trained on different gradients" in said
+        assert "run the forward pass through what grower.wrap() returns, not through the bare model" in said
+        assert (events, changed) == (1, [])
+
+
+def test_one_failure_ends_the_update_for_all_and_all_can_go_on(two: Results) -> None:
+    (here, events), (there, _) = (found["one_fails"] for found in two)
+    assert here == "rank 1 failed in this update, for the reason given there; nothing was changed on any rank"
+    assert there.startswith("the last optimizer.step() did not finish")
+    assert events == 2
+
+
+def test_an_old_wrapper_raises(two: Results) -> None:
+    for said in two[0]["old_wrapper"]:
+        assert "has changed under this wrapper" in said
+        assert "call it anew after every update: ddp = grower.wrap()" in said
+
+
+def test_a_rank_that_waits_in_vain_says_so(two: Results) -> None:
+    said = two[0]["only_rank_0_updates"]
+    assert "rank 0 waited in an update for other ranks in vain" in said
+    assert "Call update() and finish() on every rank, not on rank 0 alone" in said
+
+
+# --- one process ---
+
+
+def test_without_processes_wrap_is_the_model() -> None:
+    grower = make()
+    assert grower.wrap() is grower.model
+    train(grower)
+    grower.update()
+    assert grower.wrap() is grower.model
+
+
+def test_processes_that_do_not_know_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    grower = make()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TorchgrowError, match=r"torchrun started 2 processes .* call .*init_process_group\(\"gloo\"\)"):
+        grower.wrap()
+
+
+@pytest.fixture
+def group_of_one(tmp_path: Path) -> Any:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_group_of_one(group_of_one: None) -> None:
+    """Wrappers are real and go stale; everything is as without a group."""
+    one = make()
+    net = one.wrap()
+    assert isinstance(net, nn.parallel.DistributedDataParallel)
+    one.update()
+    with pytest.raises(TorchgrowError, match=r"call it anew after every update: ddp = grower\.wrap\(\)"):
+        net(torch.zeros(1, 3, 6, 6, dtype=torch.float64))
+
+
+def test_wrapped_or_sharded_models_are_refused(group_of_one: None) -> None:
+    x, arguments = torch.randn(2, 5), {"budget": Budget(params="50%"), "updates": 3}
+    model = TwoLayers()
+    ddp = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(
+        TraceError, match=r"wrapped in DistributedDataParallel; pass model\.module, .* grower\.wrap\(\)"
+    ):
+        Grower(ddp, optimizer, example_inputs=x, **arguments)  # type: ignore[arg-type]
+    from torch.distributed.fsdp import fully_shard
+
+    sharded = fully_shard(TwoLayers())
+    optimizer = torch.optim.SGD(sharded.parameters(), 0.1)
+    with pytest.raises(TraceError, match=r"fc1\.weight is sharded over processes \(FSDP2, fully_shard\).* use DDP"):
+        Grower(sharded, optimizer, example_inputs=x, **arguments)  # type: ignore[arg-type]
+
+
+def test_sharded_afterwards(group_of_one: None) -> None:
+    """fully_shard puts other parameters into the model; the next update says so and changes nothing."""
+    from torch.distributed.fsdp import fully_shard
+
+    grower = make()
+    fully_shard(grower.model)
+    with pytest.raises(TorchgrowError, match=r"conv1\.weight is not the parameter any more .* sharded \(fully_shard"):
+        grower.update()
+    assert len(grower.history) == 1
+
+
+def test_hashes_see_contents_shapes_and_types() -> None:
+    x = torch.arange(6.0)
+    same = [[x], [x.clone()]]
+    others = [[x + 1], [x.reshape(2, 3)], [x.double()], [x.to(torch.bfloat16)], [x, x], [x.flip(0)], ["x"], []]
+    others += [[torch.tensor(1)], [torch.tensor([1])], [torch.tensor(True)], [torch.tensor(1 + 2j)]]
+    hashes = [_hash(values) for values in same + others]  # type: ignore[arg-type]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes[1:])) == len(hashes) - 1
+    assert all(-(2**63) <= value < 2**63 for value in hashes)
+    assert _hash([torch.zeros(3, 3)[:, 1]]) == _hash([torch.zeros(3)])
+
+
+def test_plain_grows() -> None:
+    assert sum(p.numel() for p in Plain().parameters()) > 1000

@@ -1,0 +1,209 @@
+"""`Grower.follow`: a second model of the same frame is cut along, and keeps what is its own."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import torchgrow.surgery
+from growing import batch, differences, everything, make, run, sgd, train
+from oracle import SmallResNet, TwoLayers
+from torchgrow import Budget, Grower, Method, StructureError, TorchgrowError, save
+from torchgrow.persist import load
+from torchgrow.surgery import gather
+
+METHOD = Method(ramp=0.5, align=1, settle=0.0)
+LITERAL = Method.paper()  # units leave and come back
+DECAY = 0.75
+
+
+def averaged(model: nn.Module) -> AveragedModel:
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+
+
+class Literal:
+    """The average at full size: NaN where a weight has never been, and so starts as the network's."""
+
+    def __init__(self, grower: Grower) -> None:
+        self.grower = grower
+        self.full = {n: torch.full(s, float("nan"), dtype=torch.float64) for n, s in grower.space.shapes.items() if s}
+
+    def step(self, weight: float = DECAY) -> None:
+        for name, parameter in self.grower.model.named_parameters():
+            index = self.grower._bank.index.get(name, {})
+            old = gather(self.full[name], index)
+            torchgrow.surgery.scatter_(self.full[name], index, old * weight + (1 - weight) * parameter.detach())
+
+    def update(self) -> None:
+        for name, parameter in self.grower.model.named_parameters():
+            index = self.grower._bank.index.get(name, {})
+            old = gather(self.full[name], index)
+            new = torch.where(old.isnan(), parameter.detach(), old)
+            torchgrow.surgery.scatter_(self.full[name], index, new)
+
+    def compare(self, average: nn.Module) -> None:
+        for name, parameter in average.named_parameters():
+            expected = gather(self.full[name], self.grower._bank.index.get(name, {}))
+            torch.testing.assert_close(parameter.detach(), expected, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("preset", [METHOD, LITERAL], ids=["plan", "paper"])
+@pytest.mark.parametrize("made", ["before", "after", "late"])
+def test_a_moving_average_is_literally_that(preset: Method, made: str) -> None:
+    """Against an average kept at full size: copies of the frame, of the seed, and of a half-grown network."""
+    torch.manual_seed(0)
+    model = SmallResNet().double()
+    early = averaged(model)
+    arguments: dict[str, Any] = {"example_inputs": batch(0)[0], "budget": Budget(params="50%"), "updates": 12}
+    grower = Grower(model, sgd(model), preset=preset, seed=1, **arguments)
+    if made == "late":
+        run(grower, 5)
+    average = early if made == "before" else averaged(model)
+    grower.follow(average)
+    literal = Literal(grower)
+    literal.update()
+    for epoch in range(len(grower.history) - 1, 12):
+        for step in range(2 * epoch, 2 * epoch + 2):
+            train(grower, step, 1)
+            first = int(average.n_averaged) == 0
+            average.update_parameters(grower.model)
+            literal.step(0.0 if first else DECAY)
+            literal.compare(average.module)
+        grower.update()
+        literal.update()
+        literal.compare(average.module)
+        shapes = {name: tensor.shape for name, tensor in grower.model.state_dict().items()}
+        assert {name: tensor.shape for name, tensor in average.module.state_dict().items()} == shapes
+        average(batch(0)[0])
+    assert grower.finished
+    assert preset is METHOD or sum(event.regrown for event in grower.history) > 3
+    average.update_parameters(grower.model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_weights_of_its_own_are_never_touched(dtype: torch.dtype) -> None:
+    """A whole frame with other weights: what is live of it is its own, bit for bit, statistics included."""
+    torch.manual_seed(7)
+    teacher = SmallResNet().to(dtype)
+    teacher(torch.randn(8, 3, 6, 6, dtype=dtype))
+    before = copy.deepcopy(teacher.state_dict())
+    grower = make(LITERAL, updates=12, seed=1)
+    grower.follow(teacher)
+    for epoch in range(11):
+        for name, tensor in teacher.state_dict().items():
+            assert torch.equal(tensor, gather(before[name], grower._bank.index.get(name, {}))), name
+            assert tensor.dtype == before[name].dtype
+        assert teacher.eval()(batch(0)[0].to(dtype)).shape == (8, 4)
+        assert teacher.conv2.in_channels == grower.model.conv2.in_channels  # type: ignore[union-attr]
+        train(grower, epoch)
+        grower.update()
+
+
+def test_objects_of_the_follower_stay() -> None:
+    grower = make()
+    average = averaged(grower.model)
+    parameters = list(average.parameters())
+    grower.follow(average)
+    run(grower)
+    assert all(a is b for a, b in zip(parameters, average.parameters(), strict=True))
+
+
+def test_several_followers_and_a_saved_one(tmp_path: Any) -> None:
+    grower = make()
+    averages = [averaged(grower.model), averaged(grower.model)]
+    for average in averages:
+        grower.follow(average)
+    for epoch in range(10):
+        train(grower, epoch)
+        for average in averages:
+            average.update_parameters(grower.model)
+        grower.update()
+    x = batch(3)[0]
+    assert torch.equal(averages[0].eval()(x), averages[1].eval()(x))
+    save(averages[0].module, tmp_path / "average")
+    loaded = load(tmp_path / "average", lambda: SmallResNet().double())
+    assert torch.equal(loaded.eval()(x), averages[0](x))
+    with pytest.raises(TorchgrowError, match="the run is over and the structure final"):
+        grower.follow(averages[0])
+
+
+@pytest.mark.parametrize("call", [1, 15, 23, 31])
+def test_a_failed_update_leaves_network_and_followers_alone(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it fails in the network's tensors or, the network changed already, in the follower's."""
+    grower = run(make("paper"), 4)
+    average = averaged(grower.model)
+    grower.follow(average)
+    train(grower, 8)
+    before, mine = everything(grower), copy.deepcopy(average.state_dict())
+    replace_, calls = torchgrow.surgery.replace_, 0
+
+    def failing(tensor: Tensor, new: Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise MemoryError("none left")
+        replace_(tensor, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torchgrow.surgery, "replace_", failing)
+        with pytest.raises(MemoryError):
+            grower.update()
+    assert differences(before, everything(grower)) == []
+    assert differences(dict(mine), dict(average.state_dict())) == []
+    assert average.module.conv2.in_channels == grower.model.conv2.in_channels  # type: ignore[union-attr]
+    grower.update()
+    average.update_parameters(grower.model)
+
+
+class Other(SmallResNet):
+    """One layer is wider."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(8, 9)
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        (Other(), r"Other is neither the whole frame nor a copy of the live network: fc1\.weight is \(9, 8\), not"),
+        (Other(), r"not \(7, 8\) as in the frame or \(1, 1\) as in the live network"),
+        (TwoLayers(), r"TwoLayers is neither .* conv1\.weight is missing, not \(6, 3, 3, 3\) as in the frame"),
+        (nn.Sequential(SmallResNet(), nn.Linear(4, 4)), r"Sequential is neither .* copy\.deepcopy\(model\)"),
+    ],
+)
+def test_refused(module: nn.Module, text: str) -> None:
+    grower = make()
+    with pytest.raises(StructureError, match=text):
+        grower.follow(module)
+    assert grower._followers == []
+
+
+def test_a_copy_of_an_older_structure_is_refused() -> None:
+    grower = make()
+    old = copy.deepcopy(grower.model)
+    run(grower, 3)
+    with pytest.raises(StructureError, match=r"SmallResNet is neither .* is \(1, 3, 3, 3\), not .* or \(4, 3, 3, 3\)"):
+        grower.follow(old)
+
+
+def test_distillation_from_an_average() -> None:
+    """A mean teacher's outputs and the network's: losses are finite and the teacher gets no gradient."""
+    grower = make()
+    teacher = averaged(grower.model).requires_grad_(False)
+    grower.follow(teacher)
+    for epoch in range(10):
+        x, target = batch(epoch)
+        grower.optimizer.zero_grad()
+        scores = grower.model(x)
+        loss = F.cross_entropy(scores, target) + F.mse_loss(scores, teacher(x))
+        loss.backward()
+        grower.optimizer.step()
+        teacher.update_parameters(grower.model)
+        grower.update()
+        assert bool(loss.isfinite())
+        assert all(p.grad is None and not p.requires_grad for p in teacher.module.parameters())
