@@ -14,7 +14,7 @@ from growing import batch, differences, everything, make, run, sgd, train
 from oracle import SmallResNet, TwoLayers
 from torchgrow import Budget, Grower, Method, StructureError, TorchgrowError, save
 from torchgrow.persist import load
-from torchgrow.surgery import gather
+from torchgrow.store import gather
 
 METHOD = Method(ramp=0.5, align=1, settle=0.0)
 LITERAL = Method.paper()  # units leave and come back
@@ -36,14 +36,14 @@ class Literal:
         for name, parameter in self.grower.model.named_parameters():
             index = self.grower._bank.index.get(name, {})
             old = gather(self.full[name], index)
-            torchgrow.surgery.scatter_(self.full[name], index, old * weight + (1 - weight) * parameter.detach())
+            torchgrow.store.scatter_(self.full[name], index, old * weight + (1 - weight) * parameter.detach())
 
     def update(self) -> None:
         for name, parameter in self.grower.model.named_parameters():
             index = self.grower._bank.index.get(name, {})
             old = gather(self.full[name], index)
             new = torch.where(old.isnan(), parameter.detach(), old)
-            torchgrow.surgery.scatter_(self.full[name], index, new)
+            torchgrow.store.scatter_(self.full[name], index, new)
 
     def compare(self, average: nn.Module) -> None:
         for name, parameter in average.named_parameters():
