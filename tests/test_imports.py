@@ -36,8 +36,11 @@ ORDER = [
     "optimizers",
     "fold",
     "guard",
+    "files",
+    "state",
     "grower",
     "persist",
+    "checkpoint",
     "__init__",
 ]
 LAB_ORDER = ["__init__", "models", "data", "recipes", "train", "display", "report", "run", "sources", "inspect"]

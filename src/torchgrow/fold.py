@@ -119,10 +119,16 @@ class Folding:
         self._unfolded = False
         self._gradient: Tensor | None = None  # m dL/dm of the step under way; None if the step changes nothing
         self._lent: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, its own gradient, the optimizer's
-        self._handles: list[RemovableHandle] = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
-        ]
+        self._handles: list[RemovableHandle] = []
+        self.attach()
+
+    def attach(self) -> None:
+        """Put the hooks on the optimizer, if they are not there."""
+        if not self._handles:
+            self._handles = [
+                self.optimizer.register_step_pre_hook(self._before),
+                self.optimizer.register_step_post_hook(self._after),
+            ]
 
     def install(self, fold: Fold, factors: list[Tensor]) -> None:
         """Take over a new structure whose parameters already hold contents folded with `factors`."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from .budget import Budget, Limits, check_feasible, fit, largest_shift, pressure
 from .cost import Cost, CostModel
-from .errors import BudgetError, StructureError, TorchgrowError, TraceError
+from .errors import BudgetError, SavedModelError, StructureError, TorchgrowError, TraceError, TrainingError
 from .fold import Fold, Folding
 from .guard import guard_
 from .indicators import PRESETS, Indicators, Method
@@ -21,7 +22,21 @@ from .optimizers import check_optimizer
 from .proof import trace
 from .replay import Couples, replay
 from .space import Frozen, Place, Space
-from .surgery import Bank, uninterrupted
+from .state import (
+    FORMAT,
+    Field,
+    check_frame,
+    copies,
+    fingerprint,
+    live_shapes,
+    optimizer_state,
+    read_bank_slots,
+    read_indicators,
+    read_optimizer,
+    read_tensors,
+    swapped_in,
+)
+from .surgery import Bank, named_tensors, uninterrupted
 
 
 @dataclass(frozen=True)
@@ -98,7 +113,7 @@ class Grower:
         if isinstance(preset, str) and preset not in PRESETS:
             raise TorchgrowError(f"preset {preset!r} is unknown; use one of {sorted(PRESETS)} or a torchgrow.Method")
         self.method = preset if isinstance(preset, Method) else PRESETS[preset]()
-        self.model, self.optimizer, self.budget, self.updates = model, optimizer, budget, updates
+        self.model, self.optimizer, self.budget, self.updates, self.seed = model, optimizer, budget, updates, seed
         space = trace(model, example_inputs, freeze=freeze, couple=couple)
         if not space.proven:
             raise TraceError("the model is on the meta device, where nothing can train; use model.to_empty(device=...)")
@@ -193,6 +208,109 @@ class Grower:
             self.finished = True
         return event
 
+    def state_dict(self) -> dict[str, Any]:
+        """The whole run so far: network, bank, indicators, counters, draws, history, optimizer; as copies.
+
+        Plain data: nested dicts and lists of tensors, numbers and text. A grower built alike that loads it goes on bit
+        for bit (with the same number of threads). Gradients are part of it, so it may be taken between `backward`
+        and `step`; call `optimizer.zero_grad()` before if they are spent. Random numbers outside the grower
+        (dropout, shuffling) are not; `save_checkpoint` stores those too.
+
+        Raises:
+            TrainingError: the last optimizer step did not finish.
+        """
+        self._folding.recover()
+        fold = self._folding.fold
+        assert fold is not None
+        gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        return {
+            "format": FORMAT,
+            "frame": fingerprint(self.space, self._bank.tensors),
+            "settings": self._settings(),
+            "history": [asdict(event) for event in self.history],
+            "finished": self.finished,
+            "penalty": self._penalty,
+            "initial_lr": self._initial_lr,
+            "keep": self._bank.keep.clone(),
+            "ever": self._ever.clone(),
+            "trained": self._bank.trained.clone(),
+            "indicators": self._indicators.state_dict(),
+            "network": copies(named_tensors(self.model)),
+            "gradients": copies(gradients),
+            "raw": copies(dict(zip(fold.names, fold.raw, strict=True))),
+            "bank": copies(self._bank.full),
+            "bank_slots": [[name, key, slot.clone()] for (name, key), slot in self._bank.slots.items()],
+            "optimizer": optimizer_state(self.optimizer, self._parameters),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a run where `state_dict` left it: everything is checked first, then all of it is taken, or nothing.
+
+        Build model, optimizer and grower as in the saved run; what this grower did before is lost. The state is
+        copied, so it can be loaded again. Load the state of a learning rate scheduler after this.
+
+        Args:
+            state: what `state_dict` returned.
+
+        Raises:
+            SavedModelError: a field is missing, damaged, or does not fit this model, optimizer or grower; the message
+                names it, and nothing was changed.
+        """
+        saved = Field(state).fields()
+        form = saved.get("format", Field(None)).value
+        if type(form) is not int or form != FORMAT:
+            raise SavedModelError(f"the state has format {form!r}, this version of torchgrow reads {FORMAT}")
+        saved = Field(state).fields(FIELDS)
+        space, bank, parameters = self.space, self._bank, self._parameters
+        check_frame(saved["frame"], fingerprint(space, bank.tensors))
+        for key, value in self._settings().items():
+            found = saved["settings"].fields(self._settings())[key].value
+            if type(found) is not type(value) or found != value:
+                raise SavedModelError(
+                    f"the state is of a run with {key}={found}, this Grower has {value}; "
+                    "construct it with the budget, updates, preset and seed of the saved run. Nothing was changed"
+                )
+        units = (space.n_units,)
+        keep, ever, trained = (saved[name].tensor(units, torch.bool).cpu() for name in ("keep", "ever", "trained"))
+        try:
+            space.check_keep(keep)
+        except StructureError as error:
+            raise SavedModelError(f"the state's structure is damaged: {error}") from error
+        finished, penalty = saved["finished"].flag(), saved["penalty"].number()
+        initial_lr = saved["initial_lr"].number(low=0)
+        history = self._read_history(saved["history"], keep, finished)
+        shapes = live_shapes(space, keep)
+        network = read_tensors(saved["network"], named_tensors(self.model), shapes)
+        gradients = read_tensors(saved["gradients"], parameters, shapes, some=True)
+        raw = read_tensors(saved["raw"], {name: parameters[name] for name in self._gated}, shapes)
+        cut = {} if finished else {name: bank.tensors[name] for name in space.cut_axes}
+        full = read_tensors(saved["bank"], cut, space.shapes)
+        slots, settings = read_optimizer(saved["optimizer"], self.optimizer, parameters, shapes)
+        sleepers = {name: parameter for name, parameter in parameters.items() if name in cut}
+        sleeping = read_bank_slots(saved["bank_slots"], sleepers, space, slots)
+        indicators = self._indicators.loaded(read_indicators(saved["indicators"], space.n_units, len(history)))
+        raw = {name: tensor.to(parameters[name].device, copy=True) for name, tensor in raw.items()}
+        fold = Fold(space, parameters, keep, raw)
+        factors = fold.factors(indicators.gate)
+        change = bank.stage_contents(keep, network)
+        full, sleeping = copies(full), {at: slot.clone() for at, slot in sleeping.items()}
+        grads = {name: gradient.to(parameters[name].device, copy=True) for name, gradient in gradients.items()}
+        with suppress(TrainingError):  # an unfinished step is of no interest any more
+            self._folding.recover()
+        with uninterrupted():
+            with swapped_in(self.optimizer, slots, settings):
+                bank.commit(change)
+            for name, gradient in grads.items():
+                parameters[name].grad = gradient
+            bank.full, bank.slots, bank.trained = full, sleeping, trained.clone()
+            self._folding.install(fold, factors)
+            if finished:
+                self._folding.remove()
+            else:
+                self._folding.attach()
+            self._indicators, self._ever, self.history = indicators, ever.clone(), history
+            self.finished, self._penalty, self._initial_lr = finished, penalty, initial_lr
+
     def cost(self) -> Cost:
         """Cost of the live network."""
         return self._costs.cost(self._bank.keep)
@@ -206,6 +324,33 @@ class Grower:
         return self.space.widths(self.space.everything())
 
     # --- how it is done ---
+
+    def _settings(self) -> dict[str, Any]:
+        """What a state must share with the grower that loads it."""
+        limits, method = self.limits, self.method
+        return {
+            "updates": self.updates,
+            "seed": self.seed,
+            "params": limits.params,
+            "flops": limits.flops,
+            **{f"method.{name}": value for name, value in asdict(method).items()},
+        }
+
+    def _read_history(self, field: Field, keep: Tensor, finished: bool) -> list[Event]:
+        """Events of a saved run, of which the last one must describe the structure `keep`."""
+        history = [read_event(entry) for entry in field.items()]
+        cost = self._costs.cost(keep)
+        here = (cost.params, cost.flops, self.space.widths(keep))
+        numbered = [event.update for event in history] == list(range(len(history)))
+        last = history[-1] if history else None
+        if (
+            last is None
+            or not numbered
+            or len(history) > self.updates + finished
+            or (last.params, last.flops, last.widths) != here
+        ):
+            field.refuse(f"events 0 to at most {self.updates}, the last one of the structure {self.space.widths(keep)}")
+        return history
 
     def _planned(self, number: int) -> Tensor:
         """Planned parameters and FLOPs (int64 [2]) at an update: a line from the seed to the budget, then flat."""
@@ -270,6 +415,26 @@ class Grower:
     def _learning_rate(self, initial: bool = False) -> float:
         group = self.optimizer.param_groups[0]
         return float(group.get("initial_lr", group["lr"]) if initial else group["lr"])
+
+
+FIELDS = (
+    *("format", "frame", "settings", "history", "finished", "penalty", "initial_lr", "keep", "ever", "trained"),
+    *("indicators", "network", "gradients", "raw", "bank", "bank_slots", "optimizer"),
+)
+"""Fields of a state of format `FORMAT`."""
+
+
+def read_event(field: Field) -> Event:
+    """One event of a saved history."""
+    saved = field.fields(event_field.name for event_field in fields(Event))
+    counts = {name: saved[name].whole() for name in ("update", "params", "flops", "born", "regrown", "detached")}
+    return Event(
+        widths={name: width.whole() for name, width in saved["widths"].fields().items()},
+        pressure=saved["pressure"].number(),
+        temperature={name: beta.number(low=0) for name, beta in saved["temperature"].fields().items()},
+        seconds=saved["seconds"].number(low=0),
+        **counts,
+    )
 
 
 def measure(model: nn.Module, example_inputs: Any) -> Cost:

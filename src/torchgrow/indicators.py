@@ -7,6 +7,8 @@ and ranks that run the same code decide alike.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -198,6 +200,22 @@ class Indicators:
                 self.generator.set_state(value)
             else:
                 setattr(self, name, value)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that changes in a run, as copies; temperatures and gates follow from it."""
+        names = ("s", "velocity", "t", "uniform")
+        return {**{name: getattr(self, name).clone() for name in names}, "generator": self.generator.get_state()}
+
+    def loaded(self, state: Mapping[str, Tensor]) -> Indicators:
+        """A copy of these indicators with a state of another run; `state` must have been checked."""
+        other = copy.copy(self)
+        for name in ("s", "velocity", "t", "uniform"):
+            setattr(other, name, state[name].cpu().clone())
+        other.generator = torch.Generator()
+        other.generator.set_state(state["generator"])
+        other.beta = other.gamma ** other.t.double()
+        other.gate = other._gate()
+        return other
 
     def advance(self, keep: Tensor) -> None:
         """Raise the counters of the present units and their temperature (Eq 7)."""

@@ -25,6 +25,11 @@ Index = dict[int, Tensor]
 """Live positions (int64) per cut axis; an axis that is whole is left out."""
 
 
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, tied ones once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 def index_of(space: Space, name: str, keep: Tensor) -> Index:
     """Where the live part of a tensor sits in its full size."""
     index: Index = {}
@@ -166,7 +171,7 @@ class Bank:
 
     def __init__(self, model: nn.Module, space: Space, optimizer: torch.optim.Optimizer | None = None) -> None:
         self.model, self.space, self.optimizer = model, space, optimizer
-        self.tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.tensors = named_tensors(model)
         wrong = [n for n, shape in space.shapes.items() if n not in self.tensors or self.tensors[n].shape != shape]
         if wrong:
             name = wrong[0]
@@ -213,6 +218,19 @@ class Bank:
                 slots.append((state, key, fresh.to(slot.device)))
             swaps[name] = _Swap(tensor, gather(self.full[name], new).to(tensor.device), slots)
         self.trained = self.trained | had_state
+        return Change(self, keep, swaps, self._record(keep, index))
+
+    def stage_contents(self, keep: Tensor, contents: Mapping[str, Tensor]) -> Change:
+        """Compute the change to a structure whose live tensors, by name, shall hold just these contents.
+
+        Nothing is written back: what is live now is lost, and optimizer slots are not the change's business.
+        """
+        keep = self.space.check_keep(keep)
+        index = {name: index_of(self.space, name, keep) for name in self.space.cut_axes}
+        swaps = {
+            name: _Swap(tensor, contents[name].to(tensor.device, copy=True), [])
+            for name, tensor in self.tensors.items()
+        }
         return Change(self, keep, swaps, self._record(keep, index))
 
     def commit(self, change: Change) -> None:
