@@ -126,6 +126,20 @@ def test_edits_not_yet_seen_by_the_grower_come_back(tmp_path: Path) -> None:
     assert differences(everything(grower), everything(again)) == []
 
 
+def test_the_rate_of_the_indicators_is_that_of_the_saved_run(tmp_path: Path) -> None:
+    """It follows present over initial learning rate: the one at the start of the run, not at that of this process."""
+    grower = run(make(), 2)
+    for group in grower.optimizer.param_groups:
+        group["lr"] /= 10
+    save_checkpoint(tmp_path, grower)
+    again = make(optimizer=lambda m: torch.optim.SGD(m.parameters(), 0.5, momentum=0.9))
+    load_checkpoint(tmp_path, again)
+    for one in (grower, again):
+        train(one, 4)
+        one.update()
+    assert differences(everything(grower), everything(again)) == []
+
+
 class WithDropout(nn.Module):
     """Random numbers in the forward pass, a channels_last layout, and a buffer that is another object every time."""
 
@@ -184,11 +198,13 @@ def test_schedules_and_random_numbers_go_on(name: str, tmp_path: Path) -> None:
         epoch(whole, schedule)
         if i == 3:
             save_checkpoint(tmp_path, whole, scheduler=schedule, extra={"epoch": i})
+            then = whole.model.state_dict()["last"].clone()
     torch.rand(5)
     again, schedule_again = start()
     random.seed(2)
     np.random.seed(2)
     assert load_checkpoint(tmp_path, again, scheduler=schedule_again) == {"epoch": 3}
+    assert torch.equal(again.model.state_dict()["last"], then)
     for _ in range(4, 8):
         epoch(again, schedule_again)
     a, b = whole.state_dict(), again.state_dict()

@@ -227,10 +227,8 @@ class Bank:
         """
         keep = self.space.check_keep(keep)
         index = {name: index_of(self.space, name, keep) for name in self.space.cut_axes}
-        swaps = {
-            name: _Swap(tensor, contents[name].to(tensor.device, copy=True), [])
-            for name, tensor in self.tensors.items()
-        }
+        present = named_tensors(self.model)  # a buffer may be another object by now
+        swaps = {n: _Swap(tensor, contents[n].to(tensor.device, copy=True), []) for n, tensor in present.items()}
         return Change(self, keep, swaps, self._record(keep, index))
 
     def commit(self, change: Change) -> None:

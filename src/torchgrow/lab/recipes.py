@@ -99,6 +99,29 @@ class Recipe:
             build = build.func
         return {**fields, "model": build.__name__, "budget": str(self.budget)}
 
+    @classmethod
+    def from_json(cls, config: dict[str, Any]) -> "Recipe":
+        """The inverse of `as_json`, for recipes that `get` knows and variants of them; other fields are left alone.
+
+        Raises:
+            TorchgrowError: a field is missing or not what `as_json` writes.
+        """
+        try:
+            base = get(config["name"])
+            build = base.build.func if isinstance(base.build, partial) else base.build
+            if config["model"] != build.__name__:
+                raise TorchgrowError(f"the network of recipe {base.name!r} is {build.__name__}, not {config['model']}")
+            changed = {name: config[name] for name in vars(base) if name not in ("build", "budget")}
+            changed = {name: tuple(v) if isinstance(v, list) else v for name, v in changed.items()}
+            arguments = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in config.get("model_arguments", {}).items()
+            }
+            limits = dict(part.split(" <= ") for part in config["budget"].split(" and "))
+            budget = Budget(**{name: x if x.endswith("%") else int(float(x)) for name, x in limits.items()})
+            return replace(base, build=partial(build, **arguments), budget=budget, **changed)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise TorchgrowError(f"this is not the record of a recipe: {error!r}") from error
+
 
 def digits() -> Recipe:
     """A small residual network for scikit-learn's 8x8 digits, grown to a fifth of its parameters.

@@ -3,13 +3,15 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchgrow import Grower, TorchgrowError, measure
+from torchgrow.lab.checkpoints import Checkpoints, Progress
 from torchgrow.lab.data import ImageData, train_steps
 from torchgrow.lab.recipes import Recipe
 
@@ -78,8 +80,9 @@ def fit(
     *,
     grower: Grower | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
+    checkpoints: Checkpoints | None = None,
 ) -> Iterator[Epoch]:
-    """Train ``model`` for the recipe's epochs, yielding after each.
+    """Train ``model`` for the recipe's epochs, yielding after each; those done before the latest checkpoint are not.
 
     Args:
         network: name for the records and for errors.
@@ -89,24 +92,38 @@ def fit(
         recipe: epochs, batches, schedule, augmentation and seed.
         grower: updated once an epoch, after evaluation, since units just born are untrained.
         on_step: called as ``on_step(done, total)`` after each step of an epoch.
+        checkpoints: where to go on from, and where to leave checkpoints. The one at the end of an epoch is written
+            when the next is asked for, so after whatever the caller does with the record of this one.
 
     Raises:
-        TorchgrowError: the loss is not finite.
+        TorchgrowError: the loss is not finite, or the checkpoint does not fit.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, recipe.milestones_in_epochs(), gamma=recipe.lr_factor)
     cost = grower.cost() if grower else measure(model, data.normalise(data.train.pixels[:2]))
-    images = train_steps(len(data.train), recipe.batch_size) * min(recipe.batch_size, len(data.train))
-    seconds, training_flops = 0.0, 0
-    for epoch in range(1, recipe.epochs + 1):
+    steps = train_steps(len(data.train), recipe.batch_size)
+    images = steps * min(recipe.batch_size, len(data.train))
+    progress = checkpoints.load(model, optimizer, grower, schedule) if checkpoints else Progress()
+
+    def save(progress: Progress) -> None:
+        if checkpoints:
+            checkpoints.save(progress, model, optimizer, grower, schedule)
+
+    for epoch in range(progress.epoch, recipe.epochs + 1):
+        if progress.sampler is not None:
+            generator.set_state(progress.sampler)
+        progress = replace(progress, sampler=generator.get_state())
         if grower:
             cost = grower.cost()
         widths = grower.widths() if grower else {}
         lr = optimizer.param_groups[0]["lr"]
-        start = time.perf_counter()
-        loss = _train_epoch(f"{network}, epoch {epoch}", model, optimizer, data, recipe, generator, on_step)
-        seconds += time.perf_counter() - start
-        training_flops += 3 * cost.flops * images
+        where = f"{network}, epoch {epoch}"
+        left = _train_epoch(where, model, optimizer, data, recipe, generator, progress, on_step)
+        for progress in left:
+            if checkpoints and checkpoints.due(progress.step, steps):
+                save(progress)
+        seconds, loss = progress.seconds, progress.loss / steps
+        training_flops = progress.training_flops + 3 * cost.flops * images
         accuracy, test_loss = evaluate(model, data)
         grown = {}
         if grower:
@@ -129,6 +146,10 @@ def fit(
             widths=widths,
             **grown,
         )
+        progress = Progress(
+            epoch=epoch + 1, sampler=generator.get_state(), seconds=seconds, training_flops=training_flops
+        )
+        save(progress)
 
 
 def _train_epoch(
@@ -138,16 +159,17 @@ def _train_epoch(
     data: ImageData,
     recipe: Recipe,
     generator: torch.Generator,
+    progress: Progress,
     on_step: Callable[[int, int], None],
-) -> float:
-    """One pass over the training images; returns the mean loss."""
+) -> Iterator[Progress]:
+    """One pass over the training images, or what is left of it; yields where it stands after each step."""
     model.train()
     steps = train_steps(len(data.train), recipe.batch_size)
     batches = data.train_batches(
         batch_size=recipe.batch_size, shift=recipe.shift, mirror=recipe.mirror, generator=generator
     )
-    total = 0.0
-    for step, (images, labels) in enumerate(batches, start=1):
+    start = time.perf_counter()
+    for step, (images, labels) in islice(enumerate(batches, start=1), progress.step, None):
         loss = F.cross_entropy(model(images), labels)
         value = loss.item()
         if not math.isfinite(value):
@@ -158,9 +180,11 @@ def _train_epoch(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        total += value
         on_step(step, steps)
-    return total / steps
+        now = time.perf_counter()
+        progress = replace(progress, step=step, loss=progress.loss + value, seconds=progress.seconds + now - start)
+        yield progress
+        start = time.perf_counter()
 
 
 @torch.inference_mode()
