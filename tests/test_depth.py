@@ -395,6 +395,7 @@ def test_a_frame_on_the_meta_device_grows_as_a_real_one_does(block: type[nn.Modu
             )
         )
     assert sum(store.held.numel() for store in growers[1]._bank.full.values()) == 0
+    assert {p.dtype for p in meta.parameters()} == {torch.float64}
     detached = 0
     for epoch in range(8):
         for grower in growers:
@@ -435,7 +436,7 @@ def test_a_store_reads_what_was_written_and_else_what_was_there(seed: int) -> No
     generator = torch.Generator().manual_seed(seed)
     shape = (5, 1, 4)
     full = torch.randn(shape, generator=generator)
-    store, reference = Store(full.clone, shape, whole=bool(seed % 2)), full.clone()
+    store, reference = Store(full.clone, shape, full.dtype, whole=bool(seed % 2)), full.clone()
     for _ in range(12):
         index: Any = {}
         for axis in (0, 2):

@@ -41,13 +41,16 @@ ORDER = [
     "fold",
     "guard",
     "distributed",
+    "files",
+    "state",
     "grower",
     "persist",
+    "checkpoint",
     "__init__",
 ]
 LAB_ORDER = [
-    "__init__", "metrics", "models", "recurrent", "attention", "text", "data", "recipes", "train", "display", "report",
-    "run", "sources", "inspect",
+    "__init__", "metrics", "models", "recurrent", "attention", "text", "data", "recipes", "checkpoints", "train",
+    "display", "report", "run", "sources", "inspect",
 ]  # fmt: skip
 BEYOND = {"inspect": {"torchgrow.budget", "torchgrow.cost"}}  # it shows the core's own counts and answers
 OUTSIDE = {"__main__", "cli"}

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import torchgrow.persist
+import torchgrow.files
 import zoo
+from damage import reseal
 from torchgrow import SavedModelError, load, save, shrink_
 from torchgrow.proof import Prover
 from torchgrow.replay import call, replay
@@ -49,7 +50,9 @@ def test_saved_and_loaded_is_the_same(name: str, tmp_path: Path) -> None:
     for (key, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(a, b) or key in ("calls", "last")
     save(again, tmp_path / "twice")
-    assert (tmp_path / "twice" / STRUCTURE).read_text() == (tmp_path / "deep" / "net" / STRUCTURE).read_text()
+    records = [json.loads((tmp_path / at / STRUCTURE).read_text()) for at in ("twice", "deep/net")]
+    assert all(record.pop("sha256") for record in records)
+    assert records[0] == records[1]
     assert sorted(p.name for p in (tmp_path / "deep" / "net").iterdir()) == [WEIGHTS, STRUCTURE]
 
 
@@ -118,23 +121,25 @@ def folder(tmp_path: Path) -> Path:
 
 
 def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
-    """Edit the structure record."""
+    """Edit the structure record, its checksum fitting."""
 
     def damage(folder: Path) -> None:
         record = json.loads((folder / STRUCTURE).read_text())
         change(record)
         (folder / STRUCTURE).write_text(json.dumps(record))
+        reseal(folder, STRUCTURE, WEIGHTS)
 
     return damage
 
 
 def retensor(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], object]:
-    """Edit the tensors."""
+    """Edit the tensors, their checksum fitting."""
 
     def damage(folder: Path) -> None:
         tensors = load_file(folder / WEIGHTS)
         change(tensors)
         save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / WEIGHTS)
+        reseal(folder, STRUCTURE, WEIGHTS)
 
     return damage
 
@@ -175,8 +180,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "half a structure": (cut(STRUCTURE, 0.5), r"structure\.json is damaged"),
     "not text": (lambda f: (f / STRUCTURE).write_bytes(b"\xff\xfe\x00"), r"structure\.json is damaged"),
     "deeply nested": (lambda f: (f / STRUCTURE).write_text("[" * 100_000), r"structure\.json is damaged"),
-    "a list": (lambda f: (f / STRUCTURE).write_text("[]"), r"has format 'list', this version .* reads 1"),
-    "another format": (put(2, "format"), r"has format 2, this version of torchgrow reads 1"),
+    "a list": (lambda f: (f / STRUCTURE).write_text("[]"), r"has format 'list', this version .* reads 1 and 2"),
+    "another format": (put(3, "format"), r"has format 3, this version of torchgrow reads 1 and 2"),
     "a bool for the format": (put(True, "format"), r"has format True"),
     "no attributes": (edit(lambda r: r.pop("attributes")), FORM),
     "a foreign field": (put(1, "extra"), FORM),
@@ -241,6 +246,36 @@ def test_a_missing_folder_and_a_wrong_factory(folder: Path, tmp_path: Path) -> N
         load(folder, lambda: zoo.build("grouped-2"))
 
 
+def test_a_flipped_bit_is_noticed(folder: Path) -> None:
+    for name in (WEIGHTS, STRUCTURE):
+        whole = (folder / name).read_bytes()
+        at = whole.index(b"4") if name == STRUCTURE else len(whole) - 3
+        (folder / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(SavedModelError, match=rf"{name} is damaged: its contents do not fit its checksum"):
+            load(folder, lambda: zoo.build("grouped"))
+        (folder / name).write_bytes(whole)
+    load(folder, lambda: zoo.build("grouped"))
+
+
+def test_a_record_beyond_all_size_is_not_read(folder: Path) -> None:
+    with (folder / STRUCTURE).open("r+b") as file:
+        file.truncate(10**12)  # a hole, not a terabyte
+    with pytest.raises(SavedModelError, match=r"structure\.json is damaged: 1,000,000,000,000 bytes are more than any"):
+        load(folder, lambda: zoo.build("grouped"))
+
+
+def test_format_1_still_loads(folder: Path) -> None:
+    """What version 0.1 wrote: the same, without checksums."""
+    model = load(folder, lambda: zoo.build("grouped"))
+    record = json.loads((folder / STRUCTURE).read_text())
+    assert (record["format"], record.pop("sha256").keys()) == (2, {STRUCTURE, WEIGHTS})
+    (folder / STRUCTURE).write_text(json.dumps({**record, "format": 1}))
+    again = load(folder, lambda: zoo.build("grouped"))
+    assert same(again.state_dict(), model.state_dict())
+    save(again, folder)
+    assert json.loads((folder / STRUCTURE).read_text())["format"] == 2
+
+
 # --- saving ---------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +284,10 @@ def test_an_interrupted_save_leaves_nothing_or_the_old_folder(
 ) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     real_save, real_rename = save_file, Path.rename
+    full = (
+        SavedModelError,
+        r"net could not be written \(disk full\); what was there before is unchanged\. Make room or",
+    )
 
     def half_a_file(tensors: dict[str, Tensor], path: Path) -> None:
         real_save(tensors, path)
@@ -260,11 +299,14 @@ def test_an_interrupted_save_leaves_nothing_or_the_old_folder(
             raise OSError("disk full")
         return real_rename(self, target)
 
-    for name, broken, error in (("save_file", half_a_file, KeyboardInterrupt), ("rename", no_second_rename, OSError)):
+    for name, broken, (error, text) in (
+        ("save_file", half_a_file, (KeyboardInterrupt, None)),
+        ("rename", no_second_rename, full),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(torchgrow.persist if name == "save_file" else Path, name, broken)
+            patch.setattr(torchgrow.files if name == "save_file" else Path, name, broken)
             for target in (folder, tmp_path / "new") if name == "save_file" else (folder,):
-                with pytest.raises(error):
+                with pytest.raises(error, match=text):
                     save(grown("plain"), target)
         assert [path.name for path in tmp_path.iterdir()] == ["net"]
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -6,6 +6,7 @@ a parameter or FLOPs budget; what comes out is a plain, small, dense module.
 
 from .adapters import adapter
 from .budget import Budget, Limits
+from .checkpoint import load_checkpoint, save_checkpoint
 from .cost import Cost
 from .errors import (
     BudgetError,
@@ -47,10 +48,12 @@ __all__ = [
     "TrainingError",
     "adapter",
     "load",
+    "load_checkpoint",
     "measure",
     "module_rule",
     "rule",
     "save",
+    "save_checkpoint",
     "shrink_",
     "trace",
     "verify",

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich import box
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.text import Text
 
 from torchgrow import Budget, TorchgrowError
 from torchgrow.lab import inspect, recipes, sources
+from torchgrow.lab.run import resume as resume_run
 from torchgrow.lab.run import run as run_recipe
 
 app = typer.Typer(
@@ -65,6 +67,13 @@ def _clean_exit(console: Console) -> Iterator[None]:
     except TorchgrowError as error:
         console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         raise typer.Exit(1) from None
+    except (OSError, MemoryError, RuntimeError) as error:
+        short = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+        if isinstance(error, RuntimeError) and not short:
+            raise  # a fault of ours
+        what = f"out of memory; a smaller batch or network may fit ({error})" if short else str(error)
+        console.print(Text.assemble(("error: ", "bold red"), what), soft_wrap=True)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         console.print("stopped")
         raise typer.Exit(130) from None
@@ -91,10 +100,36 @@ def run(
     size: Annotated[str | None, typer.Option(help="Size of the LSTM: small, medium or large.")] = None,
     twins: Annotated[bool, typer.Option(help="Train the dense and the uniform twin too.")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the recipe's.")] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between checkpoints within an epoch. Default: one at its end.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with this run folder where it was stopped; takes --data, nothing else.")
+    ] = None,
 ) -> None:
     """Grow a network by a recipe and compare it with its dense and its uniformly thinned twin."""
     console = Console()
     with _clean_exit(Console(stderr=True)):
+        if resume is not None:
+            given = [
+                out,
+                subset,
+                epochs,
+                budget,
+                seed,
+                preset,
+                shortcut,
+                size,
+                scale,
+                depth,
+                then,
+                threads,
+                checkpoint_every,
+            ]
+            if any(value is not None for value in given) or download or not twins or recipe != "digits":
+                raise TorchgrowError(f"a resumed run takes everything from its folder: torchgrow run --resume {resume}")
+            resume_run(resume, console=console, folder=data)
+            return
         edits: dict[str, Any] = {"subset": subset, "epochs": epochs, "seed": seed, "preset": preset, "threads": threads}
         edits |= {"depth": depth, "then": then}
         edits["budget"] = parse_budget(budget) if budget else None
@@ -106,7 +141,9 @@ def run(
         chosen = replace(chosen, **{field: value for field, value in edits.items() if value is not None})
         if shortcut:
             chosen = recipes.with_shortcut(chosen, shortcut)
-        run_recipe(chosen, console=console, out=out, folder=data, download=download, twins=twins)
+        run_recipe(
+            chosen, console=console, out=out, folder=data, download=download, twins=twins, every=checkpoint_every
+        )
 
 
 @app.command("list")

@@ -157,6 +157,21 @@ class Folding:
             hooks.install(part, [factor for factor, mine in zip(factors, own, strict=True) if mine])
         self._wait()
 
+    def attach(self) -> None:
+        """Put the hooks on, if they are not there."""
+        for hooks in self._hooks:
+            hooks.attach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which optimizers have yet to step before the indicators move, and what the others' steps gave."""
+        total = None if self._sum is None else self._sum.clone()
+        return {"waiting": [hooks in self._waiting for hooks in self._hooks], "sum": total}
+
+    def load_state(self, waiting: Sequence[bool], total: Tensor | None) -> None:
+        """Take over what `state_dict` said, once checked; after `install`."""
+        self._waiting = [hooks for hooks, still in zip(self._hooks, waiting, strict=True) if still]
+        self._sum = total
+
     def remove(self) -> None:
         """Take the hooks off; the model keeps its folded weights."""
         for hooks in self._hooks:
@@ -219,10 +234,16 @@ class _Hooks:
         self._unfolded = False
         self._gradient: Tensor | None = None  # m dL/dm of the step under way; None if the step changes nothing
         self._lent: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, its own gradient, the optimizer's
-        self._handles: list[RemovableHandle] = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
-        ]
+        self._handles: list[RemovableHandle] = []
+        self.attach()
+
+    def attach(self) -> None:
+        """Put the hooks on the optimizer, if they are not there."""
+        if not self._handles:
+            self._handles = [
+                self.optimizer.register_step_pre_hook(self._before),
+                self.optimizer.register_step_post_hook(self._after),
+            ]
 
     def install(self, fold: Fold, factors: list[Tensor]) -> None:
         """As `Folding.install`, of this optimizer's parameters only."""

@@ -7,6 +7,8 @@ and ranks that run the same code decide alike.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -113,6 +115,10 @@ class Method:
 
 
 PRESETS = {"default": Method.default, "paper": Method.paper, "nas": Method.nas, "random": Method.random}
+
+
+STATE = ("s", "velocity", "t", "exponent", "noise", "uniform")
+"""What of the indicators changes in a run, apart from the generator; all of one entry per unit."""
 
 
 class Indicators:
@@ -251,6 +257,21 @@ class Indicators:
                 self.generator.set_state(value)
             else:
                 setattr(self, name, value)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that changes in a run, as copies; temperatures and gates follow from it."""
+        return {**{name: getattr(self, name).clone() for name in STATE}, "generator": self.generator.get_state()}
+
+    def loaded(self, state: Mapping[str, Tensor]) -> Indicators:
+        """A copy of these indicators with a state of another run; `state` must have been checked."""
+        other = copy.copy(self)
+        for name in STATE:
+            setattr(other, name, state[name].cpu().clone())
+        other.generator = torch.Generator()
+        other.generator.set_state(state["generator"])
+        other.beta = other.gamma**other.exponent
+        other.gate = other._gate()
+        return other
 
     def advance(self, keep: Tensor, rate: float = 1.0) -> None:
         """Raise the counters of the present units and their temperature (Eq 7); `rate` as for `step`."""

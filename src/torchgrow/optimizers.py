@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import OptimizerError
+
+MATRIX = (5, 3)
+"""Shape of the parameter that a trial step is taken on."""
 
 
 def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> None:
@@ -61,14 +65,23 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
             f"{name} also holds {len(foreign)} parameters that are not the model's, e.g. one of shape "
             f"{tuple(foreign[0].shape)}; give those an optimizer of their own"
         )
-    _probe(optimizer, next(g for g in optimizer.param_groups if any(p is trained[0] for p in g["params"])), trained)
+    kept_slots(optimizer, next(g for g in optimizer.param_groups if any(p is trained[0] for p in g["params"])), trained)
 
 
-def _probe(optimizer: torch.optim.Optimizer, group: dict[str, object], trained: list[Tensor]) -> None:
-    """One step of a copy of the optimizer on a 5 x 3 matrix."""
+def kept_slots(optimizer: torch.optim.Optimizer, group: dict[str, Any], trained: Sequence[Tensor]) -> dict[str, Any]:
+    """What an optimizer keeps for a matrix of shape `MATRIX` in one of its groups: a copy of it takes a step there.
+
+    Args:
+        optimizer: stays as it is.
+        group: one of its parameter groups, for the settings.
+        trained: parameters whose dtype, device and kinds of slots the matrix takes over.
+
+    Raises:
+        OptimizerError: the step failed, or left slots that are neither a number nor of the matrix's shape.
+    """
     name, kind = type(optimizer).__name__, type(optimizer)
     device = "cpu" if trained[0].is_meta else trained[0].device
-    matrix = nn.Parameter(torch.zeros(5, 3, dtype=trained[0].dtype, device=device))
+    matrix = nn.Parameter(torch.zeros(MATRIX, dtype=trained[0].dtype, device=device))
     matrix.grad = torch.ones_like(matrix)
     settings = {key: copy.copy(value) for key, value in group.items() if key != "params"}
     works = "use SGD, Adam, AdamW or RMSprop, or another optimizer whose state has the shape of its parameters"
@@ -93,9 +106,10 @@ def _probe(optimizer: torch.optim.Optimizer, group: dict[str, object], trained: 
                 f"{name} cannot be served: it keeps {key!r} of shape {tuple(slot.shape)} for a parameter of shape "
                 f"{tuple(matrix.shape)}, which cannot be re-cut; {works}"
             )
+    return dict(probe.state[matrix])
 
 
-def _first_slots(optimizer: torch.optim.Optimizer, trained: list[Tensor], like: Tensor) -> dict[str, object]:
+def _first_slots(optimizer: torch.optim.Optimizer, trained: Sequence[Tensor], like: Tensor) -> dict[str, object]:
     """Slots for `like` such as a trained parameter has by now: Adagrad makes its own at construction."""
     for parameter in trained:
         if parameter.dim() > 1 and optimizer.state.get(parameter):

@@ -2,52 +2,46 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .adapters import adapt_
 from .errors import SavedModelError, TorchgrowError
+from .files import read_folder, write_folder
 from .guard import guard_
 from .space import PassThrough
 from .store import Index, gather
-from .surgery import RECORD, Record, replace_, skip_
+from .surgery import RECORD, Record, named_tensors, replace_, skip_
 
-FORMAT = 1
+FORMAT = 2
+FORMATS = (1, 2)
+"""Format 1 has no checksums."""
+
 WEIGHTS, STRUCTURE = "model.safetensors", "structure.json"
-
-
-def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, tied ones once."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Save a model, grown, shrunk or whole: `model.safetensors` and `structure.json`.
 
-    The folder appears complete or not at all; an existing saved folder is replaced.
+    The folder appears complete, flushed to the disk, or not at all; an existing saved folder is replaced.
 
     Args:
         model: the module; what torchgrow did to it is recorded on it.
         folder: where to; created with its parents.
 
     Raises:
-        SavedModelError: the folder exists and is not a saved model.
+        SavedModelError: the folder exists and is not a saved model, or cannot be written (disk full, read-only).
     """
     target = Path(folder)
     if target.exists() and not (target.is_dir() and {p.name for p in target.iterdir()} <= {WEIGHTS, STRUCTURE}):
         raise SavedModelError(f"{target} exists and is not a saved model; choose another folder or remove it")
     record: Record = getattr(model, RECORD, None) or Record()
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _named_tensors(model).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named_tensors(model).items()}
     structure = {
         "format": FORMAT,
         "kept": {
@@ -59,31 +53,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         "adapted": list(record.adapted),
         "skipped": {path: [skip.keyword, skip.outputs] for path, skip in record.skipped.items()},
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, staging / WEIGHTS)
-        (staging / STRUCTURE).write_text(json.dumps(structure, indent=1) + "\n")
-        staging.chmod(0o755)
-        _swap_in(staging, target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-
-
-def _swap_in(staging: Path, target: Path) -> None:
-    """Put a finished folder in the place of another, which goes only once the new one stands."""
-    if not target.exists():
-        staging.rename(target)
-        return
-    old = target.with_name(f"{staging.name}.old")
-    target.rename(old)
-    try:
-        staging.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)
+    write_folder(target, structure, {name: tensor.clone() for name, tensor in tensors.items()}, (STRUCTURE, WEIGHTS))
 
 
 def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module]) -> nn.Module:
@@ -105,7 +75,7 @@ def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module])
     model = frame_factory()
     if not isinstance(model, nn.Module):
         raise SavedModelError(f"frame_factory must return a torch.nn.Module, got {type(model).__name__}")
-    own = _named_tensors(model)
+    own = named_tensors(model)
     kept = _kept(source, structure, own)
     missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or foreign:
@@ -180,18 +150,8 @@ def _fits(
 
 def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Both files, with the record's form checked."""
-    absent = [name for name in (WEIGHTS, STRUCTURE) if not (source / name).is_file()]
-    if absent:
-        raise SavedModelError(
-            f"{source} is not a saved model: {' and '.join(absent)} not found; save one with torchgrow.save"
-        )
-    try:
-        structure = json.loads((source / STRUCTURE).read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise SavedModelError(f"{source / STRUCTURE} is damaged: {error}") from error
-    found = structure.get("format") if isinstance(structure, dict) else type(structure).__name__
-    if type(found) is not int or found != FORMAT:
-        raise SavedModelError(f"{source / STRUCTURE} has format {found!r}, this version of torchgrow reads {FORMAT}")
+    what = "a saved model; save one with torchgrow.save"
+    structure, tensors = read_folder(source, (STRUCTURE, WEIGHTS), FORMATS, what)
     attributes, kept, shapes = structure.get("attributes"), structure.get("kept"), structure.get("frame_shapes")
     adapted, skipped = structure.get("adapted"), structure.setdefault("skipped", {})  # absent before depth
     well_formed = (
@@ -213,10 +173,7 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     )
     if not well_formed:
         raise SavedModelError(f"{source / STRUCTURE} is damaged: fields are missing, foreign or of the wrong type")
-    try:
-        return structure, load_file(source / WEIGHTS)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise SavedModelError(f"{source / WEIGHTS} is damaged: {error}") from error
+    return structure, tensors
 
 
 def _kept(source: Path, structure: dict[str, Any], own: dict[str, Tensor]) -> dict[str, Index]:

@@ -64,13 +64,14 @@ class Store:
     Args:
         full: gives the tensor as it is where nothing has been written.
         shape: its shape.
+        dtype: its dtype.
         whole: hold all of it from the start.
     """
 
-    def __init__(self, full: Callable[[], Tensor], shape: Sequence[int], *, whole: bool) -> None:
+    def __init__(self, full: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, *, whole: bool) -> None:
         self._full, self._shape = full, tuple(shape)
         self.box: Index | None = {} if whole else None  # positions held; None: nothing
-        self.held: Tensor = full() if whole else torch.empty(0)
+        self.held: Tensor = full() if whole else torch.empty(0, dtype=dtype)
 
     def copy(self, dtype: torch.dtype) -> Store:
         """A store of its own with the same contents in another dtype."""

@@ -25,6 +25,11 @@ from .space import PassThrough, Space, live_positions
 from .store import Births, Index, Store, gather, index_of, is_meta
 
 
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, tied ones once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 def recut(tensor: Tensor, units: Mapping[int, Tensor], old: Tensor, new: Tensor) -> Tensor:
     """A carried tensor of the network with the units in `old`, as the network with those in `new` takes it.
 
@@ -196,7 +201,7 @@ class Bank:
         self.model, self.space = model, space
         listed = optimizer if isinstance(optimizer, Sequence) else (optimizer,)
         self.optimizers = tuple(one for one in listed if one is not None)
-        self.tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.tensors = named_tensors(model)
         wrong = [n for n, shape in space.shapes.items() if n not in self.tensors or self.tensors[n].shape != shape]
         if wrong:
             name = wrong[0]
@@ -290,7 +295,7 @@ class Bank:
             slots = []
             for state, key, slot in self._slots_of(tensor):
                 had_state = self.space.present(self.keep)
-                asleep = self.slots.setdefault((name, key), self._empty_slot(name, slot.dtype))
+                asleep = self.slots.setdefault((name, key), self.empty_slot(name, slot.dtype))
                 asleep.write(old, slot.cpu())
                 fresh = self._newborn(name, key, asleep.read(new), new, keep, slot)
                 slots.append((state, key, fresh.to(slot.device)))
@@ -298,6 +303,17 @@ class Bank:
         if self.births is not None:
             self.births.forget()
         self.trained = self.trained | had_state
+        return Change(self, keep, swaps, index, self._record(keep, index))
+
+    def stage_contents(self, keep: Tensor, contents: Mapping[str, Tensor]) -> Change:
+        """Compute the change to a structure whose live tensors, by name, shall hold just these contents.
+
+        Nothing is written back: what is live now is lost, and optimizer slots are not the change's business.
+        """
+        keep = self.space.check_keep(keep)
+        index = {name: index_of(self.space, name, keep) for name in self.space.cut_axes}
+        present = named_tensors(self.model)  # a buffer may be another object by now
+        swaps = {n: _Swap(tensor, contents[n].to(tensor.device, copy=True), []) for n, tensor in present.items()}
         return Change(self, keep, swaps, index, self._record(keep, index))
 
     def commit(self, *changes: Change) -> None:
@@ -327,14 +343,20 @@ class Bank:
     def _store(self, name: str) -> Store:
         births, tensor = self.births, self.tensors[name].detach()
         if births is None:
-            return Store(lambda: tensor.cpu().clone(), tensor.shape, whole=True)
-        return Store(lambda: births.full(name), tensor.shape, whole=False)
+            return Store(lambda: tensor.cpu().clone(), tensor.shape, tensor.dtype, whole=True)
+        return Store(lambda: births.full(name), tensor.shape, tensor.dtype, whole=False)
 
-    def _empty_slot(self, name: str, dtype: torch.dtype) -> Store:
+    def blank(self) -> dict[str, Store]:
+        """Stores for all tensors that are ever cut, to be filled with what a state says."""
+        dtypes = {name: self.tensors[name].dtype for name in self.space.cut_axes}
+        return {name: self._store(name) if self.births else self.empty_slot(name, dtypes[name]) for name in dtypes}
+
+    def empty_slot(self, name: str, dtype: torch.dtype) -> Store:
+        """Where an optimizer slot of a parameter sleeps, zero as yet."""
         shape = self.space.shapes[name]
         if self.births is None:
-            return Store(lambda: torch.zeros(shape, dtype=dtype), shape, whole=True)
-        return Store(lambda: torch.zeros((), dtype=dtype).expand(shape), shape, whole=False)
+            return Store(lambda: torch.zeros(shape, dtype=dtype), shape, dtype, whole=True)
+        return Store(lambda: torch.zeros((), dtype=dtype).expand(shape), shape, dtype, whole=False)
 
     def _materialise(self, births: Births, device: torch.device | str) -> None:
         """Give the model's own tensors a device: nothing yet of those that are cut, the initial value of the others."""

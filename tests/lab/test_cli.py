@@ -123,7 +123,10 @@ def test_ctrl_c_says_where_to_look(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     done = invoke("run")
     assert done.exit_code == 130
-    assert plain(done.output).endswith("What was measured before the stop is in runs/digits.partial stopped")
+    assert plain(done.output).endswith(
+        "What was measured before the stop is in runs/digits.partial "
+        "Go on from the last checkpoint with: torchgrow run --resume runs/digits stopped"
+    )
     assert (tmp_path / "runs" / "digits.partial" / "config.json").exists()
 
 
@@ -133,3 +136,54 @@ def test_a_whole_run(tmp_path):
     assert done.exit_code == 0, done.output
     assert str(out) in done.output.replace("\n", "")
     assert list(json.loads((out / "results.json").read_text())) == ["grown"]
+
+
+# --- failures that are not the user's
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(28, "No space left on device", "runs/x"), "error: [Errno 28] No space left on device: 'runs/x'"),
+        (MemoryError(), "error: out of memory; a smaller batch or network may fit"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            "error: out of memory; a",
+        ),
+    ],
+)
+def test_no_room_is_told_without_a_traceback(monkeypatch, tmp_path, error, text):
+    def failing(*arguments, **keywords):
+        raise error
+
+    monkeypatch.setattr("torchgrow.lab.run.fit", failing)
+    done = invoke("run", "--out", str(tmp_path / "out"))
+    assert done.exit_code == 1
+    assert text in plain(done.output)
+    assert "Traceback" not in done.output
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
+    def failing(*arguments, **keywords):
+        raise RuntimeError("shapes")
+
+    monkeypatch.setattr("torchgrow.lab.run.fit", failing)
+    assert isinstance(invoke("run", "--out", str(tmp_path / "out")).exception, RuntimeError)
+
+
+# --- going on
+
+
+def test_resume_reaches_the_run(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(cli, "resume_run", lambda run, **keywords: calls.append((run, keywords["folder"])))
+    assert invoke("run", "--resume", "runs/x").exit_code == 0
+    assert invoke("run", "--resume", "runs/x", "--data", "there").exit_code == 0
+    assert [(str(run), folder and str(folder)) for run, folder in calls] == [("runs/x", None), ("runs/x", "there")]
+
+
+@pytest.mark.parametrize("more", [["--epochs", "3"], ["--seed", "0"], ["--no-twins"], ["resnet20-cifar10"]], ids=str)
+def test_resume_takes_nothing_else(more):
+    done = invoke("run", "--resume", "runs/x", *more)
+    assert done.exit_code == 1
+    assert "a resumed run takes everything from its folder: torchgrow run --resume runs/x" in plain(done.output)

@@ -149,6 +149,28 @@ class Recipe:
             fields["grown_arguments"] = _described(grown)[1]
         return {**fields, "model": model, "budget": str(self.budget)}
 
+    @classmethod
+    def from_json(cls, config: dict[str, Any]) -> "Recipe":
+        """The inverse of `as_json`, for recipes that `get` knows and variants of them; other fields are left alone.
+
+        Raises:
+            TorchgrowError: a field is missing or not what `as_json` writes.
+        """
+        try:
+            base = get(config["name"])
+            build = base.build.func if isinstance(base.build, partial) else base.build
+            if config["model"] != build.__name__:
+                raise TorchgrowError(f"the network of recipe {base.name!r} is {build.__name__}, not {config['model']}")
+            changed = {name: config[name] for name in vars(base) if name not in ("build", "build_grown", "budget")}
+            changed = {name: tuple(v) if isinstance(v, list) else v for name, v in changed.items()}
+            grown = partial(build, **_arguments(config["grown_arguments"])) if "grown_arguments" in config else None
+            limits = dict(part.split(" <= ") for part in config["budget"].split(" and "))
+            budget = Budget(**{name: x if x.endswith("%") else int(float(x)) for name, x in limits.items()})
+            own = partial(build, **_arguments(config["model_arguments"]))
+            return replace(base, build=own, build_grown=grown, budget=budget, **changed)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise TorchgrowError(f"this is not the record of a recipe: {error!r}") from error
+
 
 def _described(build: Callable[..., nn.Module]) -> tuple[str, dict[str, Any]]:
     """The name of a network's class, and the arguments it is built with."""
@@ -157,6 +179,11 @@ def _described(build: Callable[..., nn.Module]) -> tuple[str, dict[str, Any]]:
         arguments = {**build.keywords, **arguments}
         build = build.func
     return build.__name__, arguments
+
+
+def _arguments(recorded: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a network as they were before JSON made lists of tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()}
 
 
 def digits() -> Recipe:

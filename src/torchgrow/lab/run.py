@@ -1,9 +1,11 @@
 """One run: grow, train the twins, and leave a run folder behind."""
 
+import errno
 import json
 import logging
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,12 +24,18 @@ import torchgrow
 from torchgrow import Grower, TorchgrowError, measure
 from torchgrow.lab import data as lab_data
 from torchgrow.lab import report
+from torchgrow.lab.checkpoints import Checkpoints
 from torchgrow.lab.data import Data
 from torchgrow.lab.display import Display, short
 from torchgrow.lab.metrics import metric_of
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.text import TextData
 from torchgrow.lab.train import Epoch, evaluate, fit, make_grower, make_optimizer
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -58,27 +66,38 @@ class RunFolder:
 
     Args:
         out: the folder to end up with.
+        resume: go on in the partial folder that is there, instead of making one.
 
     Raises:
-        TorchgrowError: it exists already, finished or partial.
+        TorchgrowError: it exists already, finished or partial; or with ``resume``, there is nothing to go on with, or
+            another process is at it.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, resume: bool = False) -> None:
         self.out = out
         self.path = out.with_name(out.name + ".partial")
         if out.exists():
             raise TorchgrowError(
-                f"{out} exists already and is not overwritten; choose another --out, or move it away first"
+                f"{out} is finished; there is nothing to go on with"
+                if resume
+                else f"{out} exists already and is not overwritten; choose another --out, or move it away first"
             )
+        if resume and not (self.path / "config.json").exists():
+            raise TorchgrowError(f"{self.path} is not a run that was stopped: it has no config.json")
         try:
-            self.path.mkdir(parents=True)
+            self.path.mkdir(parents=True, exist_ok=resume)
         except FileExistsError:
             raise TorchgrowError(
                 f"{self.path} is what an earlier run left when it was stopped, or a run that still goes on; "
-                "look through it and delete it, or choose another --out"
+                f"go on with it (torchgrow run --resume {out}), look through it and delete it, or choose another --out"
             ) from None
         except OSError as error:
             raise TorchgrowError(f"{self.path} cannot be made: {error.strerror}; choose another --out") from error
+        self._lock = _lock(self.path)
+        if resume:
+            (self.path / "stopped.txt").unlink(missing_ok=True)
+            for left in self.path.glob(".*"):  # half of a file or folder that was being written
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -88,17 +107,68 @@ class RunFolder:
     ) -> None:
         if error is None:
             self.path.rename(self.out)
+            shutil.rmtree(self.out / "checkpoints", ignore_errors=True)  # the network has been saved
         else:
             (self.path / "stopped.txt").write_text(f"{type(error).__name__}: {error}\n")
+        os.close(self._lock)
 
     def write_json(self, name: str, value: object) -> None:
-        """Write ``value`` to the file ``name``."""
-        (self.path / name).write_text(json.dumps(value, indent=2) + "\n")
+        """Write ``value`` to the file ``name``, which holds it whole or not at all."""
+        half = self.path / f".{name}"
+        with half.open("w") as file:
+            file.write(json.dumps(value, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        half.replace(self.path / name)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """What `write_json` wrote to the file ``name``; empty if it is not there."""
+        try:
+            value = json.loads((self.path / name).read_text()) if (self.path / name).exists() else {}
+            if isinstance(value, dict):
+                return value
+        except (OSError, ValueError, RecursionError):
+            pass
+        raise TorchgrowError(f"{self.path / name} is damaged; the run cannot go on, start it anew")
+
+    def epochs(self, network: str | None = None) -> list[Epoch]:
+        """Whole lines of ``metrics.jsonl``: of all networks, or of one."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        try:
+            records = [Epoch(**json.loads(line)) for line in lines if line.endswith("\n")]
+        except (ValueError, TypeError) as error:
+            raise TorchgrowError(f"{path} is damaged: {error}; the run cannot go on, start it anew") from error
+        return [record for record in records if network in (None, record.network)]
 
     def append(self, record: Epoch) -> None:
-        """Add a line to ``metrics.jsonl``; it is on disk when this returns."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(asdict(record)) + "\n")
+        """Add a line to ``metrics.jsonl``; it is on disk when this returns.
+
+        Lines of this or a later epoch of the same network go: a run that was stopped has written them after the
+        checkpoint from which it goes on.
+        """
+        path, before = self.path / "metrics.jsonl", self.epochs()
+        kept = [r for r in before if r.network != record.network or r.epoch < record.epoch]
+        half = self.path / ".metrics.jsonl"
+        with half.open("w") as file:
+            file.writelines(json.dumps(asdict(r)) + "\n" for r in (*kept, record))
+            file.flush()
+            os.fsync(file.fileno())
+        half.replace(path)
+
+
+def _lock(path: Path) -> int:
+    """Keep other processes off a folder until the handle is closed or this process ends, however it ends."""
+    handle = os.open(path, os.O_RDONLY)
+    if fcntl is not None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(handle)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise TorchgrowError(f"another process is running in {path}; wait for it, or stop it first") from None
+            return os.open(path, os.O_RDONLY)  # a file system without locks
+    return handle
 
 
 def default_out(name: str) -> Path:
@@ -200,6 +270,7 @@ def run(
     folder: Path | None = None,
     download: bool = False,
     twins: bool = True,
+    every: int | None = None,
 ) -> Path:
     """Grow the recipe's network, train its twins if asked, write the run folder and print the table.
 
@@ -210,6 +281,7 @@ def run(
         folder: where the data is; see `torchgrow.lab.data.load`.
         download: whether the data may be downloaded.
         twins: whether to train the dense and the uniform twin as well.
+        every: steps after which to write a checkpoint in the middle of an epoch; there is one at the end of each.
 
     Returns:
         the run folder: ``config.json``, ``environment.json``, ``frame.json`` (cost and widths
@@ -219,31 +291,83 @@ def run(
     Raises:
         TorchgrowError: bad data, an infeasible budget, an ``out`` that exists, a loss that is not finite.
     """
+    if every is not None and every < 1:
+        raise TorchgrowError(f"a checkpoint can be written every 1 or more steps, not every {every}")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
+    recipe, data = _with_data(recipe, console, folder, download)
+    run_folder = RunFolder(out or default_out(recipe.name))
+    how = {"data": folder and str(folder.absolute()), "twins": twins, "checkpoint_every": every}
+    text = {"text": data.source} if isinstance(data, TextData) else {}
+    run_folder.write_json("environment.json", environment())
+    run_folder.write_json("config.json", {**recipe.as_json(), **text, "run": how})
+    return _go(recipe, data, run_folder, console)
+
+
+def _with_data(recipe: Recipe, console: Console, folder: Path | None, download: bool = False) -> tuple[Recipe, Data]:
+    """The data, and the recipe with networks that fit it."""
     data = lab_data.load(
         recipe.dataset, folder=folder, download=download, subset=recipe.subset, steps=recipe.steps, side=recipe.side
     )
-    config = {}
     if isinstance(data, TextData):
-        recipe = recipe.with_words(len(data.vocabulary))
-        config["text"] = data.source
         console.print(
             f"Text: {data.source}; {len(data.train):,} words to train on, a vocabulary of {len(data.vocabulary):,}",
             soft_wrap=True,
         )
+        recipe = recipe.with_words(len(data.vocabulary))
     elif recipe.dataset == "imagefolder":
         recipe = recipe.with_classes(1 + int(data.train.labels.max()))
-    run_folder = RunFolder(out or default_out(recipe.name))
+    return recipe, data
+
+
+def resume(run: Path, *, console: Console, folder: Path | None = None) -> Path:
+    """Go on with a run that was stopped, by whatever, from its last checkpoint: it ends as if it never had been.
+
+    Weights, structures and records come out bit for bit as in the unbroken run, but for the seconds: with the same
+    versions and on the same kind of CPU; the number of threads is set to that of the run.
+
+    Args:
+        run: the folder that the run was to end up with, or its ``.partial``.
+        console: where to show it.
+        folder: where the data is; default: where it was.
+
+    Returns:
+        the run folder, as `run` does.
+
+    Raises:
+        TorchgrowError: it is finished, not a run, damaged, or another process is at it.
+    """
+    run_folder = RunFolder(run.with_name(run.name.removesuffix(".partial")), resume=True)
+    config, before, here = run_folder.read_json("config.json"), run_folder.read_json("environment.json"), environment()
+    recipe, how = Recipe.from_json(config), config.get("run")
+    if not isinstance(how, dict) or how.keys() != {"data", "twins", "checkpoint_every"}:
+        raise TorchgrowError(f"{run_folder.path / 'config.json'} does not say how the run was started; start it anew")
+    if type(before.get("threads")) is int and before["threads"] > 0:
+        torch.set_num_threads(before["threads"])
+    for name in ("torch", "cpu", "commit"):
+        if before.get(name) != here[name]:
+            console.print(
+                f"Note: {name} is {here[name]} and was {before.get(name)}; results may differ in the last bits",
+                soft_wrap=True,
+            )
+    folder = folder or (Path(how["data"]) if how["data"] else None)
+    recipe, data = _with_data(recipe, console, folder)
+    return _go(recipe, data, run_folder, console)
+
+
+def _go(recipe: Recipe, data: Data, run_folder: RunFolder, console: Console) -> Path:
+    """Train what is not trained yet, and finish the run folder."""
     try:
         with run_folder:
-            run_folder.write_json("config.json", {**recipe.as_json(), **config})
-            run_folder.write_json("environment.json", environment())
-            results = _train_all(recipe, data, run_folder, console, twins)
-            run_folder.write_json("results.json", {name: asdict(result) for name, result in results.items()})
+            results = _train_all(recipe, data, run_folder, console)
             pictures = report.draw(run_folder.path)
-    except (KeyboardInterrupt, TorchgrowError):
-        console.print(f"What was measured before the stop is in {run_folder.path}", soft_wrap=True)
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, TorchgrowError, OSError, MemoryError)):
+            console.print(
+                f"What was measured before the stop is in {run_folder.path}\n"
+                f"Go on from the last checkpoint with: torchgrow run --resume {run_folder.out}",
+                soft_wrap=True,
+            )
         raise
     console.print(table(results))
     console.print("Pictures:", *(f"  {run_folder.out / picture}" for picture in pictures), sep="\n", soft_wrap=True)
@@ -251,20 +375,24 @@ def run(
     return run_folder.out
 
 
-def _train_all(recipe: Recipe, data: Data, run_folder: RunFolder, console: Console, twins: bool) -> dict[str, Result]:
+def _train_all(recipe: Recipe, data: Data, run_folder: RunFolder, console: Console) -> dict[str, Result]:
     """Train the networks, the grown one first since the uniform twin takes its size from it."""
-    results = {}
+    twins = run_folder.read_json("config.json")["run"]["twins"]
+    done = {name: Result(**fields) for name, fields in run_folder.read_json("results.json").items()}
     with Display(console) as display:
-        results["grown"] = _train("grown", 1.0, recipe, data, run_folder, display)
-        if twins:
-            results["dense"] = _train("dense", 1.0, recipe, data, run_folder, display)
-            width = twin_width(recipe, data, params=results["grown"].params, flops=results["grown"].flops)
-            results["uniform"] = _train("uniform", width, recipe, data, run_folder, display)
-    return {name: results[name] for name in NETWORKS if name in results}
+        for name in ("grown", "dense", "uniform") if twins else ("grown",):
+            if name not in done:
+                width = 1.0
+                if name == "uniform":
+                    width = twin_width(recipe, data, params=done["grown"].params, flops=done["grown"].flops)
+                done[name] = _train(name, width, recipe, data, run_folder, display)
+                ordered = {name: asdict(done[name]) for name in NETWORKS if name in done}
+                run_folder.write_json("results.json", ordered)
+    return {name: done[name] for name in NETWORKS if name in done}
 
 
 def _train(name: str, width: float, recipe: Recipe, data: Data, run_folder: RunFolder, display: Display) -> Result:
-    """Train one network from the recipe's seed; the one named "grown" grows and is saved."""
+    """Train one network from the recipe's seed or its last checkpoint; the one named "grown" grows and is saved."""
     frame = measure(recipe.build(1.0), data.example())
     torch.manual_seed(recipe.seed)
     build = recipe.build_grown or recipe.build if name == "grown" else recipe.build
@@ -279,10 +407,16 @@ def _train(name: str, width: float, recipe: Recipe, data: Data, run_folder: RunF
         limits, full = asdict(grower.limits), grower.full_widths()
         run_folder.write_json("frame.json", {**asdict(frame), "limits": limits, "widths": full})
     display.start(name, epochs=recipe.epochs + recipe.then, frame=frame, limits=limits, full=full)
-    for epoch in fit(name, model, optimizer, data, recipe, grower=grower, on_step=display.step):
+    every = run_folder.read_json("config.json")["run"]["checkpoint_every"]
+    checkpoints = Checkpoints(folder=run_folder.path / "checkpoints" / name, every=every)
+    if run_folder.epochs(name):
+        display.epoch(run_folder.epochs(name)[-1])
+    for epoch in fit(
+        name, model, optimizer, data, recipe, grower=grower, on_step=display.step, checkpoints=checkpoints
+    ):
         run_folder.append(epoch)
         display.epoch(epoch)
-    result = _result(model, data, epoch)
+    result = _result(model, data, run_folder.epochs(name)[-1])
     display.say(f"{NETWORKS[name]}: {_score(result)} in {result.seconds:.1f} s of training")
     if grower:
         torchgrow.save(model, run_folder.path / "network")

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from torchgrow import Event, Grower, TorchgrowError, measure
+from torchgrow.lab.checkpoints import Checkpoints, Progress
 from torchgrow.lab.data import Data, train_steps
 from torchgrow.lab.metrics import ACCURACY
 from torchgrow.lab.recipes import Recipe
@@ -93,18 +95,27 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
     """The recipe's learning rate, to be stepped after every optimizer step, of which an epoch has ``steps``."""
-    if recipe.schedule == "milestones":
+    total = steps * recipe.epochs
+    if recipe.schedule == "milestones" and not recipe.then:
         milestones = [steps * epochs for epochs in recipe.milestones_in_epochs()]
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=recipe.lr_factor)
-    total = steps * recipe.epochs
-    rising = round(recipe.warmup * total)
+    anew = replace(recipe, epochs=recipe.then) if recipe.then else recipe
 
     def factor(step: int) -> float:
-        if step < rising:
-            return (step + 1) / (rising + 1)
-        return (1 + math.cos(math.pi * (step - rising) / max(1, total - rising))) / 2
+        return _factor(recipe, steps, step) if step < total else _factor(anew, steps, step - total)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _factor(recipe: Recipe, steps: int, step: int) -> float:
+    """What the learning rate is multiplied by at a step."""
+    if recipe.schedule == "milestones":
+        return recipe.lr_factor ** sum(step >= steps * epochs for epochs in recipe.milestones_in_epochs())
+    total = steps * recipe.epochs
+    rising = round(recipe.warmup * total)
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    return (1 + math.cos(math.pi * (step - rising) / max(1, total - rising))) / 2
 
 
 def example(model: nn.Module, data: Data) -> tuple[Any, dict[int | str, int | str] | None]:
@@ -140,8 +151,9 @@ def fit(
     *,
     grower: Grower | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
+    checkpoints: Checkpoints | None = None,
 ) -> Iterator[Epoch]:
-    """Train ``model`` for the recipe's epochs, yielding after each.
+    """Train ``model`` for the recipe's epochs, yielding after each; those done before the latest checkpoint are not.
 
     Args:
         network: name for the records and for errors.
@@ -152,63 +164,91 @@ def fit(
         grower: updated as often as the recipe says, at the end of an epoch after evaluation, since units just born
             are untrained.
         on_step: called as ``on_step(done, total)`` after each step of an epoch.
+        checkpoints: where to go on from, and where to leave checkpoints. The one at the end of an epoch is written
+            when the next is asked for, so after whatever the caller does with the record of this one.
 
     Raises:
-        TorchgrowError: the loss is not finite.
+        TorchgrowError: the loss is not finite, or the checkpoint does not fit.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     steps, samples = _extent(model, data, recipe)
     schedule = make_schedule(optimizer, recipe, steps)
-    cost = grower.cost() if grower else measure(model, data.example())
     between = {steps * part // recipe.updates_per_epoch for part in range(1, recipe.updates_per_epoch)}
-    seconds, training_flops = 0.0, 0
-    for epoch in range(1, recipe.epochs + recipe.then + 1):
-        if epoch == recipe.epochs + 1:
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.lr
-            schedule = make_schedule(optimizer, replace(recipe, epochs=recipe.then), steps)
+    progress = checkpoints.load(model, optimizer, grower, schedule) if checkpoints else Progress()
+    cost = grower.cost() if grower else measure(model, data.example())
+
+    def save(progress: Progress) -> None:
+        if checkpoints:
+            checkpoints.save(progress, model, optimizer, grower, schedule)
+
+    for epoch in range(progress.epoch, recipe.epochs + recipe.then + 1):
         growing = grower if epoch <= recipe.epochs else None
-        lr = optimizer.param_groups[0]["lr"]
-        events: list[Event] = []
-        start, total, state = time.perf_counter(), 0.0, None
-        if grower:
-            cost = grower.cost()
+        if progress.sampler is not None:
+            generator.set_state(progress.sampler)
+        if not progress.step:
+            progress = replace(
+                progress, sampler=generator.get_state(), lr=float(optimizer.param_groups[0]["lr"]), changes=(0, 0, 0)
+            )
+        cost = grower.cost() if grower else cost
         model.train()
-        for step, (x, labels) in enumerate(_batches(model, data, recipe, generator), start=1):
-            scores, state = _scores(model, x, state)
+        start = time.perf_counter()
+        batches = enumerate(_batches(model, data, recipe, generator), start=1)
+        for step, (x, labels) in islice(batches, progress.step, None):
+            scores, state = _scores(model, x, progress.state)
             loss = F.cross_entropy(scores, labels.flatten())
-            total += _step(f"{network}, epoch {epoch}, step {step} of {steps}", loss, model, optimizer, recipe)
+            value = _step(f"{network}, epoch {epoch}, step {step} of {steps}", loss, model, optimizer, recipe)
             schedule.step()
-            training_flops += 3 * cost.flops * samples
+            flops, changes = 3 * cost.flops * samples, progress.changes
             on_step(step, steps)
             if growing and step in between:
-                events.append(growing.update())
+                changes = _added(changes, growing.update())
                 cost = growing.cost()
                 state = growing.carry(state) if state is not None else None
-        seconds += time.perf_counter() - start
+            progress = replace(
+                progress,
+                step=step,
+                state=state,
+                changes=changes,
+                loss=progress.loss + value,
+                training_flops=progress.training_flops + flops,
+                seconds=progress.seconds + time.perf_counter() - start,
+            )
+            if checkpoints and checkpoints.due(step, steps):
+                save(progress)
+            start = time.perf_counter()
+        seconds = progress.seconds
         widths, depths = (grower.widths(), grower.depths()) if grower else ({}, {})
         score, test_loss = evaluate(model, data)
         fields: dict[str, Any] = {data.metric.name: score}
         if growing:
             start = time.perf_counter()
-            events.append(growing.update())
+            event = growing.update()
             seconds += time.perf_counter() - start
-            fields |= {name: getattr(events[-1], name) for name in ("pressure", "temperature")}
-            fields |= {name: sum(getattr(event, name) for event in events) for name in ("born", "regrown", "detached")}
+            fields |= {"pressure": event.pressure, "temperature": event.temperature}
+            fields |= dict(zip(("born", "regrown", "detached"), _added(progress.changes, event), strict=True))
         yield Epoch(
             network=network,
             epoch=epoch,
-            loss=total / steps,
+            loss=progress.loss / steps,
             test_loss=test_loss,
             params=cost.params,
             flops=cost.flops,
-            training_flops=training_flops,
+            training_flops=progress.training_flops,
             seconds=seconds,
-            lr=lr,
+            lr=progress.lr,
             widths=widths,
             depths=depths,
             **fields,
         )
+        progress = Progress(
+            epoch=epoch + 1, sampler=generator.get_state(), seconds=seconds, training_flops=progress.training_flops
+        )
+        save(progress)
+
+
+def _added(changes: tuple[int, int, int], event: Event) -> tuple[int, int, int]:
+    """Units born, regrown and detached, with one more update."""
+    return changes[0] + event.born, changes[1] + event.regrown, changes[2] + event.detached
 
 
 def _extent(model: nn.Module, data: Data, recipe: Recipe) -> tuple[int, int]:

@@ -1,0 +1,217 @@
+"""Checkpoints of a run: network, bank, indicators, optimizer, schedule and random numbers, so that it can go on.
+
+A run that is stopped at any moment, `kill -9` included, and goes on from its last checkpoint ends bit for bit where it
+would have ended (same versions, same number of threads). Files are data, never code.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import SavedModelError, TorchgrowError
+from .files import pack, read_folder, unpack, write_folder
+from .grower import Grower
+from .state import Field
+
+FORMAT = 2  # the first one for checkpoints; in numbers from 2 on, all folders carry checksums
+RECORD, TENSORS = "checkpoint.json", "checkpoint.safetensors"
+NAME = re.compile(r"checkpoint-(\d{6,})")
+
+
+class Stateful(Protocol):
+    """A learning rate scheduler, or whatever else gives its state away and takes it back."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its state."""
+
+    def load_state_dict(self, state: dict[str, Any], /) -> object:
+        """Take a state over."""
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    grower: Grower | None = None,
+    *,
+    scheduler: Stateful | None = None,
+    extra: Any = None,
+    keep: int = 3,
+) -> Path:
+    """Add a checkpoint to a folder: it appears whole, flushed to the disk, or not at all.
+
+    Stored are the grower's whole state (see `Grower.state_dict`), the scheduler's, and the random numbers of PyTorch
+    (host and all CUDA devices), NumPy and Python. Everything else that changes while you train goes into `extra`:
+    how many batches of the epoch are done, the state of the sampler's generator when the epoch began, a GradScaler's
+    `state_dict()`, a step count.
+
+    Args:
+        folder: for the checkpoints of one run; made if needed.
+        grower: of the run; None for a network that does not grow, whose state dicts can go into `extra`.
+        scheduler: the learning rate schedule, or anything with `state_dict` and `load_state_dict`.
+        extra: nested dicts, lists and tuples of tensors, numbers, text, True, False and None.
+        keep: how many checkpoints to keep (3); older ones are deleted once the new one stands.
+
+    Returns:
+        The new checkpoint's own folder, `folder/checkpoint-000001` and so on.
+
+    Raises:
+        SavedModelError: something is not plain data, or could not be written; older checkpoints stay.
+        TrainingError: the last optimizer step did not finish.
+    """
+    if type(keep) is not int or keep < 1:
+        raise TorchgrowError(f"keep={keep!r} must be a whole number >= 1: how many checkpoints to keep")
+    target = Path(folder)
+    there = _numbered(target)
+    for left in target.glob(".checkpoint-*"):  # of a run that was killed while it wrote or deleted one
+        shutil.rmtree(left, ignore_errors=True)
+    contents = {
+        "grower": None if grower is None else grower.state_dict(),
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "random": _random_state(),
+        "extra": extra,
+    }
+    tensors: dict[str, Tensor] = {}
+    record = {"format": FORMAT, "contents": pack(contents, tensors)}
+    new = target / f"checkpoint-{max(there, default=0) + 1:06d}"
+    write_folder(new, record, tensors, (RECORD, TENSORS))
+    for number in sorted(there)[: max(0, len(there) + 1 - keep)]:
+        hidden = target / f".{there[number].name}.old"  # so that a half deleted one is not taken for a checkpoint
+        there[number].rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+    return new
+
+
+def load_checkpoint(
+    folder: str | os.PathLike[str], grower: Grower | None = None, *, scheduler: Stateful | None = None
+) -> Any:
+    """Go on from the latest checkpoint that is whole.
+
+    Build model, optimizer, grower and scheduler just as in the run that saved it, then call this. A damaged checkpoint
+    is passed over for the one before, with a warning; one that does not fit what you built is an error.
+
+    Args:
+        folder: what was given to `save_checkpoint`, or one checkpoint in it.
+        grower: takes the saved state over, with its model and optimizer.
+        scheduler: likewise.
+
+    Returns:
+        What was saved as `extra`.
+
+    Raises:
+        SavedModelError: there is no checkpoint, none that is whole, or it does not fit; nothing was changed.
+    """
+    contents = Field(_latest(Path(folder)), "checkpoint").fields(("grower", "scheduler", "random", "extra"))
+    for name, thing in (("grower", grower), ("scheduler", scheduler)):
+        if (contents[name].value is None) != (thing is None):
+            has = "without" if thing is not None else "with"
+            raise SavedModelError(
+                f"the checkpoint in {folder} was saved {has} a {name}; load it {has} one. Nothing was changed"
+            )
+    restore_random = _read_random(contents["random"])
+    before: dict[str, Any] | None = None
+    try:
+        if scheduler is not None:
+            present = scheduler.state_dict()
+            state = contents["scheduler"].like(present)
+            before = present
+            scheduler.load_state_dict(state)
+        if grower is not None:
+            grower.load_state_dict(contents["grower"].value)
+    except BaseException as error:
+        if scheduler is not None and before is not None:
+            scheduler.load_state_dict(before)
+        if isinstance(error, Exception) and not isinstance(error, TorchgrowError):
+            raise SavedModelError(
+                f"the checkpoint in {folder} does not fit: {error!r} while loading the scheduler or the grower"
+            ) from error
+        raise
+    restore_random()
+    return contents["extra"].value
+
+
+def _numbered(folder: Path) -> dict[int, Path]:
+    """Checkpoints in a folder by number."""
+    found = {}
+    if folder.is_dir():
+        for path in folder.iterdir():
+            match = NAME.fullmatch(path.name)
+            if match:
+                found[int(match[1])] = path
+    return found
+
+
+def _latest(folder: Path) -> Any:
+    """Contents of the latest whole checkpoint."""
+    there = _numbered(folder)
+    one = NAME.fullmatch(folder.name) or (folder / RECORD).exists()
+    candidates = [folder] if one else [there[number] for number in sorted(there, reverse=True)]
+    reasons = []
+    for candidate in candidates:
+        try:
+            what = "a checkpoint; save one with torchgrow.save_checkpoint"
+            record, tensors = read_folder(candidate, (RECORD, TENSORS), (FORMAT,), what)
+            contents = unpack(
+                Field(record, str(candidate / RECORD)).fields(("format", "contents"))["contents"].value, tensors
+            )
+        except SavedModelError as error:
+            reasons.append(str(error))
+            continue
+        if reasons:
+            warnings.warn(f"going on from {candidate}, since {'; '.join(reasons)}", stacklevel=3)
+        return contents
+    if reasons:
+        raise SavedModelError(f"no checkpoint in {folder} is whole: {'; '.join(reasons)}")
+    raise SavedModelError(f"no checkpoint in {folder}; make one with torchgrow.save_checkpoint(folder, grower)")
+
+
+# --- random numbers ---
+
+
+def _random_state() -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = sys.modules["numpy"].random.get_state()  # safetensors has imported it
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [kind, torch.from_numpy(keys.astype("int64")), position, has_gauss, cached],
+        "python": [version, torch.tensor(words), gauss],
+    }
+
+
+def _read_random(field: Field) -> Callable[[], None]:
+    """Check saved random states on generators of no use; the function returned sets them."""
+    saved = field.fields(("torch", "cuda", "numpy", "python"))
+    host = saved["torch"].generator()
+    devices = [entry.value for entry in saved["cuda"].items()]
+    numpy = sys.modules["numpy"].random
+    try:
+        version, words, gauss = saved["python"].value
+        python = (version, tuple(words.tolist()), gauss)
+        random.Random().setstate(python)
+        kind, keys, position, has_gauss, cached = saved["numpy"].value
+        legacy = (kind, keys.numpy().astype("uint32"), position, has_gauss, cached)
+        numpy.RandomState().set_state(legacy)
+        present = devices[: torch.cuda.device_count()] if torch.cuda.is_available() else []
+        for index, state in enumerate(present):
+            torch.Generator(f"cuda:{index}").set_state(state)
+    except (TypeError, ValueError, AttributeError, OverflowError, RuntimeError, IndexError) as error:
+        raise SavedModelError(f"{field.path} is damaged: {error}; nothing was changed") from error
+
+    def restore() -> None:
+        torch.set_rng_state(host)
+        random.setstate(python)
+        numpy.set_state(legacy)
+        for index, state in enumerate(present):
+            torch.cuda.set_rng_state(state, index)
+
+    return restore

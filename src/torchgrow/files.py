@@ -1,0 +1,246 @@
+"""Folders of data that appear whole or not at all: one JSON record and one safetensors file, sealed with checksums.
+
+Written beside the target, flushed to the disk and renamed; read with suspicion. Files are data, never code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import SavedModelError
+
+LARGEST_RECORD = 64 * 2**20
+"""Bytes; a JSON record beyond it is refused unread, since parsing takes many times its size."""
+
+SEAL = "sha256"
+"""Field of a record with the checksums of the record itself and of the tensors' file."""
+
+
+# --- folders ---
+
+
+def write_folder(target: Path, record: dict[str, Any], tensors: dict[str, Tensor], names: tuple[str, str]) -> None:
+    """Write a record and tensors as a folder that appears complete or not at all; an existing one is replaced.
+
+    Args:
+        target: the folder; its parents are made.
+        record: JSON-able; gets the field `sha256`.
+        tensors: to be stored as they are, contiguous.
+        names: file names of the record and of the tensors.
+
+    Raises:
+        SavedModelError: it could not be written (disk full, folder read-only); what stood there still does.
+    """
+    record_name, tensors_name = names
+    staging: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        save_file(tensors, staging / tensors_name)
+        seal = {tensors_name: _digest_of_file(staging / tensors_name), record_name: digest(record)}
+        (staging / record_name).write_text(json.dumps({**record, SEAL: seal}, indent=1) + "\n")
+        for name in names:
+            _flush(staging / name)
+        staging.chmod(0o755)
+        _flush(staging)
+        _swap_in(staging, target)
+        _flush(target.parent)
+    except BaseException as error:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise SavedModelError(
+                f"{target} could not be written ({error}); what was there before is unchanged. "
+                "Make room or choose another folder"
+            ) from error
+        raise
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _swap_in(staging: Path, target: Path) -> None:
+    """Put a finished folder in the place of another, which goes only once the new one stands."""
+    if not target.exists():
+        staging.rename(target)
+        return
+    old = target.with_name(f"{staging.name}.old")
+    target.rename(old)
+    try:
+        staging.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_folder(
+    source: Path, names: tuple[str, str], formats: Collection[int], what: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what `write_folder` wrote. The record's fields are for the caller to check.
+
+    Args:
+        source: the folder.
+        names: file names of the record and of the tensors.
+        formats: values of the record's field `format` that can be read; from 2 on folders are sealed.
+        what: the folder in words, with how to make one, e.g. "a saved model; save one with torchgrow.save".
+
+    Raises:
+        SavedModelError: files are missing, damaged or of another format.
+    """
+    record_name, tensors_name = names
+    absent = [name for name in (tensors_name, record_name) if not (source / name).is_file()]
+    if absent:
+        kind, _, advice = what.partition("; ")
+        raise SavedModelError(f"{source} is not {kind}: {' and '.join(absent)} not found; {advice}")
+    try:
+        size = (source / record_name).stat().st_size
+        if size > LARGEST_RECORD:
+            raise ValueError(f"{size:,} bytes are more than any record has")
+        record = json.loads((source / record_name).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SavedModelError(f"{source / record_name} is damaged: {error}") from error
+    found = record.get("format") if isinstance(record, dict) else type(record).__name__
+    if type(found) is not int or found not in formats:
+        raise SavedModelError(
+            f"{source / record_name} has format {found!r}, this version of torchgrow reads "
+            f"{' and '.join(map(str, formats))}"
+        )
+    try:
+        if found >= 2:
+            seal = record.pop(SEAL, None)
+            for name, right in ((record_name, digest(record)), (tensors_name, _digest_of_file(source / tensors_name))):
+                if not isinstance(seal, dict) or seal.get(name) != right:
+                    raise SavedModelError(f"{source / name} is damaged: its contents do not fit its checksum")
+        # Copies: the tensors are views of the mapped file otherwise, and change when somebody writes to it.
+        return record, {name: tensor.clone() for name, tensor in load_file(source / tensors_name).items()}
+    except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
+        raise SavedModelError(f"{source / tensors_name} is damaged: {error}") from error
+
+
+def digest(record: dict[str, Any]) -> str:
+    """Checksum of a record, however it is laid out."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _digest_of_file(path: Path) -> str:
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            total.update(chunk)
+    return total.hexdigest()
+
+
+# --- nested plain data ---
+
+
+def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
+    """Nested plain data as JSON, without loss; its tensors go into `tensors`, by their path.
+
+    What JSON lacks is an object with one key that begins with "!": tuples, dicts with other keys than text,
+    counters, numbers that are not finite, tensors.
+
+    Raises:
+        SavedModelError: something in it is not plain data; the message names it.
+    """
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {"!float": str(float(value))}
+    if isinstance(value, Tensor):
+        return _pack_tensor(value.detach(), tensors, path)
+    if type(value) in (list, tuple):
+        items = [pack(item, tensors, f"{path}/{i}") for i, item in enumerate(value)]
+        return items if type(value) is list else {"!tuple": items}
+    if isinstance(value, dict):
+        if not isinstance(value, Counter) and all(type(key) is str and not key.startswith("!") for key in value):
+            return {key: pack(item, tensors, f"{path}/{key}" if path else key) for key, item in value.items()}
+        pairs = [[pack(k, tensors, f"{path}/key"), pack(v, tensors, f"{path}/{k}")] for k, v in value.items()]
+        return {"!counter" if isinstance(value, Counter) else "!dict": pairs}
+    raise SavedModelError(
+        f"{path or 'the value'} is of type {type(value).__name__}, which cannot be stored as data; use tensors, "
+        "numbers, text, None, and lists, tuples and dicts of them (of an object, say, what its state_dict() returns)"
+    )
+
+
+def _pack_tensor(tensor: Tensor, tensors: dict[str, Tensor], path: str) -> dict[str, Any]:
+    if tensor.layout != torch.strided:
+        raise SavedModelError(f"{path} is a {tensor.layout} tensor, which cannot be stored; use tensor.to_dense()")
+    while path in tensors:
+        path += "'"
+    tensors[path] = tensor.to("cpu", memory_format=torch.contiguous_format, copy=True)
+    # The order in memory decides the last bits of sums over it.
+    plain = tensors[path].stride() == tensor.stride() or not _dense(tuple(tensor.shape), tensor.stride())
+    return {"!tensor": path} if plain else {"!tensor": path, "stride": list(tensor.stride())}
+
+
+def _dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether strides reach just as far as the elements do, none of them negative."""
+    reach = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    return math.prod(shape) == reach and min(stride, default=1) >= 1
+
+
+def unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of `pack`.
+
+    Raises:
+        SavedModelError: it is not what `pack` makes.
+    """
+    if isinstance(packed, list):
+        return [unpack(item, tensors) for item in packed]
+    if not isinstance(packed, dict):
+        return packed
+    tags = [key for key in packed if key.startswith("!")]
+    if not tags:
+        return {key: unpack(item, tensors) for key, item in packed.items()}
+    tag = tags[0]
+    if len(packed) == 1 and tag == "!tuple" and isinstance(packed[tag], list):
+        return tuple(unpack(item, tensors) for item in packed[tag])
+    if len(packed) == 1 and tag == "!float" and packed[tag] in ("inf", "-inf", "nan"):
+        return float(packed[tag])
+    if len(packed) == 1 and tag in ("!dict", "!counter") and isinstance(packed[tag], list):
+        pairs = [unpack(pair, tensors) for pair in packed[tag]]
+        if all(isinstance(pair, list) and len(pair) == 2 and _hashable(pair[0]) for pair in pairs):
+            return dict(pairs) if tag == "!dict" else Counter(dict(pairs))
+    if tag == "!tensor" and packed.keys() <= {"!tensor", "stride"}:
+        name = packed[tag]
+        if type(name) is str and name in tensors:
+            return _strided(tensors[name], packed["stride"]) if "stride" in packed else tensors[name]
+    raise SavedModelError(f"a record has {json.dumps(packed)[:80]}, which stands for nothing")
+
+
+def _hashable(key: Any) -> bool:
+    return (
+        key is None or isinstance(key, (bool, int, float, str)) or (isinstance(key, tuple) and all(map(_hashable, key)))
+    )
+
+
+def _strided(tensor: Tensor, stride: Any) -> Tensor:
+    """A tensor with its elements in the given order in memory."""
+    fine = isinstance(stride, list) and len(stride) == tensor.dim() and all(type(s) is int for s in stride)
+    if fine and max(stride, default=0) < 2**62 and _dense(tuple(tensor.shape), tuple(stride)):
+        try:
+            return torch.empty_strided(tuple(tensor.shape), stride, dtype=tensor.dtype).copy_(tensor)
+        except RuntimeError:  # elements that lie on each other
+            pass
+    raise SavedModelError(f"a record has the stride {str(stride)[:80]} for a tensor of shape {tuple(tensor.shape)}")

@@ -1,0 +1,91 @@
+"""Checkpoints of one network while it trains: where the training stands, and what its model and optimizer hold."""
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchgrow import Grower, TorchgrowError, load_checkpoint, save_checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where the training of one network stands.
+
+    Attributes:
+        epoch: the epoch under way, counted from 1; one more than there are when all are done.
+        step: steps of it that are done.
+        sampler: state of the generator of batches when the epoch began; None before the first.
+        state: what the model carries from the last of them to the next, if anything.
+        changes: units born, regrown and detached in this epoch.
+        lr: learning rate at the beginning of the epoch.
+        loss: sum of the losses of these steps.
+        seconds: of training and updating so far.
+        training_flops: 3 x forward FLOPs x samples so far.
+    """
+
+    epoch: int = 1
+    step: int = 0
+    sampler: Tensor | None = None
+    state: Any = None
+    changes: tuple[int, int, int] = (0, 0, 0)
+    lr: float = 0.0
+    loss: float = 0.0
+    seconds: float = 0.0
+    training_flops: int = 0
+
+    def __post_init__(self) -> None:
+        """Name the bad field: it may come from a file."""
+        kinds = {"epoch": int, "step": int, "training_flops": int, "lr": float, "loss": float, "seconds": float}
+        for name, kind in kinds.items():
+            if type(getattr(self, name)) is not kind or not getattr(self, name) >= 0:
+                raise TorchgrowError(f"a checkpoint's progress has {name}={getattr(self, name)!r}: it is damaged")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """The checkpoints of one network of a run.
+
+    Attributes:
+        folder: where they are.
+        every: steps of an epoch after which to write one in its middle; None: at the end of each epoch only.
+    """
+
+    folder: Path
+    every: int | None = None
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether to write one after so many of an epoch's steps; its end comes by itself."""
+        return self.every is not None and step % self.every == 0 and step < steps
+
+    def save(
+        self,
+        progress: Progress,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        grower: Grower | None,
+        schedule: Any,
+    ) -> None:
+        """Write one."""
+        optimizer.zero_grad()  # the gradients are spent
+        extra: dict[str, Any] = {field.name: getattr(progress, field.name) for field in fields(progress)}
+        if grower is None:
+            extra |= {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()}
+        save_checkpoint(self.folder, grower, scheduler=schedule, extra=extra)
+
+    def load(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, grower: Grower | None, schedule: Any
+    ) -> Progress:
+        """Go on from the latest one, or from the start if there is none yet."""
+        if not any(self.folder.glob("checkpoint-*")):
+            return Progress()
+        extra = load_checkpoint(self.folder, grower, scheduler=schedule)
+        try:
+            if grower is None:
+                model.load_state_dict(extra.pop("model"))
+                optimizer.load_state_dict(extra.pop("optimizer"))
+            return replace(Progress(), **extra)
+        except (TypeError, KeyError, AttributeError, RuntimeError, ValueError) as error:
+            raise TorchgrowError(f"the checkpoint in {self.folder} is not one of this run: {error}") from error

@@ -1,0 +1,410 @@
+"""The state of a run as plain data, and its examination: every field is checked before anything is touched."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from .errors import SavedModelError
+from .indicators import STATE
+from .optimizers import MATRIX, kept_slots
+from .space import Space, live_positions
+from .store import Store
+
+FORMAT = 1
+"""Of `Grower.state_dict()`."""
+
+LARGEST = 2**62
+"""Numbers beyond it are no counts, rates or times of a training run."""
+
+
+Slots = dict[Tensor, dict[str, Any]]
+"""Optimizer state as `torch.optim.Optimizer.state` holds it."""
+
+
+class Field:
+    """A value in a state and where it stands; raises `SavedModelError` for whatever is not as it must be.
+
+    Args:
+        value: the value.
+        path: where it stands, in words.
+    """
+
+    def __init__(self, value: Any, path: str = "state") -> None:
+        self.value, self.path = value, path
+
+    def refuse(self, wanted: str) -> NoReturn:
+        """Say what is there and what must be."""
+        value = self.value
+        kind = type(value).__name__
+        found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"{str(value)[:60]} ({kind})"
+        raise SavedModelError(f"{self.path} is {found}, it must be {wanted}; nothing was changed")
+
+    def fields(self, names: Iterable[str] | None = None) -> dict[str, Field]:
+        """The fields of a dict with text for keys; with `names`, with just these keys."""
+        names = None if names is None else set(names)
+        if not isinstance(self.value, dict) or not all(type(key) is str for key in self.value):
+            self.refuse("a dict with text for keys")
+        if names is not None and self.value.keys() != names:
+            missing, foreign = sorted(names - self.value.keys()), sorted(self.value.keys() - names)
+            raise SavedModelError(
+                f"{self.path} lacks {missing[:3]} and has the foreign {foreign[:3]}; nothing was changed"
+            )
+        return {key: Field(value, f"{self.path}[{key!r}]") for key, value in self.value.items()}
+
+    def items(self) -> list[Field]:
+        """The items of a list."""
+        if not isinstance(self.value, list):
+            self.refuse("a list")
+        return [Field(value, f"{self.path}[{i}]") for i, value in enumerate(self.value)]
+
+    def tensor(self, shape: Iterable[int], dtype: torch.dtype, finite: bool = False) -> Tensor:
+        """A dense tensor of this shape and dtype; with `finite`, without NaN and infinity."""
+        value, shape = self.value, tuple(shape)
+        fits = isinstance(value, Tensor) and value.shape == shape and value.dtype == dtype
+        if not fits or value.layout != torch.strided:
+            self.refuse(f"{dtype} {shape}")
+        if finite and not bool(value.isfinite().all()):
+            self.refuse(f"{dtype} {shape} without NaN and infinity")
+        return value.detach()
+
+    def number(self, low: float = -math.inf) -> float:
+        """A finite number of at least `low`."""
+        if type(self.value) not in (int, float) or not max(low, -LARGEST) <= self.value <= LARGEST:
+            self.refuse(f"a finite number, at least {low}")
+        return float(self.value)
+
+    def whole(self, low: int = 0, high: int = LARGEST) -> int:
+        """A whole number in [low, high]."""
+        if type(self.value) is not int or not low <= self.value <= high:
+            self.refuse(f"a whole number in [{low}, {high}]")
+        return self.value
+
+    def flag(self) -> bool:
+        """True or False."""
+        if type(self.value) is not bool:
+            self.refuse("True or False")
+        return self.value
+
+    def like(self, present: Any) -> Any:
+        """A value of the kind of `present`: same type, numbers finite where those are, same shape of containers."""
+        if not _alike(self.value, present):
+            self.refuse(f"of the kind of {str(present)[:60]}")
+        return self.value
+
+    def generator(self) -> Tensor:
+        """The state of a `torch.Generator` on the CPU."""
+        fresh = torch.Generator()
+        state = self.tensor(fresh.get_state().shape, torch.uint8).cpu()
+        try:
+            fresh.set_state(state)
+        except RuntimeError:
+            self.refuse("the state of a torch.Generator")
+        return state
+
+
+def _alike(value: Any, present: Any) -> bool:
+    if present is None or isinstance(present, bool):
+        return value is None or isinstance(value, bool) or (present is None and _plain(value))
+    if isinstance(present, (int, float)):
+        wild = isinstance(present, float) and not math.isfinite(present)
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return (fits and abs(value) <= LARGEST) or (wild and fits and not math.isnan(value))
+    if isinstance(present, Tensor):
+        return isinstance(value, Tensor) and (value.shape, value.dtype) == (present.shape, present.dtype)
+    if isinstance(present, (list, tuple)):
+        fits = type(value) is type(present) and len(value) == len(present)
+        return fits and all(map(_alike, value, present))
+    if isinstance(present, dict):
+        fits = isinstance(value, dict) and value.keys() >= present.keys()
+        return fits and all(_alike(value[key], item) for key, item in present.items())
+    return type(value) is type(present)
+
+
+def _plain(value: Any) -> bool:
+    """A number, text, or a list of them: what may stand where nothing stood before."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_plain, value))
+    return isinstance(value, str) or (isinstance(value, (int, float)) and abs(value) <= LARGEST)
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that nothing writes to, with the same order of elements in memory."""
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+# --- the frame ---
+
+
+def fingerprint(space: Space, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a state must share with the frame it is loaded into: shapes and dtypes by name, and all units."""
+    units = hashlib.sha256()
+    for kind, vectors in (("unit", space.unit_of), ("gate", space.fold)):
+        for (name, axis), vector in sorted(vectors.items()):
+            units.update(f"{kind} {name} {axis} ".encode() + vector.cpu().numpy().tobytes())
+    for attribute in space.attributes:
+        units.update(f"attribute {attribute.module} {attribute.name} ".encode())
+        units.update(attribute.units.cpu().numpy().tobytes())
+    for slot in space.slots:
+        units.update(f"layer {slot.unit} {slot.modules} {slot.residual} ".encode())
+    units.update(space.group_of.cpu().numpy().tobytes() + space.removable.cpu().numpy().tobytes())
+    return {
+        "shapes": {name: list(shape) for name, shape in space.shapes.items()},
+        "dtypes": {name: str(tensors[name].dtype) for name in space.shapes},
+        "units": units.hexdigest(),
+    }
+
+
+def check_frame(field: Field, own: dict[str, Any]) -> None:
+    """Refuse a state of another frame.
+
+    Raises:
+        SavedModelError: names the first tensor that differs, or says that the units do.
+    """
+    saved = field.fields(own.keys())
+    advice = "the model must be built just as the one of the saved run"
+    for kind in ("shapes", "dtypes"):
+        found, wanted = saved[kind].fields(), own[kind]
+        for name in [*wanted, *found]:
+            a, b = (found[name].value if name in found else None), wanted.get(name)
+            if type(a) is not type(b) or a != b:
+                raise SavedModelError(
+                    f"the state is of another frame: {name} is {a or 'not there'} in it and {b or 'not there'} here; "
+                    f"{advice}. Nothing was changed"
+                )
+    if saved["units"].value != own["units"]:
+        raise SavedModelError(
+            "the state has other units than this frame, though the shapes agree: was it made with another freeze, "
+            f"couple, set of trained parameters or version of torchgrow? {advice}. Nothing was changed"
+        )
+
+
+def live_shapes(space: Space, keep: Tensor) -> dict[str, tuple[int, ...]]:
+    """Shapes of all parameters and buffers when the units in `keep` (bool [n]) live."""
+    shapes = {name: list(shape) for name, shape in space.shapes.items()}
+    for name, axes in space.cut_axes.items():
+        for axis in axes:
+            shapes[name][axis] = int(live_positions(space.unit_of[name, axis], keep).sum())
+    return {name: (0,) if space.absent(name, keep) else tuple(shape) for name, shape in shapes.items()}
+
+
+def store_state(store: Store) -> dict[str, Any]:
+    """What a store holds; its box as positions by axis, None for nothing."""
+    box = None if store.box is None else {str(axis): positions.clone() for axis, positions in store.box.items()}
+    return {"box": box, "held": None if box is None else store.held.detach().clone()}
+
+
+def stores_state(stores: Mapping[str, Store]) -> dict[str, Any]:
+    """The state of stores by name."""
+    return {name: store_state(store) for name, store in stores.items()}
+
+
+def read_store(field: Field, present: Store, dtype: torch.dtype, shape: Sequence[int]) -> Store:
+    """A copy of a present store that holds what the state says."""
+    saved, held, box = field.fields(("box", "held")), list(shape), None
+    if saved["box"].value is not None:
+        box = {}
+        for key, entry in saved["box"].fields().items():
+            axis = int(key) if key in map(str, range(len(held))) else entry.refuse("positions of an axis")
+            count = entry.value.numel() if isinstance(entry.value, Tensor) else 0
+            positions = entry.tensor((count,), torch.int64).cpu()
+            bounded = torch.cat([torch.tensor([-1]), positions, torch.tensor([held[axis]])])
+            if not count or bool((bounded.diff() < 1).any()):
+                entry.refuse(f"rising positions below {held[axis]}")
+            box[axis], held[axis] = positions.clone(), count
+    other = copy.copy(present)
+    if (present.box == {} and box != {}) or (box is None and saved["held"].value is not None):
+        saved["box"].refuse("all positions of a frame that is there as a whole")
+    other.box = box
+    other.held = torch.empty(0, dtype=dtype) if box is None else saved["held"].tensor(held, dtype).cpu().clone()
+    return other
+
+
+def read_stores(
+    field: Field, present: Mapping[str, Store], space: Space, like: Mapping[str, Tensor]
+) -> dict[str, Store]:
+    """Stores by name, one for every present one, of the dtypes of the tensors in `like`."""
+    saved = field.fields(present)
+    return {
+        name: read_store(saved[name], store, like[name].dtype, space.shapes[name]) for name, store in present.items()
+    }
+
+
+def read_tensors(
+    field: Field, like: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], some: bool = False
+) -> dict[str, Tensor]:
+    """Tensors by name, one for every name in `like` (with `some`: for any of them), of its dtype.
+
+    Args:
+        field: of the state.
+        like: present tensors, for names and dtypes.
+        shapes: wanted shapes by name.
+        some: whether names may be missing.
+    """
+    found = field.fields()
+    if not found.keys() <= like.keys() or not (some or len(found) == len(like)):
+        field.fields(like)
+    return {name: tensor.tensor(shapes[name], like[name].dtype) for name, tensor in found.items()}
+
+
+def read_bank_slots(
+    field: Field,
+    parameters: Mapping[str, nn.Parameter],
+    empty: Callable[[str, torch.dtype], Store],
+    slots: Slots,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[tuple[str, str], Store]:
+    """Sleeping optimizer slots; where a slot is live too its dtype is the live one's."""
+    sleeping: dict[tuple[str, str], Store] = {}
+    for entry in field.items():
+        if not isinstance(entry.value, list) or len(entry.value) != 3:
+            entry.refuse("a list of a name, a key and what a store holds")
+        name, key, held = entry.value
+        if type(name) is not str or name not in parameters or type(key) is not str:
+            entry.refuse("a slot of a parameter that can be cut")
+        live = slots.get(parameters[name], {}).get(key)
+        dtype = live.dtype if isinstance(live, Tensor) else parameters[name].dtype
+        sleeping[name, key] = read_store(Field(held, entry.path), empty(name, dtype), dtype, shapes[name])
+    return sleeping
+
+
+def read_indicators(field: Field, n_units: int, events: int) -> dict[str, Tensor]:
+    """State of the indicators after so many events; see `Indicators.state_dict`."""
+    saved, n = field.fields((*STATE, "generator")), (n_units,)
+    found = {name: saved[name].tensor(n, torch.float64, finite=True) for name in STATE if name != "t"}
+    if bool((found["exponent"] < 0).any() | (found["exponent"] > events).any()):
+        saved["exponent"].refuse(f"at most {events}, the number of updates")
+    if bool((found["uniform"] < 0).any() | (found["uniform"] > 1).any()):
+        saved["uniform"].refuse("numbers in [0, 1]")
+    t = saved["t"].tensor(n, torch.int64)
+    if bool((t < 0).any() | (t > events).any()):
+        saved["t"].refuse(f"counts of at most {events} updates")
+    return {**found, "t": t, "generator": saved["generator"].generator()}
+
+
+# --- optimizers ---
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    """State and settings of an optimizer, by the names of its parameters, as copies."""
+    name_of = {id(parameter): name for name, parameter in parameters.items()}
+    groups = [
+        {**_copy(group), "params": [name_of[id(p)] for p in group["params"] if id(p) in name_of]}
+        for group in optimizer.param_groups
+    ]
+    slots = {name: _copy(optimizer.state[p]) for name, p in parameters.items() if optimizer.state.get(p)}
+    return {"groups": groups, "slots": slots}
+
+
+def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: value.detach().clone() if isinstance(value, Tensor) else value
+        for key, value in values.items()
+        if key != "params"
+    }
+
+
+def read_optimizer(
+    field: Field,
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[Slots, list[dict[str, Any]]]:
+    """Check a saved optimizer state.
+
+    Args:
+        field: what `optimizer_state` made.
+        optimizer: where it shall go.
+        parameters: of the model, by name.
+        shapes: what the tensors' shapes will be, by name.
+
+    Returns:
+        Slots by parameter and settings by group, as copies on the right devices, for `swapped_in`.
+
+    Raises:
+        SavedModelError: other parameters, other settings, or slots that this optimizer does not keep so.
+    """
+    name_of = {id(parameter): name for name, parameter in parameters.items()}
+    saved = field.fields(("groups", "slots"))
+    groups = [group.fields() for group in saved["groups"].items()]
+    own = [[name_of[id(p)] for p in group["params"] if id(p) in name_of] for group in optimizer.param_groups]
+    if own != [group["params"].value if "params" in group else None for group in groups]:
+        raise SavedModelError(
+            f"the state's optimizer has {len(groups)} groups of parameters, this one has {len(own)}, or they hold "
+            "other parameters or in another order; build it just as in the saved run. Nothing was changed"
+        )
+    settings = [_settings(group, present) for group, present in zip(groups, optimizer.param_groups, strict=True)]
+    slots: Slots = {}
+    entries = saved["slots"].fields()
+    for names, group in zip(own, optimizer.param_groups, strict=True):
+        trained = [parameters[name] for name in names if parameters[name].requires_grad]
+        samples = kept_slots(optimizer, group, trained) if trained and entries.keys() & set(names) else {}
+        for name in names:
+            if name in entries:
+                parameter = parameters[name]
+                slots[parameter] = _slots(entries.pop(name), samples, parameter, shapes[name], group)
+    for entry in entries.values():
+        entry.refuse("the state of a parameter that this optimizer holds")
+    return slots, settings
+
+
+def _settings(saved: dict[str, Field], present: dict[str, Any]) -> dict[str, Any]:
+    """Settings of one group: those it has now must be there, in the same kind; others must be numbers."""
+    settings: dict[str, Any] = {}
+    for key, value in present.items():
+        if key not in saved:
+            raise SavedModelError(f"the state's optimizer has no setting {key!r}; nothing was changed")
+        if key != "params":
+            settings[key] = saved[key].like(value)
+    for key, field in saved.items():
+        if key not in present:
+            settings[key] = field.number()  # initial_lr, say, which a schedule writes
+    return {k: v.to(present[k].device, copy=True) if isinstance(v, Tensor) else v for k, v in settings.items()}
+
+
+def _slots(
+    entry: Field, samples: dict[str, Any], parameter: nn.Parameter, shape: tuple[int, ...], group: dict[str, Any]
+) -> dict[str, Any]:
+    """Slots of one parameter; `samples` are those that a step of this optimizer makes for a 5 x 3 matrix."""
+    found, slots = entry.fields(), {}
+    for key in [*samples, *(key for key in found if key not in samples)]:
+        field = found.get(key, Field(None, f"{entry.path}[{key!r}]"))
+        sample, value = samples.get(key, field.value), field.value
+        if isinstance(sample, Tensor):
+            shaped = tuple(sample.shape) == (MATRIX if key in samples else shape)
+            if not shaped and sample.numel() > 1:
+                field.refuse(f"a number, or of the parameter's shape {shape}")
+            dtype = parameter.dtype if shaped and key in samples and sample.dtype.is_floating_point else sample.dtype
+            value = field.tensor(shape if shaped else sample.shape, dtype)
+            stays = key == "step" and not (group.get("capturable") or group.get("fused"))
+            value = value.to("cpu" if stays else parameter.device, copy=True)
+        elif key in samples or not (value is None or _plain(value)):
+            field.like(sample if key in samples else 0)
+        slots[key] = value
+    return slots
+
+
+@contextmanager
+def swapped_in(optimizer: torch.optim.Optimizer, slots: Slots, settings: list[dict[str, Any]]) -> Iterator[None]:
+    """Give an optimizer other state and settings; the old ones come back if the block raises."""
+    before, old = dict(optimizer.state), [dict(group) for group in optimizer.param_groups]
+    try:
+        optimizer.state.clear()
+        optimizer.state.update(slots)
+        for group, new in zip(optimizer.param_groups, settings, strict=True):
+            group.update(new)
+        yield
+    except BaseException:
+        optimizer.state.clear()
+        optimizer.state.update(before)
+        for group, new in zip(optimizer.param_groups, old, strict=True):
+            group.clear()
+            group.update(new)
+        raise

@@ -1,0 +1,245 @@
+"""Law 4 for whole runs: stopped or killed anywhere, a run ends as the unbroken one."""
+
+import json
+import os
+import signal
+import warnings
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file
+
+import torchgrow.surgery
+from torchgrow import Budget, TorchgrowError
+from torchgrow.lab import checkpoints, run, train
+from torchgrow.lab.models import ResNet
+from torchgrow.lab.recipes import RECIPES, Recipe, get, with_shortcut
+
+BUILD = partial(ResNet, depth=8, widths=(4, 8, 16), in_channels=1)
+TINY = replace(get("digits"), build=BUILD, epochs=3, subset=128, batch_size=32, lr_milestones=(0.4, 0.7))
+
+
+def quiet():
+    return Console(quiet=True)
+
+
+def start(out, twins=True):
+    return run.run(TINY, console=quiet(), out=out, twins=twins, every=3)
+
+
+def start_or_resume(out):
+    return run.resume(out, console=quiet()) if out.with_name(out.name + ".partial").exists() else start(out)
+
+
+def end(folder):
+    """All that a run leaves but for the seconds it took."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    results = json.loads((folder / "results.json").read_text())
+    for record in [*records, *results.values()]:
+        del record["seconds"]
+    structure = json.loads((folder / "network" / "structure.json").read_text())
+    weights = {name: tensor.tolist() for name, tensor in load_file(folder / "network" / "model.safetensors").items()}
+    return records, results, structure, weights, json.loads((folder / "frame.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    return end(start(tmp_path_factory.mktemp("unbroken") / "out"))
+
+
+class Stop(BaseException):
+    """What no code expects."""
+
+
+def stopping(monkeypatch, owner, name, call):
+    """Let a function raise at one of its calls."""
+    original, count = getattr(owner, name), 0
+
+    def wrapper(*arguments, **keywords):
+        nonlocal count
+        count += 1
+        if count == call:
+            raise Stop
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(owner, name, wrapper)
+
+
+# 4 steps an epoch, 3 epochs: a checkpoint after 3 steps and after each epoch.
+MOMENTS = [
+    # before there is any checkpoint; the grown network is done, its result is not
+    ((train.F, "cross_entropy", 2), (run, "evaluate", 1)),
+    # in mid-epoch; its result is there, the network is not saved
+    ((train.F, "cross_entropy", 10), (torchgrow, "save", 1)),
+    # trained and updated, not recorded; recorded in the dense twin, no checkpoint
+    ((run.RunFolder, "append", 2), (checkpoints, "save_checkpoint", 8)),
+    # recorded, no checkpoint; at the very end
+    ((checkpoints, "save_checkpoint", 4), (run.report, "draw", 1)),
+]
+
+
+@pytest.mark.parametrize("moments", MOMENTS, ids=lambda moments: " and ".join(name for _, name, _ in moments))
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(moments, tmp_path, monkeypatch, unbroken):
+    for moment in moments:
+        with monkeypatch.context() as patch:
+            stopping(patch, *moment)
+            with pytest.raises(Stop):
+                start_or_resume(tmp_path / "out")
+    run.resume(tmp_path / "out.partial", console=quiet())
+    assert end(tmp_path / "out") == unbroken
+    assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    assert not (tmp_path / "out" / "stopped.txt").exists()
+
+
+def forked(work, kill_at):
+    """Run in a process of its own, which kills itself (SIGKILL) at a call of a function; returns its exit status."""
+    owner, name, call = kill_at
+    original, count = getattr(owner, name), 0
+
+    def wrapper(*arguments, **keywords):
+        nonlocal count
+        count += 1
+        if count == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **keywords)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, from Python 3.12 on
+        process = os.fork()
+    if process == 0:
+        try:
+            setattr(owner, name, wrapper)
+            work()
+        finally:
+            os._exit(0)
+    return os.waitpid(process, 0)[1]
+
+
+KILLS = [
+    (torchgrow.surgery, "replace_", 30),  # in an update, half the tensors swapped in
+    (os, "fsync", 9),  # while a checkpoint is written
+    (Path, "rename", 2),  # a checkpoint is whole, but not in its place
+    (torchgrow.fold._Hooks, "_refold", 7),  # in an optimizer step
+]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, unbroken):
+    """Killed four times over, in the worst of moments."""
+    killed = Counter()
+    for kill_at in KILLS:
+        killed[forked(partial(start_or_resume, tmp_path / "out"), kill_at)] += 1
+    assert killed == {signal.SIGKILL: len(KILLS)}
+    run.resume(tmp_path / "out", console=quiet())
+    assert end(tmp_path / "out") == unbroken
+
+
+# --- what cannot go on
+
+
+def stopped(out, monkeypatch):
+    with monkeypatch.context() as patch:
+        stopping(patch, run.RunFolder, "append", 2)
+        with pytest.raises(Stop):
+            start(out, twins=False)
+    return out.with_name(out.name + ".partial")
+
+
+def test_a_finished_run_and_no_run_at_all(tmp_path):
+    (tmp_path / "done").mkdir()
+    with pytest.raises(TorchgrowError, match=r"done is finished; there is nothing to go on with"):
+        run.resume(tmp_path / "done", console=quiet())
+    with pytest.raises(TorchgrowError, match=r"out\.partial is not a run that was stopped: it has no config\.json"):
+        run.resume(tmp_path / "out", console=quiet())
+    with pytest.raises(TorchgrowError, match=r"every 1 or more steps, not every 0"):
+        run.run(TINY, console=quiet(), out=tmp_path / "out", every=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["done"]
+
+
+def test_two_processes_at_one_run(tmp_path, monkeypatch):
+    partial_folder = stopped(tmp_path / "out", monkeypatch)
+    first = run.RunFolder(tmp_path / "out", resume=True)
+    with pytest.raises(TorchgrowError, match=r"another process is running in .*out\.partial; wait for it, or stop"):
+        run.resume(partial_folder, console=quiet())
+    os.close(first._lock)
+    run.resume(partial_folder, console=quiet())
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.json", "{", r"config\.json is damaged; the run cannot go on"),
+        ("config.json", "[]", r"config\.json is damaged"),
+        ("config.json", "{}", r"this is not the record of a recipe: KeyError\('name'\)"),
+        ("metrics.jsonl", "{}\n", r"metrics\.jsonl is damaged: .* the run cannot go on, start it anew"),
+        ("metrics.jsonl", "x\n", r"metrics\.jsonl is damaged"),
+        ("results.json", "null", r"results\.json is damaged"),
+    ],
+)
+def test_damaged_records_say_so(name, text, message, tmp_path, monkeypatch):
+    partial_folder = stopped(tmp_path / "out", monkeypatch)
+    (partial_folder / name).write_text(text)
+    with pytest.raises(TorchgrowError, match=message):
+        run.resume(tmp_path / "out", console=quiet())
+
+
+def test_a_checkpoint_of_something_else(tmp_path, monkeypatch):
+    partial_folder = stopped(tmp_path / "out", monkeypatch)
+    torchgrow.save_checkpoint(partial_folder / "checkpoints" / "grown", extra={"epoch": 1})
+    with pytest.raises(TorchgrowError, match=r"was saved without a grower; load it without one"):
+        run.resume(tmp_path / "out", console=quiet())
+    with pytest.raises(TorchgrowError, match=r"a checkpoint's progress has epoch='2': it is damaged"):
+        checkpoints.Progress(epoch="2")
+
+
+def test_another_machine_is_noted(tmp_path, monkeypatch):
+    partial_folder = stopped(tmp_path / "out", monkeypatch)
+    environment = json.loads((partial_folder / "environment.json").read_text())
+    (partial_folder / "environment.json").write_text(json.dumps({**environment, "torch": "1.0"}))
+    console = Console(record=True, quiet=False, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    run.resume(tmp_path / "out", console=console)
+    assert "and was 1.0; results may differ in the last bits" in console.export_text()
+    console.file.close()
+
+
+# --- recipes as records
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_survives_its_record(name):
+    recipe = get(name)
+    for variant in (recipe, replace(recipe, budget=Budget(params=100_000, flops="41.5%"), threads=2, subset=64)):
+        again = Recipe.from_json(json.loads(json.dumps(variant.as_json())))
+        assert again.as_json() == variant.as_json()
+        assert again.budget.limits(torchgrow.Cost(10**7, 10**9)) == variant.budget.limits(torchgrow.Cost(10**7, 10**9))
+    assert sum(p.numel() for p in again.build(0.5).parameters()) == sum(
+        p.numel() for p in recipe.build(0.5).parameters()
+    )
+
+
+def test_variants_of_the_network_survive():
+    recipe = Recipe.from_json(json.loads(json.dumps(TINY.as_json())))
+    assert str(recipe.build()) == str(BUILD())
+    shortcut = with_shortcut(get("resnet20-cifar10"), "B")
+    assert str(Recipe.from_json(shortcut.as_json()).build()) == str(shortcut.build())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("name", "digit", r"there is no recipe 'digit'"),
+        ("model", "Evil", r"the network of recipe 'digits' is ResNet, not Evil"),
+        ("budget", "params", r"not the record of a recipe"),
+        ("epochs", "3", r"not the record of a recipe: TypeError"),
+        ("epochs", 1, r"epochs must be at least 2"),
+        ("model_arguments", [1], r"not the record of a recipe"),
+    ],
+)
+def test_what_is_not_the_record_of_a_recipe(field, value, message):
+    with pytest.raises(TorchgrowError, match=message):
+        Recipe.from_json({**get("digits").as_json(), field: value})
