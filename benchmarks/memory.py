@@ -125,7 +125,8 @@ def main() -> None:
         Console().print(
             f"{name}: {row['slope']:+.4f} MB an update [{row['low']:+.4f}, {row['high']:+.4f}], "
             f"{row['rss_megabytes'][-1]:.0f} MB resident, tensors {row['tensors_alive']}, "
-            f"{row['tensor_megabytes']} MB, {row['units_that_came_or_went']:,} units came or went, {len(row['orphans'])} orphans",
+            f"{row['tensor_megabytes']} MB, {row['units_that_came_or_went']:,} units came or went, "
+            f"{len(row['orphans'])} orphans",
             highlight=False,
             soft_wrap=True,
         )
