@@ -212,10 +212,10 @@ def killed() -> str:
         *([f"of them in {phase}", str(count)] for phase, count in sorted(where.items())),
     ]
     return (
-        f"The digits recipe with a ResNet-8, {found[0]['epochs']} epochs, a checkpoint every {found[0]['checkpoint_every']} "
-        "steps, killed by SIGKILL again and again and gone on with by `--resume`. Compared are the grower's whole state, "
-        f"the records and the saved network.\n\nCommand: `python benchmarks/killed.py`. Measured on {machine(found)}.\n\n"
-        + grid(["", "count"], body)
+        f"The digits recipe with a ResNet-8, {found[0]['epochs']} epochs, a checkpoint every "
+        f"{found[0]['checkpoint_every']} steps, killed by SIGKILL again and again and gone on with by `--resume`. Compared "
+        "are the grower's whole state, the records and the saved network.\n\n"
+        f"Command: `python benchmarks/killed.py`. Measured on {machine(found)}.\n\n" + grid(["", "count"], body)
     )
 
 
