@@ -213,8 +213,8 @@ def killed() -> str:
     ]
     return (
         f"The digits recipe with a ResNet-8, {found[0]['epochs']} epochs, a checkpoint every "
-        f"{found[0]['checkpoint_every']} steps, killed by SIGKILL again and again and gone on with by `--resume`. Compared "
-        "are the grower's whole state, the records and the saved network.\n\n"
+        f"{found[0]['checkpoint_every']} steps, killed by SIGKILL again and again and gone on with by `--resume`. "
+        "Compared are the grower's whole state, the records and the saved network.\n\n"
         f"Command: `python benchmarks/killed.py`. Measured on {machine(found)}.\n\n" + grid(["", "count"], body)
     )
 
