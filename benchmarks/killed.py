@@ -30,6 +30,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+import torchgrow
 import torchgrow.files
 import torchgrow.surgery
 from torchgrow import Grower
@@ -86,6 +87,14 @@ def child(out: Path, state: Path, aim: str, call: int) -> None:
             super().__init__(*arguments, **keywords)
             growers.append(self)
 
+    of_grower, save = state.with_suffix(".grower"), torchgrow.save
+
+    def save_both(model: Any, folder: Any) -> None:
+        of_grower.with_suffix(".half").write_text(of_state(growers[0]))
+        of_grower.with_suffix(".half").replace(of_grower)  # the run may be killed after this
+        save(model, folder)
+
+    torchgrow.save = save_both
     run.Grower = Recorded  # type: ignore[misc]
     within("update", Recorded, "update")
     within("checkpoint", run.Checkpoints, "save")
@@ -107,11 +116,11 @@ def child(out: Path, state: Path, aim: str, call: int) -> None:
         run.resume(out, console=console)
     else:
         run.run(RECIPE, console=console, out=out, twins=False, every=EVERY)
-    state.write_text(checksum(growers[0], out))
+    state.write_text(of_grower.read_text() + of_folder(out))
 
 
-def checksum(grower: Grower, out: Path) -> str:
-    """Of all that the run came to, but for the seconds."""
+def of_state(grower: Grower) -> str:
+    """Checksum of the grower's whole state, but for the seconds."""
     state = grower.state_dict()
     for event in state["history"]:
         del event["seconds"]
@@ -119,6 +128,12 @@ def checksum(grower: Grower, out: Path) -> str:
     total = hashlib.sha256(json.dumps(pack(state, tensors), sort_keys=True).encode())
     for name in sorted(tensors):
         total.update(name.encode() + tensors[name].numpy().tobytes())
+    return total.hexdigest()
+
+
+def of_folder(out: Path) -> str:
+    """Checksum of the records and of the saved network, but for the seconds."""
+    total = hashlib.sha256()
     for line in (out / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         del record["seconds"]

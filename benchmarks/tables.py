@@ -7,7 +7,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +199,82 @@ def random_networks() -> str:
     )
 
 
+def killed() -> str:
+    """Runs killed at random moments."""
+    found = rows("killed.jsonl")
+    if not found:
+        return "Not measured yet."
+    where = Counter(phase for row in found for phase in row["kills"])
+    body = [
+        ["runs", str(len(found))],
+        ["ended bit for bit as the unbroken run", str(sum(row["same"] for row in found))],
+        ["kills", str(where.total())],
+        *([f"of them in {phase}", str(count)] for phase, count in sorted(where.items())),
+    ]
+    return (
+        f"The digits recipe with a ResNet-8, {found[0]['epochs']} epochs, a checkpoint every "
+        f"{found[0]['checkpoint_every']} steps, killed by SIGKILL again and again and gone on with by `--resume`. "
+        "Compared are the grower's whole state, the records and the saved network.\n\n"
+        f"Command: `python benchmarks/killed.py`. Measured on {machine(found)}.\n\n" + grid(["", "count"], body)
+    )
+
+
+def damaged() -> str:
+    """Mutated files and what became of them."""
+    found = rows("fuzz-files.jsonl")
+    if not found:
+        return "Not measured yet."
+    verdicts: Counter[str] = Counter()
+    for row in found:
+        for name, count in row.get("verdicts", {}).items():
+            verdicts[name.rpartition(": ")[2]] += count
+    crashed = sum(row["exit"] != 0 for row in found)
+    body = [
+        ["damaged folders", f"{sum(row['folders'] for row in found):,}"],
+        ["refused with a TorchgrowError", f"{verdicts['refused']:,}"],
+        ["loaded, and ran", f"{verdicts['loaded']:,}"],
+        ["any other exception, or more than 10 s", str(sum(len(row.get("wrong", [])) for row in found))],
+        ["processes that crashed, hung or ran out of memory", str(crashed)],
+        ["code compiled, run or imported, files written", str(sum(len(row.get("code", [])) for row in found))],
+        ["most memory, MB", f"{max(row.get('most_megabytes', 0) for row in found):,.0f}"],
+    ]
+    return (
+        "Saved models (formats 1 and 2) and checkpoints with one of their files mutated, most with checksums that fit "
+        "again; 2 GB of address space beyond what the process needed before.\n\nCommand: "
+        f"`python benchmarks/fuzz_files.py`. Measured on {machine(found)}.\n\n" + grid(["", "count"], body)
+    )
+
+
+def memory() -> str:
+    """Growth of memory over updates."""
+    found = rows("memory.jsonl")
+    if not found:
+        return "Not measured yet."
+    body = [
+        [
+            row["case"],
+            str(row["updates"]),
+            f"{row['units_that_came_or_went']:,}",
+            f"{row['slope']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})",
+            f"{row['tensor_megabytes'][1] - row['tensor_megabytes'][0]:+.1f}",
+            str(len(row["orphans"])),
+        ]
+        for row in found
+    ]
+    head = [
+        "optimizer",
+        "updates",
+        "units that came or went",
+        "resident MB an update (95 % interval)",
+        "MB of tensors, last minus first count",
+        "orphaned or misshapen state",
+    ]
+    return (
+        "ResNet-50 with units drawn anew at every update, a training step before each.\n\nCommand: "
+        f"`python benchmarks/memory.py`. Measured on {machine(found)}.\n\n" + grid(head, body)
+    )
+
+
 def page() -> str:
     """The whole page."""
     parts = [
@@ -207,6 +283,9 @@ def page() -> str:
         "## Exactness\n\n" + exactness(),
         "## Models people use\n\n" + conformance(),
         "## Random networks\n\n" + random_networks(),
+        "## Killed and gone on with\n\n" + killed(),
+        "## Damaged files\n\n" + damaged(),
+        "## Memory over updates\n\n" + memory(),
         "## Cost of a training step\n\n"
         + timings(
             "step-overhead.jsonl",

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 
 import torchgrow.files
 import torchgrow.surgery
-from damage import reseal
+from damage import damage, reseal
 from growing import batch, differences, everything, make, run, sgd, train
+from oracle import SmallResNet
 from torchgrow import Budget, Grower, SavedModelError, TorchgrowError, TrainingError, load_checkpoint, save_checkpoint
 from torchgrow.checkpoint import RECORD, TENSORS
 from torchgrow.files import pack, unpack
@@ -412,9 +414,9 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("damage", BAD)
-def test_a_state_that_does_not_fit_changes_nothing(damage: str, state: dict[str, Any]) -> None:
-    change, text = BAD[damage]
+@pytest.mark.parametrize("name", BAD)
+def test_a_state_that_does_not_fit_changes_nothing(name: str, state: dict[str, Any]) -> None:
+    change, text = BAD[name]
     grower = run(make("paper", updates=6), 1)
     before = everything(grower)
     bad = copy.deepcopy(state)
@@ -621,23 +623,50 @@ def test_a_full_disk_leaves_the_older_checkpoints(where: str, tmp_path: Path, mo
     assert differences(before, everything(grower)) == []
 
 
-def test_a_file_beyond_the_limit(tmp_path: Path) -> None:
-    """A real write that fails half-way, in a process that may write small files only (root included)."""
-    code = (
-        "import resource, signal, sys, torch, torchgrow\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "torchgrow.save_checkpoint(sys.argv[1], extra='small')\n"
-        "try:\n"
-        "    torchgrow.save_checkpoint(sys.argv[1], extra=torch.zeros(100_000), keep=1)\n"
-        "except torchgrow.SavedModelError as error:\n"
-        "    print(error)\n"
-        "print(torchgrow.load_checkpoint(sys.argv[1]))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
+LIMITS = """
+import resource, signal, sys, torch, torchgrow
+
+def refused(work):
+    try:
+        work()
+    except (torchgrow.TorchgrowError, RuntimeError, MemoryError) as error:
+        print(type(error).__name__, str(error).replace(chr(10), " "))
+
+model = torch.nn.Sequential(torch.nn.Linear(1500, 1500), torch.nn.ReLU(), torch.nn.Linear(1500, 1500))
+optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+x = torch.ones(2, 1500)
+grower = torchgrow.Grower(model, optimizer, example_inputs=x, budget=torchgrow.Budget(params="90%"), updates=2)
+model(x).sum().backward()
+optimizer.step()
+before, width = model(x), sum(grower.widths().values())
+pages = int(open("/proc/self/statm").read().split()[0])
+whole = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2_000_000, whole[1]))
+refused(grower.update)
+resource.setrlimit(resource.RLIMIT_AS, whole)
+print(torch.equal(model(x), before), sum(grower.widths().values()) == width)
+grower.update()
+print(sum(grower.widths().values()) > width)
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+torchgrow.save_checkpoint(sys.argv[1], extra="small")
+refused(lambda: torchgrow.save_checkpoint(sys.argv[1], grower, keep=1))
+refused(lambda: torchgrow.save(model, sys.argv[1] + "/net"))
+print(torchgrow.load_checkpoint(sys.argv[1]))
+"""
+
+
+def test_real_limits_of_memory_and_files(tmp_path: Path) -> None:
+    """An update without memory, writes that stop half-way (for root too): old network and old files whole."""
+    done = subprocess.run([sys.executable, "-c", LIMITS, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "checkpoint-000002 could not be written" in done.stdout
-    assert done.stdout.splitlines()[-1] == "small"
+    memory, same, grown, checkpoint, network, extra = done.stdout.splitlines()
+    assert "allocate memory" in memory or memory.startswith("MemoryError")
+    assert (same, grown, extra) == ("True True", "True", "small")
+    assert checkpoint.startswith("SavedModelError")
+    assert "checkpoint-000002 could not be written" in checkpoint
+    assert "net could not be written" in network
     assert names(tmp_path) == ["checkpoint-000001"]
 
 
@@ -662,6 +691,35 @@ def test_a_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(SavedModelError, match=r"could not be written"):
         save_checkpoint(tmp_path / "file" / "run", grower)
     assert differences(before, everything(grower)) == []
+
+
+@pytest.mark.parametrize("chunk", range(2))
+def test_damaged_files_are_refused_or_load(chunk: int, tmp_path: Path) -> None:
+    """A small part of benchmarks/fuzz_files.py: a TorchgrowError and nothing changed, or a run that goes on."""
+    grower = run(make(updates=6), 3)
+    whole = save_checkpoint(tmp_path / "whole", grower, extra=[1, (2.5, None)])
+    torchgrow.save(grower.model, tmp_path / "net")
+    for seed in range(25 * chunk, 25 * chunk + 25):
+        draw = random.Random(seed)
+        kind = draw.choice(["checkpoint-000001", "net"])
+        target = tmp_path / "damaged" / kind
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(whole if kind == whole.name else tmp_path / "net", target)
+        damage(target, (RECORD, TENSORS) if kind == whole.name else ("structure.json", "model.safetensors"), draw)
+        before = grower.state_dict()
+        try:
+            if kind == "net":
+                torchgrow.load(target, lambda: SmallResNet().double())(batch(0)[0])
+            else:
+                load_checkpoint(target, grower)
+                if not grower.finished:
+                    run(grower, 1)
+        except TrainingError:
+            pass  # damaged weights, say, are weights
+        except TorchgrowError:
+            tensors: dict[str, dict[str, Tensor]] = {"a": {}, "b": {}}
+            assert pack(before, tensors["a"]) == pack(grower.state_dict(), tensors["b"]), seed
+            assert differences(tensors["a"], tensors["b"]) == [], seed
 
 
 # --- plain data ---

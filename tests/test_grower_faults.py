@@ -1,6 +1,7 @@
 """Growing when things go wrong: failures and interrupts in an update, and bad input."""
 
 import copy
+import gc
 import os
 import signal
 import threading
@@ -21,6 +22,7 @@ from torchgrow import (
     Budget,
     BudgetError,
     Grower,
+    Method,
     OptimizerError,
     StructureError,
     TorchgrowError,
@@ -153,6 +155,28 @@ def test_a_grower_that_fails_to_start_leaves_no_hooks(monkeypatch: pytest.Monkey
         make(optimizer=lambda m: made.append(sgd(m)) or made[0])  # type: ignore[func-returns-value]
     assert not made[0]._optimizer_step_pre_hooks
     assert not made[0]._optimizer_step_post_hooks
+
+
+# --- what updates leave behind ---
+
+
+@pytest.mark.parametrize("optimizer", [sgd, lambda m: torch.optim.AdamW(m.parameters())], ids=["sgd", "adamw"])
+def test_updates_leave_nothing_behind(optimizer: Any) -> None:
+    """No more tensors after 30 updates than after 10, and optimizer state of the model's parameters only."""
+    churn = Method(draws="independent", ramp=0.1, settle=0.0, heat=1.0, align=1)
+    grower, counts = make(churn, updates=32, optimizer=optimizer), []
+    for update in range(30):
+        train(grower, 2 * update, 1)
+        grower.update()
+        if update % 20 == 9:
+            gc.collect()
+            counts.append(sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()))
+    assert counts[1] <= counts[0]  # what other tests left may go in between
+    assert sum(event.regrown for event in grower.history) > 20
+    shapes = {parameter: parameter.shape for parameter in grower.model.parameters()}
+    assert grower.optimizer.state.keys() <= shapes.keys()
+    for parameter, slots in grower.optimizer.state.items():
+        assert all(slot.numel() == 1 or slot.shape == parameter.shape for slot in slots.values())
 
 
 # --- bad input ---
