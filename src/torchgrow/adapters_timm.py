@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib import import_module
 
 from torch import nn
@@ -66,8 +67,10 @@ def adapted_class(base: type[nn.Module], name: str) -> type[nn.Module] | None:
 
 
 for path, names in CLASSES.items():
-    for class_name in names:
-        base = getattr(import_module(f"timm.{path}"), class_name, None)
-        unique = f"{class_name}_{path.rpartition('.')[2]}"
-        if base is not None and (subclass := adapted_class(base, unique)) is not None:
-            globals()[unique] = adapter(base)(subclass)  # where pickle looks for it
+    with suppress(ImportError, OSError):  # a release without this module, or an installation without sources
+        module = import_module(f"timm.{path}")
+        for class_name in names:
+            unique = f"{class_name}_{path.rpartition('.')[2]}"
+            base = getattr(module, class_name, None)
+            if base is not None and (subclass := adapted_class(base, unique)) is not None:
+                globals()[unique] = adapter(base)(subclass)  # where pickle looks for it
