@@ -91,6 +91,8 @@ EXPECTED: dict[str, tuple[dict[str, int], set[str]]] = {
     "shared-keys": ({"q": 2}, {STATISTICS}),
     "interleaved": ({"a": 2, "b": 5}, set()),
     "windows": ({"a": 4, "mix": 2, "b": 5}, set()),
+    "weight-norm": ({"a.bias[0]": 6, "b.bias[0]": 5}, set()),
+    "unpooled": ({"a": 6, "c": 5}, set()),
 }
 
 # (units, groups) of the models people use; all their units are removable.

@@ -449,6 +449,31 @@ class Interleaved(nn.Module):
         return head(F.relu(self.b(torch.stack([y, -y], 2).flatten(1, 2))), self.fc)
 
 
+class WeightNorm(nn.Module):
+    """weight-normalised c3(3, 6) -> relu -> weight-normalised c3(6, 5) -> relu -> pool -> fc"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.utils.parametrizations.weight_norm(conv) for conv in (c3(3, 6), c3(6, 5)))
+        self.fc = nn.Linear(5, 4)
+
+    def forward(self, x):
+        return head(F.relu(self.b(F.relu(self.a(x)))), self.fc)
+
+
+class Unpooled(nn.Module):
+    """zeros around c3(3, 6) -> pool -> ones around and mirrored c3(6, 6) -> back to where pooling found them -> c3"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.fc = c3(3, 6), nn.Conv2d(6, 6, 5), c3(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        y, places = F.max_pool2d(F.pad(F.relu(self.a(x)), (0, 2, 2, 0)), 2, return_indices=True)
+        y = self.b(F.pad(F.pad(y, (1, 1, 1, 1), value=1.0), (1, 1, 1, 1), mode="reflect"))
+        return head(F.relu(self.c(F.max_unpool2d(y, places, 2))), self.fc)
+
+
 ZOO: dict[str, Callable[[], nn.Module]] = {
     "plain": Plain,
     "plain-bias": lambda: Plain(bias=True),
@@ -487,6 +512,8 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "transposed-slots": lambda: MoreTransposed(2),
     "windows": Windows,
     "interleaved": Interleaved,
+    "weight-norm": WeightNorm,
+    "unpooled": Unpooled,
     **SEQUENCES,
 }
 

@@ -29,6 +29,9 @@ def convolution(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> 
     groups, transposed, rank = named["groups"], named["transposed"], out.dim()
     spatial = list(range(2, rank))
     x_layers = without_axes(ctx, ctx.layers(x), spatial, "convolves over this axis")
+    x_layers = [layer for layer in x_layers if layer.axes == (1,)] + without_axes(
+        ctx, [layer for layer in x_layers if layer.axes != (1,)], [1], ""
+    )  # heads in the batch: their width is kept
     w_layers = without_axes(ctx, ctx.layers(weight), spatial, "")  # kernel axes: not worth a mention
     row_axis, column_axis = (1, 0) if transposed else (0, 1)
     entering, rows, columns = on_axis(x_layers, 1), on_axis(w_layers, row_axis), on_axis(w_layers, column_axis)

@@ -42,6 +42,7 @@ def guesses(model: nn.Module, space: Space) -> list[Guess]:
     ints = {
         path: {name: value for name, value in vars(module).items() if type(value) is int and value > 1}
         for path, module in modules.items()
+        if not type(module).__module__.startswith("torch.nn.")  # those are known, not guessed
     }
     frozen_sizes: dict[str, set[int]] = {}
     for (tensor, axis), vector in space.unit_of.items():
@@ -78,7 +79,7 @@ def guesses(model: nn.Module, space: Space) -> list[Guess]:
         path, name = guess.attribute.module, guess.attribute.name
         alone = readings[path, name] == 1 and ints[path][name] not in frozen_sizes.get(path, ())
         result.append(Guess(guess.group, guess.attribute, guess.strong, guess.strong and alone))
-    return sorted(result, key=lambda guess: not guess.strong)
+    return sorted(result, key=lambda guess: (not guess.sure, not guess.strong))
 
 
 def choices(
@@ -87,7 +88,7 @@ def choices(
     """What to try, in this order: what served before, what is sure, what is strong, everything.
 
     Args:
-        found: guesses, strong ones first.
+        found: guesses, sure ones first, then strong ones.
         known: names of attributes that followed elsewhere in this model.
         thorough: then leave out or add single guesses, and in the end try every subset of a few attributes.
     """

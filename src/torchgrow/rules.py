@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .labels import Layer
+from .labels import Layer, compressed
 
 
 class Context(Protocol):
@@ -353,17 +353,29 @@ def roll(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     ctx.set_layers(out, without_axes(ctx, ctx.layers(source), axes, "rolls this axis by a number fixed in the forward"))
 
 
-@rule("constant_pad_nd", "pad")
+@rule(
+    "constant_pad_nd", "pad", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
+    "replication_pad2d", "replication_pad3d",
+)  # fmt: skip
 def pad(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """Padding an axis by a number fixed in the forward fixes what is beside it in place; cropping fixes the axis."""
-    source, amounts = named["self"], list(named["pad"])
+    """Padding an axis by a number fixed in the forward fixes what is beside it in place; cropping fixes the axis.
+
+    Labels that do not vary along a padded axis stay as they are: a channel that is gone has no padding either.
+    """
+    source, amounts = named["self"], list(named["pad"] if "pad" in named else named["padding"])
+    constant = func._overloadpacket.__name__ == "constant_pad_nd" or named.get("mode") == "constant"
+    value = named.get("value") or 0
     layers = ctx.layers(source)
-    if named.get("mode", "constant") != "constant" or any(amount < 0 for amount in amounts):
+    if not constant or any(amount < 0 for amount in amounts):
         axes = [source.dim() - 1 - i // 2 for i, amount in enumerate(amounts) if amount]
         layers = without_axes(ctx, layers, axes, "pads with values or crops by a number fixed in the forward")
-    # the filler 0 is FIXED; the shape is the same for every padding mode
-    moved = [layer.move(source.shape, lambda t: torch.nn.functional.pad(t, amounts)) for layer in layers]
-    ctx.set_layers(out, moved)
+    result: list[Layer | None] = []
+    for layer in layers:
+        here = [amount if source.dim() - 1 - i // 2 in layer.axes else 0 for i, amount in enumerate(amounts)]
+        silent = layer.with_silence(False, frozenset()) if constant and value != 0 else layer
+        # the filler 0 is FIXED
+        result.append(compressed(Layer(torch.nn.functional.pad(silent.packed, here), silent.sources)))
+    ctx.set_layers(out, result)
 
 
 @rule("slice", "narrow")
