@@ -79,6 +79,42 @@ def growth() -> str:
     )
 
 
+def growth_text() -> str:
+    """Growing a language model: perplexity and cost beside the twins, paired by seed."""
+    found = rows("growth-lstm-ptb.jsonl")
+    if not found:
+        return "Not measured yet."
+    groups: dict[tuple[str | None, str], list[Row]] = defaultdict(list)
+    for row in found:
+        groups[row["budget"], row["method"]].append(row)
+    dense = {row["seed"]: row for row in groups[None, "dense"]}
+    body = []
+    for (budget, method), group in groups.items():
+        paired = [row for row in group if row["seed"] in dense]
+        body.append(
+            [
+                f"{method}, {budget}" if budget else method,
+                str(len(group)),
+                spread([row["perplexity"] for row in group]),
+                spread([row["test_perplexity"] for row in group]),
+                *(
+                    spread([row[field] / dense[row["seed"]][field] for row in paired], digits) if paired else ""
+                    for field, digits in (("perplexity", 3), ("flops", 3), ("params", 3), ("train_flops", 2))
+                ),
+                "; ".join(", ".join(map(str, row["hidden"])) for row in group),
+            ]
+        )
+    config, text = found[0]["config"], found[0]["text"]
+    head = ["method", "n", "validation perplexity", "test perplexity", "validation / dense", "FLOPs / dense"]
+    head += ["parameters / dense", "training FLOPs / dense", "hidden units, by seed"]
+    return (
+        f"Zaremba's LSTM ({' and '.join(map(str, config['model_arguments']['hidden']))} hidden units, embedding kept), "
+        f"{config['epochs']} epochs over {text['words'][0]:,} words with a vocabulary of {text['vocabulary']:,}; FLOPs "
+        "of LSTM and decoder; mean ± standard deviation over seeds.\n\nCommand: `python benchmarks/growth_text.py "
+        f"--data FOLDER`. Measured on {machine(found)}.\n\n" + grid(head, body)
+    )
+
+
 def exactness() -> str:
     """The proof over random subsets, per model."""
     found = rows("exactness.jsonl")
@@ -280,6 +316,7 @@ def page() -> str:
     parts = [
         "# Results\n\nMade from the files in `results/` by `python benchmarks/tables.py`, all of it.",
         "## Growing against its twins\n\n" + growth(),
+        "## Growing an LSTM against its twins\n\n" + growth_text(),
         "## Exactness\n\n" + exactness(),
         "## Models people use\n\n" + conformance(),
         "## Random networks\n\n" + random_networks(),

@@ -56,7 +56,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def finished(tmp_path, folder):
-    console = Console(record=True, width=100, file=io.StringIO())
+    console = Console(record=True, width=80, file=io.StringIO())
     out = run.run(TINY, console=console, out=tmp_path / "out", folder=folder)
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return out, records, console.export_text()
@@ -88,7 +88,8 @@ def test_a_run_on_text(finished, folder):
     assert f"Text: {folder}; 968 words to train on, a vocabulary of 9" in shown.replace("\n", "")
     assert "grown   epoch   1/3  loss" in shown
     assert "perplexity" in shown
-    assert "on test" in shown
+    assert "valid, test" in shown
+    assert max(len(line) for line in shown.splitlines() if "twin" in line) <= 80
     assert "%  " not in shown.partition("network")[0], "perplexity is no share"
 
 

@@ -448,19 +448,13 @@ def table(results: dict[str, Result]) -> Table:
     """The networks side by side, with shares of the dense twin if it is among them."""
     grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # fits 80 columns
     metric = metric_of(vars(next(iter(results.values()))))
-    scores = {"accuracy": "accuracy"} if metric.unit else {"perplexity": "perplexity", "test_perplexity": "on test"}
-    for column in (
-        "network",
-        *scores.values(),
-        "parameters",
-        "inference\nFLOPs",
-        "training\nFLOPs",
-        "training\nseconds",
-    ):
+    head = metric.name if metric.unit else f"{metric.name}\nvalid, test"
+    for column in ("network", head, "parameters", "inference\nFLOPs", "training\nFLOPs", "training\nseconds"):
         grid.add_column(column, justify="left" if column == "network" else "right", no_wrap=True)
     dense = results.get("dense")
     for name, result in results.items():
-        cells = [NETWORKS[name], *(metric.show(getattr(result, field)) for field in scores)]
+        scores = [getattr(result, metric.name), result.test_perplexity]
+        cells = [NETWORKS[name], ", ".join(metric.show(score) for score in scores if score is not None)]
         for field in ("params", "flops", "training_flops", "seconds"):
             value = getattr(result, field)
             text = (f"{value:.1f}" if value < 1000 else f"{value:.0f}") if field == "seconds" else short(value)

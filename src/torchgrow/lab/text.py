@@ -156,8 +156,8 @@ def _manual() -> dict[str, list[str]]:
     from pydoc_data.topics import topics
 
     text = "\n".join(topics[name] for name in sorted(topics)).lower()
-    lines = [re.findall(r"\w+|[^\w\s]", line) for line in text.splitlines()]
-    words = [word for line in lines if line for word in (*line, END)]
+    lines = [re.findall(r"\w+|[^\w\s]", line) for line in text.splitlines() if re.search(r"\w", line)]  # no rules of *
+    words = [word for line in lines for word in (*line, END)]
     ends = (0, len(words) * 90 // 100, len(words) * 95 // 100, len(words))
     return {split: words[a:b] for split, a, b in zip(_SPLITS, ends[:-1], ends[1:], strict=True)}
 
