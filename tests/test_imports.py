@@ -41,7 +41,19 @@ ORDER = [
     "persist",
     "__init__",
 ]
-LAB_ORDER = ["__init__", "models", "data", "recipes", "train", "display", "report", "run", "sources", "inspect"]
+LAB_ORDER = [
+    "__init__",
+    "processes",
+    "models",
+    "data",
+    "recipes",
+    "train",
+    "display",
+    "report",
+    "run",
+    "sources",
+    "inspect",
+]
 BEYOND = {"inspect": {"torchgrow.budget", "torchgrow.cost"}}  # it shows the core's own counts and answers
 OUTSIDE = {"__main__", "cli"}
 CORE_NEEDS = {"torch", "safetensors", "torchgrow"}

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -21,7 +22,7 @@ from torch import nn
 import torchgrow
 from torchgrow import Grower, TorchgrowError, measure
 from torchgrow.lab import data as lab_data
-from torchgrow.lab import report
+from torchgrow.lab import processes, report
 from torchgrow.lab.data import ImageData
 from torchgrow.lab.display import Display, short
 from torchgrow.lab.recipes import Recipe
@@ -94,6 +95,22 @@ class RunFolder:
             file.write(json.dumps(asdict(record)) + "\n")
 
 
+class Onlooker(RunFolder):
+    """The run folder as processes other than the first have it: they write nothing."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.path = out, out.with_name(out.name + ".partial")
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to put in order."""
+
+    def write_json(self, name: str, value: object) -> None:
+        """Process 0 does."""
+
+    def append(self, record: Epoch) -> None:
+        """Process 0 does."""
+
+
 def default_out(name: str) -> Path:
     """``runs/<name>``, or the first of ``runs/<name>-2``, ``-3`` and so on that no run has taken."""
     for number in range(1, 10_000):
@@ -113,6 +130,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": processes.size(),
         "commit": _commit(),
     }
 
@@ -179,6 +197,8 @@ def run(
 ) -> Path:
     """Grow the recipe's network, train its twins if asked, write the run folder and print the table.
 
+    Under torchrun all processes train each network together; the first one writes and prints.
+
     Args:
         recipe: what to run.
         console: where to show it.
@@ -195,17 +215,26 @@ def run(
     Raises:
         TorchgrowError: bad data, an infeasible budget, an ``out`` that exists, a loss that is not finite.
     """
+    with processes.joined():
+        return _run(recipe, console, out, folder, download, twins)
+
+
+def _run(recipe: Recipe, console: Console, out: Path | None, folder: Path | None, download: bool, twins: bool) -> Path:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    data = lab_data.load(recipe.dataset, folder=folder, download=download, subset=recipe.subset)
-    run_folder = RunFolder(out or default_out(recipe.name))
+    with processes.first_alone():
+        data = lab_data.load(recipe.dataset, folder=folder, download=download, subset=recipe.subset)
+    first = processes.rank() == 0
+    run_folder = RunFolder(out or default_out(recipe.name)) if first else None
+    out = processes.told(run_folder.out if run_folder else Path())
+    run_folder, console = (run_folder, console) if run_folder else (Onlooker(out), Console(quiet=True))
     try:
         with run_folder:
             run_folder.write_json("config.json", recipe.as_json())
             run_folder.write_json("environment.json", environment())
             results = _train_all(recipe, data, run_folder, console, twins)
             run_folder.write_json("results.json", {name: asdict(result) for name, result in results.items()})
-            pictures = report.draw(run_folder.path)
+            pictures = report.draw(run_folder.path) if first else []
     except (KeyboardInterrupt, TorchgrowError):
         console.print(f"What was measured before the stop is in {run_folder.path}", soft_wrap=True)
         raise
@@ -257,7 +286,7 @@ def _train(name: str, width: float, recipe: Recipe, data: ImageData, run_folder:
         display.epoch(epoch)
     result = _result(model, data, epoch)
     display.say(f"{NETWORKS[name]}: {result.accuracy:.2f} % in {result.seconds:.1f} s of training")
-    if grower:
+    if grower and processes.rank() == 0:
         torchgrow.save(model, run_folder.path / "network")
     return result
 
@@ -265,7 +294,7 @@ def _train(name: str, width: float, recipe: Recipe, data: ImageData, run_folder:
 def _result(model: nn.Module, data: ImageData, last: Epoch) -> Result:
     """Measured again on the network as it is delivered, after the grower's last update."""
     cost = measure(model, data.normalise(data.train.pixels[:2]))
-    accuracy, _ = evaluate(model, data)
+    accuracy = evaluate(model, data)[0] if processes.rank() == 0 else math.nan
     return Result(
         accuracy=accuracy,
         params=cost.params,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchgrow import Grower, TorchgrowError, measure
+from torchgrow.lab import processes
 from torchgrow.lab.data import ImageData, train_steps
 from torchgrow.lab.recipes import Recipe
 
@@ -81,6 +82,9 @@ def fit(
 ) -> Iterator[Epoch]:
     """Train ``model`` for the recipe's epochs, yielding after each.
 
+    With several processes each trains on its share of every batch, and process 0 alone evaluates: in the others
+    test loss and accuracy are NaN.
+
     Args:
         network: name for the records and for errors.
         model: trained in place.
@@ -98,16 +102,19 @@ def fit(
     cost = grower.cost() if grower else measure(model, data.normalise(data.train.pixels[:2]))
     images = train_steps(len(data.train), recipe.batch_size) * min(recipe.batch_size, len(data.train))
     seconds, training_flops = 0.0, 0
+    net = model if grower else processes.wrap(model)
     for epoch in range(1, recipe.epochs + 1):
         if grower:
             cost = grower.cost()
         widths = grower.widths() if grower else {}
         lr = optimizer.param_groups[0]["lr"]
         start = time.perf_counter()
-        loss = _train_epoch(f"{network}, epoch {epoch}", model, optimizer, data, recipe, generator, on_step)
+        if grower and processes.size() > 1:
+            net = grower.wrap()
+        loss = _train_epoch(f"{network}, epoch {epoch}", net, optimizer, data, recipe, generator, on_step)
         seconds += time.perf_counter() - start
         training_flops += 3 * cost.flops * images
-        accuracy, test_loss = evaluate(model, data)
+        accuracy, test_loss = evaluate(model, data) if processes.rank() == 0 else (math.nan, math.nan)
         grown = {}
         if grower:
             start = time.perf_counter()
@@ -147,7 +154,7 @@ def _train_epoch(
         batch_size=recipe.batch_size, shift=recipe.shift, mirror=recipe.mirror, generator=generator
     )
     total = 0.0
-    for step, (images, labels) in enumerate(batches, start=1):
+    for step, (images, labels) in enumerate(processes.shares(batches), start=1):
         loss = F.cross_entropy(model(images), labels)
         value = loss.item()
         if not math.isfinite(value):
@@ -160,7 +167,7 @@ def _train_epoch(
         optimizer.step()
         total += value
         on_step(step, steps)
-    return total / steps
+    return processes.mean(total / steps)
 
 
 @torch.inference_mode()
