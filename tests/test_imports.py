@@ -49,8 +49,8 @@ ORDER = [
     "__init__",
 ]
 LAB_ORDER = [
-    "__init__", "metrics", "models", "recurrent", "attention", "text", "data", "recipes", "checkpoints", "train",
-    "display", "report", "run", "sources", "inspect",
+    "__init__", "processes", "metrics", "models", "recurrent", "attention", "text", "data", "recipes", "checkpoints",
+    "train", "display", "report", "run", "sources", "inspect",
 ]  # fmt: skip
 BEYOND = {"inspect": {"torchgrow.budget", "torchgrow.cost"}}  # it shows the core's own counts and answers
 OUTSIDE = {"__main__", "cli"}

@@ -211,9 +211,9 @@ def ddp() -> nn.Module:
     return wrapped
 
 
-def compiled_in_place() -> nn.Module:
+def with_a_compiled_layer() -> nn.Module:
     model = Doubling()
-    model.fc.compile()
+    model.fc = torch.compile(model.fc)  # type: ignore[assignment]
     return model
 
 
@@ -245,7 +245,11 @@ IMAGE = torch.zeros(2, 3, 8, 8)
         (ddp, IMAGE, r"wrapped in DistributedDataParallel; pass model\.module"),
         (lambda: nn.DataParallel(Doubling()), IMAGE, r"wrapped in DataParallel; pass model\.module"),
         (lambda: torch.compile(Doubling()), IMAGE, r"compiled; pass the plain module \(model\._orig_mod\)"),
-        (compiled_in_place, IMAGE, r"layer 'fc' is compiled; call torchgrow first"),
+        (
+            with_a_compiled_layer,
+            IMAGE,
+            r"layer 'fc' is a torch\.compile.* compile it in place, model\.fc\.compile\(\), or",
+        ),
         (over_two_devices, IMAGE, r"spread over cpu, meta; move it to one device"),
         (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), IMAGE, r"0\.weight is not materialised yet; run one forward"),
         (sparse, IMAGE, r"s is torch\.sparse_coo.*only dense tensors"),

@@ -1,6 +1,7 @@
 """The ``torchgrow`` command: ``torchgrow run RECIPE``, ``torchgrow list`` and ``torchgrow inspect MODEL``."""
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -65,7 +66,8 @@ def _clean_exit(console: Console) -> Iterator[None]:
     try:
         yield
     except TorchgrowError as error:
-        console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+        where = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""  # torchrun's
+        console.print(Text.assemble((f"error{where}: ", "bold red"), str(error)), soft_wrap=True)
         raise typer.Exit(1) from None
     except (OSError, MemoryError, RuntimeError) as error:
         short = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)

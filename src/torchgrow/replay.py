@@ -55,8 +55,11 @@ def check_model(model: nn.Module, example_inputs: Any) -> None:
     if hasattr(model, "_orig_mod"):
         raise TraceError("the model is compiled; pass the plain module (model._orig_mod) to torchgrow")
     for path, module in model.named_modules():
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
-            raise TraceError(f"layer {path!r} is compiled; call torchgrow first and compile what it leaves you with")
+        if hasattr(module, "_orig_mod"):
+            raise TraceError(
+                f"layer {path!r} is a torch.compile(...) of a module; compile it in place, model.{path}.compile(), or "
+                "call torchgrow first"
+            )
     if not any(isinstance(x, Tensor) for x in tree_leaves(example_inputs)):
         raise TraceError(
             "example_inputs holds no tensor; pass a small batch the model accepts, e.g. example_inputs=images[:2], "
@@ -85,14 +88,19 @@ def check_model(model: nn.Module, example_inputs: Any) -> None:
 
 @contextmanager
 def quiet_eval(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; modes, buffers and random state are as before afterwards."""
+    """Evaluation mode without gradients, not compiled; modes, buffers and random state are as before afterwards."""
+    compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
     modes = [(module, module.training, dict(module._buffers)) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone(), buffer._version) for buffer in model.buffers()]
     try:
+        for module, _ in compiled:
+            module._compiled_call_impl = None
         model.eval()
         with torch.random.fork_rng(), torch.no_grad():
             yield
     finally:
+        for module, call_compiled in compiled:
+            module._compiled_call_impl = call_compiled
         for module, training, held in modes:
             module.training = training
             module._buffers.update(held)

@@ -23,7 +23,7 @@ from torch import nn
 import torchgrow
 from torchgrow import Grower, TorchgrowError, measure
 from torchgrow.lab import data as lab_data
-from torchgrow.lab import report
+from torchgrow.lab import processes, report
 from torchgrow.lab.checkpoints import Checkpoints
 from torchgrow.lab.data import Data
 from torchgrow.lab.display import Display, short
@@ -171,6 +171,22 @@ def _lock(path: Path) -> int:
     return handle
 
 
+class Onlooker(RunFolder):
+    """The run folder as processes other than the first have it: they write nothing."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.path = out, out.with_name(out.name + ".partial")
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to put in order."""
+
+    def write_json(self, name: str, value: object) -> None:
+        """Process 0 does."""
+
+    def append(self, record: Epoch) -> None:
+        """Process 0 does."""
+
+
 def default_out(name: str) -> Path:
     """``runs/<name>``, or the first of ``runs/<name>-2``, ``-3`` and so on that no run has taken."""
     for number in range(1, 10_000):
@@ -190,6 +206,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": processes.size(),
         "commit": _commit(),
     }
 
@@ -274,6 +291,8 @@ def run(
 ) -> Path:
     """Grow the recipe's network, train its twins if asked, write the run folder and print the table.
 
+    Under torchrun all processes train each network together; the first one writes and prints.
+
     Args:
         recipe: what to run.
         console: where to show it.
@@ -293,15 +312,43 @@ def run(
     """
     if every is not None and every < 1:
         raise TorchgrowError(f"a checkpoint can be written every 1 or more steps, not every {every}")
+    with processes.joined():
+        begun = _begun(recipe.name, out) if processes.restarted() else None
+        if begun:
+            return _resume(begun, console, folder)
+        return _run(recipe, console, out, folder, download, twins, every)
+
+
+def _begun(name: str, out: Path | None) -> Path | None:
+    """The run that these processes were at before torchrun started them anew."""
+    candidates = [out] if out else [Path("runs") / f.name for f in Path("runs").glob(f"{name}*.partial")]
+    partial = [path.with_name(f"{path.name.removesuffix('.partial')}.partial") for path in candidates]
+    begun = [path for path in partial if (path / "config.json").exists()]
+    return max(begun, key=lambda path: (path / "config.json").stat().st_mtime, default=None)
+
+
+def _run(
+    recipe: Recipe,
+    console: Console,
+    out: Path | None,
+    folder: Path | None,
+    download: bool,
+    twins: bool,
+    every: int | None,
+) -> Path:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    recipe, data = _with_data(recipe, console, folder, download)
-    run_folder = RunFolder(out or default_out(recipe.name))
-    how = {"data": folder and str(folder.absolute()), "twins": twins, "checkpoint_every": every}
-    text = {"text": data.source} if isinstance(data, TextData) else {}
-    run_folder.write_json("environment.json", environment())
-    run_folder.write_json("config.json", {**recipe.as_json(), **text, "run": how})
-    return _go(recipe, data, run_folder, console)
+    with processes.first_alone():
+        recipe, data = _with_data(recipe, console, folder, download)
+    run_folder = None
+    if processes.rank() == 0:
+        run_folder = RunFolder(out or default_out(recipe.name))
+        how = {"data": folder and str(folder.absolute()), "twins": twins, "checkpoint_every": every}
+        text = {"text": data.source} if isinstance(data, TextData) else {}
+        run_folder.write_json("environment.json", environment())
+        run_folder.write_json("config.json", {**recipe.as_json(), **text, "run": how})
+    out = processes.told(run_folder.out if run_folder else Path())
+    return _go(recipe, data, run_folder or Onlooker(out), console)
 
 
 def _with_data(recipe: Recipe, console: Console, folder: Path | None, download: bool = False) -> tuple[Recipe, Data]:
@@ -337,14 +384,20 @@ def resume(run: Path, *, console: Console, folder: Path | None = None) -> Path:
     Raises:
         TorchgrowError: it is finished, not a run, damaged, or another process is at it.
     """
-    run_folder = RunFolder(run.with_name(run.name.removesuffix(".partial")), resume=True)
+    with processes.joined():
+        return _resume(run, console, folder)
+
+
+def _resume(run: Path, console: Console, folder: Path | None) -> Path:
+    target, first = run.with_name(run.name.removesuffix(".partial")), processes.rank() == 0
+    run_folder = RunFolder(target, resume=True) if first else Onlooker(target)
     config, before, here = run_folder.read_json("config.json"), run_folder.read_json("environment.json"), environment()
     recipe, how = Recipe.from_json(config), config.get("run")
     if not isinstance(how, dict) or how.keys() != {"data", "twins", "checkpoint_every"}:
         raise TorchgrowError(f"{run_folder.path / 'config.json'} does not say how the run was started; start it anew")
     if type(before.get("threads")) is int and before["threads"] > 0:
         torch.set_num_threads(before["threads"])
-    for name in ("torch", "cpu", "commit"):
+    for name in ("torch", "cpu", "commit", "processes"):
         if before.get(name) != here[name]:
             console.print(
                 f"Note: {name} is {here[name]} and was {before.get(name)}; results may differ in the last bits",
@@ -357,10 +410,12 @@ def resume(run: Path, *, console: Console, folder: Path | None = None) -> Path:
 
 def _go(recipe: Recipe, data: Data, run_folder: RunFolder, console: Console) -> Path:
     """Train what is not trained yet, and finish the run folder."""
+    first = processes.rank() == 0
+    console = console if first else Console(quiet=True)
     try:
         with run_folder:
             results = _train_all(recipe, data, run_folder, console)
-            pictures = report.draw(run_folder.path)
+            pictures = report.draw(run_folder.path) if first else []
     except BaseException as error:
         if isinstance(error, (KeyboardInterrupt, TorchgrowError, OSError, MemoryError)):
             console.print(
@@ -409,16 +464,16 @@ def _train(name: str, width: float, recipe: Recipe, data: Data, run_folder: RunF
     display.start(name, epochs=recipe.epochs + recipe.then, frame=frame, limits=limits, full=full)
     every = run_folder.read_json("config.json")["run"]["checkpoint_every"]
     checkpoints = Checkpoints(folder=run_folder.path / "checkpoints" / name, every=every)
-    if run_folder.epochs(name):
-        display.epoch(run_folder.epochs(name)[-1])
-    for epoch in fit(
-        name, model, optimizer, data, recipe, grower=grower, on_step=display.step, checkpoints=checkpoints
-    ):
-        run_folder.append(epoch)
-        display.epoch(epoch)
-    result = _result(model, data, run_folder.epochs(name)[-1])
+    last = next(iter(run_folder.epochs(name)[::-1]), None)
+    if last:
+        display.epoch(last)
+    for last in fit(name, model, optimizer, data, recipe, grower=grower, on_step=display.step, checkpoints=checkpoints):
+        run_folder.append(last)
+        display.epoch(last)
+    assert last is not None
+    result = processes.told(_result(model, data, last))
     display.say(f"{NETWORKS[name]}: {_score(result)} in {result.seconds:.1f} s of training")
-    if grower:
+    if grower and processes.rank() == 0:
         torchgrow.save(model, run_folder.path / "network")
     return result
 
@@ -426,10 +481,11 @@ def _train(name: str, width: float, recipe: Recipe, data: Data, run_folder: RunF
 def _result(model: nn.Module, data: Data, last: Epoch) -> Result:
     """Measured again on the network as it is delivered, after the grower's last update."""
     cost = measure(model, data.example())
-    score, _ = evaluate(model, data)
-    scores = {data.metric.name: score}
-    if isinstance(data, TextData):
-        scores["test_perplexity"] = evaluate(model, data, "test")[0]
+    scores: dict[str, float] = {}
+    if processes.rank() == 0:  # the others are told
+        scores[data.metric.name] = evaluate(model, data)[0]
+        if isinstance(data, TextData):
+            scores["test_perplexity"] = evaluate(model, data, "test")[0]
     return Result(
         **scores,
         params=cost.params,

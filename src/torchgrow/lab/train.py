@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from torchgrow import Event, Grower, TorchgrowError, measure
+from torchgrow.lab import processes
 from torchgrow.lab.checkpoints import Checkpoints, Progress
 from torchgrow.lab.data import Data, train_steps
 from torchgrow.lab.metrics import ACCURACY
@@ -102,7 +103,8 @@ def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) 
     anew = replace(recipe, epochs=recipe.then) if recipe.then else recipe
 
     def factor(step: int) -> float:
-        return _factor(recipe, steps, step) if step < total else _factor(anew, steps, step - total)
+        late = recipe.then and step >= total
+        return _factor(anew, steps, step - total) if late else _factor(recipe, steps, step)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -155,6 +157,9 @@ def fit(
 ) -> Iterator[Epoch]:
     """Train ``model`` for the recipe's epochs, yielding after each; those done before the latest checkpoint are not.
 
+    With several processes each trains on its share of every batch, and process 0 alone evaluates: in the others
+    test loss and accuracy are NaN.
+
     Args:
         network: name for the records and for errors.
         model: trained in place. If it returns a state beside its scores, the state goes into its next call.
@@ -178,9 +183,10 @@ def fit(
     cost = grower.cost() if grower else measure(model, data.example())
 
     def save(progress: Progress) -> None:
-        if checkpoints:
+        if checkpoints and processes.rank() == 0:
             checkpoints.save(progress, model, optimizer, grower, schedule)
 
+    net = model if grower else processes.wrap(model)
     for epoch in range(progress.epoch, recipe.epochs + recipe.then + 1):
         growing = grower if epoch <= recipe.epochs else None
         if progress.sampler is not None:
@@ -189,12 +195,14 @@ def fit(
             progress = replace(
                 progress, sampler=generator.get_state(), lr=float(optimizer.param_groups[0]["lr"]), changes=(0, 0, 0)
             )
-        cost = grower.cost() if grower else cost
-        model.train()
+        if grower:
+            cost = grower.cost()
+            net = grower.wrap() if processes.size() > 1 else model
+        net.train()
         start = time.perf_counter()
-        batches = enumerate(_batches(model, data, recipe, generator), start=1)
+        batches = enumerate(processes.shares(_batches(model, data, recipe, generator)), start=1)
         for step, (x, labels) in islice(batches, progress.step, None):
-            scores, state = _scores(model, x, progress.state)
+            scores, state = _scores(net, x, progress.state)
             loss = F.cross_entropy(scores, labels.flatten())
             value = _step(f"{network}, epoch {epoch}, step {step} of {steps}", loss, model, optimizer, recipe)
             schedule.step()
@@ -203,6 +211,8 @@ def fit(
             if growing and step in between:
                 changes = _added(changes, growing.update())
                 cost = growing.cost()
+                net = growing.wrap() if processes.size() > 1 else model
+                net.train()
                 state = growing.carry(state) if state is not None else None
             progress = replace(
                 progress,
@@ -213,12 +223,13 @@ def fit(
                 training_flops=progress.training_flops + flops,
                 seconds=progress.seconds + time.perf_counter() - start,
             )
-            if checkpoints and checkpoints.due(step, steps):
+            # What a model carries differs between processes, of which one writes.
+            if checkpoints and checkpoints.due(step, steps) and (state is None or processes.size() == 1):
                 save(progress)
             start = time.perf_counter()
         seconds = progress.seconds
         widths, depths = (grower.widths(), grower.depths()) if grower else ({}, {})
-        score, test_loss = evaluate(model, data)
+        score, test_loss = evaluate(model, data) if processes.rank() == 0 else (math.nan, math.nan)
         fields: dict[str, Any] = {data.metric.name: score}
         if growing:
             start = time.perf_counter()
@@ -229,7 +240,7 @@ def fit(
         yield Epoch(
             network=network,
             epoch=epoch,
-            loss=progress.loss / steps,
+            loss=processes.mean(progress.loss / steps),
             test_loss=test_loss,
             params=cost.params,
             flops=cost.flops,

@@ -1,0 +1,144 @@
+"""`torchgrow run` under torchrun: one folder, one voice, every batch shared out; a mismatch is an error, not a hang."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchgrow
+from torchgrow import TorchgrowError
+from torchgrow.lab import processes
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+RUN = ["run", "digits", "--epochs", "2", "--subset", "128", "--no-twins"]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(torchgrow.__file__).parent.parent)}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_two_nodes_make_one_run(tmp_path: Path) -> None:
+    """Two torchrun agents on loopback, a process each: that of node 0 writes and prints, the other is silent."""
+    where = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    agents = [
+        subprocess.Popen(
+            [*TORCHRUN, *where, f"--node-rank={node}", "-m", "torchgrow", *RUN, "--out", str(tmp_path / "run")],
+            env=ENV,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for node in (0, 1)
+    ]
+    said = [agent.communicate(timeout=240) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert "grown   epoch   2/2" in said[0][0]
+    assert said[1][0] == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2]
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["processes"] == 2
+    assert (tmp_path / "run" / "network" / "structure.json").exists()
+
+
+def test_a_mismatch_reaches_the_user(tmp_path: Path) -> None:
+    """Every rank with another seed: all end with exit code 1 and say why, and the folder keeps the reason."""
+    command = " ".join([sys.executable, "-m", "torchgrow", *RUN, "--out", str(tmp_path / "run"), "--seed", "$RANK"])
+    done = subprocess.run(
+        [*TORCHRUN, "--standalone", "--nproc-per-node=2", "--no-python", "sh", "-c", command],
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 1
+    for rank in (0, 1):
+        assert f"error (rank {rank}): the ranks do not agree" in done.stderr
+    assert "exitcode  : 1 " in done.stderr
+    assert "exitcode  : 0 " not in done.stderr
+    assert "Different from rank 0: draws of rank 1. To put it right: give Grower the same seed" in done.stderr
+    assert "draws of rank 1" in (tmp_path / "run.partial" / "stopped.txt").read_text()
+
+
+FALLS = """
+import os, signal, sys
+from torchgrow import Grower
+from torchgrow.cli import app
+
+update, calls = Grower.update, 0
+
+def falling(grower):
+    global calls
+    calls += 1
+    if calls == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return update(grower)
+
+Grower.update = falling
+app()
+"""
+
+
+def test_a_killed_rank_is_started_anew_and_the_run_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
+    """Rank 1 is killed in its third update; torchrun starts both again, which go on from the last checkpoint."""
+    script = tmp_path / "falls.py"
+    script.write_text(FALLS)
+    ends, torchrun = [], [*TORCHRUN, "--standalone", "--nproc-per-node=2"]
+    more = ["--epochs", "4", "--checkpoint-every", "1"]
+    for name, restarts in (("whole", 0), ("broken", 1)):
+        out = tmp_path / name
+        program = ["-m", "torchgrow"] if name == "whole" else [str(script)]
+        done = subprocess.run(
+            [*torchrun, f"--max-restarts={restarts}", *program, *RUN, *more, "--out", str(out)],
+            env=ENV,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
+        assert ("SIGKILL" in done.stderr or "Signal 9" in done.stderr) == (name == "broken")
+        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        for record in records:
+            record.pop("seconds")
+        ends.append((records, (out / "network" / "model.safetensors").read_bytes()))
+    assert ends[0] == ends[1]
+    assert [record["epoch"] for record in ends[0][0]] == [1, 2, 3, 4]
+
+
+def test_shares_are_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, labels = torch.randn(12, 3), torch.arange(12)
+    seen = []
+    for rank in range(4):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(processes, "size", lambda: 4)
+        ((mine, its),) = processes.shares(iter([(x, labels)]))
+        assert len(mine) == 3
+        assert torch.equal(mine, x[its])
+        seen += its.tolist()
+    assert sorted(seen) == list(range(12))
+
+
+def test_uneven_shares_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "size", lambda: 5)
+    with pytest.raises(TorchgrowError, match=r"a batch of 12 cannot be shared out evenly among 5 .* that divides 12"):
+        next(processes.shares(iter([(torch.zeros(12), torch.zeros(12))])))
+
+
+def test_alone_nothing_changes() -> None:
+    model = torch.nn.Linear(2, 2)
+    x = torch.randn(5, 2)
+    with processes.joined(), processes.first_alone():
+        assert (processes.rank(), processes.size()) == (0, 1)
+        assert processes.wrap(model) is model
+        assert processes.mean(0.1) == 0.1
+        assert processes.told("here") == "here"
+        ((same, _),) = processes.shares(iter([(x, x)]))
+        assert torch.equal(same, x)
