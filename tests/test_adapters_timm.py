@@ -99,6 +99,23 @@ def test_parts_of_a_mixed_convolution_become_narrower():
     assert report.groups == {"0": 3}  # a channel of every part
 
 
+def test_paths_of_a_selective_kernel_become_narrower():
+    from timm.layers import SelectiveKernel
+
+    kernel = SelectiveKernel(8, 8, split_input=True, rd_channels=8, rd_divisor=1)
+    report = verify(nn.Sequential(nn.Conv2d(3, 8, 1), kernel, nn.Conv2d(8, 2, 1)), tokens(2, 3, 5, 5), trials=2)
+    assert report.ok, report
+    assert report.groups["0"] == 4  # a channel of every path
+
+
+def test_a_blur_that_takes_its_groups_from_the_input():
+    from timm.layers import BlurPool2d
+
+    report = verify(nn.Sequential(nn.Conv2d(3, 8, 1), BlurPool2d(8), nn.Conv2d(8, 2, 1)), tokens(2, 3, 6, 6), trials=2)
+    assert report.ok, report
+    assert report.groups == {"0": 8}
+
+
 def test_every_class_of_this_release_is_adapted_once():
     from torchgrow import adapters_timm
 

@@ -14,6 +14,7 @@ CLASSES = {
     "layers.attention_pool": ("AttentionPoolLatent",),
     "layers.mixed_conv2d": ("MixedConv2d",),
     "layers.pos_embed_rel": ("RelPosBias", "RelPosMlp"),
+    "layers.selective_kernel": ("SelectiveKernel",),
     "models.beit": ("Attention",),
     "models.cait": ("ClassAttn", "TalkingHeadAttn"),
     "models.convit": ("GPSA", "MHSA"),
@@ -48,6 +49,7 @@ EDITS = {
     "reshape(B, -1, self.val_attn_dim)": "flatten(-2)",
     # a list of the channels of every part
     "torch.split(x, self.splits, 1)": "torch.split(x, [conv.in_channels for conv in self.values()], 1)",
+    "torch.split(x, self.in_channels // self.num_paths, 1)": "torch.chunk(x, self.num_paths, 1)",
     # a tuple that ends in the number of heads
     "view(self.bias_shape)": "view(*self.bias_shape[:-1], -1)",
     # a scale read from the width of the heads, where that is what may go: hiera has stages of one head

@@ -129,8 +129,13 @@ class Findings:
 
     def _attributes(self, unit_of: dict[Place, Tensor], units: Callable[[Tensor], Tensor]) -> tuple[Attribute, ...]:
         """Attributes of torch.nn modules that count an axis."""
-        found: dict[tuple[str, str], Tensor] = {key: units(symbols) for key, symbols in self.counted.items()}
-        for path, module in self.model.named_modules():
+        modules = dict(self.model.named_modules())
+        found: dict[tuple[str, str], Tensor] = {
+            key: units(symbols)
+            for key, symbols in self.counted.items()
+            if hasattr(modules[key[0]], key[1])  # a forward may also take its groups from the input
+        }
+        for path, module in modules.items():
             for attribute, (tensor, axis) in _counted_axes(module).items():
                 place = (f"{path}.{tensor}" if path else tensor, axis)
                 vector = unit_of.get(place)
