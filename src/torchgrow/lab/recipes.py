@@ -34,7 +34,7 @@ class Recipe:
         build_grown: makes the frame of the grown network if that differs in what is no parameter, such as dropout.
         budget: what the grown network may cost.
         epochs: passes over the training images, or text.
-        updates_per_epoch: how often the grower updates in each, the last time at its end.
+        updates_per_epoch: how often the grower updates in each, the last time at its end; at most once a step.
         batch_size: images, or sequences of words, a step.
         steps: words a sequence, of a text.
         optimizer: one of `OPTIMIZERS`.
