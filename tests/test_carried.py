@@ -113,7 +113,7 @@ CASES = {
     "lstm-stack": Case(lambda: Stack(nn.LSTM, (5, 6, 4)), 15, 4, {1: 1}),
     "gru-stack": Case(lambda: Stack(nn.GRU, (5, 6, 4)), 15, 2, {1: 1}),
     "rnn-stack": Case(lambda: Stack(nn.RNN, (5, 6, 4)), 15, 2, {1: 1}),
-    "lstm-two-layers": Case(lambda: Stack(nn.LSTM, (5, 6), num_layers=2), 11, 2, {1: 1}),
+    "lstm-two-layers": Case(lambda: Stack(nn.LSTM, (5, 6), num_layers=2, dropout=0.3), 11, 2, {1: 1}),
     "lstm-tied": Case(lambda: Stack(nn.LSTM, (5, 6, 5), tied=True), 11, 4, {1: 1}),
     "lstm-cells": Case(Cells, 9, 2, {1: 1}),
     "one-step": Case(OneStep, 9, 1, {1: 1}),

@@ -114,6 +114,18 @@ def test_training_flops_follow_every_update(folder):
     assert measure(model, data.example()) == grower.cost()
 
 
+@pytest.mark.parametrize("updates", [1, 7, 50])
+def test_the_last_update_is_the_last_one(folder, updates):
+    """However often it updates in an epoch of 24 steps, growth is over when training is, not before and not after."""
+    data, recipe = load("text", folder=folder, steps=5, subset=500), replace(TINY, updates_per_epoch=updates)
+    model = recipe.with_words(9).build()
+    optimizer = train.make_optimizer(model, recipe)
+    grower = train.make_grower(model, optimizer, data, recipe)
+    for epoch in train.fit("grown", model, optimizer, data, recipe, grower=grower):
+        assert grower.finished == (epoch.epoch == recipe.epochs)
+    assert len(grower.history) == 1 + 3 * min(updates, 24)
+
+
 def test_the_state_goes_over_an_update_within_an_epoch_and_starts_anew_with_it(folder, monkeypatch):
     carried, began = [], []
     real = Grower.carry

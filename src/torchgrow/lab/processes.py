@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
 
 from torchgrow import TorchgrowError
 
@@ -26,7 +27,7 @@ def joined() -> Iterator[None]:
         return
     store, rank, size = next(dist.rendezvous("env://"))
     prefix = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    dist.init_process_group("gloo", store=dist.PrefixStore(prefix, store), rank=rank, world_size=size)
+    dist.init_process_group("gloo", store=PrefixStore(prefix, store), rank=rank, world_size=size)
     try:
         yield
     finally:

@@ -40,7 +40,7 @@ class Recipe:
         epochs: passes over the training images, or text.
         then: more of them once the structure is final, with the schedule anew (fine-tuning; the train phase after
             the grow phase, where an architecture is searched). Networks that do not grow train on just so.
-        updates_per_epoch: how often the grower updates in each, the last time at its end.
+        updates_per_epoch: how often the grower updates in each, the last time at its end; at most once a step.
         batch_size: images, or sequences of words, a step.
         steps: words a sequence, of a text.
         side: height and width that images of a folder are resized to, in pixels.

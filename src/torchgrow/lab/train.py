@@ -135,7 +135,7 @@ def make_grower(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, 
         optimizer,
         example_inputs=inputs,
         budget=recipe.budget,
-        updates=recipe.epochs * recipe.updates_per_epoch,
+        updates=recipe.epochs * (len(_updates_within(recipe, _extent(model, data, recipe)[0])) + 1),
         preset=recipe.preset,
         seed=recipe.seed,
         freeze=recipe.freeze,
@@ -178,7 +178,7 @@ def fit(
     generator = torch.Generator().manual_seed(recipe.seed)
     steps, samples = _extent(model, data, recipe)
     schedule = make_schedule(optimizer, recipe, steps)
-    between = {steps * part // recipe.updates_per_epoch for part in range(1, recipe.updates_per_epoch)}
+    between = _updates_within(recipe, steps)
     progress = checkpoints.load(model, optimizer, grower, schedule) if checkpoints else Progress()
     cost = grower.cost() if grower else measure(model, data.example())
 
@@ -228,7 +228,8 @@ def fit(
                 save(progress)
             start = time.perf_counter()
         seconds = progress.seconds
-        widths, depths = (grower.widths(), grower.depths()) if grower else ({}, {})
+        widths = grower.widths() if grower else {}
+        depths = grower.depths() if grower and recipe.depth else {}
         score, test_loss = evaluate(model, data) if processes.rank() == 0 else (math.nan, math.nan)
         fields: dict[str, Any] = {data.metric.name: score}
         if growing:
@@ -267,6 +268,11 @@ def _extent(model: nn.Module, data: Data, recipe: Recipe) -> tuple[int, int]:
     if isinstance(data, TextData):
         return data.train_steps(recipe.batch_size, shuffled=not hasattr(model, "carried")), recipe.batch_size
     return train_steps(len(data.train), recipe.batch_size), min(recipe.batch_size, len(data.train))
+
+
+def _updates_within(recipe: Recipe, steps: int) -> set[int]:
+    """After which of an epoch's steps the grower updates, the last one left out; fewer if there are fewer steps."""
+    return {steps * part // recipe.updates_per_epoch for part in range(1, recipe.updates_per_epoch)} - {0}
 
 
 def _batches(model: nn.Module, data: Data, recipe: Recipe, generator: torch.Generator) -> Batches:
@@ -321,4 +327,6 @@ def evaluate(model: nn.Module, data: Data, split: str | None = None) -> tuple[fl
         correct += int((scores.argmax(1) == labels.flatten()).sum())
         loss += F.cross_entropy(scores, labels.flatten(), reduction="sum").item()
         count += labels.numel()
-    return (100 * correct / count if data.metric is ACCURACY else math.exp(loss / count)), loss / count
+    mean = loss / count
+    score = 100 * correct / count if data.metric is ACCURACY else math.exp(min(mean, 700.0))  # beyond it exp overflows
+    return score, mean
