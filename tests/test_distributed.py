@@ -1,5 +1,9 @@
 """Law 5: ranks agree on every tensor, or all of them stop with the same message; with one process nothing happens."""
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +13,14 @@ import torch.distributed as dist
 from torch import nn
 
 import ranks
+import torchgrow
 from growing import differences, make, train
 from oracle import TwoLayers
 from ranks import EPOCHS, Plain, launch, plain
-from torchgrow import Budget, Grower, TorchgrowError, TraceError
+from torchgrow import Budget, Grower, TorchgrowError, TraceError, load
 from torchgrow.distributed import _hash
 
+DOCS = Path(__file__).parent.parent / "docs" / "distributed.md"
 SCENARIOS = [
     ranks.plain,
     ranks.with_batch_norm,
@@ -193,3 +199,25 @@ def test_hashes_see_contents_shapes_and_types() -> None:
 
 def test_plain_grows() -> None:
     assert sum(p.numel() for p in Plain().parameters()) > 1000
+
+
+# --- the document ---
+
+
+def test_the_document_does_what_it_says(tmp_path: Path) -> None:
+    """The first block under torchrun with two processes, the others one after the other in a third."""
+    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    assert len(blocks) == 5
+    assert blocks[0].count("\n") <= 20
+    (tmp_path / "train.py").write_text(blocks[0])
+    (tmp_path / "rest.py").write_text("\n".join(blocks[1:]))
+    here = str(Path(torchgrow.__file__).parent.parent)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": here}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
+    for arguments in (torchrun, ["-W", "error", "rest.py"]):
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+    for folder in ("small", "average"):
+        saved = load(tmp_path / folder, lambda: nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3)))
+        assert 771 / 2 - 12 < sum(p.numel() for p in saved.parameters()) <= 771 / 2  # a unit costs 12
