@@ -31,7 +31,7 @@ SCENARIOS = [
     ranks.calls_differ,
     ranks.one_fails,
     ranks.old_wrapper,
-    ranks.only_rank_0_updates,
+    ranks.alone_in_an_update,
 ]
 Results = list[dict[str, Any]]
 
@@ -117,9 +117,11 @@ def test_an_old_wrapper_raises(two: Results) -> None:
 
 
 def test_a_rank_that_waits_in_vain_says_so(two: Results) -> None:
-    said = two[0]["only_rank_0_updates"]
-    assert "rank 0 waited in an update for other ranks in vain" in said
-    assert "Call update() and finish() on every rank, not on rank 0 alone" in said
+    """Rank 0 in one grower's update, rank 1 in another's."""
+    for rank in (0, 1):
+        said = two[rank]["alone_in_an_update"]
+        assert f"rank {rank} waited in an update for other ranks in vain" in said
+        assert "Call update() and finish() on every rank, not on some alone; or else another rank has died" in said
 
 
 # --- one process ---
@@ -137,6 +139,13 @@ def test_processes_that_do_not_know_each_other(monkeypatch: pytest.MonkeyPatch) 
     grower = make()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TorchgrowError, match=r"torchrun started 2 processes .* call .*init_process_group\(\"gloo\"\)"):
+        grower.wrap()
+
+
+def test_processes_started_too_late(group_of_one: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    grower = make()
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    with pytest.raises(TorchgrowError, match=r"init_process_group was called after Grower\(\.\.\.\); call it before"):
         grower.wrap()
 
 
@@ -168,6 +177,9 @@ def test_wrapped_or_sharded_models_are_refused(group_of_one: None) -> None:
         Grower(ddp, optimizer, example_inputs=x, **arguments)  # type: ignore[arg-type]
     from torch.distributed.fsdp import fully_shard
 
+    flat = type("FullyShardedDataParallel", (nn.Sequential,), {})(TwoLayers())
+    with pytest.raises(TraceError, match=r"the model is sharded over processes \(FSDP\); use DDP"):
+        Grower(flat, torch.optim.SGD(flat.parameters(), 0.1), example_inputs=x, **arguments)
     sharded = fully_shard(TwoLayers())
     optimizer = torch.optim.SGD(sharded.parameters(), 0.1)
     with pytest.raises(TraceError, match=r"fc1\.weight is sharded over processes \(FSDP2, fully_shard\).* use DDP"):

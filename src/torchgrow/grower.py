@@ -119,7 +119,7 @@ class Grower:
         guard_(model)
         self._indicators = Indicators(self.space, self.method, updates, seed)
         self._ranks = Ranks()
-        self._ranks.agree(self._decided(None))
+        self._ranks.agree(lambda: self._decided(None))
         self._ranks.share([*model.parameters(), *model.buffers()])
         self._bank = Bank(model, self.space, self.optimizers)
         self._parameters = dict(model.named_parameters())
@@ -321,7 +321,7 @@ class Grower:
             detached=int((old & ~keep).sum()),
             seconds=time.perf_counter() - start,
         )
-        self._ranks.agree(self._decided(keep))
+        self._ranks.agree(lambda: self._decided(keep))
         reshaped = any(swap.tensor.shape != swap.new.shape for swap in change.swaps.values())
         with uninterrupted():
             bank.commit(change, *followed)
