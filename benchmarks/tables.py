@@ -235,6 +235,32 @@ def random_networks() -> str:
     )
 
 
+def ranks() -> str:
+    """Several processes: do they hold the same, and what one process would hold."""
+    found = rows("ranks.jsonl")
+    if not found:
+        return "Not measured yet."
+    body = [
+        [
+            f"{row['network']}, {row['processes']} processes",
+            str(row["updates"]),
+            str(row["structures"]),
+            f"{row['tensors']:,}",
+            str(row["differing"]),
+            f"{row['difference_to_one_process']:.1e}" if "difference_to_one_process" in row else "",
+        ]
+        for row in found
+    ]
+    head = ["case", "updates", "structures", "tensors compared", "differing on any rank", "difference to one process"]
+    return (
+        f"Data-parallel growing (DDP, gloo, float64, Adam) on scikit-learn's digits, {found[0]['epochs']} epochs of "
+        f"batches of {found[0]['batch']}, shared out. All tensors of a rank after every update are compared bit for "
+        "bit: weights, statistics, the bank, optimizer slots, indicators, draws. Without batch norm the run is also "
+        "compared with one process on whole batches; the difference is relative to a tensor's largest entry (or 1).\n\n"
+        f"Command: `python benchmarks/ranks.py`. Measured on {machine(found)}.\n\n" + grid(head, body)
+    )
+
+
 def killed() -> str:
     """Runs killed at random moments."""
     found = rows("killed.jsonl")
@@ -320,6 +346,7 @@ def page() -> str:
         "## Exactness\n\n" + exactness(),
         "## Models people use\n\n" + conformance(),
         "## Random networks\n\n" + random_networks(),
+        "## Several processes\n\n" + ranks(),
         "## Killed and gone on with\n\n" + killed(),
         "## Damaged files\n\n" + damaged(),
         "## Memory over updates\n\n" + memory(),

@@ -185,11 +185,11 @@ def old_wrapper() -> list[str]:
     return [*said, message(lambda: net(shard(0)[0]))]
 
 
-def only_rank_0_updates() -> str:
-    """The last scenario: afterwards the group of the grower is broken."""
+def alone_in_an_update() -> str:
+    """The last scenario: afterwards the groups of the growers are broken. Once with, once without buffers."""
     torchgrow.distributed.TIMEOUT = timedelta(seconds=1)
-    grower = make(Plain().double())
-    said = message(grower.update) if rank() == 0 else ""
+    growers = [make(Plain().double()), make(SmallResNet().double())]
+    said = message(growers[0].update) if rank() == 0 else message(growers[1].update)
     dist.barrier()
     return said
 

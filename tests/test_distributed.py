@@ -1,5 +1,9 @@
 """Law 5: ranks agree on every tensor, or all of them stop with the same message; with one process nothing happens."""
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +13,14 @@ import torch.distributed as dist
 from torch import nn
 
 import ranks
+import torchgrow
 from growing import differences, make, train
 from oracle import TwoLayers
 from ranks import EPOCHS, Plain, launch, plain
-from torchgrow import Budget, Grower, TorchgrowError, TraceError
+from torchgrow import Budget, Grower, TorchgrowError, TraceError, load
 from torchgrow.distributed import _hash
 
+DOCS = Path(__file__).parent.parent / "docs" / "distributed.md"
 SCENARIOS = [
     ranks.plain,
     ranks.with_batch_norm,
@@ -25,7 +31,7 @@ SCENARIOS = [
     ranks.calls_differ,
     ranks.one_fails,
     ranks.old_wrapper,
-    ranks.only_rank_0_updates,
+    ranks.alone_in_an_update,
 ]
 Results = list[dict[str, Any]]
 
@@ -111,9 +117,11 @@ def test_an_old_wrapper_raises(two: Results) -> None:
 
 
 def test_a_rank_that_waits_in_vain_says_so(two: Results) -> None:
-    said = two[0]["only_rank_0_updates"]
-    assert "rank 0 waited in an update for other ranks in vain" in said
-    assert "Call update() and finish() on every rank, not on rank 0 alone" in said
+    """Rank 0 in one grower's update, rank 1 in another's."""
+    for rank in (0, 1):
+        said = two[rank]["alone_in_an_update"]
+        assert f"rank {rank} waited in an update for other ranks in vain" in said
+        assert "Call update() and finish() on every rank, not on some alone; or else another rank has died" in said
 
 
 # --- one process ---
@@ -131,6 +139,13 @@ def test_processes_that_do_not_know_each_other(monkeypatch: pytest.MonkeyPatch) 
     grower = make()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TorchgrowError, match=r"torchrun started 2 processes .* call .*init_process_group\(\"gloo\"\)"):
+        grower.wrap()
+
+
+def test_processes_started_too_late(group_of_one: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    grower = make()
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    with pytest.raises(TorchgrowError, match=r"init_process_group was called after Grower\(\.\.\.\); call it before"):
         grower.wrap()
 
 
@@ -162,6 +177,9 @@ def test_wrapped_or_sharded_models_are_refused(group_of_one: None) -> None:
         Grower(ddp, optimizer, example_inputs=x, **arguments)  # type: ignore[arg-type]
     from torch.distributed.fsdp import fully_shard
 
+    flat = type("FullyShardedDataParallel", (nn.Sequential,), {})(TwoLayers())
+    with pytest.raises(TraceError, match=r"the model is sharded over processes \(FSDP\); use DDP"):
+        Grower(flat, torch.optim.SGD(flat.parameters(), 0.1), example_inputs=x, **arguments)
     sharded = fully_shard(TwoLayers())
     optimizer = torch.optim.SGD(sharded.parameters(), 0.1)
     with pytest.raises(TraceError, match=r"fc1\.weight is sharded over processes \(FSDP2, fully_shard\).* use DDP"):
@@ -193,3 +211,25 @@ def test_hashes_see_contents_shapes_and_types() -> None:
 
 def test_plain_grows() -> None:
     assert sum(p.numel() for p in Plain().parameters()) > 1000
+
+
+# --- the document ---
+
+
+def test_the_document_does_what_it_says(tmp_path: Path) -> None:
+    """The first block under torchrun with two processes, the others one after the other in a third."""
+    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    assert len(blocks) == 5
+    assert blocks[0].count("\n") <= 20
+    (tmp_path / "train.py").write_text(blocks[0])
+    (tmp_path / "rest.py").write_text("\n".join(blocks[1:]))
+    here = str(Path(torchgrow.__file__).parent.parent)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": here}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
+    for arguments in (torchrun, ["-W", "error", "rest.py"]):
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+    for folder in ("small", "average"):
+        saved = load(tmp_path / folder, lambda: nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3)))
+        assert 771 / 2 - 12 < sum(p.numel() for p in saved.parameters()) <= 771 / 2  # a unit costs 12

@@ -183,6 +183,12 @@ def test_refused(module: nn.Module, text: str) -> None:
     assert grower._followers == []
 
 
+def test_the_network_itself_is_refused() -> None:
+    grower = make()
+    with pytest.raises(StructureError, match=r"conv1\.weight is the network's own; pass a copy\.deepcopy\(model\)"):
+        grower.follow(grower.model)
+
+
 def test_a_copy_of_an_older_structure_is_refused() -> None:
     grower = make()
     old = copy.deepcopy(grower.model)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, cast
@@ -76,15 +76,19 @@ class Ranks:
                 self._compare(torch.zeros(1 + len(PARTS), dtype=torch.int64))
             raise
 
-    def agree(self, parts: Mapping[str, Iterable[Tensor | str]]) -> None:
+    def agree(self, parts: Callable[[], Mapping[str, Iterable[Tensor | str]]]) -> None:
         """Return if all ranks hold the same in every part of `PARTS`.
+
+        Args:
+            parts: returns what this rank holds; called only if there are several.
 
         Raises:
             TorchgrowError: on all ranks alike, naming those that differ from rank 0, in what, and what to do.
         """
         if self._group is None:
             return
-        mine = torch.tensor([1, *(_hash(parts[part]) for part in PARTS)], dtype=torch.int64)
+        held = parts()
+        mine = torch.tensor([1, *(_hash(held[part]) for part in PARTS)], dtype=torch.int64)
         self._agreed = True
         found = self._compare(mine)
         failed = [str(rank) for rank, (fine, *_) in enumerate(found) if not fine]
@@ -107,14 +111,19 @@ class Ranks:
 
     def _compare(self, mine: Tensor) -> list[list[int]]:
         found = [torch.empty_like(mine) for _ in range(self.size)]
-        try:
+        with self._waiting():
             dist.all_gather(found, mine, group=self._group)
+        return [one.tolist() for one in found]
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:
             raise TorchgrowError(
                 f"rank {self.rank} waited in an update for other ranks in vain ({error}). Call update() and finish() "
-                "on every rank, not on rank 0 alone; or else another rank has died"
+                "on every rank, not on some alone; or else another rank has died"
             ) from error
-        return [one.tolist() for one in found]
 
     @torch.no_grad()
     def share(self, tensors: Iterable[Tensor]) -> None:
@@ -123,7 +132,8 @@ class Ranks:
         if self._group is None or not tensors:
             return
         data = torch.cat([_bytes(tensor) for tensor in tensors])
-        dist.broadcast(data, src=0, group=self._group)
+        with self._waiting():
+            dist.broadcast(data, src=0, group=self._group)
         if self.rank:
             for tensor, part in zip(tensors, data.split([_bytes(tensor).numel() for tensor in tensors]), strict=True):
                 tensor.copy_(part.clone().view(tensor.dtype).reshape(tensor.shape))

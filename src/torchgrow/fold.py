@@ -121,7 +121,8 @@ class Folding:
     Whatever the user does to gradients before the step (clipping, say) is therefore done to dL/dw~.
 
     Every optimizer unfolds its own parameters. With several, the indicators move once all of those that hold gates
-    have stepped since the last time, by the sum of what these steps gave; until then the gates stay.
+    have stepped since the last time, by the sum of what these steps gave; until then the gates stay. With a new
+    structure they wait for all of them again.
 
     Args:
         optimizers: the user's optimizers; their own loop is not changed.

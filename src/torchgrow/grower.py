@@ -151,7 +151,7 @@ class Grower:
         guard_(model)
         self._indicators = Indicators(self.space, self.method, updates, seed)
         self._ranks = Ranks()
-        self._ranks.agree(self._decided(None))
+        self._ranks.agree(lambda: self._decided(None))
         self._ranks.share([tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta])
         device = next(x.device for x in tree_leaves(example_inputs) if isinstance(x, Tensor))
         self._bank = Bank(model, self.space, self.optimizers, seed=seed, device=device)
@@ -587,7 +587,7 @@ class Grower:
             detached=int((before & ~here).sum()),
             seconds=time.perf_counter() - start,
         )
-        self._ranks.agree(self._decided(keep))
+        self._ranks.agree(lambda: self._decided(keep))
         reshaped = any(swap.tensor.shape != swap.new.shape for swap in change.swaps.values())
         with uninterrupted():
             bank.commit(change, *followed)

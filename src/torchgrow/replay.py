@@ -55,6 +55,8 @@ def check_model(model: nn.Module, example_inputs: Any) -> None:
     if hasattr(model, "_orig_mod"):
         raise TraceError("the model is compiled; pass the plain module (model._orig_mod) to torchgrow")
     for path, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise TraceError(f"{path or 'the model'} is sharded over processes (FSDP); use DDP, ddp = grower.wrap()")
         if hasattr(module, "_orig_mod"):
             raise TraceError(
                 f"layer {path!r} is a torch.compile(...) of a module; compile it in place, model.{path}.compile(), or "

@@ -233,6 +233,9 @@ class Bank:
             StructureError: its tensors are neither; the message names them.
         """
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        shared = [name for name, tensor in tensors.items() if tensor is self.tensors.get(name)]
+        if shared:
+            raise StructureError(f"{shared[0]} is the network's own; pass a copy.deepcopy(model)")
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         live = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
         full = {name: self.space.shapes[name] for name in live}
