@@ -114,7 +114,7 @@ def child(out: Path, state: Path, aim: str, call: int) -> None:
     run.fit = fit  # type: ignore[assignment]
     if out.with_name(out.name + ".partial").exists():
         run.resume(out, console=console)
-    else:
+    elif not out.exists():  # it may have been killed right after its very end
         run.run(RECIPE, console=console, out=out, twins=False, every=EVERY)
     state.write_text(of_grower.read_text() + of_folder(out))
 

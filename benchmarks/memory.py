@@ -10,6 +10,7 @@ with its 95 % interval. Every optimizer is a line of results/memory.jsonl; what 
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import resource
@@ -40,6 +41,36 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
+class MallInfo2(ctypes.Structure):
+    """As in malloc.h."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    )
+
+
+LIBC = ctypes.CDLL(None)
+LIBC.mallinfo2.restype = MallInfo2
+
+
+def in_use() -> float:
+    """Megabytes handed out by malloc, large blocks included."""
+    info = LIBC.mallinfo2()
+    return (info.uordblks + info.hblkhd) / 1e6
+
+
 def alive() -> tuple[int, float]:
     """Tensors that exist, and the megabytes of their storages."""
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
@@ -68,7 +99,7 @@ def measure(name: str, updates: int, console: Console) -> dict[str, Any]:
     x, target = torch.randn(2, 3, 64, 64), torch.randint(0, 1000, (2,))
     optimizer = OPTIMIZERS[name](model)
     grower = Grower(model, optimizer, example_inputs=x, budget=Budget(params="50%"), updates=updates + 2, preset=CHURN)
-    rss, counted, wrong, changed = [], [], [], 0
+    rss, used, counted, wrong, changed = [], [], [], [], 0
     for update in track(range(updates), name, console=console):
         optimizer.zero_grad()
         F.cross_entropy(model(x), target).backward()
@@ -78,55 +109,59 @@ def measure(name: str, updates: int, console: Console) -> dict[str, Any]:
         wrong += orphans(grower)
         gc.collect()
         rss.append(resident())
+        used.append(in_use())
         if update % 10 == 9:
             counted.append(alive())
-    medians = [statistics.median(rss[i : i + 10]) for i in range(updates // 4, updates - 9, 10)]
-    slope, error = trend(medians)
     return {
         "case": name,
         "updates": updates,
         "units_that_came_or_went": changed,
-        "slope": slope / 10,  # megabytes an update
-        "low": (slope - error) / 10,
-        "high": (slope + error) / 10,
+        "in_use": trend(used),
+        "resident": trend(rss),
         "orphans": wrong,
         "tensors_alive": [counted[0][0], counted[-1][0]],
         "tensor_megabytes": [counted[0][1], counted[-1][1]],
-        "rss_megabytes": rss,
+        "in_use_megabytes": used,
+        "resident_megabytes": rss,
     }
 
 
-def trend(values: list[float]) -> tuple[float, float]:
-    """Least-squares slope a step, and half its 95 % interval."""
+def trend(readings: list[float]) -> dict[str, float]:
+    """Least-squares slope an update of the medians of ten, and its 95 % interval; the first quarter is left out."""
+    values = [statistics.median(readings[i : i + 10]) for i in range(len(readings) // 4, len(readings) - 9, 10)]
     n, middle, mean = len(values), (len(values) - 1) / 2, statistics.mean(values)
     spread = sum((i - middle) ** 2 for i in range(n))
     slope = sum((i - middle) * (y - mean) for i, y in enumerate(values)) / spread
     residual = sum((y - mean - slope * (i - middle)) ** 2 for i, y in enumerate(values)) / max(1, n - 2)
-    return slope, 2.16 * (residual / spread) ** 0.5  # Student's t with 13 degrees of freedom
+    error = {4: 4.30, 15: 2.16}.get(n, 2.4) * (residual / spread) ** 0.5  # Student's t, n - 2 degrees of freedom
+    return {"slope": slope / 10, "low": (slope - error) / 10, "high": (slope + error) / 10}
 
 
 def main() -> None:
     """Measure what is missing and print everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=200)
+    parser.add_argument("--cases", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     arguments.results.parent.mkdir(exist_ok=True)
     arguments.results.touch()
     rows = [json.loads(line) for line in arguments.results.read_text().splitlines()]
     console, failed = Console(stderr=True), False
-    for name in OPTIMIZERS:
+    for name in arguments.cases:
         found = [row for row in rows if (row["case"], row["updates"]) == (name, arguments.updates)]
         row = found[-1] if found else {**measure(name, arguments.updates, console), "environment": environment()}
         if not found:
             with arguments.results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-        failed |= row["low"] > 0 or bool(row["orphans"])
+        failed |= row["in_use"]["low"] > 0 or bool(row["orphans"])
+        slopes = [
+            f"{kind.replace('_', ' ')} {{slope:+.4f}} [{{low:+.4f}}, {{high:+.4f}}]".format(**row[kind])
+            for kind in ("in_use", "resident")
+        ]
         Console().print(
-            f"{name}: {row['slope']:+.4f} MB an update [{row['low']:+.4f}, {row['high']:+.4f}], "
-            f"{row['rss_megabytes'][-1]:.0f} MB resident, tensors {row['tensors_alive']}, "
-            f"{row['tensor_megabytes']} MB, {row['units_that_came_or_went']:,} units came or went, "
-            f"{len(row['orphans'])} orphans",
+            f"{name}: MB an update {', '.join(slopes)}; tensors {row['tensors_alive']}, {row['tensor_megabytes']} MB; "
+            f"{row['units_that_came_or_went']:,} units came or went, {len(row['orphans'])} orphans",
             highlight=False,
             soft_wrap=True,
         )

@@ -317,7 +317,7 @@ def memory() -> str:
             row["case"],
             str(row["updates"]),
             f"{row['units_that_came_or_went']:,}",
-            f"{row['slope']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})",
+            *("{slope:+.3f} ({low:+.3f} to {high:+.3f})".format(**row[kind]) for kind in ("in_use", "resident")),
             f"{row['tensor_megabytes'][1] - row['tensor_megabytes'][0]:+.1f}",
             str(len(row["orphans"])),
         ]
@@ -327,7 +327,8 @@ def memory() -> str:
         "optimizer",
         "updates",
         "units that came or went",
-        "resident MB an update (95 % interval)",
+        "MB an update in use (95 % interval)",
+        "MB an update resident",
         "MB of tensors, last minus first count",
         "orphaned or misshapen state",
     ]

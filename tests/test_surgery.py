@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import torchgrow.surgery
 import zoo
-from torchgrow import Bank, OptimizerError, Space, StructureError, shrink_
+from torchgrow import Bank, OptimizerError, Space, StructureError, shrink_, trace
 from torchgrow.store import gather, scatter_
 from torchgrow.surgery import replace_, uninterrupted
 
@@ -486,3 +486,36 @@ def test_frozen_parameters_stay_frozen_and_are_cut() -> None:
     step(model, optimizer, example)
     bank.restore_()
     assert not model.a.weight.requires_grad
+
+
+class Replacing(nn.Module):
+    """c3(3, 6) minus a running mean whose buffer is another object after every forward -> 1x1(6, 4)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1)
+        self.register_buffer("mean", torch.zeros(6, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * h.detach().mean((0, 2, 3)).reshape(-1, 1, 1)
+        return self.b(torch.relu(h - self.mean))
+
+
+def test_a_buffer_that_the_forward_replaces_is_cut_all_the_same() -> None:
+    """It would broadcast without a word if one unit of it were left; and it comes back as the forward left it."""
+    torch.manual_seed(0)
+    model, x = Replacing(), torch.randn(2, 3, 8, 8)
+    space = trace(model, x)
+    keep = space.everything()
+    keep[space.removable.nonzero().flatten()[1:]] = False
+    bank = shrink_(model, space, keep)
+    model(x)
+    mean = model.mean.clone()
+    bank.restore_()
+    assert model.mean.shape == (6, 1, 1)
+    assert torch.equal(model.mean[:1], mean)
+    model(x)
+    bank.resize_(keep)
+    assert model.mean.shape == (1, 1, 1)

@@ -23,6 +23,7 @@ from .errors import SavedModelError, TorchgrowError
 from .files import pack, read_folder, unpack, write_folder
 from .grower import Grower
 from .state import Field
+from .surgery import uninterrupted
 
 FORMAT = 2  # the first one for checkpoints; in numbers from 2 on, all folders carry checksums
 RECORD, TENSORS = "checkpoint.json", "checkpoint.safetensors"
@@ -119,23 +120,22 @@ def load_checkpoint(
             )
     restore_random = _read_random(contents["random"])
     before: dict[str, Any] | None = None
-    try:
-        if scheduler is not None:
-            present = scheduler.state_dict()
-            state = contents["scheduler"].like(present)
-            before = present
-            scheduler.load_state_dict(state)
-        if grower is not None:
-            grower.load_state_dict(contents["grower"].value)
-    except BaseException as error:
-        if scheduler is not None and before is not None:
-            scheduler.load_state_dict(before)
-        if isinstance(error, Exception) and not isinstance(error, TorchgrowError):
-            raise SavedModelError(
-                f"the checkpoint in {folder} does not fit: {error!r} while loading the scheduler or the grower"
-            ) from error
-        raise
-    restore_random()
+    with uninterrupted():  # a Ctrl-C comes through before or after, not in between
+        try:
+            if scheduler is not None:
+                present = scheduler.state_dict()
+                state = contents["scheduler"].like(present)
+                before = present
+                scheduler.load_state_dict(state)
+            if grower is not None:
+                grower.load_state_dict(contents["grower"].value)
+        except BaseException as error:
+            if scheduler is not None and before is not None:
+                scheduler.load_state_dict(before)
+            if isinstance(error, Exception) and not isinstance(error, (TorchgrowError, MemoryError)):
+                raise SavedModelError(f"the checkpoint in {folder} does not fit: {error!r}") from error
+            raise
+        restore_random()
     return contents["extra"].value
 
 

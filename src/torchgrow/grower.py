@@ -379,20 +379,8 @@ class Grower:
             SavedModelError: a field is missing, damaged, or does not fit this model, optimizer or grower; the message
                 names it, and nothing was changed.
         """
-        saved = Field(state).fields()
-        form = saved.get("format", Field(None)).value
-        if type(form) is not int or form != FORMAT:
-            raise SavedModelError(f"the state has format {form!r}, this version of torchgrow reads {FORMAT}")
-        saved = Field(state).fields(FIELDS)
+        saved = self._examine(state)
         space, bank, parameters = self.space, self._bank, self._parameters
-        check_frame(saved["frame"], fingerprint(space, bank.tensors))
-        for key, value in self._settings().items():
-            found = saved["settings"].fields(self._settings())[key].value
-            if type(found) is not type(value) or found != value:
-                raise SavedModelError(
-                    f"the state is of a run with {key}={found}, this Grower has {value}; "
-                    "construct it with the budget, updates, preset and seed of the saved run. Nothing was changed"
-                )
         units = (space.n_units,)
         keep, before, ever, trained = (
             saved[name].tensor(units, torch.bool).cpu() for name in ("keep", "before", "ever", "trained")
@@ -524,6 +512,21 @@ class Grower:
             asleep = read_stores(parts["bank"], {} if finished else bank.blank(), self.space, bank.tensors)
             found.append((bank, contents, asleep))
         return found
+
+    def _examine(self, state: Mapping[str, Any]) -> dict[str, Field]:
+        """Fields of a state that was saved by a grower such as this one, of a frame such as this one."""
+        form = Field(state).fields().get("format", Field(None)).value
+        if type(form) is not int or form != FORMAT:
+            raise SavedModelError(f"the state has format {form!r}, this version of torchgrow reads {FORMAT}")
+        saved, here = Field(state).fields(FIELDS), self._settings()
+        check_frame(saved["frame"], fingerprint(self.space, self._bank.tensors))
+        for key, field in saved["settings"].fields(here).items():
+            if type(field.value) is not type(here[key]) or field.value != here[key]:
+                raise SavedModelError(
+                    f"the state is of a run with {key}={str(field.value)[:60]}, this Grower has {here[key]}; "
+                    "construct it with the budget, updates, preset and seed of the saved run. Nothing was changed"
+                )
+        return saved
 
     def _read_history(self, field: Field, keep: Tensor, finished: bool) -> list[Event]:
         """Events of a saved run, of which the last one must describe the structure `keep`."""

@@ -120,6 +120,8 @@ def _alike(value: Any, present: Any) -> bool:
     if isinstance(present, Tensor):
         return isinstance(value, Tensor) and (value.shape, value.dtype) == (present.shape, present.dtype)
     if isinstance(present, (list, tuple)):
+        if not present and type(value) is type(present):
+            return _plain(value)
         fits = type(value) is type(present) and len(value) == len(present)
         return fits and all(map(_alike, value, present))
     if isinstance(present, dict):

@@ -284,6 +284,7 @@ class Bank:
         if self.space.cut_axes and not self.full:
             raise StructureError("the bank has been emptied: what slept in it is gone, so the structure is final")
         keep = self.space.check_keep(keep)
+        self.tensors = named_tensors(self.model)  # a forward may have put another object in a buffer's place
         had_state = keep & False
         swaps: dict[str, _Swap] = {}
         index: dict[str, Index | None] = {}

@@ -20,7 +20,7 @@ from torchgrow.lab.models import ResNet
 from torchgrow.lab.recipes import RECIPES, Recipe, get, with_shortcut
 
 BUILD = partial(ResNet, depth=8, widths=(4, 8, 16), in_channels=1)
-TINY = replace(get("digits"), build=BUILD, epochs=3, subset=128, batch_size=32, lr_milestones=(0.4, 0.7))
+TINY = replace(get("digits"), build=BUILD, epochs=2, subset=128, batch_size=32, lr_milestones=(0.5,))
 
 
 def quiet():
@@ -69,16 +69,16 @@ def stopping(monkeypatch, owner, name, call):
     monkeypatch.setattr(owner, name, wrapper)
 
 
-# 4 steps an epoch, 3 epochs: a checkpoint after 3 steps and after each epoch.
+# 4 steps an epoch, 2 epochs: a checkpoint after 3 steps and after each epoch.
 MOMENTS = [
     # before there is any checkpoint; the grown network is done, its result is not
     ((train.F, "cross_entropy", 2), (run, "evaluate", 1)),
     # in mid-epoch; its result is there, the network is not saved
-    ((train.F, "cross_entropy", 10), (torchgrow, "save", 1)),
+    ((train.F, "cross_entropy", 7), (torchgrow, "save", 1)),
     # trained and updated, not recorded; recorded in the dense twin, no checkpoint
-    ((run.RunFolder, "append", 2), (checkpoints, "save_checkpoint", 8)),
+    ((run.RunFolder, "append", 2), (checkpoints, "save_checkpoint", 4)),
     # recorded, no checkpoint; at the very end
-    ((checkpoints, "save_checkpoint", 4), (run.report, "draw", 1)),
+    ((checkpoints, "save_checkpoint", 2), (run.report, "draw", 1)),
 ]
 
 
@@ -98,12 +98,19 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(moments, tmp_path, monkeypa
 
 def forked(work, kill_at):
     """Run in a process of its own, which kills itself (SIGKILL) at a call of a function; returns its exit status."""
-    owner, name, call = kill_at
-    original, count = getattr(owner, name), 0
+    owner, name, call, where = kill_at
+    original, count, updating, update = getattr(owner, name), 0, False, torchgrow.Grower.update
+
+    def watched(grower):
+        nonlocal updating
+        updating = True
+        event = update(grower)
+        updating = False
+        return event
 
     def wrapper(*arguments, **keywords):
         nonlocal count
-        count += 1
+        count += updating or where == "anywhere"
         if count == call:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments, **keywords)
@@ -113,6 +120,7 @@ def forked(work, kill_at):
         process = os.fork()
     if process == 0:
         try:
+            torchgrow.Grower.update = watched
             setattr(owner, name, wrapper)
             work()
         finally:
@@ -121,10 +129,10 @@ def forked(work, kill_at):
 
 
 KILLS = [
-    (torchgrow.surgery, "replace_", 30),  # in an update, half the tensors swapped in
-    (os, "fsync", 9),  # while a checkpoint is written
-    (Path, "rename", 2),  # a checkpoint is whole, but not in its place
-    (torchgrow.fold._Hooks, "_refold", 7),  # in an optimizer step
+    (torchgrow.surgery, "replace_", 9, "in an update"),  # some tensors swapped in, some not
+    (os, "fsync", 9, "anywhere"),  # while a checkpoint is written
+    (Path, "rename", 1, "anywhere"),  # a checkpoint is whole, but not in its place
+    (torchgrow.fold._Hooks, "_refold", 3, "anywhere"),  # in an optimizer step
 ]
 
 
