@@ -43,7 +43,7 @@ ORDER = [
 LAB_ORDER = ["__init__", "models", "data", "recipes", "train", "display", "report", "run", "sources", "inspect"]
 BEYOND = {"inspect": {"torchgrow.budget", "torchgrow.cost"}}  # it shows the core's own counts and answers
 OUTSIDE = {"__main__", "cli"}
-CORE_NEEDS = {"torch", "safetensors", "torchgrow"}
+CORE_NEEDS = {"torch", "safetensors", "numpy", "torchgrow"}
 
 
 def imports(source: str) -> Iterator[tuple[str, str | None]]:

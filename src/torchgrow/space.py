@@ -106,7 +106,7 @@ class Space:
         """Index the axes that carry units, so that later loops touch no others."""
         axes: dict[str, list[int]] = {}
         for (name, axis), units in self.unit_of.items():
-            if bool((units >= 0).any()):
+            if has_units(units):
                 axes.setdefault(name, []).append(axis)
         object.__setattr__(self, "cut_axes", {name: tuple(sorted(found)) for name, found in axes.items()})
 
@@ -165,6 +165,12 @@ class Space:
         removable = self.removable.clone()
         removable[torch.tensor(list(units), dtype=torch.int64)] = False
         return replace(self, removable=removable, frozen=(*self.frozen, frozen))
+
+
+def has_units(units: Tensor) -> bool:
+    """Whether any position of an axis has a unit."""
+    positions = units.numpy()
+    return positions.size > 0 and bool(positions.item(0) >= 0 or positions.max() >= 0)
 
 
 def live_positions(units: Tensor, keep: Tensor) -> Tensor:
