@@ -235,6 +235,58 @@ def random_networks() -> str:
     )
 
 
+def tracing() -> str:
+    """Tracing beside Torch-Pruning, by the number of operations, and on the meta device."""
+    found = rows("tracing-speed.jsonl")
+    if not found:
+        return "Not measured yet."
+    kinds: dict[str, list[Row]] = defaultdict(list)
+    for row in {(row["kind"], row["model"]): row for row in found}.values():  # the last measurement of each
+        kinds[row["kind"]].append(row)
+    beside = [
+        [
+            row["case"],
+            f"{row['ratio']:.2f}",
+            f"{row['low']:.2f} to {row['high']:.2f}",
+            *(f"{row[f'seconds_{key}']:.3f}" for key in ("ours", "theirs", "forward")),
+            str(row["repeats"]),
+        ]
+        for row in kinds["side"]
+    ]
+    by_operations = [
+        [
+            row["case"],
+            str(row["operations"]),
+            f"{row['seconds']:.3f}",
+            f"{row['low']:.3f} to {row['high']:.3f}",
+            f"{row['microseconds_per_operation']:.0f}",
+        ]
+        for row in kinds["ops"]
+    ]
+    by_size = [
+        [
+            row["case"],
+            f"{row['parameters'] / 1e9:.2f}",
+            f"{row['seconds']:.1f}",
+            str(row["most_seconds"]),
+            f"{row['megabytes']:.0f}",
+            f"{row['megabytes_before']:.0f}",
+        ]
+        for row in kinds["size"]
+    ]
+    return (
+        "Label tracing without the proof. Beside Torch-Pruning 1.6.1, in turns: ratio of medians, and the interval of "
+        "single ratios; what both must do, one forward, is among the seconds. Then seconds by the number of ATen "
+        "operations; then frames on the meta device, whose weights are never made, each in a process of its own.\n\n"
+        f"Command: `python benchmarks/tracing_speed.py`. Measured on {machine(found)}.\n\n"
+        + grid(["case", "ratio", "interval", "seconds", "Torch-Pruning", "forward alone", "repeats"], beside)
+        + "\n\n"
+        + grid(["model", "operations", "median seconds", "least to most", "µs per operation"], by_operations)
+        + "\n\n"
+        + grid(["frame", "parameters, billions", "seconds", "allowed", "peak MB", "MB before tracing"], by_size)
+    )
+
+
 def ranks() -> str:
     """Several processes: do they hold the same, and what one process would hold."""
     found = rows("ranks.jsonl")
@@ -347,6 +399,7 @@ def page() -> str:
         "## Exactness\n\n" + exactness(),
         "## Models people use\n\n" + conformance(),
         "## Random networks\n\n" + random_networks(),
+        "## Seconds to trace\n\n" + tracing(),
         "## Several processes\n\n" + ranks(),
         "## Killed and gone on with\n\n" + killed(),
         "## Damaged files\n\n" + damaged(),

@@ -54,7 +54,7 @@ LAB_ORDER = [
 ]  # fmt: skip
 BEYOND = {"inspect": {"torchgrow.budget", "torchgrow.cost"}}  # it shows the core's own counts and answers
 OUTSIDE = {"__main__", "cli"}
-CORE_NEEDS = {"torch", "safetensors", "torchgrow"}
+CORE_NEEDS = {"torch", "safetensors", "numpy", "torchgrow"}
 
 
 def imports(source: str) -> Iterator[tuple[str, str | None]]:

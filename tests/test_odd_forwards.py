@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchgrow import TraceError, verify
+from torchgrow.replay import replay
 
 
 class Odd(nn.Module):
@@ -124,3 +125,18 @@ def test_complex_weights_are_refused_and_complex_buffers_are_not() -> None:
     model.extra = nn.Parameter(torch.randn(3, dtype=torch.complex64))
     with pytest.raises(TraceError, match="extra is complex; keep real and imaginary part in two real parameters"):
         verify(model, torch.randn(4, 3))
+
+
+def test_a_constant_is_judged_by_what_it_was_when_it_was_used() -> None:
+    """Labels are looked at some operations later."""
+    states = []
+
+    def changed_after_use(y: Tensor) -> Tensor:
+        scale = torch.ones(y.shape[1])
+        y = y * scale  # the same for every unit then
+        scale += torch.arange(y.shape[1])
+        states.append(scale)
+        return y.relu_()
+
+    assert replay(Odd(changed_after_use), torch.randn(5, 3)).n_units == 10
+    assert states[0].tolist() == [1, 2, 3, 4, 5, 6]

@@ -63,7 +63,10 @@ def output(ctx: Context, rows: Layer | None, bias: Layer | None, rank: int, axis
         return rows
     bias = placed(bias, rank, axis)
     ctx.unify(rows, bias)
-    return rows.with_silence(rows.silent & bias.silent, rows.sources | bias.sources)
+    sources = rows.sources | bias.sources
+    if rows.all_silent and bias.all_silent:
+        return rows.with_silence(True, sources)
+    return rows.with_silence(rows.silent & bias.silent, sources)
 
 
 def grouped(
@@ -220,7 +223,7 @@ def product(
     for members in groups.values():
         for other in members[1:]:
             ctx.unify(members[0], other)
-        result.append(next((x for x in members if bool(x.silent.all())), members[0]))
+        result.append(next((x for x in members if x.all_silent), members[0]))
     rows, columns = on_axis(result, rank - 2), on_axis(result, rank - 1)
     batch: list[Layer | int] = [on_axis(result, k) or out.shape[k] for k in range(rank - 2)]
     ctx.flop(2, *batch, rows or out.shape[-2], columns or out.shape[-1], summed_a or summed_b or a.shape[-1])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .labels import FIXED, Labels, Layer
-from .space import Attribute, Carried, FlopTerm, Frozen, Place, Space
+from .labels import FIXED, Array, Labels, Layer
+from .space import Attribute, Carried, FlopTerm, Frozen, Place, Space, has_units
 
 
 @dataclass
@@ -58,29 +59,34 @@ class Findings:
 
     def space(self, batch: int) -> Space:
         """The space, before the proof; `batch` is the number of samples in the example inputs."""
-        roots = {place: self.labels.find(symbols) for place, symbols in self.symbols.items()}
-        owned = [roots[place] for place in roots if place[0] in self.parameters]
-        real = torch.cat(owned).unique() if owned else torch.zeros(0, dtype=torch.int64)
-        real = real[real != FIXED]
-        unit_of_root = torch.full_like(self.labels.parent, -1)
+        parameters = set(self.parameters)
+        roots = self.labels.find(torch.arange(self.labels.count))
+        sizes = [symbols.numel() for symbols in self.symbols.values()]
+        of_parameters = [name in parameters for name, _ in self.symbols]
+        in_parameters = torch.tensor(of_parameters, dtype=torch.bool).repeat_interleave(torch.tensor(sizes))
+        owned = torch.zeros(self.labels.count, dtype=torch.bool)  # roots of which a parameter has a position
+        owned[roots[1 : sum(sizes) + 1][in_parameters]] = True
+        owned[FIXED] = False
+        real = owned.nonzero().flatten()
+        unit_of_root = torch.full_like(roots, -1)
         unit_of_root[real] = torch.arange(real.numel())
+        unit_of_symbol = unit_of_root[roots]
+        known = dict(zip(self.symbols, unit_of_symbol[1 : sum(sizes) + 1].split(sizes), strict=True))
         unit_of = {}
         for name, tensor in self.tensors.items():
             for axis, size in enumerate(tensor.shape):
-                known = roots.get((name, axis))
-                unit_of[name, axis] = (
-                    torch.full((size,), -1, dtype=torch.int64) if known is None else unit_of_root[known]
-                )
+                own = known.get((name, axis))
+                unit_of[name, axis] = torch.full((size,), -1) if own is None else own
 
         def units(symbols: Tensor) -> Tensor:
-            return unit_of_root[self.labels.find(symbols)]
+            return unit_of_symbol[symbols]
 
         terms = tuple(
             FlopTerm(constant, tuple(units(v) for v in vectors), module)
             for constant, vectors, module in self.flop_terms
         )
         group_of, names = _groups(unit_of, [v for term in terms for v in term.vectors], real.numel())
-        space = Space(
+        return Space(
             unit_of=unit_of,
             removable=torch.ones(real.numel(), dtype=torch.bool),
             group_of=group_of,
@@ -91,12 +97,12 @@ class Findings:
             batch=batch,
             fold=self._fold_places(unit_of, units, real.numel()),
             attributes=self._attributes(unit_of, units),
+            frozen=self._frozen(),
             carried=tuple(
                 Carried(i, o, {axis: cut for axis, s in symbols.items() if bool(((cut := units(s)) >= 0).any())})
                 for i, o, symbols in sorted(self.carried, key=lambda state: state[0])
             ),
         )
-        return replace(space, frozen=self._frozen())
 
     def _fold_places(
         self, unit_of: dict[Place, Tensor], units: Callable[[Tensor], Tensor], n: int
@@ -106,26 +112,32 @@ class Findings:
         On the last affine map that produces the unit, if every reader sees zero when that is zero; else on
         the columns of everything that reads it.
         """
-        by_producer = torch.ones(n, dtype=torch.bool)
+        parameters = set(self.parameters)
+        by_producer = np.ones(n, dtype=np.bool_)
         reads = []
         for read in self.reads:
-            read_units, silent = units(read.produced.symbols).flatten(), read.produced.silent.flatten()
-            loud = read_units[~silent & (read_units >= 0)]
-            by_producer[loud] = False
-            reads.append((read_units[read_units >= 0].unique(), read.produced.sources, read.weight.sources))
-        fold: dict[Place, Tensor] = {}
+            read_units = units(read.produced.symbols).flatten().numpy()
+            owned = read_units >= 0
+            if not read.produced.all_silent:
+                by_producer[read_units[owned & ~read.produced.silent.flatten().numpy()]] = False
+            reads.append((read_units[owned], read.produced.sources, read.weight.sources))
+        fold: dict[Place, Array] = {}
+        here = np.zeros(n + 1, dtype=np.bool_)  # the last entry stands for -1, "no unit"
         for read_units, produced, weights in reads:
-            for places, chosen in ((produced, by_producer), (weights, ~by_producer)):
-                here = torch.zeros(n + 1, dtype=torch.bool)  # the last entry stands for -1, "no unit"
-                here[read_units[chosen[read_units]]] = True
+            chosen = by_producer[read_units]
+            for places, gates in ((produced, read_units[chosen]), (weights, read_units[~chosen])):
+                if not gates.size:
+                    continue
+                here[gates] = True
                 for place in sorted(places):
-                    vector = unit_of[place]
-                    if place[0] not in self.parameters or not bool(here[vector].any()):
+                    vector = unit_of[place].numpy()
+                    gated = here[vector]
+                    if place[0] not in parameters or not gated.any():
                         continue
-                    gated = torch.where(here[vector], vector, -1)
                     old = fold.get(place)
-                    fold[place] = gated if old is None else torch.where(old >= 0, old, gated)
-        return fold
+                    fold[place] = np.where(gated if old is None else gated | (old >= 0), vector, -1)
+                here[gates] = False
+        return {place: torch.from_numpy(vector) for place, vector in fold.items()}
 
     def _attributes(self, unit_of: dict[Place, Tensor], units: Callable[[Tensor], Tensor]) -> tuple[Attribute, ...]:
         """Attributes of torch.nn modules that count an axis."""
@@ -151,15 +163,13 @@ class Findings:
                 heads = rows[: module.num_heads * module.head_dim].reshape(module.num_heads, -1)
                 if bool((heads == heads[:, :1]).all()):
                     found[path, "num_heads"] = heads[:, 0]
-        return tuple(
-            Attribute(module, name, vector) for (module, name), vector in found.items() if bool((vector >= 0).any())
-        )
+        return tuple(Attribute(module, name, vector) for (module, name), vector in found.items() if has_units(vector))
 
     def _frozen(self) -> tuple[Frozen, ...]:
         """Freezings with the places of their symbols; those of nothing but axes of carried tensors go unsaid."""
         places = list(self.symbols)
-        starts = torch.tensor([int(self.symbols[place][0]) for place in places] or [0])
-        last = max((int(symbols[-1]) for symbols in self.symbols.values()), default=0)
+        starts = torch.tensor([1, *(symbols.numel() for symbols in self.symbols.values())]).cumsum(0)[:-1]
+        last = sum(symbols.numel() for symbols in self.symbols.values())  # then come those of carried tensors
         result = []
         for freezing in self.freezings:
             symbols = freezing.symbols[freezing.symbols <= last]
@@ -197,25 +207,26 @@ def _groups(unit_of: dict[Place, Tensor], counted: list[Tensor], n: int) -> tupl
     if n == 0:
         return torch.zeros(0, dtype=torch.int64), ()
     places, vectors = list(unit_of), [*unit_of.values(), *counted]
-    codes = torch.randint(-(2**62), 2**62, (len(vectors),), generator=torch.Generator().manual_seed(0))
-    signature = torch.zeros(n, dtype=torch.int64)  # a hash of the multiset of places; sums wrap around
-    first = torch.zeros(n, dtype=torch.int64)  # each unit's first place
-    for i in range(len(vectors) - 1, -1, -1):
-        owned = vectors[i][vectors[i] >= 0]
-        if owned.numel():
-            signature.index_add_(0, owned, codes[i].expand(owned.numel()))
-            if i < len(places):
-                first[owned] = i
-    _, key = signature.unique(return_inverse=True)
-    leader = torch.full((int(key.max()) + 1,), n).scatter_reduce_(0, key, torch.arange(n), "amin")
-    order = torch.argsort(leader)  # groups in the order of their first units
-    names: list[str] = []
+    codes = np.random.default_rng(0).integers(-(2**62), 2**62, len(vectors))
+    units = torch.cat([vector.flatten() for vector in vectors]).numpy()
+    index = np.repeat(np.arange(len(vectors)), [vector.numel() for vector in vectors])
+    units, index = units[units >= 0], index[units >= 0]
+    signature = np.zeros(n, dtype=np.int64)  # a hash of the multiset of places; sums wrap around
+    np.add.at(signature, units, codes[index])
+    first = np.zeros(n, dtype=np.int64)  # each unit's first place: of several values the last one written stays
+    first[units[::-1]] = index[::-1]
+    starts = np.flatnonzero(np.diff(signature, prepend=~signature[:1]))  # most neighbours are alike: fewer to sort
+    _, leader, run_key = np.unique(signature[starts], return_index=True, return_inverse=True)
+    leader = starts[leader]  # the first unit of each group
+    key = np.repeat(run_key, np.diff(starts, append=n))
+    order = np.argsort(leader)  # groups in the order of their first units
+    names: dict[str, None] = {}
     for place in first[leader[order]].tolist():
-        names.append(_place_name(places[place], names))
-    return torch.argsort(order)[key], tuple(names)
+        names[_place_name(places[place], names)] = None
+    return torch.from_numpy(np.argsort(order)[key]), tuple(names)
 
 
-def _place_name(place: Place, taken: list[str]) -> str:
+def _place_name(place: Place, taken: Container[str]) -> str:
     """`layer1.0.conv1` for rows of a weight, `name[axis]` otherwise; made unique with a number."""
     tensor, axis = place
     base = tensor.removesuffix(".weight") if axis == 0 and tensor.endswith(".weight") else f"{tensor}[{axis}]"

@@ -8,24 +8,23 @@ import torch
 from torch import Tensor
 
 from .labels import Layer
-from .rules import RULES, Context, first_tensor, harmonize, on_axis, placed, rule, without_axes
-from .space import Place
+from .rules import RULES, Context, first_tensor, harmonize, on_axis, rule, without_axes
 
 
-def affine(ctx: Context, layer: Layer, weight: Tensor | None, bias: Tensor | None, axis: int) -> Layer:
-    """Tie scale and offset [C] of a normalisation to the channels, and let them be what silences these."""
-    rank = layer.packed.dim()
-    if weight is None or bias is None:
+def affine(ctx: Context, layer: Layer, weight: Tensor | None, bias: Tensor | None, *statistics: Tensor | None) -> Layer:
+    """Tie scale and offset [C] of a normalisation (and statistics) to the channels; the former silence them."""
+    both = (weight, bias) if weight is not None and bias is not None else (None, None)
+    vectors = [on_axis(ctx.layers(vector), 0) for vector in (*both, *statistics)]
+    known = [vector for vector in vectors if vector is not None]
+    if known:
+        ctx.tie(torch.stack([vector.symbols for vector in known]), layer.symbols.flatten())
+    scale, offset = vectors[:2]
+    if scale is None or offset is None:
         return layer.with_silence(False, frozenset())
-    sources: frozenset[Place] = frozenset()
-    silent = torch.ones_like(layer.packed, dtype=torch.bool)
-    for vector in (weight, bias):
-        own = on_axis(ctx.layers(vector), 0)
-        if own is None:
-            return layer.with_silence(False, frozenset())
-        ctx.unify(layer, placed(own, rank, axis))
-        sources, silent = sources | own.sources, silent & placed(own, rank, axis).silent
-    return layer.with_silence(silent, sources)
+    sources = scale.sources | offset.sources
+    if scale.all_silent and offset.all_silent:
+        return layer.with_silence(True, sources)
+    return layer.with_silence((scale.silent & offset.silent).reshape(layer.packed.shape), sources)
 
 
 @rule(
@@ -45,11 +44,7 @@ def batch_norm(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None
                 ctx.freeze(layer, "normalises values that cannot be removed")
         ctx.set_layers(out, [])
         return
-    for vector in vectors[2:]:
-        own = on_axis(ctx.layers(vector), 0)
-        if own is not None:
-            ctx.unify(channels, placed(own, x.dim(), 1))
-    ctx.set_layers(out, [affine(ctx, channels, vectors[0], vectors[1], 1)])
+    ctx.set_layers(out, [affine(ctx, channels, *vectors)])
 
 
 @rule("native_group_norm", "group_norm")
@@ -69,7 +64,7 @@ def group_norm(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None
     ctx.tie(symbols, symbols[:, :1])
     if weight is not None:
         ctx.count(weight, "num_groups", symbols[:, 0])
-    ctx.set_layers(out, [affine(ctx, channels, weight, bias, 1)])
+    ctx.set_layers(out, [affine(ctx, channels, weight, bias)])
 
 
 @rule("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")

@@ -8,25 +8,39 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cache, partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import contractions, reductions, sequences  # noqa: F401 (importing them registers their rules)
 from .adapters import adapted
 from .errors import TraceError
 from .findings import Findings, Freezing, Read
-from .labels import FIXED, Labels, Layer
-from .rules import CONSTANT, COUNTED, FILLED, MODULE_RULES, RULES, copy, either, placed, pointwise, unknown
+from .labels import Labels, Layer
+from .rules import (
+    CONSTANT,
+    COUNTED,
+    FILLED,
+    MODULE_RULES,
+    RULES,
+    Rule,
+    constant,
+    copy,
+    either,
+    placed,
+    pointwise,
+    unknown,
+)
 from .space import Frozen, Place, Slot, Space
 
 
@@ -112,6 +126,81 @@ def quiet_eval(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
 
 
+@dataclass(slots=True)
+class Note:
+    """What the tracer knows of a tensor.
+
+    Attributes:
+        tensor: the tensor it is about.
+        layers: its labels; None if no rule has spoken of it.
+        from_input: whether it was computed from the inputs.
+        filled: whether it was made with one value everywhere.
+        deferred: what its use would freeze.
+        shadow: on the meta device, the values of what no weight has touched.
+        name: of a parameter or buffer.
+        used: whether a rule has asked for its labels.
+    """
+
+    tensor: ref[Tensor]
+    layers: tuple[Layer, ...] | None = None
+    from_input: bool = False
+    filled: bool = False
+    deferred: tuple[tuple[Layer, Frozen], ...] = ()
+    shadow: Tensor | None = None
+    name: str = ""
+    used: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What the tracer knows of an operation."""
+
+    name: str
+    handler: Rule | None
+    mutable: bool
+    arguments: tuple[Any, ...]
+
+    @staticmethod
+    def of(func: Any) -> Operation:
+        """Look an operation up."""
+        name = func._overloadpacket.__name__
+        handler = RULES.get(name) or RULES.get(name.rstrip("_"))
+        if handler is None and torch.Tag.pointwise in func.tags:
+            handler = pointwise
+        return Operation(name, handler, func._schema.is_mutable, tuple(func._schema.arguments))
+
+    def bind(self, args: Any, kwargs: Any) -> dict[str, Any]:
+        """Arguments by their schema names, defaults included."""
+        named = {}
+        for i, argument in enumerate(self.arguments):
+            if i < len(args):
+                named[argument.name] = args[i]
+            elif argument.name in kwargs:
+                named[argument.name] = kwargs[argument.name]
+            elif argument.has_default_value():
+                named[argument.name] = argument.default_value
+        return named
+
+
+@dataclass(slots=True)
+class Step:
+    """An operation that has run and whose labels have not been looked at yet."""
+
+    operation: Operation
+    func: Any
+    args: Any
+    kwargs: Any
+    out: Any
+    notes: list[Note]  # of its tensor arguments
+    empty: bool  # whether it gave no tensor
+    module: str
+    line: tuple[str, int] | None
+
+
+PENDING_BYTES = 2**25
+"""How much the results of pending steps may hold; they are kept until their labels have been looked at."""
+
+
 class Replay(TorchDispatchMode):
     """The tracer: implements `rules.Context` while the frame runs."""
 
@@ -121,42 +210,50 @@ class Replay(TorchDispatchMode):
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self.labels = Labels()
         self.found = Findings(model, self.labels, tuple(name for name, _ in model.named_parameters()), tensors)
-        self.known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> its layers
-        self.from_input: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensors computed from the inputs
-        self.filled_tensors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self.names: dict[int, str] = {}
-        self.used: set[str] = set()
+        self.notes: dict[int, Note] = {}  # by id, which a tensor takes with it when it goes
+        self.operations: dict[Any, Operation] = {}
         self.split_layers: list[Layer] = []
         self.entering: dict[int, Tensor] = {}  # inputs of the layers under way that may be left out
         self.module_names = {id(module): name for name, module in model.named_modules()}
         self.stack: list[str] = []
         self.whole: nn.Module | None = None  # the module under way that has a rule of its own
-        self.deferred: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> what its use would freeze
-        self.op = ""
-        self.shadows: WeakTensorKeyDictionary | None = None  # meta frames: the values of what no weight has touched
-        for name, tensor in tensors.items():
-            self._label(name, tensor)
+        self.pending: list[Step] = []
+        self.pending_bytes = 0
+        self.op, self.module = "", ""
+        self.line: tuple[str, int] | None = None
+        self.meta = any(parameter.is_meta for parameter in model.parameters())
+        self._label(tensors)
 
-    def _label(self, name: str, tensor: Tensor) -> None:
-        """Fresh symbols for every axis of a parameter or buffer."""
-        layers = []
-        for axis, size in enumerate(tensor.shape):
-            if size < 2:
-                continue
-            symbols = self.labels.new(size)
-            self.found.symbols[name, axis] = symbols
-            silent, sources = torch.ones(size, dtype=torch.int64), frozenset([(name, axis)])
-            if name not in self.found.parameters:
-                sources = frozenset()
-                if tensor.is_meta:
-                    silent.zero_()
-                else:
-                    silent *= (tensor.detach() == 0).cpu().movedim(axis, 0).reshape(size, -1).all(1)
-            shape = [1] * tensor.dim()
-            shape[axis] = size
-            layers.append(Layer((symbols << 1 | silent).reshape(shape), sources))
-        self.known[tensor] = layers
-        self.names[id(tensor)] = name
+    def _label(self, tensors: dict[str, Tensor]) -> None:
+        """Fresh symbols for every axis of every parameter and buffer."""
+        places = [(name, k) for name, tensor in tensors.items() for k, size in enumerate(tensor.shape) if size > 1]
+        sizes = [tensors[name].shape[axis] for name, axis in places]
+        symbols = self.labels.new(sum(sizes))
+        self.found.symbols.update(zip(places, symbols.split(sizes), strict=True))
+        packed = dict(zip(places, (symbols << 1 | 1).split(sizes), strict=True))
+        parameters = set(self.found.parameters)
+        for name, tensor in tensors.items():
+            layers = []
+            for axis, size in enumerate(tensor.shape):
+                if size < 2:
+                    continue
+                own, sources = packed[name, axis], frozenset([(name, axis)])
+                if name not in parameters:
+                    sources = frozenset()
+                    own ^= 1 if tensor.is_meta else _nonzero_along(tensor, axis)
+                shape = [1] * tensor.dim()
+                shape[axis] = size
+                layers.append(Layer(own.view(shape), sources, compact=True))
+            note = self.note(tensor)
+            note.name, note.layers = name, tuple(layers)
+
+    def note(self, tensor: Tensor) -> Note:
+        """What is known of a tensor, to be written to."""
+        key, notes = id(tensor), self.notes
+        found = notes.get(key)
+        if found is None:
+            found = notes[key] = Note(ref(tensor, lambda _: notes.pop(key, None)))
+        return found
 
     # --- rules.Context ---
 
@@ -164,15 +261,18 @@ class Replay(TorchDispatchMode):
         """Canonical layers of a tensor."""
         if tensor is None:
             return []
-        name = self.names.get(id(tensor))
-        if name is not None:
-            self.used.add(name)
-        found = self.known.get(tensor, [])
-        return [layer for layer in map(self.labels.canonical, found) if layer is not None]
+        note = self.notes.get(id(tensor))
+        if note is None:
+            return []
+        note.used = True
+        if not note.layers:
+            return []
+        note.layers = tuple(layer for layer in map(self.labels.canonical, note.layers) if layer is not None)
+        return list(note.layers)
 
     def set_layers(self, tensor: Tensor, layers: Sequence[Layer | None]) -> None:
         """Give an output its layers."""
-        self.known[tensor] = [layer for layer in layers if layer is not None]
+        self.note(tensor).layers = tuple(layer for layer in layers if layer is not None)
 
     def unify(self, a: Layer, b: Layer) -> None:
         """Tie two layers; one-axis layers are matched along their axes."""
@@ -183,10 +283,7 @@ class Replay(TorchDispatchMode):
 
     def tie(self, a: Tensor, b: Tensor) -> None:
         """Tie two tensors of symbols entry by entry; what meets FIXED is frozen, on the record."""
-        a, b = torch.broadcast_tensors(self.labels.find(a), self.labels.find(b))
-        if not bool((a * b).all()):  # FIXED is 0
-            self._freeze(torch.cat([a[b == FIXED], b[a == FIXED]]), "meets values that cannot be removed")
-        self.labels.unify(a, b)
+        self._record(self.labels.unify(a, b), "meets values that cannot be removed")
 
     def freeze(self, layer: Layer, reason: str) -> None:
         """Never remove anything of this layer; an empty reason goes unrecorded."""
@@ -194,20 +291,25 @@ class Replay(TorchDispatchMode):
 
     def freeze_if_used(self, out: Tensor, layer: Layer, reason: str) -> None:
         """Freeze as soon as anything reads `out`."""
-        self.deferred.setdefault(out, []).append((layer, self._reason(reason)))
+        self.note(out).deferred += ((layer, self._reason(reason)),)
 
-    def _used(self, tensors: Sequence[Tensor]) -> None:
+    def _used(self, notes: Iterable[Note | None]) -> None:
         """Make the freezes that waited for a use of these tensors."""
-        for tensor in tensors:
-            for layer, frozen in self.deferred.pop(tensor, ()):
-                self._freeze(layer.symbols, frozen)
+        for note in notes:
+            if note is not None and note.deferred:
+                deferred, note.deferred = note.deferred, ()
+                for layer, frozen in deferred:
+                    self._freeze(layer.symbols, frozen)
 
     def _reason(self, reason: str) -> Frozen:
-        module, line = (self.stack[-1], _user_line()) if self.stack else ("", "")
-        return Frozen(self.op, module, line, reason, ())
+        line = f"{self.line[0].rpartition('/')[2]}:{self.line[1]}" if self.line else ""
+        return Frozen(self.op, self.module, line, reason, ())
 
     def _freeze(self, symbols: Tensor, reason: str | Frozen) -> None:
-        roots = self.labels.freeze(symbols)
+        self._record(self.labels.freeze(symbols), reason)
+
+    def _record(self, roots: Tensor, reason: str | Frozen) -> None:
+        """Put on the record what was frozen, if anything was."""
         if roots.numel() and reason:
             frozen = self._reason(reason) if isinstance(reason, str) else reason
             self.found.freezings.append(Freezing(frozen, roots))
@@ -231,32 +333,33 @@ class Replay(TorchDispatchMode):
                 constant *= item
             else:
                 vectors.append(item.symbols.flatten())
-        self.found.flop_terms.append((constant, vectors, self.stack[-1] if self.stack else ""))
+        self.found.flop_terms.append((constant, vectors, self.module))
 
     def count(self, owner: Tensor, attribute: str, symbols: Tensor) -> None:
         """Note an attribute of the module that owns a parameter."""
-        name = self.names.get(id(owner))
-        if name is not None:
-            self.found.counted[name.rpartition(".")[0], attribute] = symbols
+        note = self.notes.get(id(owner))
+        if note is not None and note.name:
+            self.found.counted[note.name.rpartition(".")[0], attribute] = symbols
 
     def constant_along(self, tensor: Tensor, axis: int) -> bool:
         """Constant by construction (stride 0), or by value where no input has a say."""
         if tensor.stride(axis) == 0:
             return True
-        if tensor in self.from_input or tensor in self.known:
+        note = self.notes.get(id(tensor))
+        if note is not None and (note.from_input or note.layers is not None):
             return False
-        if tensor.is_meta:
-            shadow = self.shadows.get(tensor) if self.shadows is not None else None
-            return shadow is not None and bool((shadow == shadow.narrow(axis, 0, 1)).all())
-        return bool((tensor == tensor.narrow(axis, 0, 1)).all())
+        values = tensor if not tensor.is_meta else note.shadow if note is not None else None
+        return values is not None and bool((values == values.narrow(axis, 0, 1)).all())
 
     def filled(self, tensor: Tensor) -> bool:
         """Made with one value everywhere."""
-        return tensor in self.filled_tensors
+        note = self.notes.get(id(tensor))
+        return note is not None and note.filled
 
     def depends_on_input(self, tensor: Tensor) -> bool:
         """Whether a tensor was computed from the inputs."""
-        return tensor in self.from_input
+        note = self.notes.get(id(tensor))
+        return note is not None and note.from_input
 
     def split_view(self, layer: Layer) -> None:
         """Note a layer whose live positions must form a box."""
@@ -267,74 +370,105 @@ class Replay(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and pass the labels through it."""
         kwargs = kwargs or {}
-        name = func._overloadpacket.__name__
-        handler = RULES.get(name) or RULES.get(name.rstrip("_"))
-        if handler is None and torch.Tag.pointwise in func.tags:
-            handler = pointwise
+        operation = self.operations.get(func)
+        if operation is None:
+            operation = self.operations[func] = Operation.of(func)
+        handler = operation.handler
         if handler is None and self.whole is None:
             with self:
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if self.whole is not None:
-            return self._unlabelled(func, args, kwargs, tensors)
-        self._used(tensors)
-        mutated = args[0] if func._schema.is_mutable and args and isinstance(args[0], Tensor) else None
-        before = self.layers(mutated) if mutated is not None and mutated._is_view() else None
-        out = self._unlabelled(func, args, kwargs, tensors)
-        results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        if handler in COUNTED or any(self.known.get(x) for x in tensors):
-            self.op = f"aten.{name}"
-            named = _bind(func, args, kwargs)
-            if results:
-                (handler or unknown)(self, func, named, out)
-            else:
-                unknown(self, func, named, out)
-            if mutated is not None and before is not None and handler is not copy:
-                self._check_view_write(mutated, before)
-        return out
-
-    def _unlabelled(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Any:
-        """Run an operation and note only whether its results depend on the inputs."""
-        if self.shadows is not None:
-            known = self._shadow(func, args, kwargs, tensors)
-            if known is not None and func is torch.ops.aten._local_scalar_dense.default:
-                return known
-            out = func(*args, **kwargs)
-            for mine, real in zip(tree_leaves(out), tree_leaves(known), strict=False):
-                if isinstance(mine, Tensor) and isinstance(real, Tensor):
-                    self.shadows[mine] = real
+        tensors = _tensors((*args, *kwargs.values()))
+        notes = [self.note(x) for x in tensors]
+        if operation.mutable and self.pending and not self._harmless(operation, args[0]):
+            self._catch_up()
+        known = self._shadow(func, args, kwargs, tensors, notes) if self.meta else None
+        if known is not None and func is torch.ops.aten._local_scalar_dense.default:
+            out = known
         else:
             out = func(*args, **kwargs)
-        name = func._overloadpacket.__name__
-        if name in FILLED and isinstance(out, Tensor):
-            self.filled_tensors[out] = True
-        elif func._schema.is_mutable and name != "copy_":
-            for x in tensors[:1]:
-                self.filled_tensors.pop(x if x._base is None else x._base, None)
-        if name not in CONSTANT and any(x in self.from_input for x in tensors):
-            for result in tree_leaves(out):
-                if isinstance(result, Tensor):
-                    self.from_input[result] = True
-                    if func._schema.is_mutable and result._base is not None:
-                        self.from_input[result._base] = True
+        results = [out] if isinstance(out, Tensor) else [x for x in _tensors((out,)) if x.numel()]
+        if known is not None:
+            for mine, real in zip(tree_leaves(out), tree_leaves(known), strict=False):
+                if isinstance(mine, Tensor) and isinstance(real, Tensor):
+                    self.note(mine).shadow = real
+        self._trace_values(operation, tensors, notes, results)
+        if self.whole is None and tensors:
+            module = self.stack[-1] if self.stack else ""
+            # torch makes another tensor of a factory's result if somebody holds on to it
+            held = None if operation.handler is constant else out
+            step = Step(operation, func, args, kwargs, held, notes, not results, module, _user_line())
+            self.pending.append(step)
+            self.pending_bytes += sum(x.nbytes for x in results)
+            if self.pending_bytes > PENDING_BYTES:
+                self._catch_up()
         return out
 
-    def _shadow(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Any:
+    def _harmless(self, operation: Operation, target: Any) -> bool:
+        """Whether no pending step would see a difference if this in-place operation ran before it.
+
+        Rules read values of nothing that depends on the inputs.
+        """
+        if operation.handler is not pointwise or not isinstance(target, Tensor):
+            return False
+        base = target if target._base is None else target._base
+        return self.note(target).from_input and not self.note(base).filled
+
+    def _trace_values(
+        self, operation: Operation, tensors: list[Tensor], notes: list[Note], results: list[Tensor]
+    ) -> None:
+        """Note whether the results depend on the inputs, or are filled with one value."""
+        from_input = operation.name not in CONSTANT and any(note.from_input for note in notes)
+        filled = operation.name in FILLED
+        if from_input or filled:
+            for result in results:
+                note = self.note(result)
+                note.from_input |= from_input
+                note.filled |= filled
+                if from_input and operation.mutable and result._base is not None:
+                    self.note(result._base).from_input = True
+        if operation.mutable and operation.name != "copy_" and tensors:
+            self.note(tensors[0] if tensors[0]._base is None else tensors[0]._base).filled = False
+
+    def _catch_up(self) -> None:
+        """Pass the labels through all pending steps.
+
+        Many at once and not each after its operation: a convolution leaves nothing of the tracer in the caches of
+        the processor, and the tracer then takes several times as long.
+        """
+        pending, self.pending, self.pending_bytes = self.pending, [], 0
+        for step in pending:
+            self._label_results(step)
+
+    def _label_results(self, step: Step) -> None:
+        """Pass the labels through one operation."""
+        handler = step.operation.handler
+        self._used(step.notes)
+        if handler not in COUNTED and not any(note.layers for note in step.notes):
+            return
+        self.op, self.module, self.line = f"aten.{step.operation.name}", step.module, step.line
+        target = step.args[0] if step.operation.mutable and step.args else None
+        mutated = target if isinstance(target, Tensor) and target._is_view() else None
+        before = self.layers(mutated) if mutated is not None else []
+        named = step.operation.bind(step.args, step.kwargs)
+        (unknown if handler is None or step.empty else handler)(self, step.func, named, step.out)
+        if mutated is not None and handler is not copy:
+            self._check_view_write(mutated, before)
+
+    def _shadow(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], notes: list[Note]) -> Any:
         """On the meta device, what the operation gives in fact: positions and masks decide which way a forward goes.
 
         None where a weight or a floating-point input has a say, whose values nobody knows.
         """
-        assert self.shadows is not None
-        if any(x not in self.shadows for x in tensors):
+        shadows = {id(x): note.shadow for x, note in zip(tensors, notes, strict=True)}
+        if any(shadows.get(id(x)) is None for x in tensors):
             return None
-        shadows = self.shadows
 
         def real(x: Any) -> Any:
             if isinstance(x, torch.device):
                 return torch.device("cpu")
-            return shadows[x] if isinstance(x, Tensor) else x
+            return shadows[id(x)] if isinstance(x, Tensor) else x
 
         return func(*tree_map(real, args), **tree_map(real, kwargs))
 
@@ -354,15 +488,15 @@ class Replay(TorchDispatchMode):
     def run(self, example_inputs: Any, carries: Carries | None = None) -> None:
         """Run the frame once; afterwards freeze its outputs and what the run left open."""
         entering = _carried_inputs(example_inputs, carries or {})
-        if any(parameter.is_meta for parameter in self.model.parameters()):
-            given, self.shadows = example_inputs, WeakTensorKeyDictionary()
-            example_inputs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, given)
-            for x, real in zip(tree_leaves(example_inputs), tree_leaves(given), strict=True):
+        real_inputs = tree_leaves(example_inputs)
+        if self.meta:
+            example_inputs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, example_inputs)
+            for x, real in zip(tree_leaves(example_inputs), real_inputs, strict=True):
                 if isinstance(x, Tensor) and not real.is_floating_point():
-                    self.shadows[x] = real
+                    self.note(x).shadow = real
         given = [x for x in tree_leaves(example_inputs) if isinstance(x, Tensor)]
         for x in given:
-            self.from_input[x] = True
+            self.note(x).from_input = True
         states = {i: self._label_state(given[i]) for indices in entering.values() for i in indices}
         pre = nn.modules.module.register_module_forward_pre_hook(self._enter)
         post = nn.modules.module.register_module_forward_hook(self._leave, always_call=True)
@@ -376,8 +510,10 @@ class Replay(TorchDispatchMode):
             handles.append(first.register_forward_pre_hook(partial(self._enter_slot, slot), with_kwargs=True))
             handles.append(last.register_forward_hook(partial(self._leave_slot, slot)))
         try:
-            with adapted(self.model), quiet_eval(self.model), self:
-                outputs = call(self.model, example_inputs)
+            with adapted(self.model), quiet_eval(self.model):
+                with self:
+                    outputs = call(self.model, example_inputs)
+                self._catch_up()
         except Exception as error:
             shapes = [tuple(x.shape) for x in tree_leaves(example_inputs) if isinstance(x, Tensor)]
             raise TraceError(
@@ -387,28 +523,30 @@ class Replay(TorchDispatchMode):
         finally:
             for handle in handles:
                 handle.remove()
-        self.stack, self.op = [], "output"
+        self.op, self.module, self.line = "output", "", None
         leaving = _carried_outputs(outputs, given, entering)
         for i, x in enumerate(x for x in tree_leaves(_opened(outputs)) if isinstance(x, Tensor)):
-            self._used([x])
+            self._used([self.notes.get(id(x))])
             if i in leaving:
                 self._close_state(x, states[leaving[i]])
                 self.found.carried.append((leaving[i], i, states[leaving[i]]))
                 continue
             for layer in self.layers(x):
                 self.freeze(layer, "is an output of the model")
-        for name, tensor in self.found.tensors.items():
-            if name not in self.used:
+        for tensor in self.found.tensors.values():
+            if not self.note(tensor).used:
                 self.op = "unused"
                 for layer in self.layers(tensor):
                     self.freeze(layer, "is not used by the forward")
         for layer in self.split_layers:
             self._make_box(layer)
+        self.notes.clear()
 
     def _label_state(self, state: Tensor) -> dict[int, Tensor]:
         """Fresh symbols for every axis of a carried input, of which nothing is known but that it comes back."""
         symbols = {axis: self.labels.new(size) for axis, size in enumerate(state.shape) if size > 1}
-        self.known[state] = [placed(Layer(s << 1, frozenset()), state.dim(), axis) for axis, s in symbols.items()]
+        layers = [placed(Layer(s << 1, frozenset()), state.dim(), axis) for axis, s in symbols.items()]
+        self.set_layers(state, layers)
         return symbols
 
     def _close_state(self, out: Tensor, symbols: dict[int, Tensor]) -> None:
@@ -452,7 +590,9 @@ class Replay(TorchDispatchMode):
 
     def _leave_slot(self, slot: Slot, module: nn.Module, args: Any, output: Any) -> None:
         """Whatever follows a layer that may be left out reads its output or its input: their labels are one."""
-        self.op = "left out"
+        self._catch_up()
+        self.module = self.module_names.get(id(module), type(module).__name__)
+        self.op, self.line = "left out", _user_line()
         either(self, self.entering.pop(slot.unit), output[0] if slot.skip.outputs else output)
 
     def _enter_whole(self, module: nn.Module, inputs: Any) -> None:
@@ -464,13 +604,30 @@ class Replay(TorchDispatchMode):
         if module is not self.whole:
             return
         self.whole = None
-        self.stack.append(self.module_names.get(id(module), type(module).__name__))
-        self.op = type(module).__name__
+        self._catch_up()
+        self.module = self.module_names.get(id(module), type(module).__name__)
+        self.op, self.line = type(module).__name__, _user_line()
         named = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        self._used([x for x in tree_leaves(named) if isinstance(x, Tensor)])
+        self._used(self.notes.get(id(x)) for x in tree_leaves(named) if isinstance(x, Tensor))
         with torch.utils._python_dispatch._disable_current_modes():
             MODULE_RULES[type(module)](self, module, named, output)
-        self.stack.pop()
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among values and in lists of them: arguments and results of operations nest in no other way."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+    return found
+
+
+def _nonzero_along(tensor: Tensor, axis: int) -> Tensor:
+    """For every position of an axis, whether anything is not zero there."""
+    nonzero = (tensor.detach() != 0).cpu()
+    return nonzero if nonzero.dim() == 1 else nonzero.movedim(axis, 0).flatten(1).any(1)
 
 
 def _opened(outputs: Any) -> Any:
@@ -480,30 +637,20 @@ def _opened(outputs: Any) -> Any:
     return outputs
 
 
-def _bind(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Arguments by their schema names, defaults included."""
-    named = {}
-    for i, argument in enumerate(func._schema.arguments):
-        if i < len(args):
-            named[argument.name] = args[i]
-        elif argument.name in kwargs:
-            named[argument.name] = kwargs[argument.name]
-        elif argument.has_default_value():
-            named[argument.name] = argument.default_value
-    return named
-
-
-def _user_line() -> str:
-    """`file:line` of the innermost frame outside torch and this package."""
+def _user_line() -> tuple[str, int] | None:
+    """File and line of the innermost frame outside torch and this package."""
     frame = sys._getframe(1)
-    own = __name__.rpartition(".")[0]
     while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        inner = module.partition(".")[0] in (own, "torch", "contextlib")
-        if not inner:
-            return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
+        if not _inner(frame.f_globals.get("__name__", "")):
+            return frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back  # type: ignore[assignment]
-    return ""
+    return None
+
+
+@cache
+def _inner(module: str) -> bool:
+    """Whether a module is torch's or ours."""
+    return module.partition(".")[0] in (__name__.partition(".")[0], "torch", "contextlib")
 
 
 Couples = Sequence[tuple[Place, Place]]

@@ -8,6 +8,8 @@ whatever enters it. Here are pointwise operations and data movement; `contractio
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -122,14 +124,19 @@ def on_axis(layers: Sequence[Layer], axis: int) -> Layer | None:
 
 def aligned(layers: Sequence[Layer], rank: int) -> list[Layer]:
     """Layers with leading axes of size 1 added, as broadcasting does."""
-    return [Layer(x.packed.reshape((1,) * (rank - x.packed.dim()) + x.packed.shape), x.sources) for x in layers]
+    return [
+        x
+        if x.packed.dim() == rank
+        else Layer(x.packed.reshape((1,) * (rank - x.packed.dim()) + x.packed.shape), x.sources, x.compact)
+        for x in layers
+    ]
 
 
 def placed(layer: Layer, rank: int, axis: int) -> Layer:
     """A one-axis layer laid along `axis` of a tensor of `rank` axes."""
     shape = [1] * rank
     shape[axis] = layer.packed.numel()
-    return Layer(layer.packed.reshape(shape), layer.sources)
+    return Layer(layer.packed.reshape(shape), layer.sources, layer.compact)
 
 
 def harmonize(
@@ -140,7 +147,7 @@ def harmonize(
     Along an axis every operand of size > 1 must carry layers varying over the same set of axes. What some vary over
     and others do not is merged away; an operand without layers there takes the axis from all.
     """
-    changed = True
+    changed = len(operands) > 1 or len(operands[0][1]) > 1  # one layer agrees with itself
     while changed:
         changed = False
         for axis in axes:
@@ -172,41 +179,77 @@ PROBES = (0.7391, -1.913)
 """Arbitrary non-zero values standing for "anything" when asking what an operation makes of zeros."""
 
 
+@dataclass(frozen=True)
+class StandIn:
+    """A tensor among the arguments of an operation whose values are not looked at.
+
+    Attributes:
+        index: which of the labelled operands it is; None for another tensor computed from the inputs.
+        rank: number of its axes.
+        dtype: its type.
+    """
+
+    index: int | None
+    rank: int
+    dtype: torch.dtype
+
+
 def silencers(ctx: Context, func: Any, named: dict[str, Any], labelled: Sequence[Tensor]) -> tuple[set[int], bool]:
     """Which labelled operands alone make the result zero when they are zero, and whether all together do."""
-    name = func._overloadpacket.__name__
     if func._schema.is_mutable:
-        packet = getattr(torch.ops.aten, name.rstrip("_"), None)
+        packet = getattr(torch.ops.aten, func._overloadpacket.__name__.rstrip("_"), None)
         func = getattr(packet, func._overloadname, None) if packet is not None else None
         if func is None:
             return set(), False
+    values = False
+
+    def described(value: Any) -> Any:
+        """Stand-ins in place of tensors; constants and plain arguments as they are."""
+        nonlocal values
+        if isinstance(value, (list, tuple)):
+            return tuple(described(v) for v in value)
+        if not isinstance(value, Tensor):
+            return value
+        index = next((i for i, t in enumerate(labelled) if t is value), None)
+        if index is None and not ctx.depends_on_input(value):
+            values = True
+            return value
+        return StandIn(index, value.dim(), value.dtype)
+
+    call = tuple((key, described(value)) for key, value in named.items())
+    return (probed if values else probed_once)(func, call, len(labelled))
+
+
+def probed(func: Any, call: tuple[tuple[str, Any], ...], labelled: int) -> tuple[set[int], bool]:
+    """`silencers`, by running the operation on zeros."""
 
     def result_is_zero(zeroed: set[int]) -> bool:
         """Whether zeros for these operands, and anything for the others, give zero."""
         for probe in PROBES:
 
             def stand_in(value: Any, probe: float = probe) -> Any:
-                """One number in place of a tensor; constants and plain arguments as they are."""
-                if isinstance(value, (list, tuple)):
-                    return type(value)(stand_in(v) for v in value)
-                if not isinstance(value, Tensor):
+                """One number in place of a tensor."""
+                if isinstance(value, tuple):
+                    return [stand_in(v) for v in value]
+                if not isinstance(value, StandIn):
                     return value
-                index = next((i for i, t in enumerate(labelled) if t is value), None)
-                if index is None and not ctx.depends_on_input(value):
-                    return value
-                fill = 0.0 if index in zeroed else probe
-                return torch.full((1,) * value.dim(), fill, dtype=torch.float64).to(value.dtype)
+                fill = 0.0 if value.index in zeroed else probe
+                return torch.full((1,) * value.rank, fill, dtype=torch.float64).to(value.dtype)
 
             try:
-                out = func(**{key: stand_in(value) for key, value in named.items()})
+                out = func(**{key: stand_in(value) for key, value in call})
             except Exception:
                 return False
             if not isinstance(out, Tensor) or out.is_meta or bool(out.any()):
                 return False
         return True
 
-    alone = {i for i in range(len(labelled)) if result_is_zero({i})}
-    return alone, result_is_zero(set(range(len(labelled))))
+    alone = {i for i in range(labelled) if result_is_zero({i})}
+    return alone, result_is_zero(set(range(labelled)))
+
+
+probed_once = lru_cache(maxsize=1024)(probed)
+"""`probed` for calls in which no values count: a network has few kinds of them."""
 
 
 def pointwise(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
@@ -250,18 +293,21 @@ def combined(
     """What is known of the silence of a pointwise result, from that of the operands sharing its labels."""
     enough = [layer for index, layer in members if index in alone]
     if enough:
-        whole = next((layer for layer in enough if bool(layer.silent.all())), None)
+        whole = next((layer for layer in enough if layer.all_silent), None)
         if whole is not None:
-            return head.with_silence(True, whole.sources)
+            return head if whole is head else head.with_silence(True, whole.sources)
         silent = enough[0].silent
         for layer in enough[1:]:
             silent = silent | layer.silent
         return head.with_silence(silent, frozenset().union(*(layer.sources for layer in enough)))
     if together and len({index for index, _ in members}) == operands:
+        sources = frozenset().union(*(layer.sources for _, layer in members))
+        if all(layer.all_silent for _, layer in members):
+            return head.with_silence(True, sources)
         silent = members[0][1].silent
         for _, layer in members[1:]:
             silent = silent & layer.silent
-        return head.with_silence(silent, frozenset().union(*(layer.sources for _, layer in members)))
+        return head.with_silence(silent, sources)
     return head.with_silence(False, frozenset())
 
 

@@ -185,11 +185,12 @@ class Space:
         axes: dict[str, list[int]] = {name: [] for name in slot_of}
         owner = torch.full((self.n_units,), -2, dtype=torch.int64)  # -2: no place seen yet
         for (name, axis), vector in self.unit_of.items():
-            units = vector[vector >= 0]
-            if units.numel():
+            if has_units(vector):
                 axes.setdefault(name, []).append(axis)
-                here, before = slot_of.get(name, -1), owner[units]
-                owner[units] = torch.where((before == -2) | (before == here), here, -1)
+                if self.slots:
+                    units = vector[vector >= 0]
+                    here, before = slot_of.get(name, -1), owner[units]
+                    owner[units] = torch.where((before == -2) | (before == here), here, -1)
         stuck = torch.bincount(self.group_of[~self.removable], minlength=self.n_groups)
         least = stuck.clamp(min=1)
         for slot in self.slots:
@@ -267,6 +268,12 @@ class Space:
         removable = self.removable.clone()
         removable[torch.tensor(list(units), dtype=torch.int64)] = False
         return replace(self, removable=removable, frozen=(*self.frozen, frozen))
+
+
+def has_units(units: Tensor) -> bool:
+    """Whether any position of an axis has a unit."""
+    positions = units.numpy()
+    return positions.size > 0 and bool(positions.item(0) >= 0 or positions.max() >= 0)
 
 
 def live_positions(units: Tensor, keep: Tensor) -> Tensor:
