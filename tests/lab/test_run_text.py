@@ -144,6 +144,19 @@ def test_the_state_goes_over_an_update_within_an_epoch_and_starts_anew_with_it(f
     assert began.count(True) == 3 * 2, "once for training and once for evaluation, in each epoch"
 
 
+def test_the_uniform_twin_of_a_flops_budget_is_the_widest_within_it(folder):
+    """With parameters to spare: a twin by parameters would be as wide as the frame."""
+    data, recipe = load("text", folder=folder, steps=5), TINY.with_words(9)
+
+    def flops(width):
+        return measure(recipe.build(width), data.example()).flops
+
+    limit = flops(1.0) // 2
+    width = run.twin_width(recipe, data, params=10**9, flops=limit)
+    assert flops(width) <= limit < flops(width + 1e-6)
+    assert run.twin_width(replace(recipe, budget=Budget(params="50%")), data, params=10**9, flops=limit) == 1.0
+
+
 def test_evaluation_is_the_plain_mean_over_all_words(folder):
     data = load("text", folder=folder, steps=5)
     model = BUILD(words=9).eval()
