@@ -13,7 +13,7 @@ from torch import nn
 
 import torchgrow
 from torchgrow import Budget, Grower, TorchgrowError, measure
-from torchgrow.lab import run, train
+from torchgrow.lab import report, run, train
 from torchgrow.lab.attention import GPT, ViT
 from torchgrow.lab.data import load
 from torchgrow.lab.display import Display
@@ -144,6 +144,19 @@ def test_the_state_goes_over_an_update_within_an_epoch_and_starts_anew_with_it(f
     assert began.count(True) == 3 * 2, "once for training and once for evaluation, in each epoch"
 
 
+def test_the_uniform_twin_of_a_flops_budget_is_the_widest_within_it(folder):
+    """With parameters to spare: a twin by parameters would be as wide as the frame."""
+    data, recipe = load("text", folder=folder, steps=5), TINY.with_words(9)
+
+    def flops(width):
+        return measure(recipe.build(width), data.example()).flops
+
+    limit = flops(1.0) // 2
+    width = run.twin_width(recipe, data, params=10**9, flops=limit)
+    assert flops(width) <= limit < flops(width + 1e-6)
+    assert run.twin_width(replace(recipe, budget=Budget(params="50%")), data, params=10**9, flops=limit) == 1.0
+
+
 def test_evaluation_is_the_plain_mean_over_all_words(folder):
     data = load("text", folder=folder, steps=5)
     model = BUILD(words=9).eval()
@@ -222,8 +235,13 @@ def test_a_text_too_short_says_so(folder, tmp_path):
 # --- perplexity is lower when better
 
 
-def test_the_better_of_two():
-    assert (PERPLEXITY.best([90.0, 80.0]), ACCURACY.best([90.0, 80.0])) == (80.0, 90.0)
+def test_pictures_show_the_low_end_of_perplexity():
+    """The first epochs are cut off at the top, never the best value at the bottom."""
+    low, high = report._span_of_perplexity([900.0, 130.0, 120.0, 115.0, 110.0])
+    assert low < 110 < 130 < high < 900
+
+
+def test_metrics_as_they_are_written():
     assert (PERPLEXITY.show(82.574), ACCURACY.show(91.3)) == ("82.57", "91.30 %")
     assert metric_of({"accuracy": None, "perplexity": 3.0}) is PERPLEXITY
     assert metric_of({"accuracy": 3.0}) is ACCURACY, "records of before there was a perplexity"

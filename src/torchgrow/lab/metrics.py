@@ -25,10 +25,6 @@ class Metric:
         """A value with two digits and its unit."""
         return f"{value:.2f}{self.unit}"
 
-    def best(self, values: list[float]) -> float:
-        """The best of several."""
-        return min(values) if self.lower_is_better else max(values)
-
 
 ACCURACY = Metric(name="accuracy", on="test", unit=" %", lower_is_better=False)
 PERPLEXITY = Metric(name="perplexity", on="validation", unit="", lower_is_better=True)
