@@ -76,7 +76,7 @@ def tensors(grower: Grower) -> dict[str, Tensor]:
     found = {
         **{f"live {name}": tensor for name, tensor in grower.model.state_dict().items()},
         **{f"bank {name}": asleep.held for name, asleep in bank.full.items()},
-        **{f"bank {name} {key}": tensor for (name, key), tensor in bank.slots.items()},
+        **{f"bank {name} {key}": asleep.held for (name, key), asleep in bank.slots.items()},
         **{f"slot {name}": slot for name, slot in slots.items()},
         **{f"raw {name}": tensor for name, tensor in grower._folding.raw().items()},
         **{name: getattr(indicators, name) for name in ("s", "t", "velocity", "gate", "uniform")},

@@ -364,6 +364,9 @@ class Bank:
 
     def _materialise(self, births: Births, device: torch.device | str) -> None:
         """Give the model's own tensors a device: nothing yet of those that are cut, the initial value of the others."""
+        recurrent = [module for module in self.model.modules() if isinstance(module, nn.RNNBase)]
+        for module in recurrent:
+            module._flat_weight_refs = []  # weak references forbid the exchange
         for name, tensor in self.tensors.items():
             full = births.full(name)
             new = (gather(full, None) if name in self.space.cut_axes else full).to(device)
@@ -371,6 +374,8 @@ class Bank:
                 torch.utils.swap_tensors(tensor, nn.Parameter(new, requires_grad=tensor.requires_grad))
             else:
                 torch.utils.swap_tensors(tensor, new)
+        for module in recurrent:
+            module._init_flat_weights()
 
     def skipped(self, keep: Tensor) -> dict[str, PassThrough]:
         """Modules of the layers that `keep` leaves out, and what they compute instead."""
