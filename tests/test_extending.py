@@ -13,6 +13,7 @@ from torch import nn
 
 import zoo
 import zoo_sequences
+from damage import reseal
 from torchgrow import (
     Budget,
     Grower,
@@ -230,6 +231,7 @@ def test_what_was_adapted_is_recorded_and_comes_back(tmp_path: Path) -> None:
     structure = json.loads(record.read_text())
     assert structure["adapted"] == ["attention"]
     record.write_text(json.dumps({**structure, "adapted": ["a"]}))
+    reseal(record.parent, record.name, "model.safetensors")
     with pytest.raises(SavedModelError, match="'a' is Linear, which has no adapter"):
         load(tmp_path / "net", lambda: zoo.build("multihead"))
 
