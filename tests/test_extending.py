@@ -235,7 +235,7 @@ def test_what_was_adapted_is_recorded_and_comes_back(tmp_path: Path) -> None:
     structure = json.loads(record.read_text())
     assert structure["adapted"] == ["attention"]
     record.write_text(json.dumps({**structure, "adapted": ["a"]}))
-    reseal(tmp_path / "net", "structure.json", "model.safetensors")
+    reseal(record.parent, record.name, "model.safetensors")
     with pytest.raises(SavedModelError, match="'a' is Linear, which has no adapter"):
         load(tmp_path / "net", lambda: zoo.build("multihead"))
 

@@ -257,6 +257,20 @@ def test_a_flipped_bit_is_noticed(folder: Path) -> None:
     load(folder, lambda: zoo.build("grouped"))
 
 
+def test_a_size_beyond_all_numbers(folder: Path) -> None:
+    """Found by benchmarks/fuzz_files.py: the library that reads the file raises a TypeError of its own."""
+    data = (folder / WEIGHTS).read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    size = header["a.weight"]["data_offsets"]
+    header["a.weight"] |= {"shape": [0, 2**63], "data_offsets": [size[0], size[0]]}
+    packed = json.dumps(header).encode()
+    (folder / WEIGHTS).write_bytes(len(packed).to_bytes(8, "little") + packed + data[start:])
+    reseal(folder, STRUCTURE, WEIGHTS)
+    with pytest.raises(SavedModelError, match=r"model\.safetensors is damaged"):
+        load(folder, lambda: zoo.build("grouped"))
+
+
 def test_a_record_beyond_all_size_is_not_read(folder: Path) -> None:
     with (folder / STRUCTURE).open("r+b") as file:
         file.truncate(10**12)  # a hole, not a terabyte

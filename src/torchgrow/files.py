@@ -134,7 +134,7 @@ def read_folder(
                     raise SavedModelError(f"{source / name} is damaged: its contents do not fit its checksum")
         # Copies: the tensors are views of the mapped file otherwise, and change when somebody writes to it.
         return record, {name: tensor.clone() for name, tensor in load_file(source / tensors_name).items()}
-    except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # RecursionError as well
         raise SavedModelError(f"{source / tensors_name} is damaged: {error}") from error
 
 
