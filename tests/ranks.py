@@ -200,7 +200,11 @@ def work(number: int, size: int, scenarios: list[Callable[[], Any]], folder: Pat
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=number, world_size=size)
     torch.save({scenario.__name__: scenario() for scenario in scenarios}, folder / f"{number}.pt")
+    torch.manual_seed(0)
+    grower = make(Plain().double()) if scenarios[-1] is not alone_in_an_update else None
     dist.destroy_process_group()
+    if grower:
+        assert "process group in which this Grower was made has been destroyed" in message(grower.update)
 
 
 def launch(size: int, scenarios: list[Callable[[], Any]], folder: Path, timeout: float = 240) -> list[dict[str, Any]]:

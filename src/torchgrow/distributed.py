@@ -53,12 +53,23 @@ class Ranks:
     def __init__(self) -> None:
         started = dist.is_available() and dist.is_initialized()
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if started else (0, 1)
-        # A group of its own: what is sent here must never be taken for a step of somebody's DDP.
-        self._group: dist.ProcessGroup | None = None
+        # A group of its own: what is sent here must never be taken for a step of somebody's DDP. It is not kept alive
+        # beyond destroy_process_group(): its threads must not outlive the interpreter.
+        self._held: weakref.ref[dist.ProcessGroup] | None = None
         if self.size > 1:
-            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=TIMEOUT))
+            self._held = weakref.ref(cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=TIMEOUT)))
         self._agreed = False
         self._wrappers: weakref.WeakSet[Wrapper] = weakref.WeakSet()
+
+    @property
+    def _group(self) -> dist.ProcessGroup | None:
+        group = self._held() if self._held else None
+        if self._held and group is None:
+            raise TorchgrowError(
+                "the process group in which this Grower was made has been destroyed; "
+                "call update() and finish() before torch.distributed.destroy_process_group()"
+            )
+        return group
 
     @contextmanager
     def together(self, tensors: Iterable[Tensor] = ()) -> Iterator[None]:
