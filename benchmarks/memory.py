@@ -29,6 +29,7 @@ from torchgrow import Budget, Grower, Method
 from torchgrow.lab.run import environment
 
 RESULTS = Path(__file__).parent.parent / "results" / "memory.jsonl"
+EVENT = 0.01  # megabytes; an event of the history takes some kilobytes, and is meant to stay
 CHURN = Method(draws="independent", ramp=0.01, settle=0.0, heat=1.0, align=1)
 OPTIMIZERS = {
     "SGD with momentum": lambda model: torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4),
@@ -154,7 +155,7 @@ def main() -> None:
         if not found:
             with arguments.results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-        failed |= row["in_use"]["low"] > 0 or bool(row["orphans"])
+        failed |= row["in_use"]["low"] > EVENT or bool(row["orphans"])
         slopes = [
             f"{kind.replace('_', ' ')} {{slope:+.4f}} [{{low:+.4f}}, {{high:+.4f}}]".format(**row[kind])
             for kind in ("in_use", "resident")

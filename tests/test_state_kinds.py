@@ -143,8 +143,8 @@ BOX = ("bank", "stem.weight", "box")
         ),
         (
             "meta",
-            put({"0": torch.tensor([1])}, "bank", "stem.weight", "box"),
-            r"it must be torch.float64 \(1, 3, 3, 3\)",
+            put({"1": torch.tensor([1])}, "bank", "stem.weight", "box"),
+            r"it must be torch.float64 \(6, 1, 3, 3\)",
         ),
         ("default", put(torch.zeros(3), "penalty"), r"state\['penalty'\] is torch.float32 \(3,\)"),
         ("gumbel", lambda s: s["indicators"]["exponent"].fill_(99), r"at most 4, the number of updates"),
