@@ -10,7 +10,7 @@ from torch import nn
 import zoo
 from torchgrow import Space, TraceError, trace
 from torchgrow.lab.models import VGG16, ResNet, WideResNet
-from torchgrow.replay import replay
+from torchgrow.replay import Replay, ValuesRead, replay
 
 # What every model has: its first weights read the inputs, its last ones write the outputs.
 USUAL = {"reads values that cannot be removed", "is an output of the model"}
@@ -301,3 +301,67 @@ def test_a_grouped_convolution_of_the_inputs_keeps_its_groups_even() -> None:
     space = trace(model, torch.randn(2, 6, 5, 5))
     assert live_widths(space) == {"0": 4}
     assert space.unit_of["0.weight", 0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+class Reading(nn.Module):
+    """Which way it goes depends on values that a convolution and a product have made, found in several ways."""
+
+    def __init__(self, how: Callable[[torch.Tensor], bool]) -> None:
+        super().__init__()
+        self.conv, self.one, self.other, self.how = nn.Conv2d(3, 6, 1), nn.Linear(6, 4), nn.Linear(6, 4), how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.conv(x)).mean((2, 3))
+        return self.one(y) if self.how(y) else self.other(y)
+
+
+READINGS: dict[str, Callable[[torch.Tensor], bool]] = {
+    "if": lambda y: bool(y.sum() > 0),
+    "item": lambda y: y.sum().item() > 0,
+    "tolist": lambda y: y.sum(1).tolist()[0] > 0,
+    "numpy": lambda y: y.detach().numpy().sum() > 0,
+    "list": lambda y: sum(float(value) for value in y[0]) > 0,
+    "nonzero": lambda y: len(y.nonzero()) > 0,
+    "mask": lambda y: y[y > 0].numel() > 0,
+    "equal": lambda y: not torch.equal(y, torch.zeros_like(y)),
+    "unique": lambda y: y.unique().numel() > 1,
+    "quietly": lambda y: _caught(y),
+}
+
+
+def _caught(y: torch.Tensor) -> bool:
+    try:
+        return y.sum().item() > 0
+    except Exception:  # such as a forward may have; tracing must not be led astray by it
+        return False
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_a_forward_that_looks_at_values_sees_the_real_ones(name: str) -> None:
+    """Tracing leaves out the costly operations until somebody looks: then it starts again with all of them."""
+    torch.manual_seed(0)
+    space = replay(Reading(READINGS[name]), torch.rand(2, 3, 4, 4))
+    assert {frozen.op for frozen in space.frozen if frozen.places[0][0].startswith("other")} == {"unused"}
+    assert not any(frozen.op == "unused" and frozen.places[0][0].startswith("one") for frozen in space.frozen)
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_labels_need_no_values(name: str) -> None:
+    """The same space, whether convolutions and products are computed or not."""
+    model, example = zoo.build(name), zoo.inputs(name)
+    spaces = []
+    for values in (False, True):
+        tracer = Replay(model, values=values)
+        try:
+            tracer.run(example)
+        except ValuesRead:
+            assert not values
+            return
+        spaces.append(tracer.found.space(2))
+    a, b = spaces
+    assert a.unit_of.keys() == b.unit_of.keys()
+    assert all(torch.equal(a.unit_of[place], b.unit_of[place]) for place in a.unit_of)
+    assert a.frozen == b.frozen
+    assert [(t.constant, t.module) for t in a.flops] == [(t.constant, t.module) for t in b.flops]
+    assert a.fold.keys() == b.fold.keys()
+    assert all(torch.equal(a.fold[place], b.fold[place]) for place in a.fold)

@@ -74,10 +74,11 @@ def adapt_(model: nn.Module, paths: Iterable[str]) -> None:
 @contextmanager
 def adapted(model: nn.Module) -> Iterator[None]:
     """All adapters on, for a while."""
-    modules = dict(model.named_modules())
-    before = [(modules[path], type(modules[path])) for path in adaptable(model)]
+    modules, paths = dict(model.named_modules()), adaptable(model)
+    before = [(modules[path], type(modules[path])) for path in paths]
     try:
-        adapt_(model, adaptable(model))
+        if paths:
+            adapt_(model, paths)
         yield
     finally:
         for module, kind in before:

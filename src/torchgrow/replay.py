@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -19,6 +19,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 
@@ -105,21 +106,24 @@ def check_model(model: nn.Module, example_inputs: Any) -> None:
 @contextmanager
 def quiet_eval(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, not compiled; modes, buffers and random state are as before afterwards."""
-    compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
-    modes = [(module, module.training, dict(module._buffers)) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone(), buffer._version) for buffer in model.buffers()]
+    modules = list(model.modules())
+    compiled = [(module, module._compiled_call_impl) for module in modules if module._compiled_call_impl]
+    modes = [(module, module.training, dict(module._buffers)) for module in modules]
+    held = [buffer for module in modules for buffer in module._buffers.values() if buffer is not None]
+    buffers = [(buffer, buffer.detach().clone(), buffer._version) for buffer in held]
     try:
         for module, _ in compiled:
             module._compiled_call_impl = None
         model.eval()
-        with torch.random.fork_rng(), torch.no_grad():
+        devices: list[int] | None = None if torch.cuda.is_initialized() else []  # counting devices takes milliseconds
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
             yield
     finally:
         for module, call_compiled in compiled:
             module._compiled_call_impl = call_compiled
-        for module, training, held in modes:
+        for module, training, own in modes:
             module.training = training
-            module._buffers.update(held)
+            module._buffers.update(own)
         with torch.no_grad():
             for buffer, before, version in buffers:
                 if buffer._version != version:
@@ -158,6 +162,7 @@ class Operation:
     name: str
     handler: Rule | None
     mutable: bool
+    by_values: bool
     arguments: tuple[Any, ...]
 
     @staticmethod
@@ -167,7 +172,8 @@ class Operation:
         handler = RULES.get(name) or RULES.get(name.rstrip("_"))
         if handler is None and torch.Tag.pointwise in func.tags:
             handler = pointwise
-        return Operation(name, handler, func._schema.is_mutable, tuple(func._schema.arguments))
+        by_values = not BY_VALUES.isdisjoint(func.tags) or name == "is_nonzero"
+        return Operation(name, handler, func._schema.is_mutable, by_values, tuple(func._schema.arguments))
 
     def bind(self, args: Any, kwargs: Any) -> dict[str, Any]:
         """Arguments by their schema names, defaults included."""
@@ -201,12 +207,44 @@ PENDING_BYTES = 2**25
 """How much the results of pending steps may hold; they are kept until their labels have been looked at."""
 
 
-class Replay(TorchDispatchMode):
-    """The tracer: implements `rules.Context` while the frame runs."""
+class ValuesRead(BaseException):
+    """The forward looks at values that were not computed; not an `Exception`, which a forward might catch."""
 
-    def __init__(self, model: nn.Module, slots: Sequence[Slot] = ()) -> None:
+
+READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
+"""What looks at values without running an operation."""
+
+BY_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+"""Tags of operations whose results depend on values in what they are or in shape."""
+
+
+class Readers(TorchFunctionMode):
+    """Calls `on_read` with what Python looks at without running an operation."""
+
+    def __init__(self, on_read: Callable[[Tensor], None]) -> None:
         super().__init__()
-        self.model, self.slots = model, slots
+        self.on_read = on_read
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function of torch."""
+        if func in READERS:
+            self.on_read(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+class Replay(TorchDispatchMode):
+    """The tracer: implements `rules.Context` while the frame runs.
+
+    Args:
+        model: the frame.
+        slots: layers that may hand their input on.
+        values: whether to compute convolutions, matrix products and the like of what depends on the inputs. Labels do
+            not need them, and a forward seldom looks at values; where it does, `ValuesRead` is raised.
+    """
+
+    def __init__(self, model: nn.Module, slots: Sequence[Slot] = (), *, values: bool = True) -> None:
+        super().__init__()
+        self.model, self.slots, self.values = model, slots, values
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self.labels = Labels()
         self.found = Findings(model, self.labels, tuple(name for name, _ in model.named_parameters()), tensors)
@@ -387,7 +425,8 @@ class Replay(TorchDispatchMode):
         if known is not None and func is torch.ops.aten._local_scalar_dense.default:
             out = known
         else:
-            out = func(*args, **kwargs)
+            out = None if self.values else self._shaped(operation, args, notes)
+            out = func(*args, **kwargs) if out is None else out
         results = [out] if isinstance(out, Tensor) else [x for x in _tensors((out,)) if x.numel()]
         if known is not None:
             for mine, real in zip(tree_leaves(out), tree_leaves(known), strict=False):
@@ -404,6 +443,36 @@ class Replay(TorchDispatchMode):
             if self.pending_bytes > PENDING_BYTES:
                 self._catch_up()
         return out
+
+    def _shaped(self, operation: Operation, args: Any, notes: list[Note]) -> Any:
+        """Zeros in place of what depends on the inputs, of the most costly operations; None for what is computed.
+
+        Raises:
+            ValuesRead: the result depends on values that are not there.
+        """
+        if not any(note.from_input for note in notes):
+            return None
+        if operation.by_values and not (operation.name == "index" and not _has_mask(args[1])):
+            raise ValuesRead
+        if operation.name in SHAPES:
+            shape = SHAPES[operation.name](*args)
+            return None if shape is None else args[0].new_zeros(shape)
+        if operation.name == "cat" and all(note.from_input for note in notes):
+            return _beside(*args)
+        if operation.name == "native_batch_norm" and not args[5]:
+            return torch.zeros_like(args[0]), args[0].new_zeros(0), args[0].new_zeros(0)
+        if operation.name == "relu":
+            return torch.zeros_like(args[0])
+        return args[0] if operation.name == "relu_" else None
+
+    def read_values(self, tensor: Tensor) -> None:
+        """Python looks at a tensor.
+
+        Raises:
+            ValuesRead: its values are not there.
+        """
+        if not self.values and self.depends_on_input(tensor):
+            raise ValuesRead
 
     def _harmless(self, operation: Operation, target: Any) -> bool:
         """Whether no pending step would see a difference if this in-place operation ran before it.
@@ -511,7 +580,7 @@ class Replay(TorchDispatchMode):
             handles.append(last.register_forward_hook(partial(self._leave_slot, slot)))
         try:
             with adapted(self.model), quiet_eval(self.model):
-                with self:
+                with Readers(self.read_values), self:
                     outputs = call(self.model, example_inputs)
                 self._catch_up()
         except Exception as error:
@@ -611,6 +680,49 @@ class Replay(TorchDispatchMode):
         self._used(self.notes.get(id(x)) for x in tree_leaves(named) if isinstance(x, Tensor))
         with torch.utils._python_dispatch._disable_current_modes():
             MODULE_RULES[type(module)](self, module, named, output)
+
+
+def _convolved(
+    x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, *rest: Any
+) -> tuple[int, ...] | None:
+    """Shape of a convolution's result, if it is laid out in memory as it is named and the shapes fit."""
+    fits = x.dim() == weight.dim() and x.shape[1] == weight.shape[1] * rest[1]
+    if transposed or not fits or not x.is_contiguous() or not weight.is_contiguous():
+        return None
+    sides = [
+        (size + 2 * pad - step * (kernel - 1) - 1) // by + 1
+        for size, kernel, by, pad, step in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    ]
+    return (x.shape[0], weight.shape[0], *sides) if min(sides) > 0 else None
+
+
+def _multiplied(a: Tensor, b: Tensor, *_: Any) -> tuple[int, ...] | None:
+    """Shape of a product of matrices, or of batches of them, if the shapes fit."""
+    return (*a.shape[:-1], b.shape[-1]) if a.shape[:-2] == b.shape[:-2] and a.shape[-1] == b.shape[-2] else None
+
+
+SHAPES: dict[str, Callable[..., tuple[int, ...] | None]] = {
+    "convolution": _convolved,
+    "mm": _multiplied,
+    "bmm": _multiplied,
+    "addmm": lambda offset, a, b, *_: (
+        _multiplied(a, b) if offset.dim() == 1 and offset.shape[0] == b.shape[1] else None
+    ),
+}
+"""Shapes of contractions by the arguments; None where the result has to be computed (or is an error)."""
+
+
+def _has_mask(indices: Any) -> bool:
+    return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in indices)
+
+
+def _beside(parts: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+    """Zeros of the shape of concatenated parts; None if they are not of one dtype and number of axes."""
+    if len({(part.dim(), part.dtype) for part in parts}) > 1 or not all(part.is_contiguous() for part in parts):
+        return None
+    shape = list(parts[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    return parts[0].new_zeros(shape)
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
@@ -768,9 +880,13 @@ def replay(
         TraceError: the model or the inputs cannot be traced; the message says what would work.
     """
     check_model(model, example_inputs)
-    tracer = Replay(model, slots)
+    tracer = Replay(model, slots, values=False)
     wanted = _frozen_by_name(tracer.found.symbols, freeze), _coupled(tracer.found.symbols, couple)
-    tracer.run(example_inputs, carried)
+    try:
+        tracer.run(example_inputs, carried)
+    except ValuesRead:
+        tracer = Replay(model, slots)
+        tracer.run(example_inputs, carried)
     tracer.op = "the user"
     for a, b in wanted[1]:
         tracer.tie(tracer.found.symbols[a], tracer.found.symbols[b])
