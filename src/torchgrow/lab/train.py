@@ -225,6 +225,7 @@ def fit(
             )
             # What a model carries differs between processes, of which one writes.
             if checkpoints and checkpoints.due(step, steps) and (state is None or processes.size() == 1):
+                progress = replace(progress, loss=processes.mean(progress.loss))  # one writes it for all
                 save(progress)
             start = time.perf_counter()
         seconds = progress.seconds
