@@ -319,11 +319,34 @@ def test_an_interrupted_save_leaves_nothing_or_the_old_folder(
     ):
         with monkeypatch.context() as patch:
             patch.setattr(torchgrow.files if name == "save_file" else Path, name, broken)
+            patch.setattr(torchgrow.files, "_exchanged", lambda one, other: False)  # as where the system cannot
             for target in (folder, tmp_path / "new") if name == "save_file" else (folder,):
                 with pytest.raises(error, match=text):
                     save(grown("plain"), target)
         assert [path.name for path in tmp_path.iterdir()] == ["net"]
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems rename twice")
+def test_a_kill_in_mid_save_finds_the_old_or_the_new_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two are exchanged in one step: whatever comes right before or after it, one of them has the name."""
+    exchange, seen = torchgrow.files._exchanged, []
+    before = (folder / WEIGHTS).read_bytes()
+
+    def watched(one: Path, other: Path) -> bool:
+        seen.append((folder / WEIGHTS).read_bytes())
+        done = exchange(one, other)
+        seen.append((folder / WEIGHTS).read_bytes())
+        assert (one / WEIGHTS).read_bytes() == before
+        return done
+
+    monkeypatch.setattr(torchgrow.files, "_exchanged", watched)
+    model = grown("plain")
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    save(model, folder)
+    assert seen[0] == before != seen[1] == (folder / WEIGHTS).read_bytes()
+    assert [path.name for path in folder.parent.iterdir()] == ["net"]
 
 
 def test_a_saved_folder_is_replaced_and_nothing_else_is(folder: Path, tmp_path: Path) -> None:

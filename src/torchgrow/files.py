@@ -5,11 +5,13 @@ Written beside the target, flushed to the disk and renamed; read with suspicion.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Collection
@@ -84,6 +86,9 @@ def _swap_in(staging: Path, target: Path) -> None:
     if not target.exists():
         staging.rename(target)
         return
+    if _exchanged(staging, target):
+        shutil.rmtree(staging, ignore_errors=True)  # the old one by now
+        return
     old = target.with_name(f"{staging.name}.old")
     target.rename(old)
     try:
@@ -92,6 +97,16 @@ def _swap_in(staging: Path, target: Path) -> None:
         old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step, so that a kill at any moment finds a whole one in each place.
+
+    False where the system or the file system cannot (Linux can, on most).
+    """
+    exchange = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return exchange is not None and exchange(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
 
 
 def read_folder(
