@@ -171,6 +171,7 @@ def inspect_model(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     svg: Annotated[Path | None, typer.Option(help="Draw the groups into this SVG file.")] = None,
     proof: Annotated[bool, typer.Option(help="Prove exactness a second time, on other random weights.")] = True,
+    depth: Annotated[bool, typer.Option("--depth", help="Ask about layers too, which may be left out.")] = False,
 ) -> None:
     """Show what torchgrow can do on a model, and why it cannot do more.
 
@@ -183,7 +184,9 @@ def inspect_model(
         # What a file prints while it runs must not end up in the JSON.
         with errors.status("building the model") as status, redirect_stdout(sys.stderr):
             network, inputs = sources.load(model, sizes)
-            seen = inspect.inspect(network, inputs, name=model, budget=asked, proof=proof, tell=status.update)
+            seen = inspect.inspect(
+                network, inputs, name=model, budget=asked, proof=proof, depth=depth, tell=status.update
+            )
         if svg:
             inspect.draw(seen, svg)
     if as_json:

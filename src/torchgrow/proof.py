@@ -388,6 +388,7 @@ def verify(
     couple: Couples = (),
     depth: bool | Sequence[Named] = False,
     carried: Carries | None = None,
+    space: Space | None = None,
 ) -> Report:
     """Prove exactness on your own model: remove random units and compare with the frame, those units zeroed.
 
@@ -401,13 +402,15 @@ def verify(
         couple: as for `trace`.
         depth: as for `trace`.
         carried: as for `trace`.
+        space: what `trace` found for this model and these inputs, if it was called; the four before then have no say.
 
     Raises:
         TraceError: as for `trace`.
     """
     if not 0 < fraction < 1:
         raise TraceError(f"fraction must lie between 0 and 1, got {fraction}")
-    space = trace(model, example_inputs, freeze=freeze, couple=couple, carried=carried, depth=depth)
+    if space is None:
+        space = trace(model, example_inputs, freeze=freeze, couple=couple, carried=carried, depth=depth)
     if not space.proven:
         raise TraceError("the model is on the meta device, where nothing can be proven; use trace for its units")
     prover = Prover(model, space, example_inputs, seed)

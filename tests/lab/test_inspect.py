@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from functools import partial
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -16,6 +17,7 @@ from torchgrow import Budget, Frozen, TorchgrowError, measure, shrink_, trace
 from torchgrow.cli import app
 from torchgrow.lab import inspect, recipes, sources
 from torchgrow.lab.data import DATASETS
+from torchgrow.lab.models import ResNet
 from torchgrow.lab.recurrent import LSTM
 
 NETS = """
@@ -69,6 +71,23 @@ def plain(text):
 
 
 # --- facts ---
+
+
+def test_layers_are_asked_about_too():
+    """What leaving a layer out frees is what all it holds costs."""
+    build = partial(ResNet, depth=14, widths=(4, 6, 8), in_channels=1)
+    inputs = torch.randn(2, 1, 8, 8)
+    seen = inspect.inspect(build(), inputs, depth=True)
+    layers = {part.name: part for part in seen.parts if part.name.endswith("(layer)")}
+    assert list(layers) == ["layer1.1 (layer)", "layer2.1 (layer)", "layer3.1 (layer)"]
+    model = build()
+    for name, part in layers.items():
+        path = name.removesuffix(" (layer)")
+        assert (part.units, part.removable) == (1, 1)
+        assert part.frees_params == sum(p.numel() for p in model.get_submodule(path).parameters())
+    assert seen.exact
+    assert seen.least_params < inspect.inspect(build(), inputs, proof=False).least_params
+    assert "layer1.1 (layer)" in plain(invoke("digits", "--depth", "--json").stdout)
 
 
 @pytest.mark.parametrize("name", ["Plain", "Residual", "Concat", "Depthwise"])

@@ -129,6 +129,7 @@ def inspect(
     name: str = "model",
     budget: Budget | None = None,
     proof: bool = True,
+    depth: bool = False,
     tell: Callable[[str], None] = lambda stage: None,
 ) -> Inspection:
     """Trace a model and find out what can go, what cannot, and whether a budget can be met.
@@ -139,6 +140,7 @@ def inspect(
         name: what to call it.
         budget: to ask about.
         proof: whether to prove exactness once more, on other random weights than tracing did.
+        depth: whether layers may be left out as well.
         tell: called with what is being done, before each step.
 
     Raises:
@@ -146,7 +148,7 @@ def inspect(
     """
     tell("tracing, and proving what can go")
     carried: Any = getattr(model, "carried", None)  # how a recurrent network says what it hands on to its next call
-    space = trace(model, inputs, carried=carried)
+    space = trace(model, inputs, carried=carried, depth=depth)
     costs = CostModel(space)
     frame, least = Cost(*costs.both(costs.sizes).tolist()), Cost(*costs.both(costs.smallest()).tolist())
     parts = _parts(space, costs, frame)
@@ -155,7 +157,7 @@ def inspect(
         verdict = "each group came out exact while tracing (float64); the second proof was left out"
         if proof:
             tell("proving once more, on other random weights")
-            report = verify(model, inputs, seed=1, carried=carried)
+            report = verify(model, inputs, seed=1, space=space)
             exact = report.ok
             verdict = (
                 f"{'exact' if exact else 'NOT EXACT'}: relative error at most {report.max_error:.1e} "
@@ -191,6 +193,8 @@ def _parts(space: Space, costs: CostModel, frame: Cost) -> tuple[Part, ...]:
             for group in space.group_of[units[units >= 0]].unique().tolist():
                 position.setdefault(group, index)
         module = name.rpartition(".")[0] or name  # a parameter of the model itself stands for itself
+        if name in space.slot_of:
+            position.setdefault(int(space.group_of[space.slot_of[name]]), index)
         if axes:
             cut.add(module)
         first, count = whole.get(module, (index, 0))
