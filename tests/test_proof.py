@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import torchgrow.proof
 import zoo
 from drawn import zeroed
 from torchgrow import Space, TraceError, shrink_, trace, verify
@@ -203,3 +204,48 @@ def test_law_1_on_random_networks(blocks: list[tuple[str, int, bool]], fraction:
     prover = Prover(model, replay(model, example), example, seed=0)
     error, reason = prover.error(prover.draw(fraction))
     assert error <= TOLERANCE, reason
+
+
+class Faint(nn.Module):
+    """A mean over the hidden units that shows in the sixth digit only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        return self.b(y + 1e-6 * torch.tanh(y).mean(1, keepdim=True))
+
+
+def test_a_faint_mistake_is_not_taken_for_rounding() -> None:
+    """Labels that say all hidden units are free, as they would be without the mean."""
+    model, x = Faint(), torch.randn(5, 4)
+    honest = trace(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), x)
+    names = {"0.weight": "a.weight", "0.bias": "a.bias", "1.weight": "b.weight", "1.bias": "b.bias"}
+    wrong = replace(
+        honest,
+        unit_of={(names[name], axis): units for (name, axis), units in honest.unit_of.items()},
+        shapes={names[name]: shape for name, shape in honest.shapes.items()},
+        parameters=tuple(names[name] for name in honest.parameters),
+        fold={(names[name], axis): units for (name, axis), units in honest.fold.items()},
+        attributes=(),
+        proven=False,
+    )
+    space = prove(model, wrong, x)
+    assert not bool(space.removable.any())
+    assert "outputs differ by" in str(space.frozen[-1])
+
+
+def test_rounding_that_a_network_blows_up_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of 1e-7 on some weights and of 1e-16 on others is no mistake of the structure."""
+    gaps = iter([0.0, 1e-7, 2e-5, 1e-15])
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), torch.randn(5, 4)
+    space = replay(model, x)
+    prover = Prover(model, space, x, seed=0)
+    before = prover.frame[0].weight.clone()
+    monkeypatch.setattr(torchgrow.proof, "_gap", lambda found, expected: next(gaps))
+    assert prover.error(prover.draw(0.5))[0] == 0.0
+    assert torch.equal(prover.frame[0].weight, before)
+    assert prover.error(prover.draw(0.5))[0] == 1e-15
+    assert not torch.equal(prover.frame[0].weight, before)

@@ -30,6 +30,9 @@ TOLERANCE = 1e-9
 """Largest relative error in float64 that still counts as equal."""
 
 
+BLOWN_UP, RETRIES = 1e-3, 3
+"""Errors up to this may be rounding (seen: 2e-7 in EfficientNet-B4, 1e-13 on its other subsets); how often to ask."""
+
 NOISE = 1_000_003
 """Length of the block of noise that large parameters repeat; prime, so that their rows differ."""
 
@@ -167,7 +170,21 @@ class Prover:
         return keep
 
     def error(self, keep: Tensor) -> tuple[float, str]:
-        """Relative error between compact network and zeroed frame, and what went wrong if the first fails."""
+        """Relative error between compact network and zeroed frame, and what went wrong if the first fails.
+
+        An error that may be rounding, blown up by a deep network, is looked at again on other random weights: a
+        mistake in the structure shows on all of them.
+        """
+        worst, reason = self._error(keep)
+        for _ in range(RETRIES):
+            if not TOLERANCE < worst <= BLOWN_UP:
+                break
+            self._randomize()
+            self.bank = Bank(self.frame, self.space)
+            worst, reason = self._error(keep)
+        return worst, reason
+
+    def _error(self, keep: Tensor) -> tuple[float, str]:
         with torch.no_grad():
             for name in self.space.parameters:
                 for axis in self.space.cut_axes.get(name, ()):
@@ -185,7 +202,7 @@ class Prover:
             expected = self._outputs()
             skip_(self.frame, plain, {})
             for name, asleep in self.bank.full.items():
-                self.bank.tensors[name].copy_(asleep.read({}))
+                self.bank.tensors[name].copy_(asleep.held)
         try:
             self.bank.resize_(keep)
             found = self._outputs(keep)
