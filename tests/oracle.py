@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from torchgrow import Method, Space
+from torchgrow.space import WHOLE
 
 
 class SmallResNet(nn.Module):
@@ -98,7 +99,8 @@ class Eq6:
             w = result.get(name, self.parameters[name])
             factor = torch.where(units >= 0, m[units.clamp(min=0)], torch.ones(1, dtype=m.dtype))
             shape = [1] * w.dim()
-            shape[axis] = -1
+            if axis != WHOLE:
+                shape[axis] = -1
             result[name] = w * factor.reshape(shape)
         return result
 

@@ -257,18 +257,6 @@ def test_grows_to_the_budget(block: type[nn.Module], preset: str) -> None:
 class WithLayers(Eq6):
     """Eq 6 with layers: an absent one hands its input on, the gate of a present one scales f (Eq 2)."""
 
-    def masked(self) -> dict[str, Tensor]:
-        m = self.masks()
-        result: dict[str, Tensor] = {}
-        for (name, axis), units in self.space.fold.items():
-            w = result.get(name, self.parameters[name])
-            factor = torch.where(units >= 0, m[units.clamp(min=0)], torch.ones(1, dtype=m.dtype))
-            shape = [1] * w.dim()
-            if axis >= 0:
-                shape[axis] = -1
-            result[name] = w * factor.reshape(shape)
-        return result
-
     def __call__(self, x: Tensor) -> Tensor:
         for slot in self.space.slots:
             module = self.frame.get_submodule(slot.modules[0])
