@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import torchgrow.distributed
 from growing import batch, sgd
 from oracle import SmallResNet
+from test_depth import Residual, Stages
 from torchgrow import Budget, Grower, Method, TorchgrowError
 
 EPOCHS, STEPS = 3, 4
@@ -110,6 +111,19 @@ def with_batch_norm() -> list[dict[str, Tensor]]:
         seen.append(tensors(grower))
     train(grower.wrap(broadcast_buffers=False), grower, 0)
     seen.append(dict(grower.model.named_parameters()))
+    return seen
+
+
+def layers() -> list[dict[str, Tensor]]:
+    """Layers come and go: DDP must not wait for gradients of what is empty."""
+    torch.manual_seed(rank())
+    grower, seen = make(Stages(Residual).double(), updates=EPOCHS, depth=True), []
+    for epoch in range(EPOCHS):
+        train(grower.wrap(), grower, STEPS * epoch)
+        grower.update()
+        seen.append(
+            {**tensors(grower), "left out": torch.tensor(sum(not p.numel() for p in grower.model.parameters()))}
+        )
     return seen
 
 

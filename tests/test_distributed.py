@@ -24,6 +24,7 @@ DOCS = Path(__file__).parent.parent / "docs" / "distributed.md"
 SCENARIOS = [
     ranks.plain,
     ranks.with_batch_norm,
+    ranks.layers,
     ranks.seeds_differ,
     ranks.budgets_differ,
     ranks.bare_model,
@@ -56,6 +57,11 @@ def test_four_ranks(tmp_path: Path) -> None:
 def test_with_batch_norm_adam_and_accumulation(two: Results) -> None:
     """Every rank has statistics of its own while it trains; an update makes them rank 0's, in the bank too."""
     same_everywhere([found["with_batch_norm"] for found in two])
+
+
+def test_layers_come_and_go_on_all_ranks(two: Results) -> None:
+    same_everywhere([found["layers"] for found in two])
+    assert any(int(update["left out"]) for update in two[0]["layers"])
 
 
 def same_everywhere(found: list[list[dict[str, Any]]]) -> None:
