@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 import zoo
-from torchgrow import Space, TraceError, trace
+from torchgrow import Space, TraceError, trace, verify
 from torchgrow.lab.models import VGG16, ResNet, WideResNet
 from torchgrow.replay import Replay, ValuesRead, replay
 
@@ -365,3 +365,26 @@ def test_labels_need_no_values(name: str) -> None:
     assert [(t.constant, t.module) for t in a.flops] == [(t.constant, t.module) for t in b.flops]
     assert a.fold.keys() == b.fold.keys()
     assert all(torch.equal(a.fold[place], b.fold[place]) for place in a.fold)
+
+
+class Standardised(nn.Module):
+    """Weights normalised by a batch norm of their own that has a scale and no offset, as NFNets do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 2)
+        self.gain = nn.Parameter(torch.ones(6, 1, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.conv.weight.reshape(1, 6, -1)
+        scaled = nn.functional.batch_norm(weight, None, None, weight=self.gain.view(-1), training=True)
+        y = nn.functional.conv2d(x, scaled.reshape_as(self.conv.weight), self.conv.bias)
+        return self.head(torch.relu(y).mean((2, 3)))
+
+
+def test_a_scale_without_an_offset_belongs_to_its_channels() -> None:
+    x = torch.randn(2, 3, 6, 6)
+    space = trace(Standardised(), x)
+    assert int(space.removable.sum()) == 6
+    assert torch.equal(space.unit_of["gain", 0], space.unit_of["conv.weight", 0])
+    assert verify(Standardised(), x).ok

@@ -13,18 +13,18 @@ from .rules import RULES, Context, first_tensor, harmonize, on_axis, rule, witho
 
 def affine(ctx: Context, layer: Layer, weight: Tensor | None, bias: Tensor | None, *statistics: Tensor | None) -> Layer:
     """Tie scale and offset [C] of a normalisation (and statistics) to the channels; the former silence them."""
-    both = (weight, bias) if weight is not None and bias is not None else (None, None)
-    vectors = [on_axis(ctx.layers(vector), 0) for vector in (*both, *statistics)]
-    known = [vector for vector in vectors if vector is not None]
+    given = [on_axis(ctx.layers(vector), 0) for vector in (weight, bias) if vector is not None]
+    own = [vector for vector in given if vector is not None]
+    known = own + [x for x in (on_axis(ctx.layers(vector), 0) for vector in statistics) if x is not None]
     if known:
         ctx.tie(torch.stack([vector.symbols for vector in known]), layer.symbols.flatten())
-    scale, offset = vectors[:2]
-    if scale is None or offset is None:
+    if weight is None or len(own) < len(given):
         return layer.with_silence(False, frozenset())
-    sources = scale.sources | offset.sources
-    if scale.all_silent and offset.all_silent:
+    sources = frozenset().union(*(vector.sources for vector in own))
+    if all(vector.all_silent for vector in own):
         return layer.with_silence(True, sources)
-    return layer.with_silence((scale.silent & offset.silent).reshape(layer.packed.shape), sources)
+    silent = torch.stack([vector.silent for vector in own]).all(0)
+    return layer.with_silence(silent.reshape(layer.packed.shape), sources)
 
 
 @rule(
