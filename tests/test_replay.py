@@ -376,7 +376,7 @@ class Standardised(nn.Module):
         self.gain = nn.Parameter(torch.ones(6, 1, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.conv.weight.reshape(1, 6, -1)
+        weight = self.conv.weight.flatten(1)[None]
         scaled = nn.functional.batch_norm(weight, None, None, weight=self.gain.view(-1), training=True)
         y = nn.functional.conv2d(x, scaled.reshape_as(self.conv.weight), self.conv.bias)
         return self.head(torch.relu(y).mean((2, 3)))
