@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="only these")
     parser.add_argument("--seconds", type=float, default=300, help="time limit of one model")
     parser.add_argument("--their-seconds", type=float, default=60, help="that of Torch-Pruning; 0: leave it out")
+    parser.add_argument("--inside", action="store_true", help="in this process, without limits: for many small models")
     parser.add_argument("--one", nargs=3, metavar=("SIDE", "SET", "MODEL"), help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -137,11 +138,13 @@ def main() -> None:
         (kind, name) for kind, name in wanted if name not in done and (not arguments.models or name in arguments.models)
     ]
     for kind, name in track(wanted, "models", console=Console(stderr=True)):
-        row = apart("ours", kind, name, arguments.seconds)
+        row = one("ours", kind, name) if arguments.inside else apart("ours", kind, name, arguments.seconds)
         if isinstance(row, str):
             row = {"verdict": "time-out" if row.startswith("time-out") else "crashed", "reason": row}
         if row["verdict"] != "left out" and arguments.their_seconds:
-            other = apart("theirs", kind, name, arguments.their_seconds)
+            other = (
+                one("theirs", kind, name) if arguments.inside else apart("theirs", kind, name, arguments.their_seconds)
+            )
             row["torch_pruning"] = {"runs": False, "error": other} if isinstance(other, str) else other
         with arguments.results.open("a") as file:
             file.write(json.dumps({"set": kind, "model": name, **row, "environment": surroundings}) + "\n")
