@@ -10,7 +10,7 @@ import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import torchgrow.grower
+import torchgrow.saved
 from growing import batch, differences, make, sgd
 from oracle import SmallResNet, TwoLayers
 from torchgrow import Budget, Grower, Method, trace
@@ -124,7 +124,7 @@ def test_other_compiled_functions_go_on() -> None:
 def test_nothing_is_loaded_where_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch._dynamo")
     monkeypatch.setattr(torch.compiler, "reset", lambda: pytest.fail("loads the compiler"))
-    torchgrow.grower._forget_compiled()
+    torchgrow.saved.forget_compiled()
 
 
 def test_tracing_leaves_a_compiled_model_compiled() -> None:

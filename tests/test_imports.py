@@ -43,6 +43,7 @@ ORDER = [
     "distributed",
     "files",
     "state",
+    "saved",
     "grower",
     "persist",
     "checkpoint",

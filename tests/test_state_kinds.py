@@ -131,8 +131,8 @@ BOX = ("bank", "stem.weight", "box")
 @pytest.mark.parametrize(
     ("kind", "change", "says"),
     [
-        ("optimizers", put([], "optimizers"), r"a list of 2 states, one for every optimizer"),
-        ("optimizers", put([True], "steps", "waiting"), r"a list of 2 flags, one for every optimizer"),
+        ("optimizers", put([], "optimizers"), r"a list of 2, one for every optimizer"),
+        ("optimizers", put([True], "steps", "waiting"), r"a list of 2, one for every optimizer"),
         ("follower", put([], "followers"), r"has 0 followers, this Grower 1; call grower\.follow\(module\)"),
         ("default", put(None, "bank", "stem.weight", "box"), r"it must be all positions of a frame"),
         ("meta", put({"7": torch.tensor([0])}, "bank", "stem.weight", "box"), r"it must be positions of an axis"),

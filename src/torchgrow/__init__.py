@@ -17,12 +17,13 @@ from .errors import (
     TraceError,
     TrainingError,
 )
-from .grower import Event, Grower, measure
+from .grower import Grower, measure
 from .indicators import Method
 from .persist import load, save
 from .proof import Report, trace, verify
 from .rules import Context, module_rule, rule
 from .space import Frozen, Space
+from .state import Event
 from .surgery import Bank, shrink_
 
 __version__ = "0.1.0"

@@ -7,8 +7,6 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -19,65 +17,20 @@ from .budget import Budget, Limits, check_feasible, fit, largest_shift, pressure
 from .cost import Cost, CostModel
 from .depth import Named
 from .distributed import Ranks
-from .errors import BudgetError, SavedModelError, StructureError, TorchgrowError, TrainingError
+from .errors import BudgetError, StructureError, TorchgrowError
 from .fold import Fold, Folding
 from .guard import guard_
 from .indicators import PRESETS, Indicators, Method
 from .optimizers import check_optimizers
 from .proof import prove, trace
 from .replay import Carries, Couples, replay
+from .saved import Saved, forget_compiled
 from .space import WHOLE, Frozen, Place, Space, live_positions
-from .state import (
-    FORMAT,
-    Field,
-    check_frame,
-    copies,
-    fingerprint,
-    live_shapes,
-    optimizer_state,
-    read_bank_slots,
-    read_indicators,
-    read_optimizer,
-    read_stores,
-    read_tensors,
-    store_state,
-    stores_state,
-    swapped_in,
-)
-from .store import Store
-from .surgery import Bank, Change, named_tensors, recut, uninterrupted
+from .state import Event
+from .surgery import Bank, Change, recut, uninterrupted
 
 
-@dataclass(frozen=True)
-class Event:
-    """What one update did; event 0 is the seed.
-
-    Attributes:
-        update: number of the update.
-        params: parameters of the network after it.
-        flops: FLOPs of the network after it, for one sample.
-        widths: live units per group.
-        pressure: lambda of Eq 4 for the epoch to come, or with controller "plan" the shift of all indicators.
-        temperature: mean beta per group.
-        born: units present for the first time.
-        regrown: units that came back with their old weights.
-        detached: units that left.
-        seconds: wall-clock time of the update.
-    """
-
-    update: int
-    params: int
-    flops: int
-    widths: dict[str, int]
-    pressure: float
-    temperature: dict[str, float]
-    born: int
-    regrown: int
-    detached: int
-    seconds: float
-
-
-class Grower:
+class Grower(Saved):
     """Grows a model to a budget while you train it.
 
     At construction the model (the frame, the largest it may become) is shrunk in place to a seed of one unit per
@@ -325,125 +278,6 @@ class Grower:
             self.finished = True
         return event
 
-    def state_dict(self) -> dict[str, Any]:
-        """The whole run so far: network, bank, indicators, counters, draws, history, optimizer; as copies.
-
-        Plain data: nested dicts and lists of tensors, numbers and text. A grower built alike that loads it goes on bit
-        for bit (with the same number of threads). Gradients are part of it, so it may be taken between `backward`
-        and `step`; call `optimizer.zero_grad()` before if they are spent. So are followers. Random numbers outside the
-        grower (dropout, shuffling) are not; `save_checkpoint` stores those too.
-
-        Raises:
-            TrainingError: the last optimizer step did not finish.
-        """
-        self._folding.recover()
-        fold = self._folding.fold
-        assert fold is not None
-        gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
-        return {
-            "format": FORMAT,
-            "frame": fingerprint(self.space, self._bank.tensors),
-            "settings": self._settings(),
-            "history": [asdict(event) for event in self.history],
-            "finished": self.finished,
-            "penalty": self._penalty.clone(),
-            "initial_lr": self._initial_lr,
-            "keep": self._bank.keep.clone(),
-            "before": self._before.clone(),
-            "ever": self._ever.clone(),
-            "trained": self._bank.trained.clone(),
-            "indicators": self._indicators.state_dict(),
-            "network": copies(named_tensors(self.model)),
-            "gradients": copies(gradients),
-            "raw": copies(dict(zip(fold.names, fold.raw, strict=True))),
-            "steps": self._folding.state_dict(),
-            "bank": stores_state(self._bank.full),
-            "bank_slots": [[name, key, store_state(slot)] for (name, key), slot in self._bank.slots.items()],
-            "optimizers": [optimizer_state(optimizer, self._parameters) for optimizer in self.optimizers],
-            "followers": [
-                {"network": copies(named_tensors(bank.model)), "bank": stores_state(bank.full)}
-                for bank in self._followers
-            ],
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a run where `state_dict` left it: everything is checked first, then all of it is taken, or nothing.
-
-        Build model, optimizer and grower as in the saved run; what this grower did before is lost. The state is
-        copied, so it can be loaded again. Let followers follow before, and load the state of a learning rate
-        scheduler after this.
-
-        Args:
-            state: what `state_dict` returned.
-
-        Raises:
-            SavedModelError: a field is missing, damaged, or does not fit this model, optimizer or grower; the message
-                names it, and nothing was changed.
-        """
-        saved = self._examine(state)
-        space, bank, parameters = self.space, self._bank, self._parameters
-        units = (space.n_units,)
-        keep, before, ever, trained = (
-            saved[name].tensor(units, torch.bool).cpu() for name in ("keep", "before", "ever", "trained")
-        )
-        try:
-            space.check_keep(keep)
-        except StructureError as error:
-            raise SavedModelError(f"the state's structure is damaged: {error}") from error
-        finished, penalty = saved["finished"].flag(), saved["penalty"].tensor(units, torch.float64, finite=True)
-        initial_lr = saved["initial_lr"].number(low=0)
-        history = self._read_history(saved["history"], keep, finished)
-        shapes = live_shapes(space, keep)
-        network = read_tensors(saved["network"], named_tensors(self.model), shapes)
-        gradients = read_tensors(saved["gradients"], parameters, shapes, some=True)
-        gated = {name: parameters[name] for name in self._gated if not space.absent(name, keep)}
-        raw = read_tensors(saved["raw"], gated, shapes)
-        full = read_stores(saved["bank"], {} if finished else bank.blank(), space, bank.tensors)
-        optimizers = saved["optimizers"].items()
-        if len(optimizers) != len(self.optimizers):
-            saved["optimizers"].refuse(f"a list of {len(self.optimizers)} states, one for every optimizer")
-        read = [
-            read_optimizer(one, own, parameters, shapes) for one, own in zip(optimizers, self.optimizers, strict=True)
-        ]
-        slots = {parameter: kept for found, _ in read for parameter, kept in found.items()}
-        sleepers = {name: parameters[name] for name in full if name in parameters}
-        sleeping = read_bank_slots(saved["bank_slots"], sleepers, bank.empty_slot, slots, space.shapes)
-        followers = self._read_followers(saved["followers"], shapes, finished)
-        indicators = self._indicators.loaded(read_indicators(saved["indicators"], space.n_units, len(history)))
-        steps = saved["steps"].fields(("waiting", "sum"))
-        waiting = [entry.flag() for entry in steps["waiting"].items()]
-        if len(waiting) != len(self.optimizers):
-            steps["waiting"].refuse(f"a list of {len(self.optimizers)} flags, one for every optimizer")
-        summed = None if steps["sum"].value is None else steps["sum"].tensor(units, torch.float64, finite=True).clone()
-        raw = {name: tensor.to(parameters[name].device, copy=True) for name, tensor in raw.items()}
-        fold = Fold(space, parameters, keep, raw)
-        factors = fold.factors(indicators.gate)
-        change = bank.stage_contents(keep, network)
-        changes = [follower.stage_contents(keep, contents) for follower, contents, _ in followers]
-        grads = {name: gradient.to(parameters[name].device, copy=True) for name, gradient in gradients.items()}
-        with suppress(TrainingError):  # an unfinished step is of no interest any more
-            self._folding.recover()
-        with uninterrupted():
-            with ExitStack() as stack:
-                for own, (found, settings) in zip(self.optimizers, read, strict=True):
-                    stack.enter_context(swapped_in(own, found, settings))
-                bank.commit(change, *changes)
-            for name, gradient in grads.items():
-                parameters[name].grad = gradient
-            bank.full, bank.slots, bank.trained = full, sleeping, trained.clone()
-            for follower, _, asleep in followers:
-                follower.full = asleep
-            self._folding.install(fold, factors)
-            self._folding.load_state(waiting, summed)
-            if finished:
-                self._folding.remove()
-            else:
-                self._folding.attach()
-            self._indicators, self._before, self._ever, self.history = indicators, before, ever, history
-            self.finished, self._penalty, self._initial_lr = finished, penalty.clone(), initial_lr
-            self._ranks.invalidate()
-            _forget_compiled()
-
     def carry(self, state: Any) -> Any:
         """What the model put out before the last change of structure, as it takes it now.
 
@@ -485,66 +319,6 @@ class Grower:
         cut = iter([recut(x, place.units, old, new) for x, place in zip(tensors, carried, strict=True)])
         return tree_map(lambda x: next(cut) if isinstance(x, Tensor) else x, state)
 
-    def _settings(self) -> dict[str, Any]:
-        """What a state must share with the grower that loads it."""
-        limits, method = self.limits, self.method
-        return {
-            "updates": self.updates,
-            "seed": self.seed,
-            "params": limits.params,
-            "flops": limits.flops,
-            **{f"method.{name}": value for name, value in asdict(method).items()},
-        }
-
-    def _read_followers(
-        self, field: Field, shapes: Mapping[str, tuple[int, ...]], finished: bool
-    ) -> list[tuple[Bank, dict[str, Tensor], dict[str, Store]]]:
-        """Every follower's bank, live contents and what sleeps."""
-        saved = field.items()
-        if len(saved) != len(self._followers):
-            raise SavedModelError(
-                f"the state has {len(saved)} followers, this Grower {len(self._followers)}; call grower.follow(module) "
-                "as often as in the saved run, before loading. Nothing was changed"
-            )
-        found = []
-        for entry, bank in zip(saved, self._followers, strict=True):
-            parts = entry.fields(("network", "bank"))
-            contents = read_tensors(parts["network"], named_tensors(bank.model), shapes)
-            asleep = read_stores(parts["bank"], {} if finished else bank.blank(), self.space, bank.tensors)
-            found.append((bank, contents, asleep))
-        return found
-
-    def _examine(self, state: Mapping[str, Any]) -> dict[str, Field]:
-        """Fields of a state that was saved by a grower such as this one, of a frame such as this one."""
-        form = Field(state).fields().get("format", Field(None)).value
-        if type(form) is not int or form != FORMAT:
-            raise SavedModelError(f"the state has format {form!r}, this version of torchgrow reads {FORMAT}")
-        saved, here = Field(state).fields(FIELDS), self._settings()
-        check_frame(saved["frame"], fingerprint(self.space, self._bank.tensors))
-        for key, field in saved["settings"].fields(here).items():
-            if type(field.value) is not type(here[key]) or field.value != here[key]:
-                raise SavedModelError(
-                    f"the state is of a run with {key}={str(field.value)[:60]}, this Grower has {here[key]}; "
-                    "construct it with the budget, updates, preset and seed of the saved run. Nothing was changed"
-                )
-        return saved
-
-    def _read_history(self, field: Field, keep: Tensor, finished: bool) -> list[Event]:
-        """Events of a saved run, of which the last one must describe the structure `keep`."""
-        history = [read_event(entry) for entry in field.items()]
-        cost = self._costs.cost(keep)
-        here = (cost.params, cost.flops, self.space.widths(keep))
-        numbered = [event.update for event in history] == list(range(len(history)))
-        last = history[-1] if history else None
-        if (
-            last is None
-            or not numbered
-            or len(history) > self.updates + finished
-            or (last.params, last.flops, last.widths) != here
-        ):
-            field.refuse(f"events 0 to at most {self.updates}, the last one of the structure {self.space.widths(keep)}")
-        return history
-
     def _planned(self, number: int) -> Tensor:
         """Planned parameters and FLOPs (int64 [2]) at an update: a line from the seed to the budget, then flat."""
         progress = self._progress(number)
@@ -570,9 +344,10 @@ class Grower:
             _silence(self.space, fresh, keep, silent)
         fold = Fold(self.space, self._parameters, keep, fresh)
         factors = fold.factors(gate)
-        followed = self._followed(keep, fresh, fold.folded(factors))
-        for name, folded in fold.folded(factors).items():
-            change.swaps[name].new = folded
+        folded = fold.folded(factors)
+        followed = self._followed(keep, fresh, folded)
+        for name, contents in folded.items():
+            change.swaps[name].new = contents
         cost = self._costs.cost(keep)
         penalty = 0.0
         if self.method.controller == "pressure":
@@ -602,7 +377,7 @@ class Grower:
             self._ranks.invalidate()
             torch.clear_autocast_cache()  # casts of weights as they were, if a context is open
             if reshaped:
-                _forget_compiled()
+                forget_compiled()
                 _give_back()
         return event
 
@@ -664,35 +439,6 @@ def _give_back() -> None:
         trim(0)
 
 
-def _forget_compiled() -> None:
-    """Let Dynamo forget code compiled for the old shapes, which it guards on; it is compiled anew at its next call.
-
-    Left alone, Dynamo gives a function up after 8 recompilations and stays eager from then on, with a warning at most.
-    """
-    if "torch._dynamo" in sys.modules:  # else nothing has been compiled
-        torch.compiler.reset()
-
-
-FIELDS = (
-    *("format", "frame", "settings", "history", "finished", "penalty", "initial_lr", "keep", "before", "ever"),
-    *("trained", "indicators", "network", "gradients", "raw", "steps", "bank", "bank_slots", "optimizers", "followers"),
-)
-"""Fields of a state of format `FORMAT`."""
-
-
-def read_event(field: Field) -> Event:
-    """One event of a saved history."""
-    saved = field.fields(event_field.name for event_field in fields(Event))
-    counts = {name: saved[name].whole() for name in ("update", "params", "flops", "born", "regrown", "detached")}
-    return Event(
-        widths={name: width.whole() for name, width in saved["widths"].fields().items()},
-        pressure=saved["pressure"].number(),
-        temperature={name: beta.number(low=0) for name, beta in saved["temperature"].fields().items()},
-        seconds=saved["seconds"].number(low=0),
-        **counts,
-    )
-
-
 def measure(model: nn.Module, example_inputs: Any) -> Cost:
     """Parameters and FLOPs (2 x multiply-accumulates, one sample) of a model as it is.
 
@@ -742,7 +488,7 @@ def _silence(space: Space, raw: Mapping[str, Tensor], keep: Tensor, silent: Tens
             if bool(silent[vector]):
                 raw[name].zero_()
             continue
-        live = vector[keep[space.unit_of[name, axis].clamp(min=0)] | (space.unit_of[name, axis] < 0)]
+        live = vector[live_positions(space.unit_of[name, axis], keep)]
         positions = torch.nonzero((live >= 0) & silent[live.clamp(min=0)]).flatten()
         if positions.numel():
             raw[name].index_fill_(axis, positions.to(raw[name].device), 0)

@@ -22,6 +22,7 @@ class _Infer(ast.NodeTransformer):
         self.name = name
 
     def visit_Call(self, node: ast.Call) -> ast.Call:
+        """Edit one call."""
         self.generic_visit(node)
         if isinstance(node.func, ast.Attribute) and node.func.attr in ("reshape", "view"):
             wide = [k for k, size in enumerate(node.args) if any(ast.unparse(x) == self.name for x in ast.walk(size))]

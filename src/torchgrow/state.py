@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 import torch
@@ -59,10 +60,10 @@ class Field:
             )
         return {key: Field(value, f"{self.path}[{key!r}]") for key, value in self.value.items()}
 
-    def items(self) -> list[Field]:
-        """The items of a list."""
-        if not isinstance(self.value, list):
-            self.refuse("a list")
+    def items(self, count: int | None = None) -> list[Field]:
+        """The items of a list, of just so many if `count` is given."""
+        if not isinstance(self.value, list) or count not in (None, len(self.value)):
+            self.refuse("a list" if count is None else f"a list of {count}, one for every optimizer")
         return [Field(value, f"{self.path}[{i}]") for i, value in enumerate(self.value)]
 
     def tensor(self, shape: Iterable[int], dtype: torch.dtype, finite: bool = False) -> Tensor:
@@ -289,6 +290,51 @@ def read_indicators(field: Field, n_units: int, events: int) -> dict[str, Tensor
     if bool((t < 0).any() | (t > events).any()):
         saved["t"].refuse(f"counts of at most {events} updates")
     return {**found, "t": t, "generator": saved["generator"].generator()}
+
+
+# --- history ---
+
+
+@dataclass(frozen=True)
+class Event:
+    """What one update did; event 0 is the seed.
+
+    Attributes:
+        update: number of the update.
+        params: parameters of the network after it.
+        flops: FLOPs of the network after it, for one sample.
+        widths: live units per group.
+        pressure: lambda of Eq 4 for the epoch to come, or with controller "plan" the shift of all indicators.
+        temperature: mean beta per group.
+        born: units present for the first time.
+        regrown: units that came back with their old weights.
+        detached: units that left.
+        seconds: wall-clock time of the update.
+    """
+
+    update: int
+    params: int
+    flops: int
+    widths: dict[str, int]
+    pressure: float
+    temperature: dict[str, float]
+    born: int
+    regrown: int
+    detached: int
+    seconds: float
+
+
+def read_event(field: Field) -> Event:
+    """One event of a saved history."""
+    saved = field.fields(event_field.name for event_field in fields(Event))
+    counts = {name: saved[name].whole() for name in ("update", "params", "flops", "born", "regrown", "detached")}
+    return Event(
+        widths={name: width.whole() for name, width in saved["widths"].fields().items()},
+        pressure=saved["pressure"].number(),
+        temperature={name: beta.number(low=0) for name, beta in saved["temperature"].fields().items()},
+        seconds=saved["seconds"].number(low=0),
+        **counts,
+    )
 
 
 # --- optimizers ---

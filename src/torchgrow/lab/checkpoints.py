@@ -56,10 +56,6 @@ class Checkpoints:
     folder: Path
     every: int | None = None
 
-    def due(self, step: int, steps: int) -> bool:
-        """Whether to write one after so many of an epoch's steps; its end comes by itself."""
-        return self.every is not None and step % self.every == 0 and step < steps
-
     def save(
         self,
         progress: Progress,

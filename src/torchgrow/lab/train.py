@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from torchgrow import Event, Grower, TorchgrowError, measure
+from torchgrow import Cost, Event, Grower, TorchgrowError, measure
 from torchgrow.lab import processes
 from torchgrow.lab.checkpoints import Checkpoints, Progress
 from torchgrow.lab.data import Data, train_steps
@@ -175,67 +175,35 @@ def fit(
     Raises:
         TorchgrowError: the loss is not finite, or the checkpoint does not fit.
     """
-    generator = torch.Generator().manual_seed(recipe.seed)
     steps, samples = _extent(model, data, recipe)
     schedule = make_schedule(optimizer, recipe, steps)
-    between = _updates_within(recipe, steps)
     progress = checkpoints.load(model, optimizer, grower, schedule) if checkpoints else Progress()
-    cost = grower.cost() if grower else measure(model, data.example())
-
-    def save(progress: Progress) -> None:
-        if checkpoints and processes.rank() == 0:
-            checkpoints.save(progress, model, optimizer, grower, schedule)
-
-    net = model if grower else processes.wrap(model)
+    run = _Run(
+        network=network,
+        model=model,
+        optimizer=optimizer,
+        data=data,
+        recipe=recipe,
+        grower=grower,
+        schedule=schedule,
+        checkpoints=checkpoints if processes.rank() == 0 else None,
+        mid_epoch=checkpoints.every if checkpoints else None,
+        steps=steps,
+        samples=samples,
+        on_step=on_step,
+        fixed=None if grower else (processes.wrap(model), measure(model, data.example())),
+        generator=torch.Generator().manual_seed(recipe.seed),
+    )
     for epoch in range(progress.epoch, recipe.epochs + recipe.then + 1):
-        growing = grower if epoch <= recipe.epochs else None
-        if progress.sampler is not None:
-            generator.set_state(progress.sampler)
-        if not progress.step:
-            progress = replace(
-                progress, sampler=generator.get_state(), lr=float(optimizer.param_groups[0]["lr"]), changes=(0, 0, 0)
-            )
-        if grower:
-            cost = grower.cost()
-            net = grower.wrap() if processes.size() > 1 else model
-        net.train()
-        start = time.perf_counter()
-        batches = enumerate(processes.shares(_batches(model, data, recipe, generator)), start=1)
-        for step, (x, labels) in islice(batches, progress.step, None):
-            scores, state = _scores(net, x, progress.state)
-            loss = F.cross_entropy(scores, labels.flatten())
-            value = _step(f"{network}, epoch {epoch}, step {step} of {steps}", loss, model, optimizer, recipe)
-            schedule.step()
-            flops, changes = 3 * cost.flops * samples, progress.changes
-            on_step(step, steps)
-            if growing and step in between:
-                changes = _added(changes, growing.update())
-                cost = growing.cost()
-                net = growing.wrap() if processes.size() > 1 else model
-                net.train()
-                state = growing.carry(state) if state is not None else None
-            progress = replace(
-                progress,
-                step=step,
-                state=state,
-                changes=changes,
-                loss=progress.loss + value,
-                training_flops=progress.training_flops + flops,
-                seconds=progress.seconds + time.perf_counter() - start,
-            )
-            # What a model carries differs between processes, of which one writes.
-            if checkpoints and checkpoints.due(step, steps) and (state is None or processes.size() == 1):
-                progress = replace(progress, loss=processes.mean(progress.loss))  # one writes it for all
-                save(progress)
-            start = time.perf_counter()
-        seconds = progress.seconds
+        progress = run.train(progress)
         widths = grower.widths() if grower else {}
         depths = grower.depths() if grower and recipe.depth else {}
         score, test_loss = evaluate(model, data) if processes.rank() == 0 else (math.nan, math.nan)
         fields: dict[str, Any] = {data.metric.name: score}
-        if growing:
+        cost, seconds = run.cost(), progress.seconds
+        if grower and epoch <= recipe.epochs:
             start = time.perf_counter()
-            event = growing.update()
+            event = grower.update()
             seconds += time.perf_counter() - start
             fields |= {"pressure": event.pressure, "temperature": event.temperature}
             fields |= dict(zip(("born", "regrown", "detached"), _added(progress.changes, event), strict=True))
@@ -254,9 +222,91 @@ def fit(
             **fields,
         )
         progress = Progress(
-            epoch=epoch + 1, sampler=generator.get_state(), seconds=seconds, training_flops=progress.training_flops
+            epoch=epoch + 1, sampler=run.generator.get_state(), seconds=seconds, training_flops=progress.training_flops
         )
-        save(progress)
+        run.save(progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """All that stays the same while a network trains, as `fit` is given it.
+
+    Attributes:
+        fixed: of a network that does not grow, what its forward pass goes through, and its cost.
+    """
+
+    network: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    data: Data
+    recipe: Recipe
+    grower: Grower | None
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    checkpoints: Checkpoints | None
+    mid_epoch: int | None
+    steps: int
+    samples: int
+    on_step: Callable[[int, int], None]
+    fixed: tuple[nn.Module, Cost] | None
+    generator: torch.Generator
+
+    def save(self, progress: Progress) -> None:
+        """Leave a checkpoint, in the process that writes."""
+        if self.checkpoints:
+            self.checkpoints.save(progress, self.model, self.optimizer, self.grower, self.schedule)
+
+    def net(self) -> nn.Module:
+        """What the forward pass goes through, in training mode: of the present structure, shared out or not."""
+        if self.fixed:
+            return self.fixed[0].train()
+        return (self.grower.wrap() if self.grower and processes.size() > 1 else self.model).train()
+
+    def cost(self) -> Cost:
+        """What the present structure costs."""
+        if self.fixed:
+            return self.fixed[1]
+        assert self.grower is not None
+        return self.grower.cost()
+
+    def train(self, progress: Progress) -> Progress:
+        """One pass over the training data, or what is left of it."""
+        grower, recipe, steps = self.grower, self.recipe, self.steps
+        if progress.sampler is not None:
+            self.generator.set_state(progress.sampler)
+        if not progress.step:
+            lr = float(self.optimizer.param_groups[0]["lr"])
+            progress = replace(progress, sampler=self.generator.get_state(), lr=lr, changes=(0, 0, 0))
+        between = _updates_within(recipe, steps) if progress.epoch <= recipe.epochs else set()
+        net, cost, start = self.net(), self.cost(), time.perf_counter()
+        batches = enumerate(processes.shares(_batches(self.model, self.data, recipe, self.generator)), start=1)
+        for step, (x, labels) in islice(batches, progress.step, None):
+            scores, state = _scores(net, x, progress.state)
+            loss = F.cross_entropy(scores, labels.flatten())
+            where = f"{self.network}, epoch {progress.epoch}, step {step} of {steps}"
+            value = _step(where, loss, self.model, self.optimizer, recipe)
+            self.schedule.step()
+            flops, changes = 3 * cost.flops * self.samples, progress.changes
+            self.on_step(step, steps)
+            if grower and step in between:
+                changes = _added(changes, grower.update())
+                net, cost = self.net(), self.cost()
+                state = grower.carry(state) if state is not None else None
+            progress = replace(
+                progress,
+                step=step,
+                state=state,
+                changes=changes,
+                loss=progress.loss + value,
+                training_flops=progress.training_flops + flops,
+                seconds=progress.seconds + time.perf_counter() - start,
+            )
+            # What a model carries differs between processes, of which one writes.
+            due = self.mid_epoch is not None and step % self.mid_epoch == 0 and step < steps
+            if due and (state is None or processes.size() == 1):
+                progress = replace(progress, loss=processes.mean(progress.loss))  # one writes it for all
+                self.save(progress)
+            start = time.perf_counter()
+        return progress
 
 
 def _added(changes: tuple[int, int, int], event: Event) -> tuple[int, int, int]:

@@ -1,0 +1,301 @@
+"""What of a grower outlives its process: its state as plain data, and how another grower takes it over."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .budget import Limits
+from .cost import CostModel
+from .distributed import Ranks
+from .errors import SavedModelError, StructureError, TrainingError
+from .fold import Fold, Folding
+from .indicators import Indicators, Method
+from .space import Space
+from .state import (
+    FORMAT,
+    Event,
+    Field,
+    Slots,
+    check_frame,
+    copies,
+    fingerprint,
+    live_shapes,
+    optimizer_state,
+    read_bank_slots,
+    read_event,
+    read_indicators,
+    read_optimizer,
+    read_stores,
+    read_tensors,
+    store_state,
+    stores_state,
+    swapped_in,
+)
+from .store import Store
+from .surgery import Bank, named_tensors, uninterrupted
+
+FIELDS = (
+    *("format", "frame", "settings", "history", "finished", "penalty", "initial_lr", "keep", "before", "ever"),
+    *("trained", "indicators", "network", "gradients", "raw", "steps", "bank", "bank_slots", "optimizers", "followers"),
+)
+"""Fields of a state of format `FORMAT`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What a state holds, once it is checked; the names are those of its fields."""
+
+    keep: Tensor
+    before: Tensor
+    ever: Tensor
+    trained: Tensor
+    finished: bool
+    history: list[Event]
+    penalty: Tensor
+    initial_lr: float
+    indicators: Indicators
+    network: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    raw: dict[str, Tensor]
+    bank: dict[str, Store]
+    bank_slots: dict[tuple[str, str], Store]
+    optimizers: list[tuple[Slots, list[dict[str, Any]]]]
+    waiting: list[bool]
+    summed: Tensor | None
+    followers: list[tuple[Bank, dict[str, Tensor], dict[str, Store]]]
+
+
+class Saved:
+    """The part of `Grower` that gives its state away and takes one back."""
+
+    model: nn.Module
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    space: Space
+    method: Method
+    limits: Limits
+    updates: int
+    seed: int
+    finished: bool
+    history: list[Event]
+    _bank: Bank
+    _followers: list[Bank]
+    _folding: Folding
+    _indicators: Indicators
+    _costs: CostModel
+    _ranks: Ranks
+    _parameters: dict[str, nn.Parameter]
+    _gated: list[str]
+    _penalty: Tensor
+    _initial_lr: float
+    _before: Tensor
+    _ever: Tensor
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole run so far: network, bank, indicators, counters, draws, history, optimizer; as copies.
+
+        Plain data: nested dicts and lists of tensors, numbers and text. A grower built alike that loads it goes on bit
+        for bit (with the same number of threads). Gradients are part of it, so it may be taken between `backward`
+        and `step`; call `optimizer.zero_grad()` before if they are spent. So are followers. Random numbers outside the
+        grower (dropout, shuffling) are not; `save_checkpoint` stores those too.
+
+        Raises:
+            TrainingError: the last optimizer step did not finish.
+        """
+        self._folding.recover()
+        fold = self._folding.fold
+        assert fold is not None
+        gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        return {
+            "format": FORMAT,
+            "frame": fingerprint(self.space, self._bank.tensors),
+            "settings": self._settings(),
+            "history": [asdict(event) for event in self.history],
+            "finished": self.finished,
+            "penalty": self._penalty.clone(),
+            "initial_lr": self._initial_lr,
+            "keep": self._bank.keep.clone(),
+            "before": self._before.clone(),
+            "ever": self._ever.clone(),
+            "trained": self._bank.trained.clone(),
+            "indicators": self._indicators.state_dict(),
+            "network": copies(named_tensors(self.model)),
+            "gradients": copies(gradients),
+            "raw": copies(dict(zip(fold.names, fold.raw, strict=True))),
+            "steps": self._folding.state_dict(),
+            "bank": stores_state(self._bank.full),
+            "bank_slots": [[name, key, store_state(slot)] for (name, key), slot in self._bank.slots.items()],
+            "optimizers": [optimizer_state(optimizer, self._parameters) for optimizer in self.optimizers],
+            "followers": [
+                {"network": copies(named_tensors(bank.model)), "bank": stores_state(bank.full)}
+                for bank in self._followers
+            ],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a run where `state_dict` left it: everything is checked first, then all of it is taken, or nothing.
+
+        Build model, optimizer and grower as in the saved run; what this grower did before is lost. The state is
+        copied, so it can be loaded again. Let followers follow before, and load the state of a learning rate
+        scheduler after this.
+
+        Args:
+            state: what `state_dict` returned.
+
+        Raises:
+            SavedModelError: a field is missing, damaged, or does not fit this model, optimizer or grower; the message
+                names it, and nothing was changed.
+        """
+        found = self._read(self._examine(state))
+        bank, parameters = self._bank, self._parameters
+        fold = Fold(self.space, parameters, found.keep, found.raw)
+        factors = fold.factors(found.indicators.gate)
+        changes = [bank.stage_contents(found.keep, found.network)]
+        changes += [own.stage_contents(found.keep, contents) for own, contents, _ in found.followers]
+        with suppress(TrainingError):  # an unfinished step is of no interest any more
+            self._folding.recover()
+        with uninterrupted():
+            with ExitStack() as stack:
+                for own, (slots, settings) in zip(self.optimizers, found.optimizers, strict=True):
+                    stack.enter_context(swapped_in(own, slots, settings))
+                bank.commit(*changes)
+            for name, gradient in found.gradients.items():
+                parameters[name].grad = gradient
+            bank.full, bank.slots, bank.trained = found.bank, found.bank_slots, found.trained
+            for follower, _, asleep in found.followers:
+                follower.full = asleep
+            self._folding.install(fold, factors)
+            self._folding.load_state(found.waiting, found.summed)
+            if found.finished:
+                self._folding.remove()
+            else:
+                self._folding.attach()
+            self._indicators, self._before, self._ever = found.indicators, found.before, found.ever
+            self.history, self.finished = found.history, found.finished
+            self._penalty, self._initial_lr = found.penalty, found.initial_lr
+            self._ranks.invalidate()
+            forget_compiled()
+
+    def _read(self, saved: dict[str, Field]) -> _Found:
+        """Everything in a state, checked, as copies on the right devices."""
+        space, bank, parameters = self.space, self._bank, self._parameters
+        units = (space.n_units,)
+        keep, before, ever, trained = (
+            saved[name].tensor(units, torch.bool).cpu().clone() for name in ("keep", "before", "ever", "trained")
+        )
+        try:
+            space.check_keep(keep)
+        except StructureError as error:
+            raise SavedModelError(f"the state's structure is damaged: {error}") from error
+        finished, shapes = saved["finished"].flag(), live_shapes(space, keep)
+        history = self._read_history(saved["history"], keep, finished)
+        gated = {name: parameters[name] for name in self._gated if not space.absent(name, keep)}
+        full = read_stores(saved["bank"], {} if finished else bank.blank(), space, bank.tensors)
+        optimizers = [
+            read_optimizer(one, own, parameters, shapes)
+            for one, own in zip(saved["optimizers"].items(len(self.optimizers)), self.optimizers, strict=True)
+        ]
+        slots = {parameter: kept for found, _ in optimizers for parameter, kept in found.items()}
+        sleepers = {name: parameters[name] for name in full if name in parameters}
+        steps = saved["steps"].fields(("waiting", "sum"))
+        total = steps["sum"]
+        return _Found(
+            keep=keep,
+            before=before,
+            ever=ever,
+            trained=trained,
+            finished=finished,
+            history=history,
+            penalty=saved["penalty"].tensor(units, torch.float64, finite=True).clone(),
+            initial_lr=saved["initial_lr"].number(low=0),
+            indicators=self._indicators.loaded(read_indicators(saved["indicators"], space.n_units, len(history))),
+            network=read_tensors(saved["network"], named_tensors(self.model), shapes),
+            gradients=_beside(read_tensors(saved["gradients"], parameters, shapes, some=True), parameters),
+            raw=_beside(read_tensors(saved["raw"], gated, shapes), parameters),
+            bank=full,
+            bank_slots=read_bank_slots(saved["bank_slots"], sleepers, bank.empty_slot, slots, space.shapes),
+            optimizers=optimizers,
+            waiting=[entry.flag() for entry in steps["waiting"].items(len(self.optimizers))],
+            summed=None if total.value is None else total.tensor(units, torch.float64, finite=True).clone(),
+            followers=self._read_followers(saved["followers"], shapes, finished),
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        """What a state must share with the grower that loads it."""
+        limits, method = self.limits, self.method
+        return {
+            "updates": self.updates,
+            "seed": self.seed,
+            "params": limits.params,
+            "flops": limits.flops,
+            **{f"method.{name}": value for name, value in asdict(method).items()},
+        }
+
+    def _read_followers(
+        self, field: Field, shapes: Mapping[str, tuple[int, ...]], finished: bool
+    ) -> list[tuple[Bank, dict[str, Tensor], dict[str, Store]]]:
+        """Every follower's bank, live contents and what sleeps."""
+        saved = field.items()
+        if len(saved) != len(self._followers):
+            raise SavedModelError(
+                f"the state has {len(saved)} followers, this Grower {len(self._followers)}; call grower.follow(module) "
+                "as often as in the saved run, before loading. Nothing was changed"
+            )
+        found = []
+        for entry, bank in zip(saved, self._followers, strict=True):
+            parts = entry.fields(("network", "bank"))
+            contents = read_tensors(parts["network"], named_tensors(bank.model), shapes)
+            asleep = read_stores(parts["bank"], {} if finished else bank.blank(), self.space, bank.tensors)
+            found.append((bank, contents, asleep))
+        return found
+
+    def _examine(self, state: Mapping[str, Any]) -> dict[str, Field]:
+        """Fields of a state that was saved by a grower such as this one, of a frame such as this one."""
+        form = Field(state).fields().get("format", Field(None)).value
+        if type(form) is not int or form != FORMAT:
+            raise SavedModelError(f"the state has format {form!r}, this version of torchgrow reads {FORMAT}")
+        saved, here = Field(state).fields(FIELDS), self._settings()
+        check_frame(saved["frame"], fingerprint(self.space, self._bank.tensors))
+        for key, field in saved["settings"].fields(here).items():
+            if type(field.value) is not type(here[key]) or field.value != here[key]:
+                raise SavedModelError(
+                    f"the state is of a run with {key}={str(field.value)[:60]}, this Grower has {here[key]}; "
+                    "construct it with the budget, updates, preset and seed of the saved run. Nothing was changed"
+                )
+        return saved
+
+    def _read_history(self, field: Field, keep: Tensor, finished: bool) -> list[Event]:
+        """Events of a saved run, of which the last one must describe the structure `keep`."""
+        history = [read_event(entry) for entry in field.items()]
+        cost = self._costs.cost(keep)
+        here = (cost.params, cost.flops, self.space.widths(keep))
+        numbered = [event.update for event in history] == list(range(len(history)))
+        last = history[-1] if history else None
+        if (
+            last is None
+            or not numbered
+            or len(history) > self.updates + finished
+            or (last.params, last.flops, last.widths) != here
+        ):
+            field.refuse(f"events 0 to at most {self.updates}, the last one of the structure {self.space.widths(keep)}")
+        return history
+
+
+def _beside(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Copies on the devices of the parameters of the same names."""
+    return {name: tensor.to(parameters[name].device, copy=True) for name, tensor in tensors.items()}
+
+
+def forget_compiled() -> None:
+    """Let Dynamo forget code compiled for the old shapes, which it guards on; it is compiled anew at its next call.
+
+    Left alone, Dynamo gives a function up after 8 recompilations and stays eager from then on, with a warning at most.
+    """
+    if "torch._dynamo" in sys.modules:  # else nothing has been compiled
+        torch.compiler.reset()
