@@ -95,7 +95,7 @@ def child(out: Path, state: Path, aim: str, call: int) -> None:
         save(model, folder)
 
     torchgrow.save = save_both
-    run.Grower = Recorded  # type: ignore[misc]
+    train.Grower = Recorded  # type: ignore[misc]
     within("update", Recorded, "update")
     within("checkpoint", run.Checkpoints, "save")
     within("evaluation", train, "evaluate")
