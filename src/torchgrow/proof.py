@@ -183,6 +183,7 @@ class Prover:
             if not TOLERANCE < worst <= BLOWN_UP:
                 break
             self._randomize()
+            del self.bank  # before there is another
             self.bank = Bank(self.frame, self.space)
             worst, reason = self._error(keep)
         return worst, reason
@@ -204,15 +205,13 @@ class Prover:
             skip_(self.frame, plain, plain)
             expected = self._outputs()
             skip_(self.frame, plain, {})
-            for name, asleep in self.bank.full.items():
-                self.bank.tensors[name].copy_(asleep.held)
         try:
-            self.bank.resize_(keep)
+            self.bank.recut_(keep)
             found = self._outputs(keep)
         except Exception as error:
             return float("inf"), f"the compact network fails: {type(error).__name__}: {str(error).splitlines()[0]}"
         finally:
-            self.bank.restore_()
+            self.bank.recut_(self.space.everything())
         for state in self.space.carried:  # what a removed unit would have carried on is nobody's business
             expected[state.output] = recut(expected[state.output], state.units, self.space.everything(), keep)
         worst = _gap(found, expected)

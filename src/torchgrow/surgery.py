@@ -336,6 +336,19 @@ class Bank:
         """Make the live model the one with the units in `keep`; detached ones sleep with all they had."""
         self.commit(self.stage(keep))
 
+    def recut_(self, keep: Tensor) -> None:
+        """Make the live model the one with the units in `keep`, with what sleeps here; what is live is lost.
+
+        One tensor after the other and without a way back, so it takes no memory beyond frame and bank: for a copy
+        that nobody else holds.
+        """
+        keep = self.space.check_keep(keep)
+        index = {name: index_of(self.space, name, keep) for name in self.space.cut_axes}
+        self.tensors = named_tensors(self.model)
+        for name, asleep in self.full.items():
+            replace_(self.tensors[name], asleep.read(index[name]).to(self.tensors[name].device))
+        Change(self, keep, {}, index, self._record(keep, index)).apply()
+
     def restore_(self) -> None:
         """Bring the whole frame back, bit for bit."""
         self.resize_(self.space.everything())
