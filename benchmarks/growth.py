@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from torchgrow import Grower, measure
+from torchgrow import PRESETS, Grower, measure
 from torchgrow.lab import data as lab_data
 from torchgrow.lab import recipes
 from torchgrow.lab.run import environment, uniform_width
@@ -38,7 +38,7 @@ def training(recipe: recipes.Recipe, data: lab_data.ImageData, method: str, para
     model = recipe.build(uniform_width(recipe.build, params) if method == "uniform" else 1.0)
     optimizer = make_optimizer(model, recipe)
     grower = None
-    if method in recipes.PRESETS:
+    if method in PRESETS:
         grower = Grower(
             model,
             optimizer,

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from torchgrow import Budget, measure
+from torchgrow import PRESETS, Budget, measure
 from torchgrow.lab import data as lab_data
 from torchgrow.lab import recipes
 from torchgrow.lab.run import environment, twin_width
@@ -49,7 +49,7 @@ def train(method: str, recipe: recipes.Recipe, data: TextData, progress: Progres
     torch.manual_seed(recipe.seed)
     model = recipe.build(width)
     optimizer = make_optimizer(model, recipe)
-    grower = make_grower(model, optimizer, data, recipe) if method in recipes.PRESETS else None
+    grower = make_grower(model, optimizer, data, recipe) if method in PRESETS else None
     label = f"seed {recipe.seed}, {method}" + ("" if method == "dense" else f", {recipe.budget}")
     bar, epochs = progress.add_task(label, total=recipe.epochs), list[Epoch]()
 

@@ -11,6 +11,9 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+from torchgrow.lab.compare import by_budget, difference
+from torchgrow.lab.metrics import metric_of
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "results.md"
 Row = dict[str, Any]
@@ -34,11 +37,11 @@ def grid(header: list[str], body: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def machine(found: list[Row]) -> str:
-    """Where rows were measured."""
+def machine(found: list[Row], field: str = "environment") -> str:
+    """Where rows were measured; `field` is where they say it."""
     seen = {
         f"{e['cpu']}, {e['cores']} cores, {e['threads']} thread(s), torch {e['torch']}"
-        for e in (row["environment"] for row in found)
+        for e in (row[field] for row in found)
     }
     return "; ".join(sorted(seen))
 
@@ -77,6 +80,65 @@ def growth() -> str:
         "turns, epoch by epoch.\n\nCommand: `python benchmarks/growth.py --data FOLDER`. Measured on "
         f"{machine(found)}.\n\n" + grid(head, body)
     )
+
+
+def comparisons() -> str:
+    """What `torchgrow compare` has found so far, a table for each recipe, its settings and budget."""
+    parts = []
+    for path in sorted((ROOT / "results" / "compare").glob("*.jsonl")):
+        settings: dict[str, list[Row]] = defaultdict(list)
+        for row in rows(f"compare/{path.name}"):
+            varying = ("seed", "budget", "method", "growing", "preset", "epochs")
+            same = {key: value for key, value in row["config"].items() if key not in varying}
+            settings[json.dumps([same, row["config"]["epochs"]], sort_keys=True)].append(row)
+        for found in settings.values():
+            parts += [compared(found, budget, some) for budget, some in by_budget(found).items()]
+    return "\n\n".join(parts) or "Not measured yet."
+
+
+def compared(found: list[Row], budget: str, some: list[Row]) -> str:
+    """One table: the methods at one budget."""
+    config, metric = found[0]["config"], metric_of(next(row for row in found if "error" not in row))
+    dense = [row[metric.name] for row in some if row["method"] == "dense"]
+    uniform = [row[metric.name] for row in some if row["method"] == "uniform"]
+    body = []
+    for method in dict.fromkeys(row["method"] for row in some):
+        fine = [row for row in some if row["method"] == method and "error" not in row]
+        if not fine:
+            failed = next(row["error"] for row in some if row["method"] == method)
+            body.append([method, "0", f"failed: {failed}", "", "", "", "", "", ""])
+            continue
+        gaps, half = difference(some, method, "uniform")
+        gap = "" if method == "uniform" or not gaps else f"{statistics.mean(gaps):+.2f}"
+        timed = [row["seconds"] / row["dense_seconds"] for row in fine if row["dense_seconds"]]
+        body.append(
+            [
+                method,
+                str(len(fine)),
+                spread([row[metric.name] for row in fine]),
+                f"{gap} ± {half:.2f}" if gap and half == half else gap,
+                spread([row["params"] / row["dense_params"] for row in fine], 3),
+                spread([row["flops"] / row["dense_flops"] for row in fine], 3),
+                spread([row["train_flops"] / row["dense_train_flops"] for row in fine], 3),
+                spread([row["train_flops_paper_rule"] / row["dense_train_flops"] for row in fine], 3),
+                spread(timed) if timed else "",
+            ]
+        )
+    grown = [row[metric.name] for row in some if row["method"] == "default" and "error" not in row]
+    share = ""
+    if dense and uniform and grown:
+        won = (statistics.mean(grown) - statistics.mean(uniform)) / (statistics.mean(dense) - statistics.mean(uniform))
+        share = f" Of the way from uniform to dense, default goes {100 * won:.0f} %."
+    unit = f"{metric.name}{metric.unit.rstrip()}"
+    head = ["method", "n", unit, "minus uniform (95 % interval)", "parameters / dense", "FLOPs / dense"]
+    head += ["all training FLOPs / dense", "of growing or pruning only (the paper's rule)", "seconds / dense"]
+    judged = "images held out of the training set" if config.get("validate") else f"{metric.on} data"
+    return (
+        f"### {config['name']}, {budget}\n\n{config['model']} {config['model_arguments']}, {config['samples'][0]:,} "
+        f"training samples, {config['epochs']} epochs, {config['precision']}; judged by {judged}; mean ± standard "
+        "deviation over seeds, differences paired by seed.\n\nCommand: `torchgrow compare "
+        f"{config['name']}`. Measured on {machine(found, 'versions')}.\n\n" + grid(head, body) + f"\n{share}"
+    ).rstrip()
 
 
 def growth_text() -> str:
@@ -394,7 +456,8 @@ def page() -> str:
     """The whole page."""
     parts = [
         "# Results\n\nMade from the files in `results/` by `python benchmarks/tables.py`, all of it.",
-        "## Growing against its twins\n\n" + growth(),
+        "## Methods side by side\n\n" + comparisons(),
+        "## Growing against its twins, with an earlier default\n\n" + growth(),
         "## Growing an LSTM against its twins\n\n" + growth_text(),
         "## Exactness\n\n" + exactness(),
         "## Models people use\n\n" + conformance(),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from torchgrow import Budget, Cost, Method, Space
-from torchgrow.budget import Limits, fit, largest_shift, pressure
+from torchgrow.budget import Limits, fit, largest_shift, pressure, shed
 from torchgrow.cost import CostModel
 from torchgrow.indicators import Indicators
 from torchgrow.space import FlopTerm
@@ -177,3 +177,56 @@ def test_shares_and_absolute_numbers() -> None:
     assert Budget(params="33.39%").limits(frame) == Limits(333, None)  # rounded down: a guarantee
     assert Budget(flops=2e4).limits(frame) == Limits(None, 20000)
     assert str(Budget(params="36%", flops=5)) == "params <= 36% and flops <= 5"
+
+
+@given(
+    widths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    pixels=st.lists(st.integers(1, 9), min_size=5, max_size=5),
+    share=st.floats(0.05, 1.0),
+    step=st.sampled_from([1, 4]),
+    by=st.sampled_from(["params", "flops", "both"]),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=150, deadline=None)
+def test_what_is_shed_is_worth_least(
+    widths: list[int], pixels: list[int], share: float, step: int, by: str, seed: int
+) -> None:
+    space = chain(widths, pixels, stuck=1)
+    costs, generator = CostModel(space), torch.Generator().manual_seed(seed)
+    worth = torch.rand(space.n_units, generator=generator, dtype=torch.float64)
+    before = space.everything()
+    least, full = costs.both(costs.smallest()), costs.both(costs.sizes)
+    allowed = least + ((full - least).double() * share).long()
+    if by != "both":
+        allowed[1 if by == "params" else 0] = torch.iinfo(torch.int64).max
+    steps = torch.tensor([step if width >= 2 * step else 1 for width in widths])
+    keep = shed(space, costs, before, worth, allowed, steps)
+    params, flops = counted(space, keep)
+    assert params <= allowed[0]
+    assert flops <= allowed[1]
+    assert bool(keep[~space.removable].all())
+    for group in range(space.n_groups):
+        units = torch.nonzero((space.group_of == group) & space.removable).flatten()
+        gone, stays = units[~keep[units]], units[keep[units]]
+        assert int((keep & (space.group_of == group)).sum()) >= 1
+        if len(gone) and len(stays):
+            assert worth[gone].max() <= worth[stays].min()  # the worst of a group go first
+        width = int((keep & (space.group_of == group)).sum())
+        assert width in (widths[group], *range(steps[group])) or width % steps[group] == 0
+    assert torch.equal(shed(space, costs, keep, worth, allowed, steps), keep)  # what fits stays as it is
+
+
+def test_what_is_shed_is_cheap_for_what_it_saves() -> None:
+    """Two groups of equal worth: the one whose units cost more goes."""
+    space = chain([8, 8], [1, 1, 9])
+    costs = CostModel(space)
+    worth = torch.ones(space.n_units, dtype=torch.float64)
+    allowed = torch.tensor([torch.iinfo(torch.int64).max, int(costs.both(costs.sizes)[1]) * 8 // 10])
+    keep = shed(space, costs, space.everything(), worth, allowed, torch.ones(2, dtype=torch.int64))
+    # a unit of the first group computes 3 + 8 products, one of the second 8 + 9 * 2
+    assert keep[:8].sum() == 8
+    assert keep[8:].sum() < 8
+    worth[8:] = 10.0  # now it is worth it
+    keep = shed(space, costs, space.everything(), worth, allowed, torch.ones(2, dtype=torch.int64))
+    assert keep[:8].sum() < 8
+    assert keep[8:].sum() == 8

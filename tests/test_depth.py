@@ -314,7 +314,7 @@ def test_grows_like_eq_6(block: type[nn.Module], kind: str) -> None:
 
 
 def test_counters_rise_only_where_a_unit_is_there() -> None:
-    grower = make(Residual)
+    grower = make(Residual, preset=Method(ramp=1.0))
     x, target = batch()
     F.cross_entropy(grower.model(x), target).backward()
     grower.optimizer.step()

@@ -1,6 +1,7 @@
 """Indicators: Eq 7, Eq 8, gates, draws, and the errors of `Method`."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -172,3 +173,49 @@ def test_the_score_is_a_tensor_of_worth() -> None:
     assert float(indicators.score()[drawn].min()) > 0 >= float(indicators.score()[~drawn].max())
     independent = make(Method.paper())
     assert torch.equal(independent.score(), torch.sigmoid(independent.s))
+
+
+def test_ranked_numbers_are_dealt_by_presence_then_worth() -> None:
+    indicators = make(Method(draws="ranked"))
+    before, keep = indicators.uniform.clone(), indicators.space.everything()
+    keep[1::2] = False
+    keep |= ~indicators.space.removable
+    indicators.worth = torch.rand(len(keep), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    indicators.rank(keep)
+    assert bool((indicators.worth[~keep] == 0).all())
+    for group in range(indicators.space.n_groups):
+        units = torch.nonzero(indicators.space.group_of == group).flatten()
+        assert torch.equal(indicators.uniform[units].sort().values, before[units].sort().values)
+        ranking = sorted(units.tolist(), key=lambda u: (not keep[u], -indicators.worth[u], before[u]))
+        assert ranking == units[indicators.uniform[units].argsort()].tolist()
+
+
+def test_other_draws_are_not_dealt_anew() -> None:
+    indicators = make(Method())
+    before = indicators.uniform.clone()
+    indicators.rank(indicators.space.everything())
+    assert torch.equal(indicators.uniform, before)
+
+
+def test_worth_is_a_running_mean_of_squares() -> None:
+    indicators, expected = make(Method(gates=False)), 0.0
+    for k in range(1, 6):
+        gradient = torch.full((indicators.space.n_units,), float(k), dtype=torch.float64)
+        indicators.step(gradient, 0.0, 1.0)
+        expected = 0.99 * expected + 0.01 * k**2
+    assert indicators.worth.tolist() == pytest.approx([expected] * indicators.space.n_units)
+
+
+def test_methods_by_name() -> None:
+    assert Method.named("default") == Method.default()
+    assert Method.named("paper", layers=True) == Method.paper(layers=True)
+    assert Method.named("default: peak=2.5, gates=True,align=4") == replace(
+        Method.default(), peak=2.5, gates=True, align=4
+    )
+    with pytest.raises(TorchgrowError, match=r"preset 'fast' is unknown; use one of \['default'"):
+        Method.named("fast")
+    for text in ("default:peak", "default:peek=2", "default:peak=much", "default:gates=1"):
+        with pytest.raises(TorchgrowError, match=r"is not a field of torchgrow.Method with its value; write it like"):
+            Method.named(text)
+    with pytest.raises(TorchgrowError, match=r"Method.peak=0.5 must lie in \[1"):
+        Method.named("default:peak=0.5")

@@ -18,7 +18,7 @@ from .errors import (
     TrainingError,
 )
 from .grower import Grower, measure
-from .indicators import Method
+from .indicators import PRESETS, Method
 from .persist import load, save
 from .proof import Report, trace, verify
 from .rules import Context, module_rule, rule
@@ -29,6 +29,7 @@ from .surgery import Bank, shrink_
 __version__ = "0.1.0"
 
 __all__ = [
+    "PRESETS",
     "Bank",
     "Budget",
     "BudgetError",

@@ -142,6 +142,48 @@ def _fits(costs: CostModel, keep: Tensor, allowed: Tensor) -> bool:
     return bool((costs.both(costs.live(keep)) <= allowed).all())
 
 
+def shed(space: Space, costs: CostModel, keep: Tensor, worth: Tensor, allowed: Tensor, steps: Tensor) -> Tensor:
+    """The structure within `keep` that costs no more than allowed and loses the least worth for what it saves.
+
+    Groups give up their units of least worth, from multiple to multiple of their step, in the order of rising worth
+    per marginal cost: that of the units that go, over what the network then costs less, as a share of what is
+    allowed. In every round the cheapest go until a tenth of the excess is saved, since marginal costs change.
+    One unit of every group stays, of layers none need to.
+
+    Args:
+        space: the space.
+        costs: its cost model.
+        keep: bool [n], the structure to start from.
+        worth: float64 [n], not negative; what a unit adds to the worth of its group.
+        allowed: int64 [2], parameters and FLOPs, known to be feasible.
+        steps: int64 [G], the multiple at which each group's width is held; 1 for any width.
+    """
+    keep, live = keep.clone(), costs.live(keep)
+    order = torch.argsort(worth, stable=True)
+    queues: list[list[int]] = [[] for _ in range(space.n_groups)]  # by group, the least worth first
+    for unit in order[keep[order] & space.removable[order]].tolist():
+        queues[int(space.group_of[unit])].append(unit)
+    while bool(((excess := costs.both(live) - allowed) > 0).any()):
+        block = torch.where(live > steps, (live - 1) % steps + 1, 1)
+        most = torch.minimum(live - space.least, torch.tensor([len(queue) for queue in queues]))
+        block = torch.minimum(block, most)
+        saved = (costs.both(live) - costs.both(live - torch.diag(block))).double()  # [G, 2]
+        saved = torch.where(excess > 0, saved / allowed, 0.0)
+        lost = torch.stack([worth[queue[:count]].sum() for queue, count in zip(queues, block.tolist(), strict=True)])
+        price = torch.where(saved.sum(1) > 0, lost / saved.sum(1), torch.inf)
+        target, gained = (excess.clamp(min=0) / allowed).double() / 10, torch.zeros(2, dtype=torch.float64)
+        for group in torch.argsort(price, stable=True).tolist():
+            if price[group] == torch.inf or (bool(gained.any()) and bool((gained >= target).all())):
+                break
+            gone, queues[group] = queues[group][: block[group]], queues[group][block[group] :]
+            keep[gone] = False
+            live[group] -= len(gone)
+            gained += saved[group]
+        if not bool(gained.any()):
+            raise BudgetError(f"no unit is left that could go, but {costs.both(live).tolist()} is above {allowed}")
+    return keep
+
+
 def fit(space: Space, costs: CostModel, keep: Tensor, score: Tensor, limits: Limits, steps: Tensor) -> Tensor:
     """The structure nearest to `keep` that uses the budget: never above it, and no removable unit fits any more.
 

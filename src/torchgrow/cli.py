@@ -1,4 +1,4 @@
-"""The ``torchgrow`` command: ``torchgrow run RECIPE``, ``torchgrow list`` and ``torchgrow inspect MODEL``."""
+"""The ``torchgrow`` command: ``run RECIPE``, ``compare RECIPE``, ``list`` and ``inspect MODEL``."""
 
 import json
 import os
@@ -17,8 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from torchgrow import Budget, TorchgrowError
+from torchgrow import PRESETS, Budget, TorchgrowError
 from torchgrow.lab import inspect, recipes, sources
+from torchgrow.lab.compare import FIXED
+from torchgrow.lab.compare import compare as compare_methods
 from torchgrow.lab.run import resume as resume_run
 from torchgrow.lab.run import run as run_recipe
 
@@ -33,6 +35,11 @@ _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 _BUDGET_HELP = (
     "What the grown network may cost: '36%' (of the parameters), 'params=36%', 'flops=50%', "
     "'params=36%,flops=40%', or absolute, as in 'params=100k'. Default: the recipe's."
+)
+_PRECISION_HELP = f"Of the forward and backward pass: {', '.join(recipes.PRECISIONS)}. Default: the recipe's."
+_PRESET_HELP = (
+    f"How to grow: {', '.join(PRESETS)}; with other values behind a colon, as in default:peak=1,ramp=0.2. "
+    "Default: the recipe's."
 )
 
 
@@ -94,12 +101,13 @@ def run(
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images, or text.")] = None,
     budget: Annotated[str | None, typer.Option(help=_BUDGET_HELP)] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, batches and growth. Default: 0.")] = None,
-    preset: Annotated[str | None, typer.Option(help=f"How to grow: {', '.join(recipes.PRESETS)}.")] = None,
+    preset: Annotated[str | None, typer.Option(help=_PRESET_HELP)] = None,
     scale: Annotated[str | None, typer.Option(help="small (fits two CPU cores) or full (as published).")] = None,
     depth: Annotated[bool | None, typer.Option(help="Grow layers too. Default: the recipe's.")] = None,
     then: Annotated[int | None, typer.Option(help="Epochs after growth, with the schedule anew.")] = None,
     shortcut: Annotated[str | None, typer.Option(help="Shortcuts of a ResNet: A (padding) or B (1x1).")] = None,
     size: Annotated[str | None, typer.Option(help="Size of the LSTM: small, medium or large.")] = None,
+    precision: Annotated[str | None, typer.Option(help=_PRECISION_HELP)] = None,
     twins: Annotated[bool, typer.Option(help="Train the dense and the uniform twin too.")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the recipe's.")] = None,
     checkpoint_every: Annotated[
@@ -125,6 +133,7 @@ def run(
                 scale,
                 depth,
                 then,
+                precision,
                 threads,
                 checkpoint_every,
             ]
@@ -133,18 +142,73 @@ def run(
             resume_run(resume, console=console, folder=data)
             return
         edits: dict[str, Any] = {"subset": subset, "epochs": epochs, "seed": seed, "preset": preset, "threads": threads}
-        edits |= {"depth": depth, "then": then}
+        edits |= {"depth": depth, "then": then, "precision": precision}
         edits["budget"] = parse_budget(budget) if budget else None
-        chosen = recipes.get(recipe)
-        if size:
-            chosen = recipes.with_size(chosen, size)
-        if scale:
-            chosen = recipes.with_scale(chosen, scale)
-        chosen = replace(chosen, **{field: value for field, value in edits.items() if value is not None})
-        if shortcut:
-            chosen = recipes.with_shortcut(chosen, shortcut)
+        chosen = _variant(recipe, edits, size=size, scale=scale, shortcut=shortcut)
         run_recipe(
             chosen, console=console, out=out, folder=data, download=download, twins=twins, every=checkpoint_every
+        )
+
+
+def _variant(
+    name: str, edits: dict[str, Any], *, size: str | None, scale: str | None, shortcut: str | None
+) -> recipes.Recipe:
+    """The recipe of that name with what the user wants otherwise."""
+    chosen = recipes.get(name)
+    if size:
+        chosen = recipes.with_size(chosen, size)
+    if scale:
+        chosen = recipes.with_scale(chosen, scale)
+    chosen = replace(chosen, **{field: value for field, value in edits.items() if value is not None})
+    return recipes.with_shortcut(chosen, shortcut) if shortcut else chosen
+
+
+@app.command()
+def compare(
+    recipe: Annotated[str, typer.Argument(help="One of those that `torchgrow list` shows.")] = "digits",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help=f"Names with spaces between: {', '.join(FIXED)}, or ways to grow: {', '.join(PRESETS)}, "
+            "default:peak=1,gates=True and the like."
+        ),
+    ] = "dense uniform default",
+    seeds: Annotated[int, typer.Option(min=1, help="How many; they are counted from 0.")] = 3,
+    first_seed: Annotated[int, typer.Option(min=0, help="Count seeds from here.")] = 0,
+    budget: Annotated[list[str] | None, typer.Option(help=f"{_BUDGET_HELP} Repeat for several.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of results, which grow by a line a network.")] = Path(
+        "results/compare"
+    ),
+    data: Annotated[Path | None, typer.Option(help="Folder with the data, as for `torchgrow run`.")] = None,
+    subset: Annotated[int | None, typer.Option(help="Train on this many images, or words, only.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images, or text.")] = None,
+    scale: Annotated[str | None, typer.Option(help="small (fits two CPU cores) or full (as published).")] = None,
+    depth: Annotated[bool | None, typer.Option(help="Grow layers too. Default: the recipe's.")] = None,
+    then: Annotated[int | None, typer.Option(help="Epochs after growth, with the schedule anew.")] = None,
+    shortcut: Annotated[str | None, typer.Option(help="Shortcuts of a ResNet: A (padding) or B (1x1).")] = None,
+    size: Annotated[str | None, typer.Option(help="Size of the LSTM: small, medium or large.")] = None,
+    precision: Annotated[str | None, typer.Option(help=_PRECISION_HELP)] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the recipe's.")] = None,
+    validate: Annotated[
+        bool, typer.Option("--validate", help="Judge by a fifth of the training images, held out.")
+    ] = False,
+) -> None:
+    """Compare methods on a recipe over several seeds; what is in the results file already is not trained again.
+
+    Stopped at any moment, the same command goes on where it was.
+    """
+    with _clean_exit(Console(stderr=True)):
+        edits = {"subset": subset, "epochs": epochs, "threads": threads, "depth": depth, "then": then}
+        chosen = _variant(recipe, {**edits, "precision": precision}, size=size, scale=scale, shortcut=shortcut)
+        compare_methods(
+            chosen,
+            methods=methods.split(),
+            seeds=range(first_seed, first_seed + seeds),
+            budgets=[parse_budget(text) for text in budget or []],
+            console=Console(),
+            folder=data,
+            out=out,
+            validate=validate,
         )
 
 

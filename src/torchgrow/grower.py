@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .budget import Budget, Limits, check_feasible, fit, largest_shift, pressure
+from .budget import Budget, Limits, check_feasible, fit, largest_shift, pressure, shed
 from .cost import Cost, CostModel
 from .depth import Named
 from .distributed import Ranks
 from .errors import BudgetError, StructureError, TorchgrowError
 from .fold import Fold, Folding
 from .guard import guard_
-from .indicators import PRESETS, Indicators, Method
+from .indicators import Indicators, Method
 from .optimizers import check_optimizers
 from .proof import prove, trace
 from .replay import Carries, Couples, replay
@@ -46,8 +46,9 @@ class Grower(Saved):
         example_inputs: a small batch for tracing: a tensor, a tuple, or a dict of keywords.
         budget: what the final network may cost; it is never above and no removable unit still fits under it.
         updates: T, the number of updates in the run. The structure is final from update T-1 on.
-        preset: "default" (planned cost, persistent draws), "paper" (literal), "nas" (its settings for
-            architecture search), "random" (its baseline), or a `Method` of your own.
+        preset: "default" (grow evenly beyond the budget, then prune the least worth of every group), "paper" (literal), "global"
+            (with one temperature for all), "nas" (its settings for architecture search), "random" (its baseline);
+            with other values behind a colon ("default:peak=1,gates=True"); or a `Method` of your own.
         seed: of all draws.
         freeze: what keeps its shape, as for `trace`.
         couple: what is cut alike, as for `trace`.
@@ -81,12 +82,7 @@ class Grower(Saved):
             raise BudgetError(f'budget must be a torchgrow.Budget such as Budget(params="36%"), got {budget!r}')
         if isinstance(updates, bool) or not isinstance(updates, int) or updates < 1:
             raise TorchgrowError(f"updates={updates!r} must be a whole number >= 1: how often you will call update()")
-        if isinstance(preset, str) and preset not in PRESETS:
-            raise TorchgrowError(f"preset {preset!r} is unknown; use one of {sorted(PRESETS)} or a torchgrow.Method")
-        if preset == "paper":
-            self.method = Method.paper(layers=bool(depth))
-        else:
-            self.method = preset if isinstance(preset, Method) else PRESETS[preset]()
+        self.method = preset if isinstance(preset, Method) else Method.named(preset, layers=bool(depth))
         self.model, self.budget, self.updates, self.seed = model, budget, updates, seed
         self.optimizers = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
         space = trace(model, example_inputs, freeze=freeze, couple=couple, carried=carried, depth=depth)
@@ -234,18 +230,20 @@ class Grower(Saved):
         self._folding.recover()
         indicators = self._indicators
         before = indicators.snapshot()
-        final = max(1, self.updates - max(1, math.ceil(self.method.settle * self.updates)))
+        final = self._final()
         try:
             shift = 0.0
+            if number <= final:
+                indicators.rank(self._bank.keep)
             if number > final:
                 keep = self._bank.keep
             elif self.method.controller == "plan":
-                shift, keep = largest_shift(indicators.shifted(), self._costs, self._planned(number))
+                shift, keep = self._follow(self._planned(number))
                 indicators.shift(shift)
             else:
                 keep = indicators.draw()
-            ramped = self.method.controller == "plan" and self._progress(number) == 1.0
-            if number == final or (ramped and number < final):
+            there = self.method.controller == "plan" and torch.equal(self._planned(number), self.limits.tensor())
+            if number == final or (there and number < final):
                 keep = fit(self.space, self._costs, keep, indicators.score(), self.limits, indicators.steps)
             indicators.advance(keep, self._rate())
             return self._change_to(keep, start, shift)
@@ -319,17 +317,36 @@ class Grower(Saved):
         cut = iter([recut(x, place.units, old, new) for x, place in zip(tensors, carried, strict=True)])
         return tree_map(lambda x: next(cut) if isinstance(x, Tensor) else x, state)
 
-    def _planned(self, number: int) -> Tensor:
-        """Planned parameters and FLOPs (int64 [2]) at an update: a line from the seed to the budget, then flat."""
-        progress = self._progress(number)
-        limits = self.limits.tensor()
-        limited = torch.tensor([self.limits.params is not None, self.limits.flops is not None])
-        planned = self._seed_cost + ((limits - self._seed_cost).double() * progress).long()
-        return torch.where(limited, planned, limits)
+    def _follow(self, planned: Tensor) -> tuple[float, Tensor]:
+        """The shift of all indicators for a planned cost (int64 [2]), and the structure."""
+        indicators, keep = self._indicators, self._bank.keep
+        falls = bool((self._costs.both(self._costs.live(keep)) > planned).any())
+        if self.method.prune == "worth" and falls:
+            worth = indicators.worth.sqrt()
+            return 0.0, shed(self.space, self._costs, keep, worth, planned, indicators.steps)
+        return largest_shift(indicators.shifted(), self._costs, planned)
 
-    def _progress(self, number: int) -> float:
-        """How far the planned cost has come at an update, from 0 (the seed) to 1 (the budget)."""
-        return min(1.0, number / max(1, math.ceil(self.method.ramp * self.updates)))
+    def _final(self) -> int:
+        """The last update that changes the structure."""
+        return max(1, self.updates - max(1, math.ceil(self.method.settle * self.updates)))
+
+    def _planned(self, number: int) -> Tensor:
+        """Planned parameters and FLOPs (int64 [2]) at an update.
+
+        A line from the seed up to the peak, flat, and a line down to the budget.
+        """
+        limits, frame = self.limits.tensor(), torch.tensor([self.frame_cost.params, self.frame_cost.flops])
+        limited = torch.tensor([self.limits.params is not None, self.limits.flops is not None])
+        peak = torch.minimum((limits.double() * self.method.peak).clamp(max=2.0**62).long(), frame.maximum(limits))
+        rising, falling = math.ceil(self.method.ramp * self.updates), math.ceil(self.method.hold * self.updates)
+        begin, end, progress = self._seed_cost, peak, min(1.0, number / max(1, rising))
+        falling = max(rising, falling)
+        if number >= falling:
+            begin, end, progress = peak, limits, (number - falling) / max(1, self._final() - falling)
+        if number >= self._final():
+            progress = 1.0
+        planned = begin + ((end - begin).double() * progress).long()
+        return torch.where(limited, planned, limits)
 
     def _change_to(self, keep: Tensor, start: float, shift: float, silent: Tensor | None = None) -> Event:
         """Make `keep` the live structure, all or nothing, and record it."""

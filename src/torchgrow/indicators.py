@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,10 +30,18 @@ class Method:
         controller: "pressure": the paper's L1 penalty with lambda of Eq 4; "plan": all indicators are shifted by
             the one number for which the realised cost follows a planned one.
         draws: "independent": q ~ Bernoulli(m), anew at every update; "persistent": one uniform number per unit,
-            spread evenly over each group, kept for the whole run.
+            spread evenly over each group, kept for the whole run; "ranked": the same numbers, but dealt out anew at
+            every update, the best for the present units of most worth, so that the least worth of each group goes
+            first and no present unit goes for an absent one.
         lambda_base: lambda_1^base of Eq 4 (controller "pressure" only).
         layer_lambda_base: lambda_2^base, the same for layers.
-        ramp: share of the updates in which the planned cost rises from the seed to the budget ("plan" only).
+        ramp: share of the updates in which the planned cost rises from the seed to its peak ("plan" only).
+        peak: the peak, as a multiple of the budget (at most the frame; "plan" only). Above 1 the network grows beyond
+            its budget and is pruned back to it.
+        hold: share of the updates after which the planned cost falls from the peak to the budget, which it reaches
+            where the structure settles ("plan" only; 1 - settle or more: all at once).
+        prune: what goes where the planned cost falls: "alike": the same share of every group; "worth": the units of
+            least worth, as |m dL/dm|, for the parameters or FLOPs that go with them ("plan" only).
         align: widths of groups with at least 2 x align units are held at multiples of it (8), or below it, since
             hardware computes channels in blocks; only the remainder that fills the budget up goes elsewhere.
             1: any width ("plan" only).
@@ -55,6 +64,9 @@ class Method:
     lambda_base: float = 0.5
     layer_lambda_base: float = 0.1
     ramp: float = 0.1
+    peak: float = 1.0
+    hold: float = 0.1
+    prune: str = "alike"
     align: int = 8
     settle: float = 0.5
     heat: float = 100.0
@@ -69,15 +81,18 @@ class Method:
         """Name the bad field."""
         for name, value, choices in (
             ("controller", self.controller, ("plan", "pressure")),
-            ("draws", self.draws, ("persistent", "independent")),
+            ("draws", self.draws, ("persistent", "independent", "ranked")),
             ("temperature", self.temperature, ("unit", "global", "learning_rate")),
             ("relaxation", self.relaxation, ("sigmoid", "gumbel")),
+            ("prune", self.prune, ("alike", "worth")),
             ("gates", self.gates, (True, False)),
         ):
             if value not in choices:
                 raise TorchgrowError(f"Method.{name}={value!r} is unknown; use one of {choices}")
         for name, low, high in (
             ("ramp", 0, 1),
+            ("hold", 0, 1),
+            ("peak", 1, 1e6),
             ("settle", 0, 1),
             ("momentum", 0, 1),
             ("heat", 1, 1e6),
@@ -88,14 +103,51 @@ class Method:
                 raise TorchgrowError(f"Method.{name}={getattr(self, name)!r} must lie in [{low}, {high}]")
 
     @classmethod
+    def named(cls, text: str, *, layers: bool = False) -> Method:
+        """A preset by its name, with other values behind a colon: "default", "default:peak=1,gates=True".
+
+        Args:
+            text: a name in `PRESETS`, and what differs from it.
+            layers: whether layers grow too, which the paper's preset depends on.
+
+        Raises:
+            TorchgrowError: an unknown name, field or value.
+        """
+        name, _, edits = text.partition(":")
+        if name not in PRESETS:
+            raise TorchgrowError(f"preset {name!r} is unknown; use one of {sorted(PRESETS)} or a torchgrow.Method")
+        base = cls.paper(layers=layers) if name == "paper" else PRESETS[name]()
+        kinds = {field.name: type(getattr(base, field.name)) for field in fields(cls)}
+        changed: dict[str, Any] = {}
+        for edit in filter(None, edits.split(",")):
+            key, _, value = (part.strip() for part in edit.partition("="))
+            try:
+                kind = kinds[key]
+                changed[key] = {"True": True, "False": False}[value] if kind is bool else kind(value)
+            except (KeyError, ValueError):
+                raise TorchgrowError(
+                    f"{edit!r} in preset {text!r} is not a field of torchgrow.Method with its value; write it like "
+                    f"{name}:peak=1,gates=True (fields: {', '.join(kinds)})"
+                ) from None
+        return replace(base, **changed)
+
+    @classmethod
     def default(cls) -> Method:
-        """A planned cost, persistent draws."""
-        return cls()
+        """Grow evenly beyond the budget, then give up the least worth of every group; no gates, hence no task gradient.
+
+        How it was found, and what each ingredient is worth: docs/log.md.
+        """
+        return cls(draws="ranked", gates=False, heat=1.0, peak=2.2, hold=0.45, settle=0.4)
 
     @classmethod
     def paper(cls, *, layers: bool = False) -> Method:
         """Eq 4, 6, 7 and Algorithm 1 to the letter; lambda_1^base is 1.0 where layers grow too, else 0.5."""
         return cls(controller="pressure", draws="independent", align=1, settle=0.0, lambda_base=1.0 if layers else 0.5)
+
+    @classmethod
+    def global_(cls) -> Method:
+        """The paper's settings, but with one temperature for all that rises with the epochs, as it compares with."""
+        return replace(cls.paper(), temperature="global")
 
     @classmethod
     def nas(cls) -> Method:
@@ -114,10 +166,19 @@ class Method:
         return cls(draws="independent", ramp=0.0, align=1, settle=0.0, gates=False)
 
 
-PRESETS = {"default": Method.default, "paper": Method.paper, "nas": Method.nas, "random": Method.random}
+PRESETS = {
+    "default": Method.default,
+    "paper": Method.paper,
+    "global": Method.global_,
+    "nas": Method.nas,
+    "random": Method.random,
+}
 
 
-STATE = ("s", "velocity", "t", "exponent", "noise", "uniform")
+MEMORY = 0.99
+"""Of the running mean of worth, per step."""
+
+STATE = ("s", "velocity", "t", "exponent", "noise", "uniform", "worth")
 """What of the indicators changes in a run, apart from the generator; all of one entry per unit."""
 
 
@@ -135,6 +196,8 @@ class Indicators:
         t: int64 [n], updates in which the unit was present (t_s).
         exponent: float64 [n], beta = gamma^exponent; t, unless `Method.temperature` says otherwise.
         velocity: float64 [n], SGD momentum buffer of s.
+        worth: float64 [n], running mean of (m dL/dm)^2 over the steps in which the unit was present, else 0: what the
+            loss would rise by without the unit, up to a factor (Molchanov et al., 2019).
     """
 
     def __init__(self, space: Space, method: Method, updates: int, seed: int) -> None:
@@ -146,6 +209,7 @@ class Indicators:
         self.exponent = torch.zeros(n, dtype=torch.float64)
         self.noise = torch.zeros(n, dtype=torch.float64)  # g_1 - g_0
         self.velocity = torch.zeros(n, dtype=torch.float64)
+        self.worth = torch.zeros(n, dtype=torch.float64)
         self.s = torch.zeros(n, dtype=torch.float64)
         if method.controller == "pressure" and n:
             # one active unit per group (and layer per stage): sigma(s) = 1 / size, so that sum sigma(s) = 1
@@ -223,7 +287,7 @@ class Indicators:
 
     def score(self) -> Tensor:
         """What a unit is worth when the structure must be trimmed or filled: probability minus its own draw."""
-        return torch.sigmoid(self.beta * self.s) - (self.uniform if self.method.draws == "persistent" else 0)
+        return torch.sigmoid(self.beta * self.s) - (0 if self.method.draws == "independent" else self.uniform)
 
     def step(self, task_gradient: Tensor, penalty: Tensor | float, rate: float) -> None:
         """One SGD step on s (Eq 6 and Eq 8).
@@ -236,6 +300,7 @@ class Indicators:
         """
         slope = self.beta * (1 - self.gate)
         gradient = slope * (task_gradient + penalty * self.gate) + self.method.weight_decay * self.s
+        self.worth = MEMORY * self.worth + (1 - MEMORY) * task_gradient**2
         self.velocity.mul_(self.method.momentum).add_(gradient)
         self.s = self.s - self.method.lr * rate * self.velocity
         self._stir()
@@ -245,9 +310,23 @@ class Indicators:
         """Move all indicators alike."""
         self.s = self.s + amount
 
+    def rank(self, keep: Tensor) -> None:
+        """Deal the uniform numbers of every pool out anew: to present units by falling worth, then to the others."""
+        present = self.space.present(keep)
+        self.worth = torch.where(present, self.worth, 0.0)
+        if self.method.draws != "ranked":
+            return
+        dealt = self.uniform.clone()
+        for pool in self._pools():
+            order = torch.argsort(self.uniform[pool], stable=True)
+            order = order[torch.argsort(self.worth[pool][order], descending=True, stable=True)]
+            order = order[torch.argsort(keep[pool][order].int(), descending=True, stable=True)]
+            dealt[pool[order]] = self.uniform[pool].sort().values
+        self.uniform = dealt
+
     def snapshot(self) -> dict[str, Tensor]:
         """Everything that an update changes."""
-        names = ("s", "t", "exponent", "beta", "gate")
+        names = ("s", "t", "exponent", "beta", "gate", "uniform", "worth")
         return {**{name: getattr(self, name) for name in names}, "generator": self.generator.get_state()}
 
     def restore(self, snapshot: dict[str, Tensor]) -> None:

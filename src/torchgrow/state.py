@@ -284,6 +284,8 @@ def read_indicators(field: Field, n_units: int, events: int) -> dict[str, Tensor
     found = {name: saved[name].tensor(n, torch.float64, finite=True) for name in STATE if name != "t"}
     if bool((found["exponent"] < 0).any() | (found["exponent"] > events).any()):
         saved["exponent"].refuse(f"at most {events}, the number of updates")
+    if bool((found["worth"] < 0).any()):
+        saved["worth"].refuse("numbers that are not negative")
     if bool((found["uniform"] < 0).any() | (found["uniform"] > 1).any()):
         saved["uniform"].refuse("numbers in [0, 1]")
     t = saved["t"].tensor(n, torch.int64)

@@ -96,7 +96,10 @@ def test_threads(ran):
         (["--budget", "0%"], "error:"),
         (["--budget", "101%"], "error:"),
         (["--epochs", "0"], "error: recipe 'digits': epochs must be at least 2"),
-        (["--preset", "fast"], "error: recipe 'digits': preset must be one of default, paper, nas, random, got 'fast'"),
+        (
+            ["--preset", "fast"],
+            "error: recipe 'digits': preset 'fast' is unknown; use one of ['default', 'global', 'nas', 'paper', 'random'] or a torchgrow.Method",
+        ),
         (["--shortcut", "C"], "error: shortcut is"),
         (["--size", "large"], "error: recipe 'digits' has no choice of sizes; leave --size out"),
         (["lstm-ptb", "--data", "nowhere"], "error: no text in nowhere: the folder does not exist"),

@@ -64,7 +64,7 @@ def test_config_holds_what_a_variant_changed():
         ("weight_decay", -1e-4, "at least 0"),
         ("shift", -1, "at least 0"),
         ("subset", 0, "at least 1"),
-        ("preset", "papre", "one of default, paper, nas, random"),
+        ("precision", "float16", "one of float32, bfloat16"),
         ("seed", -1, "at least 0"),
         ("threads", 0, "at least 1"),
     ],
@@ -72,6 +72,14 @@ def test_config_holds_what_a_variant_changed():
 def test_a_bad_field_is_named(field, value, rule):
     with pytest.raises(TorchgrowError, match=f"recipe 'digits': {field} must be {rule}.*, got "):
         replace(get("digits"), **{field: value})
+
+
+def test_a_bad_preset_is_named():
+    with pytest.raises(TorchgrowError, match="recipe 'digits': preset 'papre' is unknown; use one of"):
+        replace(get("digits"), preset="papre")
+    assert replace(get("digits"), preset="default:peak=1").updates_an_epoch() == 4
+    assert replace(get("digits"), preset="paper").updates_an_epoch() == 1  # as published
+    assert replace(get("digits"), preset="random", updates_per_epoch=3).updates_an_epoch() == 3
 
 
 def test_recipes_are_frozen_and_keyword_only():

@@ -21,7 +21,7 @@ from torchgrow.lab.run import RunFolder, default_out, environment, table, unifor
 from torchgrow.lab.train import Epoch
 
 BUILD = partial(ResNet, depth=8, widths=(4, 8, 16), in_channels=1)
-TINY = replace(get("digits"), build=BUILD, epochs=4, subset=128, batch_size=32)
+TINY = replace(get("digits"), build=BUILD, epochs=4, subset=128, batch_size=32, updates_per_epoch=1)
 
 
 def quiet() -> Console:

@@ -11,6 +11,18 @@ from torch.nn import functional as F
 from torchgrow.lab.models import scaled
 
 
+class Transformer(nn.Module):
+    """A transformer that knows how its weights begin."""
+
+    def initialise(self) -> None:
+        """GPT-2's: weights normal with standard deviation 0.02, biases 0; layer norms keep PyTorch's defaults."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+
 class Attention(nn.Module):
     """Self-attention of several heads.
 
@@ -54,7 +66,7 @@ class Block(nn.Module):
         return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
 
 
-class GPT(nn.Module):
+class GPT(Transformer):
     """A GPT-style language model: pre-norm causal blocks, learned positions, the decoder tied to the embedding.
 
     Args:
@@ -93,14 +105,14 @@ class GPT(nn.Module):
         self.norm, self.decoder = nn.LayerNorm(features), nn.Linear(features, words, bias=False)
         self.decoder.weight = self.embedding.weight
         self.dropout = nn.Dropout(dropout)
-        _init(self)
+        self.initialise()
 
     def forward(self, words: Tensor) -> Tensor:  # noqa: D102
         x = self.dropout(self.embedding(words) + self.positions[: words.shape[1]])
         return self.decoder(self.norm(self.blocks(x)))
 
 
-class ViT(nn.Module):
+class ViT(Transformer):
     """A vision transformer: square patches, learned positions, pre-norm blocks, the mean over places, one linear layer.
 
     Args:
@@ -144,17 +156,8 @@ class ViT(nn.Module):
             )
         )
         self.norm, self.fc = nn.LayerNorm(features), nn.Linear(features, classes)
-        _init(self)
+        self.initialise()
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         x = self.patches(x).flatten(2).transpose(1, 2) + self.positions
         return self.fc(self.norm(self.blocks(x)).mean(1))
-
-
-def _init(model: nn.Module) -> None:
-    """GPT-2's: weights normal with standard deviation 0.02, biases 0; layer norms keep PyTorch's defaults."""
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.02)
-        elif name.endswith("bias"):
-            nn.init.zeros_(parameter)

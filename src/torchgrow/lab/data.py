@@ -207,6 +207,12 @@ def load(
     return replace(data, train=data.train[chosen])
 
 
+def held_out(data: ImageData, share: float = 0.2) -> ImageData:
+    """A part of the training images in place of the test images, for choices to be made on; the rest to train on."""
+    kept = len(data.train) - round(share * len(data.train))
+    return replace(data, train=data.train[slice(0, kept)], test=data.train[slice(kept, None)])
+
+
 def _permutation(n: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(_SPLIT_SEED))
 

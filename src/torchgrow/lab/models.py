@@ -21,6 +21,18 @@ def scaled(channels: int, width: float) -> int:
     return max(1, round(channels * width))
 
 
+class ConvNet(nn.Module):
+    """A convolutional network that knows how its weights begin."""
+
+    def initialise(self) -> None:
+        """He initialisation by fan-out for convolutions; the other layers keep PyTorch's defaults."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+
 class PadShortcut(nn.Module):
     """Shortcut kind A of He et al. (2016): every second pixel, padded with zero channels on both sides.
 
@@ -83,7 +95,7 @@ class BasicBlock(nn.Module):
         return F.relu(y + self.shortcut(x))
 
 
-class ResNet(nn.Module):
+class ResNet(ConvNet):
     """The CIFAR ResNet of He et al. (2016): a 3x3 stem, three stages of basic blocks, one linear layer.
 
     Args:
@@ -126,7 +138,7 @@ class ResNet(nn.Module):
         self.layer2 = _stage(channels[0], channels[1], blocks, 2, shortcut)
         self.layer3 = _stage(channels[1], channels[2], blocks, 2, shortcut)
         self.fc = nn.Linear(channels[2], classes)
-        _init(self)
+        self.initialise()
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         x = F.relu(self.bn1(self.conv1(x)))
@@ -169,7 +181,7 @@ class PlainUnit(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
-class Staged(nn.Module):
+class Staged(ConvNet):
     """AutoGrow's other families (Wen et al., 2020): a stem, three or four stages of like units, one linear layer.
 
     Args:
@@ -217,7 +229,7 @@ class Staged(nn.Module):
             before = after
         self.stages = nn.ModuleList(stages)
         self.fc = nn.Linear(before, classes)
-        _init(self)
+        self.initialise()
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         x = self.pool(F.relu(self.bn1(self.conv1(x))))
@@ -226,7 +238,7 @@ class Staged(nn.Module):
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-class VGG16(nn.Module):
+class VGG16(ConvNet):
     """VGG-16 with batch norm for CIFAR: 13 convolutions, one linear layer, 14.73M parameters at width 1.
 
     Convolutions keep their bias although batch norm follows, as in torchvision's ``vgg16_bn``, so that
@@ -255,7 +267,7 @@ class VGG16(nn.Module):
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(in_channels, classes)
-        _init(self)
+        self.initialise()
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return self.classifier(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
@@ -282,7 +294,7 @@ class PreActivationBlock(nn.Module):
         return x + y
 
 
-class WideResNet(nn.Module):
+class WideResNet(ConvNet):
     """WRN-d-k for CIFAR (Zagoruyko and Komodakis, 2016): three stages of pre-activation blocks.
 
     Args:
@@ -324,17 +336,8 @@ class WideResNet(nn.Module):
         self.layer1, self.layer2, self.layer3 = stages
         self.bn = nn.BatchNorm2d(channels)
         self.fc = nn.Linear(channels, classes)
-        _init(self)
+        self.initialise()
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
         return self.fc(F.adaptive_avg_pool2d(F.relu(self.bn(x)), 1).flatten(1))
-
-
-def _init(model: nn.Module) -> None:
-    """He initialisation by fan-out for convolutions; the other layers keep PyTorch's defaults."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)

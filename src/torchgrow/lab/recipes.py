@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import nn
 
-from torchgrow import Budget, TorchgrowError
+from torchgrow import Budget, Method, TorchgrowError
 from torchgrow.lab import data, models
 from torchgrow.lab.attention import GPT, ViT
 from torchgrow.lab.recurrent import LSTM
 
-PRESETS = ("default", "paper", "nas", "random")
+PRECISIONS = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("milestones", "cosine")
 SIZES = ("small", "medium", "large")
@@ -41,6 +41,7 @@ class Recipe:
         then: more of them once the structure is final, with the schedule anew (fine-tuning; the train phase after
             the grow phase, where an architecture is searched). Networks that do not grow train on just so.
         updates_per_epoch: how often the grower updates in each, the last time at its end; at most once a step.
+            None: 4 times where the preset changes little at a time, once where units are drawn anew.
         batch_size: images, or sequences of words, a step.
         steps: words a sequence, of a text.
         side: height and width that images of a folder are resized to, in pixels.
@@ -53,12 +54,14 @@ class Recipe:
         momentum: of SGD.
         nesterov: whether SGD's momentum is Nesterov's.
         weight_decay: on all parameters with SGD; with AdamW on matrices, not on biases, norms and positions.
+        precision: one of `PRECISIONS`. "bfloat16": forward and backward pass under autocast; weights and evaluation
+            are in float32 all the same.
         clip: largest norm of all gradients together; None means any.
         freeze: parameters or modules that keep their width, as for `torchgrow.Grower`.
         shift: augmentation, largest shift of a training image in pixels.
         mirror: augmentation, whether half the training images are mirrored.
         subset: training images, or words, to use; None means all.
-        preset: how the grower grows, one of `PRESETS`.
+        preset: how the grower grows, as `torchgrow.Method.named` reads it.
         seed: of initial weights, batch order, augmentation and growth.
         threads: CPU threads to train with; None leaves it to PyTorch. Results repeat only at the same number.
 
@@ -75,7 +78,7 @@ class Recipe:
     meta: bool = False
     epochs: int
     then: int = 0
-    updates_per_epoch: int = 1
+    updates_per_epoch: int | None = None
     batch_size: int
     steps: int = 35
     side: int = 64
@@ -88,6 +91,7 @@ class Recipe:
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
+    precision: str = "float32"
     clip: float | None = None
     freeze: tuple[str, ...] = ()
     shift: int = 0
@@ -106,7 +110,7 @@ class Recipe:
         need("epochs", self.epochs >= 2, "at least 2 (passes over the training images or text)")
         need("then", self.then >= 0, "at least 0 (more passes after growth)")
         need("side", self.side >= 8, "at least 8 (pixels)")
-        need("updates_per_epoch", self.updates_per_epoch >= 1, "at least 1")
+        need("updates_per_epoch", self.updates_per_epoch is None or self.updates_per_epoch >= 1, "at least 1")
         need("batch_size", self.batch_size >= 2, "at least 2 (images, or sequences of words)")
         need("steps", self.steps >= 1, "at least 1 (words)")
         need("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
@@ -123,9 +127,18 @@ class Recipe:
         need("weight_decay", self.weight_decay >= 0, "at least 0")
         need("shift", self.shift >= 0, "at least 0 (pixels)")
         need("subset", self.subset is None or self.subset >= 1, "at least 1 (images, or words), or None for all")
-        need("preset", self.preset in PRESETS, f"one of {', '.join(PRESETS)}")
+        try:
+            Method.named(self.preset)
+        except TorchgrowError as error:
+            raise TorchgrowError(f"recipe {self.name!r}: {error}") from None
+        need("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
         need("seed", self.seed >= 0, "at least 0")
         need("threads", self.threads is None or self.threads >= 1, "at least 1, or None")
+
+    def updates_an_epoch(self) -> int:
+        """How often the grower updates in each epoch."""
+        ranked = Method.named(self.preset).draws == "ranked"
+        return self.updates_per_epoch or (4 if ranked else 1)
 
     def milestones_in_epochs(self) -> list[int]:
         """The epochs after which the learning rate drops; the one place where fractions become epochs."""

@@ -56,8 +56,13 @@ class LSTM(nn.Module):
         self.layers = nn.ModuleList(nn.LSTM(into, units, batch_first=True) for into, units in pairwise(sizes))
         self.decoder = nn.Linear(sizes[-1], words)
         self.dropout = nn.Dropout(dropout)
+        self.init = init
+        self.initialise()
+
+    def initialise(self) -> None:
+        """All weights and biases uniformly between -init and init."""
         for parameter in self.parameters():
-            nn.init.uniform_(parameter, -init, init)
+            nn.init.uniform_(parameter, -self.init, self.init)
 
     def forward(self, words: Tensor, state: State | None = None) -> tuple[Tensor, State]:  # noqa: D102
         x, after = self.dropout(self.embedding(words)), []

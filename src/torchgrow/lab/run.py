@@ -93,7 +93,7 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise TorchgrowError(f"{self.path} cannot be made: {error.strerror}; choose another --out") from error
-        self._lock = _lock(self.path)
+        self._lock = lock(self.path)
         if resume:
             (self.path / "stopped.txt").unlink(missing_ok=True)
             for left in self.path.glob(".*"):  # half of a file or folder that was being written
@@ -157,7 +157,7 @@ class RunFolder:
         half.replace(path)
 
 
-def _lock(path: Path) -> int:
+def lock(path: Path) -> int:
     """Keep other processes off a folder until the handle is closed or this process ends, however it ends."""
     handle = os.open(path, os.O_RDONLY)
     if fcntl is not None:
@@ -339,7 +339,7 @@ def _run(
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     with processes.first_alone():
-        recipe, data = _with_data(recipe, console, folder, download)
+        recipe, data = with_data(recipe, console, folder, download)
     run_folder = None
     if processes.rank() == 0:
         run_folder = RunFolder(out or default_out(recipe.name))
@@ -351,7 +351,7 @@ def _run(
     return _go(recipe, data, run_folder or Onlooker(out), console)
 
 
-def _with_data(recipe: Recipe, console: Console, folder: Path | None, download: bool = False) -> tuple[Recipe, Data]:
+def with_data(recipe: Recipe, console: Console, folder: Path | None, download: bool = False) -> tuple[Recipe, Data]:
     """The data, and the recipe with networks that fit it."""
     data = lab_data.load(
         recipe.dataset, folder=folder, download=download, subset=recipe.subset, steps=recipe.steps, side=recipe.side
@@ -404,7 +404,7 @@ def _resume(run: Path, console: Console, folder: Path | None) -> Path:
                 soft_wrap=True,
             )
     folder = folder or (Path(how["data"]) if how["data"] else None)
-    recipe, data = _with_data(recipe, console, folder)
+    recipe, data = with_data(recipe, console, folder)
     return _go(recipe, data, run_folder, console)
 
 

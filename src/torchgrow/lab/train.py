@@ -135,7 +135,7 @@ def make_grower(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, 
         optimizer,
         example_inputs=inputs,
         budget=recipe.budget,
-        updates=recipe.epochs * (len(_updates_within(recipe, _extent(model, data, recipe)[0])) + 1),
+        updates=recipe.epochs * (len(_updates_within(recipe, extent(model, data, recipe)[0])) + 1),
         preset=recipe.preset,
         seed=recipe.seed,
         freeze=recipe.freeze,
@@ -175,7 +175,7 @@ def fit(
     Raises:
         TorchgrowError: the loss is not finite, or the checkpoint does not fit.
     """
-    steps, samples = _extent(model, data, recipe)
+    steps, samples = extent(model, data, recipe)
     schedule = make_schedule(optimizer, recipe, steps)
     progress = checkpoints.load(model, optimizer, grower, schedule) if checkpoints else Progress()
     run = _Run(
@@ -280,8 +280,9 @@ class _Run:
         net, cost, start = self.net(), self.cost(), time.perf_counter()
         batches = enumerate(processes.shares(_batches(self.model, self.data, recipe, self.generator)), start=1)
         for step, (x, labels) in islice(batches, progress.step, None):
-            scores, state = _scores(net, x, progress.state)
-            loss = F.cross_entropy(scores, labels.flatten())
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+                scores, state = _scores(net, x, progress.state)
+            loss = F.cross_entropy(scores.float(), labels.flatten())
             where = f"{self.network}, epoch {progress.epoch}, step {step} of {steps}"
             value = _step(where, loss, self.model, self.optimizer, recipe)
             self.schedule.step()
@@ -314,7 +315,7 @@ def _added(changes: tuple[int, int, int], event: Event) -> tuple[int, int, int]:
     return changes[0] + event.born, changes[1] + event.regrown, changes[2] + event.detached
 
 
-def _extent(model: nn.Module, data: Data, recipe: Recipe) -> tuple[int, int]:
+def extent(model: nn.Module, data: Data, recipe: Recipe) -> tuple[int, int]:
     """Steps of an epoch, and samples of a step."""
     if isinstance(data, TextData):
         return data.train_steps(recipe.batch_size, shuffled=not hasattr(model, "carried")), recipe.batch_size
@@ -323,7 +324,8 @@ def _extent(model: nn.Module, data: Data, recipe: Recipe) -> tuple[int, int]:
 
 def _updates_within(recipe: Recipe, steps: int) -> set[int]:
     """After which of an epoch's steps the grower updates, the last one left out; fewer if there are fewer steps."""
-    return {steps * part // recipe.updates_per_epoch for part in range(1, recipe.updates_per_epoch)} - {0}
+    often = recipe.updates_an_epoch()
+    return {steps * part // often for part in range(1, often)} - {0}
 
 
 def _batches(model: nn.Module, data: Data, recipe: Recipe, generator: torch.Generator) -> Batches:

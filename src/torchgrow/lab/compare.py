@@ -1,0 +1,518 @@
+"""Methods side by side on one recipe: grown, thinned, pruned and dense networks, for several seeds and budgets.
+
+Every finished (method, seed, budget) is one line of a results file, written once it is finished and never again.
+"""
+
+import copy
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+from scipy.stats import t as student
+from torch import nn
+
+import torchgrow
+from torchgrow import Budget, Grower, Method, TorchgrowError, measure
+from torchgrow.lab.checkpoints import Checkpoints
+from torchgrow.lab.data import Data, held_out
+from torchgrow.lab.display import short
+from torchgrow.lab.metrics import metric_of
+from torchgrow.lab.recipes import Recipe
+from torchgrow.lab.run import environment, lock, twin_width, uniform_width, with_data
+from torchgrow.lab.text import TextData
+from torchgrow.lab.train import Epoch, evaluate, extent, fit, make_grower, make_optimizer
+
+FIXED = {
+    "dense": "the whole frame",
+    "uniform": "every width thinned alike, to the parameters of the budget, from scratch",
+    "uniform-flops": "every width thinned alike, to the FLOPs of the network that `default` found, from scratch",
+    "direct": "the network that `default` found, initialised anew, from scratch",
+    "l1": "the dense one, pruned by Torch-Pruning (L1 norm), then fine-tuned for half as many epochs (at least 2)",
+}
+"""Methods whose structure does not change while they train."""
+
+AFTER = {"uniform-flops": "default", "direct": "default", "l1": "dense"}
+"""Methods that need what another one has come to."""
+
+WEIGHTS, EPOCHS = "weights.safetensors", "epochs.json"
+"""What is left of a network, beside its checkpoints."""
+
+SHARES = {"flops": "dense_flops", "train_flops": "dense_train_flops", "seconds": "dense_seconds"}
+"""What is shown as a share of the dense network's."""
+
+FINE_TUNING = 0.1
+"""Learning rate of fine-tuning a pruned network, as a share of the recipe's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One network to train: a method and everything that decides what comes out.
+
+    Attributes:
+        method: a name in `FIXED`, or what `torchgrow.Method.named` reads.
+        recipe: with seed and budget.
+        data: what tells one data set from another.
+        validate: whether it is judged by training images that were held out.
+    """
+
+    method: str
+    recipe: Recipe
+    data: tuple[int, ...]
+    validate: bool = False
+
+    def config(self) -> dict[str, Any]:
+        """All of it, as JSON holds it; a dense network has no budget, and a fixed one no way of growing."""
+        config = {**self.recipe.as_json(), "method": self.method, "samples": list(self.data), "validate": self.validate}
+        if self.method == "dense":
+            del config["budget"]
+        how = AFTER.get(self.method, self.method)
+        if how not in FIXED:
+            config["growing"] = asdict(Method.named(how, layers=bool(self.recipe.depth)))
+        del config["preset"]
+        return json.loads(json.dumps(config))
+
+    def key(self) -> str:
+        """The same for the same settings only."""
+        return hashlib.sha256(json.dumps(self.config(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Rows:
+    """The results file: whole lines only, one per finished job.
+
+    Args:
+        path: the file, made if it is not there.
+
+    Raises:
+        TorchgrowError: a whole line is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    def read(self) -> list[dict[str, Any]]:
+        """All rows; a line that was cut short by a kill is none."""
+        lines = self.path.read_text().splitlines(keepends=True)
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith("\n"):
+                continue
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise TorchgrowError(f"{self.path}, line {number} is damaged: {error}; take it out") from error
+        return rows
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row; it is on disk when this returns."""
+        with self.path.open("r+b") as file:
+            file.seek(0, os.SEEK_END)
+            whole = self.path.read_bytes().rfind(b"\n") + 1
+            file.truncate(whole)  # what a kill left of a line goes
+            file.seek(whole)
+            file.write(json.dumps(row).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def compare(
+    recipe: Recipe,
+    *,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    budgets: Sequence[Budget] = (),
+    console: Console,
+    folder: Path | None = None,
+    out: Path = Path("results/compare"),
+    validate: bool = False,
+) -> list[dict[str, Any]]:
+    """Train what the results file does not hold yet, append it, and print the table.
+
+    All methods of one seed and budget train in turns, epoch by epoch, in this process, so that their seconds can be
+    compared on a machine that is now faster, now slower; those that need what another one came to follow after.
+    A command that was stopped goes on from the last epoch when it is given again.
+
+    Args:
+        recipe: what to train; its preset does not matter, and its seed and budget only where none are given.
+        methods: of `FIXED`, or ways to grow: "default", "paper", "default:gates=True,peak=1".
+        seeds: of weights, batches and growth; every method is trained with each.
+        budgets: one after another; default: the recipe's.
+        console: where to show it.
+        folder: where the data is; see `torchgrow.lab.data.load`.
+        out: folder of results files, one a recipe, and of what a stopped command goes on from.
+        validate: judge by a fifth of the training images, held out, instead of the test images.
+
+    Returns:
+        The rows of this comparison, old and new.
+
+    Raises:
+        TorchgrowError: an unknown method, bad data, a loss that is not finite, another process at the same file.
+    """
+    for method in methods:
+        if method not in FIXED:
+            _named(method)
+    recipe, data = with_data(recipe, console, folder)
+    if validate:
+        if isinstance(data, TextData):
+            raise TorchgrowError("a text is judged by its validation part as it is; leave --validate out")
+        data = held_out(data)
+    rows, work = Rows(out / f"{recipe.name}.jsonl"), out / f".{recipe.name}"
+    work.mkdir(exist_ok=True)
+    held, jobs = lock(work), list[Job]()
+    try:
+        for seed in seeds:
+            for budget in budgets or [recipe.budget]:
+                chosen = replace(recipe, seed=seed, budget=budget)
+                now = [Job(method=m, recipe=chosen, data=_samples(data), validate=validate) for m in _ordered(methods)]
+                jobs += [job for job in now if job not in jobs]
+                missing = _missing(now, rows, work, console)
+                _together([job for job in missing if job.method not in AFTER], data, rows, work, console)
+                _together([job for job in missing if job.method in AFTER], data, rows, work, console)
+    finally:
+        os.close(held)
+    wanted = {job.key() for job in jobs}
+    found = [row for row in rows.read() if row["config_hash"] in wanted]
+    if found:
+        draw(found, rows.path.with_suffix(".png"))
+        console.print(*tables(found), sep="\n")
+        for row in found:
+            if "error" in row:
+                console.print(f"{row['method']}, seed {row['seed']}, failed: {row['error']}", soft_wrap=True)
+    console.print(f"Results: {rows.path}", soft_wrap=True)
+    return found
+
+
+def _named(method: str) -> Method:
+    try:
+        return Method.named(method)
+    except TorchgrowError as error:
+        raise TorchgrowError(f"{error}; or compare with {', '.join(FIXED)}") from None
+
+
+def _ordered(methods: Sequence[str]) -> list[str]:
+    """Without repetitions, and the dense network first, whose seconds the others are compared with."""
+    once = dict.fromkeys([*methods, *(AFTER[method] for method in methods if method in AFTER)])
+    return sorted(once, key=lambda method: method != "dense")
+
+
+def _samples(data: Data) -> tuple[int, ...]:
+    parts = [data.train, data.valid, data.test] if isinstance(data, TextData) else [data.train, data.test]
+    return tuple(len(part) for part in parts)
+
+
+def _together(jobs: Sequence[Job], data: Data, rows: Rows, work: Path, console: Console) -> None:
+    """Train the missing ones of some jobs in turns, each with random numbers of its own."""
+    if not jobs:
+        return
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        tell = _Bars(progress, jobs)
+        trainings = {job.key(): _train(job, jobs, data, rows, work, tell) for job in jobs}
+        states = {job.key(): torch.get_rng_state() for job in jobs}
+        while trainings:
+            for key, training in list(trainings.items()):
+                with torch.random.fork_rng(devices=[]):
+                    torch.set_rng_state(states[key])
+                    if next(training, None) is None:
+                        del trainings[key]
+                    states[key] = torch.get_rng_state()
+
+
+def _missing(jobs: Sequence[Job], rows: Rows, work: Path, console: Console) -> list[Job]:
+    """Jobs to train: those without a row, and those whose network another one without a row begins with."""
+    done = {row["config_hash"] for row in rows.read()}
+    missing = [job for job in jobs if job.key() not in done]
+    if any(job.method == "l1" for job in missing) and not _peer():
+        console.print("l1 is left out: Torch-Pruning is not installed (pip install torch-pruning==1.6.1)")
+        missing = [job for job in missing if job.method != "l1"]
+    needed = [replace(job, method=AFTER[job.method]) for job in missing if job.method in AFTER]
+    gone = [base for base in needed if not (work / base.key() / WEIGHTS).exists()]
+    return [job for job in jobs if job in missing or job in gone]
+
+
+class _Bars:
+    """One bar a network."""
+
+    def __init__(self, progress: Progress, jobs: Sequence[Job]) -> None:
+        self._bars = {
+            job.key(): progress.add_task(f"seed {job.recipe.seed}, {job.recipe.budget}: {job.method}", total=None)
+            for job in jobs
+        }
+        self._progress = progress
+
+    def __call__(self, job: Job, done: float, total: int) -> None:
+        self._progress.update(self._bars[job.key()], completed=done, total=total)
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, soft_wrap=True)
+
+
+def _train(job: Job, beside: Sequence[Job], data: Data, rows: Rows, work: Path, tell: _Bars) -> Iterator[Epoch]:
+    """The epochs of one job; at the end its row is written."""
+    recipe, folder = job.recipe, work / job.key()
+    frame = measure(recipe.build(1.0), data.example())
+    before = _Spent()
+    torch.manual_seed(recipe.seed)
+    try:
+        model, recipe, before = _network(job, data, work)
+    except _PeerError as failed:
+        rows.append({**_head(job), "error": str(failed)})
+        return
+    optimizer = make_optimizer(model, recipe)
+    grower: Grower | None = None
+    if job.method not in FIXED:
+        grower = make_grower(model, optimizer, data, replace(recipe, preset=job.method))
+    checkpoints, records = Checkpoints(folder=folder / "checkpoints"), folder / EPOCHS
+    epochs = [Epoch(**fields) for fields in json.loads(records.read_text())] if records.exists() else []
+    if not any(checkpoints.folder.glob("checkpoint-*")):
+        epochs = []
+
+    def on_step(step: int, steps: int) -> None:
+        tell(job, len(epochs) + step / steps, recipe.epochs + recipe.then)
+
+    for epoch in fit(
+        job.method, model, optimizer, data, recipe, grower=grower, on_step=on_step, checkpoints=checkpoints
+    ):
+        epochs = [*epochs[: epoch.epoch - 1], epoch]
+        _write(records, json.dumps([asdict(one) for one in epochs]))
+        yield epoch
+    last, cost = epochs[-1], measure(model, data.example())
+    if grower is not None:
+        shutil.rmtree(folder / "network", ignore_errors=True)
+        torchgrow.save(model, folder / "network")
+    save_file(dict(model.state_dict()), folder / WEIGHTS)
+    if any(row["config_hash"] == job.key() for row in rows.read()):
+        return  # trained once more for the sake of another
+    steps, samples = extent(model, data, job.recipe)
+    score = last.perplexity if isinstance(data, TextData) else evaluate(model, data)[0]
+    dense = next((row for row in rows.read() if row["config_hash"] == replace(job, method="dense").key()), {})
+    row = {
+        **_head(job),
+        data.metric.name: score,
+        **({"test_perplexity": evaluate(model, data, "test")[0]} if isinstance(data, TextData) else {}),
+        "params": cost.params,
+        "flops": cost.flops,
+        "dense_params": frame.params,
+        "dense_flops": frame.flops,
+        "train_flops": before.flops + last.training_flops,
+        "train_flops_paper_rule": last.training_flops,
+        "dense_train_flops": 3 * frame.flops * steps * samples * (job.recipe.epochs + job.recipe.then),
+        "seconds": before.seconds + last.seconds,
+        "dense_seconds": last.seconds if job.method == "dense" else dense.get("seconds"),
+        "together": [other.method for other in beside],
+        "epochs": [
+            {key: value for key, value in asdict(epoch).items() if key not in ("network", "temperature")}
+            for epoch in epochs
+        ],
+    }
+    rows.append(row)
+    tell.say(f"seed {recipe.seed}, {recipe.budget}: {job.method}: {data.metric.show(score or math.nan)}")
+
+
+@dataclass(frozen=True)
+class _Spent:
+    """Training that went before."""
+
+    flops: int = 0
+    seconds: float = 0.0
+
+
+class _PeerError(Exception):
+    """Torch-Pruning cannot serve this model; the message says how it failed."""
+
+
+def _head(job: Job) -> dict[str, Any]:
+    budget = None if job.method == "dense" else str(job.recipe.budget)
+    return {
+        "recipe": job.recipe.name,
+        "method": job.method,
+        "seed": job.recipe.seed,
+        "budget": budget,
+        "config_hash": job.key(),
+        "config": job.config(),
+        "versions": {**environment(), "torch-pruning": _peer()},
+    }
+
+
+def _peer() -> str | None:
+    """The version of Torch-Pruning, if it is there."""
+    try:
+        return version("torch-pruning")
+    except PackageNotFoundError:
+        return None
+
+
+def _network(job: Job, data: Data, work: Path) -> tuple[nn.Module, Recipe, _Spent]:
+    """What a job begins with, how it is trained, and what that had cost before."""
+    recipe, method = job.recipe, job.method
+    if method not in FIXED:
+        with torch.device("meta" if recipe.meta else "cpu"):
+            return (recipe.build_grown or recipe.build)(1.0), recipe, _Spent()
+    if method == "dense":
+        return recipe.build(1.0), recipe, _Spent()
+    if method == "uniform":
+        frame = measure(recipe.build(1.0), data.example())
+        limits = recipe.budget.limits(frame)
+        params, flops = limits.params or frame.params, limits.flops or frame.flops
+        return recipe.build(twin_width(recipe, data, params=params, flops=flops)), recipe, _Spent()
+    base = work / replace(job, method=AFTER[method]).key()
+    if method == "l1":
+        model = recipe.build(1.0)
+        model.load_state_dict(load_file(base / WEIGHTS))
+        last = Epoch(**json.loads((base / EPOCHS).read_text())[-1])
+        tuned = replace(recipe, epochs=max(2, recipe.epochs // 2), lr=FINE_TUNING * recipe.lr)
+        return _pruned(model, recipe, data), tuned, _Spent(last.training_flops, last.seconds)
+    found = torchgrow.load(base / "network", partial(recipe.build_grown or recipe.build, 1.0))
+    if method == "direct":
+        return initialised(found), recipe, _Spent()
+    flops = measure(found, data.example()).flops
+    width = uniform_width(recipe.build, flops, lambda model: measure(model, data.example()).flops)
+    return recipe.build(width), recipe, _Spent()
+
+
+def initialised(model: nn.Module) -> nn.Module:
+    """The model with weights as its modules, and then its own `initialise`, begin with at the sizes they have now."""
+    for module in model.modules():
+        reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
+        if reset is not None:
+            reset()
+    if hasattr(model, "initialise"):
+        model.initialise()  # type: ignore[operator]
+    return model
+
+
+def _pruned(model: nn.Module, recipe: Recipe, data: Data) -> nn.Module:
+    """The dense model pruned by Torch-Pruning to the budget: filters of the smallest L1 norm, of all layers alike."""
+    frame = measure(model, data.example())
+    limits = recipe.budget.limits(frame)
+
+    def at(ratio: float) -> nn.Module:
+        import torch_pruning  # type: ignore[import-untyped]
+
+        pruned = copy.deepcopy(model)
+        last = [module for module in pruned.modules() if isinstance(module, nn.Linear)][-1:]
+        importance = torch_pruning.importance.MagnitudeImportance(p=1)
+        torch_pruning.pruner.BasePruner(
+            pruned, data.example(), importance, pruning_ratio=ratio, ignored_layers=last
+        ).step()
+        return pruned
+
+    def fits(pruned: nn.Module) -> bool:
+        cost = measure(pruned, data.example())
+        return cost.params <= (limits.params or cost.params) and cost.flops <= (limits.flops or cost.flops)
+
+    low, high = 0.0, 1.0
+    best: nn.Module | None = None
+    try:
+        for _ in range(8):  # finer than one channel of most layers
+            middle = (low + high) / 2
+            pruned = at(middle)
+            if fits(pruned):
+                best, high = pruned, middle
+            else:
+                low = middle
+    except Exception as error:
+        raise _PeerError(f"{type(error).__name__}: {error}".splitlines()[0][:300]) from error
+    if best is None:
+        raise _PeerError(f"no pruning ratio brings the network to {recipe.budget}")
+    return best
+
+
+def _write(path: Path, text: str) -> None:
+    """The file holds it whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}")
+    half.write_text(text)
+    half.replace(path)
+
+
+# --- what came out ---
+
+
+def difference(rows: Sequence[Mapping[str, Any]], method: str, other: str) -> tuple[list[float], float]:
+    """Scores of one method minus those of another, seed by seed, and half the 95 % interval of their mean.
+
+    Half the interval is that of Student's t, NaN for fewer than two seeds.
+    """
+    scores = {(row["method"], row["seed"]): row[metric_of(row).name] for row in rows if "error" not in row}
+    seeds = sorted(seed for name, seed in scores if name == method and (other, seed) in scores)
+    gaps = [scores[method, seed] - scores[other, seed] for seed in seeds]
+    if len(gaps) < 2:
+        return gaps, math.nan
+    return gaps, float(student.ppf(0.975, len(gaps) - 1)) * stdev(gaps) / math.sqrt(len(gaps))
+
+
+def by_budget(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows by budget; the dense network, which has none, belongs to each."""
+    budgets = dict.fromkeys(row["budget"] for row in rows if row["budget"] is not None) or {"none": None}
+    return {budget: [row for row in rows if row["budget"] in (None, budget)] for budget in budgets}
+
+
+def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
+    """One a budget: mean and standard deviation over seeds, and shares of the dense network."""
+    metric = metric_of(next((row for row in rows if "error" not in row), {}))
+    grids = []
+    for budget, all_of in by_budget(rows).items():
+        grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=budget, title_justify="left")
+        heads = (metric.name, "minus uniform\n(95 % interval)", "parameters", "FLOPs", "training\nFLOPs", "seconds")
+        grid.add_column("method")
+        for head in ("n", *heads):
+            grid.add_column(head, justify="right", no_wrap=True)
+        for method in dict.fromkeys(row["method"] for row in all_of):
+            mine = [row for row in all_of if row["method"] == method]
+            fine = [row for row in mine if "error" not in row]
+            if not fine:
+                grid.add_row(method, "0", "failed")
+                continue
+            scores = [row[metric.name] for row in fine]
+            spread = f" ± {stdev(scores):.2f}" if len(scores) > 1 else ""
+            gaps, half = difference(all_of, method, "uniform")
+            gap = "" if method == "uniform" or not gaps else f"{mean(gaps):+.2f}"
+            gap += f" ± {half:.2f}" if gap and half == half else ""
+            shares = [short(mean(row["params"] for row in fine))]
+            for part, whole in SHARES.items():
+                known = [row[part] / row[whole] for row in fine if row[whole]]
+                shares.append(f"{100 * mean(known):.0f} %" if known else "")
+            grid.add_row(method, str(len(fine)), f"{mean(scores):.2f}{spread}", gap, *shares)
+        grids.append(grid)
+    return grids
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """The plane of score against all training cost, one panel a budget: means over seeds, with spread."""
+    budgets = {budget: some for budget, some in by_budget(rows).items() if some}
+    metric = metric_of(next((row for row in rows if "error" not in row), {}))
+    figure = Figure(figsize=(5.5 * len(budgets), 4), dpi=120, layout="constrained")
+    for column, (budget, all_of) in enumerate(budgets.items(), start=1):
+        ax = figure.add_subplot(1, len(budgets), column)
+        for method in dict.fromkeys(row["method"] for row in all_of):
+            fine = [row for row in all_of if row["method"] == method and "error" not in row]
+            if not fine:
+                continue
+            scores = [row[metric.name] for row in fine]
+            cost = mean(row["train_flops"] / row["dense_train_flops"] for row in fine)
+            spread = stdev(scores) if len(scores) > 1 else 0.0
+            ax.errorbar(cost, mean(scores), yerr=spread, marker="o", capsize=3)
+            ax.annotate(method, (cost, mean(scores)), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.set(title=budget, xlabel="training FLOPs / dense (all of them)", ylabel=f"{metric.name}{metric.unit}")
+    FigureCanvasAgg(figure).print_png(path)

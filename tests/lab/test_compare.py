@@ -1,0 +1,237 @@
+"""Comparisons: rows, what is reused and what is not, stops and restarts, peers, and the arithmetic of the tables."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from torchgrow import Budget, TorchgrowError
+from torchgrow.lab import compare as module
+from torchgrow.lab import models, recipes
+from torchgrow.lab.compare import Rows, compare, difference, initialised
+from torchgrow.lab.data import held_out, load
+
+RECIPE = replace(recipes.get("digits"), epochs=2, subset=128, batch_size=32)
+QUIET = Console(quiet=True)
+
+
+def run(out, methods="dense uniform default", recipe=RECIPE, seeds=(0,), **more):
+    return compare(recipe, methods=methods.split(), seeds=seeds, console=QUIET, out=out, **more)
+
+
+def timeless(rows):
+    """Rows without what differs from run to run: seconds, and what trained beside."""
+    kept = [{k: v for k, v in row.items() if k not in ("seconds", "dense_seconds", "together")} for row in rows]
+    for row in kept:
+        row["epochs"] = [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in row["epochs"]]
+    return kept
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def fit(*arguments, **keywords):
+        raise AssertionError("something was trained")
+
+    monkeypatch.setattr(module, "fit", fit)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    out = tmp_path_factory.mktemp("compare")
+    return out, run(out, "default uniform uniform-flops direct")
+
+
+def test_rows_say_what_it_came_to_and_cost(compared):
+    out, rows = compared
+    assert rows == [json.loads(line) for line in (out / "digits.jsonl").read_text().splitlines()]
+    assert (out / "digits.png").read_bytes().startswith(b"\x89PNG")
+    by_method = {row["method"]: row for row in rows}
+    assert by_method.keys() == {"default", "uniform", "uniform-flops", "direct"}
+    for row in rows:
+        assert 0 <= row["accuracy"] <= 100
+        assert row["config"]["samples"] == [128, 360]
+        assert row["dense_train_flops"] == 3 * row["dense_flops"] * 2 * 128
+        assert row["train_flops"] == row["train_flops_paper_rule"] == row["epochs"][-1]["training_flops"]
+        assert [epoch["epoch"] for epoch in row["epochs"]] == [1, 2]
+    grown, direct = by_method["default"], by_method["direct"]
+    assert by_method["uniform"]["params"] <= 0.2 * grown["dense_params"]
+    assert grown["params"] <= 0.2 * grown["dense_params"]
+    assert (direct["params"], direct["flops"]) == (grown["params"], grown["flops"])
+    assert direct["train_flops"] == 3 * grown["flops"] * 2 * 128
+    assert by_method["uniform-flops"]["flops"] <= grown["flops"]
+    assert grown["config"]["growing"]["draws"] == "ranked"
+    assert "growing" not in by_method["uniform"]["config"]
+
+
+def test_nothing_is_trained_twice(compared, no_training):
+    out, rows = compared
+    assert run(out, "direct uniform default uniform-flops") == rows
+    assert run(out, "uniform") == [row for row in rows if row["method"] == "uniform"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"lr": 0.05}, {"epochs": 3}, {"budget": Budget(params="30%")}, {"seed": 1}, {"subset": 96}, {"batch_size": 16}],
+)
+def test_another_recipe_reuses_no_row(compared, change, no_training):
+    out, _ = compared
+    seeds = (change.pop("seed", 0),)
+    with pytest.raises(AssertionError, match="something was trained"):
+        run(out, "uniform", replace(RECIPE, **change), seeds)
+
+
+def test_another_way_to_grow_reuses_no_row_but_the_twins(compared, no_training):
+    out, _ = compared
+    run(out, "uniform", replace(RECIPE, preset="paper"))
+    with pytest.raises(AssertionError, match="something was trained"):
+        run(out, "default:peak=1")
+
+
+def test_dense_has_no_budget(tmp_path):
+    (before,) = run(tmp_path, "dense")
+    assert before["budget"] is None
+    assert before["dense_seconds"] == before["seconds"]
+    rows = run(tmp_path, "dense uniform", budgets=[Budget(params="30%"), Budget(flops="50%")])
+    assert [row["method"] for row in rows] == ["dense", "uniform", "uniform"]
+    assert rows[0] == before
+    assert all(row["dense_seconds"] == before["seconds"] for row in rows)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+def test_a_stopped_comparison_goes_on_as_if_it_never_had_been(tmp_path, monkeypatch, stop, compared):
+    _, unbroken = compared
+    real, count = module.fit, [0]
+
+    def fit(*arguments, **keywords):
+        for epoch in real(*arguments, **keywords):
+            yield epoch
+            count[0] += 1
+            if count[0] == stop:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "fit", fit)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "default uniform uniform-flops direct")
+    monkeypatch.setattr(module, "fit", real)
+    resumed = run(tmp_path, "default uniform uniform-flops direct")
+    assert sorted(map(str, timeless(resumed))) == sorted(map(str, timeless(unbroken)))
+
+
+def test_what_a_network_needs_of_another_is_made_again(compared, tmp_path, monkeypatch):
+    """A results file without the networks, as in a fresh clone."""
+    rows = compared[1]
+    kept = [row for row in rows if row["method"] != "direct"]
+    (tmp_path / "digits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    again = run(tmp_path, "default uniform uniform-flops direct")
+    assert sorted(map(str, again[:-1])) == sorted(map(str, kept))
+    assert timeless(again[-1:]) == timeless([row for row in rows if row["method"] == "direct"])
+
+
+def test_half_a_line_is_no_row(tmp_path):
+    rows = Rows(tmp_path / "r.jsonl")
+    rows.append({"a": 1})
+    with rows.path.open("a") as file:
+        file.write('{"a": 2, "b')
+    assert rows.read() == [{"a": 1}]
+    rows.append({"a": 3})
+    assert rows.read() == [{"a": 1}, {"a": 3}]
+    rows.path.write_text('{"a": 1}\n{"a"\n')
+    with pytest.raises(TorchgrowError, match=r"line 2 is damaged: .*; take it out"):
+        rows.read()
+
+
+def test_only_one_process_at_a_file(tmp_path):
+    (tmp_path / ".digits").mkdir()
+    handle = module.lock(tmp_path / ".digits")
+    with pytest.raises(TorchgrowError, match="another process is running in"):
+        run(tmp_path)
+    module.os.close(handle)
+
+
+def test_a_peer_that_is_not_there_is_left_out_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_peer", lambda: None)
+    console = Console(record=True, width=200)
+    rows = compare(RECIPE, methods=["l1", "dense"], seeds=[0], console=console, out=tmp_path)
+    assert [row["method"] for row in rows] == ["dense"]
+    assert "l1 is left out: Torch-Pruning is not installed (pip install torch-pruning==1.6.1)" in console.export_text()
+
+
+def test_a_peer_that_fails_says_how(tmp_path, monkeypatch, compared):
+    def fail(*arguments):
+        raise module._PeerError("ValueError: no such shortcut")
+
+    monkeypatch.setattr(module, "_peer", lambda: "1.6.1")
+    monkeypatch.setattr(module, "_pruned", fail)
+    console = Console(record=True, width=200)
+    rows = compare(RECIPE, methods=["l1", "uniform"], seeds=[0], console=console, out=tmp_path)
+    assert {row["method"]: row.get("error") for row in rows} == {
+        "dense": None,
+        "uniform": None,
+        "l1": "ValueError: no such shortcut",
+    }
+    assert "l1, seed 0, failed: ValueError: no such shortcut" in console.export_text()
+
+
+def test_l1_really_prunes(tmp_path):
+    pytest.importorskip("torch_pruning")
+    recipe = recipes.with_shortcut(RECIPE, "B")
+    rows = {row["method"]: row for row in run(tmp_path, "l1 dense", recipe)}
+    l1, dense = rows["l1"], rows["dense"]
+    assert 0.15 * dense["params"] < l1["params"] <= 0.2 * dense["params"]
+    assert l1["train_flops"] == dense["train_flops"] + l1["train_flops_paper_rule"]
+    assert l1["train_flops_paper_rule"] == 3 * l1["flops"] * 2 * 128  # two epochs of fine-tuning
+    assert len(l1["epochs"]) == 2
+
+
+def test_unknown_methods(tmp_path):
+    with pytest.raises(
+        TorchgrowError, match=r"preset 'fast' is unknown; use one of .*; or compare with dense, uniform"
+    ):
+        run(tmp_path, "fast")
+    assert not (tmp_path / "digits.jsonl").exists()
+
+
+def test_initialised_forgets_and_fits_the_present_size():
+    model = models.ResNet(depth=8, widths=(4, 8, 16))
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.fill_(7)
+    initialised(model)
+    for name, parameter in model.named_parameters():
+        assert not bool((parameter == 7).any()), name
+    for module_ in model.modules():
+        if isinstance(module_, nn.BatchNorm2d):
+            assert bool((module_.running_var == 1).all())
+    conv = model.layer3[0].conv2.weight
+    assert float(conv.detach().std()) == pytest.approx(math.sqrt(2 / (9 * 16)), rel=0.1)  # He, fan-out
+
+
+def test_held_out_images_are_training_images():
+    data = load("digits")
+    split = held_out(data)
+    assert len(split.train) + len(split.test) == len(data.train)
+    assert len(split.test) == round(0.2 * len(data.train))
+    assert torch.equal(torch.cat([split.train.pixels, split.test.pixels]), data.train.pixels)
+
+
+def test_validation_judges_by_training_images(tmp_path, compared):
+    (row,) = run(tmp_path, "uniform", validate=True)
+    assert row["config"]["samples"] == [102, 26]
+    assert row["config_hash"] not in [other["config_hash"] for other in compared[1]]
+
+
+def test_differences_are_paired():
+    rows = [
+        {"method": method, "seed": seed, "accuracy": value, "perplexity": None}
+        for method, values in {"a": [3.0, 5.0, 8.0], "b": [1.0, 4.0, 6.0]}.items()
+        for seed, value in enumerate(values)
+    ]
+    rows.append({"method": "b", "seed": 3, "accuracy": 0.0})  # without a partner
+    gaps, half = difference(rows, "a", "b")
+    assert gaps == [2.0, 1.0, 2.0]
+    assert half == pytest.approx(4.302653 * math.sqrt(1 / 3) / math.sqrt(3), rel=1e-6)  # t of 2 degrees of freedom
+    assert math.isnan(difference(rows[:1] + rows[3:4], "a", "b")[1])
