@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ BUDGETS = [
 
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
-@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("preset", ["default", "default:prune=worth", "default:peak=1,align=1", "paper"])
 @pytest.mark.parametrize(("seed", "early"), [(0, False), (1, False), (2, True)])
 def test_the_budget_is_a_guarantee(budget: Budget, preset: str, seed: int, early: bool) -> None:
     """Measured on the network itself: never above, and with any one absent unit more it would be."""
@@ -358,6 +359,42 @@ def test_the_plan_is_kept(budget: Budget, ramp: float) -> None:
         ):
             assert limit is None or now <= start + (limit - start) * progress
     assert grower.history[5].params > grower.history[0].params
+
+
+@pytest.mark.parametrize(
+    "budget", [Budget(params="30%"), Budget(flops="40%"), Budget(params="50%", flops="20%")], ids=str
+)
+@pytest.mark.parametrize("prune", ["alike", "worth"])
+@pytest.mark.parametrize("align", [1, 2])
+def test_it_grows_beyond_the_budget_and_back_as_planned(budget: Budget, prune: str, align: int) -> None:
+    """Never above a line up to the peak, the peak, and a line down to the budget; what leaves is worth least."""
+    method = replace(Method.default(), prune=prune, align=align, ramp=0.25, peak=1.8, hold=0.5, settle=0.25)
+    grower = make(method, budget, updates=20)
+    full = grower.frame_cost
+    seed = grower.history[0]
+    indicators, space = grower._indicators, grower.space
+    for number in range(1, 20):
+        train(grower, 2 * number)
+        before, worth = grower._bank.keep.clone(), indicators.worth.clone()
+        event = grower.update()
+        gone = before & ~grower._bank.keep
+        for group in space.group_of[gone].unique().tolist():
+            stayed = before & grower._bank.keep & space.removable & (space.group_of == group)
+            if bool(stayed.any()):
+                assert worth[gone & (space.group_of == group)].max() <= worth[stayed].min()
+        for limit, now, start, most in (
+            (grower.limits.params, event.params, seed.params, full.params),
+            (grower.limits.flops, event.flops, seed.flops, full.flops),
+        ):
+            if limit is None:
+                continue
+            peak = min(1.8 * limit, most)
+            up, down = min(1.0, number / 5), min(1.0, max(0.0, (number - 10) / 5))
+            assert now <= start + (peak - start) * up
+            assert now <= peak + (limit - peak) * down + 1
+    costs = [event.params for event in grower.history]
+    assert max(costs) == max(costs[5:11]) > costs[-1]
+    assert len(set(costs[15:])) == 1
 
 
 @pytest.mark.parametrize(

@@ -46,9 +46,9 @@ class Grower(Saved):
         example_inputs: a small batch for tracing: a tensor, a tuple, or a dict of keywords.
         budget: what the final network may cost; it is never above and no removable unit still fits under it.
         updates: T, the number of updates in the run. The structure is final from update T-1 on.
-        preset: "default" (grow evenly beyond the budget, then prune the least worth of every group), "paper" (literal), "global"
-            (with one temperature for all), "nas" (its settings for architecture search), "random" (its baseline);
-            with other values behind a colon ("default:peak=1,gates=True"); or a `Method` of your own.
+        preset: "default" (grow evenly beyond the budget, then prune the least worth of every group), "paper"
+            (literal), "global" (with one temperature for all), "nas" (its settings for architecture search), "random"
+            (its baseline); with other values behind a colon ("default:peak=1"); or a `Method` of your own.
         seed: of all draws.
         freeze: what keeps its shape, as for `trace`.
         couple: what is cut alike, as for `trace`.
