@@ -46,42 +46,6 @@ def machine(found: list[Row], field: str = "environment") -> str:
     return "; ".join(sorted(seen))
 
 
-def growth() -> str:
-    """The evidence for growing: accuracy and cost beside the twins, paired by seed."""
-    found = rows("growth-resnet20-cifar10.jsonl")
-    if not found:
-        return "Not measured yet."
-    by_method: dict[str, list[Row]] = defaultdict(list)
-    for row in found:
-        by_method[row["method"]].append(row)
-    dense = {row["seed"]: row for row in by_method["dense"]}
-    body = []
-    for method in ("dense", "uniform", "default", "paper"):
-        group = by_method[method]
-        paired = [row for row in group if row["seed"] in dense]
-        if not group:
-            continue
-        body.append(
-            [
-                method,
-                str(len(group)),
-                spread([row["accuracy"] for row in group]),
-                spread([100 * row["params"] / row["dense_params"] for row in group], 1),
-                spread([100 * row["flops"] / row["dense_flops"] for row in group], 1),
-                spread([row["train_flops"] / dense[row["seed"]]["train_flops"] for row in paired]) if paired else "",
-                spread([row["seconds"] / dense[row["seed"]]["seconds"] for row in paired]) if paired else "",
-            ]
-        )
-    config = found[0]["config"]
-    head = ["method", "n", "test accuracy, %", "parameters, %", "FLOPs, %", "training FLOPs / dense", "seconds / dense"]
-    return (
-        f"ResNet-20 (shortcut B) on {config['subset']:,} CIFAR-10 images, {config['epochs']} epochs, budget "
-        f"{found[0]['budget']}; mean ± standard deviation over seeds; one thread, all methods of a seed train in "
-        "turns, epoch by epoch.\n\nCommand: `python benchmarks/growth.py --data FOLDER`. Measured on "
-        f"{machine(found)}.\n\n" + grid(head, body)
-    )
-
-
 def comparisons() -> str:
     """What `torchgrow compare` has found so far, a table for each recipe, its settings and budget."""
     parts = []
@@ -139,42 +103,6 @@ def compared(found: list[Row], budget: str, some: list[Row]) -> str:
         "deviation over seeds, differences paired by seed.\n\nCommand: `torchgrow compare "
         f"{config['name']}`. Measured on {machine(found, 'versions')}.\n\n" + grid(head, body) + f"\n{share}"
     ).rstrip()
-
-
-def growth_text() -> str:
-    """Growing a language model: perplexity and cost beside the twins, paired by seed."""
-    found = rows("growth-lstm-ptb.jsonl")
-    if not found:
-        return "Not measured yet."
-    groups: dict[tuple[str | None, str], list[Row]] = defaultdict(list)
-    for row in found:
-        groups[row["budget"], row["method"]].append(row)
-    dense = {row["seed"]: row for row in groups[None, "dense"]}
-    body = []
-    for (budget, method), group in groups.items():
-        paired = [row for row in group if row["seed"] in dense]
-        body.append(
-            [
-                f"{method}, {budget}" if budget else method,
-                str(len(group)),
-                spread([row["perplexity"] for row in group]),
-                spread([row["test_perplexity"] for row in group]),
-                *(
-                    spread([row[field] / dense[row["seed"]][field] for row in paired], digits) if paired else ""
-                    for field, digits in (("perplexity", 3), ("flops", 3), ("params", 3), ("train_flops", 2))
-                ),
-                "; ".join(", ".join(map(str, row["hidden"])) for row in group),
-            ]
-        )
-    config, text = found[0]["config"], found[0]["text"]
-    head = ["method", "n", "validation perplexity", "test perplexity", "validation / dense", "FLOPs / dense"]
-    head += ["parameters / dense", "training FLOPs / dense", "hidden units, by seed"]
-    return (
-        f"Zaremba's LSTM ({' and '.join(map(str, config['model_arguments']['hidden']))} hidden units, embedding kept), "
-        f"{config['epochs']} epochs over {text['words'][0]:,} words with a vocabulary of {text['vocabulary']:,}; FLOPs "
-        "of LSTM and decoder; mean ± standard deviation over seeds.\n\nCommand: `python benchmarks/growth_text.py "
-        f"--data FOLDER`. Measured on {machine(found)}.\n\n" + grid(head, body)
-    )
 
 
 def exactness() -> str:
@@ -457,8 +385,6 @@ def page() -> str:
     parts = [
         "# Results\n\nMade from the files in `results/` by `python benchmarks/tables.py`, all of it.",
         "## Methods side by side\n\n" + comparisons(),
-        "## Growing against its twins, with an earlier default\n\n" + growth(),
-        "## Growing an LSTM against its twins\n\n" + growth_text(),
         "## Exactness\n\n" + exactness(),
         "## Models people use\n\n" + conformance(),
         "## Random networks\n\n" + random_networks(),

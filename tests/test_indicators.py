@@ -219,3 +219,10 @@ def test_methods_by_name() -> None:
             Method.named(text)
     with pytest.raises(TorchgrowError, match=r"Method.peak=0.5 must lie in \[1"):
         Method.named("default:peak=0.5")
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1, 0.3, 0.5, 0.77, 0.999, 1.0])
+def test_ranked_numbers_give_every_group_the_same_share(probability: float) -> None:
+    uniform = make(Method(draws="ranked"), stuck=0).uniform
+    for width, numbers in zip(WIDTHS, uniform.split(WIDTHS), strict=True):
+        assert int((numbers < probability).sum()) == math.floor(probability * width)

@@ -233,11 +233,18 @@ class Indicators:
         return [pool for pool in groups if pool.numel()] + [torch.tensor(units) for units in stages.values()]
 
     def _spread(self) -> Tensor:
-        """One number in (0, 1) per unit, spread evenly over each pool in random order: low-variance draws."""
+        """One number in (0, 1) per unit, spread evenly over each pool in random order: low-variance draws.
+
+        Where they are ranked, a probability p gives every pool the same share: p times its size, rounded down.
+        """
         spread = torch.empty(self.space.n_units, dtype=torch.float64)
         for units in self._pools():
             order = torch.randperm(units.numel(), generator=self.generator).double()
-            spread[units] = (order + torch.rand(1, generator=self.generator, dtype=torch.float64)) / units.numel()
+            offset = torch.rand(1, generator=self.generator, dtype=torch.float64)
+            if self.method.draws == "ranked":
+                spread[units] = (order + 1) / units.numel() * (1 - 1e-9)  # the last ones alike in all pools
+            else:
+                spread[units] = (order + offset) / units.numel()
         return spread
 
     def _gate(self) -> Tensor:
