@@ -74,8 +74,8 @@ def outputs(grower: Grower) -> Tensor:
         return model(batch(99)[0])
 
 
-def everything(grower: Grower) -> dict[str, Any]:
-    """All that must survive a failed update, as copies."""
+def everything(grower: Grower, run: bool = True) -> dict[str, Any]:
+    """All that must survive a failed update, as copies; outputs only where it runs on `batch`."""
     state: dict[str, Any] = {name: tensor.clone() for name, tensor in grower.model.state_dict().items()}
     indicators = grower._indicators
     for name in ("s", "velocity", "gate", "beta", "t", "uniform"):
@@ -91,7 +91,7 @@ def everything(grower: Grower) -> dict[str, Any]:
         "history": [timeless(event) for event in grower.history],
         "attributes": [{k: v for k, v in vars(m).items() if isinstance(v, int)} for m in grower.model.modules()],
         "record": copy.deepcopy(vars(getattr(grower.model, torchgrow.surgery.RECORD))["attributes"]),
-        "outputs": outputs(grower),
+        "outputs": outputs(grower) if run else None,
         "penalty": grower._penalty,
         "raw": {name: raw.clone() for name, raw in grower._folding.raw().items()},
     }

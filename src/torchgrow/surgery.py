@@ -358,10 +358,10 @@ class Bank:
         self.full, self.slots = {}, {}
 
     def _store(self, name: str) -> Store:
-        births, tensor = self.births, self.tensors[name].detach()
+        births, tensor, shape = self.births, self.tensors[name].detach(), self.space.shapes[name]  # live, it is smaller
         if births is None:
-            return Store(lambda: tensor.cpu().clone(), tensor.shape, tensor.dtype, whole=True)
-        return Store(lambda: births.full(name), tensor.shape, tensor.dtype, whole=False)
+            return Store(lambda: tensor.cpu().clone(), shape, tensor.dtype, whole=True)
+        return Store(lambda: births.full(name), shape, tensor.dtype, whole=False)
 
     def blank(self) -> dict[str, Store]:
         """Stores for all tensors that are ever cut, to be filled with what a state says."""

@@ -24,7 +24,6 @@ from rich import box
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from safetensors.torch import load_file, save_file
 from scipy.stats import t as student
 from torch import nn
 
@@ -51,7 +50,7 @@ FIXED = {
 AFTER = {"uniform-flops": "default", "direct": "default", "l1": "dense"}
 """Methods that need what another one has come to."""
 
-WEIGHTS, EPOCHS = "weights.safetensors", "epochs.json"
+NETWORK, EPOCHS = "network", "epochs.json"
 """What is left of a network, beside its checkpoints."""
 
 SHARES = {"flops": "dense_flops", "train_flops": "dense_train_flops", "seconds": "dense_seconds"}
@@ -177,15 +176,17 @@ def compare(
     rows, work = Rows(out / f"{recipe.name}.jsonl"), out / f".{recipe.name}"
     work.mkdir(exist_ok=True)
     held, jobs = lock(work), list[Job]()
+    # Versions now: the commit that runs, whatever is committed meanwhile.
+    bench = _Bench(data, rows, work, console, {**environment(), "torch-pruning": _peer()})
     try:
         for seed in seeds:
             for budget in budgets or [recipe.budget]:
                 chosen = replace(recipe, seed=seed, budget=budget)
                 now = [Job(method=m, recipe=chosen, data=_samples(data), validate=validate) for m in _ordered(methods)]
                 jobs += [job for job in now if job not in jobs]
-                missing = _missing(now, rows, work, console)
-                _together([job for job in missing if job.method not in AFTER], data, rows, work, console)
-                _together([job for job in missing if job.method in AFTER], data, rows, work, console)
+                missing = _missing(now, bench)
+                _together([job for job in missing if job.method not in AFTER], bench)
+                _together([job for job in missing if job.method in AFTER], bench)
     finally:
         os.close(held)
     wanted = {job.key() for job in jobs}
@@ -218,14 +219,29 @@ def _samples(data: Data) -> tuple[int, ...]:
     return tuple(len(part) for part in parts)
 
 
-def _together(jobs: Sequence[Job], data: Data, rows: Rows, work: Path, console: Console) -> None:
+@dataclass(frozen=True)
+class _Bench:
+    """What all jobs of a comparison share."""
+
+    data: Data
+    rows: Rows
+    work: Path
+    console: Console
+    versions: dict[str, Any]
+
+    def folder(self, job: Job) -> Path:
+        """Where a job leaves what it goes on from."""
+        return self.work / job.key()
+
+
+def _together(jobs: Sequence[Job], bench: _Bench) -> None:
     """Train the missing ones of some jobs in turns, each with random numbers of its own."""
     if not jobs:
         return
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=bench.console) as progress:
         tell = _Bars(progress, jobs)
-        trainings = {job.key(): _train(job, jobs, data, rows, work, tell) for job in jobs}
+        trainings = {job.key(): _train(job, jobs, bench, tell) for job in jobs}
         states = {job.key(): torch.get_rng_state() for job in jobs}
         while trainings:
             for key, training in list(trainings.items()):
@@ -236,15 +252,15 @@ def _together(jobs: Sequence[Job], data: Data, rows: Rows, work: Path, console: 
                     states[key] = torch.get_rng_state()
 
 
-def _missing(jobs: Sequence[Job], rows: Rows, work: Path, console: Console) -> list[Job]:
+def _missing(jobs: Sequence[Job], bench: _Bench) -> list[Job]:
     """Jobs to train: those without a row, and those whose network another one without a row begins with."""
-    done = {row["config_hash"] for row in rows.read()}
+    done = {row["config_hash"] for row in bench.rows.read()}
     missing = [job for job in jobs if job.key() not in done]
     if any(job.method == "l1" for job in missing) and not _peer():
-        console.print("l1 is left out: Torch-Pruning is not installed (pip install torch-pruning==1.6.1)")
+        bench.console.print("l1 is left out: Torch-Pruning is not installed (pip install torch-pruning==1.6.1)")
         missing = [job for job in missing if job.method != "l1"]
     needed = [replace(job, method=AFTER[job.method]) for job in missing if job.method in AFTER]
-    gone = [base for base in needed if not (work / base.key() / WEIGHTS).exists()]
+    gone = [base for base in needed if not (bench.folder(base) / NETWORK).exists()]
     return [job for job in jobs if job in missing or job in gone]
 
 
@@ -265,16 +281,16 @@ class _Bars:
         self._progress.console.print(text, soft_wrap=True)
 
 
-def _train(job: Job, beside: Sequence[Job], data: Data, rows: Rows, work: Path, tell: _Bars) -> Iterator[Epoch]:
+def _train(job: Job, beside: Sequence[Job], bench: _Bench, tell: _Bars) -> Iterator[Epoch]:
     """The epochs of one job; at the end its row is written."""
-    recipe, folder = job.recipe, work / job.key()
+    recipe, folder, data, rows = job.recipe, bench.folder(job), bench.data, bench.rows
     frame = measure(recipe.build(1.0), data.example())
     before = _Spent()
     torch.manual_seed(recipe.seed)
     try:
-        model, recipe, before = _network(job, data, work)
+        model, recipe, before = _network(job, bench)
     except _PeerError as failed:
-        rows.append({**_head(job), "error": str(failed)})
+        rows.append({**_head(job, bench), "error": str(failed)})
         return
     optimizer = make_optimizer(model, recipe)
     grower: Grower | None = None
@@ -295,17 +311,16 @@ def _train(job: Job, beside: Sequence[Job], data: Data, rows: Rows, work: Path, 
         _write(records, json.dumps([asdict(one) for one in epochs]))
         yield epoch
     last, cost = epochs[-1], measure(model, data.example())
-    if grower is not None:
-        shutil.rmtree(folder / "network", ignore_errors=True)
-        torchgrow.save(model, folder / "network")
-    save_file(dict(model.state_dict()), folder / WEIGHTS)
+    if job.method in AFTER.values():
+        shutil.rmtree(folder / NETWORK, ignore_errors=True)
+        torchgrow.save(model, folder / NETWORK)
     if any(row["config_hash"] == job.key() for row in rows.read()):
         return  # trained once more for the sake of another
     steps, samples = extent(model, data, job.recipe)
     score = last.perplexity if isinstance(data, TextData) else evaluate(model, data)[0]
     dense = next((row for row in rows.read() if row["config_hash"] == replace(job, method="dense").key()), {})
     row = {
-        **_head(job),
+        **_head(job, bench),
         data.metric.name: score,
         **({"test_perplexity": evaluate(model, data, "test")[0]} if isinstance(data, TextData) else {}),
         "params": cost.params,
@@ -339,7 +354,7 @@ class _PeerError(Exception):
     """Torch-Pruning cannot serve this model; the message says how it failed."""
 
 
-def _head(job: Job) -> dict[str, Any]:
+def _head(job: Job, bench: _Bench) -> dict[str, Any]:
     budget = None if job.method == "dense" else str(job.recipe.budget)
     return {
         "recipe": job.recipe.name,
@@ -348,7 +363,7 @@ def _head(job: Job) -> dict[str, Any]:
         "budget": budget,
         "config_hash": job.key(),
         "config": job.config(),
-        "versions": {**environment(), "torch-pruning": _peer()},
+        "versions": bench.versions,
     }
 
 
@@ -360,9 +375,9 @@ def _peer() -> str | None:
         return None
 
 
-def _network(job: Job, data: Data, work: Path) -> tuple[nn.Module, Recipe, _Spent]:
+def _network(job: Job, bench: _Bench) -> tuple[nn.Module, Recipe, _Spent]:
     """What a job begins with, how it is trained, and what that had cost before."""
-    recipe, method = job.recipe, job.method
+    recipe, method, data = job.recipe, job.method, bench.data
     if method not in FIXED:
         with torch.device("meta" if recipe.meta else "cpu"):
             return (recipe.build_grown or recipe.build)(1.0), recipe, _Spent()
@@ -373,14 +388,13 @@ def _network(job: Job, data: Data, work: Path) -> tuple[nn.Module, Recipe, _Spen
         limits = recipe.budget.limits(frame)
         params, flops = limits.params or frame.params, limits.flops or frame.flops
         return recipe.build(twin_width(recipe, data, params=params, flops=flops)), recipe, _Spent()
-    base = work / replace(job, method=AFTER[method]).key()
+    base = bench.folder(replace(job, method=AFTER[method]))
     if method == "l1":
-        model = recipe.build(1.0)
-        model.load_state_dict(load_file(base / WEIGHTS))
+        model = torchgrow.load(base / NETWORK, recipe.build)
         last = Epoch(**json.loads((base / EPOCHS).read_text())[-1])
         tuned = replace(recipe, epochs=max(2, recipe.epochs // 2), lr=FINE_TUNING * recipe.lr)
         return _pruned(model, recipe, data), tuned, _Spent(last.training_flops, last.seconds)
-    found = torchgrow.load(base / "network", partial(recipe.build_grown or recipe.build, 1.0))
+    found = torchgrow.load(base / NETWORK, partial(recipe.build_grown or recipe.build, 1.0))
     if method == "direct":
         return initialised(found), recipe, _Spent()
     flops = measure(found, data.example()).flops
