@@ -419,7 +419,7 @@ def _pruned(model: nn.Module, recipe: Recipe, data: Data) -> nn.Module:
     limits = recipe.budget.limits(frame)
 
     def at(ratio: float) -> nn.Module:
-        import torch_pruning  # type: ignore[import-untyped]
+        import torch_pruning
 
         pruned = copy.deepcopy(model)
         last = [module for module in pruned.modules() if isinstance(module, nn.Linear)][-1:]
