@@ -193,7 +193,9 @@ def test_a_copy_of_an_older_structure_is_refused() -> None:
     grower = make()
     old = copy.deepcopy(grower.model)
     run(grower, 3)
-    with pytest.raises(StructureError, match=r"SmallResNet is neither .* is \(1, 3, 3, 3\), not .* or \([2-6], 3, 3, 3\)"):
+    with pytest.raises(
+        StructureError, match=r"SmallResNet is neither .* is \(1, 3, 3, 3\), not .* or \([2-6], 3, 3, 3\)"
+    ):
         grower.follow(old)
 
 
