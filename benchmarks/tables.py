@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+from torchgrow.lab import recipes
 from torchgrow.lab.compare import by_budget, difference
 from torchgrow.lab.metrics import metric_of
 
@@ -60,11 +61,19 @@ def comparisons() -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
+def options(config: Row) -> str:
+    """The options of `torchgrow compare` that give this configuration, but for methods, seeds and budgets."""
+    recipe, shortcut = recipes.get(config["name"]).as_json(), config["model_arguments"].get("shortcut")
+    fields = ("subset", "epochs", "precision", "threads", "then")
+    given = [f" --{field} {config[field]}" for field in fields if config[field] != recipe[field]]
+    if shortcut != recipe["model_arguments"].get("shortcut"):
+        given.append(f" --shortcut {shortcut}")
+    return "".join(given) + (" --validate" if config["validate"] else "")
+
+
 def compared(found: list[Row], budget: str, some: list[Row]) -> str:
     """One table: the methods at one budget."""
     config, metric = found[0]["config"], metric_of(next(row for row in found if "error" not in row))
-    dense = [row[metric.name] for row in some if row["method"] == "dense"]
-    uniform = [row[metric.name] for row in some if row["method"] == "uniform"]
     body = []
     for method in dict.fromkeys(row["method"] for row in some):
         fine = [row for row in some if row["method"] == method and "error" not in row]
@@ -88,11 +97,10 @@ def compared(found: list[Row], budget: str, some: list[Row]) -> str:
                 spread(timed) if timed else "",
             ]
         )
-    grown = [row[metric.name] for row in some if row["method"] == "default" and "error" not in row]
+    beside, grown = difference(some, "dense", "uniform")[0], difference(some, "default", "uniform")[0]
     share = ""
-    if dense and uniform and grown:
-        won = (statistics.mean(grown) - statistics.mean(uniform)) / (statistics.mean(dense) - statistics.mean(uniform))
-        share = f" Of the way from uniform to dense, default goes {100 * won:.0f} %."
+    if beside and len(beside) == len(grown):  # the same seeds
+        share = f"Of the way from uniform to dense, default goes {100 * sum(grown) / sum(beside):.0f} %."
     unit = f"{metric.name}{metric.unit.rstrip()}"
     head = ["method", "n", unit, "minus uniform (95 % interval)", "parameters / dense", "FLOPs / dense"]
     head += ["all training FLOPs / dense", "of growing or pruning only (the paper's rule)", "seconds / dense"]
@@ -101,7 +109,9 @@ def compared(found: list[Row], budget: str, some: list[Row]) -> str:
         f"### {config['name']}, {budget}\n\n{config['model']} {config['model_arguments']}, {config['samples'][0]:,} "
         f"training samples, {config['epochs']} epochs, {config['precision']}; judged by {judged}; mean ± standard "
         "deviation over seeds, differences paired by seed.\n\nCommand: `torchgrow compare "
-        f"{config['name']}`. Measured on {machine(found, 'versions')}.\n\n" + grid(head, body) + f"\n{share}"
+        f"{config['name']}{options(config)}`. Measured on {machine(found, 'versions')}.\n\n"
+        + grid(head, body)
+        + f"\n\n{share}"
     ).rstrip()
 
 
