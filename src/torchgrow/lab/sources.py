@@ -27,7 +27,7 @@ Shape = tuple[int, ...]
 _SAMPLES = 2
 _TOKENS = 16  # of a text, where nothing is said
 _RECIPE_IMAGES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "imagefolder": (3, 64, 64)}  # the others read text
-_BYTES = 28  # a parameter, while it is proven: in float32, and in float64 as frame, as backup and as the cut network
+_BYTES = 20  # a parameter, while it is proven: in float32, and in float64 as what is cut and as its backup
 
 
 def parse_shape(text: str) -> Shape:
