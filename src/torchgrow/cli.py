@@ -42,6 +42,17 @@ _PRESET_HELP = (
     "Default: the recipe's."
 )
 
+# Options of more than one command.
+Subset = Annotated[int | None, typer.Option(help="Train on this many images, or words, only.")]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the training images, or text.")]
+Scale = Annotated[str | None, typer.Option(help="small (fits two CPU cores) or full (as published).")]
+Depth = Annotated[bool | None, typer.Option(help="Grow layers too. Default: the recipe's.")]
+Then = Annotated[int | None, typer.Option(help="Epochs after growth, with the schedule anew.")]
+Shortcut = Annotated[str | None, typer.Option(help="Shortcuts of a ResNet: A (padding) or B (1x1).")]
+Size = Annotated[str | None, typer.Option(help="Size of the LSTM: small, medium or large.")]
+Precision = Annotated[str | None, typer.Option(help=_PRECISION_HELP)]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the recipe's.")]
+
 
 def parse_budget(text: str) -> Budget:
     """Read a budget as typed: ``36%``, ``flops=50%``, ``params=100k,flops=40%``.
@@ -97,19 +108,19 @@ def run(
         typer.Option(help="Folder with the data. Default: data/cifar10; for text, Python's manual."),
     ] = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data if it is not there.")] = False,
-    subset: Annotated[int | None, typer.Option(help="Train on this many images, or words, only.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training images, or text.")] = None,
+    subset: Subset = None,
+    epochs: Epochs = None,
     budget: Annotated[str | None, typer.Option(help=_BUDGET_HELP)] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, batches and growth. Default: 0.")] = None,
     preset: Annotated[str | None, typer.Option(help=_PRESET_HELP)] = None,
-    scale: Annotated[str | None, typer.Option(help="small (fits two CPU cores) or full (as published).")] = None,
-    depth: Annotated[bool | None, typer.Option(help="Grow layers too. Default: the recipe's.")] = None,
-    then: Annotated[int | None, typer.Option(help="Epochs after growth, with the schedule anew.")] = None,
-    shortcut: Annotated[str | None, typer.Option(help="Shortcuts of a ResNet: A (padding) or B (1x1).")] = None,
-    size: Annotated[str | None, typer.Option(help="Size of the LSTM: small, medium or large.")] = None,
-    precision: Annotated[str | None, typer.Option(help=_PRECISION_HELP)] = None,
+    scale: Scale = None,
+    depth: Depth = None,
+    then: Then = None,
+    shortcut: Shortcut = None,
+    size: Size = None,
+    precision: Precision = None,
     twins: Annotated[bool, typer.Option(help="Train the dense and the uniform twin too.")] = True,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the recipe's.")] = None,
+    threads: Threads = None,
     checkpoint_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between checkpoints within an epoch. Default: one at its end.")
     ] = None,
@@ -180,15 +191,15 @@ def compare(
         "results/compare"
     ),
     data: Annotated[Path | None, typer.Option(help="Folder with the data, as for `torchgrow run`.")] = None,
-    subset: Annotated[int | None, typer.Option(help="Train on this many images, or words, only.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training images, or text.")] = None,
-    scale: Annotated[str | None, typer.Option(help="small (fits two CPU cores) or full (as published).")] = None,
-    depth: Annotated[bool | None, typer.Option(help="Grow layers too. Default: the recipe's.")] = None,
-    then: Annotated[int | None, typer.Option(help="Epochs after growth, with the schedule anew.")] = None,
-    shortcut: Annotated[str | None, typer.Option(help="Shortcuts of a ResNet: A (padding) or B (1x1).")] = None,
-    size: Annotated[str | None, typer.Option(help="Size of the LSTM: small, medium or large.")] = None,
-    precision: Annotated[str | None, typer.Option(help=_PRECISION_HELP)] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the recipe's.")] = None,
+    subset: Subset = None,
+    epochs: Epochs = None,
+    scale: Scale = None,
+    depth: Depth = None,
+    then: Then = None,
+    shortcut: Shortcut = None,
+    size: Size = None,
+    precision: Precision = None,
+    threads: Threads = None,
     validate: Annotated[
         bool, typer.Option("--validate", help="Judge by a fifth of the training images, held out.")
     ] = False,
