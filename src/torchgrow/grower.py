@@ -230,7 +230,7 @@ class Grower(Saved):
         self._folding.recover()
         indicators = self._indicators
         before = indicators.snapshot()
-        final = self._final()
+        final, planned = self._final(), self._planned(number)
         try:
             shift = 0.0
             if number <= final:
@@ -238,11 +238,11 @@ class Grower(Saved):
             if number > final:
                 keep = self._bank.keep
             elif self.method.controller == "plan":
-                shift, keep = self._follow(self._planned(number))
+                shift, keep = self._within(planned)
                 indicators.shift(shift)
             else:
                 keep = indicators.draw()
-            there = self.method.controller == "plan" and torch.equal(self._planned(number), self.limits.tensor())
+            there = self.method.controller == "plan" and torch.equal(planned, self.limits.tensor())
             if number == final or (there and number < final):
                 keep = fit(self.space, self._costs, keep, indicators.score(), self.limits, indicators.steps)
             indicators.advance(keep, self._rate())
@@ -317,8 +317,8 @@ class Grower(Saved):
         cut = iter([recut(x, place.units, old, new) for x, place in zip(tensors, carried, strict=True)])
         return tree_map(lambda x: next(cut) if isinstance(x, Tensor) else x, state)
 
-    def _follow(self, planned: Tensor) -> tuple[float, Tensor]:
-        """The shift of all indicators for a planned cost (int64 [2]), and the structure."""
+    def _within(self, planned: Tensor) -> tuple[float, Tensor]:
+        """The structure for a planned cost (int64 [2]), and the shift of all indicators that gives it."""
         indicators, keep = self._indicators, self._bank.keep
         falls = bool((self._costs.both(self._costs.live(keep)) > planned).any())
         if self.method.prune == "worth" and falls:
