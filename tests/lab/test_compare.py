@@ -2,17 +2,17 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from rich.console import Console
 from torch import nn
 
-from torchgrow import Budget, TorchgrowError
+from torchgrow import Budget, Method, TorchgrowError
 from torchgrow.lab import compare as module
 from torchgrow.lab import models, recipes
-from torchgrow.lab.compare import Rows, compare, difference, initialised
+from torchgrow.lab.compare import Job, Rows, compare, difference, initialised
 from torchgrow.lab.data import held_out, load
 
 RECIPE = replace(recipes.get("digits"), epochs=2, subset=128, batch_size=32)
@@ -89,6 +89,30 @@ def test_another_way_to_grow_reuses_no_row_but_the_twins(compared, no_training):
     run(out, "uniform", replace(RECIPE, preset="paper"))
     with pytest.raises(AssertionError, match="something was trained"):
         run(out, "default:peak=1")
+
+
+def test_every_preset_grows_by_its_own_calendar(tmp_path):
+    """Presets that draw anew update once an epoch, the default four times."""
+    rows = run(tmp_path, "default paper global random nas")
+    assert [row["method"] for row in rows] == ["default", "paper", "global", "random", "nas"]
+    for row in rows:
+        assert row["params"] <= 0.2 * row["dense_params"], row["method"]
+        assert row["config"]["growing"] == asdict(Method.named(row["method"]))
+    assert len({row["config_hash"] for row in rows}) == 5
+
+
+def test_default_is_the_recipes_own_way_to_grow(tmp_path, compared, no_training):
+    def growing(method, recipe=RECIPE):
+        return Job(method=method, recipe=recipe, data=(1,)).config()["growing"]
+
+    own = replace(RECIPE, preset="default:hold=0.3,prune=worth")
+    assert growing("default") == asdict(Method.default())
+    assert growing("default", own) == asdict(Method.named("default:hold=0.3,prune=worth"))
+    assert growing("default:hold=0.2", own) == asdict(Method.named("default:hold=0.2,prune=worth"))
+    assert growing("direct", own) == growing("default", own)
+    assert growing("paper", own) == asdict(Method.paper())
+    with pytest.raises(AssertionError, match="something was trained"):
+        run(compared[0], "default", own)
 
 
 def test_dense_has_no_budget(tmp_path):

@@ -81,11 +81,19 @@ class Job:
         config = {**self.recipe.as_json(), "method": self.method, "samples": list(self.data), "validate": self.validate}
         if self.method == "dense":
             del config["budget"]
-        how = AFTER.get(self.method, self.method)
-        if how not in FIXED:
-            config["growing"] = asdict(Method.named(how, layers=bool(self.recipe.depth)))
+        base = replace(self, method=AFTER.get(self.method, self.method))
+        if base.method not in FIXED:
+            config["growing"] = asdict(Method.named(base.preset(), layers=bool(self.recipe.depth)))
         del config["preset"]
         return json.loads(json.dumps(config))
+
+    def preset(self) -> str:
+        """How it grows: "default" is the recipe's own way, and "default:..." what differs from that."""
+        name, _, edits = self.method.partition(":")
+        if name != "default":
+            return self.method
+        own = self.recipe.preset
+        return own + (":" if ":" not in own else ",") * bool(edits) + edits
 
     def key(self) -> str:
         """The same for the same settings only."""
@@ -150,8 +158,8 @@ def compare(
     A command that was stopped goes on from the last epoch when it is given again.
 
     Args:
-        recipe: what to train; its preset does not matter, and its seed and budget only where none are given.
-        methods: of `FIXED`, or ways to grow: "default", "paper", "default:gates=True,peak=1".
+        recipe: what to train; its seed and budget matter only where none are given.
+        methods: of `FIXED`, or ways to grow: "default" (the recipe's own), "paper", "default:gates=True,peak=1".
         seeds: of weights, batches and growth; every method is trained with each.
         budgets: one after another; default: the recipe's.
         console: where to show it.
@@ -295,7 +303,7 @@ def _train(job: Job, beside: Sequence[Job], bench: _Bench, tell: _Bars) -> Itera
     optimizer = make_optimizer(model, recipe)
     grower: Grower | None = None
     if job.method not in FIXED:
-        grower = make_grower(model, optimizer, data, replace(recipe, preset=job.method))
+        grower = make_grower(model, optimizer, data, recipe)
     checkpoints, records = Checkpoints(folder=folder / "checkpoints"), folder / EPOCHS
     epochs = [Epoch(**fields) for fields in json.loads(records.read_text())] if records.exists() else []
     if not any(checkpoints.folder.glob("checkpoint-*")):
@@ -380,7 +388,7 @@ def _network(job: Job, bench: _Bench) -> tuple[nn.Module, Recipe, _Spent]:
     recipe, method, data = job.recipe, job.method, bench.data
     if method not in FIXED:
         with torch.device("meta" if recipe.meta else "cpu"):
-            return (recipe.build_grown or recipe.build)(1.0), recipe, _Spent()
+            return (recipe.build_grown or recipe.build)(1.0), replace(recipe, preset=job.preset()), _Spent()
     if method == "dense":
         return recipe.build(1.0), recipe, _Spent()
     if method == "uniform":
