@@ -1,4 +1,4 @@
-"""Write docs/results.md from the results files: python benchmarks/tables.py
+"""Write docs/results.md and its pictures from the results files: python benchmarks/tables.py
 
 Nothing in that page is typed by hand; `--check` fails if it is not what the results files give.
 """
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from torchgrow.lab import recipes
-from torchgrow.lab.compare import by_budget, difference
 from torchgrow.lab.metrics import metric_of
+from torchgrow.lab.results import by_budget, difference, draw
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "results.md"
+PICTURES = ROOT / "docs" / "pictures"
 Row = dict[str, Any]
 
 
@@ -47,17 +48,26 @@ def machine(found: list[Row], field: str = "environment") -> str:
     return "; ".join(sorted(seen))
 
 
-def comparisons() -> str:
-    """What `torchgrow compare` has found so far, a table for each recipe, its settings and budget."""
-    parts = []
+def alike() -> dict[str, list[Row]]:
+    """Rows of `torchgrow compare` that differ in method, seed and budget only, by the name of their picture."""
+    pictures: dict[str, list[Row]] = {}
     for path in sorted((ROOT / "results" / "compare").glob("*.jsonl")):
         settings: dict[str, list[Row]] = defaultdict(list)
         for row in rows(f"compare/{path.name}"):
             varying = ("seed", "budget", "method", "growing", "preset", "epochs")
             same = {key: value for key, value in row["config"].items() if key not in varying}
             settings[json.dumps([same, row["config"]["epochs"]], sort_keys=True)].append(row)
-        for found in settings.values():
-            parts += [compared(found, budget, some) for budget, some in by_budget(found).items()]
+        pictures |= {f"{path.stem}-{number}.png": found for number, found in enumerate(settings.values(), start=1)}
+    return pictures
+
+
+def comparisons() -> str:
+    """What `torchgrow compare` has found so far: a table for each recipe, its settings and budget, and a picture."""
+    parts = []
+    for name, found in alike().items():
+        parts += [compared(found, budget, some) for budget, some in by_budget(found).items()]
+        title = f"{found[0]['recipe']}: score against training cost, and along the budgets if there are several"
+        parts.append(f"![{title}]({PICTURES.name}/{name})")
     return "\n\n".join(parts) or "Not measured yet."
 
 
@@ -427,13 +437,17 @@ def page() -> str:
 
 
 def main() -> int:
-    """Write the page, or check it."""
+    """Write the page and its pictures, or check that it is up to date and they are there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail if the page is out of date")
     text = page()
     if parser.parse_args().check:
-        return 0 if PAGE.exists() and PAGE.read_text() == text else 1
+        there = all((PICTURES / name).exists() for name in alike())
+        return 0 if PAGE.exists() and PAGE.read_text() == text and there else 1
     PAGE.write_text(text)
+    PICTURES.mkdir(exist_ok=True)
+    for name, found in alike().items():
+        draw(found, PICTURES / name)
     return 0
 
 

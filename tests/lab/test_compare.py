@@ -6,14 +6,16 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from torch import nn
 
 from torchgrow import Budget, Method, TorchgrowError
 from torchgrow.lab import compare as module
 from torchgrow.lab import models, recipes
-from torchgrow.lab.compare import Job, Rows, compare, difference, initialised
+from torchgrow.lab.compare import Job, Rows, compare, initialised
 from torchgrow.lab.data import held_out, load
+from torchgrow.lab.results import difference, draw, sweeps
 
 RECIPE = replace(recipes.get("digits"), epochs=2, subset=128, batch_size=32)
 QUIET = Console(quiet=True)
@@ -259,3 +261,51 @@ def test_differences_are_paired():
     assert gaps == [2.0, 1.0, 2.0]
     assert half == pytest.approx(4.302653 * math.sqrt(1 / 3) / math.sqrt(3), rel=1e-6)  # t of 2 degrees of freedom
     assert math.isnan(difference(rows[:1] + rows[3:4], "a", "b")[1])
+
+
+def drawn(rows, path, monkeypatch):
+    """What `draw` puts into its panels: title -> label -> points."""
+    seen = {}
+    real = Figure.add_subplot
+
+    def add_subplot(self, *arguments, **keywords):
+        ax = real(self, *arguments, **keywords)
+        seen[len(seen)] = ax
+        return ax
+
+    monkeypatch.setattr(Figure, "add_subplot", add_subplot)
+    draw(rows, path)
+    return {
+        ax.get_title(): {
+            text.get_text(): list(zip(*container[0].get_data(), strict=True))
+            for text, container in zip(ax.texts, ax.containers, strict=True)
+        }
+        for ax in seen.values()
+    }
+
+
+def test_pictures_show_the_plane_of_every_budget_and_the_score_along_them(tmp_path, monkeypatch):
+    def row(method, budget, score, params, training):
+        costs = {"params": params, "dense_params": 100, "flops": 1, "dense_flops": 10}
+        return {"method": method, "budget": budget, "accuracy": score, **costs} | {
+            "train_flops": training,
+            "dense_train_flops": 10,
+        }
+
+    rows = [
+        row("dense", None, 90.0, 100, 10),
+        row("uniform", "params <= 20%", 70.0, 20, 2),
+        row("uniform", "params <= 20%", 72.0, 20, 3),
+        row("uniform", "params <= 50%", 80.0, 50, 5),
+        row("uniform", "flops <= 50%", 81.0, 40, 5),
+        {"method": "l1", "budget": "params <= 50%", "error": "no"},
+    ]
+    panels = drawn(rows, tmp_path / "all.png", monkeypatch)
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+    assert panels == {
+        "params <= 20%": {"dense": [(1.0, 90.0)], "uniform": [(0.25, 71.0)]},
+        "params <= 50%": {"dense": [(1.0, 90.0)], "uniform": [(0.5, 80.0)]},
+        "flops <= 50%": {"dense": [(1.0, 90.0)], "uniform": [(0.5, 81.0)]},
+        "by params": {"dense": [(1.0, 90.0)], "uniform": [(0.2, 71.0), (0.5, 80.0)]},
+    }
+    assert sweeps(rows[:3]) == {}

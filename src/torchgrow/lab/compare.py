@@ -14,26 +14,19 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from rich import box
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from scipy.stats import t as student
 from torch import nn
 
 import torchgrow
 from torchgrow import Budget, Grower, Method, TorchgrowError, measure
 from torchgrow.lab.checkpoints import Checkpoints
 from torchgrow.lab.data import Data, held_out
-from torchgrow.lab.display import short
-from torchgrow.lab.metrics import metric_of
 from torchgrow.lab.recipes import Recipe
+from torchgrow.lab.results import draw, tables
 from torchgrow.lab.run import environment, lock, twin_width, uniform_width, with_data
 from torchgrow.lab.text import TextData
 from torchgrow.lab.train import Epoch, evaluate, extent, fit, make_grower, make_optimizer
@@ -52,9 +45,6 @@ AFTER = {"uniform-flops": "default", "direct": "default", "l1": "dense"}
 
 NETWORK, EPOCHS = "network", "epochs.json"
 """What is left of a network, beside its checkpoints."""
-
-SHARES = {"flops": "dense_flops", "train_flops": "dense_train_flops", "seconds": "dense_seconds"}
-"""What is shown as a share of the dense network's."""
 
 FINE_TUNING = 0.1
 """Learning rate of fine-tuning a pruned network, as a share of the recipe's."""
@@ -464,77 +454,3 @@ def _write(path: Path, text: str) -> None:
     half = path.with_name(f".{path.name}")
     half.write_text(text)
     half.replace(path)
-
-
-# --- what came out ---
-
-
-def difference(rows: Sequence[Mapping[str, Any]], method: str, other: str) -> tuple[list[float], float]:
-    """Scores of one method minus those of another, seed by seed, and half the 95 % interval of their mean.
-
-    Half the interval is that of Student's t, NaN for fewer than two seeds.
-    """
-    scores = {(row["method"], row["seed"]): row[metric_of(row).name] for row in rows if "error" not in row}
-    seeds = sorted(seed for name, seed in scores if name == method and (other, seed) in scores)
-    gaps = [scores[method, seed] - scores[other, seed] for seed in seeds]
-    if len(gaps) < 2:
-        return gaps, math.nan
-    return gaps, float(student.ppf(0.975, len(gaps) - 1)) * stdev(gaps) / math.sqrt(len(gaps))
-
-
-def by_budget(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows by budget; the dense network, which has none, belongs to each."""
-    budgets = dict.fromkeys(row["budget"] for row in rows if row["budget"] is not None) or {"none": None}
-    return {budget: [row for row in rows if row["budget"] in (None, budget)] for budget in budgets}
-
-
-def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
-    """One a budget: mean and standard deviation over seeds, and shares of the dense network."""
-    metric = metric_of(next((row for row in rows if "error" not in row), {}))
-    grids = []
-    for budget, all_of in by_budget(rows).items():
-        grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=budget, title_justify="left")
-        heads = (metric.name, "minus uniform\n(95 % interval)", "parameters", "FLOPs", "training\nFLOPs", "seconds")
-        grid.add_column("method")
-        for head in ("n", *heads):
-            grid.add_column(head, justify="right", no_wrap=True)
-        for method in dict.fromkeys(row["method"] for row in all_of):
-            mine = [row for row in all_of if row["method"] == method]
-            fine = [row for row in mine if "error" not in row]
-            if not fine:
-                grid.add_row(method, "0", "failed")
-                continue
-            scores = [row[metric.name] for row in fine]
-            spread = f" ± {stdev(scores):.2f}" if len(scores) > 1 else ""
-            gaps, half = difference(all_of, method, "uniform")
-            gap = "" if method == "uniform" or not gaps else f"{mean(gaps):+.2f}"
-            gap += f" ± {half:.2f}" if gap and half == half else ""
-            shares = [short(mean(row["params"] for row in fine))]
-            for part, whole in SHARES.items():
-                known = [row[part] / row[whole] for row in fine if row[whole]]
-                shares.append(f"{100 * mean(known):.0f} %" if known else "")
-            grid.add_row(method, str(len(fine)), f"{mean(scores):.2f}{spread}", gap, *shares)
-        grids.append(grid)
-    return grids
-
-
-def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """The plane of score against all training cost, one panel a budget: means over seeds, with spread."""
-    budgets = {budget: some for budget, some in by_budget(rows).items() if some}
-    metric = metric_of(next((row for row in rows if "error" not in row), {}))
-    figure = Figure(figsize=(5.5 * len(budgets), 4), dpi=120, layout="constrained")
-    for column, (budget, all_of) in enumerate(budgets.items(), start=1):
-        ax = figure.add_subplot(1, len(budgets), column)
-        for method in dict.fromkeys(row["method"] for row in all_of):
-            fine = [row for row in all_of if row["method"] == method and "error" not in row]
-            if not fine:
-                continue
-            scores = [row[metric.name] for row in fine]
-            cost = mean(row["train_flops"] / row["dense_train_flops"] for row in fine)
-            spread = stdev(scores) if len(scores) > 1 else 0.0
-            ax.errorbar(cost, mean(scores), yerr=spread, marker="o", capsize=3)
-            ax.annotate(method, (cost, mean(scores)), xytext=(6, 4), textcoords="offset points", fontsize=8)
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.set(title=budget, xlabel="training FLOPs / dense (all of them)", ylabel=f"{metric.name}{metric.unit}")
-    FigureCanvasAgg(figure).print_png(path)
