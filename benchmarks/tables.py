@@ -8,10 +8,13 @@ import json
 import statistics
 import sys
 from collections import Counter, defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torchgrow import Method
 from torchgrow.lab import recipes
+from torchgrow.lab.compare import FIXED, Job
 from torchgrow.lab.metrics import metric_of
 from torchgrow.lab.results import by_budget, difference, draw
 
@@ -56,9 +59,22 @@ def alike() -> dict[str, list[Row]]:
         for row in rows(f"compare/{path.name}"):
             varying = ("seed", "budget", "method", "growing", "preset", "epochs")
             same = {key: value for key, value in row["config"].items() if key not in varying}
+            row["method"] = label(row)
             settings[json.dumps([same, row["config"]["epochs"]], sort_keys=True)].append(row)
         pictures |= {f"{path.stem}-{number}.png": found for number, found in enumerate(settings.values(), start=1)}
     return pictures
+
+
+def label(row: Row) -> str:
+    """The method; of rows from before a preset was changed, with what was different."""
+    method, then = row["method"], row["config"].get("growing")
+    if then is None or method in FIXED:
+        return method
+    recipe = recipes.get(row["recipe"])
+    job = Job(method=method, recipe=recipe, data=())
+    now = asdict(Method.named(job.preset(), layers=recipe.depth))
+    changed = ", ".join(f"{key}={then[key]}" for key in then if then[key] != now.get(key))
+    return f"{method}, then with {changed}" if changed else method
 
 
 def comparisons() -> str:
