@@ -1,6 +1,6 @@
 """Layers and channels that grow, beside a hand-picked 3-3-3 and AutoGrow's periodic growth: CIFAR-10, Basic3ResNet.
 
-    OMP_NUM_THREADS=1 python benchmarks/depth_growth.py --data FOLDER [--seeds 0 1] [--epochs 20] [--subset 10000]
+    OMP_NUM_THREADS=1 python benchmarks/depth_growth.py --data FOLDER [--seeds 0 1] [--precision bfloat16]
 
 All in a 9-9-9 frame (shortcut B), the same epochs, batches and calendar of learning rates:
 
@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--subset", type=int, default=10_000)
+    parser.add_argument("--precision", choices=recipes.PRECISIONS, default="float32")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -133,17 +134,18 @@ def main() -> None:
     arguments.results.parent.mkdir(exist_ok=True)
     arguments.results.touch()
     done = [json.loads(line) for line in arguments.results.read_text().splitlines()]
-    keys = {(row["method"], row["seed"], row["epochs"], row["subset"]) for row in done}
+    keys = {(row["method"], row["seed"], row["epochs"], row["subset"], row["precision"]) for row in done}
     console = Console(stderr=True)
     for seed in arguments.seeds:
         for method in arguments.methods:
-            if (method, seed, arguments.epochs, arguments.subset) in keys:
+            if (method, seed, arguments.epochs, arguments.subset, arguments.precision) in keys:
                 continue
             recipe = replace(
                 recipes.get("basic3resnet-cifar10"),
                 seed=seed,
                 epochs=arguments.epochs,
                 subset=arguments.subset,
+                precision=arguments.precision,
                 budget=Budget(params=hand_picked),
                 threads=1,
             )
@@ -155,6 +157,7 @@ def main() -> None:
                 "seed": seed,
                 "epochs": arguments.epochs,
                 "subset": arguments.subset,
+                "precision": arguments.precision,
                 "accuracy": last.accuracy,
                 "params": sum(p.numel() for p in model.parameters()),
                 "flops": last.flops,

@@ -15,7 +15,7 @@ from typing import Any
 from torchgrow import Method
 from torchgrow.lab import recipes
 from torchgrow.lab.compare import FIXED, Job
-from torchgrow.lab.metrics import metric_of
+from torchgrow.lab.metrics import PERPLEXITY, metric_of
 from torchgrow.lab.results import by_budget, difference, draw
 
 ROOT = Path(__file__).parent.parent
@@ -100,12 +100,12 @@ def options(config: Row) -> str:
 def compared(found: list[Row], budget: str, some: list[Row]) -> str:
     """One table: the methods at one budget."""
     config, metric = found[0]["config"], metric_of(next(row for row in found if "error" not in row))
-    body = []
+    body, text = [], metric is PERPLEXITY
     for method in dict.fromkeys(row["method"] for row in some):
         fine = [row for row in some if row["method"] == method and "error" not in row]
         if not fine:
             failed = next(row["error"] for row in some if row["method"] == method)
-            body.append([method, "0", f"failed: {failed}", "", "", "", "", "", ""])
+            body.append([method, "0", f"failed: {failed}", *[""] * (6 + text)])
             continue
         gaps, half = difference(some, method, "uniform")
         gap = "" if method == "uniform" or not gaps else f"{statistics.mean(gaps):+.2f}"
@@ -115,6 +115,7 @@ def compared(found: list[Row], budget: str, some: list[Row]) -> str:
                 method,
                 str(len(fine)),
                 spread([row[metric.name] for row in fine]),
+                *([spread([row["test_perplexity"] for row in fine])] if text else []),
                 f"{gap} ± {half:.2f}" if gap and half == half else gap,
                 spread([row["params"] / row["dense_params"] for row in fine], 3),
                 spread([row["flops"] / row["dense_flops"] for row in fine], 3),
@@ -128,7 +129,8 @@ def compared(found: list[Row], budget: str, some: list[Row]) -> str:
     if beside and len(beside) == len(grown):  # the same seeds
         share = f"Of the way from uniform to dense, default goes {100 * sum(grown) / sum(beside):.0f} %."
     unit = f"{metric.name}{metric.unit.rstrip()}"
-    head = ["method", "n", unit, "minus uniform (95 % interval)", "parameters / dense", "FLOPs / dense"]
+    head = ["method", "n", unit, *([f"test {unit}"] if text else []), "minus uniform (95 % interval)"]
+    head += ["parameters / dense", "FLOPs / dense"]
     head += ["all training FLOPs / dense", "of growing or pruning only (the paper's rule)", "seconds / dense"]
     judged = "images held out of the training set" if config.get("validate") else f"{metric.on} data"
     return (
@@ -359,6 +361,46 @@ def killed() -> str:
     )
 
 
+def depth() -> str:
+    """Layers and channels that grow, beside a depth picked by hand and one grown by AutoGrow's rule."""
+    found = rows("depth-growth.jsonl")
+    if not found:
+        return "Not measured yet."
+    body = []
+    for method in dict.fromkeys(row["method"] for row in found):
+        mine = [row for row in found if row["method"] == method]
+        widths = [", ".join(f"{w}" for w in row["widths"].values()) or "16, 32, 64" for row in mine]
+        hand = {row["seed"]: row for row in found if row["method"] == "3-3-3"}
+        pairs = [(row, hand[row["seed"]]) for row in mine if row["seed"] in hand]
+        body.append(
+            [
+                method,
+                str(len(mine)),
+                spread([row["accuracy"] for row in mine]),
+                "; ".join(dict.fromkeys("-".join(f"{d}" for d in row["depths"].values()) for row in mine)),
+                "; ".join(dict.fromkeys(widths)),
+                spread([row["params"] for row in mine], 0),
+                *(spread([row[key] / base[key] for row, base in pairs]) for key in ("flops", "train_flops", "seconds")),
+            ]
+        )
+    first = found[0]
+    command = f"python benchmarks/depth_growth.py --data FOLDER --precision {first['precision']}"
+    head = [
+        "method",
+        "n",
+        "test accuracy %",
+        "blocks of the stages, by seed",
+        "widths of the groups, by seed",
+        "parameters",
+    ]
+    return (
+        f"CIFAR-10, {first['subset']:,} images, {first['epochs']} epochs, {first['precision']}, a Basic3ResNet frame "
+        "of 9-9-9 blocks: layers and channels grown to the parameters of the hand-picked 3-3-3; our version of "
+        "AutoGrow's periodic growth, which stops by itself and adds whole blocks.\n\n"
+        f"Command: `{command}`. Measured on {machine(found)}.\n\n" + grid(head, body)
+    )
+
+
 def damaged() -> str:
     """Mutated files and what became of them."""
     found = rows("fuzz-files.jsonl")
@@ -421,6 +463,7 @@ def page() -> str:
     parts = [
         "# Results\n\nMade from the files in `results/` by `python benchmarks/tables.py`, all of it.",
         "## Methods side by side\n\n" + comparisons(),
+        "## Layers and channels\n\n" + depth(),
         "## Exactness\n\n" + exactness(),
         "## Models people use\n\n" + conformance(),
         "## Random networks\n\n" + random_networks(),

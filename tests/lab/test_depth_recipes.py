@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from rich.console import Console
 
@@ -20,7 +21,7 @@ from torchgrow.lab.recipes import RECIPES, SCALES, get, with_scale
 DEEP = partial(ResNet, depth=20, widths=(4, 8, 16), in_channels=1, shortcut="B")
 
 
-@pytest.mark.parametrize("unit", ["bottleneck", "plain"])
+@pytest.mark.parametrize("unit", ["basic", "bottleneck", "plain"])
 @pytest.mark.parametrize("stem", ["small", "large"])
 def test_staged_networks_have_layers_to_leave_out(unit, stem):
     model = Staged(unit=unit, units=(2, 3, 1), widths=(8, 8, 12), stem=stem, classes=7)
@@ -34,11 +35,23 @@ def test_staged_networks_have_layers_to_leave_out(unit, stem):
     ]
 
 
+def test_basic_units_make_resnet18():
+    """The same weights, in the same order, give the same scores as torchvision's."""
+    model = Staged(unit="basic", units=(2, 2, 2, 2), widths=(64, 128, 256, 512), stem="large", classes=1000).eval()
+    theirs = torchvision.models.resnet18().eval()
+    weights = [tensor for name, tensor in theirs.state_dict().items()]
+    model.load_state_dict(dict(zip(model.state_dict(), weights, strict=True)))
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), theirs(x))
+    assert measure(model, x) == measure(theirs, x)
+
+
 def test_a_plain_and_a_residual_layer_of_the_same_width():
     assert measure(Staged(units=(2, 1, 1)), torch.randn(1, 3, 32, 32)).params > 0
     with pytest.raises(TorchgrowError, match=r"every stage has units and a width.*got \(2, 0\) and \(4, 8\)"):
         Staged(units=(2, 0), widths=(4, 8))
-    with pytest.raises(TorchgrowError, match="a unit is one of bottleneck, plain"):
+    with pytest.raises(TorchgrowError, match="a unit is one of basic, bottleneck, plain"):
         Staged(unit="dense")
 
 

@@ -4,7 +4,8 @@ No ``forward`` names a channel count: every size is read from the tensors at han
 runs at any width, before and after surgery. Each ``width`` scales all channel counts by one factor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -182,11 +183,12 @@ class PlainUnit(nn.Module):
 
 
 class Staged(ConvNet):
-    """AutoGrow's other families (Wen et al., 2020): a stem, three or four stages of like units, one linear layer.
+    """A stem, some stages of like units, one linear layer: ResNet-18 and the like, AutoGrow's other families.
 
     Args:
         width: factor on ``widths``.
-        unit: ``"bottleneck"`` (Bottleneck4ResNet) or ``"plain"`` (Plain3Net, Plain4Net).
+        unit: ``"basic"`` (ResNet-18 and -34; He et al., 2016), ``"bottleneck"`` (Bottleneck4ResNet) or ``"plain"``
+            (Plain3Net, Plain4Net; Wen et al., 2020).
         units: how many in each stage; the first of every stage but the first one halves the image.
         widths: channels of the stages.
         stem: ``"small"`` (a 3x3 convolution) or ``"large"`` (7x7 and a pooling, a quarter of the image's side).
@@ -203,7 +205,7 @@ class Staged(ConvNet):
         self,
         width: float = 1.0,
         *,
-        unit: Literal["bottleneck", "plain"] = "plain",
+        unit: Literal["basic", "bottleneck", "plain"] = "plain",
         units: Sequence[int] = (3, 3, 3),
         widths: Sequence[int] = (16, 32, 64),
         stem: Literal["small", "large"] = "small",
@@ -213,11 +215,12 @@ class Staged(ConvNet):
         super().__init__()
         if len(units) != len(widths) or not units or min(*units, *widths) < 1:
             raise TorchgrowError(f"every stage has units and a width, all at least 1, got {units} and {widths}")
-        kinds = {"bottleneck": Bottleneck, "plain": PlainUnit}
+        basic = partial(BasicBlock, shortcut="B")
+        kinds: dict[str, Callable[..., nn.Module]] = {"basic": basic, "bottleneck": Bottleneck, "plain": PlainUnit}
         if unit not in kinds or stem not in ("small", "large"):
             raise TorchgrowError(f"a unit is one of {', '.join(kinds)} and a stem small or large, got {unit}, {stem}")
         channels = [scaled(w, width) for w in widths]
-        before = channels[0] if unit == "plain" else max(1, channels[0] // 4)
+        before = max(1, channels[0] // 4) if unit == "bottleneck" else channels[0]
         large = stem == "large"
         self.conv1 = nn.Conv2d(in_channels, before, 7 if large else 3, 2 if large else 1, 3 if large else 1, bias=False)
         self.bn1 = nn.BatchNorm2d(before)

@@ -348,6 +348,28 @@ def plain4net_imagenet(scale: str = "small") -> Recipe:
     return _imagenet("plain4net-imagenet", scale, build)
 
 
+def resnet18_imagenette() -> Recipe:
+    """ResNet-18 on small pictures in folders, such as Imagenette, grown to 36 % of its parameters.
+
+    Command: ``torchgrow run resnet18-imagenette --data FOLDER``, the folder holding ``train/CLASS/*`` and
+    ``val/CLASS/*``.
+    Hardware: 2 CPU cores.
+    """
+    return Recipe(
+        name="resnet18-imagenette",
+        dataset="imagefolder",
+        build=partial(models.Staged, unit="basic", units=(2, 2, 2, 2), widths=(64, 128, 256, 512), stem="large"),
+        budget=Budget(params="36%"),
+        epochs=20,
+        batch_size=128,
+        side=64,
+        lr=0.1,
+        weight_decay=5e-4,
+        shift=4,
+        mirror=True,
+    )
+
+
 def vit_cifar10() -> Recipe:
     """A small vision transformer on CIFAR-10: heads and hidden neurons grow to half the FLOPs.
 
@@ -453,6 +475,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "plain3net-cifar10": plain3net_cifar10,
     "bottleneck4resnet-imagenet": bottleneck4resnet_imagenet,
     "plain4net-imagenet": plain4net_imagenet,
+    "resnet18-imagenette": resnet18_imagenette,
     "vit-cifar10": vit_cifar10,
     "lstm-ptb": lstm_ptb,
     "gpt-ptb": gpt_ptb,
