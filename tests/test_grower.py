@@ -362,7 +362,9 @@ def test_the_plan_is_kept(budget: Budget, ramp: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "budget", [Budget(params="30%"), Budget(flops="40%"), Budget(params="50%", flops="20%")], ids=str
+    "budget",
+    [Budget(params="30%"), Budget(flops="40%"), Budget(params="50%", flops="20%"), Budget(params="70%")],  # peak: all
+    ids=str,
 )
 @pytest.mark.parametrize("prune", ["alike", "worth"])
 @pytest.mark.parametrize("align", [1, 2])

@@ -123,19 +123,22 @@ def largest_shift(
 
     Returns:
         The shift and its keep vector. Bisection to 1e-6; exact in cost, since the realised cost is what is bisected.
+        Where everything fits, the smallest shift that lets everything in, and 0 if any does: indicators that rose on
+        and on could not follow a plan that falls later.
     """
     low, high = -span, span
-    best = keep_at(low)
-    if _fits(costs, keep_at(high), allowed):
-        return high, keep_at(high)
+    best, most = keep_at(low), keep_at(high)
+    if torch.equal(best, most):
+        return 0.0, most
+    everything = _fits(costs, most, allowed)
     while high - low > 1e-6:
         middle = (low + high) / 2
         keep = keep_at(middle)
-        if _fits(costs, keep, allowed):
+        if not torch.equal(keep, most) if everything else _fits(costs, keep, allowed):
             low, best = middle, keep
         else:
             high = middle
-    return low, best
+    return (high, most) if everything else (low, best)
 
 
 def _fits(costs: CostModel, keep: Tensor, allowed: Tensor) -> bool:
