@@ -51,7 +51,7 @@ ORDER = [
 ]
 LAB_ORDER = [
     "__init__", "processes", "metrics", "models", "recurrent", "attention", "text", "data", "recipes", "checkpoints",
-    "train", "display", "report", "run", "compare", "sources", "inspect",
+    "train", "display", "report", "run", "results", "compare", "sources", "inspect",
 ]  # fmt: skip
 BEYOND = {"inspect": {"torchgrow.budget", "torchgrow.cost"}}  # it shows the core's own counts and answers
 OUTSIDE = {"__main__", "cli"}
