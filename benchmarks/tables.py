@@ -488,8 +488,8 @@ def page() -> str:
         + timings(
             "step-by-width.jsonl",
             "python benchmarks/step_by_width.py",
-            "One training step of a ResNet-20 over one at full width (16-32-64), batch 128: why widths are held at "
-            "multiples of 8.",
+            "One training step of a ResNet-20 over one at full width (16-32-64), batch 128: why widths can be "
+            "held at multiples of 8 (`Method.align`).",
         ),
     ]
     return "\n\n".join(parts) + "\n"

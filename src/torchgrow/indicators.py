@@ -44,7 +44,7 @@ class Method:
             least worth, as |m dL/dm|, for the parameters or FLOPs that go with them ("plan" only).
         align: widths of groups with at least 2 x align units are held at multiples of it (8), or below it, since
             hardware computes channels in blocks; only the remainder that fills the budget up goes elsewhere.
-            1: any width ("plan" only).
+            1: any width, as in `default()` ("plan" only).
         settle: share of the updates at the end in which the structure no longer changes; at least the last one
             (0.5: a unit born late, at a low learning rate, is never trained).
         heat: gamma^T, how often beta is multiplied over the whole run for a unit that is always present (100).
