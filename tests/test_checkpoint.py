@@ -170,6 +170,7 @@ SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in")  # PyTorch 2.6's own SequentialLR uses it
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_and_random_numbers_go_on(name: str, tmp_path: Path) -> None:
     """float32, dropout, batches drawn by all three global generators."""

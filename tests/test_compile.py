@@ -33,7 +33,9 @@ class Backend:
 def strict() -> Iterator[None]:
     """Where Dynamo would give a function up, it raises."""
     torch.compiler.reset()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, suppress_errors=False):
+    names = ("fail_on_recompile_limit_hit", "fail_on_cache_limit_hit")  # before PyTorch 2.7 the second
+    name = next(name for name in names if hasattr(torch._dynamo.config, name))
+    with torch._dynamo.config.patch({name: True, "suppress_errors": False}):
         yield
     torch.compiler.reset()
 
