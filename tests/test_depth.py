@@ -1,6 +1,7 @@
 """Layers that may be left out: found or named, exact, skipped for real, grown like Eq 6 says, saved and loaded."""
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from growing import same_indicators, same_parameters, step_both
 from oracle import Eq6
 from torchgrow import Budget, Grower, Method, Space, TraceError, load, save, shrink_, trace, verify
+from torchgrow.indicators import Indicators
 from torchgrow.proof import Prover
 from torchgrow.store import Births, Store, gather, scatter_
 
@@ -444,3 +446,15 @@ def test_verify_with_depth() -> None:
     report = verify(Stages(), batch()[0].float(), depth=True)
     assert report.ok
     assert report.groups["stage.1 (layer)"] == 1
+
+
+@pytest.mark.parametrize("lag", [1.0, 2.0, 5.0])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.8, 0.97, 1.0])
+def test_layers_come_after_channels_by_the_lag(lag: float, share: float) -> None:
+    """Where groups have the share p of their units, stages have p^lag of their layers, rounded down."""
+    space = trace(Stages(Residual, blocks=9).double(), batch()[0], depth=True)
+    drawn = Indicators(space, Method(draws="ranked", layer_lag=lag), updates=8, seed=0).uniform < share
+    layers = torch.tensor([slot.unit for slot in space.slots])
+    assert int(drawn[layers].sum()) == math.floor(share**lag * 8)
+    stem = space.unit_of[("stem.weight", 0)]
+    assert int(drawn[stem].sum()) == math.floor(share * 6)

@@ -35,6 +35,8 @@ class Method:
             first and no present unit goes for an absent one.
         lambda_base: lambda_1^base of Eq 4 (controller "pressure" only).
         layer_lambda_base: lambda_2^base, the same for layers.
+        layer_lag: by how much layers come after channels: where every group has the share p of its units, every stage
+            has the share p^layer_lag of its layers (1: alike; draws "ranked" only).
         ramp: share of the updates in which the planned cost rises from the seed to its peak ("plan" only).
         peak: the peak, as a multiple of the budget (at most the frame; "plan" only). Above 1 the network grows beyond
             its budget and is pruned back to it.
@@ -63,6 +65,7 @@ class Method:
     draws: str = "persistent"
     lambda_base: float = 0.5
     layer_lambda_base: float = 0.1
+    layer_lag: float = 1.0
     ramp: float = 0.1
     peak: float = 1.0
     hold: float = 0.1
@@ -98,6 +101,7 @@ class Method:
             ("heat", 1, 1e6),
             ("lr", 0, 1e3),
             ("align", 1, 4096),
+            ("layer_lag", 1, 1e3),
         ):
             if not low <= getattr(self, name) <= high:
                 raise TorchgrowError(f"Method.{name}={getattr(self, name)!r} must lie in [{low}, {high}]")
@@ -235,14 +239,17 @@ class Indicators:
     def _spread(self) -> Tensor:
         """One number in (0, 1) per unit, spread evenly over each pool in random order: low-variance draws.
 
-        Where they are ranked, a probability p gives every pool the same share: p times its size, rounded down.
+        Where they are ranked, a probability p gives every pool the same share: p times its size, rounded down; stages
+        p^layer_lag times their number of layers.
         """
         spread = torch.empty(self.space.n_units, dtype=torch.float64)
+        layers = {slot.unit for slot in self.space.slots}
         for units in self._pools():
             order = torch.randperm(units.numel(), generator=self.generator).double()
             offset = torch.rand(1, generator=self.generator, dtype=torch.float64)
             if self.method.draws == "ranked":
-                spread[units] = (order + 1) / units.numel() * (1 - 1e-9)  # the last ones alike in all pools
+                lag = self.method.layer_lag if int(units[0]) in layers else 1.0
+                spread[units] = ((order + 1) / units.numel() * (1 - 1e-9)) ** (1 / lag)  # the last ones alike in all
             else:
                 spread[units] = (order + offset) / units.numel()
         return spread

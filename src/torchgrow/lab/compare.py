@@ -73,7 +73,10 @@ class Job:
             del config["budget"]
         base = replace(self, method=AFTER.get(self.method, self.method))
         if base.method not in FIXED:
-            config["growing"] = asdict(Method.named(base.preset(), layers=bool(self.recipe.depth)))
+            growing = asdict(Method.named(base.preset(), layers=bool(self.recipe.depth)))
+            if not self.recipe.depth:
+                del growing["layer_lag"]  # decides nothing; rows from before there was such a thing stay good
+            config["growing"] = growing
         del config["preset"]
         return json.loads(json.dumps(config))
 
