@@ -94,6 +94,8 @@ def options(config: Row) -> str:
     given = [f" --{field} {config[field]}" for field in fields if config[field] != recipe[field]]
     if shortcut != recipe["model_arguments"].get("shortcut"):
         given.append(f" --shortcut {shortcut}")
+    if config["depth"] != recipe["depth"]:
+        given.append(" --depth" if config["depth"] else " --no-depth")
     return "".join(given) + (" --validate" if config["validate"] else "")
 
 
@@ -369,7 +371,8 @@ def depth() -> str:
     body = []
     for method in dict.fromkeys(row["method"] for row in found):
         mine = [row for row in found if row["method"] == method]
-        widths = [", ".join(f"{w}" for w in row["widths"].values()) or "16, 32, 64" for row in mine]
+        live = [[w for name, w in row["widths"].items() if w and "(layer)" not in name] for row in mine]
+        widths = [", ".join(f"{w}" for w in dict.fromkeys(seen)) or "16, 32, 64" for seen in live]
         hand = {row["seed"]: row for row in found if row["method"] == "3-3-3"}
         pairs = [(row, hand[row["seed"]]) for row in mine if row["seed"] in hand]
         body.append(
@@ -380,7 +383,7 @@ def depth() -> str:
                 "; ".join(dict.fromkeys("-".join(f"{d}" for d in row["depths"].values()) for row in mine)),
                 "; ".join(dict.fromkeys(widths)),
                 spread([row["params"] for row in mine], 0),
-                *(spread([row[key] / base[key] for row, base in pairs]) for key in ("flops", "train_flops", "seconds")),
+                *(spread([row[key] / base[key] for row, base in pairs]) for key in ("flops", "train_flops")),
             ]
         )
     first = found[0]
@@ -390,8 +393,10 @@ def depth() -> str:
         "n",
         "test accuracy %",
         "blocks of the stages, by seed",
-        "widths of the groups, by seed",
+        "widths in use, by seed",
         "parameters",
+        "FLOPs / 3-3-3",
+        "all training FLOPs / 3-3-3",
     ]
     return (
         f"CIFAR-10, {first['subset']:,} images, {first['epochs']} epochs, {first['precision']}, a Basic3ResNet frame "
