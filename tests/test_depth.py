@@ -448,13 +448,27 @@ def test_verify_with_depth() -> None:
     assert report.groups["stage.1 (layer)"] == 1
 
 
+class TwoStages(nn.Module):
+    """A stem and two stages of unequal depth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+        self.first = nn.Sequential(*(Residual(6, 5) for _ in range(9)))
+        self.last = nn.Sequential(*(Residual(6, 5) for _ in range(5)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(self.stem(x)))
+
+
 @pytest.mark.parametrize("lag", [1.0, 2.0, 5.0])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.8, 0.97, 1.0])
 def test_layers_come_after_channels_by_the_lag(lag: float, share: float) -> None:
-    """Where groups have the share p of their units, stages have p^lag of their layers, rounded down."""
-    space = trace(Stages(Residual, blocks=9).double(), batch()[0], depth=True)
+    """At a share p of every group, stages have p^lag of their layers, the last one half a layer ahead."""
+    space = trace(TwoStages().double(), batch()[0], depth=True)
     drawn = Indicators(space, Method(draws="ranked", layer_lag=lag), updates=8, seed=0).uniform < share
-    layers = torch.tensor([slot.unit for slot in space.slots])
-    assert int(drawn[layers].sum()) == math.floor(share**lag * 8)
-    stem = space.unit_of[("stem.weight", 0)]
-    assert int(drawn[stem].sum()) == math.floor(share * 6)
+    for stage, layers, ahead in (("first", 8, 0.0), ("last", 4, 0.5)):
+        units = torch.tensor([slot.unit for slot in space.slots if slot.stage == stage])
+        assert int(drawn[units].sum()) == min(layers, math.floor(share**lag * layers + ahead))
+    channels = space.unit_of[("first.0.conv1.weight", 0)]
+    assert int(drawn[channels].sum()) == math.floor(share * 5)

@@ -239,17 +239,21 @@ class Indicators:
     def _spread(self) -> Tensor:
         """One number in (0, 1) per unit, spread evenly over each pool in random order: low-variance draws.
 
-        Where they are ranked, a probability p gives every pool the same share: p times its size, rounded down; stages
-        p^layer_lag times their number of layers.
+        Where they are ranked, a probability p gives every group the same share: p times its size, rounded down. A stage
+        of n layers gets p^layer_lag n of them, and stages take turns, the last one first: one layer comes at a time.
         """
         spread = torch.empty(self.space.n_units, dtype=torch.float64)
         layers = {slot.unit for slot in self.space.slots}
+        stages = len({slot.stage for slot in self.space.slots})
+        turn = 0
         for units in self._pools():
             order = torch.randperm(units.numel(), generator=self.generator).double()
             offset = torch.rand(1, generator=self.generator, dtype=torch.float64)
             if self.method.draws == "ranked":
-                lag = self.method.layer_lag if int(units[0]) in layers else 1.0
-                spread[units] = ((order + 1) / units.numel() * (1 - 1e-9)) ** (1 / lag)  # the last ones alike in all
+                is_stage = int(units[0]) in layers
+                lag, late = (self.method.layer_lag, turn / stages) if is_stage else (1.0, 0.0)
+                turn += is_stage
+                spread[units] = ((order + 1 - late) / units.numel() * (1 - 1e-9)) ** (1 / lag)
             else:
                 spread[units] = (order + offset) / units.numel()
         return spread
