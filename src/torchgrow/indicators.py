@@ -141,7 +141,7 @@ class Method:
 
         How it was found, and what each ingredient is worth: docs/log.md.
         """
-        return cls(draws="ranked", gates=False, heat=1.0, align=1, peak=1.35, hold=0.45, settle=0.4)
+        return cls(draws="ranked", gates=False, heat=1.0, align=1, peak=1.35, hold=0.45, settle=0.4, layer_lag=16.0)
 
     @classmethod
     def paper(cls, *, layers: bool = False) -> Method:
