@@ -40,7 +40,8 @@ class Grower(Saved):
     Args:
         model: the frame, a plain module on one device. On the meta device (`with torch.device("meta"): ...`) it takes
             no memory but for what grows: what comes to life is initialised by its own module's `reset_parameters`, on
-            the device of the example inputs.
+            the device of the example inputs. What the model's constructor sets afterwards (He's rule for convolutions,
+            say) is lost there: write it into a `reset_parameters` of the modules.
         optimizer: the optimizer that trains it, or a list of several; their state is re-cut with the parameters.
             With several, the indicators move once all that hold gates have stepped, and follow the first one's rate.
         example_inputs: a small batch for tracing: a tensor, a tuple, or a dict of keywords.

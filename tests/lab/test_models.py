@@ -1,12 +1,14 @@
 """The lab's networks: published sizes, and no channel count that surgery could not follow."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from torchgrow import TorchgrowError, trace, verify
 from torchgrow.lab.attention import GPT, ViT
-from torchgrow.lab.models import VGG16, PadShortcut, ResNet, WideResNet, scaled
+from torchgrow.lab.models import VGG16, PadShortcut, ResNet, Staged, WideResNet, scaled
 from torchgrow.lab.recurrent import LSTM
 
 TINY = {
@@ -184,3 +186,25 @@ def test_lstm_drops_before_between_and_after_its_layers():
 def test_impossible_lstms_are_refused(build, text):
     with pytest.raises(TorchgrowError, match=text):
         build()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(ResNet, depth=14),
+        partial(WideResNet, depth=10, widen=1),
+        VGG16,
+        partial(Staged, unit="plain", units=(2, 2, 2), widths=(16, 32, 64)),
+    ],
+)
+def test_weights_begin_by_the_modules_own_rules(build):
+    """What a meta frame gives birth to is drawn by reset_parameters: no constructor may know better."""
+    torch.manual_seed(0)
+    model = build()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            before = module.weight.std().item()
+            module.reset_parameters()
+            fan_out = module.weight.numel() / module.in_channels
+            assert module.weight.std().item() == pytest.approx(before, rel=0.25), name
+            assert before == pytest.approx((2 / fan_out) ** 0.5, rel=0.25), name

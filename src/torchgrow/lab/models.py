@@ -22,16 +22,14 @@ def scaled(channels: int, width: float) -> int:
     return max(1, round(channels * width))
 
 
-class ConvNet(nn.Module):
-    """A convolutional network that knows how its weights begin."""
+class HeConv2d(nn.Conv2d):
+    """A convolution whose own rule is He's initialisation by fan-out, so that births on a meta frame follow it too."""
 
-    def initialise(self) -> None:
-        """He initialisation by fan-out for convolutions; the other layers keep PyTorch's defaults."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+    def reset_parameters(self) -> None:
+        """Draw the weights anew; the bias, if there is one, is 0."""
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class PadShortcut(nn.Module):
@@ -75,7 +73,7 @@ def _shortcut(kind: Shortcut, in_channels: int, out_channels: int, stride: int) 
     if kind == "A":
         return PadShortcut(in_channels, out_channels, stride)
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
+        HeConv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
     )
 
 
@@ -84,9 +82,9 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.conv1 = HeConv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.conv2 = HeConv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.shortcut = _shortcut(shortcut, in_channels, out_channels, stride)
 
@@ -96,7 +94,7 @@ class BasicBlock(nn.Module):
         return F.relu(y + self.shortcut(x))
 
 
-class ResNet(ConvNet):
+class ResNet(nn.Module):
     """The CIFAR ResNet of He et al. (2016): a 3x3 stem, three stages of basic blocks, one linear layer.
 
     Args:
@@ -133,13 +131,12 @@ class ResNet(ConvNet):
             raise TorchgrowError(f'shortcut is "A" (padding) or "B" (1x1 convolution), got {shortcut!r}')
         blocks = (depth - 2) // 6
         channels = [scaled(w, width) for w in widths]
-        self.conv1 = nn.Conv2d(in_channels, channels[0], 3, padding=1, bias=False)
+        self.conv1 = HeConv2d(in_channels, channels[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels[0])
         self.layer1 = _stage(channels[0], channels[0], blocks, 1, shortcut)
         self.layer2 = _stage(channels[0], channels[1], blocks, 2, shortcut)
         self.layer3 = _stage(channels[1], channels[2], blocks, 2, shortcut)
         self.fc = nn.Linear(channels[2], classes)
-        self.initialise()
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         x = F.relu(self.bn1(self.conv1(x)))
@@ -158,10 +155,10 @@ class Bottleneck(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         inside = max(1, out_channels // 4)
-        self.conv1, self.bn1 = nn.Conv2d(in_channels, inside, 1, bias=False), nn.BatchNorm2d(inside)
-        self.conv2 = nn.Conv2d(inside, inside, 3, stride=stride, padding=1, bias=False)
+        self.conv1, self.bn1 = HeConv2d(in_channels, inside, 1, bias=False), nn.BatchNorm2d(inside)
+        self.conv2 = HeConv2d(inside, inside, 3, stride=stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(inside)
-        self.conv3, self.bn3 = nn.Conv2d(inside, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
+        self.conv3, self.bn3 = HeConv2d(inside, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
         self.shortcut = _shortcut("B", in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
@@ -175,14 +172,14 @@ class PlainUnit(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.conv = HeConv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return F.relu(self.bn(self.conv(x)))
 
 
-class Staged(ConvNet):
+class Staged(nn.Module):
     """A stem, some stages of like units, one linear layer: ResNet-18 and the like, AutoGrow's other families.
 
     Args:
@@ -222,7 +219,7 @@ class Staged(ConvNet):
         channels = [scaled(w, width) for w in widths]
         before = max(1, channels[0] // 4) if unit == "bottleneck" else channels[0]
         large = stem == "large"
-        self.conv1 = nn.Conv2d(in_channels, before, 7 if large else 3, 2 if large else 1, 3 if large else 1, bias=False)
+        self.conv1 = HeConv2d(in_channels, before, 7 if large else 3, 2 if large else 1, 3 if large else 1, bias=False)
         self.bn1 = nn.BatchNorm2d(before)
         self.pool = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
         stages = []
@@ -232,7 +229,6 @@ class Staged(ConvNet):
             before = after
         self.stages = nn.ModuleList(stages)
         self.fc = nn.Linear(before, classes)
-        self.initialise()
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         x = self.pool(F.relu(self.bn1(self.conv1(x))))
@@ -241,7 +237,7 @@ class Staged(ConvNet):
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-class VGG16(ConvNet):
+class VGG16(nn.Module):
     """VGG-16 with batch norm for CIFAR: 13 convolutions, one linear layer, 14.73M parameters at width 1.
 
     Convolutions keep their bias although batch norm follows, as in torchvision's ``vgg16_bn``, so that
@@ -264,13 +260,12 @@ class VGG16(ConvNet):
         for stage in self.stages:
             for channels in stage:
                 out_channels = scaled(channels, width * widen)
-                layers.append(nn.Conv2d(in_channels, out_channels, 3, padding=1))
+                layers.append(HeConv2d(in_channels, out_channels, 3, padding=1))
                 layers += [nn.BatchNorm2d(out_channels), nn.ReLU()]
                 in_channels = out_channels
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(in_channels, classes)
-        self.initialise()
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return self.classifier(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
@@ -282,12 +277,12 @@ class PreActivationBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.conv1 = HeConv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.conv2 = HeConv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.shortcut: nn.Conv2d | None = None
         if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+            self.shortcut = HeConv2d(in_channels, out_channels, 1, stride=stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         y = F.relu(self.bn1(x))
@@ -297,7 +292,7 @@ class PreActivationBlock(nn.Module):
         return x + y
 
 
-class WideResNet(ConvNet):
+class WideResNet(nn.Module):
     """WRN-d-k for CIFAR (Zagoruyko and Komodakis, 2016): three stages of pre-activation blocks.
 
     Args:
@@ -328,7 +323,7 @@ class WideResNet(ConvNet):
         if widen < 1:
             raise TorchgrowError(f"widen is a factor of at least 1, got {widen}")
         channels = scaled(16, width)
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        self.conv1 = HeConv2d(in_channels, channels, 3, padding=1, bias=False)
         stages = []
         for base, stride in ((16, 1), (32, 2), (64, 2)):
             out_channels = scaled(base * widen, width)
@@ -339,7 +334,6 @@ class WideResNet(ConvNet):
         self.layer1, self.layer2, self.layer3 = stages
         self.bn = nn.BatchNorm2d(channels)
         self.fc = nn.Linear(channels, classes)
-        self.initialise()
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
