@@ -73,6 +73,8 @@ def label(row: Row) -> str:
     recipe = recipes.get(row["recipe"])
     job = Job(method=method, recipe=recipe, data=())
     now = asdict(Method.named(job.preset(), layers=recipe.depth))
+    if row["config"]["depth"]:
+        then = {"layer_lag": 1.0, **then}  # before there was such a thing, layers came as channels did
     changed = ", ".join(f"{key}={then[key]}" for key in then if then[key] != now.get(key))
     return f"{method}, then with {changed}" if changed else method
 
