@@ -57,7 +57,7 @@ def alike() -> dict[str, list[Row]]:
     for path in sorted((ROOT / "results" / "compare").glob("*.jsonl")):
         settings: dict[str, list[Row]] = defaultdict(list)
         for row in rows(f"compare/{path.name}"):
-            varying = ("seed", "budget", "method", "growing", "preset", "epochs")
+            varying = ("seed", "budget", "method", "growing", "preset", "epochs", "depth", "meta")
             same = {key: value for key, value in row["config"].items() if key not in varying}
             row["method"] = label(row)
             settings[json.dumps([same, row["config"]["epochs"]], sort_keys=True)].append(row)
@@ -66,17 +66,20 @@ def alike() -> dict[str, list[Row]]:
 
 
 def label(row: Row) -> str:
-    """The method; of rows from before a preset was changed, with what was different."""
+    """The method; with the option that lets layers grow, or not, if the recipe differs; and what a preset was then."""
     method, then = row["method"], row["config"].get("growing")
-    if then is None or method in FIXED:
+    if then is None:
         return method
-    recipe = recipes.get(row["recipe"])
+    recipe, depth = recipes.get(row["recipe"]), row["config"]["depth"]
+    suffix = "" if depth == recipe.depth else " --depth" if depth else " --no-depth"
+    if method in FIXED:
+        return method + suffix
     job = Job(method=method, recipe=recipe, data=())
     now = asdict(Method.named(job.preset(), layers=recipe.depth))
-    if row["config"]["depth"]:
+    if depth:
         then = {"layer_lag": 1.0, **then}  # before there was such a thing, layers came as channels did
     changed = ", ".join(f"{key}={then[key]}" for key in then if then[key] != now.get(key))
-    return f"{method}, then with {changed}" if changed else method
+    return f"{method}{suffix}, then with {changed}" if changed else method + suffix
 
 
 def comparisons() -> str:
@@ -94,10 +97,9 @@ def options(config: Row) -> str:
     recipe, shortcut = recipes.get(config["name"]).as_json(), config["model_arguments"].get("shortcut")
     fields = ("subset", "epochs", "precision", "threads", "then")
     given = [f" --{field} {config[field]}" for field in fields if config[field] != recipe[field]]
+    given += [" --channels-last"] * config.get("channels_last", False)
     if shortcut != recipe["model_arguments"].get("shortcut"):
         given.append(f" --shortcut {shortcut}")
-    if config["depth"] != recipe["depth"]:
-        given.append(" --depth" if config["depth"] else " --no-depth")
     return "".join(given) + (" --validate" if config["validate"] else "")
 
 

@@ -472,3 +472,26 @@ def test_layers_come_after_channels_by_the_lag(lag: float, share: float) -> None
         assert int(drawn[units].sum()) == min(layers, math.floor(share**lag * layers + ahead))
     channels = space.unit_of[("first.0.conv1.weight", 0)]
     assert int(drawn[channels].sum()) == math.floor(share * 5)
+
+
+@pytest.mark.parametrize("lag", [1.0, 3.0])
+def test_a_peak_widens_what_is_there_and_no_layer_comes_for_it_alone(lag: float) -> None:
+    """Beyond the budget only channels come, up to the peak, and all layers stay when it falls."""
+    method = Method.named(f"default:layer_lag={lag},peak=1.5,hold=0.6,settle=0.2")
+    torch.manual_seed(0)
+    model = TwoStages().double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    settings: dict[str, Any] = {"example_inputs": batch()[0], "budget": Budget(params="45%"), "updates": 20}
+    grower = Grower(model, optimizer, depth=True, preset=method, **settings)
+    seen = [(sum(grower.depths().values()), grower.cost().params)]
+    for _ in range(20):
+        grower.update()
+        seen.append((sum(grower.depths().values()), grower.cost().params))
+    limit = grower.limits.params
+    assert limit is not None
+    layers = [count for count, _ in seen]
+    peak = max(cost for _, cost in seen)
+    assert limit < peak <= 1.5 * limit
+    assert layers == sorted(layers), "a layer left"
+    assert all(count <= layers[-1] for count, _ in seen)
+    assert seen[-1][1] <= limit

@@ -18,6 +18,7 @@ from .errors import (
     TrainingError,
 )
 from .grower import Grower, measure
+from .guard import guard_
 from .indicators import PRESETS, Method
 from .persist import load, save
 from .proof import Report, trace, verify
@@ -49,6 +50,7 @@ __all__ = [
     "TraceError",
     "TrainingError",
     "adapter",
+    "guard_",
     "load",
     "load_checkpoint",
     "measure",

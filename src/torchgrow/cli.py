@@ -37,6 +37,7 @@ _BUDGET_HELP = (
     "'params=36%,flops=40%', or absolute, as in 'params=100k'. Default: the recipe's."
 )
 _PRECISION_HELP = f"Of the forward and backward pass: {', '.join(recipes.PRECISIONS)}. Default: the recipe's."
+_LAYOUT_HELP = "Layout of images in memory, which decides seconds. Default: the recipe's."
 _PRESET_HELP = (
     f"How to grow: {', '.join(PRESETS)}; with other values behind a colon, as in default:peak=1,ramp=0.2. "
     "Default: the recipe's."
@@ -51,6 +52,7 @@ Then = Annotated[int | None, typer.Option(help="Epochs after growth, with the sc
 Shortcut = Annotated[str | None, typer.Option(help="Shortcuts of a ResNet: A (padding) or B (1x1).")]
 Size = Annotated[str | None, typer.Option(help="Size of the LSTM: small, medium or large.")]
 Precision = Annotated[str | None, typer.Option(help=_PRECISION_HELP)]
+Layout = Annotated[bool | None, typer.Option("--channels-last/--contiguous", help=_LAYOUT_HELP)]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the recipe's.")]
 
 
@@ -119,6 +121,7 @@ def run(
     shortcut: Shortcut = None,
     size: Size = None,
     precision: Precision = None,
+    channels_last: Layout = None,
     twins: Annotated[bool, typer.Option(help="Train the dense and the uniform twin too.")] = True,
     threads: Threads = None,
     checkpoint_every: Annotated[
@@ -153,7 +156,7 @@ def run(
             resume_run(resume, console=console, folder=data)
             return
         edits: dict[str, Any] = {"subset": subset, "epochs": epochs, "seed": seed, "preset": preset, "threads": threads}
-        edits |= {"depth": depth, "then": then, "precision": precision}
+        edits |= {"depth": depth, "then": then, "precision": precision, "channels_last": channels_last}
         edits["budget"] = parse_budget(budget) if budget else None
         chosen = _variant(recipe, edits, size=size, scale=scale, shortcut=shortcut)
         run_recipe(
@@ -199,6 +202,7 @@ def compare(
     shortcut: Shortcut = None,
     size: Size = None,
     precision: Precision = None,
+    channels_last: Layout = None,
     threads: Threads = None,
     validate: Annotated[
         bool, typer.Option("--validate", help="Judge by a fifth of the training images, held out.")
@@ -209,8 +213,9 @@ def compare(
     Stopped at any moment, the same command goes on where it was.
     """
     with _clean_exit(Console(stderr=True)):
-        edits = {"subset": subset, "epochs": epochs, "threads": threads, "depth": depth, "then": then}
-        chosen = _variant(recipe, {**edits, "precision": precision}, size=size, scale=scale, shortcut=shortcut)
+        edits: dict[str, Any] = {"subset": subset, "epochs": epochs, "threads": threads, "depth": depth, "then": then}
+        edits |= {"precision": precision, "channels_last": channels_last}
+        chosen = _variant(recipe, edits, size=size, scale=scale, shortcut=shortcut)
         compare_methods(
             chosen,
             methods=methods.split(),

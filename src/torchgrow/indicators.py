@@ -222,6 +222,7 @@ class Indicators:
         sizes = torch.bincount(space.group_of, minlength=space.n_groups)
         self.steps = torch.where(sizes >= 2 * method.align, method.align, 1)  # int64 [G]
         self.uniform = self._spread()
+        self.most = torch.ones(n, dtype=torch.float64)  # largest probability of each unit
         self.beta = torch.ones(n, dtype=torch.float64)
         self.gate = self._gate()
 
@@ -301,7 +302,12 @@ class Indicators:
             uniform = torch.rand(self.space.n_units, generator=self.generator, dtype=torch.float64)
         must = ~self.space.removable
         must = must | self._first_of_empty(must, torch.sigmoid(self.beta * self.s) - uniform)
-        return _Shifted(self.s, self.beta, uniform, must, self.space, self.steps)
+        return _Shifted(self.s, self.beta, uniform, must, self.space, self.steps, self.most)
+
+    def hold_layers(self, shift: float) -> None:
+        """Let no more layers in than `shift` has now, however far indicators rise."""
+        layers = [slot.unit for slot in self.space.slots]
+        self.most[layers] = torch.sigmoid(self.beta * (self.s + shift))[layers]
 
     def score(self) -> Tensor:
         """What a unit is worth when the structure must be trimmed or filled: probability minus its own draw."""
@@ -390,9 +396,10 @@ class _Shifted:
     must: Tensor
     space: Space
     steps: Tensor
+    most: Tensor
 
     def __call__(self, shift: float) -> Tensor:
-        margin = torch.sigmoid(self.beta * (self.s + shift)) - self.uniform
+        margin = torch.sigmoid(self.beta * (self.s + shift)).minimum(self.most) - self.uniform
         keep = (margin > 0) | self.must
         return keep if bool((self.steps == 1).all()) else self._aligned(keep, margin)
 

@@ -123,6 +123,26 @@ def test_default_is_the_recipes_own_way_to_grow(tmp_path, compared, no_training)
     assert growing("default", replace(RECIPE, depth=True)) == asdict(Method.default())
 
 
+def test_what_decides_nothing_is_not_part_of_a_row(compared, no_training):
+    """Whether layers grow concerns networks that grow; the layout of images, those that ask for it."""
+    out, rows = compared
+    deep = replace(RECIPE, depth=True)
+    assert run(out, "uniform", deep) == [row for row in rows if row["method"] == "uniform"]
+    assert "channels_last" not in rows[0]["config"]
+    for method, changed in [("default", deep), ("direct", deep), ("uniform", replace(RECIPE, channels_last=True))]:
+        with pytest.raises(AssertionError, match="something was trained"):
+            run(out, method, changed)
+
+
+def test_seconds_are_compared_on_one_machine_only(tmp_path, monkeypatch):
+    run(tmp_path, "dense")
+    real = module.environment()
+    monkeypatch.setattr(module, "environment", lambda: {**real, "cpu": "another"})
+    dense, uniform = run(tmp_path, "dense uniform")
+    assert dense["dense_seconds"] == dense["seconds"]
+    assert uniform["dense_seconds"] is None
+
+
 def test_dense_has_no_budget(tmp_path):
     (before,) = run(tmp_path, "dense")
     assert before["budget"] is None

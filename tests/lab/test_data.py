@@ -1,6 +1,7 @@
 """Data: every format that is accepted, every folder that is not, and what a batch is."""
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -220,12 +221,17 @@ def test_train_batches_are_full_contiguous_and_repeatable():
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, second, strict=True))
 
 
-def test_cifar_batches_are_not_channels_last(cifar_folder):
+def test_cifar_batches_are_channels_last_only_where_that_is_asked_for(cifar_folder):
+    def batches(loaded):
+        drawn = loaded.train_batches(batch_size=8, shift=4, mirror=True, generator=generator())
+        return [x for x, _ in (*drawn, *loaded.test_batches())]
+
     loaded = data.load("cifar10", folder=cifar_folder)
-    batches = [*loaded.train_batches(batch_size=8, shift=4, mirror=True, generator=generator()), *loaded.test_batches()]
-    for x, _ in batches:
+    for x, other in zip(batches(loaded), batches(replace(loaded, channels_last=True)), strict=True):
         assert x.is_contiguous()
         assert not x.is_contiguous(memory_format=torch.channels_last)
+        assert other.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(x, other)
 
 
 def test_a_set_smaller_than_a_batch_is_one_batch():

@@ -67,7 +67,10 @@ class Job:
     validate: bool = False
 
     def config(self) -> dict[str, Any]:
-        """All of it, as JSON holds it; a dense network has no budget, and a fixed one no way of growing."""
+        """All that decides what comes out, as JSON holds it.
+
+        A dense network has no budget, and one of fixed structure no way of growing, so its row serves them all.
+        """
         config = {**self.recipe.as_json(), "method": self.method, "samples": list(self.data), "validate": self.validate}
         if self.method == "dense":
             del config["budget"]
@@ -77,6 +80,10 @@ class Job:
             if not self.recipe.depth:
                 del growing["layer_lag"]  # decides nothing; rows from before there was such a thing stay good
             config["growing"] = growing
+        else:
+            config |= {"depth": False, "meta": False}
+        if not self.recipe.channels_last:
+            del config["channels_last"]  # rows from before there was such a thing stay good
         del config["preset"]
         return json.loads(json.dumps(config))
 
@@ -319,7 +326,9 @@ def _train(job: Job, beside: Sequence[Job], bench: _Bench, tell: _Bars) -> Itera
         return  # trained once more for the sake of another
     steps, samples = extent(model, data, job.recipe)
     score = last.perplexity if isinstance(data, TextData) else evaluate(model, data)[0]
-    dense = next((row for row in rows.read() if row["config_hash"] == replace(job, method="dense").key()), {})
+    # Seconds compare on one machine and with one code only.
+    measured = {(row["config_hash"], json.dumps(row["versions"])): row.get("seconds") for row in rows.read()}
+    dense_seconds = measured.get((replace(job, method="dense").key(), json.dumps(bench.versions)))
     row = {
         **_head(job, bench),
         data.metric.name: score,
@@ -332,7 +341,7 @@ def _train(job: Job, beside: Sequence[Job], bench: _Bench, tell: _Bars) -> Itera
         "train_flops_paper_rule": last.training_flops,
         "dense_train_flops": 3 * frame.flops * steps * samples * (job.recipe.epochs + job.recipe.then),
         "seconds": before.seconds + last.seconds,
-        "dense_seconds": last.seconds if job.method == "dense" else dense.get("seconds"),
+        "dense_seconds": last.seconds if job.method == "dense" else dense_seconds,
         "together": [other.method for other in beside],
         "epochs": [
             {key: value for key, value in asdict(epoch).items() if key not in ("network", "temperature")}

@@ -1,8 +1,7 @@
 """Small image sets held in memory as uint8, and their batches: shifted, mirrored and normalised on the fly.
 
-Batches are contiguous NCHW, never channels_last: PyTorch's CPU build corrupts the heap in the backward
-pass of a strided 1x1 convolution over a channels_last tensor of fewer than 8 channels, which is the
-shortcut of a young ResNet.
+Batches are contiguous NCHW unless channels_last is asked for: in that layout PyTorch's CPU build corrupts
+the heap in the backward pass of a thin, strided 1x1 convolution, so the networks need `torchgrow.guard_`.
 """
 
 import io
@@ -73,12 +72,14 @@ class ImageData:
         test: test images.
         mean: mean per channel of pixels in [0, 1].
         std: standard deviation per channel of pixels in [0, 1].
+        channels_last: whether batches have that layout in memory.
     """
 
     train: Images
     test: Images
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    channels_last: bool = False
     metric: Metric = ACCURACY
 
     def example(self) -> Tensor:
@@ -86,10 +87,11 @@ class ImageData:
         return self.normalise(self.train.pixels[:2])
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """Uint8 ``[N, C, H, W]`` to float32 of the same shape, about zero mean and unit variance, contiguous."""
+        """Uint8 ``[N, C, H, W]`` to float32 of the same shape, about zero mean and unit variance, in the layout."""
         shape = (1, -1, 1, 1)
         mean, std = torch.tensor(self.mean).view(shape), torch.tensor(self.std).view(shape)
-        return (pixels.float() / 255 - mean) / std
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return ((pixels.float() / 255 - mean) / std).contiguous(memory_format=layout)
 
     def train_batches(
         self, *, batch_size: int, shift: int, mirror: bool, generator: torch.Generator

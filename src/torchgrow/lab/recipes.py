@@ -56,6 +56,8 @@ class Recipe:
         weight_decay: on all parameters with SGD; with AdamW on matrices, not on biases, norms and positions.
         precision: one of `PRECISIONS`. "bfloat16": forward and backward pass under autocast; weights and evaluation
             are in float32 all the same.
+        channels_last: whether images lie in memory channel by channel within a pixel, which is faster on some
+            processors; results differ by rounding.
         clip: largest norm of all gradients together; None means any.
         freeze: parameters or modules that keep their width, as for `torchgrow.Grower`.
         shift: augmentation, largest shift of a training image in pixels.
@@ -92,6 +94,7 @@ class Recipe:
     nesterov: bool = False
     weight_decay: float = 1e-4
     precision: str = "float32"
+    channels_last: bool = False
     clip: float | None = None
     freeze: tuple[str, ...] = ()
     shift: int = 0

@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -361,10 +361,10 @@ def with_data(recipe: Recipe, console: Console, folder: Path | None, download: b
             f"Text: {data.source}; {len(data.train):,} words to train on, a vocabulary of {len(data.vocabulary):,}",
             soft_wrap=True,
         )
-        recipe = recipe.with_words(len(data.vocabulary))
-    elif recipe.dataset == "imagefolder":
+        return recipe.with_words(len(data.vocabulary)), data
+    if recipe.dataset == "imagefolder":
         recipe = recipe.with_classes(1 + int(data.train.labels.max()))
-    return recipe, data
+    return recipe, replace(data, channels_last=recipe.channels_last)
 
 
 def resume(run: Path, *, console: Console, folder: Path | None = None) -> Path:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from torchgrow import Cost, Event, Grower, TorchgrowError, measure
+from torchgrow import Cost, Event, Grower, TorchgrowError, guard_, measure
 from torchgrow.lab import processes
 from torchgrow.lab.checkpoints import Checkpoints, Progress
 from torchgrow.lab.data import Data, train_steps
@@ -175,6 +175,7 @@ def fit(
     Raises:
         TorchgrowError: the loss is not finite, or the checkpoint does not fit.
     """
+    guard_(model)
     steps, samples = extent(model, data, recipe)
     schedule = make_schedule(optimizer, recipe, steps)
     progress = checkpoints.load(model, optimizer, grower, schedule) if checkpoints else Progress()
