@@ -141,6 +141,31 @@ def test_batch_size_and_mode_do_not_matter(name: str) -> None:
     assert (once.batch, again.batch) == (1, 3)
 
 
+@pytest.mark.parametrize("name", BIG)
+def test_layout_does_not_matter(name: str) -> None:
+    """Pooling a channels_last image to one pixel ends with an `as_strided_` that moves nothing."""
+    model, x = BIG[name][0](), torch.randn(2, 3, 32, 32)
+    once, again = replay(model, x), replay(model, x.contiguous(memory_format=torch.channels_last))
+    assert once.unit_of.keys() == again.unit_of.keys()
+    assert all(torch.equal(once.unit_of[place], again.unit_of[place]) for place in once.unit_of)
+    assert [frozen.reason for frozen in once.frozen] == [frozen.reason for frozen in again.frozen]
+
+
+def test_a_tensor_that_is_really_laid_out_anew_is_kept_whole() -> None:
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x)
+            return self.second(y.as_strided_((4, 4), (1, 4)))
+
+    space = replay(Transposed(), torch.randn(4, 3))
+    assert not bool(space.removable.any())
+    assert "aten.as_strided_" in str(space.frozen)
+
+
 def test_every_axis_has_a_vector_of_its_size() -> None:
     for name in zoo.ZOO:
         model = zoo.build(name)
