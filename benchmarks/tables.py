@@ -8,7 +8,7 @@ import json
 import statistics
 import sys
 from collections import Counter, defaultdict
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,9 @@ def label(row: Row) -> str:
     now = asdict(Method.named(job.preset(), layers=recipe.depth))
     if depth:
         then = {"layer_lag": 1.0, **then}  # before there was such a thing, layers came as channels did
+    now["updates_per_epoch"] = replace(recipe, preset=job.preset()).updates_an_epoch()
+    often = row["config"]["updates_per_epoch"] or (4 if then["draws"] == "ranked" else 1)  # as it was once
+    then = {**then, "updates_per_epoch": often}
     changed = ", ".join(f"{key}={then[key]}" for key in then if then[key] != now.get(key))
     return f"{method}{suffix}, then with {changed}" if changed else method + suffix
 
@@ -471,7 +474,9 @@ def page() -> str:
     """The whole page."""
     parts = [
         "# Results\n\nMade from the files in `results/` by `python benchmarks/tables.py`, all of it.",
-        "## Methods side by side\n\n" + comparisons(),
+        "## Methods side by side\n\nA method is named with the option it needs where its recipe says otherwise "
+        "(`default --no-depth`: no layers grow), and, where it has been changed since, with what was different "
+        '("then with").\n\n' + comparisons(),
         "## Layers and channels\n\n" + depth(),
         "## Exactness\n\n" + exactness(),
         "## Models people use\n\n" + conformance(),

@@ -185,7 +185,7 @@ def test_detach_then_regrow_is_the_identity() -> None:
 
 def test_finish_grows_in_silence() -> None:
     """Units that enter at the end put out nothing: the function is what was trained."""
-    grower = run(make("default", Budget(params="80%"), updates=40), 2)
+    grower = run(make("default:ramp=0.2", Budget(params="80%"), updates=40), 2)
     before, width = outputs(grower), sum(grower.widths().values())
     event = grower.finish()
     assert event.born > 0

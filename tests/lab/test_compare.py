@@ -99,12 +99,13 @@ def without_layers(method):
 
 
 def test_every_preset_grows_by_its_own_calendar(tmp_path):
-    """Presets that draw anew update once an epoch, the default four times."""
+    """Presets that draw anew update once an epoch, the default twelve times."""
     rows = run(tmp_path, "default paper global random nas")
     assert [row["method"] for row in rows] == ["default", "paper", "global", "random", "nas"]
     for row in rows:
         assert row["params"] <= 0.2 * row["dense_params"], row["method"]
         assert row["config"]["growing"] == without_layers(Method.named(row["method"]))
+        assert row["config"]["updates_per_epoch"] == (12 if row["method"] == "default" else 1)
     assert len({row["config_hash"] for row in rows}) == 5
 
 

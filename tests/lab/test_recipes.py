@@ -77,7 +77,7 @@ def test_a_bad_field_is_named(field, value, rule):
 def test_a_bad_preset_is_named():
     with pytest.raises(TorchgrowError, match="recipe 'digits': preset 'papre' is unknown; use one of"):
         replace(get("digits"), preset="papre")
-    assert replace(get("digits"), preset="default:peak=1").updates_an_epoch() == 4
+    assert replace(get("digits"), preset="default:peak=1").updates_an_epoch() == 12
     assert replace(get("digits"), preset="paper").updates_an_epoch() == 1  # as published
     assert replace(get("digits"), preset="random", updates_per_epoch=3).updates_an_epoch() == 3
 

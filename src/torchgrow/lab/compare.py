@@ -80,6 +80,7 @@ class Job:
             if not self.recipe.depth:
                 del growing["layer_lag"]  # decides nothing; rows from before there was such a thing stay good
             config["growing"] = growing
+            config["updates_per_epoch"] = replace(self.recipe, preset=base.preset()).updates_an_epoch()
         else:
             config |= {"depth": False, "meta": False}
         if not self.recipe.channels_last:

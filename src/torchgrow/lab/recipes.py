@@ -22,6 +22,8 @@ OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("milestones", "cosine")
 SIZES = ("small", "medium", "large")
 SCALES = ("small", "full")
+DEEP = "default:layer_lag=16"
+"""For frames deeper than one would pick: their layers come late."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class Recipe:
         then: more of them once the structure is final, with the schedule anew (fine-tuning; the train phase after
             the grow phase, where an architecture is searched). Networks that do not grow train on just so.
         updates_per_epoch: how often the grower updates in each, the last time at its end; at most once a step.
-            None: 4 times where the preset changes little at a time, once where units are drawn anew.
+            None: 12 times where the preset changes little at a time, once where units are drawn anew.
         batch_size: images, or sequences of words, a step.
         steps: words a sequence, of a text.
         side: height and width that images of a folder are resized to, in pixels.
@@ -141,7 +143,7 @@ class Recipe:
     def updates_an_epoch(self) -> int:
         """How often the grower updates in each epoch."""
         ranked = Method.named(self.preset).draws == "ranked"
-        return self.updates_per_epoch or (4 if ranked else 1)
+        return self.updates_per_epoch or (12 if ranked else 1)
 
     def milestones_in_epochs(self) -> list[int]:
         """The epochs after which the learning rate drops; the one place where fractions become epochs."""
@@ -242,7 +244,7 @@ def _cifar10(name: str, scale: str, build: Callable[..., nn.Module], budget: Bud
 
 
 def resnet20_cifar10(scale: str = "small") -> Recipe:
-    """The paper's ResNet-20 on CIFAR-10, grown to 36 % of its parameters.
+    """The paper's ResNet-20 on CIFAR-10, grown to 36 % of its parameters; small: layers grow too.
 
     Command: ``torchgrow run resnet20-cifar10 --data FOLDER``, with ``--scale full --preset paper`` for the paper's
     160 epochs on all images, to the letter.
@@ -250,7 +252,8 @@ def resnet20_cifar10(scale: str = "small") -> Recipe:
     docs/results.md.
     """
     build = partial(models.ResNet, depth=20, widths=(16, 32, 64), shortcut="A")
-    return _cifar10("resnet20-cifar10", scale, build, Budget(params="36%"))
+    recipe = _cifar10("resnet20-cifar10", scale, build, Budget(params="36%"))
+    return replace(recipe, depth=scale == "small")
 
 
 def vgg16_cifar10(scale: str = "small") -> Recipe:
@@ -286,7 +289,7 @@ def basic3resnet_cifar10(scale: str = "small") -> Recipe:
     small = scale == "small"
     build = partial(models.ResNet, depth=6 * (9 if small else 42) + 2, shortcut="B")
     recipe = _cifar10("basic3resnet-cifar10", scale, build, Budget(params=275_572 if small else "50%"))
-    return replace(recipe, depth=True, meta=True, then=0 if small else 40)
+    return replace(recipe, depth=True, meta=True, preset=DEEP, then=0 if small else 40)
 
 
 def plain3net_cifar10(scale: str = "small") -> Recipe:
@@ -299,7 +302,7 @@ def plain3net_cifar10(scale: str = "small") -> Recipe:
     small = scale == "small"
     build = partial(models.Staged, unit="plain", units=(5, 5, 5) if small else (23, 23, 23), widths=(16, 32, 64))
     recipe = _cifar10("plain3net-cifar10", scale, build, Budget(params="50%"))
-    return replace(recipe, depth=True, meta=True, then=0 if small else 40)
+    return replace(recipe, depth=True, meta=True, preset=DEEP, then=0 if small else 40)
 
 
 def _imagenet(name: str, scale: str, build: Callable[..., nn.Module]) -> Recipe:
