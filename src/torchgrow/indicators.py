@@ -36,7 +36,7 @@ class Method:
         lambda_base: lambda_1^base of Eq 4 (controller "pressure" only).
         layer_lambda_base: lambda_2^base, the same for layers.
         layer_lag: by how much layers come after channels: where every group has the share p of its units, every stage
-            has the share p^layer_lag of its layers (1: alike; draws "ranked" only). 2 suits a frame that is as deep as
+            has the share p^layer_lag of its layers (1: alike; draws "ranked" only). 3 suits a frame that is as deep as
             networks one would train, 16 a frame far deeper than that.
         ramp: share of the updates in which the planned cost rises from the seed to its peak ("plan" only).
         peak: the peak, as a multiple of the budget (at most the frame; "plan" only). Above 1 the network grows beyond
@@ -143,7 +143,7 @@ class Method:
         How it was found, and what each ingredient is worth: docs/log.md.
         """
         return cls(
-            draws="ranked", gates=False, heat=1.0, align=1, ramp=0.01, peak=1.35, hold=0.45, settle=0.4, layer_lag=2.0
+            draws="ranked", gates=False, heat=1.0, align=1, ramp=0.01, peak=1.35, hold=0.45, settle=0.4, layer_lag=3.0
         )
 
     @classmethod

@@ -253,7 +253,7 @@ def resnet20_cifar10(scale: str = "small") -> Recipe:
     """
     build = partial(models.ResNet, depth=20, widths=(16, 32, 64), shortcut="A")
     recipe = _cifar10("resnet20-cifar10", scale, build, Budget(params="36%"))
-    return replace(recipe, depth=scale == "small")
+    return replace(recipe, depth=scale == "small", preset="default:peak=1")
 
 
 def vgg16_cifar10(scale: str = "small") -> Recipe:
