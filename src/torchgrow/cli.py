@@ -148,6 +148,7 @@ def run(
                 depth,
                 then,
                 precision,
+                channels_last,
                 threads,
                 checkpoint_every,
             ]

@@ -74,8 +74,14 @@ def test_options_reach_the_recipe(ran, tmp_path):
     assert (recipe.subset, recipe.epochs, recipe.seed, recipe.preset) == (100, 7, 3, "paper")
     assert (recipe.budget.params, recipe.budget.flops) == (None, "50%")
     assert recipe.build.keywords["shortcut"] == "B"
+    assert not recipe.channels_last
     assert (keywords["out"], keywords["folder"]) == (tmp_path / "o", tmp_path)
     assert (keywords["download"], keywords["twins"]) == (True, False)
+
+
+def test_layout_of_images(ran):
+    assert invoke("run", "--channels-last").exit_code == 0
+    assert ran[0][0].channels_last
 
 
 def test_size_comes_before_what_is_edited(ran):
@@ -185,7 +191,9 @@ def test_resume_reaches_the_run(monkeypatch, tmp_path):
     assert [(str(run), folder and str(folder)) for run, folder in calls] == [("runs/x", None), ("runs/x", "there")]
 
 
-@pytest.mark.parametrize("more", [["--epochs", "3"], ["--seed", "0"], ["--no-twins"], ["resnet20-cifar10"]], ids=str)
+@pytest.mark.parametrize(
+    "more", [["--epochs", "3"], ["--contiguous"], ["--seed", "0"], ["--no-twins"], ["resnet20-cifar10"]], ids=str
+)
 def test_resume_takes_nothing_else(more):
     done = invoke("run", "--resume", "runs/x", *more)
     assert done.exit_code == 1
