@@ -14,7 +14,7 @@ from typing import Any
 
 from torchgrow import Method
 from torchgrow.lab import recipes
-from torchgrow.lab.compare import FIXED, Job
+from torchgrow.lab.compare import AFTER, Job
 from torchgrow.lab.metrics import PERPLEXITY, metric_of
 from torchgrow.lab.results import by_budget, difference, draw
 
@@ -57,7 +57,7 @@ def alike() -> dict[str, list[Row]]:
     for path in sorted((ROOT / "results" / "compare").glob("*.jsonl")):
         settings: dict[str, list[Row]] = defaultdict(list)
         for row in rows(f"compare/{path.name}"):
-            varying = ("seed", "budget", "method", "growing", "preset", "epochs", "depth", "meta")
+            varying = ("seed", "budget", "method", "growing", "preset", "epochs", "depth", "meta", "updates_per_epoch")
             same = {key: value for key, value in row["config"].items() if key not in varying}
             row["method"] = label(row)
             settings[json.dumps([same, row["config"]["epochs"]], sort_keys=True)].append(row)
@@ -72,10 +72,8 @@ def label(row: Row) -> str:
         return method
     recipe, depth = recipes.get(row["recipe"]), row["config"]["depth"]
     suffix = "" if depth == recipe.depth else " --depth" if depth else " --no-depth"
-    if method in FIXED:
-        return method + suffix
-    job = Job(method=method, recipe=recipe, data=())
-    now = asdict(Method.named(job.preset(), layers=recipe.depth))
+    job = Job(method=AFTER.get(method, method), recipe=recipe, data=())
+    now = asdict(Method.named(job.preset(), layers=depth))
     if depth:
         then = {"layer_lag": 1.0, **then}  # before there was such a thing, layers came as channels did
     now["updates_per_epoch"] = replace(recipe, preset=job.preset()).updates_an_epoch()

@@ -101,7 +101,7 @@ class Grower(Saved):
         check_feasible(budget, self.limits, self._costs)
         guard_(model)
         self._indicators = Indicators(self.space, self.method, updates, seed)
-        if self.method.draws == "ranked":
+        if self.space.slots and self.method.draws == "ranked":
             # The peak widens what the budget holds: a layer beyond it would be trained only to be taken out again.
             shift, _ = largest_shift(self._indicators.shifted(), self._costs, self.limits.tensor())
             self._indicators.hold_layers(shift)

@@ -40,7 +40,8 @@ class Method:
             networks one would train, 16 a frame far deeper than that.
         ramp: share of the updates in which the planned cost rises from the seed to its peak ("plan" only).
         peak: the peak, as a multiple of the budget (at most the frame; "plan" only). Above 1 the network grows beyond
-            its budget and is pruned back to it.
+            its budget and is pruned back to it. Its layers do not, where draws are "ranked": no more come than the
+            budget holds, and they widen.
         hold: share of the updates after which the planned cost falls from the peak to the budget, which it reaches
             where the structure settles ("plan" only; 1 - settle or more: all at once).
         prune: what goes where the planned cost falls: "alike": the same share of every group; "worth": the units of
@@ -143,7 +144,7 @@ class Method:
         How it was found, and what each ingredient is worth: docs/log.md.
         """
         return cls(
-            draws="ranked", gates=False, heat=1.0, align=1, ramp=0.01, peak=1.35, hold=0.45, settle=0.4, layer_lag=3.0
+            draws="ranked", gates=False, heat=1.0, align=1, ramp=0.03, peak=1.35, hold=0.45, settle=0.4, layer_lag=3.0
         )
 
     @classmethod

@@ -17,7 +17,7 @@ from torchgrow.lab.compare import Job, Rows, compare, initialised
 from torchgrow.lab.data import held_out, load
 from torchgrow.lab.results import difference, draw, sweeps
 
-RECIPE = replace(recipes.get("digits"), epochs=2, subset=128, batch_size=32)
+RECIPE = replace(recipes.get("digits"), preset="default", epochs=2, subset=128, batch_size=32)
 QUIET = Console(quiet=True)
 
 
@@ -105,7 +105,7 @@ def test_every_preset_grows_by_its_own_calendar(tmp_path):
     for row in rows:
         assert row["params"] <= 0.2 * row["dense_params"], row["method"]
         assert row["config"]["growing"] == without_layers(Method.named(row["method"]))
-        assert row["config"]["updates_per_epoch"] == (12 if row["method"] == "default" else 1)
+        assert row["config"]["updates_per_epoch"] == (12 if row["method"] == "default" else None)
     assert len({row["config_hash"] for row in rows}) == 5
 
 
@@ -133,6 +133,22 @@ def test_what_decides_nothing_is_not_part_of_a_row(compared, no_training):
     for method, changed in [("default", deep), ("direct", deep), ("uniform", replace(RECIPE, channels_last=True))]:
         with pytest.raises(AssertionError, match="something was trained"):
             run(out, method, changed)
+
+
+def test_images_lie_as_asked_and_thin_convolutions_are_guarded(tmp_path, monkeypatch):
+    seen = []
+    real = module.fit
+
+    def fit(name, model, optimizer, data, recipe, **more):
+        yield from real(name, model, optimizer, data, recipe, **more)
+        guarded = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m._forward_pre_hooks]
+        seen.append((data.channels_last, [tuple(conv.kernel_size) for conv in guarded]))
+
+    monkeypatch.setattr(module, "fit", fit)
+    recipe = recipes.with_shortcut(replace(RECIPE, channels_last=True), "B")
+    (row,) = run(tmp_path, "uniform", recipe)
+    assert row["config"]["channels_last"]
+    assert seen == [(True, [(1, 1), (1, 1)])]  # the strided shortcuts
 
 
 def test_seconds_are_compared_on_one_machine_only(tmp_path, monkeypatch):

@@ -80,7 +80,8 @@ class Job:
             if not self.recipe.depth:
                 del growing["layer_lag"]  # decides nothing; rows from before there was such a thing stay good
             config["growing"] = growing
-            config["updates_per_epoch"] = replace(self.recipe, preset=base.preset()).updates_an_epoch()
+            if growing["draws"] == "ranked":
+                config["updates_per_epoch"] = replace(self.recipe, preset=base.preset()).updates_an_epoch()
         else:
             config |= {"depth": False, "meta": False}
         if not self.recipe.channels_last:
@@ -177,6 +178,8 @@ def compare(
     for method in methods:
         if method not in FIXED:
             _named(method)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
     recipe, data = with_data(recipe, console, folder)
     if validate:
         if isinstance(data, TextData):

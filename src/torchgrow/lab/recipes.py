@@ -175,7 +175,10 @@ class Recipe:
             TorchgrowError: a field is missing or not what `as_json` writes.
         """
         try:
-            base = get(config["name"])
+            base, config = (
+                get(config["name"]),
+                {"channels_last": False, **config},
+            )  # of runs before there was such a thing
             build = base.build.func if isinstance(base.build, partial) else base.build
             if config["model"] != build.__name__:
                 raise TorchgrowError(f"the network of recipe {base.name!r} is {build.__name__}, not {config['model']}")
@@ -215,6 +218,7 @@ def digits() -> Recipe:
         dataset="digits",
         build=partial(models.ResNet, depth=14, widths=(32, 64, 128), in_channels=1),
         budget=Budget(params="20%"),
+        preset="default:ramp=0.1",  # slow enough to be watched, an epoch at a time
         epochs=30,
         batch_size=64,
         lr=0.1,
@@ -253,7 +257,7 @@ def resnet20_cifar10(scale: str = "small") -> Recipe:
     """
     build = partial(models.ResNet, depth=20, widths=(16, 32, 64), shortcut="A")
     recipe = _cifar10("resnet20-cifar10", scale, build, Budget(params="36%"))
-    return replace(recipe, depth=scale == "small", preset="default:peak=1")
+    return replace(recipe, depth=scale == "small", preset="default:ramp=0.01,peak=1")
 
 
 def vgg16_cifar10(scale: str = "small") -> Recipe:
@@ -460,7 +464,7 @@ def lstm_ptb(size: str = "small") -> Recipe:
         # The learning rate falls from the fifth epoch on: full-grown in the first, pruned where it falls.
         preset="default:ramp=0.04,peak=2.2,hold=0.3,settle=0.5",
         epochs=epochs,
-        updates_per_epoch=4,  # 13 updates would be few
+        updates_per_epoch=4,
         batch_size=20,
         steps=steps,
         lr=1.0 * steps,

@@ -361,6 +361,8 @@ def with_data(recipe: Recipe, console: Console, folder: Path | None, download: b
             f"Text: {data.source}; {len(data.train):,} words to train on, a vocabulary of {len(data.vocabulary):,}",
             soft_wrap=True,
         )
+        if recipe.channels_last:
+            raise TorchgrowError("a text has no channels; leave --channels-last out")
         return recipe.with_words(len(data.vocabulary)), data
     if recipe.dataset == "imagefolder":
         recipe = recipe.with_classes(1 + int(data.train.labels.max()))
