@@ -320,8 +320,7 @@ def drawn(rows, path, monkeypatch):
     draw(rows, path)
     return {
         ax.get_title(): {
-            text.get_text(): list(zip(*container[0].get_data(), strict=True))
-            for text, container in zip(ax.texts, ax.containers, strict=True)
+            container.get_label(): list(zip(*container[0].get_data(), strict=True)) for container in ax.containers
         }
         for ax in seen.values()
     }

@@ -1,6 +1,7 @@
 """What a comparison came to: paired differences, tables and pictures of its rows."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -93,7 +94,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     metric = metric_of(next((row for row in rows if "error" not in row), {}))
     panels = len(budgets) + len(along)
     columns = min(3, panels)
-    figure = Figure(figsize=(5.5 * columns, 4 * math.ceil(panels / columns)), dpi=120, layout="constrained")
+    height = 4 + 0.2 * len(_by_method(rows))  # the legends are below
+    figure = Figure(figsize=(5.5 * columns, height * math.ceil(panels / columns)), dpi=120, layout="constrained")
     axes = [figure.add_subplot(math.ceil(panels / columns), columns, number + 1) for number in range(panels)]
     for ax in axes:
         ax.grid(alpha=0.3)
@@ -107,6 +109,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         ax.set(title=f"by {kind}", xlabel=f"{kind} / dense")
         for method, fine in _by_method(some).items():
             _point(ax, list(by_budget(fine).values()), kind, f"dense_{kind}", metric.name, method)
+    for ax in axes:
+        if ax.containers:
+            ax.legend(loc="upper left", bbox_to_anchor=(0, -0.15), fontsize=7, frameon=False)
     FigureCanvasAgg(figure).print_png(path)
 
 
@@ -117,7 +122,7 @@ def _by_method(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
 
 
 def _point(ax: Axes, groups: Sequence[Sequence[dict[str, Any]]], part: str, whole: str, score: str, label: str) -> None:
-    """One point for every group of rows, joined by a line; the label at the last."""
+    """One point for every group of rows, joined by a line."""
     points = sorted(
         (
             mean(row[part] / row[whole] for row in rows),
@@ -127,5 +132,4 @@ def _point(ax: Axes, groups: Sequence[Sequence[dict[str, Any]]], part: str, whol
         for rows in groups
     )
     x, y, spread = zip(*points, strict=True)
-    ax.errorbar(x, y, yerr=spread, marker="o", capsize=3)
-    ax.annotate(label, (x[-1], y[-1]), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    ax.errorbar(x, y, yerr=spread, marker="o", capsize=3, label=textwrap.fill(label, 90))
