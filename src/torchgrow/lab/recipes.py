@@ -252,8 +252,7 @@ def resnet20_cifar10(scale: str = "small") -> Recipe:
 
     Command: ``torchgrow run resnet20-cifar10 --data FOLDER``, with ``--scale full --preset paper`` for the paper's
     160 epochs on all images, to the letter.
-    Hardware: 2 CPU cores. What 10,000 images and 20 epochs give, with seeds, spread and hardware: the first table of
-    docs/results.md.
+    Hardware: 2 CPU cores. What it gives, with seeds, spread and hardware: docs/results.md.
     """
     build = partial(models.ResNet, depth=20, widths=(16, 32, 64), shortcut="A")
     recipe = _cifar10("resnet20-cifar10", scale, build, Budget(params="36%"))
