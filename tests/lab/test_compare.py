@@ -151,6 +151,12 @@ def test_images_lie_as_asked_and_thin_convolutions_are_guarded(tmp_path, monkeyp
     assert seen == [(True, [(1, 1), (1, 1)])]  # the strided shortcuts
 
 
+def test_a_text_has_no_layout(tmp_path):
+    with pytest.raises(TorchgrowError, match="a text has no channels; leave --channels-last out"):
+        run(tmp_path, "uniform", replace(recipes.get("lstm-ptb"), channels_last=True))
+    assert not list(tmp_path.iterdir())
+
+
 def test_seconds_are_compared_on_one_machine_only(tmp_path, monkeypatch):
     run(tmp_path, "dense")
     real = module.environment()

@@ -110,6 +110,14 @@ def test_shortcut_variant_refuses_what_has_none():
         with_shortcut(get("digits"), "C")
 
 
+def test_a_record_from_before_there_were_layouts_is_read():
+    record = replace(get("digits"), seed=3).as_json()
+    del record["channels_last"]
+    assert recipes.Recipe.from_json(record).as_json() == replace(get("digits"), seed=3).as_json()
+    with pytest.raises(TorchgrowError, match="not the record of a recipe: KeyError"):
+        recipes.Recipe.from_json({key: value for key, value in record.items() if key != "lr"})
+
+
 @pytest.mark.parametrize(("epochs", "expected"), [(160, [80, 120]), (20, [10, 15]), (2, [1, 2])])
 def test_milestones_become_epochs(epochs, expected):
     assert replace(get("digits"), epochs=epochs).milestones_in_epochs() == expected

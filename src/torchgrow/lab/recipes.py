@@ -175,10 +175,8 @@ class Recipe:
             TorchgrowError: a field is missing or not what `as_json` writes.
         """
         try:
-            base, config = (
-                get(config["name"]),
-                {"channels_last": False, **config},
-            )  # of runs before there was such a thing
+            base = get(config["name"])
+            config = {"channels_last": False, **config}  # of runs before there was such a thing
             build = base.build.func if isinstance(base.build, partial) else base.build
             if config["model"] != build.__name__:
                 raise TorchgrowError(f"the network of recipe {base.name!r} is {build.__name__}, not {config['model']}")
@@ -256,7 +254,7 @@ def resnet20_cifar10(scale: str = "small") -> Recipe:
     """
     build = partial(models.ResNet, depth=20, widths=(16, 32, 64), shortcut="A")
     recipe = _cifar10("resnet20-cifar10", scale, build, Budget(params="36%"))
-    return replace(recipe, depth=scale == "small", preset="default:ramp=0.01,peak=1")
+    return recipe if scale == "full" else replace(recipe, depth=True, preset="default:ramp=0.01,peak=1")
 
 
 def vgg16_cifar10(scale: str = "small") -> Recipe:
