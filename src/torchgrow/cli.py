@@ -206,7 +206,7 @@ def compare(
     channels_last: Layout = None,
     threads: Threads = None,
     validate: Annotated[
-        bool, typer.Option("--validate", help="Judge by a fifth of the training images, held out.")
+        bool, typer.Option("--validate", help="Judge by training images outside the subset, or by a fifth of it.")
     ] = False,
 ) -> None:
     """Compare methods on a recipe over several seeds; what is in the results file already is not trained again.

@@ -293,9 +293,23 @@ def test_held_out_images_are_training_images():
     assert torch.equal(torch.cat([split.train.pixels, split.test.pixels]), data.train.pixels)
 
 
+def known(images):
+    return {pixels.numpy().tobytes() for pixels in images.pixels}
+
+
+@pytest.mark.parametrize(("subset", "trained", "judged"), [(400, 400, 1037), (1300, 1040, 260)])
+def test_held_out_images_are_those_that_a_subset_leaves_over(subset, trained, judged):
+    whole, cut = load("digits"), load("digits", subset=subset)
+    split = held_out(cut)
+    assert (len(split.train), len(split.test)) == (trained, judged)
+    assert torch.equal(split.train.pixels, cut.train.pixels[:trained])
+    assert known(split.test) <= known(whole.train)
+    assert not known(split.test) & (known(split.train) | known(whole.test))
+
+
 def test_validation_judges_by_training_images(tmp_path, compared):
     (row,) = run(tmp_path, "uniform", validate=True)
-    assert row["config"]["samples"] == [102, 26]
+    assert row["config"]["samples"] == [128, 1309]
     assert row["config_hash"] not in [other["config_hash"] for other in compared[1]]
 
 

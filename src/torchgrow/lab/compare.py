@@ -167,7 +167,7 @@ def compare(
         console: where to show it.
         folder: where the data is; see `torchgrow.lab.data.load`.
         out: folder of results files, one a recipe, and of what a stopped command goes on from.
-        validate: judge by a fifth of the training images, held out, instead of the test images.
+        validate: judge by training images that are not trained on (`held_out`) instead of the test images.
 
     Returns:
         The rows of this comparison, old and new.

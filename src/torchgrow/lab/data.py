@@ -35,6 +35,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _DIGITS_TEST_IMAGES = 360  # of 1,797
 _MOST_BYTES = 16e9  # of images in memory
+_HELD_OUT_IMAGES, _HELD_OUT_SHARE = 10_000, 0.2
 _SPLIT_SEED = 0  # the digits split and the subset draw are the same for every run seed
 
 _CIFAR10_HELP = (
@@ -73,6 +74,7 @@ class ImageData:
         mean: mean per channel of pixels in [0, 1].
         std: standard deviation per channel of pixels in [0, 1].
         channels_last: whether batches have that layout in memory.
+        spare: training images that a subset leaves over.
     """
 
     train: Images
@@ -80,6 +82,7 @@ class ImageData:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     channels_last: bool = False
+    spare: Images | None = None
     metric: Metric = ACCURACY
 
     def example(self) -> Tensor:
@@ -205,14 +208,21 @@ def load(
         return data
     if not 1 <= subset <= len(data.train):
         raise TorchgrowError(f"a subset has 1 to {len(data.train)} of the training images of {dataset}, got {subset}")
-    chosen = _permutation(len(data.train))[:subset]
-    return replace(data, train=data.train[chosen])
+    order = _permutation(len(data.train))
+    return replace(data, train=data.train[order[:subset]], spare=data.train[order[subset:]])
 
 
-def held_out(data: ImageData, share: float = 0.2) -> ImageData:
-    """A part of the training images in place of the test images, for choices to be made on; the rest to train on."""
-    kept = len(data.train) - round(share * len(data.train))
-    return replace(data, train=data.train[slice(0, kept)], test=data.train[slice(kept, None)])
+def held_out(data: ImageData) -> ImageData:
+    """Training images in place of the test images, for choices to be made on.
+
+    Those that a subset leaves over, at most 10,000 of them, so that the subset trains as it will when the test images
+    judge; where it leaves less than a fifth of its size, a fifth of it, and the rest is left to train on.
+    """
+    fifth = round(_HELD_OUT_SHARE * len(data.train))
+    if data.spare is not None and len(data.spare) >= fifth:
+        return replace(data, test=data.spare[slice(0, _HELD_OUT_IMAGES)], spare=None)
+    kept = len(data.train) - fifth
+    return replace(data, train=data.train[slice(0, kept)], test=data.train[slice(kept, None)], spare=None)
 
 
 def _permutation(n: int) -> Tensor:
