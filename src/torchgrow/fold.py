@@ -158,6 +158,10 @@ class Folding:
             hooks.install(part, [factor for factor, mine in zip(factors, own, strict=True) if mine])
         self._wait()
 
+    def folded_with(self, gate: Tensor) -> bool:
+        """Whether the weights are folded with just these gates, float64 [n], as they are."""
+        return all(hooks.folded_with(gate) for hooks in self._hooks)
+
     def attach(self) -> None:
         """Put the hooks on, if they are not there."""
         for hooks in self._hooks:
@@ -249,6 +253,11 @@ class _Hooks:
     def install(self, fold: Fold, factors: list[Tensor]) -> None:
         """As `Folding.install`, of this optimizer's parameters only."""
         self.fold, self._factors = (fold if fold.names else None), factors
+
+    def folded_with(self, gate: Tensor) -> bool:
+        """As `Folding.folded_with`, of this optimizer's parameters only."""
+        factors = self.fold.factors(gate) if self.fold is not None else []
+        return all(map(torch.equal, factors, self._factors))
 
     def remove(self) -> None:
         """Take the hooks off."""

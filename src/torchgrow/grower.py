@@ -356,20 +356,11 @@ class Grower(Saved):
     def _change_to(self, keep: Tensor, start: float, shift: float, silent: Tensor | None = None) -> Event:
         """Make `keep` the live structure, all or nothing, and record it."""
         self._check_parameters()
-        bank, folding, gate = self._bank, self._folding, self._indicators.gate
+        bank, gate = self._bank, self._indicators.gate
         previous = bank.keep
         old = previous if self.history else keep
-        raw = folding.raw() or {name: self._parameters[name].detach() for name in self._gated}
-        change = bank.stage(keep, raw)
-        fresh = {name: change.swaps[name].new for name in self._gated if not self.space.absent(name, keep)}
-        if silent is not None:
-            _silence(self.space, fresh, keep, silent)
-        fold = Fold(self.space, self._parameters, keep, fresh)
-        factors = fold.factors(gate)
-        folded = fold.folded(factors)
-        followed = self._followed(keep, fresh, folded)
-        for name, contents in folded.items():
-            change.swaps[name].new = contents
+        stays = bool(self.history) and torch.equal(keep, previous) and self._folding.folded_with(gate)
+        changes, fold, factors = ([bank.unchanged()], None, []) if stays else self._stage(keep, silent)
         cost = self._costs.cost(keep)
         penalty = 0.0
         if self.method.controller == "pressure":
@@ -389,19 +380,35 @@ class Grower(Saved):
             seconds=time.perf_counter() - start,
         )
         self._ranks.agree(lambda: self._decided(keep))
-        reshaped = any(swap.tensor.shape != swap.new.shape for swap in change.swaps.values())
         with uninterrupted():
-            bank.commit(change, *followed)
-            folding.install(fold, factors)
+            bank.commit(*changes)
+            if fold is not None:
+                self._folding.install(fold, factors)
             self._penalty, self._ever = penalty * self._lambda_share, self._ever | here
             self._before = previous
             self.history.append(event)
             self._ranks.invalidate()
             torch.clear_autocast_cache()  # casts of weights as they were, if a context is open
-            if reshaped:
+            if changes[0].reshapes:
                 forget_compiled()
                 _give_back()
         return event
+
+    def _stage(self, keep: Tensor, silent: Tensor | None) -> tuple[list[Change], Fold, list[Tensor]]:
+        """The changes of the network and its followers to `keep`, computed and not made, and what they fold."""
+        bank = self._bank
+        raw = self._folding.raw() or {name: self._parameters[name].detach() for name in self._gated}
+        change = bank.stage(keep, raw)
+        fresh = {name: change.swaps[name].new for name in self._gated if not self.space.absent(name, keep)}
+        if silent is not None:
+            _silence(self.space, fresh, keep, silent)
+        fold = Fold(self.space, self._parameters, keep, fresh)
+        factors = fold.factors(self._indicators.gate)
+        folded = fold.folded(factors)
+        followed = self._followed(keep, fresh, folded)
+        for name, contents in folded.items():
+            change.swaps[name].new = contents
+        return [change, *followed], fold, factors
 
     def _followed(self, keep: Tensor, raw: Mapping[str, Tensor], folded: Mapping[str, Tensor]) -> list[Change]:
         """The change to `keep` of every follower; where a copy still holds what the bank holds, it gets that folded."""

@@ -125,6 +125,11 @@ class Change:
     ) -> None:
         self.bank, self.keep, self.swaps, self.index, self.record = bank, keep, swaps, index, record
 
+    @property
+    def reshapes(self) -> bool:
+        """Whether a tensor will have another shape."""
+        return any(swap.tensor.shape != swap.new.shape for swap in self.swaps.values())
+
     def apply(self) -> Callable[[], None]:
         """Swap everything in, or, whatever happens in between, nothing; returns what takes it back."""
         bank = self.bank
@@ -308,6 +313,10 @@ class Bank:
             self.births.forget()
         self.trained = self.trained | had_state
         return Change(self, keep, swaps, index, self._record(keep, index))
+
+    def unchanged(self) -> Change:
+        """The change to what is live already, which only lets go of gradients and of graphs built before."""
+        return Change(self, self.keep, {}, self.index, getattr(self.model, RECORD))
 
     def stage_contents(self, keep: Tensor, contents: Mapping[str, Tensor]) -> Change:
         """Compute the change to a structure whose live tensors, by name, shall hold just these contents.
