@@ -25,10 +25,11 @@ from torch import nn
 from zoo_models import LARGEST, SETS
 
 from torchgrow import TorchgrowError
+from torchgrow.calling import call
 from torchgrow.cost import CostModel
 from torchgrow.lab.run import environment
 from torchgrow.proof import TOLERANCE, Prover, prove
-from torchgrow.replay import call, replay
+from torchgrow.replay import replay
 
 RESULTS = Path(__file__).parent.parent / "results" / "conformance.jsonl"
 

@@ -140,6 +140,8 @@ def compared(found: list[Row], budget: str, some: list[Row]) -> str:
     head += ["parameters / dense", "FLOPs / dense"]
     head += ["all training FLOPs / dense", "of growing or pruning only (the paper's rule)", "seconds / dense"]
     judged = "images held out of the training set" if config.get("validate") else f"{metric.on} data"
+    if config.get("validate") and config["samples"][0] < (config["subset"] or 0):
+        judged += " (a fifth of the subset: rows of before `--validate` took those outside it)"
     return (
         f"### {config['name']}, {budget}\n\n{config['model']} {config['model_arguments']}, {config['samples'][0]:,} "
         f"training samples, {config['epochs']} epochs, {config['precision']}; judged by {judged}; mean ± standard "

@@ -12,10 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import zoo
 from torchgrow import Cost, Space, measure, shrink_
 from torchgrow.adapters import adapted
+from torchgrow.calling import call
 from torchgrow.cost import CostModel
 from torchgrow.lab.models import ResNet
 from torchgrow.proof import Prover
-from torchgrow.replay import call, replay
+from torchgrow.replay import replay
 
 
 def matrix_times_vector(a: Any, v: Any, **kwargs: Any) -> int:

@@ -28,8 +28,9 @@ from torchgrow import (
     verify,
 )
 from torchgrow.adapters import ADAPTERS, adapt_, adaptable, adapted
+from torchgrow.calling import call
 from torchgrow.proof import Prover
-from torchgrow.replay import call, replay
+from torchgrow.replay import replay
 from torchgrow.rules import MODULE_RULES, RULES
 
 DOCS = Path(__file__).parent.parent / "docs" / "extending.md"

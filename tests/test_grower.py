@@ -31,6 +31,7 @@ from torchgrow import (
     Grower,
     Method,
     TorchgrowError,
+    TrainingError,
     measure,
     shrink_,
 )
@@ -285,6 +286,26 @@ def test_an_update_that_changes_nothing_writes_nothing(preset: str, monkeypatch:
             assert not written
     assert still >= 3 or preset != "default"
     assert not differences(everything(grower), everything(staged))
+
+
+@pytest.mark.parametrize("last", ["finish", "update"])
+@pytest.mark.parametrize("preset", ["default", "default:gates=True", "paper"])
+def test_the_end_notices_a_step_that_failed_midway(preset: str, last: str) -> None:
+    """Also where the structure is final by then, so that nothing has to be computed anew."""
+    grower = run(make(preset, updates=8), 7)
+    train(grower, 14)
+    grower.optimizer.zero_grad()
+    F.cross_entropy(grower.model(batch(50)[0]), batch(50)[1]).backward()
+    before, group = outputs(grower), grower.optimizer.param_groups[0]
+    rate, group["lr"] = group["lr"], "broken"
+    with pytest.raises(TypeError):
+        grower.optimizer.step()
+    group["lr"] = rate
+    with pytest.raises(TrainingError, match="did not finish"):
+        (grower.finish if last == "finish" else grower.update)()
+    assert torch.equal(outputs(grower), before)
+    assert not grower.finished
+    grower.finish()
 
 
 def test_gradients_of_before_the_update_are_not_used_after_it() -> None:

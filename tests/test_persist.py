@@ -17,8 +17,9 @@ import torchgrow.files
 import zoo
 from damage import reseal
 from torchgrow import SavedModelError, load, save, shrink_
+from torchgrow.calling import call
 from torchgrow.proof import Prover
-from torchgrow.replay import call, replay
+from torchgrow.replay import replay
 
 WEIGHTS, STRUCTURE = "model.safetensors", "structure.json"
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .calling import call, quiet_eval
 from .errors import TraceError
-from .replay import call, quiet_eval
 from .space import WHOLE, FlopTerm, Frozen, PassThrough, Slot, Space
 from .store import is_meta
 

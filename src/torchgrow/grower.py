@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .budget import Budget, Limits, check_feasible, fit, largest_shift, pressure, shed
+from .calling import Carries
 from .cost import Cost, CostModel
 from .depth import Named
 from .distributed import Ranks
@@ -23,7 +24,7 @@ from .guard import guard_
 from .indicators import Indicators, Method
 from .optimizers import check_optimizers
 from .proof import prove, trace
-from .replay import Carries, Couples, replay
+from .replay import Couples, replay
 from .saved import Saved, forget_compiled
 from .space import WHOLE, Frozen, Place, Space, live_positions
 from .state import Event
@@ -271,6 +272,7 @@ class Grower(Saved):
 
     def _finish(self) -> Event:
         start = time.perf_counter()
+        self._folding.recover()
         old, indicators = self._bank.keep, self._indicators
         keep = fit(self.space, self._costs, old, indicators.score(), self.limits, indicators.steps)
         with uninterrupted():
@@ -380,6 +382,7 @@ class Grower(Saved):
             seconds=time.perf_counter() - start,
         )
         self._ranks.agree(lambda: self._decided(keep))
+        reshaped = changes[0].reshapes
         with uninterrupted():
             bank.commit(*changes)
             if fold is not None:
@@ -389,7 +392,7 @@ class Grower(Saved):
             self.history.append(event)
             self._ranks.invalidate()
             torch.clear_autocast_cache()  # casts of weights as they were, if a context is open
-            if changes[0].reshapes:
+            if reshaped:
                 forget_compiled()
                 _give_back()
         return event

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .calling import Carries, call, opened, quiet_eval
 from .cost import CostModel
 from .counting import Guess, choices, guesses
 from .depth import Named, find, gated, with_layers
 from .errors import TraceError
-from .replay import Carries, Couples, _opened, call, quiet_eval, replay
+from .replay import Couples, replay
 from .space import WHOLE, Frozen, Place, Space, live_positions
 from .store import Births, is_meta
 from .surgery import Bank, recut, skip_
@@ -241,7 +242,7 @@ class Prover:
         with quiet_eval(self.frame), _no_fast_path():
             torch.manual_seed(self.seed)
             outputs = call(self.frame, inputs)
-        found = [x for x in tree_leaves(_opened(outputs)) if isinstance(x, Tensor)]
+        found = [x for x in tree_leaves(opened(outputs)) if isinstance(x, Tensor)]
         return [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in found]
 
 

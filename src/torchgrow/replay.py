@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -21,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from . import contractions, reductions, sequences  # noqa: F401 (importing them registers their rules)
 from .adapters import adapted
+from .calling import Carries, call, carried_inputs, carried_outputs, check_model, opened, quiet_eval
 from .errors import TraceError
 from .findings import Findings, Freezing, Read
 from .labels import Labels, Layer
@@ -42,92 +42,8 @@ from .rules import (
     pointwise,
     unknown,
 )
+from .shapes import SHAPES, beside
 from .space import Frozen, Place, Slot, Space
-
-
-def call(model: nn.Module, example_inputs: Any) -> Any:
-    """Run the model on example inputs: a tensor, a tuple or list of positional ones, or a dict of keywords."""
-    if isinstance(example_inputs, dict):
-        return model(**example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return model(*example_inputs)
-    return model(example_inputs)
-
-
-def check_model(model: nn.Module, example_inputs: Any) -> None:
-    """Refuse early what cannot be traced.
-
-    Raises:
-        TraceError: the model is not a plain module on one device, or there are no example inputs.
-    """
-    if not isinstance(model, nn.Module):
-        raise TraceError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise TraceError(
-            f"the model is wrapped in {type(model).__name__}; pass model.module, and train through what "
-            "grower.wrap() returns"
-        )
-    if hasattr(model, "_orig_mod"):
-        raise TraceError("the model is compiled; pass the plain module (model._orig_mod) to torchgrow")
-    for path, module in model.named_modules():
-        if type(module).__name__ == "FullyShardedDataParallel":
-            raise TraceError(f"{path or 'the model'} is sharded over processes (FSDP); use DDP, ddp = grower.wrap()")
-        if hasattr(module, "_orig_mod"):
-            raise TraceError(
-                f"layer {path!r} is a torch.compile(...) of a module; compile it in place, model.{path}.compile(), or "
-                "call torchgrow first"
-            )
-    if not any(isinstance(x, Tensor) for x in tree_leaves(example_inputs)):
-        raise TraceError(
-            "example_inputs holds no tensor; pass a small batch the model accepts, e.g. example_inputs=images[:2], "
-            "a tuple for several arguments, or a dict for keywords"
-        )
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in tensors:
-        if hasattr(tensor, "device_mesh"):
-            raise TraceError(
-                f"{name} is sharded over processes (FSDP2, fully_shard): a shard holds rows of some units only, and "
-                "its contents cannot be exchanged for smaller ones; use DDP, that is ddp = grower.wrap()"
-            )
-    devices = sorted({str(tensor.device) for _, tensor in tensors})
-    if len(devices) > 1:
-        raise TraceError(f"the model is spread over {', '.join(devices)}; move it to one device with model.to(...)")
-    for name, tensor in tensors:
-        if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
-            raise TraceError(f"{name} is not materialised yet; run one forward pass before attaching torchgrow")
-        if isinstance(tensor, nn.Parameter) and tensor.is_complex():
-            raise TraceError(f"{name} is complex; keep real and imaginary part in two real parameters")
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            raise TraceError(
-                f"{name} is {tensor.layout}, quantized={tensor.is_quantized}; only dense tensors can be cut"
-            )
-
-
-@contextmanager
-def quiet_eval(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, not compiled; modes, buffers and random state are as before afterwards."""
-    modules = list(model.modules())
-    compiled = [(module, module._compiled_call_impl) for module in modules if module._compiled_call_impl]
-    modes = [(module, module.training, dict(module._buffers)) for module in modules]
-    held = [buffer for module in modules for buffer in module._buffers.values() if buffer is not None]
-    buffers = [(buffer, buffer.detach().clone(), buffer._version) for buffer in held]
-    try:
-        for module, _ in compiled:
-            module._compiled_call_impl = None
-        model.eval()
-        devices: list[int] | None = None if torch.cuda.is_initialized() else []  # counting devices takes milliseconds
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            yield
-    finally:
-        for module, call_compiled in compiled:
-            module._compiled_call_impl = call_compiled
-        for module, training, own in modes:
-            module.training = training
-            module._buffers.update(own)
-        with torch.no_grad():
-            for buffer, before, version in buffers:
-                if buffer._version != version:
-                    buffer.copy_(before)
 
 
 @dataclass(slots=True)
@@ -460,7 +376,7 @@ class Replay(TorchDispatchMode):
             shape = SHAPES[operation.name](*args)
             return None if shape is None else args[0].new_zeros(shape)
         if operation.name == "cat" and all(note.from_input for note in notes):
-            return _beside(*args)
+            return beside(*args)
         if operation.name == "native_batch_norm" and not args[5]:
             return torch.zeros_like(args[0]), args[0].new_zeros(0), args[0].new_zeros(0)
         if operation.name == "relu":
@@ -558,7 +474,7 @@ class Replay(TorchDispatchMode):
 
     def run(self, example_inputs: Any, carries: Carries | None = None) -> None:
         """Run the frame once; afterwards freeze its outputs and what the run left open."""
-        entering = _carried_inputs(example_inputs, carries or {})
+        entering = carried_inputs(example_inputs, carries or {})
         real_inputs = tree_leaves(example_inputs)
         if self.meta:
             example_inputs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, example_inputs)
@@ -595,8 +511,8 @@ class Replay(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
         self.op, self.module, self.line = "output", "", None
-        leaving = _carried_outputs(outputs, given, entering)
-        for i, x in enumerate(x for x in tree_leaves(_opened(outputs)) if isinstance(x, Tensor)):
+        leaving = carried_outputs(outputs, given, entering)
+        for i, x in enumerate(x for x in tree_leaves(opened(outputs)) if isinstance(x, Tensor)):
             self._used([self.notes.get(id(x))])
             if i in leaving:
                 self._close_state(x, states[leaving[i]])
@@ -684,36 +600,6 @@ class Replay(TorchDispatchMode):
             MODULE_RULES[type(module)](self, module, named, output)
 
 
-def _convolved(
-    x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, *rest: Any
-) -> tuple[int, ...] | None:
-    """Shape of a convolution's result, if it is laid out in memory as it is named and the shapes fit."""
-    fits = x.dim() == weight.dim() and x.shape[1] == weight.shape[1] * rest[1]
-    if transposed or not fits or not x.is_contiguous() or not weight.is_contiguous():
-        return None
-    sides = [
-        (size + 2 * pad - step * (kernel - 1) - 1) // by + 1
-        for size, kernel, by, pad, step in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    ]
-    return (x.shape[0], weight.shape[0], *sides) if min(sides) > 0 else None
-
-
-def _multiplied(a: Tensor, b: Tensor, *_: Any) -> tuple[int, ...] | None:
-    """Shape of a product of matrices, or of batches of them, if the shapes fit."""
-    return (*a.shape[:-1], b.shape[-1]) if a.shape[:-2] == b.shape[:-2] and a.shape[-1] == b.shape[-2] else None
-
-
-SHAPES: dict[str, Callable[..., tuple[int, ...] | None]] = {
-    "convolution": _convolved,
-    "mm": _multiplied,
-    "bmm": _multiplied,
-    "addmm": lambda offset, a, b, *_: (
-        _multiplied(a, b) if offset.dim() == 1 and offset.shape[0] == b.shape[1] else None
-    ),
-}
-"""Shapes of contractions by the arguments; None where the result has to be computed (or is an error)."""
-
-
 def _has_mask(indices: Any) -> bool:
     return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in indices)
 
@@ -722,15 +608,6 @@ def _changes_nothing(tensor: Tensor, size: Sequence[int], stride: Sequence[int],
     """Whether `as_strided_` leaves every element in place: only axes of size 1 get other strides."""
     same = offset in (None, tensor.storage_offset()) and tuple(size) == tuple(tensor.shape)
     return same and all(n == 1 or old == new for n, old, new in zip(size, tensor.stride(), stride, strict=True))
-
-
-def _beside(parts: Sequence[Tensor], dim: int = 0) -> Tensor | None:
-    """Zeros of the shape of concatenated parts; None if they are not of one dtype and number of axes."""
-    if len({(part.dim(), part.dtype) for part in parts}) > 1 or not all(part.is_contiguous() for part in parts):
-        return None
-    shape = list(parts[0].shape)
-    shape[dim] = sum(part.shape[dim] for part in parts)
-    return parts[0].new_zeros(shape)
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
@@ -750,13 +627,6 @@ def _nonzero_along(tensor: Tensor, axis: int) -> Tensor:
     return nonzero if nonzero.dim() == 1 else nonzero.movedim(axis, 0).flatten(1).any(1)
 
 
-def _opened(outputs: Any) -> Any:
-    """Outputs with dataclasses and plain objects opened up, so that every tensor in them is found."""
-    if hasattr(outputs, "__dict__") and not isinstance(outputs, (Tensor, dict, tuple, list)):
-        return vars(outputs)
-    return outputs
-
-
 def _user_line() -> tuple[str, int] | None:
     """File and line of the innermost frame outside torch and this package."""
     frame = sys._getframe(1)
@@ -774,57 +644,6 @@ def _inner(module: str) -> bool:
 
 
 Couples = Sequence[tuple[Place, Place]]
-
-Carries = Mapping[int | str, int | str]
-"""Which argument of a model's next call each of its outputs becomes: {argument: output}, by position or name."""
-
-
-def _leaves_by_entry(tree: Any) -> list[tuple[Any, Tensor]]:
-    """The tensors of arguments or outputs, each with the position or name of the entry it lies in."""
-
-    def entry(path: Any) -> Any:
-        return next(
-            (getattr(path[0], field) for field in ("idx", "key", "name") if path and hasattr(path[0], field)), None
-        )
-
-    return [(entry(path), leaf) for path, leaf in tree_flatten_with_path(tree)[0] if isinstance(leaf, Tensor)]
-
-
-def _carried_inputs(example_inputs: Any, carries: Carries) -> dict[tuple[int | str, int | str], list[int]]:
-    """For every (argument, output) the indices of the argument's tensors among those of the example inputs."""
-    leaves = _leaves_by_entry(example_inputs)
-    entering = {}
-    for argument, output in carries.items():
-        indices = [i for i, (entry, leaf) in enumerate(leaves) if entry == argument and leaf.is_floating_point()]
-        if not indices:
-            entries = list(dict.fromkeys(entry for entry, _ in leaves if entry is not None))
-            raise TraceError(
-                f"carried names argument {argument!r}, in which example_inputs holds no floating-point tensor (it "
-                f"holds tensors in {entries}); give an initial state of zeros there, as in example_inputs=(tokens, "
-                "state), carried={1: 1}"
-            )
-        entering[argument, output] = indices
-    return entering
-
-
-def _carried_outputs(
-    outputs: Any, given: list[Tensor], entering: dict[tuple[int | str, int | str], list[int]]
-) -> dict[int, int]:
-    """Index of every carried tensor among the outputs' tensors, and among the inputs'."""
-    leaves = _leaves_by_entry(_opened(outputs))
-    leaving: dict[int, int] = {}
-    for (argument, output), indices in entering.items():
-        ends = [i for i, (entry, leaf) in enumerate(leaves) if entry == output and leaf.is_floating_point()]
-        into = [tuple(given[i].shape) for i in indices]
-        out_of = [tuple(leaves[i][1].shape) for i in ends]
-        if into != out_of:
-            raise TraceError(
-                f"carried says that output {output!r} becomes argument {argument!r} of the next call, but their "
-                f"tensors are of shapes {out_of} and {into}; name the output (by position, key or attribute) that "
-                "returns the new state, and give an initial state of its shapes in example_inputs"
-            )
-        leaving.update(zip(ends, indices, strict=True))
-    return leaving
 
 
 def _frozen_by_name(symbols: dict[Place, Tensor], names: Sequence[str | Place]) -> list[Place]:

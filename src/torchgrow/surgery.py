@@ -127,7 +127,7 @@ class Change:
 
     @property
     def reshapes(self) -> bool:
-        """Whether a tensor will have another shape."""
+        """Whether a tensor will have another shape; to be asked before `apply`."""
         return any(swap.tensor.shape != swap.new.shape for swap in self.swaps.values())
 
     def apply(self) -> Callable[[], None]:

@@ -14,7 +14,7 @@ from torchgrow import Budget, Method, TorchgrowError
 from torchgrow.lab import compare as module
 from torchgrow.lab import models, recipes
 from torchgrow.lab.compare import Job, Rows, compare, initialised
-from torchgrow.lab.data import held_out, load
+from torchgrow.lab.data import load
 from torchgrow.lab.results import difference, draw, sweeps
 
 RECIPE = replace(recipes.get("digits"), preset="default", epochs=2, subset=128, batch_size=32)
@@ -285,22 +285,16 @@ def test_initialised_forgets_and_fits_the_present_size():
     assert float(conv.detach().std()) == pytest.approx(math.sqrt(2 / (9 * 16)), rel=0.1)  # He, fan-out
 
 
-def test_held_out_images_are_training_images():
-    data = load("digits")
-    split = held_out(data)
-    assert len(split.train) + len(split.test) == len(data.train)
-    assert len(split.test) == round(0.2 * len(data.train))
-    assert torch.equal(torch.cat([split.train.pixels, split.test.pixels]), data.train.pixels)
-
-
 def known(images):
     return {pixels.numpy().tobytes() for pixels in images.pixels}
 
 
-@pytest.mark.parametrize(("subset", "trained", "judged"), [(400, 400, 1037), (1300, 1040, 260)])
-def test_held_out_images_are_those_that_a_subset_leaves_over(subset, trained, judged):
-    whole, cut = load("digits"), load("digits", subset=subset)
-    split = held_out(cut)
+@pytest.mark.parametrize(
+    ("subset", "trained", "judged"), [(None, 1150, 287), (400, 400, 1037), (1300, 1040, 260), (1437, 1150, 287)]
+)
+def test_held_out_images_are_training_images(subset, trained, judged):
+    """Those that a subset leaves over, if they are enough."""
+    whole, cut, split = load("digits"), load("digits", subset=subset), load("digits", subset=subset, held_out=True)
     assert (len(split.train), len(split.test)) == (trained, judged)
     assert torch.equal(split.train.pixels, cut.train.pixels[:trained])
     assert known(split.test) <= known(whole.train)

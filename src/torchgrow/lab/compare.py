@@ -24,7 +24,7 @@ from torch import nn
 import torchgrow
 from torchgrow import Budget, Grower, Method, TorchgrowError, measure
 from torchgrow.lab.checkpoints import Checkpoints
-from torchgrow.lab.data import Data, held_out
+from torchgrow.lab.data import Data
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.results import draw, tables
 from torchgrow.lab.run import environment, lock, twin_width, uniform_width, with_data
@@ -167,7 +167,7 @@ def compare(
         console: where to show it.
         folder: where the data is; see `torchgrow.lab.data.load`.
         out: folder of results files, one a recipe, and of what a stopped command goes on from.
-        validate: judge by training images that are not trained on (`held_out`) instead of the test images.
+        validate: judge by training images that are not trained on instead of the test images.
 
     Returns:
         The rows of this comparison, old and new.
@@ -180,11 +180,7 @@ def compare(
             _named(method)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    recipe, data = with_data(recipe, console, folder)
-    if validate:
-        if isinstance(data, TextData):
-            raise TorchgrowError("a text is judged by its validation part as it is; leave --validate out")
-        data = held_out(data)
+    recipe, data = with_data(recipe, console, folder, held_out=validate)
     rows, work = Rows(out / f"{recipe.name}.jsonl"), out / f".{recipe.name}"
     work.mkdir(exist_ok=True)
     held, jobs = lock(work), list[Job]()

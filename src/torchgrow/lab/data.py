@@ -74,7 +74,6 @@ class ImageData:
         mean: mean per channel of pixels in [0, 1].
         std: standard deviation per channel of pixels in [0, 1].
         channels_last: whether batches have that layout in memory.
-        spare: training images that a subset leaves over.
     """
 
     train: Images
@@ -82,7 +81,6 @@ class ImageData:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     channels_last: bool = False
-    spare: Images | None = None
     metric: Metric = ACCURACY
 
     def example(self) -> Tensor:
@@ -170,6 +168,7 @@ def load(
     subset: int | None = None,
     steps: int = 35,
     side: int = 64,
+    held_out: bool = False,
 ) -> Data:
     """Load a data set into memory.
 
@@ -184,12 +183,18 @@ def load(
             words, from the beginning; what a network is judged by is never cut. Default: all.
         steps: words a sample, of a text.
         side: pixels that images of ``"imagefolder"`` are resized to, along both axes.
+        held_out: training images in place of the test images, for choices to be made on: those that the subset leaves
+            over, at most 10,000, so that it trains as it will when the test images judge; where they are less than a
+            fifth of the subset, a fifth of it, and the rest is left to train on.
 
     Raises:
         TorchgrowError: an unknown data set; a folder that is missing, empty, incomplete or holds something
-            else; a subset that is not between 1 and the number of training images or words; a download of a text.
+            else; a subset that is not between 1 and the number of training images or words; a download of a text, or
+            held-out parts of one.
     """
     if dataset == "text":
+        if held_out:
+            raise TorchgrowError("a text is judged by its validation part as it is; leave --validate out")
         if download:
             raise TorchgrowError(
                 "a text cannot be downloaded: the Penn Treebank may not be passed on freely; leave --download out and "
@@ -204,25 +209,23 @@ def load(
         data = _imagefolder(folder or Path("data/images"), side)
     else:
         raise TorchgrowError(f"there is no data set {dataset!r}; there are {', '.join(DATASETS)}")
+    if subset is not None and not 1 <= subset <= len(data.train):
+        raise TorchgrowError(f"a subset has 1 to {len(data.train)} of the training images of {dataset}, got {subset}")
+    if held_out:
+        return _held_out(data, subset)
     if subset is None:
         return data
-    if not 1 <= subset <= len(data.train):
-        raise TorchgrowError(f"a subset has 1 to {len(data.train)} of the training images of {dataset}, got {subset}")
-    order = _permutation(len(data.train))
-    return replace(data, train=data.train[order[:subset]], spare=data.train[order[subset:]])
+    return replace(data, train=data.train[_permutation(len(data.train))[:subset]])
 
 
-def held_out(data: ImageData) -> ImageData:
-    """Training images in place of the test images, for choices to be made on.
-
-    Those that a subset leaves over, at most 10,000 of them, so that the subset trains as it will when the test images
-    judge; where it leaves less than a fifth of its size, a fifth of it, and the rest is left to train on.
-    """
-    fifth = round(_HELD_OUT_SHARE * len(data.train))
-    if data.spare is not None and len(data.spare) >= fifth:
-        return replace(data, test=data.spare[slice(0, _HELD_OUT_IMAGES)], spare=None)
-    kept = len(data.train) - fifth
-    return replace(data, train=data.train[slice(0, kept)], test=data.train[slice(kept, None)], spare=None)
+def _held_out(data: ImageData, subset: int | None) -> ImageData:
+    """Training images in place of the test images, and the subset, or what is left of it, to train on."""
+    order = _permutation(len(data.train)) if subset else torch.arange(len(data.train))
+    size = subset or len(order)
+    fifth = round(_HELD_OUT_SHARE * size)
+    trained = size if len(order) - size >= fifth else size - fifth
+    judging = order[size:][:_HELD_OUT_IMAGES] if trained == size else order[trained:size]
+    return replace(data, train=data.train[order[:trained]], test=data.train[judging])
 
 
 def _permutation(n: int) -> Tensor:

@@ -339,7 +339,7 @@ def _run(
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     with processes.first_alone():
-        recipe, data = with_data(recipe, console, folder, download)
+        recipe, data = with_data(recipe, console, folder, download=download)
     run_folder = None
     if processes.rank() == 0:
         run_folder = RunFolder(out or default_out(recipe.name))
@@ -351,10 +351,18 @@ def _run(
     return _go(recipe, data, run_folder or Onlooker(out), console)
 
 
-def with_data(recipe: Recipe, console: Console, folder: Path | None, download: bool = False) -> tuple[Recipe, Data]:
+def with_data(
+    recipe: Recipe, console: Console, folder: Path | None, *, download: bool = False, held_out: bool = False
+) -> tuple[Recipe, Data]:
     """The data, and the recipe with networks that fit it."""
     data = lab_data.load(
-        recipe.dataset, folder=folder, download=download, subset=recipe.subset, steps=recipe.steps, side=recipe.side
+        recipe.dataset,
+        folder=folder,
+        download=download,
+        subset=recipe.subset,
+        steps=recipe.steps,
+        side=recipe.side,
+        held_out=held_out,
     )
     if isinstance(data, TextData):
         console.print(
