@@ -83,14 +83,32 @@ def label(row: Row) -> str:
     return f"{method}{suffix}, then with {changed}" if changed else method + suffix
 
 
+SECTIONS = {
+    "Methods side by side": "What `torchgrow compare` has found. A method is named with the option it needs where its "
+    "recipe says otherwise (`default --no-depth`: no layers grow).",
+    "What was chosen by": "Judged by training images that were held out, never by the test images.",
+    "Earlier ways to grow": 'Rows from before a way to grow was changed, named with what was different ("then with").',
+}
+"""Where the rows of `torchgrow compare` stand, in this order, and what is said of them."""
+
+
+def section(found: list[Row]) -> str:
+    """Which of the sections rows of one setting belong to."""
+    now, held_out, then = SECTIONS
+    grown = [row["method"] for row in found if "growing" in row["config"]]
+    if grown and all("then with" in method for method in grown):
+        return then
+    return held_out if found[0]["config"]["validate"] else now
+
+
 def comparisons() -> str:
     """What `torchgrow compare` has found so far: a table for each recipe, its settings and budget, and a picture."""
-    parts = []
+    parts: dict[str, list[str]] = {title: [f"## {title}\n\n{text}"] for title, text in SECTIONS.items()}
     for name, found in alike().items():
-        parts += [compared(found, budget, some) for budget, some in by_budget(found).items()]
+        tables = [compared(found, budget, some) for budget, some in by_budget(found).items()]
         title = f"{found[0]['recipe']}: score against training cost, and along the budgets if there are several"
-        parts.append(f"![{title}]({PICTURES.name}/{name})")
-    return "\n\n".join(parts) or "Not measured yet."
+        parts[section(found)] += [*tables, f"![{title}]({PICTURES.name}/{name})"]
+    return "\n\n".join(part for some in parts.values() if len(some) > 1 for part in some) or "Not measured yet."
 
 
 def options(config: Row) -> str:
@@ -474,9 +492,7 @@ def page() -> str:
     """The whole page."""
     parts = [
         "# Results\n\nMade from the files in `results/` by `python benchmarks/tables.py`, all of it.",
-        "## Methods side by side\n\nA method is named with the option it needs where its recipe says otherwise "
-        "(`default --no-depth`: no layers grow), and, where it has been changed since, with what was different "
-        '("then with").\n\n' + comparisons(),
+        comparisons(),
         "## Layers and channels\n\n" + depth(),
         "## Exactness\n\n" + exactness(),
         "## Models people use\n\n" + conformance(),

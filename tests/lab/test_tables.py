@@ -50,3 +50,18 @@ def test_what_was_otherwise_once_is_named(tables):
     """Also for networks that another method has found."""
     found = labels(tables, [row("default", hold=0.1), row("direct", hold=0.1), row("uniform")])
     assert found == [["default, then with hold=0.1", "direct, then with hold=0.1", "uniform"]]
+
+
+def test_rows_stand_in_the_section_they_belong_to(tables):
+    """A reader meets what holds now first, then what it was chosen by, then what was."""
+    chosen = row("default")
+    chosen["config"]["validate"] = True
+    now = [row("default"), row("default", hold=0.1), row("uniform")]
+    for one in now:
+        one["method"] = tables.label(one)
+    assert [tables.section(found) for found in ([row("dense")], now, [chosen], now[1:])] == [
+        "Methods side by side",
+        "Methods side by side",
+        "What was chosen by",
+        "Earlier ways to grow",
+    ]
