@@ -316,6 +316,7 @@ class Bank:
 
     def unchanged(self) -> Change:
         """The change to what is live already, which only lets go of gradients and of graphs built before."""
+        self.tensors = named_tensors(self.model)  # as in `stage`
         return Change(self, self.keep, {}, self.index, getattr(self.model, RECORD))
 
     def stage_contents(self, keep: Tensor, contents: Mapping[str, Tensor]) -> Change:
