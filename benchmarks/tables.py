@@ -122,6 +122,14 @@ def options(config: Row) -> str:
     return "".join(given) + (" --validate" if config["validate"] else "")
 
 
+def gap(some: list[Row], a: str, b: str) -> str:
+    """Mean difference of two methods over the seeds that both have, with its 95 % interval."""
+    gaps, half = difference(some, a, b)
+    if a == b or not gaps:
+        return ""
+    return f"{statistics.mean(gaps):+.2f}" + (f" ± {half:.2f}" if len(gaps) > 1 else "")
+
+
 def compared(found: list[Row], budget: str, some: list[Row]) -> str:
     """One table: the methods at one budget."""
     config, metric = found[0]["config"], metric_of(next(row for row in found if "error" not in row))
@@ -130,10 +138,8 @@ def compared(found: list[Row], budget: str, some: list[Row]) -> str:
         fine = [row for row in some if row["method"] == method and "error" not in row]
         if not fine:
             failed = next(row["error"] for row in some if row["method"] == method)
-            body.append([method, "0", f"failed: {failed}", *[""] * (6 + text)])
+            body.append([method, "0", f"failed: {failed}", *[""] * (7 + text)])
             continue
-        gaps, half = difference(some, method, "uniform")
-        gap = "" if method == "uniform" or not gaps else f"{statistics.mean(gaps):+.2f}"
         timed = [row["seconds"] / row["dense_seconds"] for row in fine if row["dense_seconds"]]
         body.append(
             [
@@ -141,7 +147,8 @@ def compared(found: list[Row], budget: str, some: list[Row]) -> str:
                 str(len(fine)),
                 spread([row[metric.name] for row in fine]),
                 *([spread([row["test_perplexity"] for row in fine])] if text else []),
-                f"{gap} ± {half:.2f}" if gap and half == half else gap,
+                gap(some, method, "uniform"),
+                gap(some, "default", method),
                 spread([row["params"] / row["dense_params"] for row in fine], 3),
                 spread([row["flops"] / row["dense_flops"] for row in fine], 3),
                 spread([row["train_flops"] / row["dense_train_flops"] for row in fine], 3),
@@ -149,12 +156,16 @@ def compared(found: list[Row], budget: str, some: list[Row]) -> str:
                 spread(timed) if timed else "",
             ]
         )
-    beside, grown = difference(some, "dense", "uniform")[0], difference(some, "default", "uniform")[0]
+    seeds = [{row["seed"] for row in some if row["method"] == name} for name in ("dense", "uniform", "default")]
+    whole = [row for row in some if row["seed"] in set.intersection(*seeds)]
     share = ""
-    if beside and len(beside) == len(grown):  # the same seeds
-        share = f"Of the way from uniform to dense, default goes {100 * sum(grown) / sum(beside):.0f} %."
+    if whole:
+        beside, grown = (difference(whole, name, "uniform")[0] for name in ("dense", "default"))
+        share = f"Of the way from uniform to dense, default goes {100 * sum(grown) / sum(beside):.0f} % "
+        share += f"(counted on seed {', '.join(str(seed) for seed in sorted({row['seed'] for row in whole}))})."
     unit = f"{metric.name}{metric.unit.rstrip()}"
     head = ["method", "n", unit, *([f"test {unit}"] if text else []), "minus uniform (95 % interval)"]
+    head += ["default minus it (95 % interval)"]
     head += ["parameters / dense", "FLOPs / dense"]
     head += ["all training FLOPs / dense", "of growing or pruning only (the paper's rule)", "seconds / dense"]
     judged = "images held out of the training set" if config.get("validate") else f"{metric.on} data"
