@@ -29,6 +29,8 @@ ORDER = [
     "reductions",
     "sequences",
     "findings",
+    "calling",
+    "shapes",
     "replay",
     "surgery",
     "cost",
