@@ -105,7 +105,9 @@ def comparisons() -> str:
     """What `torchgrow compare` has found so far: a table for each recipe, its settings and budget, and a picture."""
     parts: dict[str, list[str]] = {title: [f"## {title}\n\n{text}"] for title, text in SECTIONS.items()}
     for name, found in alike().items():
-        tables = [compared(found, budget, some) for budget, some in by_budget(found).items()]
+        budgets = by_budget(found)
+        tables = [along(budgets)] * (len(budgets) > 1)
+        tables += [compared(found, budget, some) for budget, some in budgets.items()]
         title = f"{found[0]['recipe']}: score against training cost, and along the budgets if there are several"
         parts[section(found)] += [*tables, f"![{title}]({PICTURES.name}/{name})"]
     return "\n\n".join(part for some in parts.values() if len(some) > 1 for part in some) or "Not measured yet."
@@ -179,6 +181,33 @@ def compared(found: list[Row], budget: str, some: list[Row]) -> str:
         + grid(head, body)
         + f"\n\n{share}"
     ).rstrip()
+
+
+def along(budgets: dict[str, list[Row]]) -> str:
+    """One table: growing beside the uniform twin at every budget, on the seeds that both have."""
+    body, first = [], next(iter(budgets.values()))
+    metric = metric_of(next(row for row in first if "error" not in row))
+    for budget, some in sorted(budgets.items(), key=lambda item: item[0].rpartition(" ")):
+        seeds = [{row["seed"] for row in some if row["method"] == name} for name in ("uniform", "default")]
+        both = [row for row in some if row["seed"] in set.intersection(*seeds)]
+        if not both:
+            continue
+        twin, grown = ([row for row in both if row["method"] == name] for name in ("uniform", "default"))
+        costs = [(part, mine) for part in ("params", "flops", "train_flops") for mine in (twin, grown)]
+        body.append(
+            [
+                budget,
+                str(len(grown)),
+                *(spread([row[metric.name] for row in mine]) for mine in (twin, grown)),
+                gap(both, "default", "uniform"),
+                *(f"{statistics.mean(row[part] / row[f'dense_{part}'] for row in mine):.3f}" for part, mine in costs),
+            ]
+        )
+    unit = f"{metric.name}{metric.unit.rstrip()}"
+    head = ["budget", "n", f"uniform, {unit}", f"default, {unit}", "default minus uniform (95 % interval)"]
+    for cost in ("parameters", "FLOPs", "all training FLOPs"):
+        head += [f"uniform, {cost} / dense", f"default, {cost} / dense"]
+    return f"### {first[0]['recipe']}: growing beside the uniform twin along the budgets\n\n" + grid(head, body)
 
 
 def exactness() -> str:

@@ -65,3 +65,27 @@ def test_rows_stand_in_the_section_they_belong_to(tables):
         "What was chosen by",
         "Earlier ways to grow",
     ]
+
+
+def test_budgets_are_summed_up_on_the_seeds_that_both_have(tables):
+    """Twin and grown network at every budget in one table; a budget that one of them has no row at is left out."""
+
+    def finished(method, seed, budget, accuracy):
+        costs = dict.fromkeys(("params", "flops", "train_flops"), 10)
+        dense = {f"dense_{key}": 20 for key in costs}
+        one = {**row(method), "seed": seed, "budget": budget, "accuracy": accuracy, **costs, **dense}
+        return {**one, "dense_train_flops": 40}
+
+    some = [
+        *(finished("default", seed, "params <= 36%", 70.0 + seed) for seed in range(3)),
+        *(finished("uniform", seed, "params <= 36%", 60.0) for seed in range(2)),
+        finished("default", 0, "params <= 15%", 50.0),
+        finished("uniform", 0, "params <= 15%", 48.0),
+        finished("default", 0, "flops <= 25%", 50.0),
+    ]
+    found = [line.strip("| ").split(" | ") for line in tables.along(tables.by_budget(some)).splitlines()[4:]]
+    shares = ["0.500"] * 4 + ["0.250"] * 2
+    assert found == [
+        ["params <= 15%", "1", "48.00", "50.00", "+2.00", *shares],
+        ["params <= 36%", "2", "60.00 ± 0.00", "70.50 ± 0.71", "+10.50 ± 6.35", *shares],
+    ]
