@@ -86,7 +86,8 @@ def label(row: Row) -> str:
 SECTIONS = {
     "Methods side by side": "What `torchgrow compare` has found. A method is named with the option it needs where its "
     "recipe says otherwise (`default --no-depth`: no layers grow).",
-    "What was chosen by": "Judged by training images that were held out, never by the test images.",
+    "What was chosen by": "Judged by training images that were held out, never by the test images. `default:...` is "
+    'the default with what follows changed, so "default minus it" is what that ingredient is worth.',
     "Earlier ways to grow": 'Rows from before a way to grow was changed, named with what was different ("then with").',
 }
 """Where the rows of `torchgrow compare` stand, in this order, and what is said of them."""
