@@ -129,6 +129,21 @@ def test_a_folder_of_images(tmp_path):
     assert json.loads((out / "config.json").read_text())["model_arguments"]["classes"] == 2
 
 
+def test_images_held_out_of_a_folder_are_of_every_class(tmp_path):
+    """They come class by class, and the last class must not be all that is held out."""
+    folder = pictures(tmp_path, classes=("cat", "dog", "hen"), each=20)
+    split = data.load("imagefolder", folder=folder, side=8, held_out=True)
+    assert (len(split.train), len(split.test)) == (48, 12)
+    assert split.train.labels.unique().tolist() == split.test.labels.unique().tolist() == [0, 1, 2]
+
+
+def test_a_subset_without_some_class_still_has_an_output_for_it(tmp_path):
+    recipe = replace(get("resnet18-imagenette"), subset=1, side=8)
+    recipe, found = run.with_data(recipe, Console(quiet=True), pictures(tmp_path))
+    assert found.train.labels.tolist() == [0]
+    assert recipe.as_json()["model_arguments"]["classes"] == 2
+
+
 def test_folders_that_do_not_fit(tmp_path):
     with pytest.raises(TorchgrowError, match=r"has no images in train/CLASS/\*.*the folder is empty"):
         data.load("imagefolder", folder=tmp_path)

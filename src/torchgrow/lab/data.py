@@ -220,7 +220,7 @@ def load(
 
 def _held_out(data: ImageData, subset: int | None) -> ImageData:
     """Training images in place of the test images, and the subset, or what is left of it, to train on."""
-    order = _permutation(len(data.train)) if subset else torch.arange(len(data.train))
+    order = _permutation(len(data.train))  # folders of images come class by class
     size = subset or len(order)
     fifth = round(_HELD_OUT_SHARE * size)
     trained = size if len(order) - size >= fifth else size - fifth

@@ -373,7 +373,8 @@ def with_data(
             raise TorchgrowError("a text has no channels; leave --channels-last out")
         return recipe.with_words(len(data.vocabulary)), data
     if recipe.dataset == "imagefolder":
-        recipe = recipe.with_classes(1 + int(data.train.labels.max()))
+        most = max(int(images.labels.max()) for images in (data.train, data.test))  # a subset may lack a class
+        recipe = recipe.with_classes(1 + most)
     return recipe, replace(data, channels_last=recipe.channels_last)
 
 
