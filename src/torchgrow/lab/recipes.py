@@ -356,7 +356,7 @@ def plain4net_imagenet(scale: str = "small") -> Recipe:
 
 
 def resnet18_imagenette() -> Recipe:
-    """ResNet-18 on small pictures in folders, such as Imagenette, grown to 36 % of its parameters.
+    """ResNet-18 on small pictures in folders, such as Imagenette, grown to 36 % of its parameters, layers too.
 
     Command: ``torchgrow run resnet18-imagenette --data FOLDER``, the folder holding ``train/CLASS/*`` and
     ``val/CLASS/*``.
@@ -367,6 +367,8 @@ def resnet18_imagenette() -> Recipe:
         dataset="imagefolder",
         build=partial(models.Staged, unit="basic", units=(2, 2, 2, 2), widths=(64, 128, 256, 512), stem="large"),
         budget=Budget(params="36%"),
+        depth=True,
+        preset="default:ramp=0.01,peak=1",
         epochs=20,
         batch_size=128,
         side=64,
