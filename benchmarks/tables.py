@@ -15,7 +15,7 @@ from typing import Any
 from torchgrow import Method
 from torchgrow.lab import recipes
 from torchgrow.lab.compare import AFTER, Job
-from torchgrow.lab.metrics import PERPLEXITY, metric_of
+from torchgrow.lab.metrics import PERPLEXITY, Metric, metric_of
 from torchgrow.lab.results import by_budget, difference, draw
 
 ROOT = Path(__file__).parent.parent
@@ -159,13 +159,6 @@ def compared(found: list[Row], budget: str, some: list[Row]) -> str:
                 spread(timed) if timed else "",
             ]
         )
-    seeds = [{row["seed"] for row in some if row["method"] == name} for name in ("dense", "uniform", "default")]
-    whole = [row for row in some if row["seed"] in set.intersection(*seeds)]
-    share = ""
-    if whole:
-        beside, grown = (difference(whole, name, "uniform")[0] for name in ("dense", "default"))
-        share = f"Of the way from uniform to dense, default goes {100 * sum(grown) / sum(beside):.0f} % "
-        share += f"(counted on seed {', '.join(str(seed) for seed in sorted({row['seed'] for row in whole}))})."
     unit = f"{metric.name}{metric.unit.rstrip()}"
     head = ["method", "n", unit, *([f"test {unit}"] if text else []), "minus uniform (95 % interval)"]
     head += ["default minus it (95 % interval)"]
@@ -180,8 +173,21 @@ def compared(found: list[Row], budget: str, some: list[Row]) -> str:
         "deviation over seeds, differences paired by seed.\n\nCommand: `torchgrow compare "
         f"{config['name']}{options(config)}`. Measured on {machine(found, 'versions')}.\n\n"
         + grid(head, body)
-        + f"\n\n{share}"
+        + f"\n\n{won_back(some, metric)}"
     ).rstrip()
+
+
+def won_back(some: list[Row], metric: Metric) -> str:
+    """How much of what the uniform twin loses to the dense network growing wins back, on the seeds of all three."""
+    seeds = [{row["seed"] for row in some if row["method"] == name} for name in ("dense", "uniform", "default")]
+    whole = [row for row in some if row["seed"] in set.intersection(*seeds)]
+    if not whole:
+        return ""
+    dense, grown = (sum(difference(whole, name, "uniform")[0]) for name in ("dense", "default"))
+    counted = f"(counted on seed {', '.join(str(seed) for seed in sorted({row['seed'] for row in whole}))})."
+    if (-dense if metric.lower_is_better else dense) <= 0:
+        return f"The dense network is no better than the uniform twin here, so there is no gap to win back {counted}"
+    return f"Of the way from uniform to dense, default goes {100 * grown / dense:.0f} % {counted}"
 
 
 def along(budgets: dict[str, list[Row]]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from torchgrow.lab import recipes
+from torchgrow.lab import metrics, recipes
 from torchgrow.lab.compare import Job
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "tables.py"
@@ -89,3 +89,21 @@ def test_budgets_are_summed_up_on_the_seeds_that_both_have(tables):
         ["params <= 15%", "1", "48.00", "50.00", "+2.00", *shares],
         ["params <= 36%", "2", "60.00 ± 0.00", "70.50 ± 0.71", "+10.50 ± 6.35", *shares],
     ]
+
+
+@pytest.mark.parametrize(
+    ("metric", "dense", "text"),
+    [
+        (metrics.ACCURACY, 70.0, "Of the way from uniform to dense, default goes 50 % (counted on seed 0, 1)."),
+        (metrics.ACCURACY, 50.0, "The dense network is no better than the uniform twin here"),
+        (metrics.ACCURACY, 60.0, "The dense network is no better than the uniform twin here"),
+        (metrics.PERPLEXITY, 50.0, "Of the way from uniform to dense, default goes -50 % (counted on seed 0, 1)."),
+        (metrics.PERPLEXITY, 70.0, "The dense network is no better than the uniform twin here"),
+    ],
+)
+def test_a_gap_is_won_back_only_where_there_is_one(tables, metric, dense, text):
+    scores = {"dense": dense, "uniform": 60.0, "default": 65.0}
+    blank = {"accuracy": None, "perplexity": None}
+    some = [{"method": m, "seed": s, **blank, metric.name: x} for m, x in scores.items() for s in (0, 1)]
+    assert tables.won_back([*some, {**some[0], "seed": 2}], metric).startswith(text)
+    assert tables.won_back(some[2:], metric) == ""
