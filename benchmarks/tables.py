@@ -133,6 +133,12 @@ def gap(some: list[Row], a: str, b: str) -> str:
     return f"{statistics.mean(gaps):+.2f}" + (f" ± {half:.2f}" if len(gaps) > 1 else "")
 
 
+def of_common_seeds(some: list[Row], *methods: str) -> list[Row]:
+    """The rows of those seeds that all of some methods have."""
+    seeds = [{row["seed"] for row in some if row["method"] == name} for name in methods]
+    return [row for row in some if row["seed"] in set.intersection(*seeds)]
+
+
 def compared(found: list[Row], budget: str, some: list[Row]) -> str:
     """One table: the methods at one budget."""
     config, metric = found[0]["config"], metric_of(next(row for row in found if "error" not in row))
@@ -179,8 +185,7 @@ def compared(found: list[Row], budget: str, some: list[Row]) -> str:
 
 def won_back(some: list[Row], metric: Metric) -> str:
     """How much of what the uniform twin loses to the dense network growing wins back, on the seeds of all three."""
-    seeds = [{row["seed"] for row in some if row["method"] == name} for name in ("dense", "uniform", "default")]
-    whole = [row for row in some if row["seed"] in set.intersection(*seeds)]
+    whole = of_common_seeds(some, "dense", "uniform", "default")
     if not whole:
         return ""
     dense, grown = (sum(difference(whole, name, "uniform")[0]) for name in ("dense", "default"))
@@ -195,8 +200,7 @@ def along(budgets: dict[str, list[Row]]) -> str:
     body, first = [], next(iter(budgets.values()))
     metric = metric_of(next(row for row in first if "error" not in row))
     for budget, some in sorted(budgets.items(), key=lambda item: item[0].rpartition(" ")):
-        seeds = [{row["seed"] for row in some if row["method"] == name} for name in ("uniform", "default")]
-        both = [row for row in some if row["seed"] in set.intersection(*seeds)]
+        both = of_common_seeds(some, "uniform", "default")
         if not both:
             continue
         twin, grown = ([row for row in both if row["method"] == name] for name in ("uniform", "default"))
