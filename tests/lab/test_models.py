@@ -142,12 +142,23 @@ def test_width_scales_what_growing_scales_and_nothing_else(name, names):
 
 def test_gpt_sees_no_word_that_comes_later():
     model = TINY["gpt"]().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)  # its blocks begin by handing on what comes in, and would let nothing through
     words = torch.arange(6)[None]
     changed = words.clone()
     changed[0, 4] = 9
     a, b = model(words), model(changed)
     assert torch.equal(a[:, :4], b[:, :4])
     assert not torch.equal(a[:, 4:], b[:, 4:])
+
+
+@pytest.mark.parametrize("name", ["gpt", "vit"])
+def test_a_transformer_begins_with_blocks_that_hand_their_input_on_and_learn_at_once(name):
+    model = TINY[name]()
+    h = torch.randn(2, 6, 8)
+    assert torch.equal(model.blocks(h), h)
+    model(inputs(name, model)).square().mean().backward()
+    assert all(block.attention.out.weight.grad.any() and block.down.weight.grad.any() for block in model.blocks)
 
 
 def test_gpt_ties_its_decoder():
