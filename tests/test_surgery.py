@@ -210,6 +210,52 @@ def test_newborn_second_moments_are_the_mean_of_the_living_and_directions_are_ze
     torch.testing.assert_close(state["exp_avg_sq"][born], mean.expand(len(born), 6, 3, 3), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["adam", "adamw", "adam-fused"])
+def test_a_tensor_that_is_nearly_all_newborn_learns_as_with_a_new_optimizer(kind: str) -> None:
+    """Second moments of the one unit there was would hold the others back; tensors that hardly grow keep theirs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(5, 3)
+    space = trace(model, x)
+    first, second = (torch.nonzero(space.group_of == group).flatten() for group in range(2))
+    keep = space.everything()
+    keep[first[1:]] = keep[second[6:]] = False
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    bank = shrink_(model, space, keep, optimizer)
+    step(model, optimizer, x, steps=5)
+    bank.restore_()
+    fresh = copy.deepcopy(model)
+    anew = OPTIMIZERS[kind](fresh.parameters())
+    for seed in range(3):
+        for network, its in ((model, optimizer), (fresh, anew)):
+            torch.manual_seed(seed)
+            its.zero_grad()
+            for p in network.parameters():
+                p.grad = torch.randn_like(p)
+            its.step()
+    alike = {n for (n, p), q in zip(model.named_parameters(), fresh.parameters(), strict=True) if torch.equal(p, q)}
+    assert alike == {"0.weight", "0.bias", "2.weight"}
+
+
+@pytest.mark.parametrize("kind", ["momentum", "rmsprop", "rprop", "adagrad"])
+def test_what_no_step_count_corrects_does_not_begin_anew(kind: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 2))
+    x = torch.randn(5, 3)
+    space = trace(model, x)
+    keep = space.everything()
+    keep[torch.nonzero(space.group_of == 0).flatten()[1:]] = False
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    bank = shrink_(model, space, keep, optimizer)
+    step(model, optimizer, x, steps=5)
+    weight = model[0].weight
+    before = {k: v.clone() for k, v in optimizer.state[weight].items() if isinstance(v, Tensor)}
+    assert before
+    bank.restore_()
+    for key, slot in before.items():
+        assert torch.equal(optimizer.state[weight][key][:1] if slot.dim() else optimizer.state[weight][key], slot), key
+
+
 def test_momentum_that_happens_to_be_positive_is_no_magnitude() -> None:
     model, example = zoo.build("plain"), zoo.inputs("plain")
     space = zoo.space("plain")

@@ -9,6 +9,7 @@ the model is always whole. Parameter and optimizer objects keep their identity; 
 from __future__ import annotations
 
 import copy
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -99,6 +100,12 @@ def skip_(model: nn.Module, paths: Iterable[str], skipped: Mapping[str, PassThro
 
 DIRECTIONS = frozenset({"momentum_buffer", "exp_avg", "grad_avg", "prev"})
 """Optimizer slots that point somewhere, even where all entries of a small tensor happen to be positive."""
+
+CORRECTED = frozenset({"exp_avg_sq", "exp_inf"})
+"""Optimizer slots that begin at 0 and are corrected for it by the step count: Adam's and its kin's."""
+
+ANEW = 4
+"""A tensor that grows more than so many times over, by units that never trained, begins those slots anew."""
 
 RECORD = "_torchgrow_record"
 """Name of the plain attribute under which a model carries its Record."""
@@ -301,14 +308,14 @@ class Bank:
                 continue
             live = values[name] if values is not None and gated else tensor.detach()
             self.full[name].write(old, live.cpu())
-            slots = []
+            born, slots = self._born(name, new, keep), []
             for state, key, slot in self._slots_of(tensor):
                 had_state = self.space.present(self.keep)
                 asleep = self.slots.setdefault((name, key), self.empty_slot(name, slot.dtype))
                 asleep.write(old, slot.cpu())
-                fresh = self._newborn(name, key, asleep.read(new), new, keep, slot)
+                fresh = _with_newborn(key, asleep.read(new), born, slot)
                 slots.append((state, key, fresh.to(slot.device)))
-            swaps[name] = _Swap(tensor, self.full[name].read(new).to(tensor.device), slots)
+            swaps[name] = _Swap(tensor, self.full[name].read(new).to(tensor.device), _begun_anew(slots, born))
         if self.births is not None:
             self.births.forget()
         self.trained = self.trained | had_state
@@ -422,30 +429,56 @@ class Bank:
                 )
         return slots
 
-    def _newborn(self, name: str, key: str, part: Tensor, index: Index | None, keep: Tensor, live: Tensor) -> Tensor:
-        """Slots of units that never trained: the mean of the living for a magnitude, else 0.
-
-        A second moment of 0 under a large shared step count would let a newborn move several learning rates in
-        one step. A slot that is nowhere negative, and not known for a direction, is taken for a magnitude.
-        """
+    def _born(self, name: str, index: Index | None, keep: Tensor) -> dict[int, Tensor]:
+        """By cut axis of a tensor, which places of its next shape hold units that never trained; none: no entry."""
         new = self.space.present(keep) & ~self.trained & ~self.space.present(self.keep)
-        living = live if live.numel() else part[part != 0]  # a layer that comes back has its own past only
-        if index is None or key in DIRECTIONS or not living.numel() or not new.any() or bool((living < 0).any()):
-            return part
-        for axis in self.space.cut_axes[name]:
+        born = {}
+        for axis in self.space.cut_axes[name] if index is not None and bool(new.any()) else ():
             vector = self.space.unit_of[name, axis]
-            born = (vector >= 0) & new[vector.clamp(min=0)]
-            if axis in index:
-                born = born[index[axis]]
-            if bool(born.any()):
-                part.index_fill_(axis, torch.nonzero(born).flatten(), float(living.mean()))
-        return part
+            places = (vector >= 0) & new[vector.clamp(min=0)]
+            places = places[index[axis]] if index is not None and axis in index else places
+            if bool(places.any()):
+                born[axis] = places
+        return born
 
     def _record(self, keep: Tensor, index: dict[str, Index | None]) -> Record:
         attributes = {(a.module, a.name): int(live_positions(a.units, keep).sum()) for a in self.space.attributes}
         shapes = {name: self.space.shapes[name] for name in self.space.cut_axes}
         kept = {name: cut for name, cut in index.items() if cut}
         return Record(shapes, kept, attributes, self.adapted, self.skipped(keep))
+
+
+def _with_newborn(key: str, part: Tensor, born: Mapping[int, Tensor], live: Tensor) -> Tensor:
+    """Slots of units that never trained: the mean of the living for a magnitude, else 0.
+
+    A second moment of 0 under a large shared step count would let a newborn move several learning rates in
+    one step. A slot that is nowhere negative, and not known for a direction, is taken for a magnitude.
+    """
+    living = live if live.numel() else part[part != 0]  # a layer that comes back has its own past only
+    if key not in DIRECTIONS and living.numel() and not bool((living < 0).any()):
+        for axis, places in born.items():
+            part.index_fill_(axis, torch.nonzero(places).flatten(), float(living.mean()))
+    return part
+
+
+def _begun_anew(
+    slots: list[tuple[dict[str, Any], str, Tensor]], born: Mapping[int, Tensor]
+) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """Slots as those of a new parameter, step count too, where nearly all of a tensor is newborn.
+
+    The fewer units there were, the larger was each one's gradient, and a second moment forgets within a thousand
+    steps only: measured by the few there were, the many would learn several times too slowly for as long.
+    Optimizers without a correction by the step count, or with scalars beside it, keep their slots.
+    """
+    known = math.prod(1 - float(places.double().mean()) for places in born.values())
+    if ANEW * known >= 1 or all(key not in CORRECTED for _, key, _ in slots):
+        return slots
+    state = slots[0][0]
+    if state.keys() - {key for _, key, _ in slots} != {"step"}:
+        return slots
+    step = torch.zeros_like(torch.as_tensor(state["step"]))
+    fresh = [(state, key, torch.zeros_like(part)) for _, key, part in slots]
+    return [*fresh, (state, "step", step if isinstance(state["step"], Tensor) else type(state["step"])(0))]
 
 
 @contextmanager

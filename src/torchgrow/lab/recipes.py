@@ -404,7 +404,7 @@ def vit_cifar10() -> Recipe:
 
 
 def gpt_ptb() -> Recipe:
-    """A small GPT on words: heads and hidden neurons grow to 60 % of the FLOPs, the residual stream stays.
+    """A small GPT on words: heads, hidden neurons and layers grow to 60 % of the FLOPs, the residual stream stays.
 
     Command: ``torchgrow run gpt-ptb --data FOLDER``, with the Penn Treebank or any other text in three files;
     without ``--data``, the manual that comes with Python.
@@ -415,8 +415,10 @@ def gpt_ptb() -> Recipe:
         dataset="text",
         build=partial(GPT, features=256, layers=6, heads=8, head=32, neurons=1024, context=64, dropout=0.2),
         budget=Budget(flops="60%"),
+        depth=True,
+        preset="default:ramp=0.01,peak=1,layer_lag=1",
         epochs=20,
-        updates_per_epoch=5,
+        updates_per_epoch=39,  # it is grown before the warm-up is over
         batch_size=16,
         steps=64,
         optimizer="adamw",
