@@ -36,7 +36,7 @@ TINY = replace(
 )
 TINY_GPT = replace(
     get("gpt-ptb"),
-    build=partial(GPT, features=8, layers=1, heads=3, head=4, neurons=16, context=5),
+    build=partial(GPT, features=8, layers=2, heads=3, head=4, neurons=16, context=5),
     epochs=2,
     batch_size=4,
     steps=5,
