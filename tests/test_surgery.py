@@ -237,6 +237,28 @@ def test_a_tensor_that_is_nearly_all_newborn_learns_as_with_a_new_optimizer(kind
     assert alike == {"0.weight", "0.bias", "2.weight"}
 
 
+def test_a_tensor_whose_trained_units_are_asleep_keeps_the_step_count_that_their_slots_belong_to() -> None:
+    """Else they would come back with second moments of a thousand steps, taken for those of none."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 32), nn.ReLU(), nn.Linear(32, 2))
+    x = torch.randn(5, 3)
+    space = trace(model, x)
+    hidden = torch.nonzero(space.group_of == 0).flatten()
+
+    def keep(*live: int) -> Tensor:
+        chosen = space.everything()
+        chosen[hidden] = False
+        chosen[hidden[list(live)]] = True
+        return chosen
+
+    optimizer = OPTIMIZERS["adam"](model.parameters())
+    bank = shrink_(model, space, keep(0, 1), optimizer)
+    step(model, optimizer, x, steps=6)
+    for live in (keep(0), keep(0, *range(2, 32)), space.everything()):
+        bank.resize_(live)
+        assert float(optimizer.state[model[0].weight]["step"]) == 6
+
+
 @pytest.mark.parametrize("kind", ["momentum", "rmsprop", "rprop", "adagrad"])
 def test_what_no_step_count_corrects_does_not_begin_anew(kind: str) -> None:
     torch.manual_seed(0)

@@ -105,7 +105,10 @@ CORRECTED = frozenset({"exp_avg_sq", "exp_inf"})
 """Optimizer slots that begin at 0 and are corrected for it by the step count: Adam's and its kin's."""
 
 ANEW = 4
-"""A tensor that grows more than so many times over, by units that never trained, begins those slots anew."""
+"""A tensor of which all but one part in so many is of units that never trained begins those slots anew."""
+
+MOMENTS = CORRECTED | {"exp_avg", "max_exp_avg_sq"}
+"""All slots of such an optimizer; one that keeps more than these, say a copy of the weights, is left alone."""
 
 RECORD = "_torchgrow_record"
 """Name of the plain attribute under which a model carries its Record."""
@@ -315,7 +318,9 @@ class Bank:
                 asleep.write(old, slot.cpu())
                 fresh = _with_newborn(key, asleep.read(new), born, slot)
                 slots.append((state, key, fresh.to(slot.device)))
-            swaps[name] = _Swap(tensor, self.full[name].read(new).to(tensor.device), _begun_anew(slots, born))
+            if not self._remembers(name):
+                slots = _begun_anew(slots, born)
+            swaps[name] = _Swap(tensor, self.full[name].read(new).to(tensor.device), slots)
         if self.births is not None:
             self.births.forget()
         self.trained = self.trained | had_state
@@ -441,6 +446,12 @@ class Bank:
                 born[axis] = places
         return born
 
+    def _remembers(self, name: str) -> bool:
+        """Whether units of a tensor that trained are asleep: their slots belong to the step count as it is."""
+        past = self.trained & ~self.space.present(self.keep)
+        units = [self.space.unit_of[name, axis] for axis in self.space.cut_axes[name]]
+        return any(bool(past[vector[vector >= 0]].any()) for vector in units)
+
     def _record(self, keep: Tensor, index: dict[str, Index | None]) -> Record:
         attributes = {(a.module, a.name): int(live_positions(a.units, keep).sum()) for a in self.space.attributes}
         shapes = {name: self.space.shapes[name] for name in self.space.cut_axes}
@@ -471,10 +482,11 @@ def _begun_anew(
     Optimizers without a correction by the step count, or with scalars beside it, keep their slots.
     """
     known = math.prod(1 - float(places.double().mean()) for places in born.values())
-    if ANEW * known >= 1 or all(key not in CORRECTED for _, key, _ in slots):
+    keys = {key for _, key, _ in slots}
+    if ANEW * known >= 1 or not keys & CORRECTED or keys - MOMENTS:
         return slots
     state = slots[0][0]
-    if state.keys() - {key for _, key, _ in slots} != {"step"}:
+    if state.keys() - keys != {"step"}:
         return slots
     step = torch.zeros_like(torch.as_tensor(state["step"]))
     fresh = [(state, key, torch.zeros_like(part)) for _, key, part in slots]
