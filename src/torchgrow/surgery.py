@@ -300,6 +300,9 @@ class Bank:
             raise StructureError("the bank has been emptied: what slept in it is gone, so the structure is final")
         keep = self.space.check_keep(keep)
         self.tensors = named_tensors(self.model)  # a forward may have put another object in a buffer's place
+        present = self.space.present(self.keep)
+        newborn = self.space.present(keep) & ~self.trained & ~present
+        past = self.trained & ~present  # asleep, with slots that belong to the step count as it is
         had_state = keep & False
         swaps: dict[str, _Swap] = {}
         index: dict[str, Index | None] = {}
@@ -311,14 +314,14 @@ class Bank:
                 continue
             live = values[name] if values is not None and gated else tensor.detach()
             self.full[name].write(old, live.cpu())
-            born, slots = self._born(name, new, keep), []
+            born, slots = self._places(name, new, newborn), []
             for state, key, slot in self._slots_of(tensor):
-                had_state = self.space.present(self.keep)
+                had_state = present
                 asleep = self.slots.setdefault((name, key), self.empty_slot(name, slot.dtype))
                 asleep.write(old, slot.cpu())
                 fresh = _with_newborn(key, asleep.read(new), born, slot)
                 slots.append((state, key, fresh.to(slot.device)))
-            if not self._remembers(name):
+            if born and not self._places(name, {}, past):  # at full size
                 slots = _begun_anew(slots, born)
             swaps[name] = _Swap(tensor, self.full[name].read(new).to(tensor.device), slots)
         if self.births is not None:
@@ -434,23 +437,16 @@ class Bank:
                 )
         return slots
 
-    def _born(self, name: str, index: Index | None, keep: Tensor) -> dict[int, Tensor]:
-        """By cut axis of a tensor, which places of its next shape hold units that never trained; none: no entry."""
-        new = self.space.present(keep) & ~self.trained & ~self.space.present(self.keep)
-        born = {}
-        for axis in self.space.cut_axes[name] if index is not None and bool(new.any()) else ():
+    def _places(self, name: str, index: Index | None, units: Tensor) -> dict[int, Tensor]:
+        """By cut axis of a tensor, which places of the part at `index` hold one of `units`; an axis without is left out."""
+        found = {}
+        for axis in self.space.cut_axes[name] if index is not None and bool(units.any()) else ():
             vector = self.space.unit_of[name, axis]
-            places = (vector >= 0) & new[vector.clamp(min=0)]
+            places = (vector >= 0) & units[vector.clamp(min=0)]
             places = places[index[axis]] if index is not None and axis in index else places
             if bool(places.any()):
-                born[axis] = places
-        return born
-
-    def _remembers(self, name: str) -> bool:
-        """Whether units of a tensor that trained are asleep: their slots belong to the step count as it is."""
-        past = self.trained & ~self.space.present(self.keep)
-        units = [self.space.unit_of[name, axis] for axis in self.space.cut_axes[name]]
-        return any(bool(past[vector[vector >= 0]].any()) for vector in units)
+                found[axis] = places
+        return found
 
     def _record(self, keep: Tensor, index: dict[str, Index | None]) -> Record:
         attributes = {(a.module, a.name): int(live_positions(a.units, keep).sum()) for a in self.space.attributes}
@@ -477,8 +473,8 @@ def _begun_anew(
 ) -> list[tuple[dict[str, Any], str, Tensor]]:
     """Slots as those of a new parameter, step count too, where nearly all of a tensor is newborn.
 
-    The fewer units there were, the larger was each one's gradient, and a second moment forgets within a thousand
-    steps only: measured by the few there were, the many would learn several times too slowly for as long.
+    The fewer units there are, the larger is each one's gradient, and a second moment takes a thousand steps to
+    forget: by that of the few there were, the many would learn several times too slowly for as long.
     Optimizers without a correction by the step count, or with scalars beside it, keep their slots.
     """
     known = math.prod(1 - float(places.double().mean()) for places in born.values())
@@ -488,9 +484,7 @@ def _begun_anew(
     state = slots[0][0]
     if state.keys() - keys != {"step"}:
         return slots
-    step = torch.zeros_like(torch.as_tensor(state["step"]))
-    fresh = [(state, key, torch.zeros_like(part)) for _, key, part in slots]
-    return [*fresh, (state, "step", step if isinstance(state["step"], Tensor) else type(state["step"])(0))]
+    return [(state, key, torch.zeros_like(part)) for _, key, part in slots] + [(state, "step", 0 * state["step"])]
 
 
 @contextmanager
