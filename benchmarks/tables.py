@@ -580,13 +580,16 @@ def main() -> int:
     """Write the page and its pictures, or check that it is up to date and they are there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail if the page is out of date")
-    text = page()
+    text, drawn = page(), alike()
     if parser.parse_args().check:
-        there = all((PICTURES / name).exists() for name in alike())
+        there = {path.name for path in PICTURES.glob("*")} == set(drawn)
         return 0 if PAGE.exists() and PAGE.read_text() == text and there else 1
     PAGE.write_text(text)
     PICTURES.mkdir(exist_ok=True)
-    for name, found in alike().items():
+    for path in PICTURES.glob("*"):
+        if path.name not in drawn:
+            path.unlink()  # of rows that are gone
+    for name, found in drawn.items():
         draw(found, PICTURES / name)
     return 0
 

@@ -438,7 +438,7 @@ class Bank:
         return slots
 
     def _places(self, name: str, index: Index | None, units: Tensor) -> dict[int, Tensor]:
-        """By cut axis of a tensor, which places of the part at `index` hold one of `units`; an axis without is left out."""
+        """By cut axis of a tensor, which places of the part at `index` hold one of `units`; not those of none."""
         found = {}
         for axis in self.space.cut_axes[name] if index is not None and bool(units.any()) else ():
             vector = self.space.unit_of[name, axis]
