@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from torchgrow import Budget, Cost, Method, Space
-from torchgrow.budget import Limits, fit, largest_shift, pressure, shed
+from torchgrow.budget import fit, largest_shift, pressure, shed
 from torchgrow.cost import CostModel
 from torchgrow.indicators import Indicators
+from torchgrow.limits import Limits
 from torchgrow.space import FlopTerm
 
 

@@ -37,6 +37,7 @@ ORDER = [
     "counting",
     "depth",
     "proof",
+    "limits",
     "budget",
     "indicators",
     "optimizers",
@@ -165,3 +166,22 @@ def test_command_line_without_the_lab_says_what_to_install():
     assert done.returncode == 1
     assert "pip install 'torchgrow[lab]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_every_public_name_has_one_home():
+    """The three lists of `torchgrow/__init__.py` agree: what is loaded late, what type checkers see, what is public."""
+    homes = [name for names in torchgrow._HOMES.values() for name in names]
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    seen = [
+        alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level for alias in node.names
+    ]
+    assert sorted(homes) == sorted(seen) == sorted(torchgrow.__all__)
+    assert set(torchgrow.__all__) <= set(dir(torchgrow))
+    with pytest.raises(AttributeError, match="module 'torchgrow' has no attribute 'Growr'"):
+        torchgrow.Growr  # noqa: B018
+
+
+def test_budgets_and_errors_need_no_pytorch():
+    code = "import sys, torchgrow; torchgrow.Budget(params='36%'); torchgrow.BudgetError; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "False\n", done.stderr

@@ -4,30 +4,60 @@ One training run starts from a tiny seed inside your own model and grows and pru
 a parameter or FLOPs budget; what comes out is a plain, small, dense module.
 """
 
-from .adapters import adapter
-from .budget import Budget, Limits
-from .checkpoint import load_checkpoint, save_checkpoint
-from .cost import Cost
-from .errors import (
-    BudgetError,
-    OptimizerError,
-    SavedModelError,
-    StructureError,
-    TorchgrowError,
-    TraceError,
-    TrainingError,
-)
-from .grower import Grower, measure
-from .guard import guard_
-from .indicators import PRESETS, Method
-from .persist import load, save
-from .proof import Report, trace, verify
-from .rules import Context, module_rule, rule
-from .space import Frozen, Space
-from .state import Event
-from .surgery import Bank, shrink_
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapters import adapter
+    from .checkpoint import load_checkpoint, save_checkpoint
+    from .cost import Cost
+    from .errors import (
+        BudgetError,
+        OptimizerError,
+        SavedModelError,
+        StructureError,
+        TorchgrowError,
+        TraceError,
+        TrainingError,
+    )
+    from .grower import Grower, measure
+    from .guard import guard_
+    from .indicators import PRESETS, Method
+    from .limits import Budget, Limits
+    from .persist import load, save
+    from .proof import Report, trace, verify
+    from .rules import Context, module_rule, rule
+    from .space import Frozen, Space
+    from .state import Event
+    from .surgery import Bank, shrink_
 
 __version__ = "0.1.0"
+
+# Loaded when first asked for: `torchgrow --help`, or a budget that cannot be read, need not wait for PyTorch.
+_HOMES = {
+    "adapters": ["adapter"],
+    "checkpoint": ["load_checkpoint", "save_checkpoint"],
+    "cost": ["Cost"],
+    "errors": [
+        "BudgetError",
+        "OptimizerError",
+        "SavedModelError",
+        "StructureError",
+        "TorchgrowError",
+        "TraceError",
+        "TrainingError",
+    ],
+    "grower": ["Grower", "measure"],
+    "guard": ["guard_"],
+    "indicators": ["PRESETS", "Method"],
+    "limits": ["Budget", "Limits"],
+    "persist": ["load", "save"],
+    "proof": ["Report", "trace", "verify"],
+    "rules": ["Context", "module_rule", "rule"],
+    "space": ["Frozen", "Space"],
+    "state": ["Event"],
+    "surgery": ["Bank", "shrink_"],
+}
 
 __all__ = [
     "PRESETS",
@@ -62,3 +92,17 @@ __all__ = [
     "trace",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that a public name lives in, the first time it is asked for."""
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(import_module(f"{__name__}.{home}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,86 +1,19 @@
-"""Budgets: what the final network may cost, and the exact structure that uses it.
+"""The exact structure that uses a budget, and the controllers on the way to it.
 
 Legend: u, u_G target and present sparsity (1 - kept share); lambda the pressure (paper, Eq 4).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .cost import Cost, CostModel
 from .errors import BudgetError
+from .limits import Budget, Limits
 from .space import Space
-
-Amount = str | int | float | None
-
-
-@dataclass(frozen=True)
-class Limits:
-    """A budget in absolute numbers for one frame; None where there is no limit."""
-
-    params: int | None
-    flops: int | None
-
-    def tensor(self) -> Tensor:
-        """int64 [2]: parameters and FLOPs, the largest integer where there is no limit."""
-        most = torch.iinfo(torch.int64).max
-        return torch.tensor([most if x is None else x for x in (self.params, self.flops)])
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What the final network may cost at most.
-
-    Args:
-        params: parameters: a share of the frame such as "36%", or an absolute number such as 100_000.
-        flops: FLOPs (2 x multiply-accumulates) for one sample, likewise.
-
-    Raises:
-        BudgetError: neither is given, or one is not a share in (0 %, 100 %] or a positive number.
-    """
-
-    params: Amount = None
-    flops: Amount = None
-
-    def __post_init__(self) -> None:
-        """Name the bad field."""
-        if self.params is None and self.flops is None:
-            raise BudgetError('a budget needs params or flops, e.g. Budget(params="36%") or Budget(flops=20_000_000)')
-        for name in ("params", "flops"):
-            _amount(name, getattr(self, name), None)
-
-    def __str__(self) -> str:
-        return " and ".join(
-            f"{name} <= {x}" for name, x in (("params", self.params), ("flops", self.flops)) if x is not None
-        )
-
-    def limits(self, frame: Cost) -> Limits:
-        """The budget in absolute numbers for a frame of the given cost."""
-        return Limits(_amount("params", self.params, frame.params), _amount("flops", self.flops, frame.flops))
-
-
-def _amount(name: str, value: Amount, full: int | None) -> int | None:
-    """An absolute number, rounded down; with `full` None only the form is checked."""
-    if value is None:
-        return None
-    works = f'use a share such as {name}="36%" or an absolute number such as {name}=100_000'
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*%\s*", value)
-        if match is None:
-            raise BudgetError(f"{name}={value!r} is not a share; {works}")
-        share = float(match[1]) / 100
-        if not 0 < share <= 1:
-            raise BudgetError(f"{name}={value!r} must lie above 0% and at most at 100%; {works}")
-        return 0 if full is None else int(share * full + 1e-9)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0 or value % 1 != 0:
-        hint = f'; did you mean {name}="{value * 100:g}%"?' if isinstance(value, float) and 0 < value < 1 else ""
-        raise BudgetError(f"{name}={value!r} is not a positive whole number{hint}; {works}")
-    return int(value)
 
 
 def check_feasible(budget: Budget, limits: Limits, costs: CostModel) -> None:

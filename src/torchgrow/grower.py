@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .budget import Budget, Limits, check_feasible, fit, largest_shift, pressure, shed
+from .budget import check_feasible, fit, largest_shift, pressure, shed
 from .calling import Carries
 from .cost import Cost, CostModel
 from .depth import Named
@@ -22,6 +22,7 @@ from .errors import BudgetError, StructureError, TorchgrowError
 from .fold import Fold, Folding
 from .guard import guard_
 from .indicators import Indicators, Method
+from .limits import Budget, Limits
 from .optimizers import check_optimizers
 from .proof import prove, trace
 from .replay import Couples, replay

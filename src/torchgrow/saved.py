@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .budget import Limits
 from .cost import CostModel
 from .distributed import Ranks
 from .errors import SavedModelError, StructureError, TrainingError
 from .fold import Fold, Folding
 from .indicators import Indicators, Method
+from .limits import Limits
 from .space import Space
 from .state import (
     FORMAT,

@@ -18,7 +18,7 @@ from torchgrow.lab.attention import GPT, ViT
 from torchgrow.lab.data import load
 from torchgrow.lab.display import Display
 from torchgrow.lab.metrics import ACCURACY, PERPLEXITY, metric_of
-from torchgrow.lab.recipes import get
+from torchgrow.lab.recipes import Recipe, get
 from torchgrow.lab.recurrent import LSTM
 from torchgrow.lab.text import TextData
 
@@ -211,20 +211,39 @@ def test_adamw_decays_matrices_only():
     assert len(decayed | plain) == len(names)
 
 
-def test_a_cosine_rises_and_falls():
-    """4 of 20 steps up to the full rate in equal steps, then down half a cosine, to 0 after the last."""
-    parameter = nn.Parameter(torch.zeros(1))
-    recipe = replace(TINY_GPT, epochs=2, warmup=0.2, lr=1.0)
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
-    schedule, rates = train.make_schedule(optimizer, recipe, 10), []
-    for _ in range(20):
+def rates_of(recipe: Recipe, steps: int) -> list[float]:
+    """The learning rate of every step of a run, and the one after the last."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule, rates = train.make_schedule(optimizer, recipe, steps), []
+    for _ in range(steps * (recipe.epochs + recipe.then)):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
+    return [*rates, optimizer.param_groups[0]["lr"]]
+
+
+def test_a_cosine_rises_and_falls():
+    """4 of 20 steps up to the full rate in equal steps, then down half a cosine, to 0 after the last."""
+    rates = rates_of(replace(TINY_GPT, epochs=2, warmup=0.2, lr=1.0), 10)
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[12] == pytest.approx(0.5)
     assert rates == sorted(rates[:5]) + sorted(rates[5:], reverse=True)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0)
+    assert rates[-1] == pytest.approx(0)
+
+
+def test_a_linear_rate_falls_in_equal_steps():
+    """Up as a cosine's, then down to 0 in 16 equal steps."""
+    rates = rates_of(replace(TINY_GPT, epochs=2, warmup=0.2, lr=1.0, schedule="linear"), 10)
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert rates[4:] == pytest.approx([1 - step / 16 for step in range(17)])
+
+
+def test_a_wsd_rate_stays_then_falls():
+    """Up, constant until 6 of 20 steps are left, then down to 0 in 6 equal steps; anew for the phase after growth."""
+    recipe = replace(TINY_GPT, epochs=2, warmup=0.2, lr=1.0, schedule="wsd", decay=0.3)
+    expected = [0.2, 0.4, 0.6, 0.8, *[1.0] * 10, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]
+    assert rates_of(recipe, 10) == pytest.approx(expected)
+    assert rates_of(replace(recipe, then=2), 10) == pytest.approx([*expected[:-1], *expected])
 
 
 def test_a_text_too_short_says_so(folder, tmp_path):

@@ -84,8 +84,11 @@ class Job:
                 config["updates_per_epoch"] = replace(self.recipe, preset=base.preset()).updates_an_epoch()
         else:
             config |= {"depth": False, "meta": False}
+        # Fields that decide nothing go: rows from before there were such things stay good.
         if not self.recipe.channels_last:
-            del config["channels_last"]  # rows from before there was such a thing stay good
+            del config["channels_last"]
+        if self.recipe.schedule != "wsd":
+            del config["decay"]
         del config["preset"]
         return json.loads(json.dumps(config))
 

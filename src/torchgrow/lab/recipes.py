@@ -19,7 +19,7 @@ from torchgrow.lab.recurrent import LSTM
 
 PRECISIONS = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "adamw")
-SCHEDULES = ("milestones", "cosine")
+SCHEDULES = ("milestones", "cosine", "linear", "wsd")
 SIZES = ("small", "medium", "large")
 SCALES = ("small", "full")
 DEEP = "default:layer_lag=16"
@@ -49,10 +49,12 @@ class Recipe:
         side: height and width that images of a folder are resized to, in pixels.
         optimizer: one of `OPTIMIZERS`.
         lr: learning rate before the first milestone, or after warm-up.
-        schedule: one of `SCHEDULES`: steps at ``lr_milestones``, or a cosine down to 0.
+        schedule: one of `SCHEDULES`: "milestones", steps at ``lr_milestones``; "cosine" or "linear", down to 0 over the
+            whole run; "wsd" (warm up, stay, decay), constant and then linear down to 0 over the last ``decay``.
         lr_milestones: fractions of the run after which the learning rate is multiplied by ``lr_factor``.
         lr_factor: see there.
-        warmup: share of the run in which a cosine's learning rate first rises from 0.
+        warmup: share of the run in which the learning rate first rises from 0; not with milestones.
+        decay: share of the run in which the learning rate of "wsd" falls to 0.
         momentum: of SGD.
         nesterov: whether SGD's momentum is Nesterov's.
         weight_decay: on all parameters with SGD; with AdamW on matrices, not on biases, norms and positions.
@@ -92,6 +94,7 @@ class Recipe:
     lr_milestones: tuple[float, ...] = (0.5, 0.75)
     lr_factor: float = 0.1
     warmup: float = 0.0
+    decay: float = 0.3
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
@@ -121,7 +124,8 @@ class Recipe:
         need("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         need("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         need("warmup", 0 <= self.warmup < 1, "a share of the run, at least 0 and below 1")
-        need("warmup", self.warmup == 0 or self.schedule == "cosine", "0 with milestones, which do not warm up")
+        need("warmup", self.warmup == 0 or self.schedule != "milestones", "0 with milestones, which do not warm up")
+        need("decay", 0 < self.decay <= 1 - self.warmup, "a share of the run, above 0 and at most 1 - warmup")
         need("clip", self.clip is None or self.clip > 0, "above 0 (norm of the gradients), or None for any")
         need("lr", self.lr > 0, "above 0")
         milestones = self.lr_milestones
@@ -176,7 +180,7 @@ class Recipe:
         """
         try:
             base = get(config["name"])
-            config = {"channels_last": False, **config}  # of runs before there was such a thing
+            config = {"channels_last": False, "decay": 0.3, **config}  # of runs before there were such things
             build = base.build.func if isinstance(base.build, partial) else base.build
             if config["model"] != build.__name__:
                 raise TorchgrowError(f"the network of recipe {base.name!r} is {build.__name__}, not {config['model']}")
@@ -184,7 +188,7 @@ class Recipe:
             changed = {name: tuple(v) if isinstance(v, list) else v for name, v in changed.items()}
             grown = partial(build, **_arguments(config["grown_arguments"])) if "grown_arguments" in config else None
             limits = dict(part.split(" <= ") for part in config["budget"].split(" and "))
-            budget = Budget(**{name: x if x.endswith("%") else int(float(x)) for name, x in limits.items()})
+            budget = Budget(**limits)
             own = partial(build, **_arguments(config["model_arguments"]))
             return replace(base, build=own, build_grown=grown, budget=budget, **changed)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -117,7 +117,10 @@ def _factor(recipe: Recipe, steps: int, step: int) -> float:
     rising = round(recipe.warmup * total)
     if step < rising:
         return (step + 1) / (rising + 1)
-    return (1 + math.cos(math.pi * (step - rising) / max(1, total - rising))) / 2
+    if recipe.schedule == "cosine":
+        return (1 + math.cos(math.pi * (step - rising) / max(1, total - rising))) / 2
+    falling = max(1, round(recipe.decay * total) if recipe.schedule == "wsd" else total - rising)
+    return min(1.0, (total - step) / falling)
 
 
 def example(model: nn.Module, data: Data) -> tuple[Any, dict[int | str, int | str] | None]:
