@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import zoo_sequences
 from damage import reseal
 from torchgrow import (
     Budget,
+    Context,
     Grower,
     SavedModelError,
     TorchgrowError,
@@ -297,6 +299,55 @@ def test_without_a_rule_an_operation_freezes_and_with_one_it_does_not() -> None:
         del RULES["tril"]
     assert not space.removable.any(), "a wrong rule is caught by the proof"
     assert any(frozen.op == "proof" for frozen in space.frozen)
+
+
+class Middle(nn.Module):
+    """a(3, 6) -> what is given -> b(6, 4) -> relu -> c(4, 2)"""
+
+    def __init__(self, middle: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.middle = nn.Linear(3, 6), nn.Linear(6, 4), nn.Linear(4, 2), middle
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(torch.relu(self.b(self.middle(self.a(x)))))
+
+
+def in_place(y: torch.Tensor) -> torch.Tensor:
+    y = y.clone()
+    y.view(-1, 3, 2)[:, 0].sinh_()
+    return y
+
+
+def failing(context: Context, func: object, named: dict[str, object], out: torch.Tensor) -> None:
+    """A rule that has already passed labels on, and lost an argument, when it fails."""
+    context.set_layers(out, context.layers(named.pop(next(iter(named)))))  # type: ignore[arg-type]
+    raise ValueError("no such axis\nand more")
+
+
+@pytest.mark.parametrize(
+    ("middle", "where"),
+    [(torch.sinh, "model: aten.sinh (test_extending.py:"), (in_place, "model: aten.sinh_ (test_extending.py:")],
+)
+def test_a_rule_that_fails_keeps_what_enters_as_if_there_were_none(
+    middle: Callable[[torch.Tensor], torch.Tensor], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RULES, "sinh", failing)
+    space = trace(Middle(middle), torch.randn(5, 3))
+    assert space.widths(space.everything()) == {"b": 4}
+    (frozen,) = [frozen for frozen in space.frozen if frozen.op.startswith("aten.sinh")]
+    assert str(frozen).startswith(where)
+    assert frozen.places == (("a.weight", 0),)
+    assert frozen.reason == "has a rule that failed (ValueError: no such axis), so what enters it is kept"
+
+
+def test_a_module_rule_that_fails_keeps_what_enters_and_what_is_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODULE_RULES, nn.PReLU, failing)
+    space = trace(Middle(nn.PReLU(6)), torch.randn(5, 3))
+    assert space.widths(space.everything()) == {"b": 4}
+    (frozen,) = [frozen for frozen in space.frozen if frozen.op == "PReLU"]
+    assert frozen.module == "middle"
+    assert frozen.places == (("a.weight", 0), ("middle.weight", 0))
+    assert "a rule that failed (ValueError: no such axis)" in frozen.reason
 
 
 def test_a_result_nobody_reads_costs_no_freedom() -> None:

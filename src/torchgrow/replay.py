@@ -27,7 +27,7 @@ from .adapters import adapted
 from .calling import Carries, call, carried_inputs, carried_outputs, check_model, opened, quiet_eval
 from .errors import TraceError
 from .findings import Findings, Freezing, Read
-from .labels import Labels, Layer
+from .labels import NOTHING, Labels, Layer
 from .rules import (
     CONSTANT,
     COUNTED,
@@ -439,9 +439,22 @@ class Replay(TorchDispatchMode):
         mutated = target if isinstance(target, Tensor) and target._is_view() else None
         before = self.layers(mutated) if mutated is not None else []
         named = step.operation.bind(step.args, step.kwargs)
-        (unknown if handler is None or step.empty else handler)(self, step.func, named, step.out)
+        rule = unknown if handler is None or step.empty else handler
+        self._obey(partial(rule, self, step.func, named, step.out), step.notes, _tensors((step.out,)))
         if mutated is not None and handler is not copy:
             self._check_view_write(mutated, before)
+
+    def _obey(self, rule: Callable[[], None], given: Iterable[Tensor | Note], results: Iterable[Tensor]) -> None:
+        """Apply a rule; one that raises keeps what enters, as an operation without a rule does."""
+        notes = [x if isinstance(x, Note) else self.note(x) for x in given]
+        entering = [layer for note in notes for layer in note.layers or ()]
+        try:
+            rule()
+        except Exception as error:
+            text = next(iter(str(error).splitlines()), "")
+            reason = f"has a rule that failed ({type(error).__name__}: {text}), so what enters it is kept"
+            said = [layer for note in map(self.note, results) for layer in note.layers or ()]
+            self._freeze(torch.cat([NOTHING, *(layer.symbols.flatten() for layer in (*entering, *said))]), reason)
 
     def _shadow(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], notes: list[Note]) -> Any:
         """On the meta device, what the operation gives in fact: positions and masks decide which way a forward goes.
@@ -580,7 +593,8 @@ class Replay(TorchDispatchMode):
         self._catch_up()
         self.module = self.module_names.get(id(module), type(module).__name__)
         self.op, self.line = "left out", _user_line()
-        either(self, self.entering.pop(slot.unit), output[0] if slot.skip.outputs else output)
+        ends = self.entering.pop(slot.unit), output[0] if slot.skip.outputs else output
+        self._obey(partial(either, self, *ends), ends, ends)
 
     def _enter_whole(self, module: nn.Module, inputs: Any) -> None:
         """Look away until `_leave_whole`: the module has a rule of its own."""
@@ -595,9 +609,11 @@ class Replay(TorchDispatchMode):
         self.module = self.module_names.get(id(module), type(module).__name__)
         self.op, self.line = type(module).__name__, _user_line()
         named = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        self._used(self.notes.get(id(x)) for x in tree_leaves(named) if isinstance(x, Tensor))
+        given = _tensors(tree_leaves(named))
+        self._used(self.notes.get(id(x)) for x in given)
+        rule = partial(MODULE_RULES[type(module)], self, module, named, output)
         with torch.utils._python_dispatch._disable_current_modes():
-            MODULE_RULES[type(module)](self, module, named, output)
+            self._obey(rule, [*given, *module.parameters(), *module.buffers()], _tensors(tree_leaves(output)))
 
 
 def _has_mask(indices: Any) -> bool:
