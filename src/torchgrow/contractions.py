@@ -13,6 +13,7 @@ from .rules import Context, aligned, first_tensor, harmonize, on_axis, placed, r
 
 def contract(ctx: Context, produced: Layer | None, weight: Layer | None) -> None:
     """Sum over an axis: tie what enters with the columns that read it; freeze the side that stands alone."""
+    produced, weight = (_met(ctx, layer) for layer in (produced, weight))
     if produced is not None and weight is not None:
         ctx.unify(produced, weight)
         ctx.read(produced, weight)
@@ -20,6 +21,14 @@ def contract(ctx: Context, produced: Layer | None, weight: Layer | None) -> None
         ctx.freeze(weight, "reads values that cannot be removed")
     elif produced is not None:
         ctx.freeze(produced, "is summed over against values that carry no labels")
+
+
+def _met(ctx: Context, layer: Layer | None) -> Layer | None:
+    """The layer, unless it has met nothing that it could follow."""
+    if layer is not None and ctx.follows(layer):
+        ctx.freeze(layer, "")
+        return None
+    return layer
 
 
 @rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution", counted=True)
@@ -188,7 +197,8 @@ def addmm(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     a, b = named.get("mat1", named.get("batch1")), named.get("mat2", named.get("batch2"))
     assert isinstance(a, Tensor)
     assert isinstance(b, Tensor)
-    product(ctx, a, ctx.layers(a), b, ctx.layers(b), named["self"], out)
+    bias = named["self"] if named.get("beta", 1) != 0 else None  # then it is not read
+    product(ctx, a, ctx.layers(a), b, ctx.layers(b), bias, out)
 
 
 def product(

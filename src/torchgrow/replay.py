@@ -27,7 +27,7 @@ from .adapters import adapted
 from .calling import Carries, call, carried_inputs, carried_outputs, check_model, opened, quiet_eval
 from .errors import TraceError
 from .findings import Findings, Freezing, Read
-from .labels import NOTHING, Labels, Layer
+from .labels import FIXED, NOTHING, Labels, Layer
 from .rules import (
     CONSTANT,
     COUNTED,
@@ -167,6 +167,7 @@ class Replay(TorchDispatchMode):
         self.notes: dict[int, Note] = {}  # by id, which a tensor takes with it when it goes
         self.operations: dict[Any, Operation] = {}
         self.split_layers: list[Layer] = []
+        self.ends = 0, 0, 0  # of the symbols of parameters, of buffers, of carried states; followers come after
         self.entering: dict[int, Tensor] = {}  # inputs of the layers under way that may be left out
         self.module_names = {id(module): name for name, module in model.named_modules()}
         self.stack: list[str] = []
@@ -186,6 +187,8 @@ class Replay(TorchDispatchMode):
         self.found.symbols.update(zip(places, symbols.split(sizes), strict=True))
         packed = dict(zip(places, (symbols << 1 | 1).split(sizes), strict=True))
         parameters = set(self.found.parameters)
+        of_parameters = sum(n for (name, _), n in zip(places, sizes, strict=True) if name in parameters)
+        self.ends = 1 + of_parameters, self.labels.count, self.labels.count
         for name, tensor in tensors.items():
             layers = []
             for axis, size in enumerate(tensor.shape):
@@ -295,12 +298,27 @@ class Replay(TorchDispatchMode):
         if note is not None and note.name:
             self.found.counted[note.name.rpartition(".")[0], attribute] = symbols
 
+    def owned(self, layer: Layer) -> bool:
+        """Whether any of its symbols is of a parameter or a carried state."""
+        roots = self.labels.find(layer.symbols)  # the smallest of their classes; parameters come before buffers
+        of_parameters, of_tensors, given = self.ends
+        owned = (roots > FIXED) & (roots < of_parameters) | (roots >= of_tensors) & (roots < given)
+        return bool(owned.any())
+
+    def follows(self, layer: Layer) -> bool:
+        """Whether it has met nothing but followers yet."""
+        return bool((self.labels.find(layer.symbols) >= self.ends[2]).all())
+
+    def follower(self, size: int) -> Layer:
+        """Fresh symbols: no tensor of the model has them."""
+        return Layer(self.labels.new(size) << 1, frozenset(), compact=True)
+
     def constant_along(self, tensor: Tensor, axis: int) -> bool:
         """Constant by construction (stride 0), or by value where no input has a say."""
         if tensor.stride(axis) == 0:
             return True
         note = self.notes.get(id(tensor))
-        if note is not None and (note.from_input or note.layers is not None):
+        if note is not None and (note.from_input or (note.layers is not None and not note.filled)):
             return False
         values = tensor if not tensor.is_meta else note.shadow if note is not None else None
         return values is not None and bool((values == values.narrow(axis, 0, 1)).all())
@@ -354,7 +372,7 @@ class Replay(TorchDispatchMode):
         if self.whole is None and tensors:
             module = self.stack[-1] if self.stack else ""
             # torch makes another tensor of a factory's result if somebody holds on to it
-            held = None if operation.handler is constant else out
+            held = ref(out) if operation.handler is constant else out
             step = Step(operation, func, args, kwargs, held, notes, not results, module, _user_line())
             self.pending.append(step)
             self.pending_bytes += sum(x.nbytes for x in results)
@@ -440,7 +458,8 @@ class Replay(TorchDispatchMode):
         before = self.layers(mutated) if mutated is not None else []
         named = step.operation.bind(step.args, step.kwargs)
         rule = unknown if handler is None or step.empty else handler
-        self._obey(partial(rule, self, step.func, named, step.out), step.notes, _tensors((step.out,)))
+        out = step.out() if handler is constant else step.out  # None, if it has gone
+        self._obey(partial(rule, self, step.func, named, out), step.notes, _tensors((out,)))
         if mutated is not None and handler is not copy:
             self._check_view_write(mutated, before)
 
@@ -498,6 +517,7 @@ class Replay(TorchDispatchMode):
         for x in given:
             self.note(x).from_input = True
         states = {i: self._label_state(given[i]) for indices in entering.values() for i in indices}
+        self.ends = *self.ends[:2], self.labels.count
         pre = nn.modules.module.register_module_forward_pre_hook(self._enter)
         post = nn.modules.module.register_module_forward_hook(self._leave, always_call=True)
         handles = [pre, post]

@@ -51,6 +51,15 @@ class Context(Protocol):
     def count(self, owner: Tensor, attribute: str, symbols: Tensor) -> None:
         """Note that an int attribute of the module owning a parameter counts `symbols`."""
 
+    def owned(self, layer: Layer) -> bool:
+        """Whether any of its symbols is of a parameter or a carried state."""
+
+    def follows(self, layer: Layer) -> bool:
+        """Whether it has met nothing but followers yet."""
+
+    def follower(self, size: int) -> Layer:
+        """A new layer, one-axis, of positions that will be as many as those they meet."""
+
     def constant_along(self, tensor: Tensor, axis: int) -> bool:
         """Whether an unlabelled tensor has the same values all along an axis, whatever the inputs are."""
 
@@ -155,9 +164,8 @@ def harmonize(
             if not varying:
                 continue
             common = set.intersection(*(set(layer.axes) for layer in varying))
-            largest = max((layer.axes for layer in varying), key=len)
             agree = all(set(layer.axes) == common for layer in varying)
-            if not agree and largest[0] in common:  # heads x width meets heads: heads stay free; else width is merged
+            if not agree and _worth_keeping(ctx, operands, axis, common):
                 changed = agree = True
                 for _, layers in operands:
                     for i, layer in enumerate(layers):
@@ -171,6 +179,17 @@ def harmonize(
                 changed = True
                 for _, layers in operands:
                     layers[:] = without_axes(ctx, layers, [axis], reason)
+
+
+def _worth_keeping(ctx: Context, operands: Sequence[tuple[Tensor, list[Layer]]], axis: int, common: set[int]) -> bool:
+    """Whether labels over `common` axes stay where they meet such over more axes, which are then given up.
+
+    Heads do where heads x width meet heads, and channels where several maps of them meet the channels of another
+    activation. Constants (positions, scales of a width) give way to heads instead.
+    """
+    largest = max((layer.axes for _, layers in operands for layer in layers if axis in layer.axes), key=len)
+    fewest = [(tensor, layer) for tensor, layers in operands for layer in layers if set(layer.axes) == common]
+    return largest[0] in common or any(ctx.depends_on_input(tensor) and ctx.owned(layer) for tensor, layer in fewest)
 
 
 # --- position by position -------------------------------------------------------------------------------------
@@ -337,21 +356,55 @@ def same(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
 def reshape(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """Replayed on the labels; a view that spreads one axis over several must stay a box."""
     source = named["self"]
-    moved = [layer.move(source.shape, lambda t: t.reshape(out.shape)) for layer in ctx.layers(source)]
-    for layer in moved:
-        if layer is not None and len(layer.axes) > 1:
+    layers = _apart(ctx, ctx.layers(source), lambda layer: layer.move(source.shape, lambda t: t.reshape(out.shape)))
+    for layer in layers:
+        if len(layer.axes) > 1:
             ctx.split_view(layer)
-    ctx.set_layers(out, moved)
+    ctx.set_layers(out, layers)
+
+
+def _apart(ctx: Context, layers: Sequence[Layer], joined: Callable[[Layer], Layer | None]) -> list[Layer]:
+    """Layers after a view that joins axes; of two that now vary along one axis the second is frozen.
+
+    A position there would go with either of two units. What parameters own stays before what follows, and then what
+    varied along the outer axis: heads, not what is the same in each of them. Of followers the inner one stays: the
+    outer one is the batch.
+    """
+    kept: list[Layer] = []
+    if len(layers) > 1:
+        layers = sorted(layers, key=lambda x: (0, x.axes[0]) if ctx.owned(x) else (1, -x.axes[0]))
+    for layer in layers:
+        moved = joined(layer)
+        if moved is None:
+            continue
+        if any(not set(other.axes).isdisjoint(moved.axes) for other in kept):
+            ctx.freeze(layer, "lies along one axis with other units")
+        else:
+            kept.append(moved)
+    return kept
+
+
+@rule("expand", "broadcast_to", "expand_as")
+def expand(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """One position shown many times: as many as the labels ask for that it meets."""
+    source, lead = named["self"], out.dim() - named["self"].dim()
+    layers: list[Layer | None] = list(aligned(ctx.layers(source), out.dim()))
+    if layers or ctx.depends_on_input(source):
+        stretched = [k for k in range(out.dim()) if out.shape[k] > 1 and (k < lead or source.shape[k - lead] == 1)]
+        layers += [placed(ctx.follower(out.shape[axis]), out.dim(), axis) for axis in reversed(stretched)]
+    ctx.set_layers(out, layers)
 
 
 @rule(
-    "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "flip", "repeat", "movedim", "expand_as",
-    "pixel_shuffle", "pixel_unshuffle", "broadcast_to", "numpy_T", "diagonal", "T", "mT",
+    "permute", "transpose", "t", "unsqueeze", "squeeze", "flip", "repeat", "movedim", "pixel_shuffle",
+    "pixel_unshuffle", "numpy_T", "diagonal", "T", "mT",
 )  # fmt: skip
 def movement(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """Replay the same operation on the labels."""
     source = named.pop("self")
-    ctx.set_layers(out, [layer.move(source.shape, lambda t: func(t, **named)) for layer in ctx.layers(source)])
+    ctx.set_layers(
+        out, _apart(ctx, ctx.layers(source), lambda layer: layer.move(source.shape, lambda t: func(t, **named)))
+    )
 
 
 @rule("im2col")
@@ -494,6 +547,14 @@ def index(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     ctx.set_layers(out, [layer.move(source.shape, lambda t: func(t, **named)) for layer in layers])
 
 
+@rule("tril", "triu")
+def triangle(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """Zeros on one side of the diagonal of matrices in the last two axes."""
+    source = named["self"]
+    axes = [source.dim() - 2, source.dim() - 1]
+    ctx.set_layers(out, without_axes(ctx, ctx.layers(source), axes, "sets a triangle of these axes to zero"))
+
+
 @rule("gather")
 def gather(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """As `index`, along one axis; the index must span the others."""
@@ -561,14 +622,18 @@ def _written_through(ctx: Context, target: Tensor, base: Tensor, under: list[Lay
 CONSTANT = frozenset(
     {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
 )
-"""New tensors of a size taken from another: they carry no labels and do not depend on its values."""
+"""New tensors that do not depend on the values of the tensor they are made from."""
 FILLED = CONSTANT | {"zeros", "ones", "full", "empty"}
 """What makes tensors with one value everywhere (or with none that counts)."""
 
 
 @rule(*CONSTANT)
 def constant(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """The same value everywhere, at whatever size: nothing to note."""
+    """The same value everywhere. Made `like` a tensor it has as many positions; else a size of its own, unlabelled."""
+    kind = func._overloadpacket.__name__
+    if kind.endswith("_like") and out is not None:
+        zero = kind == "zeros_like"
+        ctx.set_layers(out, [layer.with_silence(zero, frozenset()) for layer in ctx.layers(named["self"])])
 
 
 @rule("cat", "concat", "concatenate")
@@ -577,22 +642,19 @@ def cat(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     parts = [part for part in named["tensors"] if part.numel()]
     dim = named.get("dim", 0) % out.dim()
     operands = [(part, ctx.layers(part)) for part in parts]
-    for _, layers in operands:
-        multi = [layer for layer in layers if dim in layer.axes and len(layer.axes) > 1]
-        single = [layer for layer in layers if layer not in multi]
-        layers[:] = single + without_axes(ctx, multi, [dim], "concatenates along one of several labelled axes")
     others = [axis for axis in range(out.dim()) if axis != dim]
     harmonize(ctx, operands, others, out.dim(), "concatenates parts with different or no labels")
+    along = [[layer for layer in layers if dim in layer.axes] for _, layers in operands]
+    if len({tuple(layer.axes for layer in layers) for layers in along}) > 1 or len(along[0]) > 1:
+        reason = "concatenates along one of several labelled axes"
+        for _, layers in operands:  # only now: the other axes may have been given up already
+            multi = [layer for layer in layers if dim in layer.axes and len(layer.axes) > 1]
+            single = [layer for layer in layers if layer not in multi]
+            layers[:] = single + without_axes(ctx, multi, [dim], reason)
+        along = [[layer for layer in layers if layer.axes == (dim,)] for _, layers in operands]
     result: list[Layer | None] = []
-    along = [on_axis(layers, dim) for _, layers in operands]
-    if any(layer is not None for layer in along):
-        shape = [1] * out.dim()
-        packed = []
-        for part, layer in zip(parts, along, strict=True):
-            shape[dim] = part.shape[dim]
-            packed.append(torch.zeros(shape, dtype=torch.int64) if layer is None else layer.packed)
-        sources = frozenset().union(*(layer.sources for layer in along if layer is not None))
-        result.append(Layer(torch.cat(packed, dim), sources))
+    if any(along):
+        result.append(_in_a_row(ctx, [part.shape[dim] for part in parts], along, dim))
     groups: dict[tuple[int, ...], list[tuple[int, Layer]]] = {}
     for index, (_, layers) in enumerate(operands):
         for layer in layers:
@@ -603,6 +665,21 @@ def cat(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
             ctx.unify(members[0][1], other)
         result.append(combined(members[0][1], members, set(), True, len(operands)))
     ctx.set_layers(out, result)
+
+
+def _in_a_row(ctx: Context, sizes: Sequence[int], along: Sequence[Sequence[Layer]], dim: int) -> Layer:
+    """The labels of parts of such sizes along an axis; of each the layer that varies there, if one does."""
+    given = [layers[0] for layers in along if layers]
+    rest = torch.broadcast_shapes(*(layer.packed.movedim(dim, 0).shape[1:] for layer in given))
+    nothing = torch.zeros((1,) * given[0].packed.dim(), dtype=torch.int64)
+    packed = [
+        (layers[0].packed if layers else nothing).expand(*rest[:dim], size, *rest[dim:])
+        for size, layers in zip(sizes, along, strict=True)
+    ]
+    row = Layer(torch.cat(packed, dim), frozenset().union(*(layer.sources for layer in given)))
+    if len(row.axes) > 1:
+        ctx.split_view(row)
+    return row
 
 
 @rule("stack")
