@@ -23,7 +23,7 @@ from .fold import Fold, Folding
 from .guard import guard_
 from .indicators import Indicators, Method
 from .limits import Budget, Limits
-from .optimizers import check_optimizers
+from .optimizers import check_optimizers, first_rate, peak_rate, present_rate
 from .proof import prove, trace
 from .replay import Couples, replay
 from .saved import Saved, forget_compiled
@@ -114,7 +114,7 @@ class Grower(Saved):
         self._bank = Bank(model, self.space, self.optimizers, seed=seed, device=device)
         self._parameters = dict(model.named_parameters())
         self._gated = sorted({name for name, _ in self.space.fold})
-        self._initial_lr = self._learning_rate(initial=True)
+        self._initial_lr = first_rate(self.optimizer)
         self._folding = Folding(self.optimizers, self._step, lambda: self._indicators.gate)
         self._followers: list[Bank] = []
         self._copies: list[Bank] = []  # those of them that began with the frame's own weights
@@ -457,12 +457,15 @@ class Grower(Saved):
         self._indicators.step(task_gradient, self._penalty, self._rate())
 
     def _rate(self) -> float:
-        """Present over initial learning rate of the weights."""
-        return self._learning_rate() / self._initial_lr if self._initial_lr else 1.0
+        """Present over full learning rate of the weights, never above 1.
 
-    def _learning_rate(self, initial: bool = False) -> float:
-        group = self.optimizers[0].param_groups[0]
-        return float(group.get("initial_lr", group["lr"]) if initial else group["lr"])
+        Full is the peak of a one-cycle schedule, else the first rate or the highest since: where the first is low the
+        indicators' own would be carried many times beyond what it is made for.
+        """
+        rate = present_rate(self.optimizer)
+        self._initial_lr = max(self._initial_lr, rate)
+        full = peak_rate(self.optimizer) or self._initial_lr
+        return min(1.0, rate / full) if full else 1.0
 
 
 def _give_back() -> None:

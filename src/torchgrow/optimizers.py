@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -120,3 +121,31 @@ def _first_slots(optimizer: torch.optim.Optimizer, trained: Sequence[Tensor], li
                 for key, slot in optimizer.state[parameter].items()
             }
     return {}
+
+
+# --- learning rates ---
+
+
+def present_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Learning rate of the first group of parameters; 0 where it has none of its own."""
+    return float(optimizer.param_groups[0].get("lr") or 0.0)
+
+
+def peak_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The rate that a one-cycle schedule leads to, which it writes into the group; 0 without one."""
+    return float(optimizer.param_groups[0].get("max_lr") or 0.0)
+
+
+def first_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Learning rate that the first group was made with, which a schedule made since may have changed.
+
+    Most schedules note it as `initial_lr`. Those that go in cycles note there the low rate that they begin with and
+    set that for all groups; what the optimizer was made with is then left in its defaults alone.
+    """
+    rates = [group.get("initial_lr", group.get("lr")) for group in optimizer.param_groups]
+    made_with = optimizer.defaults.get("lr")
+    cycles = {"max_lr", "max_momentum"} & optimizer.param_groups[0].keys()
+    usual = inspect.signature(type(optimizer).__init__).parameters.get("lr")
+    given = made_with is not None and (usual is None or usual.default != made_with)
+    replaced = "initial_lr" in optimizer.param_groups[0] and (cycles or (given and made_with not in rates))
+    return float((made_with if replaced else rates[0]) or 0.0)
