@@ -1,12 +1,15 @@
 """Budgets: Eq 4, the planned shift, and the final fit against a slow literal greedy one on random small spaces."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from torchgrow import Budget, Cost, Method, Space
 from torchgrow.budget import fit, largest_shift, pressure, shed
@@ -160,6 +163,33 @@ def test_largest_shift(problem: tuple[Space, Tensor, Tensor, Limits], align: int
     live, least = costs.live(keep), costs.smallest()
     held = (live % indicators.steps == 0) | (live < indicators.steps) | (live == least) | (live == costs.sizes)
     assert bool(held.all())
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return result
+
+
+def test_memory_grows_with_the_network() -> None:
+    """A chain of 400 layers: what is counted anew for one group are the two maps that contain it."""
+    space = chain([2] * 400, [1] * 401)
+    with Largest() as largest:
+        costs = CostModel(space)
+        indicators = Indicators(space, Method.default(), updates=5, seed=0)
+        limits, steps = Limits(int(costs.both(costs.sizes)[0]) // 2, None), torch.ones(400, dtype=torch.int64)
+        largest_shift(indicators.shifted(), costs, limits.tensor())
+        fit(space, costs, indicators.seed_structure(), indicators.score(), limits, steps)
+        fit(space, costs, space.everything(), indicators.score(), limits, steps)
+        worth = torch.rand(space.n_units, dtype=torch.float64)
+        shed(space, costs, space.everything(), worth, limits.tensor(), steps)
+    assert largest.elements <= 20 * space.n_units
 
 
 def test_pressure_is_eq_4() -> None:

@@ -10,10 +10,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
-from torchgrow import Cost, Space, measure, shrink_
+from growing import batch
+from test_depth import Residual, Stages
+from torchgrow import Cost, Space, measure, shrink_, trace
 from torchgrow.adapters import adapted
 from torchgrow.calling import call
-from torchgrow.cost import CostModel
+from torchgrow.cost import CostModel, Tally
 from torchgrow.lab.models import ResNet
 from torchgrow.proof import Prover
 from torchgrow.replay import replay
@@ -62,6 +64,27 @@ def test_law_6_on_the_zoo(name: str) -> None:
         bank = shrink_(model, space, keep)
         assert costs.cost(keep) == measured(model, example)
         bank.restore_()
+
+
+@pytest.mark.parametrize("name", [*zoo.ZOO, "layers"])
+def test_what_one_group_changes_is_the_difference_of_two_costs(name: str) -> None:
+    """Counted from the products that contain the group, for all groups at once and one after the other."""
+    space = trace(Stages(Residual), batch(0)[0].float(), depth=True) if name == "layers" else zoo.space(name)
+    costs, generator = CostModel(space), torch.Generator().manual_seed(0)
+    live = costs.live(torch.rand(space.n_units, generator=generator) < 0.5)
+    for more in (torch.ones_like(live), -live, costs.sizes - live):
+        alone = live + torch.diag(more)
+        assert torch.equal(costs.each(live, more), costs.both(alone))
+        tally = Tally(costs, live)
+        for group, number in enumerate(more.tolist()):
+            after = costs.both(torch.tensor([*(live + more)[: group + 1].tolist(), *live[group + 1 :].tolist()]))
+            less = after - torch.tensor([0, 1])
+            if number:
+                assert not tally.change(group, number, less)  # too dear: nothing has changed
+            assert tally.change(group, number, after)
+            assert tally.fits(after)
+            assert not tally.fits(less)
+        assert tally.live == (live + more).tolist()
 
 
 @pytest.mark.parametrize(

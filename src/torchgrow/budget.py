@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .cost import Cost, CostModel
+from .cost import Cost, CostModel, Tally
 from .errors import BudgetError
 from .limits import Budget, Limits
 from .space import Space
@@ -96,6 +96,7 @@ def shed(space: Space, costs: CostModel, keep: Tensor, worth: Tensor, allowed: T
     """
     keep, live = keep.clone(), costs.live(keep)
     order = torch.argsort(worth, stable=True)
+    value = worth.tolist()
     queues: list[list[int]] = [[] for _ in range(space.n_groups)]  # by group, the least worth first
     for unit in order[keep[order] & space.removable[order]].tolist():
         queues[int(space.group_of[unit])].append(unit)
@@ -103,9 +104,10 @@ def shed(space: Space, costs: CostModel, keep: Tensor, worth: Tensor, allowed: T
         block = torch.where(live > steps, (live - 1) % steps + 1, 1)
         most = torch.minimum(live - space.least, torch.tensor([len(queue) for queue in queues]))
         block = torch.minimum(block, most)
-        saved = (costs.both(live) - costs.both(live - torch.diag(block))).double()  # [G, 2]
+        saved = (costs.both(live) - costs.each(live, -block)).double()  # [G, 2]
         saved = torch.where(excess > 0, saved / allowed, 0.0)
-        lost = torch.stack([worth[queue[:count]].sum() for queue, count in zip(queues, block.tolist(), strict=True)])
+        first = zip(queues, block.tolist(), strict=True)
+        lost = torch.tensor([value[q[0]] if n == 1 else float(worth[q[:n]].sum()) for q, n in first], dtype=worth.dtype)
         price = torch.where(saved.sum(1) > 0, lost / saved.sum(1), torch.inf)
         target, gained = (excess.clamp(min=0) / allowed).double() / 10, torch.zeros(2, dtype=torch.float64)
         for group in torch.argsort(price, stable=True).tolist():
@@ -138,27 +140,26 @@ def fit(space: Space, costs: CostModel, keep: Tensor, score: Tensor, limits: Lim
     """
     allowed, keep = limits.tensor(), keep.clone()
     order = torch.argsort(score, stable=True).tolist()
-    group_of, removable = space.group_of.tolist(), space.removable.tolist()
-    live, floor = costs.live(keep), space.least.tolist()
+    group_of, floor, tally = space.group_of.tolist(), space.least.tolist(), Tally(costs, costs.live(keep))
+    droppable = (keep & space.removable).tolist()
     for unit in order:
-        if bool((costs.both(live) <= allowed).all()):
+        if tally.fits(allowed):
             break
-        if keep[unit] and removable[unit] and live[group_of[unit]] > floor[group_of[unit]]:
+        if droppable[unit] and tally.live[group_of[unit]] > floor[group_of[unit]]:
             keep[unit] = False
-            live[group_of[unit]] -= 1
-    absent: dict[int, list[int]] = {}  # by group, best first; groups in the order of their best unit
-    for unit in reversed(order):
-        if not keep[unit]:
-            absent.setdefault(group_of[unit], []).append(unit)
+            tally.change(group_of[unit], -1)
     best_first = [unit for unit in reversed(order) if not keep[unit]]
-    _add(space, best_first, absent, keep, live, costs, allowed, steps.tolist())
-    eye = torch.eye(space.n_groups, dtype=torch.int64)
-    flops = costs.both(live + eye)[:, 1].tolist()
+    absent: dict[int, list[int]] = {}  # by group, best first; groups in the order of their best unit
+    for unit in best_first:
+        absent.setdefault(group_of[unit], []).append(unit)
+    _add(space, best_first, absent, keep, tally, allowed, steps.tolist())
+    live = torch.tensor(tally.live, dtype=torch.int64)
+    flops = costs.each(live, torch.ones_like(live))[:, 1].tolist()
     cheapest_first = sorted((u for u in best_first if not keep[u]), key=lambda u: flops[group_of[u]])
     before = None
     while before is None or not torch.equal(before, keep):  # a layer that came in may have room inside
         before = keep.clone()
-        _add(space, cheapest_first, absent, keep, live, costs, allowed, [1] * space.n_groups)
+        _add(space, cheapest_first, absent, keep, tally, allowed, [1] * space.n_groups)
     return keep
 
 
@@ -167,23 +168,20 @@ def _add(
     candidates: list[int],
     absent: dict[int, list[int]],
     keep: Tensor,
-    live: Tensor,
-    costs: CostModel,
+    tally: Tally,
     allowed: Tensor,
     steps: list[int],
 ) -> None:
-    """Bring the candidates' groups from step to step while that fits; edits `keep`, `live` and `absent` in place."""
+    """Bring the candidates' groups from step to step while that fits; edits `keep`, `tally` and `absent` in place."""
     group_of, owner = space.group_of.tolist(), space.owner.tolist()
     closed: set[int] = set()  # costs only grow, so a group that does not fit once never fits again
     for unit in candidates:
         group = group_of[unit]
         if group in closed or keep[unit] or (owner[unit] >= 0 and not keep[owner[unit]]):
             continue
-        count = min(steps[group] - int(live[group]) % steps[group], len(absent[group]))
-        live[group] += count
-        if bool((costs.both(live) <= allowed).all()):
+        count = min(steps[group] - tally.live[group] % steps[group], len(absent[group]))
+        if tally.change(group, count, allowed):
             entering, absent[group] = absent[group][:count], absent[group][count:]
             keep[entering] = True
         else:
-            live[group] -= count
             closed.add(group)

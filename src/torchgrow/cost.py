@@ -1,12 +1,13 @@
 """What a network of the space costs: parameters and FLOPs, exactly, from the number of live units per group.
 
-Every count is `base + multiplicity * live units`, every cost a sum of products of counts, so the whole cost of a
-structure is a few small matrix operations on one integer per group.
+Every count is `base + multiplicity * live units`, every cost a sum of products of counts. What one group changes is
+counted from the products that contain it, so time and memory grow with the network and not with a power of it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,42 +38,54 @@ class CostModel:
     def __init__(self, space: Space) -> None:
         self.space = space
         self.sizes = torch.bincount(space.group_of, minlength=space.n_groups)
-        self._rows: dict[tuple[int, ...], int] = {}
-        self._base: list[int] = []
-        self._multiplicity: list[list[int]] = []
+        self._rows: dict[tuple[int, tuple[tuple[int, int], ...]], int] = {}
         self._row(torch.full((1,), -1, dtype=torch.int64))  # row 0 always counts 1: the padding of short products
-        params = []
+        terms: list[tuple[int, int, list[int]]] = []  # what its rows' product is worth in parameters and in FLOPs
         for name in space.parameters:
             shape, axes = space.shapes[name], space.cut_axes.get(name, ())
             whole = [size for axis, size in enumerate(shape) if axis not in axes]
             rows = [self._row(space.unit_of[name, axis]) for axis in axes]
             if name in space.slot_of:
                 rows.append(self._row(torch.tensor([space.slot_of[name]])))
-            params.append((_product(whole), rows))
-        flops = [(term.constant, [self._row(v) for v in term.vectors]) for term in space.flops]
-        self.base = torch.tensor(self._base, dtype=torch.int64)
-        self.multiplicity = torch.tensor(self._multiplicity, dtype=torch.int64).reshape(len(self._base), space.n_groups)
-        self.params, self.flops = self._pack(params), self._pack(flops)
+            terms.append((_product(whole), 0, rows))
+        terms += [(0, term.constant, [self._row(v) for v in term.vectors]) for term in space.flops]
+        most = max([len(rows) for *_, rows in terms] or [0])
+        self._constants = torch.tensor([term[:2] for term in terms], dtype=torch.int64).reshape(-1, 2)  # [T, 2]
+        factors = [rows + [0] * (most - len(rows)) for *_, rows in terms]  # padded with row 0
+        self._factors = torch.tensor(factors, dtype=torch.int64).reshape(len(terms), most)  # [T, most factors]
+        self._base = torch.tensor([base for base, _ in self._rows], dtype=torch.int64)
+        entries = sorted((group, row, each) for row, (_, groups) in enumerate(self._rows) for group, each in groups)
+        columns = torch.tensor(entries, dtype=torch.int64).reshape(-1, 3).unbind(1)
+        self._entry_group, self._entry_row, self._entry_each = (column.contiguous() for column in columns)
 
     def _row(self, vector: Tensor) -> int:
-        """Row of the count of live positions in a vector of unit ids; equal counts share a row."""
-        owned = vector[vector >= 0]
-        positions = torch.bincount(self.space.group_of[owned], minlength=self.space.n_groups)
-        each = torch.where(positions > 0, positions // self.sizes.clamp(min=1), 0)
-        key = (vector.numel() - owned.numel(), *each.tolist())
-        if key not in self._rows:
-            self._rows[key] = len(self._base)
-            self._base.append(key[0])
-            self._multiplicity.append(list(key[1:]))
-        return self._rows[key]
+        """Row of the count of live positions in a vector of unit ids; equal counts share a row.
 
-    @staticmethod
-    def _pack(terms: list[tuple[int, list[int]]]) -> tuple[Tensor, Tensor]:
-        """Constants [T] and factor rows [T, most factors], padded with row 0."""
-        most = max([len(rows) for _, rows in terms] or [0])
-        constants = torch.tensor([constant for constant, _ in terms], dtype=torch.int64)
-        factors = torch.tensor([rows + [0] * (most - len(rows)) for _, rows in terms], dtype=torch.int64)
-        return constants, factors.reshape(len(terms), most)
+        A row is the number of positions that always live, and of every group in it how many each of its units has.
+        """
+        owned = vector[vector >= 0]
+        groups, positions = self.space.group_of[owned].unique(return_counts=True)
+        each = positions // self.sizes[groups]
+        counted = torch.stack([groups, each], 1)[each > 0].tolist()
+        key = (vector.numel() - owned.numel(), tuple((group, number) for group, number in counted))
+        return self._rows.setdefault(key, len(self._rows))
+
+    @cached_property
+    def _touched(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Every term with every group in it, sorted by group.
+
+        Groups [P]; the terms' constants [P, 2] and factor rows [P, most factors]; and how many positions of each
+        factor a unit of the group has [P, most factors].
+        """
+        groups_of = [dict(groups) for _, groups in self._rows]
+        found = [
+            (group, term, *(groups_of[row].get(group, 0) for row in rows))
+            for term, rows in enumerate(self._factors.tolist())
+            for group in {group for row in rows for group in groups_of[row]}
+        ]
+        table = torch.tensor(sorted(found), dtype=torch.int64).reshape(len(found), 2 + self._factors.shape[1])
+        terms = table[:, 1]
+        return table[:, 0].contiguous(), self._constants[terms], self._factors[terms], table[:, 2:].contiguous()
 
     def live(self, keep: Tensor) -> Tensor:
         """Live units per group, int64 [G], of a keep vector, bool [n]."""
@@ -80,11 +93,21 @@ class CostModel:
 
     def both(self, live: Tensor) -> Tensor:
         """Parameters and FLOPs (for one sample, rounded down), int64 [..., 2], of live units per group [..., G]."""
-        counts = self.base + (live[..., None, :] * self.multiplicity).sum(-1)
-        results = []
-        for constants, factors in (self.params, self.flops):
-            results.append((constants * counts[..., factors].prod(-1)).sum(-1))
-        return torch.stack([results[0], results[1] // self.space.batch], -1)
+        return self._for_one(self._sums(self._counts(live)))
+
+    def each(self, live: Tensor, more: Tensor) -> Tensor:
+        """What `both` gives when one group alone has more units (or fewer), int64 [G, 2], for every group.
+
+        Args:
+            live: int64 [G], live units per group.
+            more: int64 [G], by how many the group in question has more.
+        """
+        counts = self._counts(live)
+        groups, constants, factors, slopes = self._touched
+        before = counts[factors]
+        gained = (before + more[groups, None] * slopes).prod(-1) - before.prod(-1)
+        sums = self._sums(counts).expand(self.space.n_groups, -1).clone()
+        return self._for_one(sums.index_add_(0, groups, gained[:, None] * constants))
 
     def cost(self, keep: Tensor) -> Cost:
         """Cost of a keep vector, bool [n]."""
@@ -94,6 +117,63 @@ class CostModel:
     def smallest(self) -> Tensor:
         """Fewest live units per group, int64 [G]: what cannot be removed, and at least one; of layers none."""
         return self.space.least
+
+    def _counts(self, live: Tensor) -> Tensor:
+        """Live positions of every row, int64 [..., R], of live units per group [..., G]."""
+        counts = self._base.expand(*live.shape[:-1], -1).clone()
+        return counts.index_add_(-1, self._entry_row, live[..., self._entry_group] * self._entry_each)
+
+    def _sums(self, counts: Tensor) -> Tensor:
+        """Parameters and FLOPs of the whole batch, int64 [..., 2], of counts [..., R]."""
+        return (counts[..., self._factors].prod(-1)[..., None] * self._constants).sum(-2)
+
+    def _for_one(self, sums: Tensor) -> Tensor:
+        """Parameters and FLOPs for one sample, rounded down, from those of the whole batch, int64 [..., 2]."""
+        return sums // torch.tensor([1, self.space.batch])
+
+
+class Tally:
+    """What a structure costs while one group after the other changes: only products that contain it are counted anew.
+
+    Args:
+        costs: of the space.
+        live: int64 [G], live units per group to begin with.
+
+    Attributes:
+        live: live units per group as they are now.
+    """
+
+    def __init__(self, costs: CostModel, live: Tensor) -> None:
+        self._costs, self.live = costs, live.tolist()
+        self._counts = costs._counts(live)
+        self._sums = costs._sums(self._counts)
+        ends = torch.arange(costs.space.n_groups + 1)
+        self._entries = torch.searchsorted(costs._entry_group, ends).tolist()  # where those of every group begin
+        self._terms = torch.searchsorted(costs._touched[0], ends).tolist()
+
+    def fits(self, allowed: Tensor) -> bool:
+        """Whether parameters and FLOPs, as of `CostModel.both`, are within int64 [2]."""
+        return self._within(self._sums, allowed)
+
+    def change(self, group: int, more: int, allowed: Tensor | None = None) -> bool:
+        """Give one group so many more units (or fewer), unless it would then not fit into `allowed`; whether done."""
+        sums = self._changed(group, more)
+        if allowed is not None and not self._within(sums, allowed):
+            return False
+        entries = slice(self._entries[group], self._entries[group + 1])
+        self._counts[self._costs._entry_row[entries]] += more * self._costs._entry_each[entries]
+        self._sums, self.live[group] = sums, self.live[group] + more
+        return True
+
+    def _within(self, sums: Tensor, allowed: Tensor) -> bool:
+        return bool((self._costs._for_one(sums) <= allowed).all())
+
+    def _changed(self, group: int, more: int) -> Tensor:
+        terms = slice(self._terms[group], self._terms[group + 1])
+        _, constants, factors, slopes = (column[terms] for column in self._costs._touched)
+        before = self._counts[factors]
+        gained = (before + more * slopes).prod(-1) - before.prod(-1)
+        return self._sums + (gained[:, None] * constants).sum(0)
 
 
 def _product(sizes: list[int]) -> int:

@@ -238,8 +238,8 @@ class Indicators:
         for slot in space.slots:
             layer[slot.unit] = True
             stages.setdefault(slot.stage, []).append(slot.unit)
-        groups = [torch.nonzero((space.group_of == g) & ~layer).flatten() for g in range(space.n_groups)]
-        return [pool for pool in groups if pool.numel()] + [torch.tensor(units) for units in stages.values()]
+        groups = [pool for pool in _by_group(space, ~layer) if pool.numel()]
+        return groups + [torch.tensor(units) for units in stages.values()]
 
     def _spread(self) -> Tensor:
         """One number in (0, 1) per unit, spread evenly over each pool in random order: low-variance draws.
@@ -286,8 +286,9 @@ class Indicators:
         chosen = torch.zeros_like(keep)
         live = torch.bincount(self.space.group_of[keep], minlength=self.space.n_groups)
         empty = torch.nonzero(live < self.space.least).flatten().tolist()
+        units_of = _by_group(self.space, torch.ones_like(keep)) if empty else []
         for group in empty:
-            units = torch.nonzero(self.space.group_of == group).flatten()
+            units = units_of[group]
             chosen[units[score[units].argmax()]] = True
         return chosen
 
@@ -388,6 +389,14 @@ class Indicators:
         self.exponent = self.exponent + (rise * rate if temperature == "learning_rate" else rise)
         self.beta = self.gamma**self.exponent
         self.gate = self._gate()
+
+
+def _by_group(space: Space, chosen: Tensor) -> list[Tensor]:
+    """Ids of the chosen units (bool [n]) of every group, rising."""
+    units = torch.nonzero(chosen).flatten()
+    groups = space.group_of[units]
+    sizes = torch.bincount(groups, minlength=space.n_groups).tolist()
+    return list(units[torch.argsort(groups, stable=True)].split(sizes))
 
 
 @dataclass(frozen=True)
