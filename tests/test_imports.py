@@ -17,6 +17,7 @@ CORE, LAB = sorted(ROOT.glob("*.py")), sorted(ROOT.glob("lab/*.py"))
 # Each room may import only rooms named before it.
 ORDER = [
     "errors",
+    "attributes",
     "space",
     "store",
     "labels",
@@ -25,6 +26,7 @@ ORDER = [
     "adapters_timm",
     "adapters_torchvision",
     "rules",
+    "parts",
     "contractions",
     "reductions",
     "sequences",

@@ -2,74 +2,86 @@
 
 Legend: a *guess* is an `Attribute`: an int attribute of a module together with the unit ids it may count. It is
 *strong* if it equals the length of an axis or the number of units on it, *sure* if besides nothing else in its
-module has that size.
+module has that size, or if it equals the length of a piece that the module's forward cuts off an axis.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice, product
 
+import torch
 from torch import Tensor, nn
 
-from .space import Attribute, Space
+from .attributes import above, around, held, named
+from .space import Attribute, Space, has_units
 
 
 @dataclass(frozen=True)
 class Guess:
-    """One way to read an attribute, for one group."""
+    """One way to read an attribute, for the groups whose units it counts."""
 
-    group: int
+    groups: frozenset[int]
     attribute: Attribute
     strong: bool
     sure: bool
 
 
-LEVELS = 3
-"""How far above a parameter its counting attribute is looked for: its module, that one's parent, and so on."""
-
 FLIPS = 16
 """How many single guesses are added or left out, one at a time."""
+
+RIVALRIES = 64
+"""How many ways are tried to let one attribute count what several may."""
 
 SUBSETS = 6
 """Of how many attributes every subset is tried in the end."""
 
 
+@dataclass(frozen=True)
+class Counted:
+    """Positions that attributes of some modules may count: an axis, or a piece of one that the forward cuts off.
+
+    Attributes:
+        near: qualified names of the modules.
+        units: int64 unit ids, -1 for positions that always live.
+        cut: whether it is a piece cut off: what holds its size is hardly there for anything else.
+    """
+
+    near: tuple[str, ...]
+    units: Tensor
+    cut: bool
+
+
 def guesses(model: nn.Module, space: Space) -> list[Guess]:
-    """All int attributes that may count an axis on which units can go."""
+    """All int attributes that may count positions at which units can go: those of pieces first, then sure ones."""
     known = {(attribute.module, attribute.name) for attribute in space.attributes}
-    modules = dict(model.named_modules())
     ints = {
-        path: {name: value for name, value in vars(module).items() if type(value) is int and value > 1}
-        for path, module in modules.items()
-        if not type(module).__module__.startswith("torch.nn.")  # those are known, not guessed
+        path: {name: value for name, value in named(held(module), module).items() if value > 1}
+        for path, module in model.named_modules()
     }
     frozen_sizes: dict[str, set[int]] = {}
     for (tensor, axis), vector in space.unit_of.items():
         if bool((vector < 0).all()):
-            for path in _above(tensor):
+            for path in above(tensor.rpartition(".")[0]):
                 frozen_sizes.setdefault(path, set()).add(space.shapes[tensor][axis])
-    found: dict[tuple[int, str, str, tuple[int, ...]], Guess] = {}
-    for tensor, axes in space.cut_axes.items():
-        for axis in axes:
-            vector = space.unit_of[tensor, axis]
-            if bool((vector < 0).any()):
-                continue
-            groups = space.group_of[vector].unique()
-            if groups.numel() > 1 or not bool(space.removable[vector].any()):
-                continue
-            for path in _above(tensor):
-                for name, value in ints.get(path, {}).items():
-                    if (path, name) in known:
+    found: dict[tuple[str, str, tuple[int, ...]], Guess] = {}
+    for counted in (*_cut_off(model, space), *_axes(space)):
+        for path in counted.near:
+            for name, value in ints.get(path, {}).items():
+                if (path, name) in known:
+                    continue
+                for part in _parts(counted.units):
+                    units = _counted(part, value)
+                    if units is None or not has_units(units):
                         continue
-                    for part in _parts(vector):
-                        counted = _counted(part, value)
-                        if counted is None:
-                            continue
-                        group = int(groups)
-                        strong = value in (part.numel(), part.unique().numel())
-                        guess = Guess(group, Attribute(path, name, counted), strong, strong)
-                        found.setdefault((group, path, name, tuple(counted.tolist())), guess)
+                    groups = frozenset(space.group_of[units[units >= 0]].tolist())
+                    whole = value == part.numel()
+                    strong = whole or value == part.unique().numel()
+                    guess = Guess(groups, Attribute(path, name, units), strong, counted.cut and whole)
+                    other = found.setdefault((path, name, tuple(units.tolist())), guess)
+                    if (guess.sure, guess.strong) > (other.sure, other.strong):
+                        found[path, name, tuple(units.tolist())] = guess
     readings: dict[tuple[str, str], int] = {}
     for guess in found.values():
         key = guess.attribute.module, guess.attribute.name
@@ -78,8 +90,32 @@ def guesses(model: nn.Module, space: Space) -> list[Guess]:
     for guess in found.values():
         path, name = guess.attribute.module, guess.attribute.name
         alone = readings[path, name] == 1 and ints[path][name] not in frozen_sizes.get(path, ())
-        result.append(Guess(guess.group, guess.attribute, guess.strong, guess.strong and alone))
-    return sorted(result, key=lambda guess: (not guess.sure, not guess.strong))
+        result.append((guess.sure, replace(guess, sure=guess.sure or (guess.strong and alone))))
+    result.sort(key=lambda entry: (not entry[0], not entry[1].sure, not entry[1].strong))
+    return [guess for _, guess in result]
+
+
+def _axes(space: Space) -> Iterator[Counted]:
+    """Axes that are cut alike all along."""
+    for tensor, axes in space.cut_axes.items():
+        for axis in axes:
+            vector = space.unit_of[tensor, axis]
+            if bool((vector < 0).any()):
+                continue
+            if space.group_of[vector].unique().numel() == 1 and bool(space.removable[vector].any()):
+                yield Counted(tuple(above(tensor.rpartition(".")[0])), vector, cut=False)
+
+
+def _cut_off(model: nn.Module, space: Space) -> Iterator[Counted]:
+    """Runs of pieces that a forward cuts an axis into: every piece, what is before or behind one, the whole."""
+    modules = dict(model.named_modules())
+    for parts in space.parts:
+        near, pieces = tuple(around(modules, parts.module)), parts.pieces
+        for length in range(1, len(pieces) + 1):
+            for start in range(len(pieces) - length + 1):
+                run = torch.cat(pieces[start : start + length])
+                if has_units(run) and bool(space.removable[run[run >= 0]].any()):
+                    yield Counted(near, run, cut=length == 1)
 
 
 def choices(
@@ -90,7 +126,8 @@ def choices(
     Args:
         found: guesses, sure ones first, then strong ones.
         known: names of attributes that followed elsewhere in this model.
-        thorough: then leave out or add single guesses, and in the end try every subset of a few attributes.
+        thorough: then let one count where several would count the same, leave out or add single guesses, and in the
+            end try every subset of a few attributes.
     """
     sure, strong = ([g for g in found if g.sure], [g for g in found if g.strong])
     bases = [_one_each([g for g in found if g.attribute.name in known]), *map(_one_each, (sure, strong, found))]
@@ -101,10 +138,14 @@ def choices(
         for base in bases
         for guess in found[:FLIPS]
     ]
+    rivals: dict[tuple[int, ...], list[Guess]] = {}  # attributes that would count the same: most often one does
+    for guess in sure:
+        rivals.setdefault(tuple(guess.attribute.units.tolist()), []).append(guess)
+    single = [_one_each(list(choice)) for choice in islice(product(*rivals.values()), RIVALRIES)]
     few = _one_each(found)[:SUBSETS]
     subsets = [[g for i, g in enumerate(few) if code >> i & 1] for code in range(1, 2 ** len(few))]
     tried: list[set[int]] = []
-    for choice in [*bases, *(flipped + subsets if thorough else [])]:
+    for choice in [*bases, *(single + flipped + subsets if thorough else [])]:
         members = {id(guess) for guess in choice}
         if choice and members not in tried:
             tried.append(members)
@@ -117,12 +158,6 @@ def _one_each(found: list[Guess]) -> list[Guess]:
     for guess in found:
         first.setdefault((guess.attribute.module, guess.attribute.name), guess)
     return list(first.values())
-
-
-def _above(tensor: str) -> list[str]:
-    """Qualified names of the modules a tensor belongs to, nearest first."""
-    parts = tensor.split(".")[:-1]
-    return [".".join(parts[:n]) for n in range(len(parts), max(-1, len(parts) - LEVELS), -1)]
 
 
 def _parts(vector: Tensor) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .labels import FIXED, Array, Labels, Layer
-from .space import Attribute, Carried, FlopTerm, Frozen, Place, Space, has_units
+from .space import Attribute, Carried, FlopTerm, Frozen, Parts, Place, Space, has_units
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Findings:
         flop_terms: constant, counted symbols, module.
         counted: int attributes that rules have seen counting symbols, by (module, name).
         carried: for tensors that the model is given again: which input, which output, and the symbols per axis.
+        parts: cuts at places that attributes may hold, with symbols in place of units.
     """
 
     model: nn.Module
@@ -56,6 +57,7 @@ class Findings:
     flop_terms: list[tuple[int, list[Tensor], str]] = field(default_factory=list)
     counted: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     carried: list[tuple[int, int, dict[int, Tensor]]] = field(default_factory=list)
+    parts: list[Parts] = field(default_factory=list)
 
     def space(self, batch: int) -> Space:
         """The space, before the proof; `batch` is the number of samples in the example inputs."""
@@ -102,6 +104,7 @@ class Findings:
                 Carried(i, o, {axis: cut for axis, s in symbols.items() if bool(((cut := units(s)) >= 0).any())})
                 for i, o, symbols in sorted(self.carried, key=lambda state: state[0])
             ),
+            parts=tuple(replace(cut, pieces=tuple(units(piece) for piece in cut.pieces)) for cut in self.parts),
         )
 
     def _fold_places(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import adapt_
+from .attributes import get, put
 from .errors import SavedModelError, TorchgrowError
 from .files import read_folder, write_folder
 from .guard import guard_
@@ -85,7 +86,7 @@ def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module])
         )
     modules = dict(model.named_modules())
     for module, name, number in structure["attributes"]:
-        whole = vars(modules[module]).get(name) if module in modules else None
+        whole = get(modules[module], name) if module in modules else None
         if type(whole) is not int or not 1 <= number <= whole:
             raise SavedModelError(
                 f"{source / STRUCTURE}: {module}.{name} = {number} does not fit the frame, where it is {whole}"
@@ -115,7 +116,7 @@ def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module])
     for name, tensor in own.items():
         replace_(tensor, tensors[name].to(tensor.device))
     for (module, name), number in attributes.items():
-        setattr(modules[module], name, number)
+        put(modules[module], name, number)
     skip_(model, skipped, skipped)
     setattr(model, RECORD, Record(shapes, kept, attributes, tuple(structure["adapted"]), skipped))
     guard_(model)

@@ -304,7 +304,7 @@ def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) ->
                     continue
             failed = _failing(prover, free, draw)
             for group in list(failed):
-                mine = [guess for guess in found if guess.group == group]
+                mine = [guess for guess in found if group in guess.groups]
                 if prover.adopt(mine, _only(prover.space, [group], draw), thorough=True):
                     del failed[group]
             break
@@ -390,11 +390,33 @@ def trace(
         TraceError: the model cannot be run or traced; the message says what works.
     """
     slots = find(model, example_inputs, depth)
-    found = replay(model, example_inputs, freeze=freeze, couple=couple, carried=carried, slots=slots)
-    space = with_layers(found, slots)
-    if is_meta(model):
-        return space
-    return prove(model, space, example_inputs)
+    failed: dict[tuple[str, str], int] = {}
+    best: tuple[int, Space] | None = None
+    while True:
+        found = replay(model, example_inputs, freeze=freeze, couple=couple, carried=carried, slots=slots, failed=failed)
+        space = with_layers(found, slots)
+        if is_meta(model):
+            return space
+        proven = prove(model, space, example_inputs)
+        costs = CostModel(proven)
+        least = int(costs.both(costs.smallest())[0])
+        if best is None or least <= best[0]:  # if as much can go, the one that names the place
+            best = least, proven
+        broken = _broken_parts(space, proven)
+        if not broken:
+            return best[1]
+        failed.update({place: failed.get(place, 0) + 1 for place in broken})  # at 2 the place is taken for fixed
+
+
+def _broken_parts(space: Space, proven: Space) -> set[tuple[str, str]]:
+    """Where the forward cuts an axis by attributes, as it seemed, and the proof kept a piece whole."""
+    alone = torch.bincount(space.group_of, minlength=space.n_groups)[space.group_of] == 1
+    kept = space.removable & ~proven.removable & ~alone
+    return {
+        (parts.module, parts.line)
+        for parts in space.parts
+        if any(bool(kept[piece[piece >= 0]].any()) for piece in parts.pieces)
+    }
 
 
 def verify(

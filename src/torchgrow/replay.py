@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -22,8 +22,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import contractions, reductions, sequences  # noqa: F401 (importing them registers their rules)
+from . import contractions, parts, reductions, sequences  # noqa: F401 (importing them registers their rules)
 from .adapters import adapted
+from .attributes import around, held
 from .calling import Carries, call, carried_inputs, carried_outputs, check_model, opened, quiet_eval
 from .errors import TraceError
 from .findings import Findings, Freezing, Read
@@ -43,7 +44,7 @@ from .rules import (
     unknown,
 )
 from .shapes import SHAPES, beside
-from .space import Frozen, Place, Slot, Space
+from .space import Frozen, Parts, Place, Slot, Space
 
 
 @dataclass(slots=True)
@@ -134,6 +135,9 @@ BY_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 """Tags of operations whose results depend on values in what they are or in shape."""
 
 
+Failed = Mapping[tuple[str, str], int]
+
+
 class Readers(TorchFunctionMode):
     """Calls `on_read` with what Python looks at without running an operation."""
 
@@ -156,9 +160,12 @@ class Replay(TorchDispatchMode):
         slots: layers that may hand their input on.
         values: whether to compute convolutions, matrix products and the like of what depends on the inputs. Labels do
             not need them, and a forward seldom looks at values; where it does, `ValuesRead` is raised.
+        failed: how often the proof has failed on a cut of an axis there, by module and line.
     """
 
-    def __init__(self, model: nn.Module, slots: Sequence[Slot] = (), *, values: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, slots: Sequence[Slot] = (), *, values: bool = True, failed: Failed | None = None
+    ) -> None:
         super().__init__()
         self.model, self.slots, self.values = model, slots, values
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -169,7 +176,8 @@ class Replay(TorchDispatchMode):
         self.split_layers: list[Layer] = []
         self.ends = 0, 0, 0  # of the symbols of parameters, of buffers, of carried states; followers come after
         self.entering: dict[int, Tensor] = {}  # inputs of the layers under way that may be left out
-        self.module_names = {id(module): name for name, module in model.named_modules()}
+        self.modules, self.failed = dict(model.named_modules()), failed or {}
+        self.module_names = {id(module): name for name, module in self.modules.items()}
         self.stack: list[str] = []
         self.whole: nn.Module | None = None  # the module under way that has a rule of its own
         self.pending: list[Step] = []
@@ -258,9 +266,11 @@ class Replay(TorchDispatchMode):
                 for layer, frozen in deferred:
                     self._freeze(layer.symbols, frozen)
 
+    def _line(self) -> str:
+        return f"{self.line[0].rpartition('/')[2]}:{self.line[1]}" if self.line else ""
+
     def _reason(self, reason: str) -> Frozen:
-        line = f"{self.line[0].rpartition('/')[2]}:{self.line[1]}" if self.line else ""
-        return Frozen(self.op, self.module, line, reason, ())
+        return Frozen(self.op, self.module, self._line(), reason, ())
 
     def _freeze(self, symbols: Tensor, reason: str | Frozen) -> None:
         self._record(self.labels.freeze(symbols), reason)
@@ -332,6 +342,18 @@ class Replay(TorchDispatchMode):
         """Whether a tensor was computed from the inputs."""
         note = self.notes.get(id(tensor))
         return note is not None and note.from_input
+
+    def held(self) -> tuple[list[tuple[int, ...]], bool]:
+        """Sizes that attributes of the modules under way hold, and whether to take them with care."""
+        failed = self.failed.get((self.module, self._line()), 0)
+        if failed > 1 or self.meta or self.module not in self.modules:  # on meta nothing can be proven
+            return [], True
+        near = around(self.modules, self.module)
+        return [sizes for path in near for sizes in held(self.modules[path]).values()], failed > 0
+
+    def part(self, pieces: Sequence[Tensor]) -> None:
+        """Note a cut at places that attributes may hold."""
+        self.found.parts.append(Parts(self.module, self._line(), tuple(pieces)))
 
     def split_view(self, layer: Layer) -> None:
         """Note a layer whose live positions must form a box."""
@@ -726,6 +748,7 @@ def replay(
     couple: Couples = (),
     slots: Sequence[Slot] = (),
     carried: Carries | None = None,
+    failed: Failed | None = None,
 ) -> Space:
     """Trace the frame by label replay, without proof.
 
@@ -738,17 +761,18 @@ def replay(
         couple: pairs of axes that are cut alike, position by position, such as (("a.weight", 0), ("b.weight", 0)).
         slots: layers that may hand their input on instead; they become units in `depth.with_layers`.
         carried: outputs that become arguments of the next call, {argument: output}, by position or name.
+        failed: how often the proof has failed on parts of an axis (`Space.parts`), by module and line.
 
     Raises:
         TraceError: the model or the inputs cannot be traced; the message says what would work.
     """
     check_model(model, example_inputs)
-    tracer = Replay(model, slots, values=False)
+    tracer = Replay(model, slots, values=False, failed=failed)
     wanted = _frozen_by_name(tracer.found.symbols, freeze), _coupled(tracer.found.symbols, couple)
     try:
         tracer.run(example_inputs, carried)
     except ValuesRead:
-        tracer = Replay(model, slots)
+        tracer = Replay(model, slots, failed=failed)
         tracer.run(example_inputs, carried)
     tracer.op = "the user"
     for a, b in wanted[1]:

@@ -69,6 +69,15 @@ class Context(Protocol):
     def depends_on_input(self, tensor: Tensor) -> bool:
         """Whether a tensor was computed from the model's inputs."""
 
+    def held(self) -> tuple[list[tuple[int, ...]], bool]:
+        """Sizes that attributes of the modules under way hold: single ones, and those of lists and tuples.
+
+        And whether to take them with care, since the proof has failed on a cut made here before.
+        """
+
+    def part(self, pieces: Sequence[Tensor]) -> None:
+        """Note symbols of the pieces into which an axis is cut at places that attributes may hold."""
+
     def split_view(self, layer: Layer) -> None:
         """Note a layer that varies along several axes of a view: its live positions must form a box."""
 
@@ -477,54 +486,6 @@ def pad(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     ctx.set_layers(out, result)
 
 
-@rule("slice", "narrow")
-def slice_(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """A full slice moves; an equal chunk ties the chunks index by index; any other cut freezes the axis."""
-    source = named["self"]
-    dim = named["dim"] % source.dim()
-    size, length = source.shape[dim], out.shape[dim]
-    layers = ctx.layers(source)
-    if length != size:
-        start = named["start"] or 0
-        start = start + size if start < 0 else start
-        chunk = named.get("step", 1) == 1 and length > 0 and size % length == 0 and start % length == 0
-        layers = tie_chunks(ctx, layers, dim, size // length if chunk else 0)
-    ctx.set_layers(out, [layer.move(source.shape, lambda t: func(t, **_rest(named))) for layer in layers])
-
-
-def _rest(named: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in named.items() if key != "self"}
-
-
-def tie_chunks(ctx: Context, layers: Sequence[Layer], axis: int, chunks: int) -> list[Layer]:
-    """Tie position i of every chunk of an axis; 0 chunks: the axis cannot be cut at all."""
-    kept: list[Layer] = []
-    for layer in layers:
-        if axis not in layer.axes:
-            kept.append(layer)
-        elif chunks and len(layer.axes) == 1:
-            slots = layer.symbols.flatten().reshape(chunks, -1)
-            ctx.tie(slots, slots[:1])
-            kept.append(layer)
-        else:
-            rest = ctx.without_axis(layer, axis, "takes a part of this axis at a place fixed in the forward")
-            kept.extend([] if rest is None else [rest])
-    return kept
-
-
-@rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
-def split(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """Equal parts tie index by index; unequal parts freeze the axis."""
-    source = named["self"]
-    dim = named.get("dim", 0) % source.dim()
-    sizes = [part.shape[dim] for part in out]
-    layers = tie_chunks(ctx, ctx.layers(source), dim, len(sizes) if len(set(sizes)) == 1 else 0)
-    pieces = [[layer.packed.expand(source.shape).split(sizes, dim), layer.sources] for layer in layers]
-    for i, part in enumerate(out):
-        moved = [Layer(piece[i], sources).move(part.shape, lambda t: t) for piece, sources in pieces]
-        ctx.set_layers(part, moved)
-
-
 @rule("select", "unbind")
 def select(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """Taking one index of an axis: the axis is merged away first."""
@@ -705,29 +666,6 @@ def stack(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
         if stacked is not None and len(stacked.axes) > 1:
             ctx.split_view(stacked)
     ctx.set_layers(out, result)
-
-
-@rule("glu")
-def glu(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """First half times sigmoid of the second: the halves tie, and the first silences."""
-    source, dim = named["self"], named["dim"] % named["self"].dim()
-    layers = tie_chunks(ctx, ctx.layers(source), dim, 2)
-    ctx.set_layers(out, [layer.move(source.shape, lambda t: t.narrow(dim, 0, out.shape[dim])) for layer in layers])
-
-
-@rule("channel_shuffle", "native_channel_shuffle")
-def channel_shuffle(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """Interleaves a fixed number of groups: the same slot of every group is one unit."""
-    source = named["self"]
-    layers = tie_chunks(ctx, ctx.layers(source), 1, named["groups"])
-    slots = named["groups"]
-    ctx.set_layers(
-        out,
-        [
-            layer.move(source.shape, lambda t: t.unflatten(1, (slots, -1)).transpose(1, 2).flatten(1, 2))
-            for layer in layers
-        ],
-    )
 
 
 def unknown(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:

@@ -65,12 +65,28 @@ class FlopTerm:
 class Attribute:
     """An int attribute of a module that counts live positions, such as `Conv2d.groups`.
 
-    Its value is the number of live positions in `units` (int64 unit ids, -1 = always live).
+    Its value is the number of live positions in `units` (int64 unit ids, -1 = always live). `name` may be one place
+    in a list or tuple, such as "sizes[1]".
     """
 
     module: str
     name: str
     units: Tensor
+
+
+@dataclass(frozen=True)
+class Parts:
+    """An axis that a forward cuts into pieces whose sizes attributes may hold.
+
+    Attributes:
+        module: qualified name of the module that was running.
+        line: `file:line` of the user's code.
+        pieces: int64 unit ids of the positions of every piece in order, -1 for positions that always live.
+    """
+
+    module: str
+    line: str
+    pieces: tuple[Tensor, ...]
 
 
 WHOLE = -1
@@ -152,6 +168,7 @@ class Space:
         attributes: module attributes that count an axis.
         frozen: what can never be removed, and why.
         carried: tensors that go from one call of the model to the next, and are cut as it is.
+        parts: where the forward cuts an axis at places that attributes may hold.
         proven: whether the units were tried on the model itself; never on the meta device, where nothing can run.
         slots: layers that may be left out.
         cut_axes: for every tensor that surgery changes, the axes that carry units.
@@ -172,6 +189,7 @@ class Space:
     attributes: tuple[Attribute, ...]
     frozen: tuple[Frozen, ...] = ()
     carried: tuple[Carried, ...] = ()
+    parts: tuple[Parts, ...] = ()
     proven: bool = False
     slots: tuple[Slot, ...] = ()
     cut_axes: Mapping[str, tuple[int, ...]] = field(init=False, repr=False)

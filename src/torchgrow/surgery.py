@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import adapt_, adaptable
+from .attributes import get, put
 from .errors import OptimizerError, StructureError
 from .space import PassThrough, Space, live_positions
 from .store import Births, Index, Store, gather, index_of, is_meta
@@ -148,7 +149,7 @@ class Change:
             (swap.tensor, swap.tensor.data, [(s, k, s[k]) for s, k, _ in swap.slots]) for swap in self.swaps.values()
         ]
         grads = [(parameter, parameter.grad) for parameter in bank.model.parameters()]
-        attributes = [(m, n, getattr(m, n)) for m, n, _ in self._attributes()]
+        attributes = [(m, n, getattr(m, n) if (old := get(m, n)) is None else old) for m, n, _ in self._attributes()]
         layers = [path for slot in bank.space.slots for path in slot.modules]
 
         def undo() -> None:
@@ -157,7 +158,7 @@ class Change:
                 for state, key, value in slots:
                     state[key] = value
             for module, name, number in attributes:
-                setattr(module, name, number)
+                put(module, name, number)
             skip_(bank.model, layers, bank.skipped(keep_before))
             for parameter, grad in grads:
                 parameter.grad = grad
@@ -176,7 +177,7 @@ class Change:
                 for state, key, value in swap.slots:
                     state[key] = value
             for module, name, number in self._attributes():
-                setattr(module, name, number)
+                put(module, name, number)
             skip_(bank.model, layers, self.record.skipped)
         except BaseException:
             undo()

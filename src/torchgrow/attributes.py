@@ -1,0 +1,73 @@
+"""Int attributes of modules, and the places of lists and tuples of such: "sizes[1]" names one of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+LEVELS = 3
+"""How far above a module an attribute that counts in it is looked for: in itself, its parent, and so on."""
+
+PLACE = re.compile(r"(\w+)\[(\d+)\]")
+
+Sizes = tuple[int, ...]
+
+
+def held(module: nn.Module) -> dict[str, Sizes]:
+    """Ints that a module of the user's holds, by name: (8,) for an int, all entries of a list or tuple of ints."""
+    if type(module).__module__.startswith("torch.nn."):  # those are known, not guessed
+        return {}
+    found: dict[str, Sizes] = {}
+    for name, value in vars(module).items():
+        if type(value) is int:
+            found[name] = (value,)
+        elif type(value) in (list, tuple) and value and all(type(entry) is int for entry in value):
+            found[name] = tuple(value)
+    return found
+
+
+def named(found: Mapping[str, Sizes], module: nn.Module) -> dict[str, int]:
+    """What `held` found, every entry of a list under a name of its own."""
+    result: dict[str, int] = {}
+    for name, sizes in found.items():
+        if type(vars(module)[name]) is int:
+            result[name] = sizes[0]
+        else:
+            result.update({f"{name}[{i}]": size for i, size in enumerate(sizes)})
+    return result
+
+
+def above(path: str) -> list[str]:
+    """Qualified names of a module and the modules around it, nearest first."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:n]) for n in range(len(parts), max(-1, len(parts) - LEVELS), -1)]
+
+
+def around(modules: Mapping[str, nn.Module], path: str) -> Iterator[str]:
+    """Modules whose attributes a forward is likely to read: itself, those around it, and the ones right in it."""
+    yield from above(path)
+    yield from (f"{path}.{name}" if path else name for name, _ in modules[path].named_children())
+
+
+def get(module: nn.Module, name: str) -> int | None:
+    """The value of an attribute, or of a place in one; None if there is no such int."""
+    place = PLACE.fullmatch(name)
+    value = vars(module).get(place[1] if place else name)
+    if place:
+        i = int(place[2])
+        value = value[i] if isinstance(value, (list, tuple)) and i < len(value) else None
+    return value if type(value) is int else None
+
+
+def put(module: nn.Module, name: str, number: int) -> None:
+    """Set an attribute, or a place in one: the list or tuple is replaced by another, since modules may share it."""
+    place = PLACE.fullmatch(name)
+    if place is None:
+        setattr(module, name, number)
+        return
+    value = vars(module)[place[1]]
+    entries = list(value)
+    entries[int(place[2])] = number
+    setattr(module, place[1], tuple(entries) if isinstance(value, tuple) else entries)

@@ -1,0 +1,114 @@
+"""Attributes that follow: sizes of unequal parts of an axis, and what else counts units; the proof decides."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torchgrow import load, save, trace, verify
+from torchgrow.surgery import shrink_
+
+ROWS = (4, 5)
+
+
+class Cut(nn.Module):
+    """a(5, 24), cut -> part i through p_i (as wide as it is), side by side -> o(24, 3); the cut reads attributes"""
+
+    def __init__(self, cut: Callable[[Any, Tensor], Any], wide: tuple[int, ...] = (8, 16), **held: Any) -> None:
+        super().__init__()
+        for name, value in held.items():
+            setattr(self, name, value)
+        self.cut, total = cut, sum(wide)
+        self.a, self.o = nn.Linear(5, total), nn.Linear(total, 3)
+        self.p = nn.ModuleList(nn.Linear(size, size) for size in wide)
+
+    def forward(self, x):
+        parts = self.cut(self, torch.relu(self.a(x)))
+        return self.o(torch.cat([p(part) for p, part in zip(self.p, parts, strict=True)], 1))
+
+
+Y = Tensor
+
+
+def by_slices(m: Any, y: Y) -> Any:
+    return y[:, : m.b], y[:, m.b : m.b + m.c], y[:, m.b + m.c :]
+
+
+def by_shape(m: Any, y: Y) -> Any:
+    third = y.shape[1] // 3
+    return y[:, :third], y[:, third:]
+
+
+# How an axis is cut, how wide the parts are, what the module holds, and the units per group that this leaves.
+CUTS: dict[str, tuple[Callable[[Any, Y], Any], tuple[int, ...], dict[str, Any], list[int]]] = {
+    "two": (lambda m, y: y.split([m.c, m.d], 1), (8, 16), {"c": 8, "d": 16}, [8, 16, 8, 16]),
+    "a tuple": (lambda m, y: y.split(m.sizes, 1), (8, 16), {"sizes": (8, 16)}, [8, 16, 8, 16]),
+    "a list": (lambda m, y: torch.split(y, m.sizes, 1), (8, 16), {"sizes": [8, 16]}, [8, 16, 8, 16]),
+    "one of a list": (lambda m, y: y.tensor_split([m.sizes[1]], 1), (8, 15), {"sizes": [5, 8]}, [8, 15, 8, 15]),
+    "the rest": (lambda m, y: y.split([m.c, y.shape[1] - m.c], 1), (8, 16), {"c": 8}, [8, 16, 8, 16]),
+    "an odd rest": (lambda m, y: y.split([m.c, y.shape[1] - m.c], 1), (7, 17), {"c": 7}, [7, 17, 7, 17]),
+    "sliced": (lambda m, y: (y[:, : m.c], y[:, m.c :]), (8, 16), {"c": 8}, [8, 16, 8, 16]),
+    "from the end": (lambda m, y: (y[:, : -m.d], y[:, -m.d :]), (8, 16), {"d": 16}, [8, 16, 8, 16]),
+    "narrow": (lambda m, y: (y.narrow(1, 0, m.c), y.narrow(1, m.c, m.d)), (8, 16), {"c": 8, "d": 16}, [8, 16, 8, 16]),
+    "three": (lambda m, y: y.split([m.b, m.c, m.d], 1), (4, 8, 12), {"b": 4, "c": 8, "d": 12}, [4, 8, 12, 4, 8, 12]),
+    "three slices": (by_slices, (4, 8, 11), {"b": 4, "c": 8}, [4, 8, 11, 4, 8, 11]),
+    "a sum": (lambda m, y: y.split([m.b + m.c, m.d], 1), (13, 7), {"b": 8, "c": 5, "d": 7}, [13, 7, 13, 7]),
+    "a multiple": (lambda m, y: y.split([m.c, 2 * m.c], 1), (8, 16), {"c": 8}, [8, 8, 16]),
+    "two multiples": (lambda m, y: y.split([2 * m.c, 3 * m.c], 1), (10, 15), {"c": 5}, [5, 10, 15]),
+    "one twice": (lambda m, y: y.split([m.c, m.c, m.d], 1), (6, 6, 12), {"c": 6, "d": 12}, [6, 12, 6, 6, 12]),
+    "equal by attribute": (lambda m, y: y.split(m.c, 1), (12, 12), {"c": 12}, [12, 12, 12]),
+    "equal by shape": (lambda m, y: y.split(y.shape[1] // 3, 1), (8, 8, 8), {}, [8, 8, 8, 8]),
+    "among others of their size": (
+        lambda m, y: y.split([m.c, m.d], 1), (8, 16), {"c": 8, "d": 16, "e": 8, "f": 16, "g": [8, 16, 2]},
+        [8, 16, 8, 16],
+    ),
+    "a third by shape, beside its number": (by_shape, (8, 16), {"c": 8}, [8, 8, 16]),
+    "fixed": (lambda m, y: y.split([8, 16], 1), (8, 16), {}, [8, 16]),
+    "fixed, beside their numbers": (lambda m, y: y.split([8, 16], 1), (8, 16), {"c": 8, "d": 16}, [8, 16]),
+    "fixed, beside factors": (lambda m, y: y.split([8, 16], 1), (8, 16), {"c": 2, "d": 4}, [8, 16]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_sizes_of_unequal_parts_follow_if_they_are_attributes(name: str) -> None:
+    cut, wide, held, units = CUTS[name]
+    torch.manual_seed(0)
+    report = verify(Cut(cut, wide, **held), torch.randn(ROWS), fraction=0.4)
+    assert report.ok, report
+    assert sorted(report.groups.values()) == sorted(units), report.groups
+
+
+@pytest.mark.parametrize("name", ["fixed", "fixed, beside their numbers"])
+def test_a_cut_at_a_fixed_place_is_named(name: str) -> None:
+    cut, wide, held, _ = CUTS[name]
+    space = trace(Cut(cut, wide, **held), torch.randn(ROWS))
+    assert any(
+        frozen.op == "aten.split_with_sizes"
+        and frozen.line.startswith("test_counting.py:")
+        and frozen.reason == "takes a part of this axis at a place fixed in the forward"
+        for frozen in space.frozen
+    )
+
+
+@pytest.mark.parametrize("name", ["two", "a tuple", "a list", "one of a list"])
+def test_sizes_in_attributes_are_cut_saved_loaded_and_put_back(name: str, tmp_path: Path) -> None:
+    cut, wide, held, _ = CUTS[name]
+    torch.manual_seed(0)
+    model, x = Cut(cut, wide, **held), torch.randn(ROWS)
+    for attribute, value in held.items():
+        assert getattr(model, attribute) is value
+    space = trace(model, x)
+    keep = space.everything()
+    keep[[unit for unit in space.unit_of["a.weight", 0].tolist() if unit % 3 == 0]] = False
+    shrink_(model, space, keep)
+    assert all(type(getattr(model, attribute)) is type(value) for attribute, value in held.items())
+    assert held == CUTS[name][2], "what other modules may share was written to"
+    expected = model(x)
+    save(model, tmp_path / "net")
+    loaded = load(tmp_path / "net", lambda: Cut(cut, wide, **held))
+    torch.testing.assert_close(loaded(x), expected)
+    for attribute in held:
+        assert getattr(loaded, attribute) == getattr(model, attribute)
