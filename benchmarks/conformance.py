@@ -1,12 +1,13 @@
-"""What torchgrow finds in the models people use, and whether it is exact; beside Torch-Pruning on the same models.
+"""What torchgrow finds in the models people use, and whether it is exact; beside its peers on the same models.
 
-    OMP_NUM_THREADS=1 python benchmarks/conformance.py [--sets plain transformers torchvision vision timm]
+    OMP_NUM_THREADS=1 python benchmarks/conformance.py [--sets plain transformers torchvision vision timm written ...]
 
-Needs `pip install '.[zoo]'`. Every model runs in a process of its own, with a time limit, and so does Torch-Pruning.
-Verdicts: exact (two more random subsets after the proof, error at most 1e-9 in float64), frozen (nothing may go),
-refused (with the reason), wrong, time-out, left out (too large to be proven here). Of Torch-Pruning it is noted only
-whether a step that asks for 30 % runs and the forward works afterwards. Each is a line of results/conformance.jsonl;
-models that are there already are not run again.
+Needs `pip install '.[zoo]'`; the set "audio" an environment with torchaudio (its last torch is 2.9.1). Every model runs
+in a process of its own, with a time limit, and so does each peer. Verdicts: exact (two more random subsets after the
+proof, by an oracle that shares no code with it: relative error at most 1e-9 in float64, in training mode 1e-6), frozen
+(nothing may go), refused (with the reason), wrong, time-out, left out (too large to be proven here). Peers are asked
+for 30 % of every layer: does the step run, does the network run afterwards, and is it exact by the same oracle in
+evaluation mode. Each model is a line of results/conformance.jsonl; those that are there already are not run again.
 """
 
 import argparse
@@ -22,16 +23,24 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch import nn
-from zoo_models import LARGEST, SETS
+from torch.utils._pytree import tree_map
 
 from torchgrow import TorchgrowError
-from torchgrow.calling import call
 from torchgrow.cost import CostModel
 from torchgrow.lab.run import environment
-from torchgrow.proof import TOLERANCE, Prover, prove
+from torchgrow.proof import prove
 from torchgrow.replay import replay
 
-RESULTS = Path(__file__).parent.parent / "results" / "conformance.jsonl"
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+from peers import IN_TRAINING, PEERS, TOLERANCE, compare_cut, double, peer, randomize_  # noqa: E402
+from zoo_models import LARGEST, SETS  # noqa: E402
+
+import drawn  # noqa: E402
+
+RESULTS = ROOT / "results" / "conformance.jsonl"
+OF_PEERS = 100_000_000
+"""Parameters above which the peers are not asked."""
 
 
 def ours(model: nn.Module, example: Any) -> dict[str, Any]:
@@ -57,49 +66,31 @@ def ours(model: nn.Module, example: Any) -> dict[str, Any]:
     }
     if not row["units"]:
         return {"verdict": "frozen", "reason": "; ".join(map(str, space.frozen[:3])), **row}
-    prover = Prover(model, space, example, seed=17)
-    tried = [prover.error(prover.draw(fraction)) for fraction in (0.3, 0.6)]
-    worst, reason = max(tried)
-    return {"verdict": "exact" if worst <= TOLERANCE else "wrong", "max_error": worst, "reason": reason, **row}
-
-
-def theirs(model: nn.Module, example: Any) -> dict[str, Any]:
-    """Torch-Pruning: seconds to build its graph; does a step that asks for 30 % run, and the forward after it."""
-    import torch_pruning as tp
-
-    model = model.eval()
-    inputs = example if not isinstance(example, tuple) else list(example)
-    start = time.perf_counter()
+    model, example = model.double(), tree_map(double, example)
+    randomize_(model)
     try:
-        tp.DependencyGraph().build_dependency(model, example_inputs=inputs)
-        built = time.perf_counter() - start
+        tried = [compare_cut(model, example, space, drawn.without(space, share, 17)) for share in (0.3, 0.6)]
     except Exception as error:
-        return {"runs": False, "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-    try:
-        heads = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
-        importance = tp.importance.MagnitudeImportance()
-        pruner = tp.pruner.BasePruner(model, inputs, importance, pruning_ratio=0.3, ignored_layers=heads)
-        before = sum(p.numel() for p in model.parameters())
-        pruner.step()
-        call(model, example)
-        after = sum(p.numel() for p in model.parameters())
-    except Exception as error:
-        return {
-            "seconds_to_build": built,
-            "runs": False,
-            "error": f"{type(error).__name__}: {error}".splitlines()[0][:200],
-        }
-    return {"seconds_to_build": built, "runs": after < before, "params_left": after / before}
+        return {"verdict": "wrong", "reason": f"the compact network fails: {type(error).__name__}: {error}", **row}
+    worst = max(errors["evaluation"] for errors in tried)
+    training = max((errors["training"] for errors in tried), key=lambda error: (isinstance(error, str), error))
+    exact = worst <= TOLERANCE and (isinstance(training, str) or training <= IN_TRAINING)
+    return {"verdict": "exact" if exact else "wrong", "max_error": worst, "training": training, **row}
 
 
 def one(side: str, set_name: str, name: str) -> dict[str, Any]:
-    """The row of one model, or what it holds of Torch-Pruning."""
+    """The row of one model, or what it holds of a peer."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model, example = SETS[set_name]()[name]()
-    if sum(p.numel() for p in model.parameters()) > LARGEST:
+    size = sum(p.numel() for p in model.parameters())
+    if side != "ours":
+        if size > OF_PEERS:
+            return {"runs": False, "exact": False, "error": f"left out: more than {OF_PEERS:,} parameters"}
+        return peer(side, model, example)
+    if size > LARGEST:
         return {"verdict": "left out", "reason": f"more than {LARGEST:,} parameters"}
-    return ours(model, example) if side == "ours" else theirs(model, example)
+    return ours(model, example)
 
 
 def apart(side: str, set_name: str, name: str, seconds: float) -> dict[str, Any] | str:
@@ -121,7 +112,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--models", nargs="+", help="only these")
     parser.add_argument("--seconds", type=float, default=300, help="time limit of one model")
-    parser.add_argument("--their-seconds", type=float, default=60, help="that of Torch-Pruning; 0: leave it out")
+    parser.add_argument("--their-seconds", type=float, default=60, help="that of each peer; 0: leave them out")
     parser.add_argument("--inside", action="store_true", help="in this process, without limits: for many small models")
     parser.add_argument("--one", nargs=3, metavar=("SIDE", "SET", "MODEL"), help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -142,11 +133,9 @@ def main() -> None:
         row = one("ours", kind, name) if arguments.inside else apart("ours", kind, name, arguments.seconds)
         if isinstance(row, str):
             row = {"verdict": "time-out" if row.startswith("time-out") else "crashed", "reason": row}
-        if row["verdict"] != "left out" and arguments.their_seconds:
-            other = (
-                one("theirs", kind, name) if arguments.inside else apart("theirs", kind, name, arguments.their_seconds)
-            )
-            row["torch_pruning"] = {"runs": False, "error": other} if isinstance(other, str) else other
+        for side in PEERS if row["verdict"] != "left out" and arguments.their_seconds else ():
+            other = one(side, kind, name) if arguments.inside else apart(side, kind, name, arguments.their_seconds)
+            row[side] = {"runs": False, "exact": False, "error": other} if isinstance(other, str) else other
         with arguments.results.open("a") as file:
             file.write(json.dumps({"set": kind, "model": name, **row, "environment": surroundings}) + "\n")
 

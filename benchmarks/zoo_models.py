@@ -8,6 +8,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from zoo_written import GAT, GCN, GraphSAGE, UNet3d
 
 Factory = Callable[[], tuple[nn.Module, Any]]
 LARGEST = 700_000_000
@@ -120,6 +121,21 @@ def transformers_models() -> dict[str, Factory]:
             one,
         ),
         "qwen2": (tr.Qwen2ForCausalLM, tr.Qwen2Config(**llama), one),
+        "phi3": (tr.Phi3ForCausalLM, tr.Phi3Config(**llama, **ids), one),
+        "mamba2": (
+            tr.Mamba2ForCausalLM,
+            tr.Mamba2Config(hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, state_size=16, n_groups=2,
+                            chunk_size=4, expand=2, use_cache=False, **words, **ids),
+            {"input_ids": tokens},
+        ),
+        "qwen3_next": (
+            tr.Qwen3NextForCausalLM,
+            tr.Qwen3NextConfig(head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+                               linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+                               shared_expert_intermediate_size=16, layer_types=["linear_attention", "full_attention"],
+                               experts_implementation="eager", **llama),
+            one,
+        ),
         "gemma": (tr.GemmaForCausalLM, tr.GemmaConfig(head_dim=8, **llama), one),
         "bert": (tr.BertForMaskedLM, tr.BertConfig(**bert, **words), {"input_ids": tokens}),
         "roberta": (
@@ -159,6 +175,62 @@ def transformers_models() -> dict[str, Factory]:
         ),
     }  # fmt: skip
     return {f"hf:{name}": lambda row=row: (row[0](row[1]), row[2]) for name, row in made.items()}
+
+
+def ultralytics_models() -> dict[str, Factory]:
+    """Detectors and a segmenter from their yaml files, 80 classes, nothing downloaded."""
+    return {f"ultralytics:{name}": lambda name=name: _ultralytics(name) for name in ULTRALYTICS}
+
+
+ULTRALYTICS = ["yolov8n", "yolov8n-seg", "yolo11n", "rtdetr-l"]
+
+
+def _ultralytics(name: str) -> tuple[nn.Module, Any]:
+    from ultralytics.nn import tasks
+
+    kinds = {"rtdetr-l": tasks.RTDETRDetectionModel, "yolov8n-seg": tasks.SegmentationModel}
+    model = kinds.get(name, tasks.DetectionModel)(f"{name}.yaml", verbose=False)
+    for parameter in model.parameters():
+        parameter.requires_grad_()  # the fixed weights that sum a distribution are frozen by the trainer, not here
+    side = 160 if name == "rtdetr-l" else 64  # it ranks 300 places
+    return model, torch.randn(2, 3, side, side)
+
+
+def audio_models() -> dict[str, Factory]:
+    """torchaudio, for which torch 2.9.1 is the last: in a virtual environment of its own."""
+
+    def conv_tasnet() -> tuple[nn.Module, Any]:
+        from torchaudio.models import ConvTasNet
+
+        small = {"enc_num_feats": 32, "msk_num_feats": 24, "msk_num_hidden_feats": 48, "msk_num_layers": 3}
+        return ConvTasNet(num_sources=2, enc_kernel_size=8, msk_num_stacks=2, **small), torch.randn(2, 1, 200)
+
+    def wav2vec2() -> tuple[nn.Module, Any]:
+        from torchaudio.models import wav2vec2_model
+
+        model = wav2vec2_model(
+            extractor_mode="group_norm", extractor_conv_layer_config=[(32, 10, 5), (32, 3, 2), (32, 2, 2)],
+            extractor_conv_bias=False, encoder_embed_dim=32, encoder_projection_dropout=0.1, encoder_pos_conv_kernel=8,
+            encoder_pos_conv_groups=4, encoder_num_layers=2, encoder_num_heads=4, encoder_attention_dropout=0.1,
+            encoder_ff_interm_features=48, encoder_ff_interm_dropout=0.1, encoder_dropout=0.1,
+            encoder_layer_norm_first=False, encoder_layer_drop=0.0, aux_num_out=12,
+        )  # fmt: skip
+        return model, torch.randn(2, 800)
+
+    return {"torchaudio:ConvTasNet": conv_tasnet, "torchaudio:Wav2Vec2": wav2vec2}
+
+
+def written_models() -> dict[str, Factory]:
+    """Graph networks and a 3D U-Net, written out in `zoo_written`."""
+    edges = torch.randint(0, 20, (2, 60), generator=torch.Generator().manual_seed(0))
+    adjacency = torch.sparse_coo_tensor(edges, torch.rand(60), (20, 20), check_invariants=True).coalesce()
+    nodes = torch.randn(20, 6)
+    return {
+        "GCN, sparse": lambda: (GCN(6, 32, 3), (nodes, adjacency)),
+        "GAT": lambda: (GAT(6, 4, 8, 3), (nodes, edges)),
+        "GraphSAGE, by scatter": lambda: (GraphSAGE(6, 32, 3), (nodes, edges)),
+        "3D U-Net, deep supervision": lambda: (UNet3d(), torch.randn(2, 1, 8, 8, 8)),
+    }
 
 
 class Wrapped(nn.Module):
@@ -300,6 +372,9 @@ SETS: dict[str, Callable[[], dict[str, Factory]]] = {
     "torchvision": torchvision_models,
     "vision": other_vision,
     "timm": timm_models,
+    "written": written_models,
+    "ultralytics": ultralytics_models,
+    "audio": audio_models,
 }
 
 

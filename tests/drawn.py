@@ -312,13 +312,18 @@ def build(blocks: list[tuple[str, int]], head: tuple[str, int], seed: int = 0) -
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Drawn(blocks, head)
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, 0.5 if parameter.dim() == 1 else 0.0, 0.5)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.running_mean, -1, 1)
-                nn.init.uniform_(module.running_var, 0.5, 2)
+        randomize(model)
     return model.eval()
+
+
+def randomize(model: nn.Module) -> None:
+    """Weights and statistics far from their defaults."""
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0.5 if parameter.dim() == 1 else 0.0, 0.5)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -1, 1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
 
 
 def found(space: Space) -> int:
