@@ -25,6 +25,7 @@ ORDER = [
     "adapters",
     "adapters_timm",
     "adapters_torchvision",
+    "adapters_ultralytics",
     "rules",
     "parts",
     "contractions",

@@ -20,7 +20,7 @@ from .errors import TorchgrowError
 ADAPTERS: dict[type, type] = {}
 """Class -> the subclass that takes its place."""
 
-SHIPPED = {"timm": "torchgrow.adapters_timm", "torchvision": "torchgrow.adapters_torchvision"}
+SHIPPED = {name: f"torchgrow.adapters_{name}" for name in ("timm", "torchvision", "ultralytics")}
 """Adapters of other libraries, by the package of the module they serve; imported when one is met."""
 
 
