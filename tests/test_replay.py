@@ -166,6 +166,18 @@ def test_a_tensor_that_is_really_laid_out_anew_is_kept_whole() -> None:
     assert "aten.as_strided_" in str(space.frozen)
 
 
+def test_a_line_outside_of_the_model_is_never_blamed() -> None:
+    """Where all modules are torch's, the innermost other frame is that of whoever asked."""
+    space = replay(nn.Sequential(nn.Linear(3, 4), nn.Softmax(1), nn.Linear(4, 2)), torch.randn(5, 3))
+    assert {frozen.line for frozen in space.frozen} == {""}
+    assert "1: aten._softmax: mixes values along this axis [0.weight[0]]" in [str(frozen) for frozen in space.frozen]
+
+
+def test_a_line_of_the_lab_is_named_like_any_other() -> None:
+    space = replay(ResNet(), torch.randn(1, 3, 8, 8))
+    assert any(frozen.line.startswith("models.py:") for frozen in space.frozen)
+
+
 def test_every_axis_has_a_vector_of_its_size() -> None:
     for name in zoo.ZOO:
         model = zoo.build(name)
