@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import torchgrow.grower
-import torchgrow.surgery
 from oracle import Eq6, SmallResNet
 from torchgrow import (
     Budget,
@@ -90,7 +88,7 @@ def everything(grower: Grower, run: bool = True) -> dict[str, Any]:
         "keep": grower._bank.keep.clone(),
         "history": [timeless(event) for event in grower.history],
         "attributes": [{k: v for k, v in vars(m).items() if isinstance(v, int)} for m in grower.model.modules()],
-        "record": copy.deepcopy(vars(getattr(grower.model, torchgrow.surgery.RECORD))["attributes"]),
+        "record": dict(grower._bank.record.attributes),
         "outputs": outputs(grower) if run else None,
         "penalty": grower._penalty,
         "raw": {name: raw.clone() for name, raw in grower._folding.raw().items()},

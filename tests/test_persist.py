@@ -181,8 +181,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "half a structure": (cut(STRUCTURE, 0.5), r"structure\.json is damaged"),
     "not text": (lambda f: (f / STRUCTURE).write_bytes(b"\xff\xfe\x00"), r"structure\.json is damaged"),
     "deeply nested": (lambda f: (f / STRUCTURE).write_text("[" * 100_000), r"structure\.json is damaged"),
-    "a list": (lambda f: (f / STRUCTURE).write_text("[]"), r"has format 'list', this version .* reads 1 and 2"),
-    "another format": (put(3, "format"), r"has format 3, this version of torchgrow reads 1 and 2"),
+    "a list": (lambda f: (f / STRUCTURE).write_text("[]"), r"has format 'list', this version .* reads 1 and 2 and 3"),
+    "another format": (put(4, "format"), r"has format 4, this version of torchgrow reads 1 and 2 and 3"),
     "a bool for the format": (put(True, "format"), r"has format True"),
     "no attributes": (edit(lambda r: r.pop("attributes")), FORM),
     "a foreign field": (put(1, "extra"), FORM),
@@ -283,12 +283,13 @@ def test_format_1_still_loads(folder: Path) -> None:
     """What version 0.1 wrote: the same, without checksums."""
     model = load(folder, lambda: zoo.build("grouped"))
     record = json.loads((folder / STRUCTURE).read_text())
-    assert (record["format"], record.pop("sha256").keys()) == (2, {STRUCTURE, WEIGHTS})
+    assert (record["format"], record.pop("sha256").keys()) == (3, {STRUCTURE, WEIGHTS})
+    assert record.pop("extra_state") == {}
     (folder / STRUCTURE).write_text(json.dumps({**record, "format": 1}))
     again = load(folder, lambda: zoo.build("grouped"))
     assert same(again.state_dict(), model.state_dict())
     save(again, folder)
-    assert json.loads((folder / STRUCTURE).read_text())["format"] == 2
+    assert json.loads((folder / STRUCTURE).read_text())["format"] == 3
 
 
 # --- saving ---------------------------------------------------------------------------------------------------

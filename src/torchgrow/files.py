@@ -10,23 +10,44 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import sys
-import tempfile
+import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .errors import SavedModelError
 
+if sys.platform != "win32":
+    import fcntl
+
 LARGEST_RECORD = 64 * 2**20
-"""Bytes; a JSON record beyond it is refused unread, since parsing takes many times its size."""
+"""Bytes; a JSON record beyond it is neither written nor read."""
+
+LARGEST_PARSED = 512 * 2**20
+"""Bytes that a record may take once it is parsed: up to 30 times its size, for a list of lists."""
+
+DEEPEST = 100
+"""Levels of nested data that are stored; Python's own stack ends a few hundred further."""
+
+LONGEST = 4096
+"""Bits of an int that is stored: JSON has them in decimal, of which Python reads some thousands of digits."""
+
+LONGEST_WAIT = 600.0
+"""Seconds to wait for another process that writes into the same folder."""
 
 SEAL = "sha256"
 """Field of a record with the checksums of the record itself and of the tensors' file."""
@@ -48,28 +69,94 @@ def write_folder(target: Path, record: dict[str, Any], tensors: dict[str, Tensor
         SavedModelError: it could not be written (disk full, folder read-only); what stood there still does.
     """
     record_name, tensors_name = names
-    staging: Path | None = None
+    staging = target.parent / f".{target.name}.{secrets.token_hex(4)}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        staging.mkdir()  # as the umask says, and so is what is in it
         save_file(tensors, staging / tensors_name)
         seal = {tensors_name: _digest_of_file(staging / tensors_name), record_name: digest(record)}
-        (staging / record_name).write_text(json.dumps({**record, SEAL: seal}, indent=1) + "\n")
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in {**record, SEAL: seal}.items()]
+        text = "{\n" + ",\n".join(lines) + "\n}\n"
+        _check_size(text.encode(), "; store less in it, or as tensors")
+        (staging / record_name).write_text(text)
+        (staging / tensors_name).chmod((staging / record_name).stat().st_mode)
         for name in names:
             _flush(staging / name)
-        staging.chmod(0o755)
         _flush(staging)
-        _swap_in(staging, target)
+        with locked(target.parent):
+            _swap_in(staging, target)
         _flush(target.parent)
     except BaseException as error:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, (OSError, SafetensorError)):
+        shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError, ValueError)):
             raise SavedModelError(
                 f"{target} could not be written ({error}); what was there before is unchanged. "
                 "Make room or choose another folder"
             ) from error
         raise
+
+
+def real_folder(folder: str | os.PathLike[str]) -> Path:
+    """Where a folder to be written lies, links followed.
+
+    Raises:
+        SavedModelError: it is the one this process works in, whose place another cannot take.
+    """
+    try:
+        target, here = Path(os.path.realpath(folder)), Path.cwd()
+    except OSError as error:
+        raise SavedModelError(f"{folder} cannot be found from the current folder: {error}") from error
+    if target == here:
+        raise SavedModelError(f"{target} is the current folder, which cannot be exchanged; name one inside of it")
+    return target
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time; where the system or the file system knows no locks, all.
+
+    Raises:
+        SavedModelError: another one has been at it for `LONGEST_WAIT`.
+    """
+    handle = None
+    if sys.platform != "win32":
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+            _wait_for(handle, folder)
+        except OSError:
+            pass
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _wait_for(handle: int, folder: Path) -> None:
+    end = time.monotonic() + LONGEST_WAIT
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise SavedModelError(
+                    f"another process has been writing into {folder} for {LONGEST_WAIT:.0f} seconds; is one stuck?"
+                ) from None
+            time.sleep(0.01)
+
+
+def _check_size(text: bytes, advice: str = "") -> None:
+    """Refuse a record whose text or contents take more memory than any record's.
+
+    Raises:
+        ValueError: with the number.
+    """
+    if len(text) > LARGEST_RECORD:
+        raise ValueError(f"a record of {len(text):,} bytes is more than any has{advice}")
+    parsed = sum(text.count(mark) * size for mark, size in ((b"[", 88), (b"{", 240), (b",", 40), (b'"', 30)))
+    if parsed > LARGEST_PARSED:
+        raise ValueError(f"a record that takes some {parsed:,} bytes once it is parsed is more than any{advice}")
 
 
 def _flush(path: Path) -> None:
@@ -132,9 +219,11 @@ def read_folder(
         size = (source / record_name).stat().st_size
         if size > LARGEST_RECORD:
             raise ValueError(f"{size:,} bytes are more than any record has")
-        record = json.loads((source / record_name).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise SavedModelError(f"{source / record_name} is damaged: {error}") from error
+        text = (source / record_name).read_bytes()
+        _check_size(text)
+        record = json.loads(text)
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        raise SavedModelError(f"{source / record_name} is damaged: {error or 'it takes too much memory'}") from error
     found = record.get("format") if isinstance(record, dict) else type(record).__name__
     if type(found) is not int or found not in formats:
         raise SavedModelError(
@@ -169,7 +258,7 @@ def _digest_of_file(path: Path) -> str:
 # --- nested plain data ---
 
 
-def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
+def pack(value: Any, tensors: dict[str, Tensor], path: str = "", depth: int = 0) -> Any:
     """Nested plain data as JSON, without loss; its tensors go into `tensors`, by their path.
 
     What JSON lacks is an object with one key that begins with "!": tuples, dicts with other keys than text,
@@ -178,19 +267,28 @@ def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     Raises:
         SavedModelError: something in it is not plain data; the message names it.
     """
-    if value is None or type(value) in (bool, int, str):
+    if depth > DEEPEST:
+        raise SavedModelError(f"{path[:80]}... is nested more than {DEEPEST} levels deep, or holds itself; flatten it")
+    if value is None or type(value) in (bool, str):
+        return value
+    if type(value) is int:
+        if value.bit_length() > LONGEST:
+            raise SavedModelError(f"{path} is a number of {value.bit_length()} bits; store it as text")
         return value
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"!float": str(float(value))}
     if isinstance(value, Tensor):
         return _pack_tensor(value.detach(), tensors, path)
     if type(value) in (list, tuple):
-        items = [pack(item, tensors, f"{path}/{i}") for i, item in enumerate(value)]
+        items = [pack(item, tensors, f"{path}/{i}", depth + 1) for i, item in enumerate(value)]
         return items if type(value) is list else {"!tuple": items}
     if isinstance(value, dict):
         if not isinstance(value, Counter) and all(type(key) is str and not key.startswith("!") for key in value):
-            return {key: pack(item, tensors, f"{path}/{key}" if path else key) for key, item in value.items()}
-        pairs = [[pack(k, tensors, f"{path}/key"), pack(v, tensors, f"{path}/{k}")] for k, v in value.items()]
+            return {k: pack(item, tensors, f"{path}/{k}" if path else k, depth + 1) for k, item in value.items()}
+        pairs = [
+            [pack(k, tensors, f"{path}/key", depth + 1), pack(v, tensors, f"{path}/{k}", depth + 1)]
+            for k, v in value.items()
+        ]
         return {"!counter" if isinstance(value, Counter) else "!dict": pairs}
     raise SavedModelError(
         f"{path or 'the value'} is of type {type(value).__name__}, which cannot be stored as data; use tensors, "
@@ -199,14 +297,47 @@ def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
 
 
 def _pack_tensor(tensor: Tensor, tensors: dict[str, Tensor], path: str) -> dict[str, Any]:
-    if tensor.layout != torch.strided:
-        raise SavedModelError(f"{path} is a {tensor.layout} tensor, which cannot be stored; use tensor.to_dense()")
-    while path in tensors:
-        path += "'"
-    tensors[path] = tensor.to("cpu", memory_format=torch.contiguous_format, copy=True)
+    name = path.encode(errors="backslashreplace").decode()  # half a character cannot be written
+    while name in tensors:
+        name += "'"
+    tensors[name] = storable(tensor, path)
     # The order in memory decides the last bits of sums over it.
-    plain = tensors[path].stride() == tensor.stride() or not _dense(tuple(tensor.shape), tensor.stride())
-    return {"!tensor": path} if plain else {"!tensor": path, "stride": list(tensor.stride())}
+    plain = tensors[name].stride() == tensor.stride() or not _dense(tuple(tensor.shape), tensor.stride())
+    return {"!tensor": name} if plain else {"!tensor": name, "stride": list(tensor.stride())}
+
+
+def storable(tensor: Tensor, name: str) -> Tensor:
+    """A contiguous copy of a tensor on the CPU, of a kind that a file can hold.
+
+    Raises:
+        SavedModelError: it has no values, or is sparse, quantised, nested, sharded or of an unknown dtype.
+    """
+    advice = ""
+    if is_lazy(tensor):
+        advice = "is not initialised yet; run the model on a batch first"
+    elif tensor.layout != torch.strided:
+        advice = f"is a {tensor.layout} tensor; use tensor.to_dense()"
+    elif is_traceable_wrapper_subclass(tensor):
+        advice = f"is a {type(tensor).__name__}; use a plain tensor, such as tensor.full_tensor() or .dequantize()"
+    elif tensor.is_meta:
+        advice = "is on the meta device and has no values"
+    elif tensor.is_quantized:
+        advice = "is quantised; use tensor.dequantize()"
+    elif not _can_hold(tensor.dtype):
+        advice = f"is of {tensor.dtype}, which safetensors does not know; use torch.view_as_real or another dtype"
+    if advice:
+        raise SavedModelError(f"{name} {advice}; as it is, it cannot be stored")
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    return plain.to("cpu", memory_format=torch.contiguous_format, copy=True)
+
+
+@lru_cache
+def _can_hold(dtype: torch.dtype) -> bool:
+    try:
+        safetensors.torch.save({"x": torch.empty(0, dtype=dtype)})
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
+        return False
+    return True
 
 
 def _dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
@@ -216,31 +347,39 @@ def _dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 
 def unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of `pack`.
+    """The inverse of `pack`; takes what it uses out of `tensors`, so that nothing can be had twice.
 
     Raises:
         SavedModelError: it is not what `pack` makes.
     """
+    try:
+        return _unpacked(packed, tensors)
+    except RecursionError as error:
+        raise SavedModelError("a record is nested too deep") from error
+
+
+def _unpacked(packed: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(packed, list):
-        return [unpack(item, tensors) for item in packed]
+        return [_unpacked(item, tensors) for item in packed]
     if not isinstance(packed, dict):
         return packed
     tags = [key for key in packed if key.startswith("!")]
     if not tags:
-        return {key: unpack(item, tensors) for key, item in packed.items()}
+        return {key: _unpacked(item, tensors) for key, item in packed.items()}
     tag = tags[0]
     if len(packed) == 1 and tag == "!tuple" and isinstance(packed[tag], list):
-        return tuple(unpack(item, tensors) for item in packed[tag])
+        return tuple(_unpacked(item, tensors) for item in packed[tag])
     if len(packed) == 1 and tag == "!float" and packed[tag] in ("inf", "-inf", "nan"):
         return float(packed[tag])
     if len(packed) == 1 and tag in ("!dict", "!counter") and isinstance(packed[tag], list):
-        pairs = [unpack(pair, tensors) for pair in packed[tag]]
+        pairs = [_unpacked(pair, tensors) for pair in packed[tag]]
         if all(isinstance(pair, list) and len(pair) == 2 and _hashable(pair[0]) for pair in pairs):
             return dict(pairs) if tag == "!dict" else Counter(dict(pairs))
     if tag == "!tensor" and packed.keys() <= {"!tensor", "stride"}:
         name = packed[tag]
         if type(name) is str and name in tensors:
-            return _strided(tensors[name], packed["stride"]) if "stride" in packed else tensors[name]
+            tensor = tensors.pop(name)
+            return _strided(tensor, packed["stride"]) if "stride" in packed else tensor
     raise SavedModelError(f"a record has {json.dumps(packed)[:80]}, which stands for nothing")
 
 

@@ -22,10 +22,11 @@ from .cost import CostModel
 from .counting import Guess, choices, guesses
 from .depth import Named, find, gated, with_layers
 from .errors import TraceError
+from .record import skip_
 from .replay import Couples, replay
 from .space import WHOLE, Frozen, Place, Space, live_positions
 from .store import Births, is_meta
-from .surgery import Bank, recut, skip_
+from .surgery import Bank, recut
 
 TOLERANCE = 1e-9
 """Largest relative error in float64 that still counts as equal."""

@@ -10,7 +10,7 @@ empty, and whatever indicators say of the units inside, none of them is there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -107,9 +107,26 @@ class PassThrough:
     outputs: int = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """In place of the layer's `forward`."""
+        """What the layer would return."""
         x = args[0] if args else kwargs[self.keyword]
         return (x, *[None] * (self.outputs - 1)) if self.outputs else x
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """In place of the layer's `forward`; TorchScript can compile it where a tensor goes in and out."""
+        return self if self.outputs else self.hand_on
+
+    def hand_on(self, *args: Any, **kwargs: Any) -> Any:
+        """Their input."""
+        return self(*args, **kwargs)
+
+
+def _scripted(self: Any, x: Tensor) -> Tensor:
+    return x
+
+
+# TorchScript knows no *args; it reads the source of what a function wraps.
+PassThrough.hand_on.__wrapped__ = _scripted  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ Index = dict[int, Tensor]
 """Live positions (int64) per cut axis; an axis that is whole is left out."""
 
 
-def index_of(space: Space, name: str, keep: Tensor) -> Index | None:
-    """Where the live part of a tensor sits in its full size; None where its layer is left out."""
-    if space.absent(name, keep):
+def index_of(space: Space, name: str, keep: Tensor, absent: bool = True) -> Index | None:
+    """Where the live part of a tensor sits in its full size; None where its layer is left out, if `absent`."""
+    if absent and space.absent(name, keep):
         return None
     index: Index = {}
     for axis in space.cut_axes.get(name, ()):
@@ -30,6 +30,11 @@ def index_of(space: Space, name: str, keep: Tensor) -> Index | None:
         if not bool(live.all()):
             index[axis] = torch.nonzero(live).flatten()
     return index
+
+
+def live_shape(full: tuple[int, ...], index: Index) -> tuple[int, ...]:
+    """Shape of the part at `index` of a tensor of shape `full`."""
+    return tuple(index[axis].numel() if axis in index else size for axis, size in enumerate(full))
 
 
 def gather(full: Tensor, index: Index | None) -> Tensor:

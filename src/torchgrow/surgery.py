@@ -12,9 +12,9 @@ import copy
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .adapters import adapt_, adaptable
 from .attributes import get, put
 from .errors import OptimizerError, StructureError
+from .record import Growth, Record, mark_, mark_of, recorded, set_mark, skip_
 from .space import PassThrough, Space, live_positions
 from .store import Births, Index, Store, gather, index_of, is_meta
 
@@ -68,37 +69,6 @@ def replace_(tensor: Tensor, new: Tensor) -> None:
     torch.autograd.graph.increment_version(tensor)
 
 
-@dataclass
-class Record:
-    """What was done to a model, kept on the model itself so that it can be saved without anything else.
-
-    Attributes:
-        shapes: full shapes of the tensors that can be cut.
-        kept: per cut tensor and axis the live positions in the frame.
-        attributes: changed int attributes, by (module, name).
-        adapted: modules whose class was swapped for an adapter.
-        skipped: modules that are left out, and what they compute instead.
-    """
-
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    kept: dict[str, Index] = field(default_factory=dict)
-    attributes: dict[tuple[str, str], int] = field(default_factory=dict)
-    adapted: tuple[str, ...] = ()
-    skipped: dict[str, PassThrough] = field(default_factory=dict)
-
-
-def skip_(model: nn.Module, paths: Iterable[str], skipped: Mapping[str, PassThrough]) -> None:
-    """Leave out the modules named in `skipped` and put back the others of `paths`.
-
-    A plain attribute on the module stands before the `forward` of its class; deleting it brings that one back.
-    """
-    for path in paths:
-        module = model.get_submodule(path)
-        module.__dict__.pop("forward", None)
-        if path in skipped:
-            module.forward = skipped[path]
-
-
 DIRECTIONS = frozenset({"momentum_buffer", "exp_avg", "grad_avg", "prev"})
 """Optimizer slots that point somewhere, even where all entries of a small tensor happen to be positive."""
 
@@ -111,8 +81,26 @@ ANEW = 4
 MOMENTS = CORRECTED | {"exp_avg", "max_exp_avg_sq"}
 """All slots of such an optimizer; one that keeps more than these, say a copy of the weights, is left alone."""
 
-RECORD = "_torchgrow_record"
-"""Name of the plain attribute under which a model carries its Record."""
+
+def materialise_(model: nn.Module, tensors: Mapping[str, Tensor], contents: Callable[[str], Tensor]) -> None:
+    """Exchange the named tensors of a model on the meta device for real ones; the objects stay.
+
+    Args:
+        model: the model.
+        tensors: parameters and buffers by name.
+        contents: gives what the tensor of that name shall hold.
+    """
+    recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    for module in recurrent:
+        module._flat_weight_refs = []  # weak references forbid the exchange
+    for name, tensor in tensors.items():
+        new = contents(name)
+        if isinstance(tensor, nn.Parameter):
+            torch.utils.swap_tensors(tensor, nn.Parameter(new, requires_grad=tensor.requires_grad))
+        else:
+            torch.utils.swap_tensors(tensor, new)
+    for module in recurrent:
+        module._init_flat_weights()
 
 
 @dataclass
@@ -144,7 +132,8 @@ class Change:
     def apply(self) -> Callable[[], None]:
         """Swap everything in, or, whatever happens in between, nothing; returns what takes it back."""
         bank = self.bank
-        keep_before, index_before, record_before = bank.keep, bank.index, getattr(bank.model, RECORD, None)
+        keep_before, index_before, record_before = bank.keep, bank.index, bank.record
+        marks = [(module, mark_of(module)) for module in bank.model.modules()]
         before = [
             (swap.tensor, swap.tensor.data, [(s, k, s[k]) for s, k, _ in swap.slots]) for swap in self.swaps.values()
         ]
@@ -162,11 +151,9 @@ class Change:
             skip_(bank.model, layers, bank.skipped(keep_before))
             for parameter, grad in grads:
                 parameter.grad = grad
-            if record_before is None:
-                vars(bank.model).pop(RECORD, None)
-            else:
-                setattr(bank.model, RECORD, record_before)
-            bank.keep, bank.index = keep_before, index_before
+            for module, mark in marks:
+                set_mark(module, mark)
+            bank.keep, bank.index, bank.record = keep_before, index_before, record_before
 
         try:
             for parameter, _ in grads:
@@ -178,17 +165,18 @@ class Change:
                     state[key] = value
             for module, name, number in self._attributes():
                 put(module, name, number)
-            skip_(bank.model, layers, self.record.skipped)
+            skip_(bank.model, layers, bank.skipped(self.keep))
         except BaseException:
             undo()
             raise
-        setattr(bank.model, RECORD, self.record)
-        bank.keep, bank.index = self.keep, self.index
+        mark_(bank.model.named_modules(), self.record)
+        bank.keep, bank.index, bank.record = self.keep, self.index, self.record
         return undo
 
     def _attributes(self) -> list[tuple[nn.Module, str, int]]:
-        modules = dict(self.bank.model.named_modules())
-        return [(modules[path], name, number) for (path, name), number in self.record.attributes.items()]
+        modules, numbers = dict(self.bank.model.named_modules()), self.record.attributes
+        keys = [(a.module, a.name) for a in self.bank.space.attributes]  # others are of generations before
+        return [(modules[key[0]], key[1], numbers[key]) for key in keys if key in numbers]
 
 
 class Bank:
@@ -226,6 +214,9 @@ class Bank:
                 f"{name} is {found} but the space was traced with {space.shapes[name]}; the model must be the full "
                 "frame (trace it again, or restore it from its bank first)"
             )
+        self.names = _all_names(model)
+        self.base = self.record = recorded(model.named_modules())  # of the generations before
+        self.growth: Growth | None = None
         self.adapted = _adaptable_and_cut(model, space)
         self.births = Births(model, seed) if is_meta(model) else None
         adapt_(model, self.adapted)
@@ -277,7 +268,7 @@ class Bank:
         other.full = {name: asleep.copy(tensors[name].dtype) for name, asleep in self.full.items()}
         for name, asleep in other.full.items():
             asleep.write(self.index[name], tensors[name].detach().cpu())
-        setattr(model, RECORD, copy.deepcopy(getattr(self.model, RECORD)))
+        mark_(model.named_modules(), self.record)
         return other
 
     def sleeps_alike(self, other: Bank) -> bool:
@@ -328,12 +319,12 @@ class Bank:
         if self.births is not None:
             self.births.forget()
         self.trained = self.trained | had_state
-        return Change(self, keep, swaps, index, self._record(keep, index))
+        return Change(self, keep, swaps, index, self._record(keep))
 
     def unchanged(self) -> Change:
         """The change to what is live already, which only lets go of gradients and of graphs built before."""
         self.tensors = named_tensors(self.model)  # as in `stage`
-        return Change(self, self.keep, {}, self.index, getattr(self.model, RECORD))
+        return Change(self, self.keep, {}, self.index, self.record)
 
     def stage_contents(self, keep: Tensor, contents: Mapping[str, Tensor]) -> Change:
         """Compute the change to a structure whose live tensors, by name, shall hold just these contents.
@@ -344,7 +335,7 @@ class Bank:
         index = {name: index_of(self.space, name, keep) for name in self.space.cut_axes}
         present = named_tensors(self.model)  # a buffer may be another object by now
         swaps = {n: _Swap(tensor, contents[n].to(tensor.device, copy=True), []) for n, tensor in present.items()}
-        return Change(self, keep, swaps, index, self._record(keep, index))
+        return Change(self, keep, swaps, index, self._record(keep))
 
     def commit(self, *changes: Change) -> None:
         """Make staged changes, of this bank and of others: all of them or none."""
@@ -373,7 +364,7 @@ class Bank:
         self.tensors = named_tensors(self.model)
         for name, asleep in self.full.items():
             replace_(self.tensors[name], asleep.read(index[name]).to(self.tensors[name].device))
-        Change(self, keep, {}, index, self._record(keep, index)).apply()
+        Change(self, keep, {}, index, self._record(keep)).apply()
 
     def restore_(self) -> None:
         """Bring the whole frame back, bit for bit."""
@@ -403,18 +394,12 @@ class Bank:
 
     def _materialise(self, births: Births, device: torch.device | str) -> None:
         """Give the model's own tensors a device: nothing yet of those that are cut, the initial value of the others."""
-        recurrent = [module for module in self.model.modules() if isinstance(module, nn.RNNBase)]
-        for module in recurrent:
-            module._flat_weight_refs = []  # weak references forbid the exchange
-        for name, tensor in self.tensors.items():
+
+        def born(name: str) -> Tensor:
             full = births.full(name)
-            new = (gather(full, None) if name in self.space.cut_axes else full).to(device)
-            if isinstance(tensor, nn.Parameter):
-                torch.utils.swap_tensors(tensor, nn.Parameter(new, requires_grad=tensor.requires_grad))
-            else:
-                torch.utils.swap_tensors(tensor, new)
-        for module in recurrent:
-            module._init_flat_weights()
+            return (gather(full, None) if name in self.space.cut_axes else full).to(device)
+
+        materialise_(self.model, self.tensors, born)
 
     def skipped(self, keep: Tensor) -> dict[str, PassThrough]:
         """Modules of the layers that `keep` leaves out, and what they compute instead."""
@@ -449,11 +434,26 @@ class Bank:
                 found[axis] = places
         return found
 
-    def _record(self, keep: Tensor, index: dict[str, Index | None]) -> Record:
-        attributes = {(a.module, a.name): int(live_positions(a.units, keep).sum()) for a in self.space.attributes}
-        shapes = {name: self.space.shapes[name] for name in self.space.cut_axes}
-        kept = {name: cut for name, cut in index.items() if cut}
-        return Record(shapes, kept, attributes, self.adapted, self.skipped(keep))
+    def _record(self, keep: Tensor) -> Record:
+        """The record of a structure, relative to the first frame."""
+        space, names = self.space, self.names
+        attributes = {(a.module, a.name): int(live_positions(a.units, keep).sum()) for a in space.attributes}
+        wholes = {(a.module, a.name): a.units.numel() for a in space.attributes}
+        kept = {name: where for name in space.cut_axes if (where := index_of(space, name, keep, absent=False))}
+        shapes = {alias: space.shapes[name] for name in space.cut_axes for alias in names[name]}
+        everywhere = {alias: where for name, where in kept.items() for alias in names[name]}
+        blocks = tuple(slot.modules for slot in space.slots)
+        return Record(shapes, everywhere, wholes, attributes, blocks, self.growth).on(self.base)
+
+
+def _all_names(model: nn.Module) -> dict[str, list[str]]:
+    """All names of each parameter and buffer, by the first."""
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    first = {id(tensor): name for name, tensor in named_tensors(model).items()}
+    names: dict[str, list[str]] = {}
+    for name, tensor in every:
+        names.setdefault(first[id(tensor)], []).append(name)
+    return names
 
 
 def _with_newborn(key: str, part: Tensor, born: Mapping[int, Tensor], live: Tensor) -> Tensor:
