@@ -76,19 +76,20 @@ ANSWERS = [
     (Square.apply, 10),
     (all_in_place, 10),
     (row_by_row, 10),
-    (masked, 4),
+    (masked, 10),
     (half_in_place, 4),
     (by_width, 4),
     (lambda y: y + torch.randn_like(y), 4),
     (lambda y: F.dropout(y, 0.5, training=True), 4),
     (lambda y: y * torch.rand(1), 10),
-    (lambda y: y / y.norm(), 4),
+    (lambda y: y / y.norm(), 10),  # a norm is the same without what is zero
+    (lambda y: y / y.sigmoid().norm(), 4),
     (lambda y: torch.from_numpy(y.detach().numpy()), 4),
     (lambda y: y[:, torch.randperm(6)], 4),
     (lambda y: y.sort(-1).values, 4),
     (lambda y: torch.cat([y[:, :2], y[:, 2:]], 1), 4),
     (lambda y: y @ torch.eye(6, dtype=y.dtype), 4),
-    (as_complex, 4),
+    (as_complex, 10),
 ]
 
 

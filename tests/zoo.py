@@ -303,7 +303,7 @@ class Cumsum(nn.Module):
 
 
 class Fourier(nn.Module):
-    """c3(3, 6) -> real part of a 2d FFT (no rule: frozen) -> c3(6, 5) -> pool -> fc"""
+    """c3(3, 6) -> real part of a 2d FFT over the places -> c3(6, 5) -> pool -> fc"""
 
     def __init__(self) -> None:
         super().__init__()

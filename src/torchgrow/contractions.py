@@ -183,15 +183,15 @@ def linear(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     product(ctx, x, ctx.layers(x), weight.t(), turned, named["bias"], out)
 
 
-@rule("mm", "bmm", "matmul", counted=True)
-def matmul(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
-    """A [..., n, k] times B [..., k, m]."""
+@rule("mm", "bmm", "matmul", "_sparse_mm_reduce_impl", counted=True)
+def matmul(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """A [..., n, k] times B [..., k, m]; of a sparse A also the mean or the largest of the products."""
     a, b = named["self"], named.get("mat2", named.get("other"))
     assert isinstance(b, Tensor)
-    product(ctx, a, ctx.layers(a), b, ctx.layers(b), None, out)
+    product(ctx, a, ctx.layers(a), b, ctx.layers(b), None, first_tensor(out))
 
 
-@rule("addmm", "baddbmm", "addbmm", counted=True)
+@rule("addmm", "baddbmm", "addbmm", "_sparse_addmm", counted=True)
 def addmm(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     """A times B, plus a bias."""
     a, b = named.get("mat1", named.get("batch1")), named.get("mat2", named.get("batch2"))
@@ -282,3 +282,29 @@ def bilinear(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> Non
     contract(ctx, on_axis(layers[2], 1), second)
     ctx.set_layers(out, [] if rows is None else [placed(rows, out.dim(), 1)])
     ctx.flop(2 * out.shape[0], *(layer or weight.shape[k] for k, layer in enumerate((rows, first, second))))
+
+
+@rule("_cdist_forward", "_euclidean_dist")
+def distances(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """Distances of vectors a [..., P, M] and b [..., R, M], as [..., P, R]: what is zero in both adds nothing."""
+    a, b, rank, reason = named["x1"], named["x2"], out.dim(), "is compared with values that carry no labels"
+    sides = [(tensor, aligned(ctx.layers(tensor), rank)) for tensor in (a, b)]
+    vectors = [on_axis(layers, rank - 1) for _, layers in sides]
+    if any(vector is None or not vector.all_silent for vector in vectors) or not named.get("p", 2) > 0:
+        for vector in vectors:
+            if vector is not None:
+                ctx.freeze(vector, reason)
+    else:
+        contract(ctx, vectors[0], vectors[1])
+    rows = without_axes(ctx, [x for x in sides[0][1] if x is not vectors[0]], [rank - 1], reason)
+    columns = without_axes(ctx, [x for x in sides[1][1] if x is not vectors[1]], [rank - 1], reason)
+    columns = [Layer(layer.packed.transpose(-1, -2), layer.sources) for layer in columns]
+    harmonize(ctx, [(a, rows), (b, columns)], range(rank - 2), rank, reason)
+    result: list[Layer] = []
+    for layer in [*rows, *columns]:
+        mate = next((x for x in result if x.axes == layer.axes), None)
+        if mate is None:
+            result.append(layer.with_silence(False, frozenset()))
+        else:
+            ctx.unify(mate, layer)
+    ctx.set_layers(out, result)

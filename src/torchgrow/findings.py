@@ -127,7 +127,7 @@ class Findings:
         fold: dict[Place, Array] = {}
         here = np.zeros(n + 1, dtype=np.bool_)  # the last entry stands for -1, "no unit"
         for read_units, produced, weights in reads:
-            chosen = by_producer[read_units]
+            chosen = by_producer[read_units] | (not weights)  # a sum over units has no columns of its own
             for places, gates in ((produced, read_units[chosen]), (weights, read_units[~chosen])):
                 if not gates.size:
                     continue

@@ -11,7 +11,7 @@ two, [O, 1, 1, 1] and [1, I, 1, 1]. A position is absent as soon as one of its l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -89,14 +89,24 @@ class Layer:
         bit = silent.to(torch.int64) if isinstance(silent, Tensor) else int(silent)
         return Layer((self.packed & ~1) | bit, sources)
 
-    def move(self, shape: torch.Size, op: Callable[[Tensor], Tensor]) -> Layer | None:
+    def move(self, shape: Sequence[int], op: Callable[[Tensor], Tensor]) -> Layer | None:
         """Replay a data movement on the labels: expand to the tensor's full `shape`, move, compress again."""
-        return compressed(Layer(op(self.packed.expand(shape)), self.sources))
+        return compressed(Layer(op(self.packed.expand(standing(shape))), self.sources))
+
+
+def standing(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape to replay movements of an empty tensor in: labels do not vary along its empty axes, but still others do.
+
+    Experts that no token goes to, and boxes that no image has, have channels all the same.
+    """
+    return tuple(size or 2 for size in shape)
 
 
 def compressed(layer: Layer) -> Layer | None:
     """Reduce every axis along which the layer does not vary to size 1; None if all is FIXED."""
     packed = layer.packed.numpy()
+    if not packed.size:
+        return None
     for axis, size in enumerate(packed.shape):
         if size > 1:
             corner = (0,) * packed.ndim

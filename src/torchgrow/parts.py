@@ -8,8 +8,10 @@ is for the proof to say, which makes the attributes follow. Any other cut is at 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .labels import Layer
@@ -28,27 +30,37 @@ def slice_(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     dim = named["dim"] % source.dim()
     size, length = source.shape[dim], out.shape[dim]
     layers = ctx.layers(source)
+    if not length:
+        ctx.set_layers(out, [layer for layer in layers if dim not in layer.axes])
+        return
     if length != size:
         start = named["start"] or 0
         start = max(0, start + size) if start < 0 else start
-        sizes = [start, length, size - start - length] if named.get("step", 1) == 1 and length else []
+        sizes = [start, length, size - start - length] if named.get("step", 1) == 1 else []
         layers = [kept for layer in layers for kept in cut(ctx, layer, dim, sizes, chunk=length, said=False)]
     rest = {key: value for key, value in named.items() if key != "self"}
     ctx.set_layers(out, [layer.move(source.shape, lambda t: func(t, **rest)) for layer in layers])
 
 
-@rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
+@rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes")
 def split(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """All parts at once."""
     source = named["self"]
     dim = named.get("dim", 0) % source.dim()
     sizes = [part.shape[dim] for part in out]
-    chunk = sizes[0] if len(set(sizes)) == 1 else 0
-    layers = [kept for layer in ctx.layers(source) for kept in cut(ctx, layer, dim, sizes, chunk=chunk)]
-    pieces = [[layer.packed.expand(source.shape).split(sizes, dim), layer.sources] for layer in layers]
-    for i, part in enumerate(out):
-        moved = [Layer(piece[i], sources).move(part.shape, lambda t: t) for piece, sources in pieces]
-        ctx.set_layers(part, moved)
+    lengths = [size for size in sizes if size]
+    chunk = lengths[0] if len(set(lengths)) == 1 else 0
+    layers = ctx.layers(source)
+    if len(lengths) > 1:
+        layers = [kept for layer in layers for kept in cut(ctx, layer, dim, sizes, chunk=chunk)]
+    start = 0
+    for part, size in zip(out, sizes, strict=True):
+        if size:
+            here = partial(torch.narrow, dim=dim, start=start, length=size)
+            ctx.set_layers(part, [layer.move(source.shape, here) for layer in layers])
+        else:
+            ctx.set_layers(part, [layer for layer in layers if dim not in layer.axes])
+        start += size
 
 
 def cut(ctx: Context, layer: Layer, axis: int, sizes: Sequence[int], *, chunk: int, said: bool = True) -> list[Layer]:

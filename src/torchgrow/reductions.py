@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .labels import Layer
+from .labels import FIXED, Layer
 from .rules import RULES, Context, first_tensor, harmonize, on_axis, rule, without_axes
 
 
@@ -80,52 +81,100 @@ def layer_norm(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None
     ctx.set_layers(out, [layer.with_silence(False, frozenset()) for layer in layers])
 
 
-@rule("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "cumsum", "logcumsumexp", "cumprod")
-def along_one_axis(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
-    """Mixes values along one axis."""
-    dim = named["dim"] % out.dim()
-    layers = without_axes(ctx, ctx.layers(named["self"]), [dim], "mixes values along this axis")
-    ctx.set_layers(out, [layer.with_silence(False, frozenset()) for layer in layers])
+MIXING = {
+    "softmax": False, "_softmax": False, "_safe_softmax": False, "log_softmax": False, "_log_softmax": False,
+    "logcumsumexp": False, "argsort": False, "cumsum": True, "cumprod": True, "cummax": True, "cummin": True,
+    "sort": True, "topk": True, "_fft_c2c": True, "_fft_r2c": True, "_fft_c2r": True,
+}  # fmt: skip
+"""What mixes values along one axis or several, and whether it makes zeros of zeros."""
 
 
-@rule(
-    "mean",
-    "sum",
-    "amax",
-    "amin",
-    "var",
-    "std",
-    "var_mean",
-    "logsumexp",
-    "prod",
-    "any",
-    "all",
-    "norm",
-    "linalg_vector_norm",
-)
+def along_axes(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """Mixes values along some axes, which stay; what comes beside the values are positions."""
+    x, dims = named["self"], named["dim"]
+    dims = [dim % max(1, x.dim()) for dim in ([dims] if isinstance(dims, int) else dims)]
+    layers = without_axes(ctx, ctx.layers(x), dims, "mixes values along this axis")
+    silent = MIXING[func._overloadpacket.__name__.removesuffix("_")]
+    for i, part in enumerate([out] if isinstance(out, Tensor) else out):
+        ctx.set_layers(part, layers if silent and i == 0 else _loud(layers))
+
+
+RULES.update(dict.fromkeys(MIXING, along_axes))
+
+
+def _loud(layers: Sequence[Layer]) -> list[Layer]:
+    return [layer.with_silence(False, frozenset()) for layer in layers]
+
+
+SUMS = {"sum", "nansum", "any", "count_nonzero", "norm", "linalg_vector_norm"}
+"""Reductions to which zeros add nothing."""
+REDUCTIONS = {
+    "logsumexp": False, "prod": False, "all": False, "var": False, "std": False, "std_mean": False, "var_mean": False,
+    "argmax": False,
+    "argmin": False, "mean": True, "amax": True, "amin": True, "max": True, "min": True, "median": True,
+    "nanmedian": True, "mode": True, "kthvalue": True, **dict.fromkeys(SUMS, True), "aminmax": True,
+}  # fmt: skip
+"""Reductions, and whether they make zeros of zeros (where they return values and positions, of the values)."""
+
+
 def reduction(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """Reduces over some axes, which must carry no labels."""
-    x = named["self"]
+    """Reduces over some axes, which must carry no labels, or none but those of zeros that are summed up."""
+    x, name, parts = named["self"], func._overloadpacket.__name__, [out] if isinstance(out, Tensor) else list(out)
     dims = named.get("dim")
     dims = list(range(x.dim())) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
-    dims = sorted((dim % x.dim() for dim in dims), reverse=True)
+    dims = sorted((dim % max(1, x.dim()) for dim in dims), reverse=True)
     reason = "reduces over this axis"
-    layers = ctx.layers(x)
     inside: list[Layer] = []  # layers that end here
     across: list[Layer] = []  # layers that vary elsewhere too
-    for layer in layers:
+    for layer in ctx.layers(x):
         (inside if set(layer.axes) <= set(dims) else across).append(layer)
     for layer in inside:
-        for part in [out] if isinstance(out, Tensor) else out:
+        if _adds_nothing(name, named, layer):
+            if ctx.depends_on_input(x):  # whoever reads the sum reads these units: they are gated where they are made
+                ctx.read(layer, layer.with_silence(True, frozenset()))
+            continue
+        for part in parts:
             ctx.freeze_if_used(part, layer, reason)
     layers = without_axes(ctx, across, dims, reason)
-    if func._overloadpacket.__name__ not in ("mean", "sum", "amax", "amin", "linalg_vector_norm"):
-        layers = [layer.with_silence(False, frozenset()) for layer in layers]
     if not named.get("keepdim", False):
         for dim in dims:
             layers = [Layer(layer.packed.squeeze(dim), layer.sources) for layer in layers]
-    for part in [out] if isinstance(out, Tensor) else out:
-        ctx.set_layers(part, layers)
+    for i, part in enumerate(parts):
+        ctx.set_layers(part, layers if REDUCTIONS[name] and (i == 0 or name == "aminmax") else _loud(layers))
+
+
+RULES.update(dict.fromkeys(REDUCTIONS, reduction))
+
+
+def _adds_nothing(name: str, named: dict[str, Any], layer: Layer) -> bool:
+    """Whether a sum, or a norm, is the same without the units of a layer: they are zero when they go."""
+    order = named.get("p", named.get("ord"))
+    order = 2 if order is None else order
+    silent = bool((layer.silent | (layer.symbols == FIXED)).all())
+    return name in SUMS and silent and not isinstance(order, (str, Tensor)) and order > 0
+
+
+@rule("segment_reduce")
+def segments(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """Reduces rows that follow each other along one axis."""
+    layers = without_axes(
+        ctx, ctx.layers(named["data"]), [named["axis"] % named["data"].dim()], "reduces over segments"
+    )
+    ctx.set_layers(out, _loud(layers))
+
+
+@rule("renorm")
+def renorm(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """Scales every slice of an axis whose norm is too large; zeros add nothing to it."""
+    x, dim = named["self"], named["dim"] % named["self"].dim()
+    across = [axis for axis in range(x.dim()) if axis != dim]
+    result = []
+    for layer in ctx.layers(x):
+        if layer.axes == (dim,) or _adds_nothing("norm", named, layer):
+            result.append(layer)
+        else:
+            result += without_axes(ctx, [layer], across, "is normalised together with other axes")
+    ctx.set_layers(out, result)
 
 
 @rule("_weight_norm_interface")
@@ -181,6 +230,7 @@ SPATIAL = {
     "adaptive_max_pool1d": 1, "adaptive_max_pool2d": 2, "adaptive_max_pool3d": 3, "upsample_nearest1d": 1,
     "upsample_nearest2d": 2, "upsample_nearest3d": 3, "_upsample_nearest_exact2d": 2, "upsample_linear1d": 1,
     "upsample_bilinear2d": 2, "upsample_trilinear3d": 3, "upsample_bicubic2d": 2, "_upsample_bilinear2d_aa": 2,
-    "mkldnn_max_pool2d": 2,
+    "_upsample_bicubic2d_aa": 2,
+    "mkldnn_max_pool2d": 2, "fractional_max_pool2d": 2, "fractional_max_pool3d": 3,
 }  # fmt: skip
 RULES.update(dict.fromkeys(SPATIAL, spatial))

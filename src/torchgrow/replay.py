@@ -22,12 +22,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import contractions, parts, reductions, sequences  # noqa: F401 (importing them registers their rules)
+from . import contractions, parts, reductions, sampling, sequences  # noqa: F401 (importing them registers their rules)
 from .adapters import adapted
 from .attributes import around, held
 from .calling import Carries, call, carried_inputs, carried_outputs, check_model, opened, quiet_eval
 from .errors import TraceError
 from .findings import Findings, Freezing, Read
+from .indexing import write_through
 from .labels import FIXED, NOTHING, Labels, Layer
 from .rules import (
     CONSTANT,
@@ -37,7 +38,6 @@ from .rules import (
     RULES,
     Rule,
     constant,
-    copy,
     either,
     placed,
     pointwise,
@@ -87,7 +87,8 @@ class Operation:
         """Look an operation up."""
         name = func._overloadpacket.__name__
         handler = RULES.get(name) or RULES.get(name.rstrip("_"))
-        if handler is None and torch.Tag.pointwise in func.tags:
+        twin = getattr(getattr(torch.ops.aten, name.rstrip("_"), None), func._overloadname, func)  # not in place
+        if handler is None and any(torch.Tag.pointwise in f.tags for f in (func, twin)):
             handler = pointwise
         by_values = not BY_VALUES.isdisjoint(func.tags) or name == "is_nonzero"
         return Operation(name, handler, func._schema.is_mutable, by_values, tuple(func._schema.arguments))
@@ -105,6 +106,18 @@ class Operation:
         return named
 
 
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """A tensor that an operation is about to write to, and what it holds everywhere as yet."""
+
+    tensor: Tensor
+    value: float
+
+    def shown_by(self, tensor: Tensor) -> bool:
+        """Whether a tensor is this one or a view of it."""
+        return tensor is self.tensor or tensor._base is self.tensor
+
+
 @dataclass(slots=True)
 class Step:
     """An operation that has run and whose labels have not been looked at yet."""
@@ -116,6 +129,7 @@ class Step:
     out: Any
     notes: list[Note]  # of its tensor arguments
     empty: bool  # whether it gave no tensor
+    fresh: Fresh | None
     module: str
     line: tuple[str, int] | None
 
@@ -180,6 +194,7 @@ class Replay(TorchDispatchMode):
         self.module_names = {id(module): name for name, module in self.modules.items()}
         self.stack: list[str] = []
         self.whole: nn.Module | None = None  # the module under way that has a rule of its own
+        self.fresh: Fresh | None = None  # what the operation whose labels are looked at writes to
         self.pending: list[Step] = []
         self.pending_bytes = 0
         self.op, self.module = "", ""
@@ -325,7 +340,9 @@ class Replay(TorchDispatchMode):
 
     def constant_along(self, tensor: Tensor, axis: int) -> bool:
         """Constant by construction (stride 0), or by value where no input has a say."""
-        if tensor.stride(axis) == 0:
+        if tensor.layout != torch.strided:
+            return False
+        if tensor.stride(axis) == 0 or (self.fresh is not None and self.fresh.shown_by(tensor)):
             return True
         note = self.notes.get(id(tensor))
         if note is not None and (note.from_input or (note.layers is not None and not note.filled)):
@@ -333,13 +350,31 @@ class Replay(TorchDispatchMode):
         values = tensor if not tensor.is_meta else note.shadow if note is not None else None
         return values is not None and bool((values == values.narrow(axis, 0, 1)).all())
 
+    def before(self, tensor: Tensor) -> Tensor:
+        """What an in-place operation found, where that was the same everywhere."""
+        if self.fresh is None or not self.fresh.shown_by(tensor):
+            return tensor
+        return torch.full((), self.fresh.value, dtype=tensor.dtype).expand(tensor.shape)
+
+    def zero(self, tensor: Tensor) -> bool:
+        """Unlabelled zeros."""
+        note = self.notes.get(id(tensor))
+        if (note is not None and note.layers) or self.depends_on_input(tensor):
+            return False
+        values = self.before(tensor)
+        values = values if not values.is_meta or note is None or note.shadow is None else note.shadow
+        return not values.is_meta and values.layout == torch.strided and not bool(values.any())
+
     def filled(self, tensor: Tensor) -> bool:
         """Made with one value everywhere."""
         note = self.notes.get(id(tensor))
-        return note is not None and note.filled
+        fresh = self.fresh is not None and self.fresh.tensor is tensor
+        return fresh or (note is not None and note.filled)
 
     def depends_on_input(self, tensor: Tensor) -> bool:
         """Whether a tensor was computed from the inputs."""
+        if self.fresh is not None and self.fresh.shown_by(tensor):
+            return False
         note = self.notes.get(id(tensor))
         return note is not None and note.from_input
 
@@ -379,13 +414,14 @@ class Replay(TorchDispatchMode):
         notes = [self.note(x) for x in tensors]
         if operation.mutable and self.pending and not self._harmless(operation, args[0]):
             self._catch_up()
+        fresh = self._fresh(args[0], tensors) if operation.mutable else None
         known = self._shadow(func, args, kwargs, tensors, notes) if self.meta else None
         if known is not None and func is torch.ops.aten._local_scalar_dense.default:
             out = known
         else:
             out = None if self.values else self._shaped(operation, args, notes)
             out = func(*args, **kwargs) if out is None else out
-        results = [out] if isinstance(out, Tensor) else [x for x in _tensors((out,)) if x.numel()]
+        results = [out] if isinstance(out, Tensor) else _tensors((out,))
         if known is not None:
             for mine, real in zip(tree_leaves(out), tree_leaves(known), strict=False):
                 if isinstance(mine, Tensor) and isinstance(real, Tensor):
@@ -395,12 +431,28 @@ class Replay(TorchDispatchMode):
             module = self.stack[-1] if self.stack else ""
             # torch makes another tensor of a factory's result if somebody holds on to it
             held = ref(out) if operation.handler is constant else out
-            step = Step(operation, func, args, kwargs, held, notes, not results, module, _user_line())
+            step = Step(operation, func, args, kwargs, held, notes, not results, fresh, module, _user_line())
             self.pending.append(step)
-            self.pending_bytes += sum(x.nbytes for x in results)
+            self.pending_bytes += sum(x.nbytes for x in results if x.layout == torch.strided)
             if self.pending_bytes > PENDING_BYTES:
                 self._catch_up()
         return out
+
+    def _fresh(self, target: Any, tensors: Sequence[Tensor]) -> Fresh | None:
+        """What an in-place operation is about to write to, if it is the same everywhere whatever the inputs are."""
+        if not isinstance(target, Tensor) or target.layout != torch.strided or len(tensors) < 2:
+            return None
+        root = target if target._base is None else target._base
+        note = self.note(root)
+        values = note.shadow if root.is_meta else root
+        if note.from_input or note.name or (note.layers is not None and not note.filled) or values is None:
+            return None
+        if not values.numel() or values.is_complex():
+            return None
+        first = values[(0,) * values.dim()]
+        if bool((values == first).all()):
+            return Fresh(root, float(first))
+        return Fresh(root, 1.0) if note.filled and not note.layers else None  # uninitialised: anything, but not zero
 
     def _shaped(self, operation: Operation, args: Any, notes: list[Note]) -> Any:
         """Zeros in place of what depends on the inputs, of the most costly operations; None for what is computed.
@@ -408,7 +460,7 @@ class Replay(TorchDispatchMode):
         Raises:
             ValuesRead: the result depends on values that are not there.
         """
-        if not any(note.from_input for note in notes):
+        if not any(note.from_input for note in notes) or any(x.layout != torch.strided for x in _tensors(args)):
             return None
         if operation.by_values and not (operation.name == "index" and not _has_mask(args[1])):
             raise ValuesRead
@@ -474,7 +526,8 @@ class Replay(TorchDispatchMode):
         self._used(step.notes)
         if handler not in COUNTED and not any(note.layers for note in step.notes):
             return
-        self.op, self.module, self.line = f"aten.{step.operation.name}", step.module, step.line
+        self.op = f"{step.func.namespace}.{step.operation.name}"
+        self.module, self.line, self.fresh = step.module, step.line, step.fresh
         target = step.args[0] if step.operation.mutable and step.args else None
         mutated = target if isinstance(target, Tensor) and target._is_view() else None
         before = self.layers(mutated) if mutated is not None else []
@@ -482,8 +535,9 @@ class Replay(TorchDispatchMode):
         rule = unknown if handler is None or step.empty else handler
         out = step.out() if handler is constant else step.out  # None, if it has gone
         self._obey(partial(rule, self, step.func, named, out), step.notes, _tensors((out,)))
-        if mutated is not None and handler is not copy:
-            self._check_view_write(mutated, before)
+        if mutated is not None and not self._unchanged(before, self.layers(mutated)):
+            self._obey(partial(write_through, self, mutated), step.notes, [mutated])
+        self.fresh = None
 
     def _obey(self, rule: Callable[[], None], given: Iterable[Tensor | Note], results: Iterable[Tensor]) -> None:
         """Apply a rule; one that raises keeps what enters, as an operation without a rule does."""
@@ -513,18 +567,13 @@ class Replay(TorchDispatchMode):
 
         return func(*tree_map(real, args), **tree_map(real, kwargs))
 
-    def _check_view_write(self, mutated: Tensor, before: list[Layer]) -> None:
-        """An in-place write into a view changes its base behind our back: only unchanged labels are safe."""
-        after = self.layers(mutated)
-        same = len(before) == len(after) and all(
+    def _unchanged(self, before: list[Layer], after: list[Layer]) -> bool:
+        """Whether an operation in place has left the labels of its target as they were."""
+        return len(before) == len(after) and all(
             torch.equal(a.symbols, b.symbols) and torch.equal(a.silent, b.silent)
             for a, b in zip(map(self.labels.canonical, before), after, strict=True)
             if a is not None
         )
-        if not same:
-            base = mutated._base
-            for layer in [*before, *after, *(self.layers(base) if base is not None else [])]:
-                self.freeze(layer, "writes in place into a view")
 
     def run(self, example_inputs: Any, carries: Carries | None = None) -> None:
         """Run the frame once; afterwards freeze its outputs and what the run left open."""

@@ -7,6 +7,7 @@ whatever enters it. Here are pointwise operations and data movement; `contractio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .labels import Layer, compressed
+from .labels import Layer, compressed, standing
 
 
 class Context(Protocol):
@@ -62,6 +63,12 @@ class Context(Protocol):
 
     def constant_along(self, tensor: Tensor, axis: int) -> bool:
         """Whether an unlabelled tensor has the same values all along an axis, whatever the inputs are."""
+
+    def before(self, tensor: Tensor) -> Tensor:
+        """A tensor as it was before an operation wrote to it in place, if it was unlabelled and the same everywhere."""
+
+    def zero(self, tensor: Tensor) -> bool:
+        """Whether an unlabelled tensor holds (held, if it is written to in place) only zeros, whatever the inputs."""
 
     def filled(self, tensor: Tensor) -> bool:
         """Whether a tensor was made with one value everywhere, and since then written to by `copy_` at most."""
@@ -182,7 +189,8 @@ def harmonize(
                             layers[i : i + 1] = without_axes(ctx, [layer], sorted(set(layer.axes) - common), reason)
             for tensor, layers in operands:
                 own = axis - (rank - tensor.dim())
-                if own >= 0 and tensor.shape[own] > 1 and not any(axis in layer.axes for layer in layers):
+                varies = own >= 0 and tensor.shape[own] > 1 and tensor.numel() > 0
+                if varies and not any(axis in layer.axes for layer in layers):
                     agree = agree and ctx.constant_along(tensor, own)
             if not agree:
                 changed = True
@@ -241,7 +249,7 @@ def silencers(ctx: Context, func: Any, named: dict[str, Any], labelled: Sequence
         index = next((i for i, t in enumerate(labelled) if t is value), None)
         if index is None and not ctx.depends_on_input(value):
             values = True
-            return value
+            return ctx.before(value)
         return StandIn(index, value.dim(), value.dtype)
 
     call = tuple((key, described(value)) for key, value in named.items())
@@ -268,6 +276,7 @@ def probed(func: Any, call: tuple[tuple[str, Any], ...], labelled: int) -> tuple
                 out = func(**{key: stand_in(value) for key, value in call})
             except Exception:
                 return False
+            out = out[0] if isinstance(out, tuple) else out
             if not isinstance(out, Tensor) or out.is_meta or bool(out.any()):
                 return False
         return True
@@ -309,7 +318,9 @@ def pointwise(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
 POINTWISE = (
     "hardswish", "hardsigmoid", "hardtanh", "relu6", "leaky_relu", "elu", "selu", "celu", "silu", "mish", "gelu",
     "relu", "threshold", "softplus", "logsigmoid", "prelu", "_prelu_kernel", "glu_jvp", "add", "mul", "sub", "div",
-    "where",
+    "where", "log_sigmoid_forward", "rsub", "rrelu_with_noise", "complex", "polar", "normal", "bernoulli", "poisson",
+    "fake_quantize_per_tensor_affine_cachemask",
+    "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams", "_fake_quantize_learnable_per_tensor_affine",
 )  # fmt: skip
 """Pointwise operations that some releases of torch do not tag as such."""
 RULES.update(dict.fromkeys(POINTWISE, pointwise))
@@ -354,22 +365,59 @@ def either(ctx: Context, one: Tensor, other: Tensor) -> None:
 # --- data movement --------------------------------------------------------------------------------------------
 
 
-@rule("alias", "detach", "clone", "_to_copy", "lift_fresh", "contiguous", "dropout", "dropout_", "feature_dropout")
+@rule(
+    "alias", "detach", "clone", "_to_copy", "lift_fresh", "contiguous", "dropout", "dropout_", "feature_dropout",
+    "native_dropout", "_fused_dropout",
+    "_conj", "_conj_physical", "conj_physical", "_neg_view", "resolve_conj", "resolve_neg",
+)  # fmt: skip
 def same(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """Every element stays where it is."""
     source = next(value for value in named.values() if isinstance(value, Tensor))
     ctx.set_layers(first_tensor(out), ctx.layers(source))
 
 
+RANDOM = (
+    "rand_like", "randn_like", "randint_like", "normal_", "uniform_", "exponential_", "random_", "bernoulli_",
+    "cauchy_", "geometric_", "log_normal_", "normal_functional",
+)  # fmt: skip
+
+
+@rule(*RANDOM)
+def noise(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """Random values for as many positions: those of a unit go with it, though others are then drawn for the rest."""
+    ctx.set_layers(out, [layer.with_silence(False, frozenset()) for layer in ctx.layers(named["self"])])
+
+
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "unflatten")
 def reshape(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """Replayed on the labels; a view that spreads one axis over several must stay a box."""
     source = named["self"]
-    layers = _apart(ctx, ctx.layers(source), lambda layer: layer.move(source.shape, lambda t: t.reshape(out.shape)))
+    before, after = _reshaped(source.shape, out.shape)
+    empty = [axis for axis, size in enumerate(out.shape) if not size]
+
+    def moved(labels: Tensor) -> Tensor:
+        labels = labels.reshape(after)
+        for axis in empty:  # no two positions there that could differ
+            labels = labels.narrow(axis, 0, 1)
+        return labels
+
+    layers = _apart(ctx, ctx.layers(source), lambda layer: layer.move(before, moved))
     for layer in layers:
         if len(layer.axes) > 1:
             ctx.split_view(layer)
     ctx.set_layers(out, layers)
+
+
+def _reshaped(source: Sequence[int], out: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of as many elements in place of those of an empty tensor before and after a view."""
+    full = [math.prod(size for size in shape if size) for shape in (source, out)]
+    common = math.gcd(*full)
+    shapes = []
+    for shape, other in ((list(source), full[1]), (list(out), full[0])):
+        if 0 in shape:
+            shape[shape.index(0)] = 2 * other // common
+        shapes.append(tuple(size or 1 for size in shape))
+    return shapes[0], shapes[1]
 
 
 def _apart(ctx: Context, layers: Sequence[Layer], joined: Callable[[Layer], Layer | None]) -> list[Layer]:
@@ -411,13 +459,46 @@ def expand(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
 def movement(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """Replay the same operation on the labels."""
     source = named.pop("self")
+    named.update({key: standing(named[key]) for key in ("size", "repeats") if key in named})
     ctx.set_layers(
         out, _apart(ctx, ctx.layers(source), lambda layer: layer.move(source.shape, lambda t: func(t, **named)))
     )
 
 
+@rule("view_as_real")
+def view_as_real(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """Real and imaginary part, side by side along a new last axis."""
+    ctx.set_layers(out, [Layer(layer.packed[..., None], layer.sources) for layer in ctx.layers(named["self"])])
+
+
+@rule("view_as_complex")
+def view_as_complex(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """And back."""
+    source = named["self"]
+    layers = without_axes(ctx, ctx.layers(source), [out.dim()], "takes this axis for real and imaginary parts")
+    ctx.set_layers(out, [Layer(layer.packed[..., 0], layer.sources) for layer in layers])
+
+
+@rule("unfold")
+def windows(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """`Tensor.unfold`: windows along an axis, each along a new last one. Windows side by side may go as a whole."""
+    source, size = named["self"], named["size"]
+    dim = named["dimension"] % max(1, source.dim())
+    beside = size == named["step"] and source.shape[dim] == out.shape[dim] * size
+    result: list[Layer | None] = []
+    for layer in ctx.layers(source):
+        if layer.axes == (dim,) and beside:
+            slots = layer.symbols.flatten().reshape(-1, size)
+            ctx.tie(slots, slots[:, :1])
+            result.append(layer.move(source.shape, lambda t: t.unfold(dim, size, size)))
+        else:
+            kept = without_axes(ctx, [layer], [dim], "slides a window along this axis")
+            result += [Layer(x.packed[..., None], x.sources) for x in kept]
+    ctx.set_layers(out, result)
+
+
 @rule("im2col")
-def unfold(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+def image_windows(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """[N, C, H, W] to [N, C x kernel, positions]: every channel becomes a block of rows."""
     source = named["self"]
     spatial = [source.dim() - 2, source.dim() - 1]
@@ -497,87 +578,12 @@ def select(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
         ctx.set_layers(part, moved)
 
 
-@rule("index", "index_select")
-def index(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """Positions of some axes are looked up; the other axes pass."""
-    source = named.pop("self")
-    looked_up = [k for k, x in enumerate(named["indices"]) if x is not None] if "indices" in named else [named["dim"]]
-    if "indices" in named and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in named["indices"]):
-        looked_up = list(range(source.dim()))  # a mask covers as many axes as it has
-    layers = without_axes(ctx, ctx.layers(source), [k % source.dim() for k in looked_up], "looks this axis up by index")
-    ctx.set_layers(out, [layer.move(source.shape, lambda t: func(t, **named)) for layer in layers])
-
-
 @rule("tril", "triu")
 def triangle(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """Zeros on one side of the diagonal of matrices in the last two axes."""
     source = named["self"]
     axes = [source.dim() - 2, source.dim() - 1]
     ctx.set_layers(out, without_axes(ctx, ctx.layers(source), axes, "sets a triangle of these axes to zero"))
-
-
-@rule("gather")
-def gather(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """As `index`, along one axis; the index must span the others."""
-    source, index_ = named["self"], named["index"]
-    axes = {named["dim"] % source.dim(), *(k for k in range(source.dim()) if index_.shape[k] != source.shape[k])}
-    layers = without_axes(ctx, ctx.layers(source), sorted(axes), "looks this axis up by index")
-    ctx.set_layers(out, [layer for layer in layers if layer.packed.dim() == out.dim()])
-
-
-@rule("index_add", "scatter_add", "index_copy", "scatter")
-def index_add(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """Adds or writes rows of `source` at places of one axis; the other axes meet position by position."""
-    target, source = named["self"], named.get("source", named.get("src"))
-    if not isinstance(source, Tensor) or source.dim() != target.dim():
-        unknown(ctx, func, named, out)
-        return
-    axis = named["dim"] % target.dim()
-    axes = {axis, *(k for k in range(target.dim()) if source.shape[k] != target.shape[k])}
-    reason = "is written to by index"
-    operands = [(x, without_axes(ctx, ctx.layers(x), sorted(axes), reason)) for x in (target, source)]
-    harmonize(ctx, operands, [k for k in range(target.dim()) if k not in axes], target.dim(), reason)
-    result = [layer.with_silence(False, frozenset()) for layer in operands[1][1]]
-    for layer in operands[0][1]:
-        mate = next((x for x in result if x.axes == layer.axes), None)
-        if mate is None:
-            result.append(layer.with_silence(False, frozenset()))
-        else:
-            ctx.unify(mate, layer)
-    ctx.set_layers(out, result)
-
-
-@rule("copy")
-def copy(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """Overwrites a tensor, or the part of one that a view shows; the rest of that one must be the same all along."""
-    target = named["self"]
-    layers = aligned(ctx.layers(named["src"]), target.dim())
-    base = target._base if target._is_view() else None
-    if base is not None:
-        under = ctx.layers(base)
-        layers = [layer for layer in layers if _written_through(ctx, target, base, under, layer)]
-        ctx.set_layers(base, under)
-    ctx.set_layers(target, layers)
-
-
-def _written_through(ctx: Context, target: Tensor, base: Tensor, under: list[Layer], layer: Layer) -> bool:
-    """Carry a layer over to the base of a view, if the axis is one of the base's; else freeze it."""
-    axis = layer.axes[0]
-    place = (target.stride(axis), target.shape[axis])
-    fitting = [k for k in range(base.dim()) if (base.stride(k), base.shape[k]) == place]
-    if len(layer.axes) > 1 or len(fitting) != 1:
-        ctx.freeze(layer, "is written to a part of a tensor")
-        return False
-    moved = placed(layer, base.dim(), fitting[0]).with_silence(False, frozenset())
-    old = on_axis(under, fitting[0])
-    if old is not None:
-        ctx.unify(old, moved)
-    elif not ctx.filled(base):
-        ctx.freeze(layer, "is written beside values that cannot be removed")
-        return False
-    else:
-        under.append(moved)
-    return True
 
 
 CONSTANT = frozenset(
@@ -600,7 +606,7 @@ def constant(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
 @rule("cat", "concat", "concatenate")
 def cat(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """Labels are laid side by side; a part without labels is FIXED."""
-    parts = [part for part in named["tensors"] if part.numel()]
+    parts = [part for part in named["tensors"] if part.dim() == out.dim()]  # torch leaves out empty vectors
     dim = named.get("dim", 0) % out.dim()
     operands = [(part, ctx.layers(part)) for part in parts]
     others = [axis for axis in range(out.dim()) if axis != dim]
