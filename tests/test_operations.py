@@ -50,6 +50,16 @@ def half_by_index(x: Tensor) -> Tensor:
     return out
 
 
+def on_a_canvas(x: Tensor) -> Tensor:
+    """Columns of features put at places of maps, as detectors do with points; the index is apart, and comes first."""
+    features, places = x[:, :, 2, :7], torch.arange(7)
+    canvas = x.new_zeros(2, x.shape[1], 4, 4)
+    canvas[0, :, places // 4, places % 4] = features[0]
+    canvas[torch.ones_like(places), :, places % 4, places // 4] += features[1].T
+    canvas.flatten(2)[:, :, 15] = 0.25
+    return canvas
+
+
 def boxes_by_level(x: Tensor) -> Tensor:
     """As a region extractor gathers what is found on several levels."""
     out = x.new_zeros(3, x.shape[1], 3, 3)
@@ -91,6 +101,7 @@ MAPS: list[Callable[[Tensor], Tensor]] = [
     lambda x: torchvision.ops.roi_align(x, BOXES.to(x), 3),
     lambda x: torchvision.ops.roi_pool(x, BOXES.to(x), 3),
     boxes_by_level,
+    on_a_canvas,
     put,
     cut_column,
     lambda x: cut_column(x, 2.5),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .labels import Layer
-from .rules import Context, aligned, combined, harmonize, on_axis, placed, rule, unknown, without_axes
+from .rules import Context, aligned, combined, harmonize, on_axis, placed, rule, without_axes
 
 Operand = tuple[Tensor, list[Layer]]
 
@@ -52,16 +52,26 @@ def looked_up(indices: Sequence[Tensor | None]) -> tuple[list[int], int, int]:
     return axes, axes[0] if adjacent else 0, max(ranks)
 
 
+def _shown(layer: Layer, axes: Sequence[int], first: int, width: int) -> Layer:
+    """A layer of a tensor that does not vary along the axes looked up, in the axes of the result."""
+    packed = layer.packed.squeeze(tuple(axes))
+    return Layer(packed.reshape(*packed.shape[:first], *[1] * width, *packed.shape[first:]), layer.sources)
+
+
+def _put_back(layer: Layer, axes: Sequence[int], first: int, width: int) -> Layer:
+    """The inverse of `_shown`."""
+    packed = layer.packed.squeeze(tuple(range(first, first + width)))
+    for axis in axes:
+        packed = packed.unsqueeze(axis)
+    return Layer(packed, layer.sources)
+
+
 @rule("index", "_unsafe_index")
 def index(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     """Positions of some axes are looked up; the other axes pass."""
     axes, first, width = looked_up(named["indices"])
-    result = []
-    for layer in without_axes(ctx, ctx.layers(named["self"]), axes, "looks this axis up by index"):
-        packed = layer.packed.squeeze(tuple(axes))
-        shape = (*packed.shape[:first], *[1] * width, *packed.shape[first:])
-        result.append(Layer(packed.reshape(shape), layer.sources))
-    ctx.set_layers(out, result)
+    layers = without_axes(ctx, ctx.layers(named["self"]), axes, "looks this axis up by index")
+    ctx.set_layers(out, [_shown(layer, axes, first, width) for layer in layers])
 
 
 @rule("index_select")
@@ -118,20 +128,29 @@ def index_put(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> No
         _masked_fill(ctx, target, first_index, indices.index(first_index), values, out)
         return
     axes, first, width = looked_up(indices)
-    trailing = axes == list(range(len(axes)))  # what is not looked up lies at the end of target and values alike
-    if not trailing and (first != axes[0] or width != len(axes)) and values.numel() > 1:
-        unknown(ctx, func, named, out)
-        return
-    full = max(rank, rank - len(axes) + width)
-    lead = full - rank  # an index of many axes in place of few
-    there = [axis + lead for axis in axes]
-    looked = sorted({*range(lead), *there})
+    full = rank - len(axes) + width
+    within = range(first, first + width)
+    layers = without_axes(ctx, ctx.layers(target), axes, WRITTEN)
     operands = [
-        (target, aligned(without_axes(ctx, ctx.layers(target), axes, WRITTEN), full)),
-        (values, without_axes(ctx, aligned(ctx.layers(values), full), looked, WRITTEN)),
+        (_stand_in(ctx, target, axes, within), [_shown(layer, axes, first, width) for layer in layers]),
+        (values, without_axes(ctx, aligned(ctx.layers(values), full), within, WRITTEN)),
     ]
-    result = met(ctx, operands, [k for k in range(full) if k not in looked], full, WRITTEN)
-    ctx.set_layers(out, [Layer(layer.packed.reshape(layer.packed.shape[lead:]), layer.sources) for layer in result])
+    result = met(ctx, operands, [k for k in range(full) if k not in within], full, WRITTEN)
+    ctx.set_layers(out, [_put_back(layer, axes, first, width) for layer in result])
+
+
+def _stand_in(ctx: Context, target: Tensor, axes: Sequence[int], within: range) -> Tensor:
+    """A tensor in the axes of what is looked up in another one, zero or the same along them where that one is."""
+    rest = [axis for axis in range(target.dim()) if axis not in axes]
+    shape = [target.shape[axis] for axis in rest]
+    shape[within.start : within.start] = [1] * len(within)
+    result = torch.full([1] * len(shape), 0.0 if ctx.zero(target) else 1.0)
+    for axis, own in zip(rest, [k for k in range(len(shape)) if k not in within], strict=True):
+        if not ctx.constant_along(target, axis):
+            result = result + torch.arange(target.shape[axis]).reshape(
+                [-1 if k == own else 1 for k in range(len(shape))]
+            )
+    return result.expand(shape)
 
 
 def _masked_fill(ctx: Context, target: Tensor, mask: Tensor, start: int, value: Tensor, out: Tensor) -> None:

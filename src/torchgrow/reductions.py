@@ -106,12 +106,12 @@ def _loud(layers: Sequence[Layer]) -> list[Layer]:
     return [layer.with_silence(False, frozenset()) for layer in layers]
 
 
-SUMS = {"sum", "nansum", "any", "count_nonzero", "norm", "linalg_vector_norm"}
+SUMS = {"sum", "nansum", "any", "norm", "linalg_vector_norm"}
 """Reductions to which zeros add nothing."""
 REDUCTIONS = {
-    "logsumexp": False, "prod": False, "all": False, "var": False, "std": False, "std_mean": False, "var_mean": False,
-    "argmax": False,
-    "argmin": False, "mean": True, "amax": True, "amin": True, "max": True, "min": True, "median": True,
+    "logsumexp": False, "count_nonzero": False, "prod": False, "all": False, "var": False, "std": False,
+    "std_mean": False, "var_mean": False, "argmax": False, "argmin": False, "mean": True, "amax": True, "amin": True,
+    "max": True, "min": True, "median": True,
     "nanmedian": True, "mode": True, "kthvalue": True, **dict.fromkeys(SUMS, True), "aminmax": True,
 }  # fmt: skip
 """Reductions, and whether they make zeros of zeros (where they return values and positions, of the values)."""
