@@ -22,6 +22,7 @@ import torchgrow.files
 import torchgrow.surgery
 from damage import damage, reseal
 from growing import batch, differences, everything, make, run, sgd, train
+from lookalikes import Prodigy, SlowWeights
 from oracle import SmallResNet
 from torchgrow import Budget, Grower, SavedModelError, TorchgrowError, TrainingError, load_checkpoint, save_checkpoint
 from torchgrow.checkpoint import RECORD, TENSORS
@@ -37,11 +38,21 @@ def rmsprop(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.RMSprop(model.parameters(), 1e-3, centered=True, momentum=0.5)
 
 
+def prodigy(model: nn.Module) -> torch.optim.Optimizer:
+    return Prodigy(model.parameters())
+
+
+def slow_weights(model: nn.Module) -> torch.optim.Optimizer:
+    return SlowWeights(model.parameters())
+
+
 # --- Law 4 ---
 
 
 @pytest.mark.parametrize(
-    ("preset", "optimizer"), [("default", sgd), ("paper", adamw), ("default", rmsprop)], ids=["sgd", "adamw", "rmsprop"]
+    ("preset", "optimizer"),
+    [("default", sgd), ("paper", adamw), ("default", rmsprop), ("default", prodigy), ("default", slow_weights)],
+    ids=["sgd", "adamw", "rmsprop", "settings and dtypes of a step", "slots that come late"],
 )
 def test_law_4_resume_is_the_unbroken_run(preset: str, optimizer: Any, tmp_path: Path) -> None:
     """Stopped before the first step, in mid-epoch between backward and step, after updates, and at the end."""
@@ -440,6 +451,24 @@ def test_what_is_no_state_at_all(bad: Any) -> None:
         SavedModelError, match=r"the state has format None|state is .* it must be a dict with text for keys"
     ):
         make().load_state_dict(bad)
+
+
+@pytest.mark.parametrize("optimizer", [adamw, prodigy])
+def test_an_optimizer_restored_before_by_a_framework_is_restored_anew(optimizer: Any) -> None:
+    """Its state does not fit the seed as yet; and settings that steps have added since go with a state without them."""
+    grower, again = make(updates=6, optimizer=optimizer), make(updates=6, optimizer=optimizer)
+    fresh = grower.state_dict()
+    run(grower, 3)
+    own, state = copy.deepcopy(grower.optimizer.state_dict()), grower.state_dict()
+    again.optimizer.load_state_dict(own)
+    again.load_state_dict(state)
+    assert differences(everything(grower), everything(again)) == []
+    for one in (grower, again):
+        train(one, 6)
+        one.update()
+    assert differences(everything(grower), everything(again)) == []
+    again.load_state_dict(fresh)
+    assert again.optimizer.param_groups[0].keys() == make(optimizer=optimizer).optimizer.param_groups[0].keys()
 
 
 def test_another_optimizer_is_refused(state: dict[str, Any]) -> None:

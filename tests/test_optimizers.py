@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+import lookalikes as like
 from oracle import TwoLayers
-from torchgrow import OptimizerError
+from torchgrow import Budget, Grower, OptimizerError, TorchgrowError
 from torchgrow.optimizers import check_optimizer
 
 SERVED = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "Rprop", "ASGD")
@@ -157,3 +158,94 @@ def test_slots_made_at_construction() -> None:
     optimizer = Eager(model.parameters())
     check_optimizer(optimizer, model)
     assert all(float(slots["step"]) == 0 and not slots["sum"].any() for slots in optimizer.state.values())
+
+
+# --- optimizers of other packages -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (like.Listed, r"Listed .*keeps 'bufs' as a list with tensors \(\(5, 3\)\) for a parameter of shape \(5, 3\)"),
+        (like.Factored, r"Factored .*keeps 'row' of shape \(40,\) for a parameter of shape \(40, 50\)"),
+        (like.Sized, r"Sized .*depends on a parameter's size \(for one of shape \(40, 50\) 'large' is not as"),
+        (like.Packed, r"Packed .*keeps 'packed' as torch\.uint8 of shape"),
+        (like.Subclassed, r"Subclassed .*keeps 'moment' as a Mine"),
+        (like.Projected, r"Projected .*keeps 'projector' as a Held with tensors"),
+        (like.Square, r"Square .*keeps 'left' of shape \(5, 5\) for a parameter of shape \(5, 3\)"),
+        (like.Shadowed, r"Shadowed .*keeps shadow\[\d\] of shape .*beside its state"),
+        (like.LateShadow, r"LateShadow .*keeps shadow.* beside its state"),
+        (like.Global, r"Global .*keeps state\['total'\], which belongs to no parameter"),
+        (like.Sharp, r"Sharp cannot be served: it needs a closure for every step"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_cannot_be_cut_is_refused_at_once(make: Any, says: str) -> None:
+    """Also where it shows only at the real size, in containers, or outside of the state; nothing is touched."""
+    model = nn.Sequential(nn.Linear(50, 40), nn.ReLU(), nn.Linear(40, 40))
+    optimizer = make(model.parameters())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(OptimizerError, match=says):
+        check_optimizer(optimizer, model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not optimizer.state
+
+
+def test_an_optimizer_that_reaches_the_real_weights_is_refused_and_they_are_put_back() -> None:
+    model = TwoLayers()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = like.Reaching(model.parameters())
+    with pytest.raises(OptimizerError, match=r"Reaching .* a step of a copy of it moved \d of the model's weights"):
+        check_optimizer(optimizer, model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("wrap", [like.Lookahead, like.Engine, lambda o: like.AcceleratedOptimizer(like.Lookahead(o))])
+def test_an_optimizer_that_steps_another_is_refused_by_name(wrap: Any) -> None:
+    model = TwoLayers()
+    model(torch.ones(2, 5)).sum().backward()
+    before = copy.deepcopy(model.state_dict())
+    inner = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    says = r"(Lookahead|Engine) cannot be served: it holds another optimizer \(SGD, in \.(_base_opt|parts)"
+    with pytest.raises(OptimizerError, match=says):
+        Grower(model, wrap(inner), example_inputs=torch.ones(2, 5), budget=Budget(params="60%"), updates=4)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not inner.state
+
+
+def test_a_wrapper_that_hands_everything_on_is_served_as_what_it_holds() -> None:
+    """Also one around another."""
+    model = TwoLayers()
+    inner = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    outer = like.AcceleratedOptimizer(like.AcceleratedOptimizer(inner))
+    grower = Grower(model, outer, example_inputs=torch.ones(2, 5), budget=Budget(params="60%"), updates=4)
+    assert grower.optimizers == (inner,)
+    for _ in range(4):
+        model(torch.ones(2, 5)).sum().backward()
+        outer.step()
+        outer.zero_grad()
+        grower.update()
+    assert all(inner.state[p]["momentum_buffer"].shape == p.shape for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", like.SERVED)
+def test_look_alikes_are_served(name: str) -> None:
+    """ScheduleFree too, before the user has called its `train`; random numbers and warnings stay the user's."""
+    model = TwoLayers()
+    optimizer = like.SERVED[name](model.parameters())
+    state = torch.get_rng_state()
+    check_optimizer(optimizer, model)
+    assert torch.equal(state, torch.get_rng_state())
+    assert not optimizer.state
+    assert "d_numerator" not in optimizer.param_groups[0]
+
+
+def test_muon_alone_is_told_to_take_others_along() -> None:
+    """It trains matrices only, so the gates on the norms would stay untrained."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch has no Muon")
+    model = nn.Sequential(nn.Linear(5, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2, bias=False))
+    optimizer = torch.optim.Muon([p for p in model.parameters() if p.dim() == 2])
+    with pytest.raises(TorchgrowError, match=r"Grower\(model, \[muon, torch\.optim\.AdamW\("):
+        Grower(model, optimizer, example_inputs=torch.ones(4, 5), budget=Budget(params="60%"), updates=4)

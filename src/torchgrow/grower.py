@@ -23,7 +23,7 @@ from .fold import Fold, Folding
 from .guard import guard_
 from .indicators import Indicators, Method
 from .limits import Budget, Limits
-from .optimizers import check_optimizers, first_rate, peak_rate, present_rate
+from .optimizers import check_optimizers, first_rate, optimizers_of, peak_rate, present_rate, untrained_hint
 from .proof import prove, trace
 from .replay import Couples, replay
 from .saved import Saved, forget_compiled
@@ -87,16 +87,19 @@ class Grower(Saved):
             raise TorchgrowError(f"updates={updates!r} must be a whole number >= 1: how often you will call update()")
         self.method = preset if isinstance(preset, Method) else Method.named(preset, layers=bool(depth))
         self.model, self.budget, self.updates, self.seed = model, budget, updates, seed
-        self.optimizers = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
+        self.optimizers = optimizers_of(optimizer)
         space = trace(model, example_inputs, freeze=freeze, couple=couple, carried=carried, depth=depth)
         if not space.proven:  # a frame on the meta device
             space = prove(model, space, example_inputs)
-        check_optimizers(self.optimizers, model)
+        layouts = check_optimizers(self.optimizers, model)
         self.optimizer = self.optimizers[0]
         self.space = _pin_untrained(space, _trained_names(model, self.optimizers))
         if not bool(self.space.removable.any()):
             reasons = "; ".join(str(frozen) for frozen in self.space.frozen[:5])
-            raise StructureError(f"nothing can grow here, because {reasons or 'the model has no units'}")
+            raise StructureError(
+                f"nothing can grow here, because {reasons or 'the model has no units'}"
+                f"{untrained_hint(self.optimizers, model)}"
+            )
         self._costs = CostModel(self.space)
         self.frame_cost = self._costs.cost(self.space.everything())
         self.limits: Limits = budget.limits(self.frame_cost)
@@ -111,7 +114,7 @@ class Grower(Saved):
         self._ranks.agree(lambda: self._decided(None))
         self._ranks.share([tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta])
         device = next(x.device for x in tree_leaves(example_inputs) if isinstance(x, Tensor))
-        self._bank = Bank(model, self.space, self.optimizers, seed=seed, device=device)
+        self._bank = Bank(model, self.space, seed=seed, device=device, layouts=layouts)
         self._parameters = dict(model.named_parameters())
         self._gated = sorted({name for name, _ in self.space.fold})
         self._initial_lr = first_rate(self.optimizer)

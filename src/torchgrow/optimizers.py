@@ -1,32 +1,61 @@
-"""Which optimizers can be served, found out by behaviour rather than by a list of names."""
+"""Which optimizers can be served, found out by behaviour rather than by a list of names; and their learning rates."""
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import OptimizerError
+from .slots import Layout
+from .trial import WORKS, inner_optimizers, is_optimizer
 
-MATRIX = (5, 3)
-"""Shape of the parameter that a trial step is taken on."""
+HANDS_ON = {
+    "AcceleratedOptimizer": "optimizer",
+    "LightningOptimizer": "_optimizer",
+    "_FabricOptimizer": "_optimizer",
+    "OptimWrapper": "optimizer",
+}
+"""Wrappers of Accelerate, Lightning and MMEngine that leave all to the optimizer in that attribute."""
 
 
-def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> None:
-    """Refuse early optimizers that cannot be served, one by one and together.
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer that does the work: itself, or the one inside a wrapper that only hands its calls on."""
+    while True:
+        names = (HANDS_ON[kind.__name__] for kind in type(optimizer).__mro__ if kind.__name__ in HANDS_ON)
+        inner = next((vars(optimizer)[name] for name in names if name in vars(optimizer)), None)
+        if inner is None or inner is optimizer:
+            return optimizer
+        optimizer = inner
+
+
+def optimizers_of(optimizer: Any) -> tuple[Any, ...]:
+    """What a user gives, one optimizer or a list of several or None, as those that do the work."""
+    listed = optimizer if isinstance(optimizer, Sequence) else (optimizer,)
+    return tuple(unwrapped(one) for one in listed if one is not None)
+
+
+def layouts_of(optimizer: Any) -> list[Layout]:
+    """What optimizers keep.
+
+    Raises:
+        OptimizerError: one cannot be served.
+    """
+    return [Layout(one) for one in optimizers_of(optimizer)]
+
+
+def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> list[Layout]:
+    """Refuse early optimizers that cannot be served, one by one and together; returns what they keep.
 
     Raises:
         OptimizerError: there is none, or a parameter is held by two.
     """
     if not optimizers:
         raise OptimizerError("there is no optimizer; pass one, or a list of those that train the model")
-    for optimizer in optimizers:
-        check_optimizer(optimizer, model)
+    layouts = [check_optimizer(optimizer, model) for optimizer in optimizers]
     held: dict[int, int] = {}
     names = {id(p): name for name, p in model.named_parameters()}
     for i, optimizer in enumerate(optimizers):
@@ -37,21 +66,44 @@ def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], model: nn.Modu
                     f"({type(optimizers[held[id(parameter)]]).__name__} and {type(optimizer).__name__}); "
                     "give every parameter to one of them"
                 )
+    return layouts
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Refuse early an optimizer that cannot be served.
+def untrained_hint(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> str:
+    """What to do about trainable parameters that no optimizer holds; nothing if there are none."""
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    names = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if not names:
+        return ""
+    kinds = ", ".join(type(optimizer).__name__.lower() for optimizer in optimizers)
+    return (
+        f". No optimizer holds {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}; pass one for the rest "
+        f"too: Grower(model, [{kinds}, torch.optim.AdamW(the_others)], ...)"
+    )
 
-    A throw-away copy of the optimizer takes one step on a small matrix; every slot it keeps must be a scalar or
-    have the parameter's shape, so that it can be re-cut with it.
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Layout:
+    """Refuse early an optimizer that cannot be served; returns what it keeps.
+
+    A throw-away copy of the optimizer takes steps on stand-ins for the parameters; every slot it keeps must be a
+    number or have the parameter's shape, so that it can be re-cut with it.
 
     Raises:
-        OptimizerError: it is not an optimizer, trains none of the model's parameters or foreign ones, needs a
-            closure for every step, or keeps slots of another layout.
+        OptimizerError: it is not an optimizer, trains none of the model's parameters or foreign ones, holds another
+            optimizer, needs a closure for every step, or keeps slots of another layout.
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise OptimizerError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     name = type(optimizer).__name__
+    inner = inner_optimizers(optimizer) if is_optimizer(optimizer) else []
+    if inner:
+        path, other = inner[0]
+        raise OptimizerError(
+            f"{name} cannot be served: it holds another optimizer ({type(other).__name__}, in .{path}) and steps that "
+            "itself, so that what it does to the weights and keeps of them cannot be followed. Give the Grower, and "
+            f"step, the other one alone, optimizer.{path}, if that is a torch.optim.Optimizer of the model's own "
+            f"parameters; {WORKS}"
+        )
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise OptimizerError(f"optimizer must be a torch.optim.Optimizer, got {name}")
     held = [p for group in optimizer.param_groups for p in group["params"]]
     own = {id(p) for p in model.parameters()}
     foreign = [p for p in held if id(p) not in own]
@@ -66,61 +118,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
             f"{name} also holds {len(foreign)} parameters that are not the model's, e.g. one of shape "
             f"{tuple(foreign[0].shape)}; give those an optimizer of their own"
         )
-    kept_slots(optimizer, next(g for g in optimizer.param_groups if any(p is trained[0] for p in g["params"])), trained)
-
-
-def kept_slots(optimizer: torch.optim.Optimizer, group: dict[str, Any], trained: Sequence[Tensor]) -> dict[str, Any]:
-    """What an optimizer keeps for a matrix of shape `MATRIX` in one of its groups: a copy of it takes a step there.
-
-    Args:
-        optimizer: stays as it is.
-        group: one of its parameter groups, for the settings.
-        trained: parameters whose dtype, device and kinds of slots the matrix takes over.
-
-    Raises:
-        OptimizerError: the step failed, or left slots that are neither a number nor of the matrix's shape.
-    """
-    name, kind = type(optimizer).__name__, type(optimizer)
-    device = "cpu" if trained[0].is_meta else trained[0].device
-    matrix = nn.Parameter(torch.zeros(MATRIX, dtype=trained[0].dtype, device=device))
-    matrix.grad = torch.ones_like(matrix)
-    settings = {key: copy.copy(value) for key, value in group.items() if key != "params"}
-    works = "use SGD, Adam, AdamW or RMSprop, or another optimizer whose state has the shape of its parameters"
-    probe = object.__new__(kind)
-    probe.__dict__.update({key: value for key, value in vars(optimizer).items() if "hook" not in key})
-    try:
-        probe.__setstate__(
-            {
-                "state": defaultdict(dict, {matrix: _first_slots(optimizer, trained, matrix)}),
-                "param_groups": [{**settings, "params": [matrix]}],
-                "defaults": optimizer.defaults,
-            }
-        )
-        kind.step(probe)  # not probe.step: a learning rate scheduler has bound that one to the original
-    except Exception as error:
-        raise OptimizerError(
-            f"{name} cannot be served: a trial step failed ({type(error).__name__}: {error}); {works}"
-        ) from error
-    for key, slot in probe.state[matrix].items():
-        if isinstance(slot, Tensor) and slot.numel() > 1 and slot.shape != matrix.shape:
-            raise OptimizerError(
-                f"{name} cannot be served: it keeps {key!r} of shape {tuple(slot.shape)} for a parameter of shape "
-                f"{tuple(matrix.shape)}, which cannot be re-cut; {works}"
-            )
-    return dict(probe.state[matrix])
-
-
-def _first_slots(optimizer: torch.optim.Optimizer, trained: Sequence[Tensor], like: Tensor) -> dict[str, object]:
-    """Slots for `like` such as a trained parameter has by now: Adagrad makes its own at construction."""
-    for parameter in trained:
-        if parameter.dim() > 1 and optimizer.state.get(parameter):
-            return {
-                key: torch.zeros_like(like)
-                if isinstance(slot, Tensor) and slot.shape == parameter.shape
-                else copy.deepcopy(slot)
-                for key, slot in optimizer.state[parameter].items()
-            }
-    return {}
+    return Layout(optimizer)
 
 
 # --- learning rates ---

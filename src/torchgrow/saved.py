@@ -198,8 +198,8 @@ class Saved:
         gated = {name: parameters[name] for name in self._gated if not space.absent(name, keep)}
         full = read_stores(saved["bank"], {} if finished else bank.blank(), space, bank.tensors)
         optimizers = [
-            read_optimizer(one, own, parameters, shapes)
-            for one, own in zip(saved["optimizers"].items(len(self.optimizers)), self.optimizers, strict=True)
+            read_optimizer(one, layout, parameters, shapes, space.shapes)
+            for one, layout in zip(saved["optimizers"].items(len(self.optimizers)), bank.layouts, strict=True)
         ]
         slots = {parameter: kept for found, _ in optimizers for parameter, kept in found.items()}
         sleepers = {name: parameters[name] for name in full if name in parameters}
@@ -219,7 +219,9 @@ class Saved:
             gradients=_beside(read_tensors(saved["gradients"], parameters, shapes, some=True), parameters),
             raw=_beside(read_tensors(saved["raw"], gated, shapes), parameters),
             bank=full,
-            bank_slots=read_bank_slots(saved["bank_slots"], sleepers, bank.empty_slot, slots, space.shapes),
+            bank_slots=read_bank_slots(
+                saved["bank_slots"], sleepers, bank.empty_slot, bank.layouts, slots, space.shapes
+            ),
             optimizers=optimizers,
             waiting=[entry.flag() for entry in steps["waiting"].items(len(self.optimizers))],
             summed=None if total.value is None else total.tensor(units, torch.float64, finite=True).clone(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from .errors import SavedModelError
 from .indicators import STATE
-from .optimizers import MATRIX, kept_slots
+from .slots import Layout
 from .space import Space, live_positions
 from .store import Store
+from .trial import Slot
 
 FORMAT = 1
 """Of `Grower.state_dict()`."""
@@ -260,11 +261,12 @@ def read_tensors(
 def read_bank_slots(
     field: Field,
     parameters: Mapping[str, nn.Parameter],
-    empty: Callable[[str, torch.dtype], Store],
+    empty: Callable[[str, torch.dtype, Slot], Store],
+    layouts: Sequence[Layout],
     slots: Slots,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[tuple[str, str], Store]:
-    """Sleeping optimizer slots; where a slot is live too its dtype is the live one's."""
+    """Sleeping optimizer slots, of the dtypes that the optimizers keep them in."""
     sleeping: dict[tuple[str, str], Store] = {}
     for entry in field.items():
         if not isinstance(entry.value, list) or len(entry.value) != 3:
@@ -273,8 +275,10 @@ def read_bank_slots(
         if type(name) is not str or name not in parameters or type(key) is not str:
             entry.refuse("a slot of a parameter that can be cut")
         live = slots.get(parameters[name], {}).get(key)
-        dtype = live.dtype if isinstance(live, Tensor) else parameters[name].dtype
-        sleeping[name, key] = read_store(Field(held, entry.path), empty(name, dtype), dtype, shapes[name])
+        known = [layout.known(parameters[name], len(shapes[name])).get(key) for layout in layouts]
+        slot = next((one for one in known if one is not None), Slot("unknown", parameters[name].new_empty(0)))
+        dtype = (live if isinstance(live, Tensor) else slot.sample).dtype
+        sleeping[name, key] = read_store(Field(held, entry.path), empty(name, dtype, slot), dtype, shapes[name])
     return sleeping
 
 
@@ -343,7 +347,10 @@ def read_event(field: Field) -> Event:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-    """State and settings of an optimizer, by the names of its parameters, as copies."""
+    """State and settings of an optimizer, by the names of its parameters, as copies.
+
+    Settings that are no data, a dtype or a function, are left out: a run that goes on has its own.
+    """
     name_of = {id(parameter): name for name, parameter in parameters.items()}
     groups = [
         {**_copy(group), "params": [name_of[id(p)] for p in group["params"] if id(p) in name_of]}
@@ -357,23 +364,33 @@ def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value.detach().clone() if isinstance(value, Tensor) else value
         for key, value in values.items()
-        if key != "params"
+        if key != "params" and _data(value)
     }
+
+
+def _data(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_data, value))
+    if isinstance(value, dict):
+        return all(map(_data, value.values()))
+    return value is None or isinstance(value, (Tensor, bool, int, float, str))
 
 
 def read_optimizer(
     field: Field,
-    optimizer: torch.optim.Optimizer,
+    layout: Layout,
     parameters: Mapping[str, nn.Parameter],
     shapes: Mapping[str, tuple[int, ...]],
+    full: Mapping[str, tuple[int, ...]],
 ) -> tuple[Slots, list[dict[str, Any]]]:
     """Check a saved optimizer state.
 
     Args:
         field: what `optimizer_state` made.
-        optimizer: where it shall go.
+        layout: of the optimizer that it shall go to.
         parameters: of the model, by name.
         shapes: what the tensors' shapes will be, by name.
+        full: their shapes in the frame.
 
     Returns:
         Slots by parameter and settings by group, as copies on the right devices, for `swapped_in`.
@@ -381,6 +398,7 @@ def read_optimizer(
     Raises:
         SavedModelError: other parameters, other settings, or slots that this optimizer does not keep so.
     """
+    optimizer = layout.optimizer
     name_of = {id(parameter): name for name, parameter in parameters.items()}
     saved = field.fields(("groups", "slots"))
     groups = [group.fields() for group in saved["groups"].items()]
@@ -390,55 +408,76 @@ def read_optimizer(
             f"the state's optimizer has {len(groups)} groups of parameters, this one has {len(own)}, or they hold "
             "other parameters or in another order; build it just as in the saved run. Nothing was changed"
         )
-    settings = [_settings(group, present) for group, present in zip(groups, optimizer.param_groups, strict=True)]
+    present = optimizer.param_groups
+    settings = [_settings(group, present[i], layout.settings(i), layout.added(i)) for i, group in enumerate(groups)]
     slots: Slots = {}
     entries = saved["slots"].fields()
-    for names, group in zip(own, optimizer.param_groups, strict=True):
-        trained = [parameters[name] for name in names if parameters[name].requires_grad]
-        samples = kept_slots(optimizer, group, trained) if trained and entries.keys() & set(names) else {}
+    for names, group in zip(own, present, strict=True):
         for name in names:
             if name in entries:
-                parameter = parameters[name]
-                slots[parameter] = _slots(entries.pop(name), samples, parameter, shapes[name], group)
+                parameter, known = parameters[name], layout.known(parameters[name], len(full[name]))
+                slots[parameter] = _slots(entries.pop(name), known, parameter, shapes[name], group)
     for entry in entries.values():
         entry.refuse("the state of a parameter that this optimizer holds")
     return slots, settings
 
 
-def _settings(saved: dict[str, Field], present: dict[str, Any]) -> dict[str, Any]:
-    """Settings of one group: those it has now must be there, in the same kind; others must be numbers."""
-    settings: dict[str, Any] = {}
-    for key, value in present.items():
-        if key not in saved:
+def _settings(
+    saved: dict[str, Field], present: dict[str, Any], stepped: dict[str, Any], added: Collection[str]
+) -> dict[str, Any]:
+    """Settings of one group, complete.
+
+    Those that the optimizer has now must be there, of the kind they have now or after a step (`stepped`), but for
+    those that steps have `added`, and those that are no data, which stay. Others may be what steps add, or numbers.
+    """
+    settings = {key: value for key, value in present.items() if key == "params" or not _data(value)}
+    for key in present.keys() - settings.keys():
+        if key in saved:
+            changed = _alike(saved[key].value, stepped.get(key, present[key]))  # a number may become a tensor, say
+            settings[key] = saved[key].value if changed else saved[key].like(present[key])
+        elif key not in added:
             raise SavedModelError(f"the state's optimizer has no setting {key!r}; nothing was changed")
-        if key != "params":
-            settings[key] = saved[key].like(value)
     for key, field in saved.items():
         if key not in present:
-            settings[key] = field.number()  # initial_lr, say, which a schedule writes
-    return {k: v.to(present[k].device, copy=True) if isinstance(v, Tensor) else v for k, v in settings.items()}
+            known = key in stepped and _data(stepped[key])
+            settings[key] = field.like(stepped[key]) if known else field.number()  # initial_lr, say, of a schedule
+    device = next((p.device for p in present["params"]), torch.device("cpu"))
+    places = {key: value.device for key, value in {**stepped, **present}.items() if isinstance(value, Tensor)}
+    return {
+        key: value.to(places.get(key, device), copy=True) if isinstance(value, Tensor) else value
+        for key, value in settings.items()
+    }
 
 
 def _slots(
-    entry: Field, samples: dict[str, Any], parameter: nn.Parameter, shape: tuple[int, ...], group: dict[str, Any]
+    entry: Field, known: dict[str, Slot], parameter: nn.Parameter, shape: tuple[int, ...], group: dict[str, Any]
 ) -> dict[str, Any]:
-    """Slots of one parameter; `samples` are those that a step of this optimizer makes for a 5 x 3 matrix."""
+    """Slots of one parameter; `known` are those that a trial of this optimizer made."""
     found, slots = entry.fields(), {}
-    for key in [*samples, *(key for key in found if key not in samples)]:
-        field = found.get(key, Field(None, f"{entry.path}[{key!r}]"))
-        sample, value = samples.get(key, field.value), field.value
-        if isinstance(sample, Tensor):
-            shaped = tuple(sample.shape) == (MATRIX if key in samples else shape)
-            if not shaped and sample.numel() > 1:
-                field.refuse(f"a number, or of the parameter's shape {shape}")
-            dtype = parameter.dtype if shaped and key in samples and sample.dtype.is_floating_point else sample.dtype
-            value = field.tensor(shape if shaped else sample.shape, dtype)
+    for key in [*(key for key in known if not known[key].late), *found]:
+        field, value = found.get(key, Field(None, f"{entry.path}[{key!r}]")), None
+        slot = known.get(key) or _judged(found[key], shape)
+        if isinstance(slot.sample, Tensor):
+            wanted = slot.sample.shape if slot.kind == "number" else (math.prod(shape),) if slot.flat else shape
+            if slot.kind != "number" and isinstance(field.value, Tensor) and field.value.numel() == 1:
+                wanted = field.value.shape  # one number for all, as long as all were alike
             stays = key == "step" and not (group.get("capturable") or group.get("fused"))
+            value = field.tensor(wanted, slot.sample.dtype)
             value = value.to("cpu" if stays else parameter.device, copy=True)
-        elif key in samples or not (value is None or _plain(value)):
-            field.like(sample if key in samples else 0)
+        else:
+            value = field.like(slot.sample)
         slots[key] = value
     return slots
+
+
+def _judged(field: Field, shape: tuple[int, ...]) -> Slot:
+    """What a slot is that no trial made, by what is there."""
+    value = field.value
+    if isinstance(value, Tensor):
+        if value.shape != shape and value.numel() > 1:
+            field.refuse(f"a number, or of the parameter's shape {shape}")
+        return Slot("unknown" if value.shape == shape else "number", value)
+    return Slot("number", value if value is None or _plain(value) else 0)
 
 
 @contextmanager
@@ -449,6 +488,7 @@ def swapped_in(optimizer: torch.optim.Optimizer, slots: Slots, settings: list[di
         optimizer.state.clear()
         optimizer.state.update(slots)
         for group, new in zip(optimizer.param_groups, settings, strict=True):
+            group.clear()
             group.update(new)
         yield
     except BaseException:

@@ -9,7 +9,6 @@ the model is always whole. Parameter and optimizer objects keep their identity; 
 from __future__ import annotations
 
 import copy
-import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,10 +21,13 @@ from torch import Tensor, nn
 
 from .adapters import adapt_, adaptable
 from .attributes import get, put
-from .errors import OptimizerError, StructureError
+from .errors import StructureError
+from .optimizers import layouts_of
 from .record import Growth, Record, mark_, mark_of, recorded, set_mark, skip_
+from .slots import Layout, LiveSlot, begun, begun_anew, blank
 from .space import PassThrough, Space, live_positions
 from .store import Births, Index, Store, gather, index_of, is_meta
+from .trial import Slot
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -67,19 +69,6 @@ def replace_(tensor: Tensor, new: Tensor) -> None:
         tensor.data = torch.empty(0, dtype=other, device=tensor.device)
     tensor.data = new
     torch.autograd.graph.increment_version(tensor)
-
-
-DIRECTIONS = frozenset({"momentum_buffer", "exp_avg", "grad_avg", "prev"})
-"""Optimizer slots that point somewhere, even where all entries of a small tensor happen to be positive."""
-
-CORRECTED = frozenset({"exp_avg_sq", "exp_inf"})
-"""Optimizer slots that begin at 0 and are corrected for it by the step count: Adam's and its kin's."""
-
-ANEW = 4
-"""A tensor of which all but one part in so many is of units that never trained begins those slots anew."""
-
-MOMENTS = CORRECTED | {"exp_avg", "max_exp_avg_sq"}
-"""All slots of such an optimizer; one that keeps more than these, say a copy of the weights, is left alone."""
 
 
 def materialise_(model: nn.Module, tensors: Mapping[str, Tensor], contents: Callable[[str], Tensor]) -> None:
@@ -188,6 +177,7 @@ class Bank:
         optimizer: the user's optimizer, or several, whose state is cut along with the parameters.
         seed: of initial values, for a frame on the meta device.
         device: where a frame on the meta device comes to life; nothing of it is there before the first change.
+        layouts: what the optimizers keep, where that is known already.
 
     Attributes:
         keep: bool [n], the units of the live model.
@@ -201,10 +191,10 @@ class Bank:
         *,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        layouts: Sequence[Layout] | None = None,
     ) -> None:
         self.model, self.space = model, space
-        listed = optimizer if isinstance(optimizer, Sequence) else (optimizer,)
-        self.optimizers = tuple(one for one in listed if one is not None)
+        self.layouts = tuple(layouts_of(optimizer) if layouts is None else layouts)
         self.tensors = named_tensors(model)
         wrong = [n for n, shape in space.shapes.items() if n not in self.tensors or self.tensors[n].shape != shape]
         if wrong:
@@ -264,7 +254,7 @@ class Bank:
             )
         adapt_(model, self.adapted)
         other = copy.copy(self)
-        other.model, other.tensors, other.optimizers, other.slots = model, tensors, (), {}
+        other.model, other.tensors, other.layouts, other.slots = model, tensors, (), {}
         other.full = {name: asleep.copy(tensors[name].dtype) for name, asleep in self.full.items()}
         for name, asleep in other.full.items():
             asleep.write(self.index[name], tensors[name].detach().cpu())
@@ -307,14 +297,16 @@ class Bank:
             live = values[name] if values is not None and gated else tensor.detach()
             self.full[name].write(old, live.cpu())
             born, slots = self._places(name, new, newborn), []
-            for state, key, slot in self._slots_of(tensor):
+            for slot in self.live_slots(name):
                 had_state = present
-                asleep = self.slots.setdefault((name, key), self.empty_slot(name, slot.dtype))
-                asleep.write(old, slot.cpu())
-                fresh = _with_newborn(key, asleep.read(new), born, slot)
-                slots.append((state, key, fresh.to(slot.device)))
+                if (name, slot.key) not in self.slots:
+                    self.slots[name, slot.key] = self.empty_slot(name, slot.tensor.dtype, slot.kind)
+                asleep = self.slots[name, slot.key]
+                asleep.write(old, slot.tensor.cpu())
+                fresh = begun(asleep.read(new), slot.kind, slot.tensor.cpu()).to(slot.tensor.device)
+                slots.append((slot.state, slot.key, fresh.flatten() if slot.kind.flat else fresh))
             if born and not self._places(name, {}, past):  # at full size
-                slots = _begun_anew(slots, born)
+                slots = begun_anew(slots, born)
             swaps[name] = _Swap(tensor, self.full[name].read(new).to(tensor.device), slots)
         if self.births is not None:
             self.births.forget()
@@ -382,15 +374,30 @@ class Bank:
 
     def blank(self) -> dict[str, Store]:
         """Stores for all tensors that are ever cut, to be filled with what a state says."""
-        dtypes = {name: self.tensors[name].dtype for name in self.space.cut_axes}
-        return {name: self._store(name) if self.births else self.empty_slot(name, dtypes[name]) for name in dtypes}
+        return {name: self._store(name) if self.births else self._whole(name) for name in self.space.cut_axes}
 
-    def empty_slot(self, name: str, dtype: torch.dtype) -> Store:
-        """Where an optimizer slot of a parameter sleeps, zero as yet."""
-        shape = self.space.shapes[name]
+    def _whole(self, name: str) -> Store:
+        shape, dtype = self.space.shapes[name], self.tensors[name].dtype
+        return Store(lambda: torch.zeros(shape, dtype=dtype), shape, dtype, whole=True)
+
+    def empty_slot(self, name: str, dtype: torch.dtype, slot: Slot) -> Store:
+        """Where an optimizer slot of a parameter sleeps, as nothing has trained yet: a copy as the weights sleep."""
+        if slot.kind == "copy":
+            return self.full[name].copy(dtype)
+        unborn = blank(slot, self.space.shapes[name], dtype)
         if self.births is None:
-            return Store(lambda: torch.zeros(shape, dtype=dtype), shape, dtype, whole=True)
-        return Store(lambda: torch.zeros((), dtype=dtype).expand(shape), shape, dtype, whole=False)
+            return Store(unborn.clone, self.space.shapes[name], dtype, whole=True)
+        return Store(lambda: unborn, self.space.shapes[name], dtype, whole=False)
+
+    def live_slots(self, name: str) -> list[LiveSlot]:
+        """Optimizer slots of a tensor that are cut along with it.
+
+        Raises:
+            OptimizerError: there is one of a layout that cannot be.
+        """
+        tensor = self.tensors[name]
+        layout = next((layout for layout in self.layouts if tensor in layout.optimizer.state), None)
+        return [] if layout is None else layout.of(tensor, len(self.space.shapes[name]))
 
     def _materialise(self, births: Births, device: torch.device | str) -> None:
         """Give the model's own tensors a device: nothing yet of those that are cut, the initial value of the others."""
@@ -404,24 +411,6 @@ class Bank:
     def skipped(self, keep: Tensor) -> dict[str, PassThrough]:
         """Modules of the layers that `keep` leaves out, and what they compute instead."""
         return {path: slot.skip for slot in self.space.slots if not bool(keep[slot.unit]) for path in slot.modules}
-
-    def _slots_of(self, tensor: Tensor) -> list[tuple[dict[str, Any], str, Tensor]]:
-        """Optimizer slots that have the parameter's shape; refuses layouts it does not know."""
-        optimizer = next((optimizer for optimizer in self.optimizers if tensor in optimizer.state), None)
-        if optimizer is None:
-            return []
-        state = optimizer.state[tensor]
-        slots = []
-        for key, slot in state.items():
-            if isinstance(slot, Tensor) and slot.shape == tensor.shape:
-                slots.append((state, key, slot))
-            elif isinstance(slot, Tensor) and slot.numel() > 1:
-                raise OptimizerError(
-                    f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(slot.shape)} for a parameter of "
-                    f"shape {tuple(tensor.shape)}; torchgrow can only re-cut slots of the parameter's own shape. "
-                    "Use SGD, Adam, AdamW or RMSprop"
-                )
-        return slots
 
     def _places(self, name: str, index: Index | None, units: Tensor) -> dict[int, Tensor]:
         """By cut axis of a tensor, which places of the part at `index` hold one of `units`; not those of none."""
@@ -454,38 +443,6 @@ def _all_names(model: nn.Module) -> dict[str, list[str]]:
     for name, tensor in every:
         names.setdefault(first[id(tensor)], []).append(name)
     return names
-
-
-def _with_newborn(key: str, part: Tensor, born: Mapping[int, Tensor], live: Tensor) -> Tensor:
-    """Slots of units that never trained: the mean of the living for a magnitude, else 0.
-
-    A second moment of 0 under a large shared step count would let a newborn move several learning rates in
-    one step. A slot that is nowhere negative, and not known for a direction, is taken for a magnitude.
-    """
-    living = live if live.numel() else part[part != 0]  # a layer that comes back has its own past only
-    if key not in DIRECTIONS and living.numel() and not bool((living < 0).any()):
-        for axis, places in born.items():
-            part.index_fill_(axis, torch.nonzero(places).flatten(), float(living.mean()))
-    return part
-
-
-def _begun_anew(
-    slots: list[tuple[dict[str, Any], str, Tensor]], born: Mapping[int, Tensor]
-) -> list[tuple[dict[str, Any], str, Tensor]]:
-    """Slots as those of a new parameter, step count too, where nearly all of a tensor is newborn.
-
-    The fewer units there are, the larger is each one's gradient, and a second moment takes a thousand steps to
-    forget: by that of the few there were, the many would learn several times too slowly for as long.
-    Optimizers without a correction by the step count, or with scalars beside it, keep their slots.
-    """
-    known = math.prod(1 - float(places.double().mean()) for places in born.values())
-    keys = {key for _, key, _ in slots}
-    if ANEW * known >= 1 or not keys & CORRECTED or keys - MOMENTS:
-        return slots
-    state = slots[0][0]
-    if state.keys() - keys != {"step"}:
-        return slots
-    return [(state, key, torch.zeros_like(part)) for _, key, part in slots] + [(state, "step", 0 * state["step"])]
 
 
 @contextmanager
