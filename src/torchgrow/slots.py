@@ -54,7 +54,7 @@ class Layout:
         self.optimizer = optimizer
         self._trial = take_trial(optimizer)
         self._group_of: dict[int, int] = {}
-        self._made_with = [frozenset(group) for group in optimizer.param_groups]
+        self._made_with = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
 
     def known(self, parameter: Tensor, dims: int) -> dict[str, Slot]:
         """Slots of a parameter with `dims` axes in the frame, as the trial showed them; none for a stranger."""
@@ -64,14 +64,10 @@ class Layout:
         group = self._group_of.get(id(parameter), -1)
         return self._trial.slots.get((group, max(1, dims), parameter.dtype), {})
 
-    def settings(self, group: int) -> dict[str, Any]:
-        """Settings of a group as steps leave them."""
-        return self._trial.settings.get(group, {})
-
-    def added(self, group: int) -> frozenset[str]:
-        """Settings of a group that only steps add."""
-        made_with = self._made_with[group] if group < len(self._made_with) else frozenset()
-        return frozenset(self.settings(group)) - made_with
+    def settings(self, group: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Settings of a group, by its number, as it was made and as steps leave them."""
+        made_with = self._made_with[group] if group < len(self._made_with) else {}
+        return made_with, self._trial.settings.get(group, {})
 
     def of(self, parameter: Tensor, dims: int) -> list[LiveSlot]:
         """Slots of a parameter that have an element for each of its own.

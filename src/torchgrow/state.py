@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
@@ -423,19 +423,21 @@ def read_optimizer(
 
 
 def _settings(
-    saved: dict[str, Field], present: dict[str, Any], stepped: dict[str, Any], added: Collection[str]
+    saved: dict[str, Field], present: dict[str, Any], made_with: dict[str, Any], stepped: dict[str, Any]
 ) -> dict[str, Any]:
     """Settings of one group, complete.
 
-    Those that the optimizer has now must be there, of the kind they have now or after a step (`stepped`), but for
-    those that steps have `added`, and those that are no data, which stay. Others may be what steps add, or numbers.
+    Those that the optimizer has now must be there, but for those that only steps add, and those that are no data,
+    which stay. Their kind is what it is now, or was when the optimizer was made, or is after steps: a number may become
+    a tensor. Others may be what steps add, or numbers.
     """
     settings = {key: value for key, value in present.items() if key == "params" or not _data(value)}
     for key in present.keys() - settings.keys():
         if key in saved:
-            changed = _alike(saved[key].value, stepped.get(key, present[key]))  # a number may become a tensor, say
-            settings[key] = saved[key].value if changed else saved[key].like(present[key])
-        elif key not in added:
+            samples = [sample[key] for sample in (made_with, stepped) if key in sample]
+            fits = any(_alike(saved[key].value, sample) for sample in samples)
+            settings[key] = saved[key].value if fits else saved[key].like(present[key])
+        elif key in made_with or key not in stepped:
             raise SavedModelError(f"the state's optimizer has no setting {key!r}; nothing was changed")
     for key, field in saved.items():
         if key not in present:
