@@ -409,7 +409,7 @@ def read_optimizer(
             "other parameters or in another order; build it just as in the saved run. Nothing was changed"
         )
     present = optimizer.param_groups
-    settings = [_settings(group, present[i], layout.settings(i), layout.added(i)) for i, group in enumerate(groups)]
+    settings = [_settings(group, present[i], *layout.settings(i)) for i, group in enumerate(groups)]
     slots: Slots = {}
     entries = saved["slots"].fields()
     for names, group in zip(own, present, strict=True):
