@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lookalikes import Madgrad, ScheduleFree
 from oracle import Eq6, SmallResNet
 from torchgrow import Budget, Grower, Method, TrainingError
 
@@ -280,6 +281,54 @@ def test_warm_up() -> None:
         for scheduler in made:
             scheduler.step()
     pair.compare()
+
+
+def free(m: nn.Module) -> torch.optim.Optimizer:
+    optimizer = ScheduleFree(m.parameters(), 0.05)
+    optimizer.train()
+    return optimizer
+
+
+def test_copies_of_the_weights_are_folded_with_them() -> None:
+    """Between steps this optimizer puts a mix of weights and copies into the model, and takes it out again."""
+    pair = make_pair(free)
+    x, _ = batch(0)
+    train(pair, 5)
+    both: Any = (pair.grower.optimizer, pair.oracle.optimizer)
+    for optimizer in both:
+        optimizer.eval()
+    pair.oracle.refresh()
+    torch.testing.assert_close(pair.live(x), pair.oracle(x), rtol=1e-9, atol=1e-9)
+    for optimizer in both:
+        optimizer.train()
+    pair.oracle.refresh()
+    train(pair, 5)  # compares the losses
+
+
+@pytest.mark.parametrize("make", [free, lambda m: Madgrad(m.parameters(), 0.01)], ids=["schedule-free", "madgrad"])
+def test_after_the_end_copies_do_not_pull_the_weights_back(make: Make) -> None:
+    """They keep the gates that the weights keep, and are 0 for units that entered in silence."""
+    torch.manual_seed(0)
+    model = SmallResNet().double()
+    grower = Grower(
+        model, make(model), example_inputs=batch(0)[0], budget=Budget(params="70%"), updates=10, preset=METHOD
+    )
+    for number in range(3):
+        F.cross_entropy(model(batch(number)[0]), batch(number)[1]).backward()
+        grower.optimizer.step()
+        grower.optimizer.zero_grad()
+        grower.update() if number < 2 else grower.finish()
+    fold = grower._folding.fold
+    assert fold is not None
+    folded = silent = 0
+    for p, factor in zip(fold.parameters, fold.factors(grower._indicators.gate), strict=True):
+        state = grower.optimizer.state[p]
+        away = (state.get("z", state.get("x0")) - p.detach()).abs()
+        assert bool((away <= 0.05 * factor).all()), "further than the few steps went"
+        assert bool((away[p == 0] == 0).all())
+        folded, silent = folded + int((factor < 0.99).sum()), silent + int((p == 0).sum())
+    assert folded
+    assert silent
 
 
 Cycle = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]

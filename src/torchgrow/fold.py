@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .errors import TrainingError
+from .slots import Layout
 from .space import WHOLE, Space, live_positions
 
 
@@ -111,7 +112,12 @@ class Fold:
         folded with.
         """
         for parameter, raw, factor in zip(self.parameters, self.raw, factors, strict=True):
-            raw.copy_(torch.where(parameter == raw * factor, raw, parameter / factor))
+            raw.copy_(unfolded(parameter, raw, factor))
+
+
+def unfolded(present: Tensor, raw: Tensor, factor: Tensor) -> Tensor:
+    """Raw contents of a tensor that was folded from `raw`, and perhaps edited since."""
+    return torch.where(present == raw * factor, raw, present / factor)
 
 
 class Folding:
@@ -124,8 +130,10 @@ class Folding:
     have stepped since the last time, by the sum of what these steps gave; until then the gates stay. With a new
     structure they wait for all of them again.
 
+    Slots that are copies of gated weights are folded along with them: between steps, too, an optimizer may mix both.
+
     Args:
-        optimizers: the user's optimizers; their own loop is not changed.
+        layouts: of the user's optimizers; their own loop is not changed.
         on_step: called with m dL/dm (float64 [n]) when the indicators shall move.
         gate: returns the present gates, float64 [n].
 
@@ -135,18 +143,24 @@ class Folding:
 
     def __init__(
         self,
-        optimizers: Sequence[torch.optim.Optimizer],
+        layouts: Sequence[Layout],
         on_step: Callable[[Tensor], None],
         gate: Callable[[], Tensor],
     ) -> None:
         self.fold: Fold | None = None
         self._on_step = on_step
-        self._hooks = [_Hooks(optimizer, self._stepped, gate) for optimizer in optimizers]
+        self._hooks = [_Hooks(layout, self._stepped, gate) for layout in layouts]
         self._waiting: list[_Hooks] = []  # for a step of theirs
         self._sum: Tensor | None = None
 
-    def install(self, fold: Fold, factors: list[Tensor]) -> None:
-        """Take over a new structure whose parameters already hold contents folded with `factors`."""
+    def install(self, fold: Fold, factors: list[Tensor], copies: Mapping[tuple[str, str], Tensor]) -> None:
+        """Take over a new structure whose parameters already hold contents folded with `factors`.
+
+        Args:
+            fold: of the structure.
+            factors: see there.
+            copies: raw contents of slots that are copies of gated weights, by parameter and key; folded likewise.
+        """
         self.fold = fold
         owner: dict[int, _Hooks] = {}
         for hooks in self._hooks:
@@ -155,7 +169,7 @@ class Folding:
         for hooks in self._hooks:
             own = [hooks is other for other in owners]
             part = fold.part({name for name, mine in zip(fold.names, own, strict=True) if mine})
-            hooks.install(part, [factor for factor, mine in zip(factors, own, strict=True) if mine])
+            hooks.install(part, [factor for factor, mine in zip(factors, own, strict=True) if mine], copies)
         self._wait()
 
     def folded_with(self, gate: Tensor) -> bool:
@@ -195,6 +209,10 @@ class Folding:
             hooks.adopt_edits()
         return dict(zip(self.fold.names, self.fold.raw, strict=True))
 
+    def raw_copies(self) -> dict[tuple[str, str], Tensor]:
+        """Raw contents of the slots that are copies of gated weights, by parameter and key, edits included."""
+        return {place: raw for hooks in self._hooks for place, raw in hooks.raw_copies().items()}
+
     def recover(self) -> None:
         """If a step was interrupted half-way, fold the weights again and say so.
 
@@ -222,20 +240,21 @@ class _Hooks:
     """Those on one optimizer.
 
     Args:
-        optimizer: the optimizer.
+        layout: of the optimizer.
         on_step: called after every step with m dL/dm (float64 [n]) of the optimizer's own parameters.
         gate: returns the present gates, float64 [n].
     """
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        layout: Layout,
         on_step: Callable[[_Hooks, Tensor], None],
         gate: Callable[[], Tensor],
     ) -> None:
-        self.optimizer, self._on_step, self._gate = optimizer, on_step, gate
+        self.optimizer, self._layout, self._on_step, self._gate = layout.optimizer, layout, on_step, gate
         self.fold: Fold | None = None
         self._factors: list[Tensor] = []
+        self._raw_copies: dict[tuple[str, str], Tensor] = {}
         self._unfolded = False
         self._gradient: Tensor | None = None  # m dL/dm of the step under way; None if the step changes nothing
         self._lent: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, its own gradient, the optimizer's
@@ -250,9 +269,10 @@ class _Hooks:
                 self.optimizer.register_step_post_hook(self._after),
             ]
 
-    def install(self, fold: Fold, factors: list[Tensor]) -> None:
+    def install(self, fold: Fold, factors: list[Tensor], copies: Mapping[tuple[str, str], Tensor]) -> None:
         """As `Folding.install`, of this optimizer's parameters only."""
         self.fold, self._factors = (fold if fold.names else None), factors
+        self._raw_copies = {place: raw for place, raw in copies.items() if place[0] in fold.names}
 
     def folded_with(self, gate: Tensor) -> bool:
         """As `Folding.folded_with`, of this optimizer's parameters only."""
@@ -267,9 +287,27 @@ class _Hooks:
 
     @torch.no_grad()
     def adopt_edits(self) -> None:
-        """Take over what somebody else wrote into gated parameters."""
+        """Take over what somebody else wrote into gated parameters and copies of them."""
         if self.fold is not None:
             self.fold.adopt_edits(self._factors)
+            self._raw_copies = self.raw_copies()
+
+    def _copies(self) -> list[tuple[tuple[str, str], Tensor, Tensor]]:
+        """Slots that are copies of gated weights: parameter and key, the slot, its present factor."""
+        if self.fold is None:
+            return []
+        found = self._layout.copies(self.fold.parameters)
+        return [((self.fold.names[i], key), slot, self._factors[i]) for (i, key), slot in found.items()]
+
+    @torch.no_grad()
+    def raw_copies(self) -> dict[tuple[str, str], Tensor]:
+        """As `Folding.raw_copies`, of this optimizer's parameters only."""
+        found = {}
+        for place, slot, factor in self._copies():
+            raw = self._raw_copies.get(place)
+            known = raw is not None and raw.shape == slot.shape
+            found[place] = unfolded(slot, raw, factor) if raw is not None and known else slot / factor
+        return found
 
     def refold(self) -> None:
         """The gates have moved though this optimizer took no step."""
@@ -323,7 +361,7 @@ class _Hooks:
                 "Skip this batch (optimizer.zero_grad()), lower the learning rate, or clip the gradients"
             )
         self._gradient = None if overflow is not None and bool(overflow) else gradient
-        fold.adopt_edits(self._factors)
+        self.adopt_edits()
         present = [
             (p, g, f) for p, g, f in zip(fold.parameters, gradients, self._factors, strict=True) if g is not None
         ]
@@ -333,6 +371,8 @@ class _Hooks:
         for parameter, _, product in self._lent:
             parameter.grad = product
         torch._foreach_copy_(fold.parameters, fold.raw)
+        for place, slot, _ in self._copies():
+            slot.copy_(self._raw_copies[place])
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -340,6 +380,7 @@ class _Hooks:
         if self.fold is None or not self._unfolded:  # a closure that was never called
             return
         torch._foreach_copy_(self.fold.raw, self.fold.parameters)
+        self._raw_copies = {place: slot.clone() for place, slot, _ in self._copies()}
         if self._gradient is not None:
             self._on_step(self, self._gradient)
         self._refold()
@@ -353,4 +394,7 @@ class _Hooks:
         self._factors = self.fold.factors(self._gate())
         torch._foreach_copy_(self.fold.parameters, self.fold.raw)
         torch._foreach_mul_(self.fold.parameters, self._factors)
+        for place, slot, factor in self._copies():
+            raw = self._raw_copies.setdefault(place, slot.clone())  # made by a step that failed
+            torch.mul(raw, factor, out=slot)
         self._lent, self._gradient, self._unfolded = [], None, False

@@ -6,7 +6,7 @@ import ctypes
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -118,7 +118,7 @@ class Grower(Saved):
         self._parameters = dict(model.named_parameters())
         self._gated = sorted({name for name, _ in self.space.fold})
         self._initial_lr = first_rate(self.optimizer)
-        self._folding = Folding(self.optimizers, self._step, lambda: self._indicators.gate)
+        self._folding = Folding(layouts, self._step, lambda: self._indicators.gate)
         self._followers: list[Bank] = []
         self._copies: list[Bank] = []  # those of them that began with the frame's own weights
         self._penalty = torch.zeros(self.space.n_units, dtype=torch.float64)
@@ -366,7 +366,7 @@ class Grower(Saved):
         previous = bank.keep
         old = previous if self.history else keep
         stays = bool(self.history) and torch.equal(keep, previous) and self._folding.folded_with(gate)
-        changes, fold, factors = ([bank.unchanged()], None, []) if stays else self._stage(keep, silent)
+        changes, install = ([bank.unchanged()], None) if stays else self._stage(keep, silent)
         cost = self._costs.cost(keep)
         penalty = 0.0
         if self.method.controller == "pressure":
@@ -389,8 +389,8 @@ class Grower(Saved):
         reshaped = changes[0].reshapes
         with uninterrupted():
             bank.commit(*changes)
-            if fold is not None:
-                self._folding.install(fold, factors)
+            if install is not None:
+                install()
             self._penalty, self._ever = penalty * self._lambda_share, self._ever | here
             self._before = previous
             self.history.append(event)
@@ -401,21 +401,28 @@ class Grower(Saved):
                 _give_back()
         return event
 
-    def _stage(self, keep: Tensor, silent: Tensor | None) -> tuple[list[Change], Fold, list[Tensor]]:
-        """The changes of the network and its followers to `keep`, computed and not made, and what they fold."""
+    def _stage(self, keep: Tensor, silent: Tensor | None) -> tuple[list[Change], Callable[[], None]]:
+        """The changes of the network and its followers to `keep`, not made as yet, and what to do once they are."""
         bank = self._bank
         raw = self._folding.raw() or {name: self._parameters[name].detach() for name in self._gated}
-        change = bank.stage(keep, raw)
+        change = bank.stage(keep, raw, self._folding.raw_copies())
         fresh = {name: change.swaps[name].new for name in self._gated if not self.space.absent(name, keep)}
         if silent is not None:
             _silence(self.space, fresh, keep, silent)
+            for name in fresh:
+                for part in change.swaps[name].raw_copies().values():
+                    _silence(self.space, {name: part}, keep, silent)
         fold = Fold(self.space, self._parameters, keep, fresh)
         factors = fold.factors(self._indicators.gate)
         folded = fold.folded(factors)
         followed = self._followed(keep, fresh, folded)
-        for name, contents in folded.items():
-            change.swaps[name].new = contents
-        return [change, *followed], fold, factors
+        copies: dict[tuple[str, str], Tensor] = {}
+        for (name, contents), factor in zip(folded.items(), factors, strict=True):
+            swap = change.swaps[name]
+            copies |= {(name, key): part.clone() for key, part in swap.raw_copies().items()}
+            swap.new = contents
+            swap.fold_copies(factor)
+        return [change, *followed], lambda: self._folding.install(fold, factors, copies)
 
     def _followed(self, keep: Tensor, raw: Mapping[str, Tensor], folded: Mapping[str, Tensor]) -> list[Change]:
         """The change to `keep` of every follower; where a copy still holds what the bank holds, it gets that folded."""

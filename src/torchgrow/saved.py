@@ -26,6 +26,7 @@ from .state import (
     check_frame,
     copies,
     fingerprint,
+    fold_copies,
     live_shapes,
     optimizer_state,
     read_bank_slots,
@@ -112,6 +113,7 @@ class Saved:
         fold = self._folding.fold
         assert fold is not None
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        raw_copies = {} if self.finished else self._folding.raw_copies()
         return {
             "format": FORMAT,
             "frame": fingerprint(self.space, self._bank.tensors),
@@ -131,7 +133,7 @@ class Saved:
             "steps": self._folding.state_dict(),
             "bank": stores_state(self._bank.full),
             "bank_slots": [[name, key, store_state(slot)] for (name, key), slot in self._bank.slots.items()],
-            "optimizers": [optimizer_state(optimizer, self._parameters) for optimizer in self.optimizers],
+            "optimizers": [optimizer_state(optimizer, self._parameters, raw_copies) for optimizer in self.optimizers],
             "followers": [
                 {"network": copies(named_tensors(bank.model)), "bank": stores_state(bank.full)}
                 for bank in self._followers
@@ -156,6 +158,9 @@ class Saved:
         bank, parameters = self._bank, self._parameters
         fold = Fold(self.space, parameters, found.keep, found.raw)
         factors = fold.factors(found.indicators.gate)
+        raw_copies: dict[tuple[str, str], Tensor] = {}
+        for layout, (slots, _) in zip(bank.layouts, found.optimizers, strict=True) if not found.finished else ():
+            raw_copies |= fold_copies(slots, layout, fold, factors, self.space.shapes)
         changes = [bank.stage_contents(found.keep, found.network)]
         changes += [own.stage_contents(found.keep, contents) for own, contents, _ in found.followers]
         with suppress(TrainingError):  # an unfinished step is of no interest any more
@@ -170,7 +175,7 @@ class Saved:
             bank.full, bank.slots, bank.trained = found.bank, found.bank_slots, found.trained
             for follower, _, asleep in found.followers:
                 follower.full = asleep
-            self._folding.install(fold, factors)
+            self._folding.install(fold, factors, raw_copies)
             self._folding.load_state(found.waiting, found.summed)
             if found.finished:
                 self._folding.remove()

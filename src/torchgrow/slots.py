@@ -69,6 +69,17 @@ class Layout:
         made_with = self._made_with[group] if group < len(self._made_with) else {}
         return made_with, self._trial.settings.get(group, {})
 
+    def copies(self, parameters: Sequence[Tensor]) -> dict[tuple[int, str], Tensor]:
+        """Slots that are copies of the weights, by number of the parameter, all present, and key."""
+        if not any(slot.kind == "copy" for slots in self._trial.slots.values() for slot in slots.values()):
+            return {}
+        return {
+            (i, slot.key): slot.tensor
+            for i, parameter in enumerate(parameters)
+            for slot in self.of(parameter, parameter.dim())
+            if slot.kind.kind == "copy"
+        }
+
     def of(self, parameter: Tensor, dims: int) -> list[LiveSlot]:
         """Slots of a parameter that have an element for each of its own.
 

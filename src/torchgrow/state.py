@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SavedModelError
+from .fold import Fold
 from .indicators import STATE
 from .slots import Layout
 from .space import Space, live_positions
@@ -346,9 +347,14 @@ def read_event(field: Field) -> Event:
 # --- optimizers ---
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+def optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    raw: Mapping[tuple[str, str], Tensor],
+) -> dict[str, Any]:
     """State and settings of an optimizer, by the names of its parameters, as copies.
 
+    Slots that are copies of gated weights are stored as they are in `raw`, by parameter and key.
     Settings that are no data, a dtype or a function, are left out: a run that goes on has its own.
     """
     name_of = {id(parameter): name for name, parameter in parameters.items()}
@@ -357,6 +363,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, n
         for group in optimizer.param_groups
     ]
     slots = {name: _copy(optimizer.state[p]) for name, p in parameters.items() if optimizer.state.get(p)}
+    for (name, key), contents in raw.items():
+        if name in slots:
+            slots[name][key] = contents.clone().view_as(slots[name][key])
     return {"groups": groups, "slots": slots}
 
 
@@ -480,6 +489,28 @@ def _judged(field: Field, shape: tuple[int, ...]) -> Slot:
             field.refuse(f"a number, or of the parameter's shape {shape}")
         return Slot("unknown" if value.shape == shape else "number", value)
     return Slot("number", value if value is None or _plain(value) else 0)
+
+
+def fold_copies(
+    slots: Slots, layout: Layout, fold: Fold, factors: Sequence[Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[tuple[str, str], Tensor]:
+    """Fold those slots that are copies of gated weights, in place; returns their raw contents by parameter and key.
+
+    Args:
+        slots: by parameter, as read.
+        layout: of their optimizer.
+        fold: of the structure that they belong to.
+        factors: that its parameters are folded with.
+        shapes: of the tensors in the frame.
+    """
+    raw = {}
+    for name, parameter, contents, factor in zip(fold.names, fold.parameters, fold.raw, factors, strict=True):
+        for key, slot in layout.known(parameter, len(shapes[name])).items():
+            value = slots.get(parameter, {}).get(key)
+            if slot.kind == "copy" and isinstance(value, Tensor) and value.numel() == contents.numel():
+                raw[name, key] = value.view_as(contents)
+                slots[parameter][key] = (raw[name, key] * factor).view_as(value)
+    return raw
 
 
 @contextmanager

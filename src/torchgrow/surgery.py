@@ -94,11 +94,23 @@ def materialise_(model: nn.Module, tensors: Mapping[str, Tensor], contents: Call
 
 @dataclass
 class _Swap:
-    """New contents for a tensor and for its optimizer slots."""
+    """New contents for a tensor and for its optimizer slots, some of which may be copies of it."""
 
     tensor: Tensor
     new: Tensor
     slots: list[tuple[dict[str, Any], str, Tensor]]
+    copies: frozenset[str] = frozenset()
+
+    def raw_copies(self) -> dict[str, Tensor]:
+        """New contents of the copies, in the tensor's shape; they share memory with the slots."""
+        return {key: part.view_as(self.new) for _, key, part in self.slots if key in self.copies}
+
+    def fold_copies(self, factor: Tensor) -> None:
+        """Multiply the copies as the tensor is."""
+        self.slots = [
+            (state, key, (part.view_as(self.new) * factor).view_as(part) if key in self.copies else part)
+            for state, key, part in self.slots
+        ]
 
 
 class Change:
@@ -271,12 +283,18 @@ class Bank:
                 return False
         return True
 
-    def stage(self, keep: Tensor, values: Mapping[str, Tensor] | None = None) -> Change:
+    def stage(
+        self,
+        keep: Tensor,
+        values: Mapping[str, Tensor] | None = None,
+        copies: Mapping[tuple[str, str], Tensor] | None = None,
+    ) -> Change:
         """Write the live tensors back and compute those for `keep` (bool [n]); nothing live is touched.
 
         Args:
             keep: units that shall live.
             values: what to write back instead of a parameter's own contents (raw values of gated ones).
+            copies: likewise for slots that are copies of one, by name and key.
         """
         if self.space.cut_axes and not self.full:
             raise StructureError("the bank has been emptied: what slept in it is gone, so the structure is final")
@@ -302,12 +320,13 @@ class Bank:
                 if (name, slot.key) not in self.slots:
                     self.slots[name, slot.key] = self.empty_slot(name, slot.tensor.dtype, slot.kind)
                 asleep = self.slots[name, slot.key]
-                asleep.write(old, slot.tensor.cpu())
+                asleep.write(old, (copies or {}).get((name, slot.key), slot.tensor).cpu())
                 fresh = begun(asleep.read(new), slot.kind, slot.tensor.cpu()).to(slot.tensor.device)
                 slots.append((slot.state, slot.key, fresh.flatten() if slot.kind.flat else fresh))
             if born and not self._places(name, {}, past):  # at full size
                 slots = begun_anew(slots, born)
-            swaps[name] = _Swap(tensor, self.full[name].read(new).to(tensor.device), slots)
+            same = frozenset(slot.key for slot in self.live_slots(name) if slot.kind.kind == "copy")
+            swaps[name] = _Swap(tensor, self.full[name].read(new).to(tensor.device), slots, same)
         if self.births is not None:
             self.births.forget()
         self.trained = self.trained | had_state
