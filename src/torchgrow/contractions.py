@@ -251,6 +251,23 @@ def product(
     ctx.set_layers(out, result)
 
 
+@rule("linalg_solve_triangular")
+def solve(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """The X of A X = B for matrices in the last two axes (left; else X A = B): only what A does not mix can go."""
+    a, b, rank = named["self"], named["B"], out.dim()
+    reason = "solves for values along this axis"
+    mixed = rank - 2 if named.get("left", True) else rank - 1
+    batches = without_axes(ctx, aligned(ctx.layers(a), rank), [rank - 2, rank - 1], reason)
+    sides = without_axes(ctx, aligned(ctx.layers(b), rank), [mixed], reason)
+    harmonize(ctx, [(a, batches), (b, sides)], range(rank - 2), rank, "solves batches with different or no labels")
+    for layer in sides:
+        for mate in batches:
+            if mate.axes == layer.axes:
+                ctx.unify(layer, mate)
+    alone = [x.with_silence(False, frozenset()) for x in batches if all(x.axes != y.axes for y in sides)]
+    ctx.set_layers(out, [*sides, *alone])
+
+
 @rule("embedding")
 def embedding(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     """Rows are looked up by the input and stay; columns are features."""
