@@ -12,10 +12,13 @@ evaluation mode. Each model is a line of results/conformance.jsonl; those that a
 
 import argparse
 import json
-import subprocess
+import multiprocessing
 import sys
 import time
 import warnings
+from importlib.metadata import version
+from importlib.util import find_spec
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +28,9 @@ from rich.progress import track
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from torchgrow import TorchgrowError
+from torchgrow import TorchgrowError, trace
 from torchgrow.cost import CostModel
 from torchgrow.lab.run import environment
-from torchgrow.proof import prove
 from torchgrow.replay import replay
 
 ROOT = Path(__file__).parent.parent
@@ -47,10 +49,10 @@ def ours(model: nn.Module, example: Any) -> dict[str, Any]:
     """Trace, prove, and try two subsets that the proof has not seen."""
     start = time.perf_counter()
     try:
-        space = replay(model, example)
+        replay(model, example)
         traced = time.perf_counter() - start
-        space = prove(model, space, example)
-        proven = time.perf_counter() - start - traced
+        space = trace(model, example)
+        proven = time.perf_counter() - start - 2 * traced
     except TorchgrowError as error:
         return {"verdict": "refused", "reason": str(error)}
     costs = CostModel(space)
@@ -93,17 +95,39 @@ def one(side: str, set_name: str, name: str) -> dict[str, Any]:
     return ours(model, example)
 
 
+def packages() -> dict[str, str]:
+    """Versions of the packages that the models and the peers come from, as far as they are there."""
+    names = ("timm", "transformers", "ultralytics", "torchaudio", "torch-pruning", "torch-kirigami")
+    return {name: version(name) for name in names if find_spec(name.replace("-", "_"))}
+
+
 def apart(side: str, set_name: str, name: str, seconds: float) -> dict[str, Any] | str:
     """`one` in a process of its own; a text if that crashed or took longer than the limit."""
-    command = [sys.executable, __file__, "--one", side, set_name, name]
+    context = multiprocessing.get_context("fork")  # the packages are imported once, here
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sending, side, set_name, name))
+    process.start()
+    sending.close()
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return f"time-out: more than {seconds:g} s"
-    lines = ran.stdout.splitlines()
-    if ran.returncode == 0 and lines:
-        return json.loads(lines[-1])
-    return (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1][:300]
+        if not receiving.poll(seconds):
+            return f"time-out: more than {seconds:g} s"
+        found: dict[str, Any] | str = receiving.recv()
+        return found
+    except EOFError:
+        process.join()
+        return f"crashed: exit code {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+
+
+def _send(sending: Connection, side: str, set_name: str, name: str) -> None:
+    """In the process of its own: the row of `one`, or the error that ended it."""
+    warnings.simplefilter("ignore")
+    try:
+        sending.send(one(side, set_name, name))
+    except Exception as error:
+        sending.send(f"{type(error).__name__}: {error}"[:300])
 
 
 def main() -> None:
@@ -113,15 +137,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="only these")
     parser.add_argument("--seconds", type=float, default=300, help="time limit of one model")
     parser.add_argument("--their-seconds", type=float, default=60, help="that of each peer; 0: leave them out")
-    parser.add_argument("--inside", action="store_true", help="in this process, without limits: for many small models")
-    parser.add_argument("--one", nargs=3, metavar=("SIDE", "SET", "MODEL"), help=argparse.SUPPRESS)
+    parser.add_argument("--busy", action="store_true", help="note that other work ran beside, so seconds mean nothing")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    if arguments.one:
-        warnings.simplefilter("ignore")
-        sys.stdout.write(json.dumps(one(*arguments.one)))
-        return
-    surroundings = environment()
+    torch.set_num_threads(1)
+    surroundings = {**environment(), **packages(), "machine busy": arguments.busy}
     arguments.results.parent.mkdir(exist_ok=True)
     arguments.results.touch()
     done = {json.loads(line)["model"] for line in arguments.results.read_text().splitlines()}
@@ -130,11 +150,11 @@ def main() -> None:
         (kind, name) for kind, name in wanted if name not in done and (not arguments.models or name in arguments.models)
     ]
     for kind, name in track(wanted, "models", console=Console(stderr=True)):
-        row = one("ours", kind, name) if arguments.inside else apart("ours", kind, name, arguments.seconds)
+        row = apart("ours", kind, name, arguments.seconds)
         if isinstance(row, str):
             row = {"verdict": "time-out" if row.startswith("time-out") else "crashed", "reason": row}
         for side in PEERS if row["verdict"] != "left out" and arguments.their_seconds else ():
-            other = one(side, kind, name) if arguments.inside else apart(side, kind, name, arguments.their_seconds)
+            other = apart(side, kind, name, arguments.their_seconds)
             row[side] = {"runs": False, "exact": False, "error": other} if isinstance(other, str) else other
         with arguments.results.open("a") as file:
             file.write(json.dumps({"set": kind, "model": name, **row, "environment": surroundings}) + "\n")

@@ -10,7 +10,6 @@ import sys
 from collections import Counter, defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from torchgrow import Method
 from torchgrow.lab import recipes
@@ -18,37 +17,19 @@ from torchgrow.lab.compare import AFTER, Job
 from torchgrow.lab.metrics import PERPLEXITY, Metric, metric_of
 from torchgrow.lab.results import by_budget, difference, draw
 
+sys.path.insert(0, str(Path(__file__).parent))
+from tables_layout import Row, grid, machine, spread
+from tables_models import conformance, exactness, random_networks, training_networks
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "results.md"
 PICTURES = ROOT / "docs" / "pictures"
-Row = dict[str, Any]
 
 
 def rows(name: str) -> list[Row]:
     """Lines of a results file; none if it is not there yet."""
     path = ROOT / "results" / name
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    """Mean and, with more than one value, standard deviation."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def grid(header: list[str], body: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def machine(found: list[Row], field: str = "environment") -> str:
-    """Where rows were measured; `field` is where they say it."""
-    seen = {
-        f"{e['cpu']}, {e['cores']} cores, {e['threads']} thread(s), torch {e['torch']}"
-        for e in (row[field] for row in found)
-    }
-    return "; ".join(sorted(seen))
 
 
 def alike() -> dict[str, list[Row]]:
@@ -221,30 +202,6 @@ def along(budgets: dict[str, list[Row]]) -> str:
     return f"### {first[0]['recipe']}: growing beside the uniform twin along the budgets\n\n" + grid(head, body)
 
 
-def exactness() -> str:
-    """The proof over random subsets, per model."""
-    found = rows("exactness.jsonl")
-    if not found:
-        return "Not measured yet."
-    body = [
-        [
-            row["model"],
-            str(row["subsets"]),
-            f"{row['max_error']:.1e}",
-            f"{row['units']:,}",
-            str(row["groups"]),
-            f"{100 * row['removable_params']:.1f}",
-        ]
-        for row in found
-    ]
-    head = ["model", "random subsets", "largest relative error", "removable units", "groups", "removable parameters, %"]
-    return (
-        "Compact network against the frame with the absent units zeroed, float64, all weights and statistics "
-        f"randomised.\n\nCommand: `python benchmarks/exactness.py`. Measured on {machine(found)}.\n\n"
-        + grid(head, body)
-    )
-
-
 def timings(name: str, command: str, what: str) -> str:
     """Ratios measured side by side; every row holds `case`, `ratio` (median), `low`, `high` and `repeats`."""
     found = rows(name)
@@ -256,88 +213,6 @@ def timings(name: str, command: str, what: str) -> str:
     ]
     return f"{what}\n\nCommand: `{command}`. Measured on {machine(found)}.\n\n" + grid(
         ["case", "median ratio", "interval", "repeats"], body
-    )
-
-
-def conformance() -> str:
-    """What was found in the models people use: a summary by set, then every model."""
-    found = rows("conformance.jsonl")
-    if not found:
-        return "Not measured yet."
-    by_set: dict[str, list[Row]] = defaultdict(list)
-    for row in found:
-        by_set[row["set"]].append(row)
-    body, every = [], []
-    for name, group in by_set.items():
-        verdicts = [row["verdict"] for row in group]
-        most = sum(row.get("removable", 0) >= 0.6 for row in group)
-        theirs = sum(bool(row.get("torch_pruning", {}).get("runs")) for row in group)
-        rest = len(group) - sum(verdicts.count(v) for v in ("exact", "frozen", "refused", "wrong"))
-        counts = [str(verdicts.count(v)) for v in ("exact", "frozen", "refused", "wrong")]
-        body.append([name, str(len(group)), *counts, str(rest), str(most), str(theirs)])
-        for row in group:
-            other = row.get("torch_pruning", {})
-            every.append(
-                [
-                    row["model"],
-                    row["verdict"],
-                    f"{100 * row['removable']:.1f}" if "removable" in row else "",
-                    f"{row['seconds_to_trace']:.2f}" if "seconds_to_trace" in row else "",
-                    "runs" if other.get("runs") else "no" if other else "",
-                    f"{other['seconds_to_build']:.2f}" if "seconds_to_build" in other else "",
-                ]
-            )
-    head = [
-        "set",
-        "models",
-        "exact",
-        "frozen",
-        "refused",
-        "wrong",
-        "other",
-        "60 % or more can go",
-        "Torch-Pruning runs",
-    ]
-    details = ["model", "verdict", "parameters that can go, %", "seconds to trace", "Torch-Pruning", "seconds to build"]
-    return (
-        "Exact: after tracing and proof, two more random subsets (30 and 60 % of every group) compute what the frame "
-        "computes with them zeroed, float64, relative error at most 1e-9. Other: left out for its size, or stopped at "
-        "the time limit. Torch-Pruning 1.6.1 on the same models in the same run: a step asking for 30 % runs, removes "
-        "something, and the forward works afterwards (whether it is exact was not asked).\n\n"
-        f"Command: `python benchmarks/conformance.py`. Measured on {machine(found)}.\n\n"
-        + grid(head, body)
-        + "\n\n"
-        + grid(details, every)
-    )
-
-
-def random_networks() -> str:
-    """Networks nobody chose: exact or not, and units found against units expected."""
-    found = rows("random-networks.jsonl")
-    if not found:
-        return "Not measured yet."
-    total = {
-        key: sum(row[key] for row in found) for key in ("networks", "exact", "as_many_units", "units", "units_expected")
-    }
-    verdicts = [row["verdict"] for chunk in found for row in chunk["not_exact"]]
-    fewer = sum(row["units"] < row["expected"] for chunk in found for row in chunk["other_counts"])
-    more = sum(row["units"] > row["expected"] for chunk in found for row in chunk["other_counts"])
-    body = [
-        ["networks", f"{total['networks']:,}"],
-        ["exact", f"{total['exact']:,}"],
-        ["refused", str(verdicts.count("refused"))],
-        ["wrong", str(verdicts.count("wrong"))],
-        ["largest relative error", f"{max(row['worst_error'] for row in found):.1e}"],
-        ["as many units as expected", f"{total['as_many_units']:,}"],
-        ["fewer (something stayed that could go)", str(fewer)],
-        ["more", str(more)],
-        ["units found, of those expected", f"{total['units']:,} of {total['units_expected']:,}"],
-    ]
-    return (
-        "Convolutions, groups, depthwise, concatenation, chunks, shuffles, residuals, pooling, recurrent layers, "
-        "attention and shared layers in random order, against a literal oracle in float64; the number of units is "
-        f"worked out beside.\n\nCommand: `python benchmarks/random_networks.py`. Measured on {machine(found)}.\n\n"
-        + grid(["", "count"], body)
     )
 
 
@@ -545,9 +420,10 @@ def page() -> str:
         "# Results\n\nMade from the files in `results/` by `python benchmarks/tables.py`, all of it.",
         comparisons(),
         "## Layers and channels\n\n" + depth(),
-        "## Exactness\n\n" + exactness(),
-        "## Models people use\n\n" + conformance(),
-        "## Random networks\n\n" + random_networks(),
+        "## Exactness\n\n" + exactness(rows("exactness.jsonl")),
+        "## Models people use\n\n" + conformance(rows("conformance.jsonl")),
+        "## Random networks\n\n" + random_networks(rows("random-networks.jsonl")),
+        "## Random networks in training mode\n\n" + training_networks(rows("training-networks.jsonl")),
         "## Seconds to trace\n\n" + tracing(),
         "## Several processes\n\n" + ranks(),
         "## Killed and gone on with\n\n" + killed(),

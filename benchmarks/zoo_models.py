@@ -81,6 +81,8 @@ TIMM = [
 
 def timm_models() -> dict[str, Factory]:
     """One small member of each of timm's families."""
+    import timm  # noqa: F401 (once, for all the processes that are forked)
+
     return {f"timm:{name}": lambda name=name: _timm(name) for name in TIMM}
 
 
@@ -179,6 +181,8 @@ def transformers_models() -> dict[str, Factory]:
 
 def ultralytics_models() -> dict[str, Factory]:
     """Detectors and a segmenter from their yaml files, 80 classes, nothing downloaded."""
+    import ultralytics.nn.tasks  # noqa: F401 (once, for all the processes that are forked)
+
     return {f"ultralytics:{name}": lambda name=name: _ultralytics(name) for name in ULTRALYTICS}
 
 

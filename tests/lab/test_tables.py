@@ -16,6 +16,7 @@ RECIPE = recipes.get("resnet20-cifar10")
 
 @pytest.fixture
 def tables(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(PATH.parent)
     spec = importlib.util.spec_from_file_location("tables", PATH)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
