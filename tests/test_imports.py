@@ -170,6 +170,24 @@ def test_core_imports_without_the_lab():
     assert done.returncode == 0, done.stderr
 
 
+LOADED = """
+import numpy, safetensors.torch, sys, torch
+before = set(sys.modules)
+import torchgrow
+for name in torchgrow.__all__:
+    getattr(torchgrow, name)
+beyond = {name.partition(".")[0] for name in set(sys.modules) - before}
+beyond -= {"torchgrow", "torch", "numpy", "safetensors", *sys.stdlib_module_names}
+print(sorted(beyond), "torch._dynamo" in sys.modules, "torch._inductor" in sys.modules)
+"""
+
+
+def test_the_core_loads_torch_safetensors_numpy_and_nothing_else():
+    """Not even where other packages are there to be had; and not torch's compiler, which takes seconds to load."""
+    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[] False False\n", done.stdout + done.stderr
+
+
 def test_command_line_without_the_lab_says_what_to_install():
     done = run_blocked("from torchgrow.__main__ import main; main()")
     assert done.returncode == 1
