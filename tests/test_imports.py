@@ -51,6 +51,7 @@ ORDER = [
     "indicators",
     "fold",
     "guard",
+    "watch",
     "distributed",
     "files",
     "wrappers",

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from growing import STILL, batch, run, same_indicators, same_parameters, sgd, step_both
 from oracle import Eq6, SmallResNet
+from test_budget import chain
 from torchgrow import Budget, Grower, Method, TorchgrowError
+from torchgrow.budget import fit, largest_shift
+from torchgrow.cost import CostModel
+from torchgrow.indicators import Indicators
+from torchgrow.limits import Limits
 
 WARM = replace(STILL, heat=50.0, lambda_base=1.0)
 
@@ -140,6 +145,23 @@ def test_random_draws_all_units_alike_at_the_budget() -> None:
     spread = 4 * (0.25 / 60) ** 0.5  # four standard errors of a share
     assert float(often.max() - often.min()) < 2 * spread
     assert torch.stack(drawn).unique(dim=0).shape[0] > 50
+
+
+def test_random_draws_do_not_drift() -> None:
+    """150 updates of one run: a unit's share of them is p up to the error of the draw, however often it was there."""
+    space = chain([12, 12, 12], [4, 4, 4, 4])
+    costs, indicators = CostModel(space), Indicators(space, Method.random(), updates=150, seed=0)
+    limits, steps = Limits(int(costs.both(costs.sizes)[0]) * 6 // 10, None), torch.ones(3, dtype=torch.int64)
+    drawn = []
+    for _ in range(150):
+        shift, keep = largest_shift(indicators.shifted(), costs, limits.tensor())
+        indicators.shift(shift)
+        drawn.append(fit(space, costs, keep, indicators.score(), limits, steps))
+        indicators.advance(drawn[-1])
+        assert indicators.s.unique().numel() == indicators.beta.unique().numel() == 1
+    often = torch.stack(drawn).double().mean(0).reshape(3, 12)
+    error = 4 * (0.25 / 150) ** 0.5
+    assert float((often - often.mean(1, keepdim=True)).abs().max()) < error
 
 
 def test_options_are_checked() -> None:

@@ -139,6 +139,7 @@ class Folding:
 
     Attributes:
         fold: all gated parameters of the present structure.
+        moved: whether the indicators were moved since `begin`.
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class Folding:
         self._hooks = [_Hooks(layout, self._stepped, gate) for layout in layouts]
         self._waiting: list[_Hooks] = []  # for a step of theirs
         self._sum: Tensor | None = None
+        self.moved = False
 
     def install(self, fold: Fold, factors: list[Tensor], copies: Mapping[tuple[str, str], Tensor]) -> None:
         """Take over a new structure whose parameters already hold contents folded with `factors`.
@@ -172,6 +174,17 @@ class Folding:
             hooks.install(part, [factor for factor, mine in zip(factors, own, strict=True) if mine], copies)
         self._wait()
 
+    @property
+    def taken(self) -> list[int]:
+        """How many steps every optimizer took since `begin`."""
+        return [hooks.taken for hooks in self._hooks]
+
+    def begin(self, taken: Sequence[int] | None = None, moved: bool = False) -> None:
+        """Count steps from 0, or go on from what a state says."""
+        self.moved = moved
+        for hooks, count in zip(self._hooks, taken or [0] * len(self._hooks), strict=True):
+            hooks.taken = count
+
     def folded_with(self, gate: Tensor) -> bool:
         """Whether the weights are folded with just these gates, float64 [n], as they are."""
         return all(hooks.folded_with(gate) for hooks in self._hooks)
@@ -182,9 +195,10 @@ class Folding:
             hooks.attach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Which optimizers have yet to step before the indicators move, and what the others' steps gave."""
+        """Which optimizers have yet to step before the indicators move, what the others' steps gave, and all counts."""
         total = None if self._sum is None else self._sum.clone()
-        return {"waiting": [hooks in self._waiting for hooks in self._hooks], "sum": total}
+        waiting = [hooks in self._waiting for hooks in self._hooks]
+        return {"waiting": waiting, "sum": total, "taken": self.taken, "moved": self.moved}
 
     def load_state(self, waiting: Sequence[bool], total: Tensor | None) -> None:
         """Take over what `state_dict` said, once checked; after `install`."""
@@ -229,6 +243,7 @@ class Folding:
         self._sum = gradient if self._sum is None else self._sum + gradient
         self._waiting = [other for other in self._waiting if other is not hooks]
         if not self._waiting:
+            self.moved = True
             self._on_step(self._sum)
             for other in self._hooks:
                 if other is not hooks:
@@ -253,6 +268,7 @@ class _Hooks:
     ) -> None:
         self.optimizer, self._layout, self._on_step, self._gate = layout.optimizer, layout, on_step, gate
         self.fold: Fold | None = None
+        self.taken = 0
         self._factors: list[Tensor] = []
         self._raw_copies: dict[tuple[str, str], Tensor] = {}
         self._unfolded = False
@@ -377,6 +393,7 @@ class _Hooks:
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Post-step hook: the indicators move, the weights are folded with the new gates."""
+        self.taken += 1
         if self.fold is None or not self._unfolded:  # a closure that was never called
             return
         torch._foreach_copy_(self.fold.raw, self.fold.parameters)

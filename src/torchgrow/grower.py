@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from .saved import Saved, forget_compiled
 from .space import WHOLE, Frozen, Place, Space, live_positions
 from .state import Event
 from .surgery import Bank, Change, recut, uninterrupted
+from .watch import Watch, warn_idle
 
 
 class Grower(Saved):
@@ -61,7 +62,8 @@ class Grower(Saved):
 
     Raises:
         TraceError: the model cannot be traced with these inputs.
-        OptimizerError: the optimizer cannot be served or does not train this model.
+        OptimizerError: the optimizer cannot be served or does not train this model, or a trainable parameter that can
+            be cut is held by none.
         BudgetError: the budget is out of reach; the message names the feasible range.
         StructureError: every unit of the model is frozen.
     """
@@ -116,6 +118,7 @@ class Grower(Saved):
         device = next(x.device for x in tree_leaves(example_inputs) if isinstance(x, Tensor))
         self._bank = Bank(model, self.space, seed=seed, device=device, layouts=layouts)
         self._parameters = dict(model.named_parameters())
+        self._watch = Watch(self.space, self.optimizers, self._parameters)
         self._gated = sorted({name for name, _ in self.space.fold})
         self._initial_lr = first_rate(self.optimizer)
         self._folding = Folding(layouts, self._step, lambda: self._indicators.gate)
@@ -145,15 +148,24 @@ class Grower(Saved):
 
         Raises:
             TorchgrowError: the run is over, or the ranks do not agree.
-            TrainingError: the last optimizer step did not finish.
+            TrainingError: the last optimizer step did not finish, or something else than the given optimizers trains
+                the network.
+
+        Warns:
+            UserWarning: no given optimizer took a step since the last update, or the indicators wait for one that
+                takes none.
         """
         number = len(self.history)
         if self.finished:
-            raise TorchgrowError(
-                f"the run is over: update() was called {self.updates} times or finish() once; "
-                f"for a longer run construct Grower(..., updates={number + 1} or more)"
+            end = (
+                f"for a longer run construct Grower(..., updates={self.updates + 1} or more)"
+                if number > self.updates
+                else "call finish() only when no update follows"
             )
+            raise TorchgrowError(f"the run is over: update() was called {self.updates} times or finish() once; {end}")
         with self._ranks.together(self._buffers()):
+            self._check_trained()
+            warn_idle(self.optimizers, self._folding.taken, self._folding.moved)
             return self._finish() if number >= self.updates else self._update(number)
 
     def finish(self) -> Event:
@@ -170,6 +182,7 @@ class Grower(Saved):
                 "finish() was called before; the network is final, save it with torchgrow.save(model, folder)"
             )
         with self._ranks.together(self._buffers()):
+            self._check_trained()
             return self._finish()
 
     def wrap(self, **settings: Any) -> nn.Module:
@@ -194,14 +207,21 @@ class Grower(Saved):
 
         Args:
             module: a copy of the frame or of the live network, or what holds one in `.module`, such as
-                `torch.optim.swa_utils.AveragedModel`; or a whole frame with other weights, which stay as they are.
+                `torch.optim.swa_utils.AveragedModel`; or a whole frame with other weights, which stay as they are. Let
+                an average follow before its first update: averaging over another size broadcasts, without an error.
 
         Raises:
             StructureError: it does not fit; the message names tensors and shapes.
-            TorchgrowError: the run is over.
+            TorchgrowError: the run is over, or it is no module.
         """
         if self.finished:
             raise TorchgrowError("the run is over and the structure final; a copy of the network needs no following")
+        if not isinstance(module, nn.Module):
+            raise TorchgrowError(
+                "follow takes a torch.nn.Module with weights of its own, such as copy.deepcopy(model) or "
+                f"torch.optim.swa_utils.AveragedModel(model), got {type(module).__name__}; an average kept as a "
+                "list of tensors cannot be cut along"
+            )
         inner = getattr(module, "module", None)
         if isinstance(inner, nn.Module) and not module.state_dict().keys() & self._bank.tensors.keys():
             module = inner
@@ -210,6 +230,14 @@ class Grower(Saved):
         self._followers.append(follower)
         if self._bank.sleeps_alike(follower):
             self._copies.append(follower)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Neither copied nor pickled: it acts on the very model and optimizer it was given."""
+        raise TorchgrowError(
+            "a Grower cannot be copied or pickled: it hangs on the objects of its model and optimizer. To store a run "
+            "use torchgrow.save_checkpoint(folder, grower); to branch off, build model, optimizer and Grower anew and "
+            "call other.load_state_dict(grower.state_dict()); for the network alone copy.deepcopy(grower.model)"
+        )
 
     def cost(self) -> Cost:
         """Cost of the live network."""
@@ -273,6 +301,11 @@ class Grower(Saved):
                     "Write into the objects that are there (load_state_dict without assign=True), and use DDP instead "
                     "of fully_shard"
                 )
+
+    def _check_trained(self) -> None:
+        """The optimizers that were given train the network, and no other."""
+        self._folding.recover()
+        self._watch.check_trained(self._contents(), self._folding.taken)
 
     def _finish(self) -> Event:
         start = time.perf_counter()
@@ -394,6 +427,8 @@ class Grower(Saved):
             self._penalty, self._ever = penalty * self._lambda_share, self._ever | here
             self._before = previous
             self.history.append(event)
+            self._folding.begin()
+            self._watch.begin(self._contents())
             self._ranks.invalidate()
             torch.clear_autocast_cache()  # casts of weights as they were, if a context is open
             if reshaped:

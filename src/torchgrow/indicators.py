@@ -169,9 +169,10 @@ class Method:
     def random(cls) -> Method:
         """The paper's random baseline (Table 5): at every update all units alike are drawn with one probability.
 
-        It is the one at which the draw costs what the budget allows; nothing is learned about any unit.
+        It is the one at which the draw costs what the budget allows; nothing is learned about any unit, and no
+        temperature rises with the updates in which one was present.
         """
-        return cls(draws="independent", ramp=0.0, align=1, settle=0.0, gates=False)
+        return cls(draws="independent", ramp=0.0, heat=1.0, align=1, settle=0.0, gates=False)
 
 
 PRESETS = {
@@ -302,12 +303,11 @@ class Indicators:
 
     def shifted(self) -> _Shifted:
         """Draws as a function of a common shift of all s, with one set of uniform numbers."""
-        uniform = self.uniform
         if self.method.draws == "independent":
-            uniform = torch.rand(self.space.n_units, generator=self.generator, dtype=torch.float64)
+            self.uniform = torch.rand(self.space.n_units, generator=self.generator, dtype=torch.float64)
         must = ~self.space.removable
-        must = must | self._first_of_empty(must, torch.sigmoid(self.beta * self.s) - uniform)
-        return _Shifted(self.s, self.beta, uniform, must, self.space, self.steps, self.most)
+        must = must | self._first_of_empty(must, torch.sigmoid(self.beta * self.s) - self.uniform)
+        return _Shifted(self.s, self.beta, self.uniform, must, self.space, self.steps, self.most)
 
     def hold_layers(self, shift: float) -> None:
         """Let no more layers in than `shift` has now, however far indicators rise."""
@@ -315,8 +315,12 @@ class Indicators:
         self.most[layers] = torch.sigmoid(self.beta * (self.s + shift))[layers]
 
     def score(self) -> Tensor:
-        """What a unit is worth when the structure must be trimmed or filled: probability minus its own draw."""
-        return torch.sigmoid(self.beta * self.s) - (0 if self.method.draws == "independent" else self.uniform)
+        """What a unit is worth when the structure must be trimmed or filled: probability minus its own draw.
+
+        The paper's probability alone where every unit was drawn by itself (controller "pressure").
+        """
+        alone = self.method.draws == "independent" and self.method.controller == "pressure"
+        return torch.sigmoid(self.beta * self.s) - (0 if alone else self.uniform)
 
     def step(self, task_gradient: Tensor, penalty: Tensor | float, rate: float) -> None:
         """One SGD step on s (Eq 6 and Eq 8).

@@ -41,6 +41,7 @@ from .state import (
 )
 from .store import Store
 from .surgery import Bank, named_tensors, uninterrupted
+from .watch import Watch
 
 FIELDS = (
     *("format", "frame", "settings", "history", "finished", "penalty", "initial_lr", "keep", "before", "ever"),
@@ -70,6 +71,8 @@ class _Found:
     optimizers: list[tuple[Slots, list[dict[str, Any]]]]
     waiting: list[bool]
     summed: Tensor | None
+    taken: list[int]
+    moved: bool
     followers: list[tuple[Bank, dict[str, Tensor], dict[str, Store]]]
 
 
@@ -91,6 +94,7 @@ class Saved:
     _indicators: Indicators
     _costs: CostModel
     _ranks: Ranks
+    _watch: Watch
     _parameters: dict[str, nn.Parameter]
     _gated: list[str]
     _penalty: Tensor
@@ -177,6 +181,8 @@ class Saved:
                 follower.full = asleep
             self._folding.install(fold, factors, raw_copies)
             self._folding.load_state(found.waiting, found.summed)
+            self._folding.begin(found.taken, found.moved)
+            self._watch.begin(self._contents())
             if found.finished:
                 self._folding.remove()
             else:
@@ -208,7 +214,7 @@ class Saved:
         ]
         slots = {parameter: kept for found, _ in optimizers for parameter, kept in found.items()}
         sleepers = {name: parameters[name] for name in full if name in parameters}
-        steps = saved["steps"].fields(("waiting", "sum"))
+        steps = saved["steps"].fields(("waiting", "sum", "taken", "moved"))
         total = steps["sum"]
         return _Found(
             keep=keep,
@@ -230,8 +236,14 @@ class Saved:
             optimizers=optimizers,
             waiting=[entry.flag() for entry in steps["waiting"].items(len(self.optimizers))],
             summed=None if total.value is None else total.tensor(units, torch.float64, finite=True).clone(),
+            taken=[entry.whole() for entry in steps["taken"].items(len(self.optimizers))],
+            moved=steps["moved"].flag(),
             followers=self._read_followers(saved["followers"], shapes, finished),
         )
+
+    def _contents(self) -> dict[str, Tensor]:
+        """Contents of all parameters, raw where they are gated."""
+        return {**self._parameters, **self._folding.raw()}
 
     def _settings(self) -> dict[str, Any]:
         """What a state must share with the grower that loads it."""
