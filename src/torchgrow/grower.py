@@ -120,7 +120,7 @@ class Grower(Saved):
         self._parameters = dict(model.named_parameters())
         self._watch = Watch(self.space, self.optimizers, self._parameters)
         self._gated = sorted({name for name, _ in self.space.fold})
-        self._initial_lr = first_rate(self.optimizer)
+        self._initial_lr = first_rate(self.optimizers[0])
         self._folding = Folding(layouts, self._step, lambda: self._indicators.gate)
         self._followers: list[Bank] = []
         self._copies: list[Bank] = []  # those of them that began with the frame's own weights
@@ -507,9 +507,9 @@ class Grower(Saved):
         Full is the peak of a one-cycle schedule, else the first rate or the highest since: where the first is low the
         indicators' own would be carried many times beyond what it is made for.
         """
-        rate = present_rate(self.optimizer)
+        rate = present_rate(self.optimizers[0])
         self._initial_lr = max(self._initial_lr, rate)
-        full = peak_rate(self.optimizer) or self._initial_lr
+        full = peak_rate(self.optimizers[0]) or self._initial_lr
         return min(1.0, rate / full) if full else 1.0
 
 
