@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 import records
 from damage import reseal
 from records import Block, Network, cut, example, network
-from torchgrow import SavedModelError, load, save, shrink_, trace
+from torchgrow import Budget, Grower, OptimizerError, SavedModelError, StructureError, load, save, shrink_, trace
 
 
 @functools.lru_cache
@@ -227,8 +227,14 @@ REFUSED: dict[str, tuple[Callable[[Network], None], str]] = {
     "another count": (change_count, r"blocks\.0\.attention\.num_heads is \d, the record makes it \d"),
     "packed weights": (quantise, r"LinearPackedParams\) keeps \['_packed_params', 'dtype'\] outside of its tensors"),
     "meta": (lambda m: m.last.to("meta") and None, r"last\.weight is on the meta device and has no values"),
-    "lazy": (lambda m: m.add_module("lazy", nn.LazyLinear(3)), r"lazy\.weight is not initialised yet; run the model"),
-    "sparse": (lambda m: m.register_buffer("s", torch.eye(3).to_sparse()), r"s is a torch.sparse_coo tensor; use"),
+    "lazy": (
+        lambda m: m.add_module("lazy", nn.LazyLinear(3)),
+        r"lazy\.weight is not initialised yet, .*; run",
+    ),
+    "sparse": (
+        lambda m: m.register_buffer("s", torch.eye(3).to_sparse()),
+        r"s is a torch.sparse_coo tensor, .*; use",
+    ),
 }
 
 
@@ -350,3 +356,34 @@ def test_an_instance_in_the_place_of_a_factory(folder: Path) -> None:
         load(folder, network())  # type: ignore[arg-type]
     with pytest.raises(SavedModelError, match=r"model that has been cut already: first\.weight is .*at full size"):
         load(folder, lambda: copy.deepcopy(shrunk(1)))
+
+
+# --- another grower --------------------------------------------------------------------------------------------
+
+
+def test_a_second_grower_is_refused_until_the_first_has_finished(tmp_path: Path) -> None:
+    x = torch.randn(4, 4)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    outer = nn.Sequential(model, nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def attach(module: nn.Module, trained: torch.optim.Optimizer) -> Grower:
+        return Grower(module, trained, example_inputs=x, budget=Budget(params="60%"), updates=4)
+
+    grower = attach(model, optimizer)
+    for module in (model, outer):
+        with pytest.raises(StructureError, match=r"growing already: update\(\) was called 0 of 4 times.*finish\(\)"):
+            attach(module, torch.optim.SGD(module.parameters(), 0.1))
+    other = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    optimizer.add_param_group({"params": list(other.parameters())})
+    with pytest.raises(OptimizerError, match=r"SGD already trains a network that is growing; go on with the grower"):
+        attach(other, optimizer)
+    with pytest.warns(UserWarning, match=r"before its growth has finished: update\(\) was called 0 of 4 times.*budget"):
+        save(model, tmp_path / "early")
+    grower.finish()
+    save(model, tmp_path / "net")
+    with pytest.warns(UserWarning, match=r"60% is a share of the network as it is, \d+ par.* frame of 114 before"):
+        attach(model, torch.optim.SGD(model.parameters(), 0.1)).finish()
+    save(model, tmp_path / "net")
+    again = load(tmp_path / "net", lambda: nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2)))
+    assert same(again, model, x)

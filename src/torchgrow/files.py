@@ -312,21 +312,22 @@ def storable(tensor: Tensor, name: str) -> Tensor:
     Raises:
         SavedModelError: it has no values, or is sparse, quantised, nested, sharded or of an unknown dtype.
     """
-    advice = ""
+    fault = ""
     if is_lazy(tensor):
-        advice = "is not initialised yet; run the model on a batch first"
+        fault = "is not initialised yet, so it cannot be stored; run the model on a batch first"
     elif tensor.layout != torch.strided:
-        advice = f"is a {tensor.layout} tensor; use tensor.to_dense()"
+        fault = f"is a {tensor.layout} tensor, which cannot be stored; use tensor.to_dense()"
     elif is_traceable_wrapper_subclass(tensor):
-        advice = f"is a {type(tensor).__name__}; use a plain tensor, such as tensor.full_tensor() or .dequantize()"
+        kind = type(tensor).__name__
+        fault = f"is a {kind}, which cannot be stored; use a plain tensor, as of full_tensor() or dequantize()"
     elif tensor.is_meta:
-        advice = "is on the meta device and has no values"
+        fault = "is on the meta device and has no values to be stored; load or initialise it first"
     elif tensor.is_quantized:
-        advice = "is quantised; use tensor.dequantize()"
+        fault = "is quantised, which cannot be stored; use tensor.dequantize()"
     elif not _can_hold(tensor.dtype):
-        advice = f"is of {tensor.dtype}, which safetensors does not know; use torch.view_as_real or another dtype"
-    if advice:
-        raise SavedModelError(f"{name} {advice}; as it is, it cannot be stored")
+        fault = f"is of {tensor.dtype}, which safetensors does not hold; use another dtype, or torch.view_as_real"
+    if fault:
+        raise SavedModelError(f"{name} {fault}")
     plain = tensor.detach().resolve_conj().resolve_neg()
     return plain.to("cpu", memory_format=torch.contiguous_format, copy=True)
 

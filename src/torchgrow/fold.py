@@ -251,6 +251,12 @@ class Folding:
             self._wait()
 
 
+def attached(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a growing network already has its hooks on an optimizer."""
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
+    return any(isinstance(getattr(hook, "__self__", None), _Hooks) for hook in hooks)
+
+
 class _Hooks:
     """Those on one optimizer.
 

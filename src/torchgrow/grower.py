@@ -6,6 +6,7 @@ import ctypes
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, SupportsIndex
 
@@ -18,13 +19,14 @@ from .calling import Carries
 from .cost import Cost, CostModel
 from .depth import Named
 from .distributed import Ranks
-from .errors import BudgetError, StructureError, TorchgrowError
-from .fold import Fold, Folding
+from .errors import BudgetError, OptimizerError, StructureError, TorchgrowError
+from .fold import Fold, Folding, attached
 from .guard import guard_
 from .indicators import Indicators, Method
 from .limits import Budget, Limits
 from .optimizers import check_optimizers, first_rate, optimizers_of, peak_rate, present_rate, untrained_hint
 from .proof import prove, trace
+from .record import Growth, growths, recorded
 from .replay import Couples, replay
 from .saved import Saved, forget_compiled
 from .space import WHOLE, Frozen, Place, Space, live_positions
@@ -90,6 +92,7 @@ class Grower(Saved):
         self.method = preset if isinstance(preset, Method) else Method.named(preset, layers=bool(depth))
         self.model, self.budget, self.updates, self.seed = model, budget, updates, seed
         self.optimizers = optimizers_of(optimizer)
+        _check_free(model, self.optimizers)
         space = trace(model, example_inputs, freeze=freeze, couple=couple, carried=carried, depth=depth)
         if not space.proven:  # a frame on the meta device
             space = prove(model, space, example_inputs)
@@ -104,6 +107,7 @@ class Grower(Saved):
             )
         self._costs = CostModel(self.space)
         self.frame_cost = self._costs.cost(self.space.everything())
+        _tell_share(model, budget, self.frame_cost)
         self.limits: Limits = budget.limits(self.frame_cost)
         check_feasible(budget, self.limits, self._costs)
         guard_(model)
@@ -117,6 +121,7 @@ class Grower(Saved):
         self._ranks.share([tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta])
         device = next(x.device for x in tree_leaves(example_inputs) if isinstance(x, Tensor))
         self._bank = Bank(model, self.space, seed=seed, device=device, layouts=layouts)
+        self._bank.growth = Growth(updates)
         self._parameters = dict(model.named_parameters())
         self._watch = Watch(self.space, self.optimizers, self._parameters)
         self._gated = sorted({name for name, _ in self.space.fold})
@@ -318,6 +323,7 @@ class Grower(Saved):
             for bank in (self._bank, *self._followers):
                 bank.empty()
             self.finished = True
+            self._note()
         return event
 
     def carry(self, state: Any) -> Any:
@@ -427,6 +433,7 @@ class Grower(Saved):
             self._penalty, self._ever = penalty * self._lambda_share, self._ever | here
             self._before = previous
             self.history.append(event)
+            self._note()
             self._folding.begin()
             self._watch.begin(self._contents())
             self._ranks.invalidate()
@@ -532,6 +539,37 @@ def measure(model: nn.Module, example_inputs: Any) -> Cost:
     """
     space = replay(model, example_inputs)
     return CostModel(space).cost(space.everything())
+
+
+def _check_free(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Refuse a model and optimizers that another grower has not finished with.
+
+    Raises:
+        StructureError: the model, a part of it or a model around it is growing.
+        OptimizerError: an optimizer trains a network that is growing.
+    """
+    advice = (
+        "go on with the grower that is there, or end it with grower.finish() before another one begins. To begin anew, "
+        "build model and optimizer anew (in a notebook: run their cell again too)"
+    )
+    for growth in growths(model):
+        raise StructureError(f"{type(model).__name__} is growing already: {growth}; {advice}")
+    for optimizer in optimizers:
+        if attached(optimizer):
+            raise OptimizerError(f"{type(optimizer).__name__} already trains a network that is growing; {advice}")
+
+
+def _tell_share(model: nn.Module, budget: Budget, cost: Cost) -> None:
+    """Warn of a share of a network that was itself cut from a larger one."""
+    shares = [x for x in (budget.params, budget.flops) if isinstance(x, float) or (isinstance(x, str) and "%" in x)]
+    cut = recorded(model.named_modules())
+    if shares and any(cut.kept.values()):
+        first = sum(math.prod(cut.shapes.get(name, p.shape)) for name, p in model.named_parameters())
+        warnings.warn(
+            f"the budget {shares[0]} is a share of the network as it is, {cost.params:,} parameters, which was cut "
+            f"from a frame of {first:,} before; for a share of that frame give a number, such as Budget(params=...)",
+            stacklevel=3,
+        )
 
 
 def _trained_names(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> set[str]:

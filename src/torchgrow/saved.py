@@ -190,8 +190,17 @@ class Saved:
             self._indicators, self._before, self._ever = found.indicators, found.before, found.ever
             self.history, self.finished = found.history, found.finished
             self._penalty, self._initial_lr = found.penalty, found.initial_lr
+            self._note()
             self._ranks.invalidate()
             forget_compiled()
+
+    def _note(self) -> None:
+        """Write on the network how far the run has come, for `save` and for another grower to see."""
+        growth, last, limits = self._bank.growth, self.history[-1], self.limits
+        assert growth is not None
+        growth.done, growth.finished = len(self.history) - 1, self.finished
+        costs = (("parameters", last.params, limits.params), ("FLOPs", last.flops, limits.flops))
+        growth.limits = tuple((what, now, most) for what, now, most in costs if most is not None)
 
     def _read(self, saved: dict[str, Field]) -> _Found:
         """Everything in a state, checked, as copies on the right devices."""

@@ -128,7 +128,7 @@ def _alike(value: Any, present: Any) -> bool:
         fits = type(value) is type(present) and len(value) == len(present)
         return fits and all(map(_alike, value, present))
     if isinstance(present, dict):
-        fits = isinstance(value, dict) and value.keys() >= present.keys()
+        fits = isinstance(value, dict) and value.keys() == present.keys()
         return fits and all(_alike(value[key], item) for key, item in present.items())
     return type(value) is type(present)
 
