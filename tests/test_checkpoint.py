@@ -739,6 +739,7 @@ def test_a_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert differences(before, everything(grower)) == []
 
 
+@pytest.mark.filterwarnings("ignore:.* is saved before its growth has finished:UserWarning")
 @pytest.mark.parametrize("chunk", range(2))
 def test_damaged_files_are_refused_or_load(chunk: int, tmp_path: Path) -> None:
     """A small part of benchmarks/fuzz_files.py: a TorchgrowError and nothing changed, or a run that goes on."""
