@@ -115,7 +115,7 @@ def child(out: Path, state: Path, aim: str, call: int) -> None:
     if out.with_name(out.name + ".partial").exists():
         run.resume(out, console=console)
     elif not out.exists():  # it may have been killed right after its very end
-        run.run(RECIPE, console=console, out=out, twins=False, every=EVERY)
+        run.run(RECIPE, console=console, out=out, beside=(), every=EVERY)
     state.write_text(of_grower.read_text() + of_folder(out))
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 
-from tables_layout import Row, grid, machine
+from torchgrow.lab.pages import Row, grid, machine
 
 
 def exactness(found: list[Row]) -> str:

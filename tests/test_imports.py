@@ -48,6 +48,7 @@ ORDER = [
     "proof",
     "limits",
     "budget",
+    "advice",
     "indicators",
     "fold",
     "guard",
@@ -63,8 +64,9 @@ ORDER = [
     "__init__",
 ]
 LAB_ORDER = [
-    "__init__", "processes", "metrics", "models", "recurrent", "attention", "text", "data", "recipes", "checkpoints",
-    "train", "display", "report", "run", "results", "compare", "sources", "inspect",
+    "__init__", "names", "user_files", "devices", "processes", "environment", "metrics", "models", "recurrent",
+    "attention", "text", "data", "recipes", "checkpoints", "train", "baselines", "display", "report", "run_folder",
+    "results", "compare", "pages", "run", "sources", "inspect",
 ]  # fmt: skip
 BEYOND = {"inspect": {"torchgrow.budget", "torchgrow.cost"}}  # it shows the core's own counts and answers
 OUTSIDE = {"__main__", "cli"}

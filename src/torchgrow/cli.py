@@ -1,28 +1,28 @@
-"""The ``torchgrow`` command: ``run RECIPE``, ``compare RECIPE``, ``list`` and ``inspect MODEL``."""
+"""The ``torchgrow`` command: ``run RECIPE``, ``compare RECIPE``, ``list`` and ``inspect MODEL``.
+
+PyTorch takes seconds to import, so a command imports what it needs once its arguments have been read.
+"""
 
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
+from importlib.metadata import version as installed
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from torchgrow import PRESETS, Budget, TorchgrowError
-from torchgrow.lab import inspect, recipes, sources
-from torchgrow.lab.compare import FIXED
-from torchgrow.lab.compare import compare as compare_methods
-from torchgrow.lab.run import resume as resume_run
-from torchgrow.lab.run import run as run_recipe
+from torchgrow import Budget, TorchgrowError
+from torchgrow.lab import names
+from torchgrow.lab.user_files import is_file
+
+if TYPE_CHECKING:
+    from torchgrow.lab.recipes import Recipe
 
 app = typer.Typer(
     help="Grow small, dense PyTorch networks to a budget while they train.",
@@ -31,16 +31,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+PRESETS = ("default", "paper", "global", "nas", "random")
+"""Names of `torchgrow.PRESETS`, which would import PyTorch."""
+
 _BUDGET_HELP = (
-    "What the grown network may cost: '36%' (of the parameters), 'params=36%', 'flops=50%', "
+    "What the grown network may cost: '36%' or 0.36 (of the parameters), 'params=36%', 'flops=50%', "
     "'params=36%,flops=40%', or absolute, as in 'params=100k'. Default: the recipe's."
 )
-_PRECISION_HELP = f"Of the forward and backward pass: {', '.join(recipes.PRECISIONS)}. Default: the recipe's."
+_PRECISION_HELP = f"Of the forward and backward pass: {', '.join(names.PRECISIONS)}. Default: the recipe's."
 _LAYOUT_HELP = "Layout of images in memory, which decides seconds. Default: the recipe's."
 _PRESET_HELP = (
     f"How to grow: {', '.join(PRESETS)}; with other values behind a colon, as in default:peak=1,ramp=0.2. "
     "Default: the recipe's."
+)
+_RECIPE_HELP = "One of those that `torchgrow list` shows, or path/to/file.py:function that returns a Recipe."
+_BESIDE_HELP = (
+    "Networks to train beside the grown one, with spaces between: dense, uniform (the grown one's size), "
+    "uniform=50% (of the dense one's parameters), direct (the grown one's structure from scratch)."
 )
 
 # Options of more than one command.
@@ -54,30 +61,7 @@ Size = Annotated[str | None, typer.Option(help="Size of the LSTM: small, medium 
 Precision = Annotated[str | None, typer.Option(help=_PRECISION_HELP)]
 Layout = Annotated[bool | None, typer.Option("--channels-last/--contiguous", help=_LAYOUT_HELP)]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the recipe's.")]
-
-
-def parse_budget(text: str) -> Budget:
-    """Read a budget as typed: ``36%``, ``flops=50%``, ``params=100k,flops=40%``.
-
-    Args:
-        text: one or two parts with a comma between. A part is ``params=`` or ``flops=`` (left out: parameters)
-            and a share such as ``36%`` or a number with k, M or G for 10^3, 10^6 or 10^9.
-
-    Raises:
-        TorchgrowError: it cannot be read; the message shows what can.
-    """
-    limits: dict[str, Any] = {}
-    for part in text.split(","):
-        match = re.fullmatch(r"(?:(params|flops)=)?(\d+(?:\.\d+)?)(%|[kmg]?)", part.strip(), re.IGNORECASE)
-        field = (match[1] or "params").lower() if match else ""
-        if not match or field in limits:
-            raise TorchgrowError(
-                f"cannot read the budget {text!r}; write it like 36%, params=36%, flops=50%, "
-                "params=36%,flops=40% or params=100k"
-            )
-        number, unit = match[2], match[3].lower()
-        limits[field] = f"{number}%" if unit == "%" else round(float(number) * _FACTORS[unit])
-    return Budget(**limits)
+Device = Annotated[str, typer.Option(help=f"Where to compute: {', '.join(names.DEVICES)} (the first that is there).")]
 
 
 @contextmanager
@@ -90,7 +74,8 @@ def _clean_exit(console: Console) -> Iterator[None]:
         console.print(Text.assemble((f"error{where}: ", "bold red"), str(error)), soft_wrap=True)
         raise typer.Exit(1) from None
     except (OSError, MemoryError, RuntimeError) as error:
-        short = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+        short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        short = short or "allocate memory" in str(error)
         if isinstance(error, RuntimeError) and not short:
             raise  # a fault of ours
         what = f"out of memory; a smaller batch or network may fit ({error})" if short else str(error)
@@ -101,9 +86,32 @@ def _clean_exit(console: Console) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+def _console() -> Console:
+    """Where results go: what goes into a file need not fit a window."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    return console
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"torchgrow {installed('torchgrow')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Grow small, dense PyTorch networks to a budget while they train."""
+
+
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(help="One of those that `torchgrow list` shows.")] = "digits",
+    recipe: Annotated[str, typer.Argument(help=_RECIPE_HELP)] = "digits",
     out: Annotated[Path | None, typer.Option(help="Run folder to write. Default: a new one in runs/.")] = None,
     data: Annotated[
         Path | None,
@@ -122,53 +130,65 @@ def run(
     size: Size = None,
     precision: Precision = None,
     channels_last: Layout = None,
-    twins: Annotated[bool, typer.Option(help="Train the dense and the uniform twin too.")] = True,
+    beside: Annotated[str | None, typer.Option(help=f"{_BESIDE_HELP} Default: dense uniform.")] = None,
+    twins: Annotated[bool, typer.Option(help="Train other networks beside the grown one.")] = True,
+    device: Device = "auto",
     threads: Threads = None,
     checkpoint_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between checkpoints within an epoch. Default: one at its end.")
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with this run folder where it was stopped; takes --data, nothing else.")
+        Path | None,
+        typer.Option(help="Continue this run folder where it was stopped; takes --data and --device, nothing else."),
     ] = None,
 ) -> None:
-    """Grow a network by a recipe and compare it with its dense and its uniformly thinned twin."""
-    console = Console()
+    """Grow a network by a recipe and compare it with dense and uniformly narrowed ones."""
     with _clean_exit(Console(stderr=True)):
-        if resume is not None:
-            given = [
-                out,
-                subset,
-                epochs,
-                budget,
-                seed,
-                preset,
-                shortcut,
-                size,
-                scale,
-                depth,
-                then,
-                precision,
-                channels_last,
-                threads,
-                checkpoint_every,
-            ]
-            if any(value is not None for value in given) or download or not twins or recipe != "digits":
-                raise TorchgrowError(f"a resumed run takes everything from its folder: torchgrow run --resume {resume}")
-            resume_run(resume, console=console, folder=data)
-            return
         edits: dict[str, Any] = {"subset": subset, "epochs": epochs, "seed": seed, "preset": preset, "threads": threads}
         edits |= {"depth": depth, "then": then, "precision": precision, "channels_last": channels_last}
-        edits["budget"] = parse_budget(budget) if budget else None
-        chosen = _variant(recipe, edits, size=size, scale=scale, shortcut=shortcut)
-        run_recipe(
-            chosen, console=console, out=out, folder=data, download=download, twins=twins, every=checkpoint_every
+        if resume is not None:
+            given = [*edits.values(), out, budget, shortcut, size, scale, checkpoint_every, beside]
+            if any(value is not None for value in given) or download or not twins or recipe != "digits":
+                raise TorchgrowError(f"a resumed run takes everything from its folder: torchgrow run --resume {resume}")
+            _check_device(device)
+            from torchgrow.lab import run as lab_run
+
+            lab_run.resume(resume, console=_console(), folder=data, device=device)
+            return
+        if beside is not None and not twins:
+            raise TorchgrowError("--beside names networks to train and --no-twins wants none; leave one of them out")
+        edits["budget"] = Budget.read(budget) if budget else None
+        chosen = _variant(recipe, edits, size=size, scale=scale, shortcut=shortcut, device=device)
+        from torchgrow.lab import run as lab_run
+
+        lab_run.run(
+            chosen,
+            console=_console(),
+            out=out,
+            folder=data,
+            download=download,
+            beside=("dense uniform" if beside is None else beside).split() if twins else (),
+            every=checkpoint_every,
+            device=device,
         )
 
 
+def _check_device(device: str) -> None:
+    if device not in names.DEVICES:
+        raise TorchgrowError(f"there is no device {device!r}; --device takes {', '.join(names.DEVICES)}")
+
+
 def _variant(
-    name: str, edits: dict[str, Any], *, size: str | None, scale: str | None, shortcut: str | None
-) -> recipes.Recipe:
+    name: str, edits: dict[str, Any], *, size: str | None, scale: str | None, shortcut: str | None, device: str
+) -> "Recipe":
     """The recipe of that name with what the user wants otherwise."""
+    _check_device(device)
+    if name not in names.RECIPES and not is_file(name):
+        raise TorchgrowError(
+            f"there is no recipe {name!r}; there are {', '.join(names.RECIPES)}, and path/to/file.py:function"
+        )
+    from torchgrow.lab import recipes
+
     chosen = recipes.get(name)
     if size:
         chosen = recipes.with_size(chosen, size)
@@ -180,11 +200,11 @@ def _variant(
 
 @app.command()
 def compare(
-    recipe: Annotated[str, typer.Argument(help="One of those that `torchgrow list` shows.")] = "digits",
+    recipe: Annotated[str, typer.Argument(help=_RECIPE_HELP)] = "digits",
     methods: Annotated[
         str,
         typer.Option(
-            help=f"Names with spaces between: {', '.join(FIXED)}, or ways to grow: {', '.join(PRESETS)}, "
+            help=f"Names with spaces between: {', '.join(names.FIXED)}, or ways to grow: {', '.join(PRESETS)}, "
             "default:peak=1,gates=True and the like."
         ),
     ] = "dense uniform default",
@@ -204,6 +224,7 @@ def compare(
     size: Size = None,
     precision: Precision = None,
     channels_last: Layout = None,
+    device: Device = "auto",
     threads: Threads = None,
     validate: Annotated[
         bool, typer.Option("--validate", help="Judge by training images outside the subset, or by a fifth of it.")
@@ -211,40 +232,49 @@ def compare(
 ) -> None:
     """Compare methods on a recipe over several seeds; what is in the results file already is not trained again.
 
-    Stopped at any moment, the same command goes on where it was.
+    Stopped at any moment, the same command continues where it was.
     """
     with _clean_exit(Console(stderr=True)):
+        budgets = [Budget.read(text) for text in budget or []]
         edits: dict[str, Any] = {"subset": subset, "epochs": epochs, "threads": threads, "depth": depth, "then": then}
         edits |= {"precision": precision, "channels_last": channels_last}
-        chosen = _variant(recipe, edits, size=size, scale=scale, shortcut=shortcut)
-        compare_methods(
+        chosen = _variant(recipe, edits, size=size, scale=scale, shortcut=shortcut, device=device)
+        from torchgrow.lab import compare as lab_compare
+
+        lab_compare.compare(
             chosen,
             methods=methods.split(),
             seeds=range(first_seed, first_seed + seeds),
-            budgets=[parse_budget(text) for text in budget or []],
-            console=Console(),
+            budgets=budgets,
+            console=_console(),
             folder=data,
             out=out,
             validate=validate,
+            device=device,
         )
 
 
 @app.command("list")
 def list_recipes() -> None:
     """Show the recipes."""
+    from rich import box
+    from rich.table import Table
+
+    from torchgrow.lab import recipes
+
     grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("recipe", "data", "budget", "epochs", "what it does"):
-        grid.add_column(column)
+        grid.add_column(column, no_wrap=column == "recipe")  # a name is for copying
     for name, make in recipes.RECIPES.items():
         recipe = make()
         claim = (make.__doc__ or "").partition("\n")[0]
         grid.add_row(name, recipe.dataset, str(recipe.budget), str(recipe.epochs), claim)
-    Console().print(grid)
+    _console().print(grid)
 
 
 @app.command("inspect")
 def inspect_model(
-    model: Annotated[str, typer.Argument(help=f"One of {sources.FORMS}. A file is executed as Python.")],
+    model: Annotated[str, typer.Argument(help=f"One of {names.MODELS}. A file is executed as Python.")],
     budget: Annotated[str | None, typer.Option(help="A budget to ask about, as for `torchgrow run`.")] = None,
     shapes: Annotated[
         list[str] | None, typer.Option("--input", help="Shape of an input, such as 1x3x224x224; repeat for several.")
@@ -253,6 +283,7 @@ def inspect_model(
     svg: Annotated[Path | None, typer.Option(help="Draw the groups into this SVG file.")] = None,
     proof: Annotated[bool, typer.Option(help="Prove exactness a second time, on other random weights.")] = True,
     depth: Annotated[bool, typer.Option("--depth", help="Ask about layers too, which may be left out.")] = False,
+    device: Device = "auto",
 ) -> None:
     """Show what torchgrow can do on a model, and why it cannot do more.
 
@@ -260,11 +291,15 @@ def inspect_model(
     """
     errors = Console(stderr=True)
     with _clean_exit(errors):
-        asked = parse_budget(budget) if budget else None
+        asked = Budget.read(budget) if budget else None
+        _check_device(device)
+        from torchgrow.lab import inspect, sources
+        from torchgrow.lab.devices import chosen, moved
+
         sizes = [sources.parse_shape(text) for text in shapes or ()]
         # What a file prints while it runs must not end up in the JSON.
         with errors.status("building the model") as status, redirect_stdout(sys.stderr):
-            network, inputs = sources.load(model, sizes)
+            network, inputs = moved(sources.load(model, sizes), chosen(device))
             seen = inspect.inspect(
                 network, inputs, name=model, budget=asked, proof=proof, depth=depth, tell=status.update
             )
@@ -273,10 +308,7 @@ def inspect_model(
     if as_json:
         typer.echo(json.dumps(seen.as_json(), indent=2))
     else:
-        console = Console()
-        if not console.is_terminal:
-            console.width = 120  # what goes into a file need not fit a window
-        console.print(inspect.render(seen))
+        _console().print(inspect.render(seen))
     if seen.nothing_can_change:
         raise typer.Exit(3)
     if seen.exact is False or seen.feasible is False:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 import sys
 import time
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .advice import Course, course, summary, warn_if_trained
 from .budget import check_feasible, fit, largest_shift, pressure, shed
 from .calling import Carries
 from .cost import Cost, CostModel
@@ -33,6 +35,8 @@ from .space import WHOLE, Frozen, Place, Space, live_positions
 from .state import Event
 from .surgery import Bank, Change, recut, uninterrupted
 from .watch import Watch, warn_idle
+
+log = logging.getLogger("torchgrow")
 
 
 class Grower(Saved):
@@ -110,6 +114,7 @@ class Grower(Saved):
         _tell_share(model, budget, self.frame_cost)
         self.limits: Limits = budget.limits(self.frame_cost)
         check_feasible(budget, self.limits, self._costs)
+        warn_if_trained(model, self.optimizers)
         guard_(model)
         self._indicators = Indicators(self.space, self.method, updates, seed)
         if self.space.slots and self.method.draws == "ranked":
@@ -138,6 +143,7 @@ class Grower(Saved):
         self.finished = False
         self.history: list[Event] = []
         self._seed_cost = self._costs.both(self._costs.live(self._indicators.seed_structure()))
+        log.info("%s goes %s", type(model).__name__, self.course())
         try:
             self._change_to(self._indicators.seed_structure(), time.perf_counter(), shift=0.0)
         except BaseException:
@@ -254,10 +260,13 @@ class Grower(Saved):
 
     def depths(self) -> dict[str, int]:
         """Live blocks per stage, those that always stay included; layers named by the user count under ""."""
+        return self._blocks(self._bank.keep)
+
+    def _blocks(self, keep: Tensor) -> dict[str, int]:
         found: dict[str, int] = {}
         for slot in self.space.slots:
             blocks = len(list(self.model.get_submodule(slot.stage).children())) if slot.stage else 0
-            live = bool(self._bank.keep[slot.unit])
+            live = bool(keep[slot.unit])
             found.setdefault(slot.stage, blocks)
             found[slot.stage] += int(live) if not slot.stage else int(live) - 1
         return found
@@ -265,6 +274,38 @@ class Grower(Saved):
     def full_widths(self) -> dict[str, int]:
         """Units per group in the frame."""
         return self.space.widths(self.space.everything())
+
+    def course(self) -> Course:
+        """How the cost goes over the run: seed, peak, end, and after how many updates; logged at the start (INFO)."""
+        plan = self.method.controller == "plan"
+        planned = [self._planned(number) for number in range(self.updates + 1)] if plan else None
+        return course(self._seed_cost, planned, self.frame_cost, self.limits, self._final())
+
+    def summary(self) -> str:
+        """The run on one screen: how the budget is reached, what grows, what keeps its size and why."""
+        return summary(
+            type(self.model).__name__,
+            self.budget,
+            self.course(),
+            self.cost(),
+            self.frame_cost,
+            self.widths(),
+            self.full_widths(),
+            self.space.frozen,
+            len(self.history) - 1,
+        )
+
+    def __repr__(self) -> str:
+        now, done = self.cost(), max(0, len(self.history) - 1)
+        stage = "finished" if self.finished else f"update {done} of {self.updates}"
+        share = now.params / max(1, self.frame_cost.params)
+        return (
+            f"<Grower of {type(self.model).__name__}: {self.budget}, {stage}, {now.params:,} parameters ({share:.2%})>"
+        )
+
+    def full_depths(self) -> dict[str, int]:
+        """Blocks per stage in the frame."""
+        return self._blocks(self.space.everything())
 
     # --- how it is done ---
 

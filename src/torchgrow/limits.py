@@ -52,10 +52,11 @@ class Budget:
     flops: Amount = None
 
     def __post_init__(self) -> None:
-        """Name the bad field."""
+        """Bring every amount to one form, "36%" or a whole number, or name the bad field."""
         if self.params is None and self.flops is None:
             raise BudgetError('a budget needs params or flops, e.g. Budget(params="36%") or Budget(flops=20_000_000)')
-        self._amounts()
+        for name, amount in self._amounts().items():
+            object.__setattr__(self, name, str(amount) if amount.share is not None else amount.count)
 
     def _amounts(self) -> dict[str, _Read]:
         return {name: _read(name, x) for name, x in (("params", self.params), ("flops", self.flops)) if x is not None}
@@ -81,7 +82,10 @@ class Budget:
                     "params=36%,flops=40% or params=100k"
                 )
             found[field] = value
-        return cls(**found)
+        try:
+            return cls(**found)
+        except BudgetError as error:
+            raise BudgetError(f"cannot read the budget {text!r}: {error}") from None
 
     def __str__(self) -> str:
         return " and ".join(f"{name} <= {amount}" for name, amount in self._amounts().items())

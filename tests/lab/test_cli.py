@@ -2,12 +2,17 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from torchgrow import TorchgrowError, cli
-from torchgrow.cli import app, parse_budget
+import torchgrow
+from torchgrow import Budget, TorchgrowError, cli
+from torchgrow.cli import app
+from torchgrow.lab import devices, names, recipes
 
 
 def invoke(*arguments):
@@ -22,7 +27,7 @@ def plain(text):
 def ran(monkeypatch):
     """What the command hands to the run, instead of running it: (recipe, keywords)."""
     calls = []
-    monkeypatch.setattr(cli, "run_recipe", lambda recipe, **keywords: calls.append((recipe, keywords)))
+    monkeypatch.setattr("torchgrow.lab.run.run", lambda recipe, **keywords: calls.append((recipe, keywords)))
     return calls
 
 
@@ -40,16 +45,35 @@ def ran(monkeypatch):
     ],
 )
 def test_budgets_as_typed(text, params, flops):
-    budget = parse_budget(text)
+    budget = Budget.read(text)
     assert (budget.params, budget.flops) == (params, flops)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "half", "36 percent", "macs=36%", "-5%", "36%,params=30%", "params=", "1T", "36%%"]
+    "text", ["", "half", "36 percent", "macs=36%", "-5%", "36%,params=30%", "params=", "1Q", "36%%", "1.5", "1.0"]
 )
 def test_budgets_that_cannot_be_read(text):
-    with pytest.raises(TorchgrowError, match=re.escape(f"cannot read the budget {text!r}; write it like 36%")):
-        parse_budget(text)
+    with pytest.raises(TorchgrowError, match=re.escape(f"cannot read the budget {text!r}")) as caught:
+        Budget.read(text)
+    assert "36%" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("python", "typed", "form"),
+    [
+        ("36%", "36%", "36%"),
+        (0.36, "0.36", "36%"),
+        ("0.36", " 36.0 % ", "36%"),
+        (0.005, "0.5%", "0.5%"),
+        (100_000, "100k", 100_000),
+        ("1.5M", "1_500_000", 1_500_000),
+        (1e6, "1e6", 1_000_000),
+        ("2g", "2G", 2_000_000_000),
+    ],
+)
+def test_python_and_the_command_line_read_amounts_alike(python, typed, form):
+    assert Budget(params=python) == Budget.read(typed) == Budget.read(f"params={typed}")
+    assert Budget(flops=python).flops == form
 
 
 def test_list_names_every_recipe():
@@ -63,7 +87,8 @@ def test_digits_is_the_default(ran):
     assert invoke("run").exit_code == 0
     recipe, keywords = ran[0]
     assert recipe.name == "digits"
-    assert (keywords["out"], keywords["folder"], keywords["download"], keywords["twins"]) == (None, None, False, True)
+    assert (keywords["out"], keywords["folder"], keywords["download"]) == (None, None, False)
+    assert (keywords["beside"], keywords["device"]) == (["dense", "uniform"], "auto")
 
 
 def test_options_reach_the_recipe(ran, tmp_path):
@@ -76,7 +101,7 @@ def test_options_reach_the_recipe(ran, tmp_path):
     assert recipe.build.keywords["shortcut"] == "B"
     assert not recipe.channels_last
     assert (keywords["out"], keywords["folder"]) == (tmp_path / "o", tmp_path)
-    assert (keywords["download"], keywords["twins"]) == (True, False)
+    assert (keywords["download"], keywords["beside"]) == (True, ())
 
 
 def test_layout_of_images(ran):
@@ -185,7 +210,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
 
 def test_resume_reaches_the_run(monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr(cli, "resume_run", lambda run, **keywords: calls.append((run, keywords["folder"])))
+    monkeypatch.setattr("torchgrow.lab.run.resume", lambda run, **keywords: calls.append((run, keywords["folder"])))
     assert invoke("run", "--resume", "runs/x").exit_code == 0
     assert invoke("run", "--resume", "runs/x", "--data", "there").exit_code == 0
     assert [(str(run), folder and str(folder)) for run, folder in calls] == [("runs/x", None), ("runs/x", "there")]
@@ -198,3 +223,104 @@ def test_resume_takes_nothing_else(more):
     done = invoke("run", "--resume", "runs/x", *more)
     assert done.exit_code == 1
     assert "a resumed run takes everything from its folder: torchgrow run --resume runs/x" in plain(done.output)
+
+
+# --- names, help and devices
+
+
+def test_names_that_need_no_pytorch_are_those_there_are():
+    assert tuple(recipes.RECIPES) == names.RECIPES
+    assert tuple(torchgrow.PRESETS) == cli.PRESETS
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["run", "resnet"], ["run", "--budget", "half"]])
+def test_help_and_errors_do_without_pytorch(arguments):
+    code = "import sys; from torchgrow.__main__ import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith("False\n"), done.stderr
+
+
+def test_version():
+    done = invoke("--version")
+    assert done.output == f"torchgrow {torchgrow.__version__}\n"
+
+
+def test_names_in_a_list_are_whole(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    shown = invoke("list").output
+    assert [name for name in names.RECIPES if name not in shown] == []
+
+
+def test_a_device_that_is_not_there():
+    for arguments in (
+        ["run", "--device", "tpu"],
+        ["compare", "--device", "tpu"],
+        ["inspect", "digits", "--device", "tpu"],
+    ):
+        done = invoke(*arguments)
+        assert done.exit_code == 1
+        assert "there is no device 'tpu'; --device takes auto, cpu, cuda, mps" in plain(done.output)
+    if not torch.cuda.is_available():
+        with pytest.raises(TorchgrowError, match=r"no device 'cuda' here; .* and PyTorch finds .*cpu"):
+            devices.chosen("cuda")
+    assert devices.chosen("cpu") == torch.device("cpu")
+
+
+# --- recipes of one's own
+
+OWN = """
+from dataclasses import replace
+from torch import nn
+from torchgrow.lab.recipes import get
+
+class Net(nn.Sequential):
+    def __init__(self, width=1.0):
+        n = max(1, round(24 * width))
+        super().__init__(nn.Flatten(), nn.Linear(64, n), nn.ReLU(), nn.Linear(n, 10))
+
+def mine():
+    return replace(get("digits"), name="mine", build=Net, depth=False, epochs=2, subset=128, batch_size=32)
+
+def taken():
+    return get("digits")
+
+def nothing():
+    return 3
+
+def broken():
+    return 1 / 0
+"""
+
+
+def test_a_recipe_in_a_file(tmp_path, monkeypatch):
+    """It runs, is compared, and a run of it that was stopped is resumed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN)
+    done = invoke("run", "own.py:mine", "--no-twins", "--budget", "0.5")
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path / "runs" / "mine" / "config.json").read_text())
+    assert (config["source"], config["model"], config["budget"]) == ("own.py:mine", "Net", "params <= 50%")
+    assert recipes.Recipe.from_json(config).build.func.__name__ == "Net"
+    done = invoke("compare", "own.py:mine", "--methods", "uniform", "--seeds", "1")
+    assert done.exit_code == 0, done.output
+    assert len((tmp_path / "results" / "compare" / "mine.jsonl").read_text().splitlines()) == 1
+    assert "epoch 1/2 loss" in plain(done.output)  # no terminal: a line an epoch
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        ("own.py", "own.py needs the name of a function that returns a torchgrow.lab.recipes.Recipe"),
+        ("own.py:min", "own.py defines no 'min'; did you mean own.py:mine?"),
+        ("own.py:nothing", "own.py:nothing returned int; return a torchgrow.lab.recipes.Recipe, such as"),
+        ("own.py:broken", "own.py:broken failed (line 21): ZeroDivisionError"),
+        ("own.py:taken", "the recipe of own.py:taken is called 'digits'; results are filed by that name"),
+        ("other.py:mine", "there is no file other.py; check the path"),
+    ],
+)
+def test_recipes_in_files_that_are_none(tmp_path, monkeypatch, function, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(OWN)
+    done = invoke("run", function)
+    assert done.exit_code == 1
+    assert text in plain(done.output)

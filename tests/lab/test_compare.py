@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +14,23 @@ from torch import nn
 from torchgrow import Budget, Method, TorchgrowError
 from torchgrow.lab import compare as module
 from torchgrow.lab import models, recipes
-from torchgrow.lab.compare import Job, Rows, compare, initialised
+from torchgrow.lab.baselines import initialised
+from torchgrow.lab.compare import Job, Rows, compare, recorded
 from torchgrow.lab.data import load
-from torchgrow.lab.results import difference, draw, sweeps
+from torchgrow.lab.metrics import ACCURACY, PERPLEXITY
+from torchgrow.lab.results import difference, draw, sweeps, verdict
 
-RECIPE = replace(recipes.get("digits"), preset="default", epochs=2, subset=128, batch_size=32)
+RECIPE = replace(
+    recipes.get("digits"),
+    preset="default",
+    epochs=2,
+    subset=128,
+    batch_size=32,
+    budget=Budget(params="20%"),
+    depth=False,
+    schedule="milestones",
+    warmup=0.0,
+)
 QUIET = Console(quiet=True)
 
 
@@ -366,3 +379,79 @@ def test_pictures_show_the_plane_of_every_budget_and_the_score_along_them(tmp_pa
         "by params": {"dense": [(1.0, 90.0)], "uniform": [(0.2, 71.0), (0.5, 80.0)]},
     }
     assert sweeps(rows[:3]) == {}
+
+
+# --- in plain sentences
+
+
+def rows_of(**scores):
+    return [
+        {"method": method, "seed": seed, "accuracy": score, "budget": "params <= 8%"}
+        for method, values in scores.items()
+        for seed, score in enumerate(values)
+    ]
+
+
+UNIFORM = [97.0, 97.5, 96.5, 97.0]
+
+
+@pytest.mark.parametrize(
+    ("scores", "text"),
+    [
+        ({"default": [98.0], "uniform": [97.0]}, "One seed; torchgrow compare trains several"),
+        (
+            {"default": [97.5, 97.0, 97.0, 96.5], "uniform": UNIFORM},
+            "So growing is no better than narrowing every width by one factor here (+0.00, 95 % interval -",
+        ),
+        (
+            {"default": [95.0, 95.4, 94.6, 95.0], "uniform": UNIFORM},
+            "So growing is worse than narrowing every width by one factor here (-2.00, 95 % interval -2.09 to -1.91)",
+        ),
+        (
+            {"default": [98.0, 98.4, 97.6, 98.0], "uniform": UNIFORM},
+            "So growing is better than narrowing every width by one factor here (+1.00, 95 % interval +0.91 to +1.09).",
+        ),
+        (
+            {"default": [98.0, 98.4, 97.6, 98.0], "uniform": UNIFORM, "direct": [98.1, 98.3, 97.5, 98.1]},
+            "; its structure trained from scratch is as good (+0.00, 95 % interval -0.18 to +0.18): the",
+        ),
+        (
+            {"default": [98.0, 98.4, 97.6, 98.0], "uniform": UNIFORM, "direct": UNIFORM},
+            "; training by growing adds to that (+1.00, 95 % interval",
+        ),
+        (
+            {"default": [98.0, 98.4, 97.6, 98.0], "uniform": UNIFORM, "direct": [99.0, 99.4, 98.6, 99.1]},
+            "; its structure trained from scratch is better still (-1.02, 95 % interval",
+        ),
+    ],
+)
+def test_the_verdict_follows_from_the_numbers(scores, text):
+    assert text in " ".join(verdict(rows_of(**scores), ACCURACY, "file.jsonl"))
+
+
+def test_a_lower_perplexity_is_better():
+    rows = [
+        {**row, "perplexity": row.pop("accuracy")}
+        for row in rows_of(default=[90.0, 91.0, 89.5], uniform=[95.0, 96.0, 94.0])
+    ]
+    assert "So growing is better" in verdict(rows, PERPLEXITY, "file.jsonl")[-1]
+
+
+def test_what_is_known_of_a_recipe_is_what_has_its_settings(compared):
+    out, rows = compared
+    data = load("digits", subset=128)
+    assert recorded(RECIPE, data, ["default", "uniform"], out) == [
+        r for r in rows if r["method"] in ("default", "uniform")
+    ]
+    assert recorded(replace(RECIPE, seed=7), data, ["default"], out) == [r for r in rows if r["method"] == "default"]
+    assert recorded(replace(RECIPE, lr=0.05), data, ["default", "uniform"], out) == []
+    assert recorded(RECIPE, data, ["default"], out / "nowhere") == []
+
+
+def test_rows_of_before_are_still_good():
+    """The settings of committed rows and of the same comparison today have the same fields."""
+    path = Path(__file__).parents[2] / "results" / "compare" / "resnet20-cifar10.jsonl"
+    row = json.loads(path.read_text().splitlines()[-1])
+    today = Job(method=row["method"], recipe=recipes.get("resnet20-cifar10"), data=(1, 1)).config()
+    assert today.keys() - {"channels_last", "growing", "updates_per_epoch"} <= row["config"].keys()
+    assert row["config"].keys() - {"channels_last"} <= today.keys() | {"growing", "updates_per_epoch"}

@@ -90,7 +90,7 @@ def finished(tmp_path_factory):
     recipe = replace(
         get("digits"), build=DEEP, epochs=4, then=3, subset=128, batch_size=32, depth=True, meta=True, preset="paper"
     )
-    return run.run(recipe, console=Console(quiet=True), out=tmp_path_factory.mktemp("runs") / "deep", twins=False)
+    return run.run(recipe, console=Console(quiet=True), out=tmp_path_factory.mktemp("runs") / "deep", beside=())
 
 
 def test_layers_grow_and_the_second_phase_has_a_schedule_of_its_own(finished):
@@ -125,7 +125,7 @@ def test_a_folder_of_images(tmp_path):
     recipe = replace(
         get("plain4net-imagenet"), epochs=2, batch_size=2, side=32, budget=Budget(params="60%"), updates_per_epoch=2
     )
-    out = run.run(recipe, console=Console(quiet=True), out=tmp_path / "run", folder=tmp_path, twins=False)
+    out = run.run(recipe, console=Console(quiet=True), out=tmp_path / "run", folder=tmp_path, beside=())
     assert json.loads((out / "config.json").read_text())["model_arguments"]["classes"] == 2
 
 

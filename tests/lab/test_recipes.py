@@ -73,7 +73,7 @@ def test_config_holds_what_a_variant_changed():
 )
 def test_a_bad_field_is_named(field, value, rule):
     with pytest.raises(TorchgrowError, match=f"recipe 'digits': {field} must be {rule}.*, got "):
-        replace(get("digits"), **{field: value})
+        replace(get("digits"), **{"schedule": "milestones", "warmup": 0.0, field: value})
 
 
 def test_a_bad_preset_is_named():

@@ -20,15 +20,27 @@ from torchgrow.lab.models import ResNet
 from torchgrow.lab.recipes import RECIPES, Recipe, get, with_shortcut
 
 BUILD = partial(ResNet, depth=8, widths=(4, 8, 16), in_channels=1)
-TINY = replace(get("digits"), build=BUILD, epochs=2, subset=128, batch_size=32, lr_milestones=(0.5,))
+TINY = replace(
+    get("digits"),
+    build=BUILD,
+    epochs=2,
+    subset=128,
+    batch_size=32,
+    budget=Budget(params="20%"),
+    depth=False,
+    preset="default:ramp=0.1",
+    schedule="milestones",
+    warmup=0.0,
+    lr_milestones=(0.5,),
+)
 
 
 def quiet():
     return Console(quiet=True)
 
 
-def start(out, twins=True):
-    return run.run(TINY, console=quiet(), out=out, twins=twins, every=3)
+def start(out, beside=run.TWINS):
+    return run.run(TINY, console=quiet(), out=out, beside=beside, every=3)
 
 
 def start_or_resume(out):
@@ -154,7 +166,7 @@ def stopped(out, monkeypatch):
     with monkeypatch.context() as patch:
         stopping(patch, run.RunFolder, "append", 2)
         with pytest.raises(Stop):
-            start(out, twins=False)
+            start(out, beside=())
     return out.with_name(out.name + ".partial")
 
 

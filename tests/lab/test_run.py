@@ -1,6 +1,7 @@
 """A run: what it writes, how it stops, and what it refuses."""
 
 import io
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -12,16 +13,32 @@ from rich.console import Console
 from torch import nn
 
 import torchgrow
-from torchgrow import TorchgrowError
+from torchgrow import Budget, TorchgrowError
 from torchgrow.lab import data, run, train
+from torchgrow.lab import environment as env_room
+from torchgrow.lab.baselines import uniform_width
 from torchgrow.lab.display import Display, short
+from torchgrow.lab.environment import environment
 from torchgrow.lab.models import ResNet
 from torchgrow.lab.recipes import get
-from torchgrow.lab.run import RunFolder, default_out, environment, table, uniform_width
+from torchgrow.lab.run import table
+from torchgrow.lab.run_folder import RunFolder, default_out
 from torchgrow.lab.train import Epoch
 
 BUILD = partial(ResNet, depth=8, widths=(4, 8, 16), in_channels=1)
-TINY = replace(get("digits"), build=BUILD, epochs=4, subset=128, batch_size=32, updates_per_epoch=1)
+TINY = replace(
+    get("digits"),
+    build=BUILD,
+    epochs=4,
+    subset=128,
+    batch_size=32,
+    updates_per_epoch=1,
+    budget=Budget(params="20%"),
+    depth=False,
+    preset="default:ramp=0.1",
+    schedule="milestones",
+    warmup=0.0,
+)
 
 
 def quiet() -> Console:
@@ -43,7 +60,7 @@ def finished(tmp_path_factory):
 def test_the_folder_is_whole(finished):
     folder, _ = finished
     names = {path.name for path in folder.iterdir()}
-    pictures = {"cost.png", "accuracy.png", "widths.png"}
+    pictures = {"size.png", "cost.png", "accuracy.png", "widths.png"}
     records = {"config.json", "environment.json", "frame.json", "metrics.jsonl", "results.json", "network"}
     assert names == pictures | records
     assert not folder.with_name("tiny.partial").exists()
@@ -114,23 +131,85 @@ def test_config_and_environment(finished):
 
 def test_what_a_plain_console_shows(finished):
     folder, shown = finished
-    assert "grown   epoch   1/4" in shown
-    assert "dense twin" in shown
+    assert "grown       epoch   1/4" in shown
+    assert "uniform: every width narrowed by one factor" in shown
     assert "(100%)" in shown
     assert str(folder / "widths.png") in shown.replace("\n", "")
-    assert max(len(line) for line in shown.splitlines() if "twin" in line) <= 80
+    assert max(len(line) for line in shown.splitlines() if "(100%)" in line) <= 80
 
 
 def test_without_twins(tmp_path):
-    out = run.run(replace(TINY, epochs=2), console=quiet(), out=tmp_path / "alone", twins=False)
+    out = run.run(replace(TINY, epochs=2), console=quiet(), out=tmp_path / "alone", beside=())
     assert list(json.loads((out / "results.json").read_text())) == ["grown"]
     assert (out / "accuracy.png").exists()
 
 
+def test_other_networks_beside_the_grown_one(tmp_path):
+    """Narrowed to a share of the dense network's parameters, and the grown structure from scratch, at equal cost."""
+    beside = ["direct", "uniform=25%", "dense", "uniform=25%"]
+    out = run.run(
+        replace(TINY, epochs=2, build=partial(BUILD, depth=14), depth=True),
+        console=quiet(),
+        out=tmp_path / "run",
+        beside=beside,
+    )
+    results = json.loads((out / "results.json").read_text())
+    assert list(results) == ["dense", "uniform=25%", "direct", "grown"]
+    assert 0.15 * results["dense"]["params"] < results["uniform=25%"]["params"] <= 0.25 * results["dense"]["params"]
+    for field in ("params", "flops"):
+        assert results["direct"][field] == results["grown"][field]
+    assert results["direct"]["training_flops"] == 3 * results["direct"]["flops"] * 2 * 4 * 32
+
+
+@pytest.mark.parametrize("name", ["twin", "uniform=", "uniform=half", "direct=50%", "uniform=0%", "uniform=101%"])
+def test_networks_that_cannot_stand_beside(tmp_path, name):
+    with pytest.raises(TorchgrowError, match=r"uniform=50% \(of the dense one's|must lie above 0%"):
+        run.run(TINY, console=quiet(), out=tmp_path / "out", beside=[name])
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_update_is_on_record(finished):
+    """The last update of an epoch is the structure that the next epoch trains."""
+    rows = [r for r in lines(finished[0]) if r["network"] == "grown"]
+    assert [[update["epochs"] for update in row["updates"]] for row in rows] == [[1.0], [2.0], [3.0], [4.0]]
+    for row, later in itertools.pairwise(rows):
+        assert {name: row["updates"][-1][name] for name in ("params", "flops", "widths", "depths")} == {
+            name: later[name] for name in ("params", "flops", "widths", "depths")
+        }
+    assert all(row["updates"] == [] for row in lines(finished[0]) if row["network"] != "grown")
+
+
+def test_updates_within_an_epoch_say_when_they_came(tmp_path):
+    recipe = replace(TINY, epochs=2, updates_per_epoch=4, build=partial(BUILD, depth=14), depth=True)
+    out = run.run(recipe, console=quiet(), out=tmp_path / "run", beside=())
+    rows = lines(out)
+    assert [u["epochs"] for row in rows for u in row["updates"]] == [0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2]
+    assert rows[0]["updates"][0]["depths"].keys() == {"layer1", "layer2", "layer3"}
+
+
+def test_where_it_trains(monkeypatch):
+    """Model, data and what a grower brings to life are where the device says; the bank sleeps on the CPU."""
+    device = torch.device("meta")
+    recipe, images = train.with_data(TINY, quiet(), None, device=device)
+    model = train.make_network(recipe.build, 1.0, device)
+    assert {p.device for p in model.parameters()} == {images.example().device} == {device} == {images.device}
+    here = train.make_network(recipe.build, 1.0, torch.device("cpu"), meta=True)
+    assert {p.device for p in here.parameters()} == {device}
+    batch, labels = next(images.train_batches(batch_size=4, shift=1, mirror=True, generator=torch.Generator()))
+    assert batch.device == labels.device == device
+
+
 def test_the_paper_preset_runs(tmp_path):
-    out = run.run(replace(TINY, preset="paper"), console=quiet(), out=tmp_path / "paper", twins=False)
+    out = run.run(replace(TINY, preset="paper"), console=quiet(), out=tmp_path / "paper", beside=())
     frame = json.loads((out / "frame.json").read_text())
     assert json.loads((out / "results.json").read_text())["grown"]["params"] <= frame["limits"]["params"]
+
+
+def test_the_papers_preset_on_a_short_schedule_is_warned_of():
+    paper = replace(TINY, preset="paper")
+    assert train.far_from_paper(TINY, 4) == ""
+    assert "belong to 62,400 steps. With the 16 of this run" in train.far_from_paper(paper, 4)
+    assert train.far_from_paper(replace(paper, epochs=160), 390) == ""
 
 
 # --- folders
@@ -168,14 +247,14 @@ def test_default_out_takes_the_first_free_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), TorchgrowError("the reason")])
 def test_a_stopped_run_stays_readable_and_partial(tmp_path, monkeypatch, error):
-    whole = run.RunFolder.append
+    whole = RunFolder.append
 
     def stop_after_two(folder, record):
         whole(folder, record)
         if record.epoch == 2:
             raise error
 
-    monkeypatch.setattr(run.RunFolder, "append", stop_after_two)
+    monkeypatch.setattr(RunFolder, "append", stop_after_two)
     with pytest.raises(type(error)):
         run.run(TINY, console=quiet(), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -230,6 +309,9 @@ def test_evaluation_comes_before_the_update():
             return torchgrow.measure(nn.Linear(64, 10), torch.zeros(2, 64))
 
         def widths(self):
+            return {}
+
+        def depths(self):
             return {}
 
         def update(self):
@@ -304,7 +386,7 @@ def test_environment_outside_git(monkeypatch):
     def no_git(*arguments, **keywords):
         raise FileNotFoundError("git")
 
-    monkeypatch.setattr(run.subprocess, "run", no_git)
+    monkeypatch.setattr(env_room.subprocess, "run", no_git)
     assert environment()["commit"] is None
 
 
@@ -312,7 +394,7 @@ def test_commit_of_a_foreign_repository_is_not_ours(monkeypatch):
     class Done:
         stdout = "/somewhere/else\n"
 
-    monkeypatch.setattr(run.subprocess, "run", lambda *arguments, **keywords: Done())
+    monkeypatch.setattr(env_room.subprocess, "run", lambda *arguments, **keywords: Done())
     assert environment()["commit"] is None
 
 

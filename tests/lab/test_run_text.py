@@ -15,6 +15,7 @@ import torchgrow
 from torchgrow import Budget, Grower, TorchgrowError, measure
 from torchgrow.lab import report, run, train
 from torchgrow.lab.attention import GPT, ViT
+from torchgrow.lab.baselines import twin_width
 from torchgrow.lab.data import load
 from torchgrow.lab.display import Display
 from torchgrow.lab.metrics import ACCURACY, PERPLEXITY, metric_of
@@ -65,7 +66,7 @@ def finished(tmp_path, folder):
 def test_a_run_on_text(finished, folder):
     out, records, shown = finished
     assert {path.name for path in out.iterdir() if path.suffix == ".png"} == {
-        "cost.png", "perplexity.png", "widths.png",
+        "size.png", "cost.png", "perplexity.png", "widths.png",
     }  # fmt: skip
     for record in records:
         assert record["accuracy"] is None
@@ -152,9 +153,9 @@ def test_the_uniform_twin_of_a_flops_budget_is_the_widest_within_it(folder):
         return measure(recipe.build(width), data.example()).flops
 
     limit = flops(1.0) // 2
-    width = run.twin_width(recipe, data, params=10**9, flops=limit)
+    width = twin_width(recipe, data, params=10**9, flops=limit)
     assert flops(width) <= limit < flops(width + 1e-6)
-    assert run.twin_width(replace(recipe, budget=Budget(params="50%")), data, params=10**9, flops=limit) == 1.0
+    assert twin_width(replace(recipe, budget=Budget(params="50%")), data, params=10**9, flops=limit) == 1.0
 
 
 def test_evaluation_is_the_plain_mean_over_all_words(folder):
@@ -193,7 +194,7 @@ def test_vit_runs(tmp_path, cifar_folder):
         batch_size=16,
         budget=Budget(flops="80%"),
     )
-    out = run.run(recipe, console=Console(quiet=True), out=tmp_path / "vit", folder=cifar_folder, twins=False)
+    out = run.run(recipe, console=Console(quiet=True), out=tmp_path / "vit", folder=cifar_folder, beside=())
     assert (out / "accuracy.png").exists()
 
 

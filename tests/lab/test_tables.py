@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from torchgrow.lab import metrics, recipes
+from torchgrow.lab import metrics, pages, recipes
 from torchgrow.lab.compare import Job
+from torchgrow.lab.results import by_budget
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "tables.py"
 RECIPE = recipes.get("resnet20-cifar10")
@@ -35,7 +36,7 @@ def row(method, recipe=RECIPE, **changed):
 def labels(tables, rows):
     path = tables.ROOT / "results" / "compare" / f"{RECIPE.name}.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    return [[one["method"] for one in found] for found in tables.alike().values()]
+    return [[one["method"] for one in found] for found in pages.alike(path.parent).values()]
 
 
 def test_what_differs_in_method_alone_stands_together(tables):
@@ -59,10 +60,10 @@ def test_rows_stand_in_the_section_they_belong_to(tables):
     chosen["config"]["validate"] = True
     now = [row("default"), row("default", hold=0.1), row("uniform")]
     for one in now:
-        one["method"] = tables.label(one)
-    assert [tables.section(found) for found in ([row("dense")], now, [chosen], now[1:])] == [
-        "Methods side by side",
-        "Methods side by side",
+        one["method"] = pages.label(one)
+    assert [pages.section(found) for found in ([row("dense")], now, [chosen], now[1:])] == [
+        "now",
+        "now",
         "What was chosen by",
         "Earlier ways to grow",
     ]
@@ -84,11 +85,11 @@ def test_budgets_are_summed_up_on_the_seeds_that_both_have(tables):
         finished("uniform", 0, "params <= 15%", 48.0),
         finished("default", 0, "flops <= 25%", 50.0),
     ]
-    found = [line.strip("| ").split(" | ") for line in tables.along(tables.by_budget(some)).splitlines()[4:]]
+    found = [line.strip("| ").split(" | ") for line in pages.along(by_budget(some)).splitlines()[4:]]
     shares = ["0.500"] * 4 + ["0.250"] * 2
     assert found == [
         ["params <= 15%", "1", "48.00", "50.00", "+2.00", *shares],
-        ["params <= 36%", "2", "60.00 ± 0.00", "70.50 ± 0.71", "+10.50 ± 6.35", *shares],
+        ["params <= 36%", "2", "60.00 ± 0.00", "70.50 ± 0.71", "+10.50 (+10.00, +11.00)", *shares],
     ]
 
 
@@ -106,5 +107,5 @@ def test_a_gap_is_won_back_only_where_there_is_one(tables, metric, dense, text):
     scores = {"dense": dense, "uniform": 60.0, "default": 65.0}
     blank = {"accuracy": None, "perplexity": None}
     some = [{"method": m, "seed": s, **blank, metric.name: x} for m, x in scores.items() for s in (0, 1)]
-    assert tables.won_back([*some, {**some[0], "seed": 2}], metric).startswith(text)
-    assert tables.won_back(some[2:], metric) == ""
+    assert pages.won_back([*some, {**some[0], "seed": 2}], metric).startswith(text)
+    assert pages.won_back(some[2:], metric) == ""

@@ -1,6 +1,6 @@
 """Checkpoints of one network while it trains: where the training stands, and what its model and optimizer hold."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ class Progress:
         sampler: state of the generator of batches when the epoch began; None before the first.
         state: what the model carries from the last of them to the next, if anything.
         changes: units born, regrown and detached in this epoch.
+        updates: as in `torchgrow.lab.train.Epoch`, those of this epoch so far.
         lr: learning rate at the beginning of the epoch.
         loss: sum of the losses of these steps.
         seconds: of training and updating so far.
@@ -31,6 +32,7 @@ class Progress:
     sampler: Tensor | None = None
     state: Any = None
     changes: tuple[int, int, int] = (0, 0, 0)
+    updates: list[dict[str, Any]] = field(default_factory=list)
     lr: float = 0.0
     loss: float = 0.0
     seconds: float = 0.0
@@ -66,7 +68,7 @@ class Checkpoints:
     ) -> None:
         """Write one."""
         optimizer.zero_grad()  # the gradients are spent
-        extra: dict[str, Any] = {field.name: getattr(progress, field.name) for field in fields(progress)}
+        extra: dict[str, Any] = {one.name: getattr(progress, one.name) for one in fields(progress)}
         if grower is None:
             extra |= {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()}
         save_checkpoint(self.folder, grower, scheduler=schedule, extra=extra)

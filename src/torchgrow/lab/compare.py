@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,29 +20,38 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
 
 import torchgrow
 from torchgrow import Budget, Grower, Method, TorchgrowError, measure
+from torchgrow.lab.baselines import initialised, twin_width, uniform_width
 from torchgrow.lab.checkpoints import Checkpoints
 from torchgrow.lab.data import Data
+from torchgrow.lab.devices import chosen as chosen_device
+from torchgrow.lab.display import epoch_line
+from torchgrow.lab.environment import environment
+from torchgrow.lab.names import FIXED
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.results import draw, tables
-from torchgrow.lab.run import environment, lock, twin_width, uniform_width, with_data
+from torchgrow.lab.run_folder import lock
 from torchgrow.lab.text import TextData
-from torchgrow.lab.train import Epoch, evaluate, extent, fit, make_grower, make_optimizer
-
-FIXED = {
-    "dense": "the whole frame",
-    "uniform": "every width thinned alike, to the parameters of the budget, from scratch",
-    "uniform-flops": "every width thinned alike, to the FLOPs of the network that `default` found, from scratch",
-    "direct": "the network that `default` found, initialised anew, from scratch",
-    "l1": "the dense one, pruned by Torch-Pruning (L1 norm), then fine-tuned for half as many epochs (at least 2)",
-}
-"""Methods whose structure does not change while they train."""
+from torchgrow.lab.train import (
+    Epoch,
+    evaluate,
+    extent,
+    far_from_paper,
+    fit,
+    make_grower,
+    make_network,
+    make_optimizer,
+    with_data,
+)
 
 AFTER = {"uniform-flops": "default", "direct": "default", "l1": "dense"}
 """Methods that need what another one has come to."""
+
+RESULTS = Path("results/compare")
+"""Where results files are, unless said otherwise."""
 
 NETWORK, EPOCHS = "network", "epochs.json"
 """What is left of a network, beside its checkpoints."""
@@ -89,6 +99,8 @@ class Job:
             del config["channels_last"]
         if self.recipe.schedule != "wsd":
             del config["decay"]
+        if not self.recipe.source:
+            del config["source"]
         del config["preset"]
         return json.loads(json.dumps(config))
 
@@ -153,8 +165,9 @@ def compare(
     budgets: Sequence[Budget] = (),
     console: Console,
     folder: Path | None = None,
-    out: Path = Path("results/compare"),
+    out: Path = RESULTS,
     validate: bool = False,
+    device: str = "auto",
 ) -> list[dict[str, Any]]:
     """Train what the results file does not hold yet, append it, and print the table.
 
@@ -171,6 +184,7 @@ def compare(
         folder: where the data is; see `torchgrow.lab.data.load`.
         out: folder of results files, one a recipe, and of what a stopped command goes on from.
         validate: judge by training images that are not trained on instead of the test images.
+        device: where to train, one of `torchgrow.lab.names.DEVICES`.
 
     Returns:
         The rows of this comparison, old and new.
@@ -183,12 +197,12 @@ def compare(
             _named(method)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    recipe, data = with_data(recipe, console, folder, held_out=validate)
+    recipe, data = with_data(recipe, console, folder, held_out=validate, device=chosen_device(device))
     rows, work = Rows(out / f"{recipe.name}.jsonl"), out / f".{recipe.name}"
     work.mkdir(exist_ok=True)
     held, jobs = lock(work), list[Job]()
     # Versions now: the commit that runs, whatever is committed meanwhile.
-    bench = _Bench(data, rows, work, console, {**environment(), "torch-pruning": _peer()})
+    bench = _Bench(data, rows, work, console, {**environment(data.device), "torch-pruning": _peer()})
     try:
         for seed in seeds:
             for budget in budgets or [recipe.budget]:
@@ -209,6 +223,26 @@ def compare(
             if "error" in row:
                 console.print(f"{row['method']}, seed {row['seed']}, failed: {row['error']}", soft_wrap=True)
     console.print(f"Results: {rows.path}", soft_wrap=True)
+    return found
+
+
+def recorded(recipe: Recipe, data: Data, methods: Sequence[str], out: Path = RESULTS) -> list[dict[str, Any]]:
+    """Rows of a results file that differ from this recipe in method and seed only; none if there is no file.
+
+    Args:
+        recipe: the recipe, with networks that fit the data.
+        data: what it trains on.
+        methods: which rows are wanted.
+        out: the folder of results files.
+    """
+    path = out / f"{recipe.name}.jsonl"
+    if not path.is_file():
+        return []
+    found = []
+    for row in Rows(path).read():
+        if row["method"] in methods and "error" not in row:
+            job = Job(method=row["method"], recipe=replace(recipe, seed=row["seed"]), data=_samples(data))
+            found += [row] if job.key() == row["config_hash"] else []
     return found
 
 
@@ -250,17 +284,28 @@ def _together(jobs: Sequence[Job], bench: _Bench) -> None:
     if not jobs:
         return
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=bench.console) as progress:
+    # Where there is no terminal, bars would be printed once, at the end.
+    with Progress(*columns, console=bench.console, disable=not bench.console.is_terminal) as progress:
         tell = _Bars(progress, jobs)
         trainings = {job.key(): _train(job, jobs, bench, tell) for job in jobs}
-        states = {job.key(): torch.get_rng_state() for job in jobs}
+        states = {job.key(): _random_state() for job in jobs}
         while trainings:
             for key, training in list(trainings.items()):
-                with torch.random.fork_rng(devices=[]):
-                    torch.set_rng_state(states[key])
+                with torch.random.fork_rng():
+                    _set_random_state(states[key])
                     if next(training, None) is None:
                         del trainings[key]
-                    states[key] = torch.get_rng_state()
+                    states[key] = _random_state()
+
+
+def _random_state() -> tuple[Tensor, list[Tensor]]:
+    """That of the CPU, and of every GPU."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all()
+
+
+def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    torch.cuda.set_rng_state_all(state[1])
 
 
 def _missing(jobs: Sequence[Job], bench: _Bench) -> list[Job]:
@@ -276,26 +321,42 @@ def _missing(jobs: Sequence[Job], bench: _Bench) -> list[Job]:
 
 
 class _Bars:
-    """One bar a network."""
+    """One bar a network in a terminal, a line an epoch anywhere else."""
 
     def __init__(self, progress: Progress, jobs: Sequence[Job]) -> None:
-        self._bars = {
-            job.key(): progress.add_task(f"seed {job.recipe.seed}, {job.recipe.budget}: {job.method}", total=None)
-            for job in jobs
-        }
-        self._progress = progress
+        self._names = {job.key(): f"seed {job.recipe.seed}, {job.recipe.budget}: {job.method}" for job in jobs}
+        self._bars = {key: progress.add_task(name, total=None) for key, name in self._names.items()}
+        self._progress, self._begun, self._start = progress, dict[str, float](), time.perf_counter()
+        self._epochs = {job.key(): (0.0, float(job.recipe.epochs + job.recipe.then)) for job in jobs}
 
     def __call__(self, job: Job, done: float, total: int) -> None:
+        """Note the progress of a network, in epochs."""
+        self._begun.setdefault(job.key(), done)
+        self._epochs[job.key()] = (done, total)
         self._progress.update(self._bars[job.key()], completed=done, total=total)
 
+    def epoch(self, job: Job, record: Epoch) -> None:
+        """Note a finished epoch."""
+        if not self._progress.console.is_terminal:
+            total = int(self._epochs[job.key()][1])
+            left = 0.0 if record.epoch == total and len(self._names) == 1 else self._left()
+            self._progress.console.print(f"{self._names[job.key()]}  {epoch_line(record, total, left)}", soft_wrap=True)
+
+    def _left(self) -> float:
+        """Seconds until all of these networks are trained, if an epoch of one takes as long as that of another."""
+        done = sum(self._epochs[key][0] - begun for key, begun in self._begun.items())
+        missing = sum(total - done for done, total in self._epochs.values())
+        return (time.perf_counter() - self._start) / done * missing if done else 0.0
+
     def say(self, text: str) -> None:
+        """Print a line that stays."""
         self._progress.console.print(text, soft_wrap=True)
 
 
 def _train(job: Job, beside: Sequence[Job], bench: _Bench, tell: _Bars) -> Iterator[Epoch]:
     """The epochs of one job; at the end its row is written."""
     recipe, folder, data, rows = job.recipe, bench.folder(job), bench.data, bench.rows
-    frame = measure(recipe.build(1.0), data.example())
+    frame = measure(make_network(recipe.build, 1.0, data.device), data.example())
     before = _Spent()
     torch.manual_seed(recipe.seed)
     try:
@@ -306,6 +367,9 @@ def _train(job: Job, beside: Sequence[Job], bench: _Bench, tell: _Bars) -> Itera
     optimizer = make_optimizer(model, recipe)
     grower: Grower | None = None
     if job.method not in FIXED:
+        warning = far_from_paper(recipe, extent(model, data, recipe)[0])
+        if warning:
+            tell.say(warning)
         grower = make_grower(model, optimizer, data, recipe)
     checkpoints, records = Checkpoints(folder=folder / "checkpoints"), folder / EPOCHS
     epochs = [Epoch(**fields) for fields in json.loads(records.read_text())] if records.exists() else []
@@ -320,6 +384,7 @@ def _train(job: Job, beside: Sequence[Job], bench: _Bench, tell: _Bars) -> Itera
     ):
         epochs = [*epochs[: epoch.epoch - 1], epoch]
         _write(records, json.dumps([asdict(one) for one in epochs]))
+        tell.epoch(job, epoch)
         yield epoch
     last, cost = epochs[-1], measure(model, data.example())
     if job.method in AFTER.values():
@@ -347,7 +412,7 @@ def _train(job: Job, beside: Sequence[Job], bench: _Bench, tell: _Bars) -> Itera
         "dense_seconds": last.seconds if job.method == "dense" else dense_seconds,
         "together": [other.method for other in beside],
         "epochs": [
-            {key: value for key, value in asdict(epoch).items() if key not in ("network", "temperature")}
+            {key: value for key, value in asdict(epoch).items() if key not in ("network", "temperature", "updates")}
             for epoch in epochs
         ],
     }
@@ -392,38 +457,30 @@ def _network(job: Job, bench: _Bench) -> tuple[nn.Module, Recipe, _Spent]:
     """What a job begins with, how it is trained, and what that had cost before."""
     recipe, method, data = job.recipe, job.method, bench.data
     if method not in FIXED:
-        with torch.device("meta" if recipe.meta else "cpu"):
-            return (recipe.build_grown or recipe.build)(1.0), replace(recipe, preset=job.preset()), _Spent()
+        build = recipe.build_grown or recipe.build
+        model = make_network(build, 1.0, data.device, meta=recipe.meta)
+        return model, replace(recipe, preset=job.preset()), _Spent()
     if method == "dense":
-        return recipe.build(1.0), recipe, _Spent()
+        return make_network(recipe.build, 1.0, data.device), recipe, _Spent()
     if method == "uniform":
-        frame = measure(recipe.build(1.0), data.example())
+        frame = measure(make_network(recipe.build, 1.0, data.device), data.example())
         limits = recipe.budget.limits(frame)
         params, flops = limits.params or frame.params, limits.flops or frame.flops
-        return recipe.build(twin_width(recipe, data, params=params, flops=flops)), recipe, _Spent()
+        width = twin_width(recipe, data, params=params, flops=flops)
+        return make_network(recipe.build, width, data.device), recipe, _Spent()
     base = bench.folder(replace(job, method=AFTER[method]))
     if method == "l1":
-        model = torchgrow.load(base / NETWORK, recipe.build)
+        model = torchgrow.load(base / NETWORK, recipe.build).to(data.device)
         last = Epoch(**json.loads((base / EPOCHS).read_text())[-1])
         tuned = replace(recipe, epochs=max(2, recipe.epochs // 2), lr=FINE_TUNING * recipe.lr)
         return _pruned(model, recipe, data), tuned, _Spent(last.training_flops, last.seconds)
     found = torchgrow.load(base / NETWORK, partial(recipe.build_grown or recipe.build, 1.0))
     if method == "direct":
-        return initialised(found), recipe, _Spent()
+        return initialised(found).to(data.device), recipe, _Spent()
+    found = found.to(data.device)
     flops = measure(found, data.example()).flops
     width = uniform_width(recipe.build, flops, lambda model: measure(model, data.example()).flops)
-    return recipe.build(width), recipe, _Spent()
-
-
-def initialised(model: nn.Module) -> nn.Module:
-    """The model with weights as its modules, and then its own `initialise`, begin with at the sizes they have now."""
-    for module in model.modules():
-        reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
-        if reset is not None:
-            reset()
-    if hasattr(model, "initialise"):
-        model.initialise()  # type: ignore[operator]
-    return model
+    return make_network(recipe.build, width, data.device), recipe, _Spent()
 
 
 def _pruned(model: nn.Module, recipe: Recipe, data: Data) -> nn.Module:

@@ -22,9 +22,8 @@ from torch.nn import functional as F
 
 from torchgrow import TorchgrowError
 from torchgrow.lab.metrics import ACCURACY, Metric
+from torchgrow.lab.names import DATASETS
 from torchgrow.lab.text import TextData, load_text
-
-DATASETS = ("digits", "cifar10", "imagefolder", "text")
 
 # Per channel, of the 50,000 training images with values in [0, 1]; published with the set's first ResNets.
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -61,7 +60,12 @@ class Images:
         return len(self.labels)
 
     def __getitem__(self, index: slice | Tensor) -> "Images":
+        index = index.to(self.labels.device) if isinstance(index, Tensor) else index
         return Images(pixels=self.pixels[index], labels=self.labels[index])
+
+    def to(self, device: torch.device) -> "Images":
+        """The same in the memory of a device."""
+        return Images(pixels=self.pixels.to(device), labels=self.labels.to(device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +87,15 @@ class ImageData:
     channels_last: bool = False
     metric: Metric = ACCURACY
 
+    @property
+    def device(self) -> torch.device:
+        """Where the images are, and so where networks train."""
+        return self.train.labels.device
+
+    def to(self, device: torch.device) -> "ImageData":
+        """The same data on a device; what is drawn at random is drawn on the CPU, the same on every device."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
+
     def example(self) -> Tensor:
         """A small batch to trace a network on, float32 ``[2, C, H, W]``."""
         return self.normalise(self.train.pixels[:2])
@@ -90,7 +103,7 @@ class ImageData:
     def normalise(self, pixels: Tensor) -> Tensor:
         """Uint8 ``[N, C, H, W]`` to float32 of the same shape, about zero mean and unit variance, in the layout."""
         shape = (1, -1, 1, 1)
-        mean, std = torch.tensor(self.mean).view(shape), torch.tensor(self.std).view(shape)
+        mean, std = (torch.tensor(x, device=pixels.device).view(shape) for x in (self.mean, self.std))
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return ((pixels.float() / 255 - mean) / std).contiguous(memory_format=layout)
 
@@ -147,11 +160,12 @@ def augment(pixels: Tensor, *, shift: int, mirror: bool, generator: torch.Genera
         flipped = torch.rand(n, 1, generator=generator) < 0.5
         columns = torch.where(flipped, columns.flip(1), columns)
     columns = columns + torch.randint(2 * shift + 1, (n, 1), generator=generator)  # [N, W]
+    rows, columns = rows.to(pixels.device), columns.to(pixels.device)
     padded = F.pad(pixels, (shift, shift, shift, shift))
     # One gather does both: indices broadcast to [N, C, H, W].
     return padded[
-        torch.arange(n)[:, None, None, None],
-        torch.arange(c)[None, :, None, None],
+        torch.arange(n, device=pixels.device)[:, None, None, None],
+        torch.arange(c, device=pixels.device)[None, :, None, None],
         rows[:, None, :, None],
         columns[:, None, None, :],
     ]

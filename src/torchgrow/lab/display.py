@@ -26,6 +26,28 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
+def span(seconds: float) -> str:
+    """A time in one or two units: 40 s, 3 min, 2 h 5 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def epoch_line(record: Epoch, epochs: int, left: float) -> str:
+    """What an epoch came to, for where there is no terminal.
+
+    Args:
+        record: of the epoch.
+        epochs: how many there will be.
+        left: seconds until all is done, as far as one can tell.
+    """
+    return (
+        f"epoch {record.epoch:>3}/{epochs}  loss {record.loss:.3f}  {_score(record)}  {short(record.params)} parameters"
+        f"  {short(record.flops)} FLOPs  {record.seconds:.1f} s" + (f"  about {span(left)} left" if left else "")
+    )
+
+
 def _score(record: Epoch) -> str:
     """What the network is judged by, with its name."""
     metric = metric_of(vars(record))
@@ -78,12 +100,8 @@ class Display:
         """Note a finished epoch."""
         self._last, self._steps = record, (0, self._steps[1])
         if not self.console.is_terminal:
-            self.console.print(
-                f"{record.network:<8}epoch {record.epoch:>3}/{self._epochs}  loss {record.loss:.3f}  "
-                f"{_score(record)}  {short(record.params)} parameters  "
-                f"{short(record.flops)} FLOPs  {record.seconds:.1f} s",
-                soft_wrap=True,
-            )
+            left = record.seconds / record.epoch * (self._epochs - record.epoch)
+            self.console.print(f"{record.network:<12}{epoch_line(record, self._epochs, left)}", soft_wrap=True)
 
     def say(self, text: str) -> None:
         """Print a line that stays, above the panel."""

@@ -20,15 +20,16 @@ T = TypeVar("T")
 def joined() -> Iterator[None]:
     """The process group that torchrun asks for, as long as it lasts; nothing without torchrun.
 
-    Backend gloo, since the lab trains on the CPU. The addresses of processes that died are still in the store when
-    torchrun starts them anew, and connecting to those never ends: every start has a prefix of its own.
+    Tensors on the CPU travel by gloo, those on GPUs by NCCL. The addresses of processes that died are still in the
+    store when torchrun starts them anew, and connecting to those never ends: every start has a prefix of its own.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
     store, rank, size = next(rendezvous("env://"))
     prefix = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    dist.init_process_group("gloo", store=PrefixStore(prefix, store), rank=rank, world_size=size)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=PrefixStore(prefix, store), rank=rank, world_size=size)
     try:
         yield
     finally:

@@ -8,27 +8,57 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from torchgrow.lab.metrics import Metric, metric_of
 
-COLOURS = {"dense": "0.55", "uniform": "tab:orange", "grown": "tab:blue"}
-LABELS = {"dense": "dense twin", "uniform": "uniform twin", "grown": "grown"}
+COLOURS = {
+    "dense": "#7f7f7f",
+    "uniform": "#e07b00",
+    "grown": "#1f6fd0",
+    "direct": "#2a9d5c",
+    "paper": "#8e44ad",
+    "l1": "#c0392b",
+}
+"""One colour a method, in every picture."""
+
+_LINES = ("-", "--", ":", "-.")
+_LEGEND = {
+    "uniform": "uniform: every width narrowed by one factor",
+    "direct": "direct: the grown structure, from scratch",
+}
+
+
+def label(network: str) -> str:
+    """What a network of a run is called in tables and pictures."""
+    return network.replace("=", " ")
+
+
+def colour(network: str) -> str:
+    """The colour of a network or method; ways to grow have that of "grown"."""
+    kind = network.partition("=")[0].partition(":")[0].partition(" ")[0].removesuffix("-flops")
+    return COLOURS.get(kind, COLOURS["grown"])
 
 
 def draw(folder: Path) -> list[str]:
-    """Draw ``cost.png``, ``accuracy.png`` (or ``perplexity.png``) and ``widths.png`` into a run folder.
+    """Draw the pictures of a run into its folder.
+
+    ``size.png`` has what every network came to against its parameters, ``cost.png`` the cost by epoch,
+    ``accuracy.png`` (or ``perplexity.png``) the score by epoch and by training cost, ``widths.png`` the width of every
+    group, and the blocks of every stage, after every update.
 
     Args:
-        folder: holds ``metrics.jsonl`` and ``frame.json`` as `torchgrow.lab.run.run` writes them.
+        folder: holds ``metrics.jsonl``, ``results.json`` and ``frame.json`` as `torchgrow.lab.run.run` writes them.
 
     Returns:
         the names of the files.
     """
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     frame = json.loads((folder / "frame.json").read_text())
+    results = json.loads((folder / "results.json").read_text())
     metric = metric_of(records[0])
     figures = {
+        **({"size.png": _sizes(results, metric)} if len(results) > 1 else {}),
         "cost.png": _cost(records, frame),
         f"{metric.name}.png": _scores(records, metric),
         "widths.png": _widths(records, frame),
@@ -39,10 +69,17 @@ def draw(folder: Path) -> list[str]:
 
 
 def _curves(records: list[dict[str, Any]]) -> Iterable[tuple[str, list[dict[str, Any]]]]:
-    for network in COLOURS:
-        rows = [record for record in records if record["network"] == network]
-        if rows:
-            yield network, rows
+    names = dict.fromkeys(record["network"] for record in records)
+    for network in sorted(names, key=lambda name: (list(COLOURS).index(name.partition("=")[0]), name)):
+        yield network, [record for record in records if record["network"] == network]
+
+
+def _style(network: str, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Colour, line and label of a network's curve; several uniform ones differ by their lines."""
+    kind = network.partition("=")[0]
+    alike = [name for name in dict.fromkeys(r["network"] for r in records) if name.partition("=")[0] == kind]
+    line = _LINES[alike.index(network) % len(_LINES)]
+    return {"color": colour(network), "linestyle": line, "label": label(network)}
 
 
 def _axes(columns: int) -> tuple[Figure, list[Axes]]:
@@ -57,7 +94,37 @@ def _axes(columns: int) -> tuple[Figure, list[Axes]]:
 def _legend(figure: Figure, ax: Axes) -> None:
     """One legend under all axes, with the entries of ``ax``."""
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+
+
+def _sizes(results: dict[str, dict[str, Any]], metric: Metric) -> Figure:
+    """What every network came to against its parameters: up and to the left is better."""
+    figure = Figure(figsize=(6.7, 4.4), dpi=120, layout="constrained")
+    ax = figure.add_subplot()
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    narrowed = sorted((r["params"], r[metric.name]) for n, r in results.items() if n.partition("=")[0] == "uniform")
+    dense = [(r["params"], r[metric.name]) for n, r in results.items() if n == "dense"]
+    if len(narrowed) + len(dense) > 1:
+        ax.plot(*zip(*narrowed, *dense, strict=True), color=COLOURS["uniform"], linewidth=1.2, zorder=1)
+    markers = {"dense": ("s", 60), "uniform": ("o", 50), "direct": ("D", 60), "grown": ("*", 260)}
+    seen = set[str]()
+    for network, result in results.items():
+        kind = network.partition("=")[0]
+        marker, area = markers[kind]
+        name = _LEGEND.get(kind, kind)
+        points = ax.scatter(result["params"], result[metric.name], s=area, marker=marker, color=colour(kind), zorder=3)
+        if kind not in seen:
+            points.set_label(name)
+        seen.add(kind)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    unit = metric.unit.strip()
+    ax.set(xlabel="parameters (log scale)", ylabel=f"{metric.name}{f', {unit}' if unit else ''}")
+    ax.set_title(f"{metric.on.capitalize()} {metric.name} against size, one seed", loc="left")
+    ax.legend(loc="best", frameon=False)
+    return figure
 
 
 def _cost(records: list[dict[str, Any]], frame: dict[str, Any]) -> Figure:
@@ -65,18 +132,16 @@ def _cost(records: list[dict[str, Any]], frame: dict[str, Any]) -> Figure:
     titles = {"flops": "FLOPs of one sample (2 x MACs)", "params": "Parameters"}
     for ax, (field, title) in zip(axes, titles.items(), strict=True):
         for network, rows in _curves(records):
-            ax.step(
-                [row["epoch"] for row in rows],
-                [row[field] for row in rows],
-                where="mid",
-                color=COLOURS[network],
-                label=LABELS[network],
-            )
+            # What grows is known after every update, what does not grow by its first epoch.
+            points = [update for row in rows for update in row["updates"]] or [
+                {"epochs": rows[-1]["epoch"], **rows[-1]}
+            ]
+            edges = [0.0, *(point["epochs"] for point in points)]
+            ax.stairs([point[field] for point in points], edges, baseline=None, **_style(network, records))
         if frame["limits"][field]:
             ax.axhline(frame["limits"][field], color="tab:red", linestyle=":", label="budget")
-        ax.set(title=title, xlabel="epoch")
+        ax.set(title=title, xlabel="epochs trained")
         ax.set_ylim(0, 1.05 * max(frame[field], *(record[field] for record in records)))
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.yaxis.set_major_formatter(EngFormatter())
     _legend(figure, axes[0] if frame["limits"]["flops"] else axes[1])  # one that shows the budget
     return figure
@@ -87,7 +152,7 @@ def _scores(records: list[dict[str, Any]], metric: Metric) -> Figure:
     for network, rows in _curves(records):
         scores = [row[metric.name] for row in rows]
         for ax, field in ((by_epoch, "epoch"), (by_flops, "training_flops")):
-            ax.plot([row[field] for row in rows], scores, color=COLOURS[network], label=LABELS[network])
+            ax.plot([row[field] for row in rows], scores, **_style(network, records))
     title = f"{metric.on.capitalize()} {metric.name}"
     label = ", ".join(filter(None, (metric.name, metric.unit.strip())))
     by_epoch.set(title=f"{title} by epoch", xlabel="epoch", ylabel=label)
@@ -114,19 +179,28 @@ def _span_of_perplexity(perplexity: list[float]) -> tuple[float, float]:
 
 
 def _widths(records: list[dict[str, Any]], frame: dict[str, Any]) -> Figure:
-    rows = [record for record in records if record["network"] == "grown"]
-    groups = list(frame["widths"])
-    full = frame["widths"]
-    shares = [[100 * row["widths"].get(group, 0) / full[group] for row in rows] for group in groups]
-    figure = Figure(figsize=(9, 1.6 + 0.26 * len(groups)), dpi=120, layout="constrained")
+    """Live units of every group, and live blocks of every stage, after every update, on a scale fitted to them."""
+    rows = [update for record in records if record["network"] == "grown" for update in record["updates"]]
+    full = _live({"widths": frame["widths"], "depths": frame["blocks"]})
+    live = [_live(row) for row in rows]
+    shares = [[100 * row.get(group, 0) / count for row in live] for group, count in full.items()]
+    figure = Figure(figsize=(9, 1.8 + 0.26 * len(full)), dpi=120, layout="constrained")
     ax = figure.add_subplot()
-    span = (rows[0]["epoch"] - 0.5, rows[-1]["epoch"] + 0.5, len(groups) - 0.5, -0.5)
-    image = ax.imshow(shares, aspect="auto", extent=span, vmin=0, vmax=100, cmap="viridis", interpolation="none")
-    ax.set_yticks(range(len(groups)), groups)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set(title="Live units of every layer over time (right: in the end, of full width)", xlabel="epoch")
+    edges = [0.0, *(row["epochs"] for row in rows)]
+    image = ax.pcolormesh(edges, range(len(full) + 1), shares, vmin=0, vmax=max(map(max, shares)), cmap="viridis")
+    ax.invert_yaxis()
+    places = [place + 0.5 for place in range(len(full))]
+    ax.set_yticks(places, list(full))
+    ax.set_title("Width of every group after each update (right: in the end, of full width)", loc="left")
+    ax.set(xlabel="epochs trained")
     final = ax.secondary_yaxis("right")
-    final.set_yticks(range(len(groups)), [f"{rows[-1]['widths'].get(g, 0)} of {full[g]}" for g in groups])
+    final.set_yticks(places, [f"{live[-1].get(group, 0)} of {count}" for group, count in full.items()])
     final.tick_params(length=0)
     figure.colorbar(image, label="% of full width", pad=0.02)
     return figure
+
+
+def _live(structure: dict[str, Any]) -> dict[str, int]:
+    """Units by group and blocks by stage; a group of a single layer is counted among its stage's blocks."""
+    groups = {name: count for name, count in structure["widths"].items() if not name.endswith(" (layer)")}
+    return {**groups, **{f"{stage or 'layers'} (blocks)": count for stage, count in structure["depths"].items()}}

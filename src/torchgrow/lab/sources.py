@@ -1,13 +1,9 @@
 """Models by name: from torchvision, timm, transformers, a Python file, or a recipe, each with inputs to trace it on."""
 
 import difflib
-import importlib.util
 import os
 import re
-import sys
-import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -19,8 +15,8 @@ from torch import nn
 
 from torchgrow import TorchgrowError
 from torchgrow.lab import recipes
-
-FORMS = "torchvision:NAME, timm:NAME, hf:TYPE, path/to/file.py:factory, or a recipe that `torchgrow list` shows"
+from torchgrow.lab.names import MODELS
+from torchgrow.lab.user_files import explained, is_file, made_in
 
 Shape = tuple[int, ...]
 
@@ -45,7 +41,7 @@ def load(name: str, shapes: Iterable[Shape] = ()) -> tuple[nn.Module, Any]:
     """The model of that name, and example inputs for it.
 
     Args:
-        name: in one of the `FORMS`. A file is executed.
+        name: in one of the `torchgrow.lab.names.MODELS`. A file is executed.
         shapes: of the inputs, in place of those known for the model: one float tensor each. For ``hf:`` a
             single one, of the model's main input.
 
@@ -61,9 +57,8 @@ def _load(name: str, shapes: tuple[Shape, ...]) -> tuple[nn.Module, Any]:
     kind, _, rest = name.partition(":")
     if kind in _LIBRARIES and rest:
         return _LIBRARIES[kind](rest, shapes)
-    path, _, factory = name.rpartition(":")
-    if path.endswith(".py") or name.endswith(".py"):
-        return _from_file(Path(path or name), factory if path else "", shapes)
+    if is_file(name):
+        return _from_file(name, shapes)
     if name in recipes.RECIPES:
         recipe = recipes.get(name)
         network = recipe.build()
@@ -73,7 +68,7 @@ def _load(name: str, shapes: tuple[Shape, ...]) -> tuple[nn.Module, Any]:
     full = {known: known for known in recipes.RECIPES} | {known: f"torchvision:{known}" for known in zoo.list_models()}
     near = [full[known] for known in difflib.get_close_matches(rest or name, full, 3)]
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    raise TorchgrowError(f"there is no model {name!r}{hint}; what works: {FORMS}")
+    raise TorchgrowError(f"there is no model {name!r}{hint}; what works: {MODELS}")
 
 
 def _images(shapes: tuple[Shape, ...], default: Shape) -> Any:
@@ -117,19 +112,6 @@ def _known(source: str, name: str, names: Iterable[str]) -> None:
         raise TorchgrowError(f"{source} has no model {name!r}; {hint}")
 
 
-@contextmanager
-def _explained(what: str, fix: str, file: str = "") -> Iterator[None]:
-    """Turn whatever foreign code raises into one readable error, with the last line reached in `file`."""
-    try:
-        yield
-    except TorchgrowError:
-        raise
-    except (Exception, SystemExit) as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        at = f" (line {lines[-1]})" if lines else ""
-        raise TorchgrowError(f"{what}{at}: {type(error).__name__}: {error}; {fix}") from error
-
-
 def _build(name: str, build: Callable[[], nn.Module]) -> nn.Module:
     """Build a library's model, unless it is too large for memory: a killed process explains nothing."""
     try:
@@ -144,7 +126,7 @@ def _build(name: str, build: Callable[[], nn.Module]) -> nn.Module:
             f"memory ({memory / 1e9:.0f} GB here); inspect a smaller one of the same kind, with fewer layers or "
             "narrower, by path/to/file.py:function"
         )
-    with _explained(f"{name} could not be built", "try another model, or another version of its library"):
+    with explained(f"{name} could not be built", "try another model, or another version of its library"):
         return build()
 
 
@@ -188,7 +170,7 @@ def _from_transformers(name: str, shapes: tuple[Shape, ...]) -> tuple[nn.Module,
     transformers = _package("transformers")
     full = f"hf:{name}"
     _known("hf", name, transformers.CONFIG_MAPPING.keys())
-    with _explained(f"{full} has no default configuration", "try another type"):
+    with explained(f"{full} has no default configuration", "try another type"):
         config = transformers.AutoConfig.for_model(name)
     config.use_cache = False  # a cache among the outputs is not what is asked about
     model = _build(full, lambda: transformers.AutoModel.from_config(config))
@@ -227,55 +209,29 @@ def _tokens_or_pixels(full: str, model: Any, config: Any, shapes: tuple[Shape, .
     return inputs
 
 
-def _from_file(path: Path, factory: str, shapes: tuple[Shape, ...]) -> tuple[nn.Module, Any]:
-    if not path.is_file():
-        near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.py")], 3)
-        names = " or ".join(str(path.with_name(f"{close}.py")) for close in near)
-        hint = f"did you mean {names}?" if near else "check the path"
-        raise TorchgrowError(f"there is no file {path}; {hint}")
-    if not factory:
-        raise TorchgrowError(f"{path} needs the name of a function that returns the model: {path}:build")
-    full, file = f"{path}:{factory}", str(path.resolve())
-    with _explained(f"{path} failed", "run it with python until it passes", file):
-        module = _executed(path)
-    made = vars(module).get(factory)
+def _from_file(name: str, shapes: tuple[Shape, ...]) -> tuple[nn.Module, Any]:
+    made, inputs = made_in(name, "the model"), None
+    path, _, function = name.rpartition(":")
     if not callable(made):
-        own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
-        there = difflib.get_close_matches(factory, own, 3) or [key for key in own if callable(vars(module)[key])]
-        what = "defines no" if made is None else "has no callable"
-        hint = f"did you mean {' or '.join(f'{path}:{close}' for close in there[:3])}?" if there else "define one there"
-        raise TorchgrowError(f"{path} {what} {factory!r}; {hint}")
-    inputs: Any = None
+        raise TorchgrowError(f"{path} has no callable {function!r}; name a function that returns the model")
     if not isinstance(made, nn.Module):  # a model that stands in the file ready made is as good
-        with _explained(f"{full} failed", "it is called without arguments and must return the model", file):
+        file = str(Path(path).resolve())
+        with explained(f"{name} failed", "it is called without arguments and must return the model", file):
             made = made()
     if isinstance(made, tuple) and len(made) == 2:
         made, inputs = made
     if not isinstance(made, nn.Module):
         raise TorchgrowError(
-            f"{full} returned {type(made).__name__}; return a torch.nn.Module, or (module, example_inputs)"
+            f"{name} returned {type(made).__name__}; return a torch.nn.Module, or (module, example_inputs)"
         )
     if shapes:
         inputs = _images(shapes, ())
     if inputs is None:
         raise TorchgrowError(
-            f"no inputs are known for {full}; give their shape with --input 1x3x224x224, or return (model, "
+            f"no inputs are known for {name}; give their shape with --input 1x3x224x224, or return (model, "
             "example_inputs)"
         )
     return made, inputs
-
-
-def _executed(path: Path) -> Any:
-    """The module in a file, run as ``python file.py`` would find its neighbours, but not as ``__main__``."""
-    name = f"_torchgrow_inspected_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path.resolve())
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up there
-    sys.path.insert(0, str(path.resolve().parent))
-    spec.loader.exec_module(module)
-    return module
 
 
 _LIBRARIES: dict[str, Callable[[str, tuple[Shape, ...]], tuple[nn.Module, Any]]] = {

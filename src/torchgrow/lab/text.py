@@ -49,6 +49,15 @@ class TextData:
     source: str
     metric: Metric = PERPLEXITY
 
+    @property
+    def device(self) -> torch.device:
+        """Where the texts are, and so where networks train."""
+        return self.train.device
+
+    def to(self, device: torch.device) -> "TextData":
+        """The same texts on a device."""
+        return replace(self, **{split: getattr(self, split).to(device) for split in _SPLITS})
+
     def example(self) -> Tensor:
         """A small batch to trace a network on, int64 ``[2, steps]``."""
         return self.train[: 2 * self.steps].view(2, self.steps)
@@ -90,7 +99,7 @@ class TextData:
         samples = (len(self.train) - 1) // self.steps
         inputs, targets = (self.train[i : i + samples * self.steps].view(samples, self.steps) for i in (0, 1))
         for index in torch.randperm(samples, generator=shuffle)[: steps * batch_size].split(batch_size):
-            yield inputs[index], targets[index]
+            yield inputs[index.to(self.device)], targets[index.to(self.device)]
 
     def test_batches(self, split: str = "valid") -> Iterator[tuple[Tensor, Tensor]]:
         """All of the validation or test text in order, in columns; the last batch may be shorter.

@@ -5,17 +5,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from torchgrow import Cost, Event, Grower, TorchgrowError, guard_, measure
+from torchgrow import Cost, Event, Grower, Method, TorchgrowError, guard_, measure
 from torchgrow.lab import processes
 from torchgrow.lab.checkpoints import Checkpoints, Progress
 from torchgrow.lab.data import Data, train_steps
+from torchgrow.lab.data import load as load_data
 from torchgrow.lab.metrics import ACCURACY
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.text import TextData
@@ -50,6 +53,8 @@ class Epoch:
         born: units that came in for the first time.
         regrown: units that came back.
         detached: units that left.
+        updates: for every update of the epoch, after how many ``epochs`` it came, and the ``params``, ``flops``,
+            ``widths`` and ``depths`` it led to; empty for a network that does not grow.
     """
 
     network: str
@@ -70,6 +75,23 @@ class Epoch:
     born: int = 0
     regrown: int = 0
     detached: int = 0
+    updates: list[dict[str, Any]] = field(default_factory=list)
+
+
+def make_network(
+    build: Callable[..., nn.Module], width: float, device: torch.device, *, meta: bool = False
+) -> nn.Module:
+    """A network on the device, with weights drawn on the CPU, the same for every device.
+
+    Args:
+        build: as in `Recipe`.
+        width: its argument.
+        device: where it is put.
+        meta: leave it on the meta device, for a grower to bring to life where its example inputs are.
+    """
+    with torch.device("meta" if meta else "cpu"):
+        model = build(width)
+    return model if meta else model.to(device)
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -123,11 +145,66 @@ def _factor(recipe: Recipe, steps: int, step: int) -> float:
     return min(1.0, (total - step) / falling)
 
 
+def with_data(
+    recipe: Recipe,
+    console: Console,
+    folder: Path | None,
+    *,
+    download: bool = False,
+    held_out: bool = False,
+    device: torch.device | None = None,
+) -> tuple[Recipe, Data]:
+    """The data, on the device, and the recipe with networks that fit it."""
+    data = load_data(
+        recipe.dataset,
+        folder=folder,
+        download=download,
+        subset=recipe.subset,
+        steps=recipe.steps,
+        side=recipe.side,
+        held_out=held_out,
+    ).to(device or torch.device("cpu"))
+    if isinstance(data, TextData):
+        console.print(
+            f"Text: {data.source}; {len(data.train):,} words to train on, a vocabulary of {len(data.vocabulary):,}",
+            soft_wrap=True,
+        )
+        if recipe.channels_last:
+            raise TorchgrowError("a text has no channels; leave --channels-last out")
+        return recipe.with_words(len(data.vocabulary)), data
+    if recipe.dataset == "imagefolder":
+        most = max(int(images.labels.max()) for images in (data.train, data.test))  # a subset may lack a class
+        recipe = recipe.with_classes(1 + most)
+    return recipe, replace(data, channels_last=recipe.channels_last)
+
+
 def example(model: nn.Module, data: Data) -> tuple[Any, dict[int | str, int | str] | None]:
     """What to trace ``model`` on, and what it carries from call to call; None for a network without a state."""
     x = data.example()
     carried = getattr(model, "carried", None)
     return ((x, model.start(len(x))) if carried else x), carried  # type: ignore[operator]
+
+
+PAPER_STEPS = 62_400
+"""Of the paper's CIFAR-10 runs: 160 epochs of 390 steps, to which its constants belong."""
+
+
+def far_from_paper(recipe: Recipe, steps: int) -> str:
+    """A warning where the paper's literal controller runs on a schedule far shorter than its own, else "".
+
+    Args:
+        recipe: its preset decides.
+        steps: of an epoch.
+    """
+    total = steps * recipe.epochs
+    if Method.named(recipe.preset, layers=recipe.depth).controller != "pressure" or 2 * total >= PAPER_STEPS:
+        return ""
+    return (
+        f"Warning: preset {recipe.preset!r} takes the paper's constants literally; they belong to {PAPER_STEPS:,} "
+        f"steps. With the {total:,} of this run it was seen to swing and to end far below other networks "
+        "(docs/results.md). "
+        "Use preset default, or as many steps (--scale full)."
+    )
 
 
 def make_grower(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, recipe: Recipe) -> Grower:
@@ -211,6 +288,7 @@ def fit(
             seconds += time.perf_counter() - start
             fields |= {"pressure": event.pressure, "temperature": event.temperature}
             fields |= dict(zip(("born", "regrown", "detached"), _added(progress.changes, event), strict=True))
+            fields["updates"] = [*progress.updates, _structure(grower, float(epoch))]
         yield Epoch(
             network=network,
             epoch=epoch,
@@ -279,7 +357,7 @@ class _Run:
             self.generator.set_state(progress.sampler)
         if not progress.step:
             lr = float(self.optimizer.param_groups[0]["lr"])
-            progress = replace(progress, sampler=self.generator.get_state(), lr=lr, changes=(0, 0, 0))
+            progress = replace(progress, sampler=self.generator.get_state(), lr=lr, changes=(0, 0, 0), updates=[])
         between = _updates_within(recipe, steps) if progress.epoch <= recipe.epochs else set()
         net, cost, start = self.net(), self.cost(), time.perf_counter()
         batches = enumerate(processes.shares(_batches(self.model, self.data, recipe, self.generator)), start=1)
@@ -294,6 +372,8 @@ class _Run:
             self.on_step(step, steps)
             if grower and step in between:
                 changes = _added(changes, grower.update())
+                at = progress.epoch - 1 + step / steps
+                progress = replace(progress, updates=[*progress.updates, _structure(grower, at)])
                 net, cost = self.net(), self.cost()
                 state = grower.carry(state) if state is not None else None
             progress = replace(
@@ -317,6 +397,13 @@ class _Run:
 def _added(changes: tuple[int, int, int], event: Event) -> tuple[int, int, int]:
     """Units born, regrown and detached, with one more update."""
     return changes[0] + event.born, changes[1] + event.regrown, changes[2] + event.detached
+
+
+def _structure(grower: Grower, epochs: float) -> dict[str, Any]:
+    """The structure after an update, as in `Epoch.updates`."""
+    cost = grower.cost()
+    depths = grower.depths()
+    return {"epochs": epochs, "params": cost.params, "flops": cost.flops, "widths": grower.widths(), "depths": depths}
 
 
 def extent(model: nn.Module, data: Data, recipe: Recipe) -> tuple[int, int]:

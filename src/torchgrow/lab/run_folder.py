@@ -1,0 +1,163 @@
+"""The folder of a run: whole or not there at all, and one process at a time."""
+
+import errno
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torchgrow import TorchgrowError
+from torchgrow.lab.train import Epoch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+LOCK = "lock"
+
+
+class RunFolder:
+    """A folder that has its name only once it is whole; until then it is called ``<name>.partial``.
+
+    As a context manager it renames the folder at the end, unless an exception passed through: then what was
+    written so far stays in the partial folder, readable, with the reason in ``stopped.txt``.
+
+    Args:
+        out: the folder to end up with.
+        resume: go on in the partial folder that is there, instead of making one.
+
+    Raises:
+        TorchgrowError: it exists already, finished or partial; or with ``resume``, there is nothing to go on with, or
+            another process is at it.
+    """
+
+    def __init__(self, out: Path, resume: bool = False) -> None:
+        self.out = out
+        self.path = out.with_name(out.name + ".partial")
+        if out.exists():
+            raise TorchgrowError(
+                f"{out} is finished; there is nothing to go on with"
+                if resume
+                else f"{out} exists already and is not overwritten; choose another --out, or move it away first"
+            )
+        if resume and not (self.path / "config.json").exists():
+            raise TorchgrowError(f"{self.path} is not a run that was stopped: it has no config.json")
+        try:
+            self.path.mkdir(parents=True, exist_ok=resume)
+        except FileExistsError:
+            raise TorchgrowError(
+                f"{self.path} is what an earlier run left when it was stopped, or a run that still goes on; "
+                f"go on with it (torchgrow run --resume {out}), look through it and delete it, or choose another --out"
+            ) from None
+        except OSError as error:
+            raise TorchgrowError(f"{self.path} cannot be made: {error.strerror}; choose another --out") from error
+        self._lock = lock(self.path)
+        if resume:
+            (self.path / "stopped.txt").unlink(missing_ok=True)
+            for left in self.path.glob(".*"):  # half of a file or folder that was being written
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.path.rename(self.out)
+            (self.out / LOCK).unlink(missing_ok=True)
+            shutil.rmtree(self.out / "checkpoints", ignore_errors=True)  # the network has been saved
+        else:
+            (self.path / "stopped.txt").write_text(f"{type(error).__name__}: {error}\n")
+        os.close(self._lock)
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write ``value`` to the file ``name``, which holds it whole or not at all."""
+        half = self.path / f".{name}"
+        with half.open("w") as file:
+            file.write(json.dumps(value, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        half.replace(self.path / name)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """What `write_json` wrote to the file ``name``; empty if it is not there."""
+        try:
+            value = json.loads((self.path / name).read_text()) if (self.path / name).exists() else {}
+            if isinstance(value, dict):
+                return value
+        except (OSError, ValueError, RecursionError):
+            pass
+        raise TorchgrowError(f"{self.path / name} is damaged; the run cannot go on, start it anew")
+
+    def epochs(self, network: str | None = None) -> list[Epoch]:
+        """Whole lines of ``metrics.jsonl``: of all networks, or of one."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        try:
+            records = [Epoch(**json.loads(line)) for line in lines if line.endswith("\n")]
+        except (ValueError, TypeError) as error:
+            raise TorchgrowError(f"{path} is damaged: {error}; the run cannot go on, start it anew") from error
+        return [record for record in records if network in (None, record.network)]
+
+    def append(self, record: Epoch) -> None:
+        """Add a line to ``metrics.jsonl``; it is on disk when this returns.
+
+        Lines of this or a later epoch of the same network go: a run that was stopped has written them after the
+        checkpoint from which it goes on.
+        """
+        path, before = self.path / "metrics.jsonl", self.epochs()
+        kept = [r for r in before if r.network != record.network or r.epoch < record.epoch]
+        half = self.path / ".metrics.jsonl"
+        with half.open("w") as file:
+            file.writelines(json.dumps(asdict(r)) + "\n" for r in (*kept, record))
+            file.flush()
+            os.fsync(file.fileno())
+        half.replace(path)
+
+
+def lock(path: Path) -> int:
+    """Keep other processes off a folder until the handle is closed or this process ends, however it ends.
+
+    The lock is on a file in it, not on the folder, which is locked for a moment whenever a network is saved there.
+    """
+    handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT)
+    if fcntl is not None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(handle)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise TorchgrowError(f"another process is running in {path}; wait for it, or stop it first") from None
+            return os.open(path / LOCK, os.O_RDWR | os.O_CREAT)  # a file system without locks
+    return handle
+
+
+class Onlooker(RunFolder):
+    """The run folder as processes other than the first have it: they write nothing."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.path = out, out.with_name(out.name + ".partial")
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to put in order."""
+
+    def write_json(self, name: str, value: object) -> None:
+        """Process 0 does."""
+
+    def append(self, record: Epoch) -> None:
+        """Process 0 does."""
+
+
+def default_out(name: str) -> Path:
+    """``runs/<name>``, or the first of ``runs/<name>-2``, ``-3`` and so on that no run has taken."""
+    for number in range(1, 10_000):
+        out = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        if not out.exists() and not out.with_name(out.name + ".partial").exists():
+            return out
+    raise TorchgrowError("runs/ is full; choose a folder with --out")
