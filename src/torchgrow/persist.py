@@ -303,7 +303,7 @@ def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module])
     try:
         adapt_(frame, [names.get(modules[path], path) if path in modules else path for path in structure["adapted"]])
     except TorchgrowError as error:
-        raise SavedModelError(f"{source / STRUCTURE}: {error}") from error
+        raise SavedModelError(f"{source / STRUCTURE} names a module without its adapter: {error}") from error
     wholes = {(path, name): get(modules[path], name) or 0 for path, name in attributes}
     shapes = {name: tuple(own[name].shape) for name in own if name in kept or name.startswith(below)}
     materialise_(frame, {name: tensor for name, tensor in own.items() if tensor.is_meta}, lambda name: tensors[name])
