@@ -58,6 +58,10 @@ Depth = Annotated[bool | None, typer.Option(help="Grow layers too. Default: the 
 Then = Annotated[int | None, typer.Option(help="Epochs after growth, with the schedule anew.")]
 Shortcut = Annotated[str | None, typer.Option(help="Shortcuts of a ResNet: A (padding) or B (1x1).")]
 Size = Annotated[str | None, typer.Option(help="Size of the LSTM: small, medium or large.")]
+Lr = Annotated[float | None, typer.Option(help="Learning rate. Default: the recipe's.")]
+Schedule = Annotated[
+    str | None, typer.Option(help=f"Of the learning rate: {', '.join(names.SCHEDULES)}. Default: the recipe's.")
+]
 Precision = Annotated[str | None, typer.Option(help=_PRECISION_HELP)]
 Layout = Annotated[bool | None, typer.Option("--channels-last/--contiguous", help=_LAYOUT_HELP)]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the recipe's.")]
@@ -128,6 +132,8 @@ def run(
     then: Then = None,
     shortcut: Shortcut = None,
     size: Size = None,
+    lr: Lr = None,
+    schedule: Schedule = None,
     precision: Precision = None,
     channels_last: Layout = None,
     beside: Annotated[str | None, typer.Option(help=f"{_BESIDE_HELP} Default: dense uniform.")] = None,
@@ -146,6 +152,7 @@ def run(
     with _clean_exit(Console(stderr=True)):
         edits: dict[str, Any] = {"subset": subset, "epochs": epochs, "seed": seed, "preset": preset, "threads": threads}
         edits |= {"depth": depth, "then": then, "precision": precision, "channels_last": channels_last}
+        edits |= {"lr": lr, "schedule": schedule}
         if resume is not None:
             given = [*edits.values(), out, budget, shortcut, size, scale, checkpoint_every, beside]
             if any(value is not None for value in given) or download or not twins or recipe != "digits":
@@ -194,6 +201,8 @@ def _variant(
         chosen = recipes.with_size(chosen, size)
     if scale:
         chosen = recipes.with_scale(chosen, scale)
+    if edits["schedule"] == "milestones":
+        edits["warmup"] = 0.0  # which is theirs
     chosen = replace(chosen, **{field: value for field, value in edits.items() if value is not None})
     return recipes.with_shortcut(chosen, shortcut) if shortcut else chosen
 
@@ -222,6 +231,8 @@ def compare(
     then: Then = None,
     shortcut: Shortcut = None,
     size: Size = None,
+    lr: Lr = None,
+    schedule: Schedule = None,
     precision: Precision = None,
     channels_last: Layout = None,
     device: Device = "auto",
@@ -237,7 +248,7 @@ def compare(
     with _clean_exit(Console(stderr=True)):
         budgets = [Budget.read(text) for text in budget or []]
         edits: dict[str, Any] = {"subset": subset, "epochs": epochs, "threads": threads, "depth": depth, "then": then}
-        edits |= {"precision": precision, "channels_last": channels_last}
+        edits |= {"precision": precision, "channels_last": channels_last, "lr": lr, "schedule": schedule}
         chosen = _variant(recipe, edits, size=size, scale=scale, shortcut=shortcut, device=device)
         from torchgrow.lab import compare as lab_compare
 

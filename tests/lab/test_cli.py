@@ -104,6 +104,12 @@ def test_options_reach_the_recipe(ran, tmp_path):
     assert (keywords["download"], keywords["beside"]) == (True, ())
 
 
+def test_rate_and_schedule(ran):
+    assert invoke("run", "--lr", "0.3", "--schedule", "wsd").exit_code == 0
+    assert invoke("run", "--schedule", "milestones").exit_code == 0
+    assert [(r.lr, r.schedule, r.warmup) for r, _ in ran] == [(0.3, "wsd", 0.1), (0.1, "milestones", 0.0)]
+
+
 def test_layout_of_images(ran):
     assert invoke("run", "--channels-last").exit_code == 0
     assert ran[0][0].channels_last

@@ -159,7 +159,7 @@ def summary(folder: Path) -> str:
 def options(config: Row) -> str:
     """The options of `torchgrow compare` that give this configuration, but for methods, seeds and budgets."""
     recipe, shortcut = recipes.get(config["name"]).as_json(), config["model_arguments"].get("shortcut")
-    fields = ("subset", "epochs", "precision", "threads", "then")
+    fields = ("subset", "epochs", "lr", "schedule", "precision", "threads", "then")
     given = [f" --{field} {config[field]}" for field in fields if config[field] != recipe[field]]
     given += [" --channels-last"] * config.get("channels_last", False)
     if shortcut != recipe["model_arguments"].get("shortcut"):
