@@ -87,7 +87,7 @@ class Package:
             case ast.Name(id=name) if deep and function is not None:
                 values = self._passed(name, function) + [(v, function) for v in self._assigned(name, function)]
                 found = [text for value, f in values for text in self._texts(value, f, deep - 1)]
-                return [text for text in found if text] or [ANY]
+                return [text for text in found if letters(text)] or [ANY]
         return [ANY]
 
     def _passed(self, name: str, function: ast.FunctionDef) -> list[tuple[ast.expr, ast.FunctionDef | None]]:
