@@ -13,11 +13,10 @@ from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from .advice import Course, course, summary, warn_if_trained
 from .budget import check_feasible, fit, largest_shift, pressure, shed
-from .calling import Carries
+from .calling import Carries, examples_of
 from .cost import Cost, CostModel
 from .depth import Named
 from .distributed import Ranks
@@ -26,6 +25,8 @@ from .fold import Fold, Folding, attached
 from .guard import guard_
 from .indicators import Indicators, Method
 from .limits import Budget, Limits
+from .opening import mapped
+from .opening import tensors as tensors_in
 from .optimizers import check_optimizers, first_rate, optimizers_of, peak_rate, present_rate, untrained_hint
 from .proof import prove, trace
 from .record import Growth, growths, recorded
@@ -53,7 +54,8 @@ class Grower(Saved):
             say) is lost there: write it into a `reset_parameters` of the modules.
         optimizer: the optimizer that trains it, or a list of several; their state is re-cut with the parameters.
             With several, the indicators move once all that hold gates have stepped, and follow the first one's rate.
-        example_inputs: a small batch for tracing: a tensor, a tuple, or a dict of keywords.
+        example_inputs: a small batch for tracing: a tensor, a tuple, or a dict of keywords; or a list of several such
+            examples, for forwards that take other ways on other inputs, or other arguments in training.
         budget: what the final network may cost; it is never above and no removable unit still fits under it.
         updates: T, the number of updates in the run. The structure is final from update T-1 on.
         preset: "default" (grow evenly beyond the budget, then prune the least worth of every group), "paper"
@@ -124,7 +126,7 @@ class Grower(Saved):
         self._ranks = Ranks()
         self._ranks.agree(lambda: self._decided(None))
         self._ranks.share([tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta])
-        device = next(x.device for x in tree_leaves(example_inputs) if isinstance(x, Tensor))
+        device = tensors_in(examples_of(example_inputs)[0])[0].device
         self._bank = Bank(model, self.space, seed=seed, device=device, layouts=layouts)
         self._bank.growth = Growth(updates)
         self._parameters = dict(model.named_parameters())
@@ -391,7 +393,7 @@ class Grower(Saved):
                 "no state was declared; construct Grower(..., example_inputs=(x, state), carried={1: 1}) for a model "
                 "called as out, state = model(x, state)"
             )
-        tensors = [x for x in tree_leaves(state) if isinstance(x, Tensor)]
+        tensors = tensors_in(state)
         if len(tensors) != len(carried):
             raise StructureError(
                 f"the state holds {len(tensors)} tensors, but {len(carried)} were declared as carried; pass the whole "
@@ -406,7 +408,7 @@ class Grower(Saved):
                         "before the last update; call carry once after every update, with what the model returned last"
                     )
         cut = iter([recut(x, place.units, old, new) for x, place in zip(tensors, carried, strict=True)])
-        return tree_map(lambda x: next(cut) if isinstance(x, Tensor) else x, state)
+        return mapped(state, lambda x: next(cut), "the state")
 
     def _within(self, planned: Tensor) -> tuple[float, Tensor]:
         """The structure for a planned cost (int64 [2]), and the shift of all indicators that gives it."""
@@ -573,7 +575,7 @@ def measure(model: nn.Module, example_inputs: Any) -> Cost:
 
     Args:
         model: any plain module.
-        example_inputs: a small batch: a tensor, a tuple, or a dict of keywords.
+        example_inputs: a small batch: a tensor, a tuple, or a dict of keywords; of a list of them the first counts.
 
     Raises:
         TraceError: the model cannot be run on the inputs.
