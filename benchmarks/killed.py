@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 import torchgrow
+import torchgrow.exchange
 import torchgrow.files
-import torchgrow.surgery
 from torchgrow import Grower
 from torchgrow.files import pack
 from torchgrow.lab import run, train
@@ -100,7 +100,7 @@ def child(out: Path, state: Path, aim: str, call: int) -> None:
     within("checkpoint", run.Checkpoints, "save")
     within("evaluation", train, "evaluate")
     if aim == "update":
-        deadly(torchgrow.surgery, "replace_")
+        deadly(torchgrow.exchange, "writes")
     if aim == "checkpoint":
         for owner, function in ((os, "fsync"), (os, "close"), (Path, "rename"), (torchgrow.files, "save_file")):
             deadly(owner, function)

@@ -1,6 +1,8 @@
 """What the tests of growing share: small runs, and everything of a run that can be compared."""
 
 import copy
+import os
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -106,6 +108,38 @@ def differences(a: Any, b: Any, at: str = "") -> list[str]:
         return [d for n in names for d in differences(a.get(n), b.get(n), f"{at}/{n}")]
     equal = torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b) and a == b
     return [] if equal else [at]
+
+
+def failing(error: BaseException, call: int, original: Any) -> Any:
+    """A function that fails at one of its calls, and only once."""
+    count = 0
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == call:
+            raise error
+        return original(*args, **kwargs)
+
+    return wrapper
+
+
+def breaking(call: int, error: BaseException | int) -> Callable[[Iterable[Any]], None]:
+    """In place of `torchgrow.exchange.run`: once, before its call of that index, an error or a signal comes."""
+    waiting = True
+
+    def run(calls: Iterable[Any]) -> None:
+        nonlocal waiting
+        calls = list(calls)
+        for number, one in enumerate(calls):
+            if waiting and number in (call, call + len(calls)):
+                waiting = False
+                if not isinstance(error, int):
+                    raise error
+                os.kill(os.getpid(), error)
+            one()
+
+    return run
 
 
 def step_both(grower: Grower, oracle: Eq6, live: Tensor, literal: Tensor, penalty: float) -> None:

@@ -130,7 +130,7 @@ def layers() -> list[dict[str, Tensor]]:
 def message(act: Callable[[], Any]) -> str:
     try:
         act()
-    except TorchgrowError as error:
+    except (TorchgrowError, SystemExit) as error:
         return str(error)
     return "no error"
 
@@ -185,6 +185,25 @@ def one_fails() -> list[Any]:
     train(net, grower, STEPS)
     grower.update()
     return [said, len(grower.history)]
+
+
+def one_leaves() -> list[Any]:
+    """A SystemExit comes in an update of rank 1, as from a handler of SIGTERM; both go on."""
+    torch.manual_seed(0)
+    grower = make(Plain().double())
+    net = grower.wrap()
+    train(net, grower, 0)
+    if rank() == 1:
+        grower._planned = leave  # type: ignore[method-assign]
+    said = message(grower.update)
+    vars(grower).pop("_planned", None)
+    train(net, grower, STEPS)
+    grower.update()
+    return [said, len(grower.history)]
+
+
+def leave(number: int) -> Tensor:
+    raise SystemExit(f"terminated in update {number}")
 
 
 def old_wrapper() -> list[str]:

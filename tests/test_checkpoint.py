@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import torchgrow.exchange
 import torchgrow.files
 import torchgrow.surgery
 from damage import damage, reseal
-from growing import batch, differences, everything, make, run, sgd, train
+from growing import batch, breaking, differences, everything, failing, make, run, sgd, train
 from lookalikes import Prodigy, SlowWeights
 from oracle import SmallResNet
 from torchgrow import Budget, Grower, SavedModelError, TorchgrowError, TrainingError, load_checkpoint, save_checkpoint
@@ -481,10 +482,9 @@ def test_another_optimizer_is_refused(state: dict[str, Any]) -> None:
 
 
 LOADING = [
-    *[(torchgrow.surgery, "replace_", call) for call in (1, 5)],
-    (torchgrow.surgery.Change, "apply", 1),
+    (torchgrow.surgery.Change, "into", 1),
     (torchgrow.grower.Fold, "factors", 1),
-    *[(nn.Module, "__setattr__", call) for call in (1, 4)],
+    *[(torchgrow.exchange, "run", call) for call in (0, 1, 5, 20, 40, -40, -20, -1)],
 ]
 
 
@@ -499,17 +499,10 @@ def test_a_failed_load_changes_nothing(
     other: tuple[Grower, dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (grower, before), original, count = other, getattr(owner, name), 0
-
-    def failing(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == call:
-            raise error
-        return original(*args, **kwargs)
-
+    grower, before = other
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, failing)
+        within = name == "run"
+        patch.setattr(owner, name, breaking(call, error) if within else failing(error, call, getattr(owner, name)))
         with pytest.raises(type(error)):
             grower.load_state_dict(state)
     assert differences(before, everything(grower)) == []

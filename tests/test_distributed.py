@@ -31,6 +31,7 @@ SCENARIOS = [
     ranks.rates_differ,
     ranks.calls_differ,
     ranks.one_fails,
+    ranks.one_leaves,
     ranks.old_wrapper,
     ranks.alone_in_an_update,
 ]
@@ -113,6 +114,14 @@ def test_one_failure_ends_the_update_for_all_and_all_can_go_on(two: Results) -> 
     (here, events), (there, _) = (found["one_fails"] for found in two)
     assert here == "rank 1 failed in this update, for the reason given there; nothing was changed on any rank"
     assert there.startswith("the last optimizer.step() did not finish")
+    assert events == 2
+
+
+def test_one_that_leaves_ends_the_update_for_all(two: Results) -> None:
+    """An exception that is no Exception is told the others too: they do not wait for half an hour."""
+    (here, events), (there, _) = (found["one_leaves"] for found in two)
+    assert here == "rank 1 failed in this update, for the reason given there; nothing was changed on any rank"
+    assert there == "terminated in update 1"
     assert events == 2
 
 

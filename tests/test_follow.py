@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import torchgrow.surgery
-from growing import batch, differences, everything, make, run, sgd, train
+import torchgrow.exchange
+from growing import batch, breaking, differences, everything, make, run, sgd, train
 from oracle import SmallResNet, TwoLayers
 from torchgrow import Budget, Grower, Method, StructureError, TorchgrowError, save
 from torchgrow.persist import load
@@ -131,25 +131,16 @@ def test_several_followers_and_a_saved_one(tmp_path: Any) -> None:
         grower.follow(averages[0])
 
 
-@pytest.mark.parametrize("call", [1, 15, 23, 31])
+@pytest.mark.parametrize("call", [1, 45, 70, 85, -40, -1])
 def test_a_failed_update_leaves_network_and_followers_alone(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether it fails in the network's tensors or, the network changed already, in the follower's."""
+    """Whether it fails in the network's tensors or, the network changed already, in the follower's, or in the books."""
     grower = run(make("paper"), 4)
     average = averaged(grower.model)
     grower.follow(average)
     train(grower, 8)
     before, mine = everything(grower), copy.deepcopy(average.state_dict())
-    replace_, calls = torchgrow.surgery.replace_, 0
-
-    def failing(tensor: Tensor, new: Tensor) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise MemoryError("none left")
-        replace_(tensor, new)
-
     with monkeypatch.context() as patch:
-        patch.setattr(torchgrow.surgery, "replace_", failing)
+        patch.setattr(torchgrow.exchange, "run", breaking(call, MemoryError("none left")))
         with pytest.raises(MemoryError):
             grower.update()
     assert differences(before, everything(grower)) == []
@@ -157,6 +148,26 @@ def test_a_failed_update_leaves_network_and_followers_alone(call: int, monkeypat
     assert average.module.conv2.in_channels == grower.model.conv2.in_channels  # type: ignore[union-attr]
     grower.update()
     average.update_parameters(grower.model)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("call", [0, -2, -1])
+def test_a_follower_that_fails_to_be_cut_is_as_it_was(call: int, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole frame or a copy of the live network: shapes, contents, attributes; and it does not follow."""
+    frame = SmallResNet().double()
+    grower = run(make(), 3)
+    other = frame if whole else copy.deepcopy(grower.model)
+    before = copy.deepcopy({**other.state_dict(), "channels": other.conv2.in_channels, "names": sorted(vars(other))})
+    with monkeypatch.context() as patch:
+        patch.setattr(torchgrow.exchange, "run", breaking(call, MemoryError("none left")))
+        with pytest.raises(MemoryError):
+            grower.follow(other)
+    after = {**other.state_dict(), "channels": other.conv2.in_channels, "names": sorted(vars(other))}
+    assert differences(before, after) == []
+    assert grower._followers == grower._copies == []
+    grower.follow(other)
+    grower.update()
+    assert other.conv2.in_channels == grower.model.conv2.in_channels
 
 
 class Other(SmallResNet):

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import torchgrow.exchange
 import torchgrow.grower
 import torchgrow.store
-import torchgrow.surgery
-from growing import differences, everything, make, run, sgd, train
+from growing import breaking, differences, everything, failing, make, run, sgd, train
 from oracle import TwoLayers
 from torchgrow import (
     Bank,
@@ -35,29 +35,14 @@ RISING = "default:ramp=0.9,peak=1,settle=0"
 """Grows at every update but the last; where nothing changes, an update swaps nothing in that could fail."""
 
 
-def failing(error: BaseException, call: int, original: Any) -> Any:
-    """A function that fails at one of its calls, and only once."""
-    count = 0
-
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == call:
-            raise error
-        return original(*args, **kwargs)
-
-    return wrapper
-
-
 PLACES = [
-    *[(torchgrow.surgery, "replace_", call) for call in (1, 2, 9)],
+    *[(torchgrow.exchange, "run", call) for call in (0, 1, 2, 9, 40, -40, -10, -1)],
     *[(torchgrow.store, "scatter_", call) for call in (1, 5)],
     *[(torchgrow.store, "gather", call) for call in (1, 7)],
     (torchgrow.grower, "Fold", 1),
     (torchgrow.grower, "Event", 1),
-    *[(nn.Module, "__setattr__", call) for call in (4, 9)],
     (Bank, "stage", 1),
-    (Bank, "commit", 1),
+    (torchgrow.exchange.Exchange, "make", 1),
     (Fold, "factors", 1),
     (torchgrow.grower.CostModel, "cost", 1),
     (torchgrow.grower.Indicators, "advance", 1),
@@ -76,7 +61,8 @@ def test_a_failed_update_changes_nothing(
         train(one, 8)
     before = everything(grower)
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, failing(error, call, getattr(owner, name)))
+        within = name == "run"
+        patch.setattr(owner, name, breaking(call, error) if within else failing(error, call, getattr(owner, name)))
         with pytest.raises(type(error)):
             grower.update()
     assert differences(before, everything(grower)) == []
@@ -89,17 +75,8 @@ def test_a_failed_update_changes_nothing(
 def test_ctrl_c_while_swapping_in_waits_until_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """A real SIGINT in the middle of the swap: KeyboardInterrupt comes, after a whole update."""
     grower, undisturbed = run(make(RISING), 4), run(make(RISING), 4)
-    replace_, calls = torchgrow.surgery.replace_, 0
-
-    def interrupting(*args: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-        replace_(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(torchgrow.surgery, "replace_", interrupting)
+        patch.setattr(torchgrow.exchange, "run", breaking(50, signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             grower.update()
     undisturbed.update()
@@ -138,13 +115,7 @@ def copy_of_update(grower: Grower) -> dict[str, Any]:
 
 def test_ctrl_c_in_finish_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     grower = run(make(), 3)
-    remove = grower._folding.remove
-
-    def interrupting() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        remove()
-
-    monkeypatch.setattr(grower._folding, "remove", interrupting)
+    monkeypatch.setattr(torchgrow.exchange, "run", breaking(50, signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         grower.finish()
     assert grower.finished

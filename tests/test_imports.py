@@ -18,6 +18,7 @@ CORE, LAB = sorted(ROOT.glob("*.py")), sorted(ROOT.glob("lab/*.py"))
 ORDER = [
     "errors",
     "attributes",
+    "exchange",
     "space",
     "store",
     "record",

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from growing import batch, differences, everything, make, run, sgd, train
 from oracle import SmallResNet
-from torchgrow import Budget, Grower, Method
+from torchgrow import Budget, Grower, Method, StructureError, TraceError, TrainingError
 
 GROWN = Method(ramp=0.5, align=1, settle=0.0)
 
@@ -201,3 +201,109 @@ def test_early_stop(after: int) -> None:
         F.cross_entropy(model(x), target).backward()
         stepper.step()
     assert all(torch.equal(p, q) for p, q in zip(grower.model.parameters(), twin.parameters(), strict=True))
+
+
+# --- inference mode, conversions, memory formats ---
+
+
+def all_that_grows(model: nn.Module, x: Tensor) -> Grower:
+    """Construction, updates, a state taken and taken over; the network is called in between."""
+    grower = grow(model)
+    with torch.inference_mode(False):
+        average = copy.deepcopy(grower.model)
+    grower.follow(average)
+    grower.update()
+    grower.model.eval()(x)
+    grower.load_state_dict(grower.state_dict())
+    grower.update()
+    return grower
+
+
+def test_inference_mode_changes_nothing() -> None:
+    """Whatever is done inside it, the network trains on as if it had been done outside."""
+    torch.manual_seed(0)
+    x, model = batch(0)[0], SmallResNet().double()
+    plain = all_that_grows(copy.deepcopy(model), x)
+    with torch.inference_mode():
+        inside = all_that_grows(model, x.clone())
+        assert torch.is_inference_mode_enabled()
+    for grower in (plain, inside):
+        train(grower, 0, 3)
+        with torch.inference_mode(grower is inside):
+            grower.finish()
+        train(grower, 3, 2)
+    assert not any(tensor.is_inference() for tensor in inside.model.state_dict().values())
+    assert differences(everything(plain), everything(inside)) == []
+
+
+def test_a_model_made_in_inference_mode_is_refused() -> None:
+    with torch.inference_mode():
+        model = SmallResNet()
+    with pytest.raises(
+        TraceError, match=r"conv1\.weight was made under torch\.inference_mode\(\).* build the model outside"
+    ):
+        grow(model)
+
+
+def test_a_follower_made_in_inference_mode_is_refused() -> None:
+    grower = grow(SmallResNet().double())
+    with torch.inference_mode():
+        average = copy.deepcopy(grower.model)
+    with pytest.raises(StructureError, match=r"conv1\.weight was made under .* make the copy outside"):
+        grower.follow(average)
+
+
+def train_float(grower: Grower) -> None:
+    """A step in the model's present dtype."""
+    x, target = batch(1, next(grower.model.parameters()).dtype)
+    F.cross_entropy(grower.model(x), target).backward()
+    grower.optimizer.step()
+
+
+CONVERTED = (
+    r"is torch\.float64 on cpu now, but was torch\.float32 .* before Grower\(\.\.\.\) .*"
+    r"model\.to\('cpu', torch\.float32\)"
+)
+
+
+@pytest.mark.parametrize(
+    ("act", "error"), [(Grower.update, StructureError), (Grower.finish, StructureError), (train_float, TrainingError)]
+)
+def test_a_converted_model_is_told_and_can_go_on(act: Any, error: type[Exception]) -> None:
+    """`double()` after the grower was made: an update, the end and a step say so, and change nothing."""
+    torch.manual_seed(0)
+    grower = grow(SmallResNet())
+    grower.update()
+    grower.model.double()
+    shapes = [parameter.shape for parameter in grower.model.parameters()]
+    with pytest.raises(error, match=CONVERTED):
+        act(grower)
+    assert [parameter.shape for parameter in grower.model.parameters()] == shapes
+    grower.model.to("cpu", torch.float32)
+    grower.optimizer.zero_grad()
+    train_float(grower)
+    grower.update()
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_channels_last_weights_stay_so(late: bool) -> None:
+    """Converted before the grower or, at a width of one, after it; slots, and a state that is taken over, too."""
+    torch.manual_seed(0)
+    model = SmallResNet().double()
+    if not late:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    grower = grow(model, preset="default:ramp=0.5,peak=1,settle=0")
+    if late:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for epoch in range(4):
+        train(grower, 2 * epoch)
+        grower.update()
+    train(grower, 8)
+    grower.load_state_dict(grower.state_dict())
+    grower.update()
+    wide = [p for p in model.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+    assert len(wide) >= 2
+    for parameter in wide:
+        for tensor in (parameter, grower.optimizer.state[parameter]["momentum_buffer"]):
+            assert tensor.is_contiguous(memory_format=torch.channels_last)
+            assert not tensor.is_contiguous()

@@ -137,6 +137,11 @@ BOX = ("bank", "stem.weight", "box")
         ("default", put(None, "bank", "stem.weight", "box"), r"it must be all positions of a frame"),
         ("meta", put({"7": torch.tensor([0])}, "bank", "stem.weight", "box"), r"it must be positions of an axis"),
         (
+            "meta",  # 8 bytes that say they are 8 TB
+            put({"0": torch.tensor([0]).expand(10**12)}, "bank", "stem.weight", "box"),
+            r"it must be at most \d+ positions",
+        ),
+        (
             "meta",
             put({"0": torch.tensor([3, 1])}, "bank", "stem.weight", "box"),
             r"it must be rising positions below 6",

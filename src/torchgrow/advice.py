@@ -121,7 +121,7 @@ def warn_if_trained(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer
             'model anew; to start from all of it and shrink it, use preset="default:peak=100,ramp=0,hold=0.2". If it '
             "is meant so, silence this with warnings.filterwarnings('ignore', message='.*looks trained')",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

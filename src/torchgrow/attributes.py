@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -62,12 +63,21 @@ def get(module: nn.Module, name: str) -> int | None:
 
 
 def put(module: nn.Module, name: str, number: int) -> None:
-    """Set an attribute, or a place in one: the list or tuple is replaced by another, since modules may share it."""
-    place = PLACE.fullmatch(name)
-    if place is None:
-        setattr(module, name, number)
-        return
-    value = vars(module)[place[1]]
-    entries = list(value)
-    entries[int(place[2])] = number
-    setattr(module, place[1], tuple(entries) if isinstance(value, tuple) else entries)
+    """Set an attribute, or a place in one."""
+    for attribute, value in replaced(module, {name: number}).items():
+        setattr(module, attribute, value)
+
+
+def replaced(module: nn.Module, numbers: Mapping[str, int]) -> dict[str, Any]:
+    """New values of attributes some of whose places get other numbers: other lists, since modules may share them."""
+    found: dict[str, Any] = {}
+    for name, number in numbers.items():
+        place = PLACE.fullmatch(name)
+        if place is None:
+            found[name] = number
+            continue
+        value = found.get(place[1], vars(module)[place[1]])
+        entries = list(value)
+        entries[int(place[2])] = number
+        found[place[1]] = tuple(entries) if isinstance(value, tuple) else entries
+    return found

@@ -67,6 +67,11 @@ def check_model(model: nn.Module, example_inputs: Any) -> None:
     for name, tensor in tensors:
         if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
             raise TraceError(f"{name} is not materialised yet; run one forward pass before attaching torchgrow")
+        if tensor.is_inference():
+            raise TraceError(
+                f"{name} was made under torch.inference_mode(), so that nothing can train it or write into it; "
+                "build the model outside of it"
+            )
         if isinstance(tensor, nn.Parameter) and tensor.is_complex():
             raise TraceError(f"{name} is complex; keep real and imaginary part in two real parameters")
         if tensor.layout != torch.strided or tensor.is_quantized:

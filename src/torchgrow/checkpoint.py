@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from .errors import SavedModelError, TorchgrowError
+from .exchange import uninterrupted
 from .files import pack, read_folder, unpack, write_folder
 from .grower import Grower
 from .state import Field
-from .surgery import uninterrupted
 
 FORMAT = 2  # the first one for checkpoints; in numbers from 2 on, all folders carry checksums
 RECORD, TENSORS = "checkpoint.json", "checkpoint.safetensors"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import TorchgrowError
+from .exchange import Exchange
 
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits in an update for the others; rank 0 may be evaluating meanwhile."""
@@ -82,7 +83,7 @@ class Ranks:
         self.share(tensors)
         try:
             yield
-        except Exception:
+        except BaseException:
             if self._group is not None and not self._agreed:
                 self._compare(torch.zeros(1 + len(PARTS), dtype=torch.int64))
             raise
@@ -171,11 +172,11 @@ class Ranks:
         self._wrappers.add(wrapper)
         return wrapper
 
-    def invalidate(self) -> None:
-        """Every wrapper made so far hangs on gradients of the old shapes: none may be used again."""
+    def invalidate(self, exchange: Exchange) -> None:
+        """Have `exchange` forbid every wrapper made so far: it hangs on gradients of the old shapes."""
         for wrapper in self._wrappers:
-            wrapper.stale = True
-        self._wrappers.clear()
+            exchange.fields(wrapper, stale=True)
+        exchange.fields(self, _wrappers=weakref.WeakSet())
 
 
 class Wrapper(DistributedDataParallel):

@@ -17,8 +17,19 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .errors import TrainingError
+from .exchange import Exchange
 from .slots import Layout
 from .space import WHOLE, Space, live_positions
+
+
+def converted(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> str:
+    """What to say of a tensor that has another dtype or device than when the grower was made."""
+    return (
+        f"{name} is {tensor.dtype} on {tensor.device} now, but was {dtype} on {device} when Grower was made: raw "
+        "weights, optimizer slots and what sleeps still are. Convert or move the model before Grower(...) and its "
+        "optimizer are made, or after finish(), or use torch.autocast; to go on, call "
+        f"model.to({str(device)!r}, {dtype})"
+    )
 
 
 class Fold:
@@ -155,44 +166,52 @@ class Folding:
         self._sum: Tensor | None = None
         self.moved = False
 
-    def install(self, fold: Fold, factors: list[Tensor], copies: Mapping[tuple[str, str], Tensor]) -> None:
-        """Take over a new structure whose parameters already hold contents folded with `factors`.
+    def install(
+        self, exchange: Exchange, fold: Fold, factors: list[Tensor], copies: Mapping[tuple[str, str], Tensor]
+    ) -> None:
+        """Have `exchange` install a new structure whose parameters will hold contents folded with `factors`.
+
+        A step that did not finish is forgotten with the structure it was taken on.
 
         Args:
+            exchange: makes it.
             fold: of the structure.
             factors: see there.
             copies: raw contents of slots that are copies of gated weights, by parameter and key; folded likewise.
         """
-        self.fold = fold
         owner: dict[int, _Hooks] = {}
         for hooks in self._hooks:
             owner |= {id(p): hooks for group in hooks.optimizer.param_groups for p in group["params"]}
         owners = [owner.get(id(parameter), self._hooks[0]) for parameter in fold.parameters]
+        waiting = []
         for hooks in self._hooks:
             own = [hooks is other for other in owners]
             part = fold.part({name for name, mine in zip(fold.names, own, strict=True) if mine})
-            hooks.install(part, [factor for factor, mine in zip(factors, own, strict=True) if mine], copies)
-        self._wait()
+            own_factors = [factor for factor, mine in zip(factors, own, strict=True) if mine]
+            hooks.install(exchange, part, own_factors, copies)
+            if part.names:
+                waiting.append(hooks)
+        exchange.fields(self, fold=fold, _waiting=waiting, _sum=None)
 
     @property
     def taken(self) -> list[int]:
         """How many steps every optimizer took since `begin`."""
         return [hooks.taken for hooks in self._hooks]
 
-    def begin(self, taken: Sequence[int] | None = None, moved: bool = False) -> None:
-        """Count steps from 0, or go on from what a state says."""
-        self.moved = moved
+    def begin(self, exchange: Exchange, taken: Sequence[int] | None = None, moved: bool = False) -> None:
+        """Have `exchange` count steps from 0, or go on from what a state says."""
+        exchange.fields(self, moved=moved)
         for hooks, count in zip(self._hooks, taken or [0] * len(self._hooks), strict=True):
-            hooks.taken = count
+            exchange.fields(hooks, taken=count)
 
     def folded_with(self, gate: Tensor) -> bool:
         """Whether the weights are folded with just these gates, float64 [n], as they are."""
         return all(hooks.folded_with(gate) for hooks in self._hooks)
 
-    def attach(self) -> None:
-        """Put the hooks on, if they are not there."""
+    def attach(self, exchange: Exchange) -> None:
+        """Have `exchange` put the hooks on, if they are not there."""
         for hooks in self._hooks:
-            hooks.attach()
+            hooks.attach(exchange)
 
     def state_dict(self) -> dict[str, Any]:
         """Which optimizers have yet to step before the indicators move, what the others' steps gave, and all counts."""
@@ -200,15 +219,15 @@ class Folding:
         waiting = [hooks in self._waiting for hooks in self._hooks]
         return {"waiting": waiting, "sum": total, "taken": self.taken, "moved": self.moved}
 
-    def load_state(self, waiting: Sequence[bool], total: Tensor | None) -> None:
-        """Take over what `state_dict` said, once checked; after `install`."""
-        self._waiting = [hooks for hooks, still in zip(self._hooks, waiting, strict=True) if still]
-        self._sum = total
+    def load_state(self, exchange: Exchange, waiting: Sequence[bool], total: Tensor | None) -> None:
+        """Have `exchange` take over what `state_dict` said, once checked; after `install`."""
+        still = [hooks for hooks, waits in zip(self._hooks, waiting, strict=True) if waits]
+        exchange.fields(self, _waiting=still, _sum=total)
 
-    def remove(self) -> None:
-        """Take the hooks off; the model keeps its folded weights."""
+    def remove(self, exchange: Exchange) -> None:
+        """Have `exchange` take the hooks off; the model keeps its folded weights."""
         for hooks in self._hooks:
-            hooks.remove()
+            hooks.remove(exchange)
 
     def raw(self) -> dict[str, Tensor]:
         """Raw contents of the gated parameters, edits by others included.
@@ -254,7 +273,8 @@ class Folding:
 def attached(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a growing network already has its hooks on an optimizer."""
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
-    return any(isinstance(getattr(hook, "__self__", None), _Hooks) for hook in hooks)
+    found = [getattr(hook, "__self__", None) for hook in hooks]
+    return any(isinstance(one, _Hooks) and one._handles for one in found)
 
 
 class _Hooks:
@@ -280,32 +300,37 @@ class _Hooks:
         self._unfolded = False
         self._gradient: Tensor | None = None  # m dL/dm of the step under way; None if the step changes nothing
         self._lent: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, its own gradient, the optimizer's
-        self._handles: list[RemovableHandle] = []
-        self.attach()
+        self._handles: list[RemovableHandle] = []  # none: the hooks do nothing, wherever they are
 
-    def attach(self) -> None:
-        """Put the hooks on the optimizer, if they are not there."""
-        if not self._handles:
-            self._handles = [
-                self.optimizer.register_step_pre_hook(self._before),
-                self.optimizer.register_step_post_hook(self._after),
-            ]
+    def attach(self, exchange: Exchange) -> None:
+        """As `Folding.attach`, of this optimizer only."""
+        if self._handles:
+            return
+        before = self.optimizer.register_step_pre_hook(self._before)
+        after = self.optimizer.register_step_post_hook(self._after)
+        for handle, hook in ((before, self._before), (after, self._after)):
+            handle.remove()  # now it is known where the hook goes
+            exchange.put(_hooks_of(handle), handle.id, hook)
+        exchange.fields(self, _handles=[before, after])
 
-    def install(self, fold: Fold, factors: list[Tensor], copies: Mapping[tuple[str, str], Tensor]) -> None:
+    def install(
+        self, exchange: Exchange, fold: Fold, factors: list[Tensor], copies: Mapping[tuple[str, str], Tensor]
+    ) -> None:
         """As `Folding.install`, of this optimizer's parameters only."""
-        self.fold, self._factors = (fold if fold.names else None), factors
-        self._raw_copies = {place: raw for place, raw in copies.items() if place[0] in fold.names}
+        own = {place: raw for place, raw in copies.items() if place[0] in fold.names}
+        exchange.fields(self, fold=fold if fold.names else None, _factors=factors, _raw_copies=own)
+        exchange.fields(self, _unfolded=False, _gradient=None, _lent=[])
 
     def folded_with(self, gate: Tensor) -> bool:
         """As `Folding.folded_with`, of this optimizer's parameters only."""
         factors = self.fold.factors(gate) if self.fold is not None else []
         return all(map(torch.equal, factors, self._factors))
 
-    def remove(self) -> None:
-        """Take the hooks off."""
+    def remove(self, exchange: Exchange) -> None:
+        """As `Folding.remove`, of this optimizer only."""
         for handle in self._handles:
-            handle.remove()
-        self._handles = []
+            exchange.drop(_hooks_of(handle), handle.id)
+        exchange.fields(self, _handles=[])
 
     @torch.no_grad()
     def adopt_edits(self) -> None:
@@ -348,6 +373,8 @@ class _Hooks:
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Pre-step hook: unfold, now or, with a closure, as soon as it has computed the gradients."""
+        if not self._handles:
+            return None
         self.recover()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer itself
         if closure is None:
@@ -368,6 +395,9 @@ class _Hooks:
         fold = self.fold
         if fold is None:
             return
+        for name, parameter, raw in zip(fold.names, fold.parameters, fold.raw, strict=True):
+            if parameter.dtype != raw.dtype or parameter.device != raw.device:
+                raise TrainingError(converted(name, parameter, raw.dtype, raw.device))
         gradients = [parameter.grad for parameter in fold.parameters]
         gradient = fold.gate_gradient(gradients)
         scale = getattr(self.optimizer, "grad_scale", None)  # fused optimizers unscale inside step
@@ -421,3 +451,10 @@ class _Hooks:
             raw = self._raw_copies.setdefault(place, slot.clone())  # made by a step that failed
             torch.mul(raw, factor, out=slot)
         self._lent, self._gradient, self._unfolded = [], None, False
+
+
+def _hooks_of(handle: RemovableHandle) -> dict[int, Any]:
+    """Where the hook of a handle is, or was, by `handle.id`."""
+    hooks: dict[int, Any] | None = handle.hooks_dict_ref()
+    assert hooks is not None
+    return hooks

@@ -8,7 +8,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, SupportsIndex
 
 import torch
@@ -21,7 +21,8 @@ from .cost import Cost, CostModel
 from .depth import Named
 from .distributed import Ranks
 from .errors import BudgetError, OptimizerError, StructureError, TorchgrowError
-from .fold import Fold, Folding, attached
+from .exchange import Exchange, trainable
+from .fold import Fold, Folding, attached, converted
 from .guard import guard_
 from .indicators import Indicators, Method
 from .limits import Budget, Limits
@@ -34,7 +35,7 @@ from .replay import Couples, replay
 from .saved import Saved, forget_compiled
 from .space import WHOLE, Frozen, Place, Space, live_positions
 from .state import Event
-from .surgery import Bank, Change, recut, uninterrupted
+from .surgery import Bank, Change, named_tensors, recut
 from .watch import Watch, warn_idle
 
 log = logging.getLogger("torchgrow")
@@ -99,9 +100,22 @@ class Grower(Saved):
         self.model, self.budget, self.updates, self.seed = model, budget, updates, seed
         self.optimizers = optimizers_of(optimizer)
         _check_free(model, self.optimizers)
-        space = trace(model, example_inputs, freeze=freeze, couple=couple, carried=carried, depth=depth)
-        if not space.proven:  # a frame on the meta device
-            space = prove(model, space, example_inputs)
+        exchange = Exchange()
+        if isinstance(model, nn.Module):
+            exchange.remember(model)
+        try:
+            with trainable():
+                space = trace(model, example_inputs, freeze=freeze, couple=couple, carried=carried, depth=depth)
+                if not space.proven:  # a frame on the meta device
+                    space = prove(model, space, example_inputs)
+                self._attach(space, example_inputs, exchange)
+        except BaseException:
+            exchange.undo()
+            raise
+
+    def _attach(self, space: Space, example_inputs: Any, exchange: Exchange) -> None:
+        """Shrink the model to its seed; `exchange` can take all of it back."""
+        model, budget, updates, seed = self.model, self.budget, self.updates, self.seed
         layouts = check_optimizers(self.optimizers, model)
         self.optimizer = self.optimizers[0]
         self.space = _pin_untrained(space, _trained_names(model, self.optimizers))
@@ -124,13 +138,15 @@ class Grower(Saved):
             shift, _ = largest_shift(self._indicators.shifted(), self._costs, self.limits.tensor())
             self._indicators.hold_layers(shift)
         self._ranks = Ranks()
-        self._ranks.agree(lambda: self._decided(None))
+        self._ranks.agree(lambda: self._decided(None, self._indicators))
         self._ranks.share([tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta])
         device = tensors_in(examples_of(example_inputs)[0])[0].device
-        self._bank = Bank(model, self.space, seed=seed, device=device, layouts=layouts)
+        self._bank = Bank(model, self.space, seed=seed, device=device, layouts=layouts, exchange=exchange)
         self._bank.growth = Growth(updates)
         self._parameters = dict(model.named_parameters())
         self._watch = Watch(self.space, self.optimizers, self._parameters)
+        cut = {n: t for n, t in named_tensors(model).items() if n in self._parameters or n in self.space.cut_axes}
+        self._kinds = {name: (tensor.dtype, tensor.device) for name, tensor in cut.items()}
         self._gated = sorted({name for name, _ in self.space.fold})
         self._initial_lr = first_rate(self.optimizers[0])
         self._folding = Folding(layouts, self._step, lambda: self._indicators.gate)
@@ -146,11 +162,8 @@ class Grower(Saved):
         self.history: list[Event] = []
         self._seed_cost = self._costs.both(self._costs.live(self._indicators.seed_structure()))
         log.info("%s goes %s", type(model).__name__, self.course())
-        try:
-            self._change_to(self._indicators.seed_structure(), time.perf_counter(), shift=0.0)
-        except BaseException:
-            self._folding.remove()
-            raise
+        seed_structure = self._indicators.seed_structure()
+        self._change_to(seed_structure, self._indicators, time.perf_counter(), exchange=exchange)
 
     # --- what the user asks for ---
 
@@ -176,7 +189,7 @@ class Grower(Saved):
                 else "call finish() only when no update follows"
             )
             raise TorchgrowError(f"the run is over: update() was called {self.updates} times or finish() once; {end}")
-        with self._ranks.together(self._buffers()):
+        with trainable(), self._ranks.together(self._buffers()):
             self._check_trained()
             warn_idle(self.optimizers, self._folding.taken, self._folding.moved)
             return self._finish() if number >= self.updates else self._update(number)
@@ -194,7 +207,7 @@ class Grower(Saved):
             raise TorchgrowError(
                 "finish() was called before; the network is final, save it with torchgrow.save(model, folder)"
             )
-        with self._ranks.together(self._buffers()):
+        with trainable(), self._ranks.together(self._buffers()):
             self._check_trained()
             return self._finish()
 
@@ -212,6 +225,7 @@ class Grower(Saved):
         """
         return self._ranks.wrap(self.model, settings)
 
+    @trainable()
     def follow(self, module: nn.Module) -> None:
         """Let a second model of the same frame, such as a moving average, follow every change of structure.
 
@@ -238,11 +252,18 @@ class Grower(Saved):
         inner = getattr(module, "module", None)
         if isinstance(inner, nn.Module) and not module.state_dict().keys() & self._bank.tensors.keys():
             module = inner
-        follower = self._bank.follower(module)
-        guard_(follower.model)
-        self._followers.append(follower)
-        if self._bank.sleeps_alike(follower):
-            self._copies.append(follower)
+        exchange = Exchange()
+        exchange.remember(module)
+        try:
+            follower = self._bank.follower(module, exchange)
+            guard_(follower.model)
+            exchange.append(self._followers, follower)
+            if self._bank.sleeps_alike(follower):
+                exchange.append(self._copies, follower)
+            exchange.make()
+        except BaseException:
+            exchange.undo()
+            raise
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         """Neither copied nor pickled: it acts on the very model and optimizer it was given."""
@@ -314,29 +335,21 @@ class Grower(Saved):
     def _update(self, number: int) -> Event:
         start = time.perf_counter()
         self._folding.recover()
-        indicators = self._indicators
-        before = indicators.snapshot()
+        indicators = self._indicators.copy()
         final, planned = self._final(), self._planned(number)
-        try:
-            shift = 0.0
-            if number <= final:
-                indicators.rank(self._bank.keep)
-            if number > final:
-                keep = self._bank.keep
-            elif self.method.controller == "plan":
-                shift, keep = self._within(planned)
+        shift, keep = 0.0, self._bank.keep
+        if number <= final:
+            indicators.rank(keep)
+            if self.method.controller == "plan":
+                shift, keep = self._within(planned, indicators)
                 indicators.shift(shift)
             else:
                 keep = indicators.draw()
-            there = self.method.controller == "plan" and torch.equal(planned, self.limits.tensor())
-            if number == final or (there and number < final):
-                keep = fit(self.space, self._costs, keep, indicators.score(), self.limits, indicators.steps)
-            indicators.advance(keep, self._rate())
-            return self._change_to(keep, start, shift)
-        except BaseException:
-            if len(self.history) == number:  # a Ctrl-C held back while swapping in arrives after it is done
-                indicators.restore(before)
-            raise
+        there = self.method.controller == "plan" and torch.equal(planned, self.limits.tensor())
+        if number == final or (there and number < final):
+            keep = fit(self.space, self._costs, keep, indicators.score(), self.limits, indicators.steps)
+        indicators.advance(keep, self._rate())
+        return self._change_to(keep, indicators, start, shift=shift)
 
     def _check_parameters(self) -> None:
         """The optimizer trains, and the bank writes into, the parameter objects that were there at the start."""
@@ -349,9 +362,20 @@ class Grower(Saved):
                     "Write into the objects that are there (load_state_dict without assign=True), and use DDP instead "
                     "of fully_shard"
                 )
+        tensors = named_tensors(self.model)
+        for name, (dtype, device) in self._kinds.items():
+            tensor = tensors.get(name)
+            if tensor is not None and (tensor.dtype, tensor.device) != (dtype, device):
+                raise StructureError(converted(name, tensor, dtype, device))
+            if tensor is not None and tensor.is_inference():
+                raise StructureError(
+                    f"{name} was made under torch.inference_mode() since Grower was given the model, so that it cannot "
+                    "be cut; run the forward that makes it under torch.no_grad()"
+                )
 
     def _check_trained(self) -> None:
         """The optimizers that were given train the network, and no other."""
+        self._check_parameters()
         self._folding.recover()
         self._watch.check_trained(self._contents(), self._folding.taken)
 
@@ -360,15 +384,9 @@ class Grower(Saved):
         self._folding.recover()
         old, indicators = self._bank.keep, self._indicators
         keep = fit(self.space, self._costs, old, indicators.score(), self.limits, indicators.steps)
-        with uninterrupted():
-            event = self._change_to(keep, start, shift=0.0, silent=keep & ~old)
-            self._folding.remove()
-            for bank in (self._bank, *self._followers):
-                bank.empty()
-            self.finished = True
-            self._note()
-        return event
+        return self._change_to(keep, indicators, start, silent=keep & ~old, last=True)
 
+    @trainable()
     def carry(self, state: Any) -> Any:
         """What the model put out before the last change of structure, as it takes it now.
 
@@ -410,9 +428,9 @@ class Grower(Saved):
         cut = iter([recut(x, place.units, old, new) for x, place in zip(tensors, carried, strict=True)])
         return mapped(state, lambda x: next(cut), "the state")
 
-    def _within(self, planned: Tensor) -> tuple[float, Tensor]:
+    def _within(self, planned: Tensor, indicators: Indicators) -> tuple[float, Tensor]:
         """The structure for a planned cost (int64 [2]), and the shift of all indicators that gives it."""
-        indicators, keep = self._indicators, self._bank.keep
+        keep = self._bank.keep
         falls = bool((self._costs.both(self._costs.live(keep)) > planned).any())
         if self.method.prune == "worth" and falls:
             worth = indicators.worth.sqrt()
@@ -441,14 +459,24 @@ class Grower(Saved):
         planned = begin + ((end - begin).double() * progress).long()
         return torch.where(limited, planned, limits)
 
-    def _change_to(self, keep: Tensor, start: float, shift: float, silent: Tensor | None = None) -> Event:
-        """Make `keep` the live structure, all or nothing, and record it."""
+    def _change_to(
+        self,
+        keep: Tensor,
+        indicators: Indicators,
+        start: float,
+        *,
+        shift: float = 0.0,
+        silent: Tensor | None = None,
+        last: bool = False,
+        exchange: Exchange | None = None,
+    ) -> Event:
+        """Make `keep` the live structure and `indicators` the present ones, all or nothing, and record it."""
         self._check_parameters()
-        bank, gate = self._bank, self._indicators.gate
+        bank, gate = self._bank, indicators.gate
         previous = bank.keep
         old = previous if self.history else keep
         stays = bool(self.history) and torch.equal(keep, previous) and self._folding.folded_with(gate)
-        changes, install = ([bank.unchanged()], None) if stays else self._stage(keep, silent)
+        changes, installed = ([bank.unchanged()], None) if stays else self._stage(keep, gate, silent)
         cost = self._costs.cost(keep)
         penalty = 0.0
         if self.method.controller == "pressure":
@@ -461,33 +489,46 @@ class Grower(Saved):
             flops=cost.flops,
             widths=self.space.widths(keep),
             pressure=penalty if self.method.controller == "pressure" else shift,
-            temperature=self._temperature(),
+            temperature=self._temperature(indicators.beta),
             born=int((born & self.space.removable).sum()),
             regrown=int(back.sum()),
             detached=int((before & ~here).sum()),
             seconds=time.perf_counter() - start,
         )
-        self._ranks.agree(lambda: self._decided(keep))
-        reshaped = changes[0].reshapes
-        with uninterrupted():
-            bank.commit(*changes)
-            if install is not None:
-                install()
-            self._penalty, self._ever = penalty * self._lambda_share, self._ever | here
-            self._before = previous
-            self.history.append(event)
-            self._note()
-            self._folding.begin()
-            self._watch.begin(self._contents())
-            self._ranks.invalidate()
-            torch.clear_autocast_cache()  # casts of weights as they were, if a context is open
-            if reshaped:
-                forget_compiled()
-                _give_back()
+        reshapes, exchange = changes[0].reshapes, exchange or Exchange()
+        for change in changes:
+            change.into(exchange)
+        raw = {}
+        if installed is not None:
+            self._folding.install(exchange, *installed)
+            raw = dict(zip(installed[0].names, installed[0].raw, strict=True))
+        self._folding.begin(exchange)
+        self._watch.begin(exchange, {**self._contents(), **changes[0].contents(self._parameters), **raw})
+        if last:
+            self._folding.remove(exchange)
+            for one in (bank, *self._followers):
+                exchange.fields(one, full={}, slots={})
+            exchange.fields(self, finished=True)
+        else:
+            self._folding.attach(exchange)
+        exchange.fields(self._indicators, **vars(indicators))
+        exchange.fields(self, _before=previous, _ever=self._ever | here, _penalty=penalty * self._lambda_share)
+        exchange.append(self.history, event)
+        self._note(exchange, [*self.history, event], last)
+        self._ranks.invalidate(exchange)
+        exchange.call(torch.clear_autocast_cache)  # casts of weights as they were, if a context is open
+        if reshapes:
+            forget_compiled()
+        self._ranks.agree(lambda: self._decided(keep, indicators))
+        exchange.make()
+        if reshapes:
+            _give_back()
         return event
 
-    def _stage(self, keep: Tensor, silent: Tensor | None) -> tuple[list[Change], Callable[[], None]]:
-        """The changes of the network and its followers to `keep`, not made as yet, and what to do once they are."""
+    def _stage(
+        self, keep: Tensor, gate: Tensor, silent: Tensor | None
+    ) -> tuple[list[Change], tuple[Fold, list[Tensor], dict[tuple[str, str], Tensor]]]:
+        """The changes of the network and its followers to `keep`, not made as yet, and what `Folding.install` needs."""
         bank = self._bank
         raw = self._folding.raw() or {name: self._parameters[name].detach() for name in self._gated}
         change = bank.stage(keep, raw, self._folding.raw_copies())
@@ -498,7 +539,7 @@ class Grower(Saved):
                 for part in change.swaps[name].raw_copies().values():
                     _silence(self.space, {name: part}, keep, silent)
         fold = Fold(self.space, self._parameters, keep, fresh)
-        factors = fold.factors(self._indicators.gate)
+        factors = fold.factors(gate)
         folded = fold.folded(factors)
         followed = self._followed(keep, fresh, folded)
         copies: dict[tuple[str, str], Tensor] = {}
@@ -507,7 +548,7 @@ class Grower(Saved):
             copies |= {(name, key): part.clone() for key, part in swap.raw_copies().items()}
             swap.new = contents
             swap.fold_copies(factor)
-        return [change, *followed], lambda: self._folding.install(fold, factors, copies)
+        return [change, *followed], (fold, factors, copies)
 
     def _followed(self, keep: Tensor, raw: Mapping[str, Tensor], folded: Mapping[str, Tensor]) -> list[Change]:
         """The change to `keep` of every follower; where a copy still holds what the bank holds, it gets that folded."""
@@ -523,9 +564,8 @@ class Grower(Saved):
     def _buffers(self) -> list[Tensor]:
         return [buffer for bank in (self._bank, *self._followers) for buffer in bank.model.buffers()]
 
-    def _decided(self, keep: Tensor | None) -> dict[str, list[Tensor | str]]:
+    def _decided(self, keep: Tensor | None, indicators: Indicators) -> dict[str, list[Tensor | str]]:
         """What must be the same on all ranks: before anything else (keep None), and at every update."""
-        indicators = self._indicators
         limits, shapes = self.limits, sorted(self.space.shapes.items())
         weights: list[Tensor | str] = []
         if keep is not None:
@@ -541,8 +581,8 @@ class Grower(Saved):
             "structure": [] if keep is None else [keep],
         }
 
-    def _temperature(self) -> dict[str, float]:
-        space, beta = self.space, self._indicators.beta
+    def _temperature(self, beta: Tensor) -> dict[str, float]:
+        space = self.space
         sums = torch.zeros(space.n_groups, dtype=torch.float64).index_add_(0, space.group_of, beta)
         means = (sums / self._costs.sizes).tolist()
         return {name: means[g] for g, name in enumerate(space.group_names)}
@@ -611,7 +651,7 @@ def _tell_share(model: nn.Module, budget: Budget, cost: Cost) -> None:
         warnings.warn(
             f"the budget {shares[0]} is a share of the network as it is, {cost.params:,} parameters, which was cut "
             f"from a frame of {first:,} before; for a share of that frame give a number, such as Budget(params=...)",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -357,18 +357,12 @@ class Indicators:
             dealt[pool[order]] = self.uniform[pool].sort().values
         self.uniform = dealt
 
-    def snapshot(self) -> dict[str, Tensor]:
-        """Everything that an update changes."""
-        names = ("s", "t", "exponent", "beta", "gate", "uniform", "worth")
-        return {**{name: getattr(self, name) for name in names}, "generator": self.generator.get_state()}
-
-    def restore(self, snapshot: dict[str, Tensor]) -> None:
-        """Back to a snapshot."""
-        for name, value in snapshot.items():
-            if name == "generator":
-                self.generator.set_state(value)
-            else:
-                setattr(self, name, value)
+    def copy(self) -> Indicators:
+        """Indicators that an update may change while these stay."""
+        other = copy.copy(self)
+        other.generator = torch.Generator()
+        other.generator.set_state(self.generator.get_state())
+        return other
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that changes in a run, as copies; temperatures and gates follow from it."""
@@ -376,10 +370,9 @@ class Indicators:
 
     def loaded(self, state: Mapping[str, Tensor]) -> Indicators:
         """A copy of these indicators with a state of another run; `state` must have been checked."""
-        other = copy.copy(self)
+        other = self.copy()
         for name in STATE:
             setattr(other, name, state[name].cpu().clone())
-        other.generator = torch.Generator()
         other.generator.set_state(state["generator"])
         other.beta = other.gamma**other.exponent
         other.gate = other._gate()

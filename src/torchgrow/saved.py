@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 
 from .cost import CostModel
 from .distributed import Ranks
-from .errors import SavedModelError, StructureError, TrainingError
+from .errors import SavedModelError, StructureError
+from .exchange import Exchange, trainable
 from .fold import Fold, Folding
 from .indicators import Indicators, Method
 from .limits import Limits
@@ -25,6 +25,7 @@ from .state import (
     Slots,
     check_frame,
     copies,
+    exchange_state,
     fingerprint,
     fold_copies,
     live_shapes,
@@ -37,10 +38,9 @@ from .state import (
     read_tensors,
     store_state,
     stores_state,
-    swapped_in,
 )
 from .store import Store
-from .surgery import Bank, named_tensors, uninterrupted
+from .surgery import Bank, named_tensors
 from .watch import Watch
 
 FIELDS = (
@@ -102,6 +102,7 @@ class Saved:
     _before: Tensor
     _ever: Tensor
 
+    @trainable()
     def state_dict(self) -> dict[str, Any]:
         """The whole run so far: network, bank, indicators, counters, draws, history, optimizer; as copies.
 
@@ -117,7 +118,9 @@ class Saved:
         fold = self._folding.fold
         assert fold is not None
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        raw = dict(zip(fold.names, fold.raw, strict=True))
         raw_copies = {} if self.finished else self._folding.raw_copies()
+        full, slots = self._bank.asleep(raw, raw_copies)
         return {
             "format": FORMAT,
             "frame": fingerprint(self.space, self._bank.tensors),
@@ -133,17 +136,18 @@ class Saved:
             "indicators": self._indicators.state_dict(),
             "network": copies(named_tensors(self.model)),
             "gradients": copies(gradients),
-            "raw": copies(dict(zip(fold.names, fold.raw, strict=True))),
+            "raw": copies(raw),
             "steps": self._folding.state_dict(),
-            "bank": stores_state(self._bank.full),
-            "bank_slots": [[name, key, store_state(slot)] for (name, key), slot in self._bank.slots.items()],
+            "bank": stores_state(full),
+            "bank_slots": [[name, key, store_state(slot)] for (name, key), slot in slots.items()],
             "optimizers": [optimizer_state(optimizer, self._parameters, raw_copies) for optimizer in self.optimizers],
             "followers": [
-                {"network": copies(named_tensors(bank.model)), "bank": stores_state(bank.full)}
+                {"network": copies(named_tensors(bank.model)), "bank": stores_state(bank.asleep({}, {})[0])}
                 for bank in self._followers
             ],
         }
 
+    @trainable()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a run where `state_dict` left it: everything is checked first, then all of it is taken, or nothing.
 
@@ -167,40 +171,39 @@ class Saved:
             raw_copies |= fold_copies(slots, layout, fold, factors, self.space.shapes)
         changes = [bank.stage_contents(found.keep, found.network)]
         changes += [own.stage_contents(found.keep, contents) for own, contents, _ in found.followers]
-        with suppress(TrainingError):  # an unfinished step is of no interest any more
-            self._folding.recover()
-        with uninterrupted():
-            with ExitStack() as stack:
-                for own, (slots, settings) in zip(self.optimizers, found.optimizers, strict=True):
-                    stack.enter_context(swapped_in(own, slots, settings))
-                bank.commit(*changes)
-            for name, gradient in found.gradients.items():
-                parameters[name].grad = gradient
-            bank.full, bank.slots, bank.trained = found.bank, found.bank_slots, found.trained
-            for follower, _, asleep in found.followers:
-                follower.full = asleep
-            self._folding.install(fold, factors, raw_copies)
-            self._folding.load_state(found.waiting, found.summed)
-            self._folding.begin(found.taken, found.moved)
-            self._watch.begin(self._contents())
-            if found.finished:
-                self._folding.remove()
-            else:
-                self._folding.attach()
-            self._indicators, self._before, self._ever = found.indicators, found.before, found.ever
-            self.history, self.finished = found.history, found.finished
-            self._penalty, self._initial_lr = found.penalty, found.initial_lr
-            self._note()
-            self._ranks.invalidate()
-            forget_compiled()
+        exchange = Exchange()
+        for own, (slots, settings) in zip(self.optimizers, found.optimizers, strict=True):
+            exchange_state(exchange, own, slots, settings)
+        for change in changes:
+            change.into(exchange)
+        for name, gradient in found.gradients.items():
+            exchange.give_gradient(parameters[name], gradient)
+        exchange.fields(bank, full=found.bank, slots=found.bank_slots, trained=found.trained)
+        for follower, _, asleep in found.followers:
+            exchange.fields(follower, full=asleep)
+        self._folding.install(exchange, fold, factors, raw_copies)
+        self._folding.load_state(exchange, found.waiting, found.summed)
+        self._folding.begin(exchange, found.taken, found.moved)
+        raw = dict(zip(fold.names, fold.raw, strict=True))
+        self._watch.begin(exchange, {**changes[0].contents(self._parameters), **raw})
+        if found.finished:
+            self._folding.remove(exchange)
+        else:
+            self._folding.attach(exchange)
+        exchange.fields(self, _indicators=found.indicators, _before=found.before, _ever=found.ever)
+        exchange.fields(self, history=found.history, finished=found.finished)
+        exchange.fields(self, _penalty=found.penalty, _initial_lr=found.initial_lr)
+        self._note(exchange, found.history, found.finished)
+        self._ranks.invalidate(exchange)
+        forget_compiled()
+        exchange.make()
 
-    def _note(self) -> None:
-        """Write on the network how far the run has come, for `save` and for another grower to see."""
-        growth, last, limits = self._bank.growth, self.history[-1], self.limits
-        assert growth is not None
-        growth.done, growth.finished = len(self.history) - 1, self.finished
+    def _note(self, exchange: Exchange, history: list[Event], finished: bool) -> None:
+        """Have `exchange` write on the network how far the run has come, for `save` and for another grower to see."""
+        growth, last, limits = self._bank.growth, history[-1], self.limits
         costs = (("parameters", last.params, limits.params), ("FLOPs", last.flops, limits.flops))
-        growth.limits = tuple((what, now, most) for what, now, most in costs if most is not None)
+        known = tuple((what, now, most) for what, now, most in costs if most is not None)
+        exchange.fields(growth, done=len(history) - 1, finished=finished, limits=known)
 
     def _read(self, saved: dict[str, Field]) -> _Found:
         """Everything in a state, checked, as copies on the right devices."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SavedModelError
+from .exchange import Exchange
 from .fold import Fold
 from .indicators import STATE
 from .slots import Layout
@@ -72,7 +72,7 @@ class Field:
         """A dense tensor of this shape and dtype; with `finite`, without NaN and infinity."""
         value, shape = self.value, tuple(shape)
         fits = isinstance(value, Tensor) and value.shape == shape and value.dtype == dtype
-        if not fits or value.layout != torch.strided:
+        if not fits or value.layout != torch.strided or value.is_meta:
             self.refuse(f"{dtype} {shape}")
         if finite and not bool(value.isfinite().all()):
             self.refuse(f"{dtype} {shape} without NaN and infinity")
@@ -201,9 +201,9 @@ def live_shapes(space: Space, keep: Tensor) -> dict[str, tuple[int, ...]]:
 
 
 def store_state(store: Store) -> dict[str, Any]:
-    """What a store holds; its box as positions by axis, None for nothing."""
+    """What a store holds, not copied; its box as positions by axis, None for nothing."""
     box = None if store.box is None else {str(axis): positions.clone() for axis, positions in store.box.items()}
-    return {"box": box, "held": None if box is None else store.held.detach().clone()}
+    return {"box": box, "held": None if box is None else store.held.detach()}
 
 
 def stores_state(stores: Mapping[str, Store]) -> dict[str, Any]:
@@ -219,6 +219,8 @@ def read_store(field: Field, present: Store, dtype: torch.dtype, shape: Sequence
         for key, entry in saved["box"].fields().items():
             axis = int(key) if key in map(str, range(len(held))) else entry.refuse("positions of an axis")
             count = entry.value.numel() if isinstance(entry.value, Tensor) else 0
+            if count > held[axis]:  # however few bytes are behind it: the stride may be 0
+                entry.refuse(f"at most {held[axis]} positions")
             positions = entry.tensor((count,), torch.int64).cpu()
             bounded = torch.cat([torch.tensor([-1]), positions, torch.tensor([held[axis]])])
             if not count or bool((bounded.diff() < 1).any()):
@@ -513,21 +515,10 @@ def fold_copies(
     return raw
 
 
-@contextmanager
-def swapped_in(optimizer: torch.optim.Optimizer, slots: Slots, settings: list[dict[str, Any]]) -> Iterator[None]:
-    """Give an optimizer other state and settings; the old ones come back if the block raises."""
-    before, old = dict(optimizer.state), [dict(group) for group in optimizer.param_groups]
-    try:
-        optimizer.state.clear()
-        optimizer.state.update(slots)
-        for group, new in zip(optimizer.param_groups, settings, strict=True):
-            group.clear()
-            group.update(new)
-        yield
-    except BaseException:
-        optimizer.state.clear()
-        optimizer.state.update(before)
-        for group, new in zip(optimizer.param_groups, old, strict=True):
-            group.clear()
-            group.update(new)
-        raise
+def exchange_state(
+    exchange: Exchange, optimizer: torch.optim.Optimizer, slots: Slots, settings: list[dict[str, Any]]
+) -> None:
+    """Have `exchange` give an optimizer other state and settings."""
+    exchange.fill(optimizer.state, slots)
+    for group, new in zip(optimizer.param_groups, settings, strict=True):
+        exchange.fill(group, new)

@@ -63,6 +63,26 @@ def scatter_(full: Tensor, index: Index | None, part: Tensor) -> None:
     full.index_copy_(axis, positions, middle)
 
 
+def memory_order(tensor: Tensor, before: Sequence[int]) -> tuple[int, ...]:
+    """The axes of a tensor from the outermost in memory to the innermost: (0, 2, 3, 1) for channels_last.
+
+    Where axes of size 1 leave it open, as in `before`; so too for a tensor that is empty.
+    """
+    if tensor.dim() != len(before) or not tensor.numel():
+        return tuple(before)
+    place, strides = {axis: i for i, axis in enumerate(before)}, tensor.stride()
+    return tuple(sorted(place, key=lambda axis: (-strides[axis], -tensor.shape[axis], place[axis])))
+
+
+def laid_out(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """The tensor with its axes in that order in memory, outermost first; itself if it is so already."""
+    rising = all(axis == i for i, axis in enumerate(order))
+    if tensor.dim() != len(order) or not tensor.numel() or (rising and tensor.is_contiguous()):
+        return tensor
+    new = torch.empty_permuted(tensor.shape, tuple(order), dtype=tensor.dtype, device=tensor.device)
+    return tensor if new.stride() == tensor.stride() else new.copy_(tensor)
+
+
 class Store:
     """One tensor of the frame, of which only the smallest box of positions that were ever written is held.
 

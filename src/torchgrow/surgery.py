@@ -2,17 +2,14 @@
 
 The `Bank` holds every cut tensor and optimizer slot at full size on the host; of a frame on the meta device only
 what ever lived. A change of structure is computed
-first (`Bank.stage`) and swapped in afterwards (`Change.apply`), which rolls back whatever happens in between, so
-the model is always whole. Parameter and optimizer objects keep their identity; one function, `replace_`, writes.
+first (`Bank.stage`) and swapped in afterwards (`Bank.commit`) by one call into C, all of it or nothing, so the model
+is always whole. Parameter and optimizer objects keep their identity.
 """
 
 from __future__ import annotations
 
 import copy
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import adapt_, adaptable
-from .attributes import get, put
+from .attributes import replaced
 from .errors import StructureError
+from .exchange import Exchange, outdate, run, uninterrupted, writes
 from .optimizers import layouts_of
-from .record import Growth, Record, mark_, mark_of, recorded, set_mark, skip_
+from .record import LEFT_OUT, RECORD, Growth, Mark, Record, mark_, recorded
 from .slots import Layout, LiveSlot, begun, begun_anew, blank
 from .space import PassThrough, Space, live_positions
-from .store import Births, Index, Store, gather, index_of, is_meta
+from .store import Births, Index, Store, gather, index_of, is_meta, laid_out, memory_order
 from .trial import Slot
 
 
@@ -57,37 +55,35 @@ def recut(tensor: Tensor, units: Mapping[int, Tensor], old: Tensor, new: Tensor)
 
 
 def replace_(tensor: Tensor, new: Tensor) -> None:
-    """Give a parameter or buffer other contents of any shape; the object, its hooks and requires_grad stay.
-
-    The gradient goes first: it has the old shape. Passing through an empty tensor of another dtype drops the
-    gradient accumulator of the old shape, which a live graph would otherwise keep; hooks survive. The version
-    counter is raised, so that a graph built before refuses its backward instead of using the new values.
-    """
-    tensor.grad = None
-    if tensor.shape != new.shape:
-        other = torch.float16 if tensor.dtype != torch.float16 else torch.float32
-        tensor.data = torch.empty(0, dtype=other, device=tensor.device)
-    tensor.data = new
-    torch.autograd.graph.increment_version(tensor)
+    """Give a parameter or buffer other contents of any shape; the object, its hooks and requires_grad stay."""
+    outdate(tensor)
+    run(writes(tensor, new))
 
 
-def materialise_(model: nn.Module, tensors: Mapping[str, Tensor], contents: Callable[[str], Tensor]) -> None:
+def materialise_(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    contents: Callable[[str], Tensor],
+    exchange: Exchange | None = None,
+) -> None:
     """Exchange the named tensors of a model on the meta device for real ones; the objects stay.
 
     Args:
         model: the model.
         tensors: parameters and buffers by name.
         contents: gives what the tensor of that name shall hold.
+        exchange: its `undo` will bring the tensors back.
     """
     recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
     for module in recurrent:
         module._flat_weight_refs = []  # weak references forbid the exchange
     for name, tensor in tensors.items():
         new = contents(name)
-        if isinstance(tensor, nn.Parameter):
-            torch.utils.swap_tensors(tensor, nn.Parameter(new, requires_grad=tensor.requires_grad))
-        else:
-            torch.utils.swap_tensors(tensor, new)
+        other = nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+        if exchange is not None:
+            exchange.after(_swap_back, tensor, other)
+        with uninterrupted():
+            torch.utils.swap_tensors(tensor, other)
     for module in recurrent:
         module._init_flat_weights()
 
@@ -117,67 +113,64 @@ class Change:
     """A change of structure, computed and not yet made.
 
     Attributes:
-        swaps: by tensor name, what will be written; values may be replaced before `apply`.
+        swaps: by tensor name, what will be written; values may be replaced before the change is made.
+        order: by tensor name, the order of axes in memory, which stays.
     """
 
     def __init__(
-        self, bank: Bank, keep: Tensor, swaps: dict[str, _Swap], index: dict[str, Index | None], record: Record
+        self,
+        bank: Bank,
+        keep: Tensor,
+        swaps: dict[str, _Swap],
+        index: dict[str, Index | None],
+        record: Record,
+        trained: Tensor | None = None,
+        order: dict[str, tuple[int, ...]] | None = None,
     ) -> None:
         self.bank, self.keep, self.swaps, self.index, self.record = bank, keep, swaps, index, record
+        self.order = bank.order if order is None else order
+        self.trained = bank.trained if trained is None else trained
 
     @property
     def reshapes(self) -> bool:
-        """Whether a tensor will have another shape; to be asked before `apply`."""
+        """Whether a tensor will have another shape; to be asked before the change is made."""
         return any(swap.tensor.shape != swap.new.shape for swap in self.swaps.values())
 
-    def apply(self) -> Callable[[], None]:
-        """Swap everything in, or, whatever happens in between, nothing; returns what takes it back."""
-        bank = self.bank
-        keep_before, index_before, record_before = bank.keep, bank.index, bank.record
-        marks = [(module, mark_of(module)) for module in bank.model.modules()]
-        before = [
-            (swap.tensor, swap.tensor.data, [(s, k, s[k]) for s, k, _ in swap.slots]) for swap in self.swaps.values()
-        ]
-        grads = [(parameter, parameter.grad) for parameter in bank.model.parameters()]
-        attributes = [(m, n, getattr(m, n) if (old := get(m, n)) is None else old) for m, n, _ in self._attributes()]
-        layers = [path for slot in bank.space.slots for path in slot.modules]
+    def contents(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """What the tensors of those names will hold, as far as they change."""
+        return {name: self.swaps[name].new for name in names if name in self.swaps}
 
-        def undo() -> None:
-            for tensor, old, slots in before:
-                replace_(tensor, old)
-                for state, key, value in slots:
-                    state[key] = value
-            for module, name, number in attributes:
-                put(module, name, number)
-            skip_(bank.model, layers, bank.skipped(keep_before))
-            for parameter, grad in grads:
-                parameter.grad = grad
-            for module, mark in marks:
-                set_mark(module, mark)
-            bank.keep, bank.index, bank.record = keep_before, index_before, record_before
+    def into(self, exchange: Exchange) -> None:
+        """Add all that the change writes."""
+        bank, model = self.bank, self.bank.model
+        modules, skipped = dict(model.named_modules()), bank.skipped(self.keep)
+        for parameter in model.parameters():
+            exchange.forget_gradient(parameter)
+        for name, swap in self.swaps.items():
+            exchange.write(swap.tensor, laid_out(swap.new, self.order.get(name, ())))
+            for state, key, value in swap.slots:
+                exchange.put(state, key, value)
+        for path, numbers in self._attributes().items():
+            exchange.fields(modules[path], **replaced(modules[path], numbers))
+        for path in (path for slot in bank.space.slots for path in slot.modules):
+            if path in skipped:  # as `skip_` does
+                exchange.fields(modules[path], **{"forward": skipped[path].forward, LEFT_OUT: True})
+            else:
+                exchange.drop(modules[path].__dict__, "forward")
+                exchange.drop(modules[path].__dict__, LEFT_OUT)
+        for path, module in modules.items():
+            exchange.fields(module, **{RECORD: Mark(self.record, path)})
+        exchange.fields(bank, keep=self.keep, index=self.index, record=self.record)
+        exchange.fields(bank, trained=self.trained, order=self.order)
 
-        try:
-            for parameter, _ in grads:
-                parameter.grad = None
-                torch.autograd.graph.increment_version(parameter)
-            for swap in self.swaps.values():
-                replace_(swap.tensor, swap.new)
-                for state, key, value in swap.slots:
-                    state[key] = value
-            for module, name, number in self._attributes():
-                put(module, name, number)
-            skip_(bank.model, layers, bank.skipped(self.keep))
-        except BaseException:
-            undo()
-            raise
-        mark_(bank.model.named_modules(), self.record)
-        bank.keep, bank.index, bank.record = self.keep, self.index, self.record
-        return undo
-
-    def _attributes(self) -> list[tuple[nn.Module, str, int]]:
-        modules, numbers = dict(self.bank.model.named_modules()), self.record.attributes
-        keys = [(a.module, a.name) for a in self.bank.space.attributes]  # others are of generations before
-        return [(modules[key[0]], key[1], numbers[key]) for key in keys if key in numbers]
+    def _attributes(self) -> dict[str, dict[str, int]]:
+        """Numbers that the change sets, by module and name; others in the record are of generations before."""
+        numbers, found = self.record.attributes, dict[str, dict[str, int]]()
+        for attribute in self.bank.space.attributes:
+            if (attribute.module, attribute.name) in numbers:
+                number = numbers[attribute.module, attribute.name]
+                found.setdefault(attribute.module, {})[attribute.name] = number
+        return found
 
 
 class Bank:
@@ -190,6 +183,7 @@ class Bank:
         seed: of initial values, for a frame on the meta device.
         device: where a frame on the meta device comes to life; nothing of it is there before the first change.
         layouts: what the optimizers keep, where that is known already.
+        exchange: its `undo` will bring a frame back to the meta device.
 
     Attributes:
         keep: bool [n], the units of the live model.
@@ -204,7 +198,9 @@ class Bank:
         seed: int = 0,
         device: torch.device | str = "cpu",
         layouts: Sequence[Layout] | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
+        exchange = exchange or Exchange()
         self.model, self.space = model, space
         self.layouts = tuple(layouts_of(optimizer) if layouts is None else layouts)
         self.tensors = named_tensors(model)
@@ -223,25 +219,34 @@ class Bank:
         self.births = Births(model, seed) if is_meta(model) else None
         adapt_(model, self.adapted)
         self.full = {name: self._store(name) for name in space.cut_axes}
+        frame = {name: range(self.tensors[name].dim()) for name in space.cut_axes}
+        self.order = {name: memory_order(self.tensors[name], axes) for name, axes in frame.items()}
         self.slots: dict[tuple[str, str], Store] = {}
         self.keep = space.everything()
         self.index: dict[str, Index | None] = {name: {} for name in space.cut_axes}
         if self.births is not None:
-            self._materialise(self.births, device)
+            self._materialise(self.births, device, exchange)
             self.keep, self.index = torch.zeros_like(self.keep), dict.fromkeys(space.cut_axes)
         self.trained = torch.zeros(space.n_units, dtype=torch.bool)  # units for which optimizer slots ever existed
 
-    def follower(self, model: nn.Module) -> Bank:
-        """A bank of another model of the same frame, which is brought to the live structure.
+    def follower(self, model: nn.Module, exchange: Exchange) -> Bank:
+        """A bank of another model of the same frame, which `exchange` will bring to the live structure.
 
         Args:
             model: the whole frame, with weights of its own, or a copy of the live model; of the latter everything
                 that sleeps starts as it sleeps here.
+            exchange: makes the change.
 
         Raises:
             StructureError: its tensors are neither; the message names them.
         """
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        frozen = [name for name, tensor in tensors.items() if tensor.is_inference()]
+        if frozen:
+            raise StructureError(
+                f"{frozen[0]} was made under torch.inference_mode(), so that nothing can write into it; make the copy "
+                "outside of it"
+            )
         shared = [name for name, tensor in tensors.items() if tensor is self.tensors.get(name)]
         if shared:
             raise StructureError(f"{shared[0]} is the network's own; pass a copy.deepcopy(model)")
@@ -250,7 +255,7 @@ class Bank:
         full = {name: self.space.shapes[name] for name in live}
         if found == full:
             other = Bank(model, self.space)
-            other.resize_(self.keep)
+            other.stage(self.keep).into(exchange)
             return other
         if found != live:
             differing = [name for name in {**live, **found} if found.get(name) not in (live.get(name), full.get(name))]
@@ -306,6 +311,7 @@ class Bank:
         had_state = keep & False
         swaps: dict[str, _Swap] = {}
         index: dict[str, Index | None] = {}
+        order = {name: memory_order(self.tensors[name], axes) for name, axes in self.order.items()}
         for name in self.space.cut_axes:
             tensor, old, new = self.tensors[name], self.index[name], index_of(self.space, name, keep)
             index[name] = new
@@ -321,16 +327,42 @@ class Bank:
                     self.slots[name, slot.key] = self.empty_slot(name, slot.tensor.dtype, slot.kind)
                 asleep = self.slots[name, slot.key]
                 asleep.write(old, (copies or {}).get((name, slot.key), slot.tensor).cpu())
-                fresh = begun(asleep.read(new), slot.kind, slot.tensor.cpu()).to(slot.tensor.device)
+                fresh = begun(asleep.read(new), slot.kind, slot.tensor.cpu())
+                fresh = laid_out(fresh, order[name]).to(slot.tensor.device)
                 slots.append((slot.state, slot.key, fresh.flatten() if slot.kind.flat else fresh))
             if born and not self._places(name, {}, past):  # at full size
                 slots = begun_anew(slots, born)
             same = frozenset(slot.key for slot in self.live_slots(name) if slot.kind.kind == "copy")
-            swaps[name] = _Swap(tensor, self.full[name].read(new).to(tensor.device), slots, same)
+            part = laid_out(self.full[name].read(new), order[name])
+            swaps[name] = _Swap(tensor, part.to(tensor.device), slots, same)
         if self.births is not None:
             self.births.forget()
-        self.trained = self.trained | had_state
-        return Change(self, keep, swaps, index, self._record(keep))
+        return Change(self, keep, swaps, index, self._record(keep), self.trained | had_state, order)
+
+    def asleep(
+        self, raw: Mapping[str, Tensor], copies: Mapping[tuple[str, str], Tensor]
+    ) -> tuple[dict[str, Store], dict[tuple[str, str], Store]]:
+        """Copies of what sleeps, tensors and optimizer slots, as `stage` would leave them: written back to.
+
+        They do not tell whether a change was computed, and perhaps never made, since the last one.
+
+        Args:
+            raw: as `values` of `stage`.
+            copies: as there.
+        """
+        if not self.full:
+            return {}, {}
+        self.tensors, full = named_tensors(self.model), {}  # as in `stage`
+        slots = {place: store.copy(store.held.dtype) for place, store in self.slots.items()}
+        for name, index in self.index.items():
+            full[name] = self.full[name].copy(self.full[name].held.dtype)
+            full[name].write(index, raw.get(name, self.tensors[name].detach()).cpu().to(full[name].held.dtype))
+            for slot in self.live_slots(name):
+                place = name, slot.key
+                if place not in slots:
+                    slots[place] = self.empty_slot(name, slot.tensor.dtype, slot.kind)
+                slots[place].write(index, copies.get(place, slot.tensor).cpu().to(slots[place].held.dtype))
+        return full, {place: slots[place] for place in sorted(slots)}
 
     def unchanged(self) -> Change:
         """The change to what is live already, which only lets go of gradients and of graphs built before."""
@@ -346,19 +378,15 @@ class Bank:
         index = {name: index_of(self.space, name, keep) for name in self.space.cut_axes}
         present = named_tensors(self.model)  # a buffer may be another object by now
         swaps = {n: _Swap(tensor, contents[n].to(tensor.device, copy=True), []) for n, tensor in present.items()}
-        return Change(self, keep, swaps, index, self._record(keep))
+        order = {name: memory_order(contents[name], axes) for name, axes in self.order.items()}
+        return Change(self, keep, swaps, index, self._record(keep), order=order)
 
     def commit(self, *changes: Change) -> None:
         """Make staged changes, of this bank and of others: all of them or none."""
-        undone: list[Callable[[], None]] = []
-        with uninterrupted():
-            try:
-                for change in changes:
-                    undone.append(change.apply())
-            except BaseException:
-                for undo in reversed(undone):
-                    undo()
-                raise
+        exchange = Exchange()
+        for change in changes:
+            change.into(exchange)
+        exchange.make()
 
     def resize_(self, keep: Tensor) -> None:
         """Make the live model the one with the units in `keep`; detached ones sleep with all they had."""
@@ -375,7 +403,7 @@ class Bank:
         self.tensors = named_tensors(self.model)
         for name, asleep in self.full.items():
             replace_(self.tensors[name], asleep.read(index[name]).to(self.tensors[name].device))
-        Change(self, keep, {}, index, self._record(keep)).apply()
+        self.commit(Change(self, keep, {}, index, self._record(keep)))
 
     def restore_(self) -> None:
         """Bring the whole frame back, bit for bit."""
@@ -418,14 +446,14 @@ class Bank:
         layout = next((layout for layout in self.layouts if tensor in layout.optimizer.state), None)
         return [] if layout is None else layout.of(tensor, len(self.space.shapes[name]))
 
-    def _materialise(self, births: Births, device: torch.device | str) -> None:
+    def _materialise(self, births: Births, device: torch.device | str, exchange: Exchange) -> None:
         """Give the model's own tensors a device: nothing yet of those that are cut, the initial value of the others."""
 
         def born(name: str) -> Tensor:
             full = births.full(name)
             return (gather(full, None) if name in self.space.cut_axes else full).to(device)
 
-        materialise_(self.model, self.tensors, born)
+        materialise_(self.model, self.tensors, born, exchange)
 
     def skipped(self, keep: Tensor) -> dict[str, PassThrough]:
         """Modules of the layers that `keep` leaves out, and what they compute instead."""
@@ -464,23 +492,10 @@ def _all_names(model: nn.Module) -> dict[str, list[str]]:
     return names
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold a Ctrl-C back until the block is through, then deliver it.
-
-    Nothing to do outside the main thread, nor where the handler is not Python's and so could not be put back.
-    """
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
-        yield
-        return
-    held: list[Any] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if held and callable(before):
-            before(*held[0])
+def _swap_back(tensor: Tensor, other: Tensor) -> None:
+    """Undo the exchange of a tensor on the meta device for another, if it came to that."""
+    if not tensor.is_meta:
+        torch.utils.swap_tensors(tensor, other)
 
 
 def _adaptable_and_cut(model: nn.Module, space: Space) -> tuple[str, ...]:

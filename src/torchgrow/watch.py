@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import OptimizerError, TrainingError
+from .exchange import Exchange
 from .space import Space
 
 
@@ -42,9 +43,9 @@ class Watch:
                 f"model.get_parameter({loose[0]!r}).requires_grad_(False)"
             )
 
-    def begin(self, contents: Mapping[str, Tensor]) -> None:
-        """Remember the weights as they are now; `contents`: of all parameters, raw where they are gated."""
-        self._norms = _norms(contents)
+    def begin(self, exchange: Exchange, contents: Mapping[str, Tensor]) -> None:
+        """Have `exchange` remember the weights as they will be; `contents`: of all parameters, raw where gated."""
+        exchange.fields(self, _norms=_norms(contents))
 
     def check_trained(self, contents: Mapping[str, Tensor], taken: Sequence[int]) -> None:
         """Find out whether somebody else has trained the network since `begin`.
