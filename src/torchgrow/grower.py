@@ -133,6 +133,7 @@ class Grower(Saved):
         self._initial_lr = first_rate(self.optimizers[0])
         self._folding = Folding(layouts, self._step, lambda: self._indicators.gate)
         self._followers: list[Bank] = []
+        self._outer: list[nn.Module] = []  # the followers as they were given
         self._copies: list[Bank] = []  # those of them that began with the frame's own weights
         self._penalty = torch.zeros(self.space.n_units, dtype=torch.float64)
         self._lambda_share = torch.ones(self.space.n_units, dtype=torch.float64)  # of lambda_1, by unit
@@ -233,12 +234,13 @@ class Grower(Saved):
                 f"torch.optim.swa_utils.AveragedModel(model), got {type(module).__name__}; an average kept as a "
                 "list of tensors cannot be cut along"
             )
-        inner = getattr(module, "module", None)
+        outer, inner = module, getattr(module, "module", None)
         if isinstance(inner, nn.Module) and not module.state_dict().keys() & self._bank.tensors.keys():
             module = inner
         follower = self._bank.follower(module)
         guard_(follower.model)
         self._followers.append(follower)
+        self._outer.append(outer)
         if self._bank.sleeps_alike(follower):
             self._copies.append(follower)
 

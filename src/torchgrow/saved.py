@@ -24,7 +24,10 @@ from .state import (
     Field,
     Slots,
     check_frame,
+    check_network,
     copies,
+    extra_states,
+    extra_states_set,
     fingerprint,
     fold_copies,
     live_shapes,
@@ -32,12 +35,14 @@ from .state import (
     read_bank_slots,
     read_event,
     read_indicators,
+    read_network,
     read_optimizer,
     read_stores,
     read_tensors,
     store_state,
     stores_state,
     swapped_in,
+    take_buffers_,
 )
 from .store import Store
 from .surgery import Bank, named_tensors, uninterrupted
@@ -45,7 +50,8 @@ from .watch import Watch
 
 FIELDS = (
     *("format", "frame", "settings", "history", "finished", "penalty", "initial_lr", "keep", "before", "ever"),
-    *("trained", "indicators", "network", "gradients", "raw", "steps", "bank", "bank_slots", "optimizers", "followers"),
+    *("trained", "indicators", "network", "gradients", "raw", "steps", "bank", "bank_slots", "optimizers"),
+    *("followers", "extra_states"),
 )
 """Fields of a state of format `FORMAT`."""
 
@@ -73,7 +79,8 @@ class _Found:
     summed: Tensor | None
     taken: list[int]
     moved: bool
-    followers: list[tuple[Bank, dict[str, Tensor], dict[str, Store]]]
+    followers: list[tuple[Bank, dict[str, Tensor], dict[str, Store], dict[str, Tensor]]]
+    extra_states: list[dict[str, Any]]
 
 
 class Saved:
@@ -90,6 +97,7 @@ class Saved:
     history: list[Event]
     _bank: Bank
     _followers: list[Bank]
+    _outer: list[nn.Module]
     _folding: Folding
     _indicators: Indicators
     _costs: CostModel
@@ -112,8 +120,11 @@ class Saved:
 
         Raises:
             TrainingError: the last optimizer step did not finish.
+            SavedModelError: a tensor is not as the structure makes it, so that the state could never be loaded.
         """
         self._folding.recover()
+        for bank in (self._bank, *self._followers):
+            check_network(self.space, self._bank.keep, bank.model)
         fold = self._folding.fold
         assert fold is not None
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
@@ -139,9 +150,14 @@ class Saved:
             "bank_slots": [[name, key, store_state(slot)] for (name, key), slot in self._bank.slots.items()],
             "optimizers": [optimizer_state(optimizer, self._parameters, raw_copies) for optimizer in self.optimizers],
             "followers": [
-                {"network": copies(named_tensors(bank.model)), "bank": stores_state(bank.full)}
-                for bank in self._followers
+                {
+                    "network": copies(named_tensors(bank.model)),
+                    "bank": stores_state(bank.full),
+                    "beside": copies(beside(outer, bank.model)),
+                }
+                for bank, outer in zip(self._followers, self._outer, strict=True)
             ],
+            "extra_states": [extra_states(bank.model) for bank in (self._bank, *self._followers)],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -166,19 +182,25 @@ class Saved:
         for layout, (slots, _) in zip(bank.layouts, found.optimizers, strict=True) if not found.finished else ():
             raw_copies |= fold_copies(slots, layout, fold, factors, self.space.shapes)
         changes = [bank.stage_contents(found.keep, found.network)]
-        changes += [own.stage_contents(found.keep, contents) for own, contents, _ in found.followers]
+        changes += [own.stage_contents(found.keep, contents) for own, contents, *_ in found.followers]
         with suppress(TrainingError):  # an unfinished step is of no interest any more
             self._folding.recover()
         with uninterrupted():
             with ExitStack() as stack:
                 for own, (slots, settings) in zip(self.optimizers, found.optimizers, strict=True):
                     stack.enter_context(swapped_in(own, slots, settings))
+                for one, states in zip((self._bank, *self._followers), found.extra_states, strict=True):
+                    stack.enter_context(extra_states_set(one.model, states))
                 bank.commit(*changes)
             for name, gradient in found.gradients.items():
                 parameters[name].grad = gradient
             bank.full, bank.slots, bank.trained = found.bank, found.bank_slots, found.trained
-            for follower, _, asleep in found.followers:
+            take_buffers_(self.model, found.network)
+            for (follower, contents, asleep, held), outer in zip(found.followers, self._outer, strict=True):
                 follower.full = asleep
+                take_buffers_(follower.model, contents)
+                for name, tensor in beside(outer, follower.model).items():
+                    tensor.data.copy_(held[name])
             self._folding.install(fold, factors, raw_copies)
             self._folding.load_state(found.waiting, found.summed)
             self._folding.begin(found.taken, found.moved)
@@ -235,9 +257,9 @@ class Saved:
             penalty=saved["penalty"].tensor(units, torch.float64, finite=True).clone(),
             initial_lr=saved["initial_lr"].number(low=0),
             indicators=self._indicators.loaded(read_indicators(saved["indicators"], space.n_units, len(history))),
-            network=read_tensors(saved["network"], named_tensors(self.model), shapes),
-            gradients=_beside(read_tensors(saved["gradients"], parameters, shapes, some=True), parameters),
-            raw=_beside(read_tensors(saved["raw"], gated, shapes), parameters),
+            network=read_network(saved["network"], space, self.model, shapes),
+            gradients=_copied_to(read_tensors(saved["gradients"], parameters, shapes, some=True), parameters),
+            raw=_copied_to(read_tensors(saved["raw"], gated, shapes), parameters),
             bank=full,
             bank_slots=read_bank_slots(
                 saved["bank_slots"], sleepers, bank.empty_slot, bank.layouts, slots, space.shapes
@@ -248,6 +270,7 @@ class Saved:
             taken=[entry.whole() for entry in steps["taken"].items(len(self.optimizers))],
             moved=steps["moved"].flag(),
             followers=self._read_followers(saved["followers"], shapes, finished),
+            extra_states=self._read_extra_states(saved["extra_states"]),
         )
 
     def _contents(self) -> dict[str, Tensor]:
@@ -267,8 +290,8 @@ class Saved:
 
     def _read_followers(
         self, field: Field, shapes: Mapping[str, tuple[int, ...]], finished: bool
-    ) -> list[tuple[Bank, dict[str, Tensor], dict[str, Store]]]:
-        """Every follower's bank, live contents and what sleeps."""
+    ) -> list[tuple[Bank, dict[str, Tensor], dict[str, Store], dict[str, Tensor]]]:
+        """Every follower's bank, live contents, what sleeps, and what its wrapper holds beside."""
         saved = field.items()
         if len(saved) != len(self._followers):
             raise SavedModelError(
@@ -276,12 +299,20 @@ class Saved:
                 "as often as in the saved run, before loading. Nothing was changed"
             )
         found = []
-        for entry, bank in zip(saved, self._followers, strict=True):
-            parts = entry.fields(("network", "bank"))
-            contents = read_tensors(parts["network"], named_tensors(bank.model), shapes)
+        for entry, bank, outer in zip(saved, self._followers, self._outer, strict=True):
+            parts = entry.fields(("network", "bank", "beside"))
+            contents = read_network(parts["network"], self.space, bank.model, shapes)
             asleep = read_stores(parts["bank"], {} if finished else bank.blank(), self.space, bank.tensors)
-            found.append((bank, contents, asleep))
+            own = beside(outer, bank.model)
+            values = read_tensors(parts["beside"], own, {name: tuple(tensor.shape) for name, tensor in own.items()})
+            found.append((bank, contents, asleep, copies(values)))
         return found
+
+    def _read_extra_states(self, field: Field) -> list[dict[str, Any]]:
+        """Those of the model and of every follower, of the same modules as here."""
+        models = [bank.model for bank in (self._bank, *self._followers)]
+        found = zip(field.items(len(models)), models, strict=True)
+        return [{p: one.value for p, one in entry.fields(extra_states(model)).items()} for entry, model in found]
 
     def _examine(self, state: Mapping[str, Any]) -> dict[str, Field]:
         """Fields of a state that was saved by a grower such as this one, of a frame such as this one."""
@@ -315,7 +346,13 @@ class Saved:
         return history
 
 
-def _beside(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def beside(outer: nn.Module, inner: nn.Module) -> dict[str, Tensor]:
+    """Tensors of a wrapper that are not those of the model in it, such as how often an average was updated."""
+    own = {id(tensor) for tensor in named_tensors(inner).values()}
+    return {name: tensor for name, tensor in named_tensors(outer).items() if id(tensor) not in own}
+
+
+def _copied_to(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Copies on the devices of the parameters of the same names."""
     return {name: tensor.to(parameters[name].device, copy=True) for name, tensor in tensors.items()}
 

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SavedModelError
+from .files import pack
 from .fold import Fold
 from .indicators import STATE
 from .slots import Layout
 from .space import Space, live_positions
 from .store import Store
+from .surgery import named_tensors
 from .trial import Slot
 
 FORMAT = 1
@@ -257,6 +259,92 @@ def read_tensors(
     if not found.keys() <= like.keys() or not (some or len(found) == len(like)):
         field.fields(like)
     return {name: tensor.tensor(shapes[name], like[name].dtype) for name, tensor in found.items()}
+
+
+def late_buffers(space: Space, model: nn.Module) -> set[str]:
+    """Names of buffers that nothing cuts: a forward may replace them, at any shape, make them or drop them."""
+    return {name for name, _ in model.named_buffers() if name not in space.cut_axes}
+
+
+def check_network(space: Space, keep: Tensor, model: nn.Module) -> None:
+    """Refuse to save what could never be loaded.
+
+    Raises:
+        SavedModelError: a parameter, or a buffer that is cut, is not as the structure makes it; the message names it.
+    """
+    shapes, free = live_shapes(space, keep), late_buffers(space, model)
+    for name, tensor in named_tensors(model).items():
+        if name not in free and tensor.shape != shapes.get(name):
+            raise SavedModelError(
+                f"{name} is {tuple(tensor.shape)}, but {shapes.get(name, 'not there')} in the structure that torchgrow "
+                "made: it was exchanged or has grown since, and such a state could not be loaded. Nothing was saved"
+            )
+
+
+def read_network(
+    field: Field, space: Space, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """Parameters and buffers by name: of the shapes given, or, of buffers that nothing cuts, of any.
+
+    The latter may be missing, or be there though the model has not made them yet.
+    """
+    found, present = field.fields(), named_tensors(model)
+    free, fixed = late_buffers(space, model), {}
+    modules = dict(model.named_modules())
+    for name in [*found, *(name for name in present if name not in found)]:
+        path, _, own = name.rpartition(".")
+        if name in present and name not in free:
+            fixed[name] = found.get(name, Field(None, f"{field.path}[{name!r}]"))
+        elif name in found:
+            value = found[name].value
+            parent = modules.get(path)
+            known = name in present or (parent is not None and (own in parent._buffers or not hasattr(parent, own)))
+            if not known or not isinstance(value, Tensor) or value.layout != torch.strided:
+                found[name].refuse("a buffer of this model")
+    tensors = {name: entry.tensor(shapes[name], present[name].dtype) for name, entry in fixed.items()}
+    return {name: tensors[name] if name in tensors else entry.value.detach() for name, entry in found.items()}
+
+
+def take_buffers_(model: nn.Module, contents: Mapping[str, Tensor]) -> None:
+    """Make the buffers that only `contents` has, and drop those that it lacks."""
+    modules, present = dict(model.named_modules()), dict(model.named_buffers())
+    for name in [*(n for n in contents if n not in present), *(n for n in present if n not in contents)]:
+        path, _, own = name.rpartition(".")
+        if name in contents and own not in modules[path]._parameters:
+            device = next((p.device for p in model.parameters()), contents[name].device)
+            if own not in modules[path]._buffers:
+                modules[path].register_buffer(own, None, persistent=False)
+            modules[path]._buffers[own] = contents[name].to(device, copy=True)
+        elif name not in contents:
+            modules[path]._buffers[own] = None
+
+
+def extra_states(model: nn.Module) -> dict[str, Any]:
+    """What modules give away by `get_extra_state`, by path, as copies.
+
+    Raises:
+        SavedModelError: one of them is not plain data; the message names the module.
+    """
+    states = {}
+    for path, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            states[path] = copy.deepcopy(module.get_extra_state())
+            pack(states[path], {}, f"get_extra_state() of {path or 'the model'} ({type(module).__name__})")
+    return states
+
+
+@contextmanager
+def extra_states_set(model: nn.Module, states: Mapping[str, Any]) -> Iterator[None]:
+    """Give modules other extra states; the old ones come back if the block raises."""
+    before = extra_states(model)
+    try:
+        for path, state in states.items():
+            model.get_submodule(path).set_extra_state(copy.deepcopy(state))
+        yield
+    except BaseException:
+        for path, state in before.items():
+            model.get_submodule(path).set_extra_state(state)
+        raise
 
 
 def read_bank_slots(
