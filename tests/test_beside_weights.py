@@ -104,3 +104,26 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(SavedModelError, match=r"more\.weight is \(2, 2\), but not there in the structure that torchg"):
         save_checkpoint(tmp_path, grower)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_state_of_before_extra_states_and_counts_is_still_read() -> None:
+    """It lacks fields that came later: what they hold stays as it is in the run that loads it."""
+    grower, average = begun()
+    epoch(grower, average, 0)
+    state = grower.state_dict()
+    del state["extra_states"], state["followers"][0]["beside"], state["steps"]["taken"], state["steps"]["moved"]
+    other, mean = begun()
+    number = other.model.number
+    other.load_state_dict(state)
+    assert torch.equal(other.model.into.weight, grower.model.into.weight)  # type: ignore[union-attr, arg-type]
+    assert (int(mean.n_averaged), other.model.number) == (0, number)
+    epoch(other, mean, 1)
+
+
+def test_a_buffer_in_the_place_of_something_else_is_refused() -> None:
+    grower, _ = begun()
+    for name in ("forward", "into.", "into.forward"):
+        state = grower.state_dict()
+        state["network"][name] = torch.ones(1)
+        with pytest.raises(SavedModelError, match=r"state\['network'\] lacks \[\] and has the foreign"):
+            grower.load_state_dict(state)

@@ -57,6 +57,7 @@ ORDER = [
     "files",
     "wrappers",
     "state",
+    "beside",
     "saved",
     "grower",
     "persist",

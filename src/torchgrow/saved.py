@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .beside import check_network, extra_states, extra_states_set, held_beside, read_network, take_buffers_
 from .cost import CostModel
 from .distributed import Ranks
 from .errors import SavedModelError, StructureError, TrainingError
@@ -24,10 +25,7 @@ from .state import (
     Field,
     Slots,
     check_frame,
-    check_network,
     copies,
-    extra_states,
-    extra_states_set,
     fingerprint,
     fold_copies,
     live_shapes,
@@ -35,14 +33,12 @@ from .state import (
     read_bank_slots,
     read_event,
     read_indicators,
-    read_network,
     read_optimizer,
     read_stores,
     read_tensors,
     store_state,
     stores_state,
     swapped_in,
-    take_buffers_,
 )
 from .store import Store
 from .surgery import Bank, named_tensors, uninterrupted
@@ -51,9 +47,12 @@ from .watch import Watch
 FIELDS = (
     *("format", "frame", "settings", "history", "finished", "penalty", "initial_lr", "keep", "before", "ever"),
     *("trained", "indicators", "network", "gradients", "raw", "steps", "bank", "bank_slots", "optimizers"),
-    *("followers", "extra_states"),
+    "followers",
 )
 """Fields of a state of format `FORMAT`."""
+
+LATER = ("extra_states",)
+"""Those that states of older versions lack; with what came later in their fields, a run goes on as it did then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +152,7 @@ class Saved:
                 {
                     "network": copies(named_tensors(bank.model)),
                     "bank": stores_state(bank.full),
-                    "beside": copies(beside(outer, bank.model)),
+                    "beside": copies(held_beside(outer, bank.model)),
                 }
                 for bank, outer in zip(self._followers, self._outer, strict=True)
             ],
@@ -199,7 +198,7 @@ class Saved:
             for (follower, contents, asleep, held), outer in zip(found.followers, self._outer, strict=True):
                 follower.full = asleep
                 take_buffers_(follower.model, contents)
-                for name, tensor in beside(outer, follower.model).items():
+                for name, tensor in held_beside(outer, follower.model).items():
                     tensor.data.copy_(held[name])
             self._folding.install(fold, factors, raw_copies)
             self._folding.load_state(found.waiting, found.summed)
@@ -245,8 +244,8 @@ class Saved:
         ]
         slots = {parameter: kept for found, _ in optimizers for parameter, kept in found.items()}
         sleepers = {name: parameters[name] for name in full if name in parameters}
-        steps = saved["steps"].fields(("waiting", "sum", "taken", "moved"))
-        total = steps["sum"]
+        steps = saved["steps"].fields(("waiting", "sum"), later=("taken", "moved"))
+        total, taken = steps["sum"], steps["taken"]
         return _Found(
             keep=keep,
             before=before,
@@ -267,8 +266,8 @@ class Saved:
             optimizers=optimizers,
             waiting=[entry.flag() for entry in steps["waiting"].items(len(self.optimizers))],
             summed=None if total.value is None else total.tensor(units, torch.float64, finite=True).clone(),
-            taken=[entry.whole() for entry in steps["taken"].items(len(self.optimizers))],
-            moved=steps["moved"].flag(),
+            taken=[] if taken.value is None else [one.whole() for one in taken.items(len(self.optimizers))],
+            moved=steps["moved"].value is not None and steps["moved"].flag(),
             followers=self._read_followers(saved["followers"], shapes, finished),
             extra_states=self._read_extra_states(saved["extra_states"]),
         )
@@ -300,17 +299,20 @@ class Saved:
             )
         found = []
         for entry, bank, outer in zip(saved, self._followers, self._outer, strict=True):
-            parts = entry.fields(("network", "bank", "beside"))
+            parts = entry.fields(("network", "bank"), later=("beside",))
             contents = read_network(parts["network"], self.space, bank.model, shapes)
             asleep = read_stores(parts["bank"], {} if finished else bank.blank(), self.space, bank.tensors)
-            own = beside(outer, bank.model)
-            values = read_tensors(parts["beside"], own, {name: tuple(tensor.shape) for name, tensor in own.items()})
+            own = held_beside(outer, bank.model)
+            wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
+            values = own if parts["beside"].value is None else read_tensors(parts["beside"], own, wanted)
             found.append((bank, contents, asleep, copies(values)))
         return found
 
     def _read_extra_states(self, field: Field) -> list[dict[str, Any]]:
         """Those of the model and of every follower, of the same modules as here."""
         models = [bank.model for bank in (self._bank, *self._followers)]
+        if field.value is None:
+            return [{} for _ in models]
         found = zip(field.items(len(models)), models, strict=True)
         return [{p: one.value for p, one in entry.fields(extra_states(model)).items()} for entry, model in found]
 
@@ -319,7 +321,7 @@ class Saved:
         form = Field(state).fields().get("format", Field(None)).value
         if type(form) is not int or form != FORMAT:
             raise SavedModelError(f"the state has format {form!r}, this version of torchgrow reads {FORMAT}")
-        saved, here = Field(state).fields(FIELDS), self._settings()
+        saved, here = Field(state).fields(FIELDS, LATER), self._settings()
         check_frame(saved["frame"], fingerprint(self.space, self._bank.tensors))
         for key, field in saved["settings"].fields(here).items():
             if type(field.value) is not type(here[key]) or field.value != here[key]:
@@ -344,12 +346,6 @@ class Saved:
         ):
             field.refuse(f"events 0 to at most {self.updates}, the last one of the structure {self.space.widths(keep)}")
         return history
-
-
-def beside(outer: nn.Module, inner: nn.Module) -> dict[str, Tensor]:
-    """Tensors of a wrapper that are not those of the model in it, such as how often an average was updated."""
-    own = {id(tensor) for tensor in named_tensors(inner).values()}
-    return {name: tensor for name, tensor in named_tensors(outer).items() if id(tensor) not in own}
 
 
 def _copied_to(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SavedModelError
-from .files import pack
 from .fold import Fold
 from .indicators import STATE
 from .slots import Layout
 from .space import Space, live_positions
 from .store import Store
-from .surgery import named_tensors
 from .trial import Slot
 
 FORMAT = 1
@@ -52,17 +50,21 @@ class Field:
         found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"{str(value)[:60]} ({kind})"
         raise SavedModelError(f"{self.path} is {found}, it must be {wanted}; nothing was changed")
 
-    def fields(self, names: Iterable[str] | None = None) -> dict[str, Field]:
-        """The fields of a dict with text for keys; with `names`, with just these keys."""
-        names = None if names is None else set(names)
+    def fields(self, names: Iterable[str] | None = None, later: Iterable[str] = ()) -> dict[str, Field]:
+        """The fields of a dict with text for keys; with `names`, with just these keys and those in `later`.
+
+        The latter may be missing, as they are in states of older versions, and are None then.
+        """
         if not isinstance(self.value, dict) or not all(type(key) is str for key in self.value):
             self.refuse("a dict with text for keys")
-        if names is not None and self.value.keys() != names:
-            missing, foreign = sorted(names - self.value.keys()), sorted(self.value.keys() - names)
+        names = None if names is None else {*names, *later}
+        values = {**dict.fromkeys(later), **self.value}
+        if names is not None and values.keys() != names:
+            missing, foreign = sorted(names - values.keys()), sorted(values.keys() - names)
             raise SavedModelError(
                 f"{self.path} lacks {missing[:3]} and has the foreign {foreign[:3]}; nothing was changed"
             )
-        return {key: Field(value, f"{self.path}[{key!r}]") for key, value in self.value.items()}
+        return {key: Field(value, f"{self.path}[{key!r}]") for key, value in values.items()}
 
     def items(self, count: int | None = None) -> list[Field]:
         """The items of a list, of just so many if `count` is given."""
@@ -259,92 +261,6 @@ def read_tensors(
     if not found.keys() <= like.keys() or not (some or len(found) == len(like)):
         field.fields(like)
     return {name: tensor.tensor(shapes[name], like[name].dtype) for name, tensor in found.items()}
-
-
-def late_buffers(space: Space, model: nn.Module) -> set[str]:
-    """Names of buffers that nothing cuts: a forward may replace them, at any shape, make them or drop them."""
-    return {name for name, _ in model.named_buffers() if name not in space.cut_axes}
-
-
-def check_network(space: Space, keep: Tensor, model: nn.Module) -> None:
-    """Refuse to save what could never be loaded.
-
-    Raises:
-        SavedModelError: a parameter, or a buffer that is cut, is not as the structure makes it; the message names it.
-    """
-    shapes, free = live_shapes(space, keep), late_buffers(space, model)
-    for name, tensor in named_tensors(model).items():
-        if name not in free and tensor.shape != shapes.get(name):
-            raise SavedModelError(
-                f"{name} is {tuple(tensor.shape)}, but {shapes.get(name, 'not there')} in the structure that torchgrow "
-                "made: it was exchanged or has grown since, and such a state could not be loaded. Nothing was saved"
-            )
-
-
-def read_network(
-    field: Field, space: Space, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Tensor]:
-    """Parameters and buffers by name: of the shapes given, or, of buffers that nothing cuts, of any.
-
-    The latter may be missing, or be there though the model has not made them yet.
-    """
-    found, present = field.fields(), named_tensors(model)
-    free, fixed = late_buffers(space, model), {}
-    modules = dict(model.named_modules())
-    for name in [*found, *(name for name in present if name not in found)]:
-        path, _, own = name.rpartition(".")
-        if name in present and name not in free:
-            fixed[name] = found.get(name, Field(None, f"{field.path}[{name!r}]"))
-        elif name in found:
-            value = found[name].value
-            parent = modules.get(path)
-            known = name in present or (parent is not None and (own in parent._buffers or not hasattr(parent, own)))
-            if not known or not isinstance(value, Tensor) or value.layout != torch.strided:
-                found[name].refuse("a buffer of this model")
-    tensors = {name: entry.tensor(shapes[name], present[name].dtype) for name, entry in fixed.items()}
-    return {name: tensors[name] if name in tensors else entry.value.detach() for name, entry in found.items()}
-
-
-def take_buffers_(model: nn.Module, contents: Mapping[str, Tensor]) -> None:
-    """Make the buffers that only `contents` has, and drop those that it lacks."""
-    modules, present = dict(model.named_modules()), dict(model.named_buffers())
-    for name in [*(n for n in contents if n not in present), *(n for n in present if n not in contents)]:
-        path, _, own = name.rpartition(".")
-        if name in contents and own not in modules[path]._parameters:
-            device = next((p.device for p in model.parameters()), contents[name].device)
-            if own not in modules[path]._buffers:
-                modules[path].register_buffer(own, None, persistent=False)
-            modules[path]._buffers[own] = contents[name].to(device, copy=True)
-        elif name not in contents:
-            modules[path]._buffers[own] = None
-
-
-def extra_states(model: nn.Module) -> dict[str, Any]:
-    """What modules give away by `get_extra_state`, by path, as copies.
-
-    Raises:
-        SavedModelError: one of them is not plain data; the message names the module.
-    """
-    states = {}
-    for path, module in model.named_modules():
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            states[path] = copy.deepcopy(module.get_extra_state())
-            pack(states[path], {}, f"get_extra_state() of {path or 'the model'} ({type(module).__name__})")
-    return states
-
-
-@contextmanager
-def extra_states_set(model: nn.Module, states: Mapping[str, Any]) -> Iterator[None]:
-    """Give modules other extra states; the old ones come back if the block raises."""
-    before = extra_states(model)
-    try:
-        for path, state in states.items():
-            model.get_submodule(path).set_extra_state(copy.deepcopy(state))
-        yield
-    except BaseException:
-        for path, state in before.items():
-            model.get_submodule(path).set_extra_state(state)
-        raise
 
 
 def read_bank_slots(
