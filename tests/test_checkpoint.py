@@ -375,7 +375,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         r"it must be torch\.uint8",
     ),
     "a missing weight": (drop("network", "fc1.bias"), r"state\['network'\] lacks \['fc1\.bias'\]"),
-    "a foreign weight": (put(torch.ones(1), "network", "evil"), r"has the foreign \['evil'\]"),
+    "a foreign weight": (put(torch.ones(1), "network", "evil.weight"), r"has the foreign \['evil\.weight'\]"),
     "a weight at full size": (
         put(torch.ones(6, 3, 3, 3).double(), "network", "conv1.weight"),
         r"it must be torch\.float64",

@@ -60,6 +60,7 @@ ORDER = [
     "files",
     "wrappers",
     "state",
+    "beside",
     "saved",
     "grower",
     "persist",

@@ -151,6 +151,7 @@ class Grower(Saved):
         self._initial_lr = first_rate(self.optimizers[0])
         self._folding = Folding(layouts, self._step, lambda: self._indicators.gate)
         self._followers: list[Bank] = []
+        self._outer: list[nn.Module] = []  # the followers as they were given
         self._copies: list[Bank] = []  # those of them that began with the frame's own weights
         self._penalty = torch.zeros(self.space.n_units, dtype=torch.float64)
         self._lambda_share = torch.ones(self.space.n_units, dtype=torch.float64)  # of lambda_1, by unit
@@ -249,7 +250,7 @@ class Grower(Saved):
                 f"torch.optim.swa_utils.AveragedModel(model), got {type(module).__name__}; an average kept as a "
                 "list of tensors cannot be cut along"
             )
-        inner = getattr(module, "module", None)
+        outer, inner = module, getattr(module, "module", None)
         if isinstance(inner, nn.Module) and not module.state_dict().keys() & self._bank.tensors.keys():
             module = inner
         exchange = Exchange()
@@ -258,6 +259,7 @@ class Grower(Saved):
             follower = self._bank.follower(module, exchange)
             guard_(follower.model)
             exchange.append(self._followers, follower)
+            exchange.append(self._outer, outer)
             if self._bank.sleeps_alike(follower):
                 exchange.append(self._copies, follower)
             exchange.make()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .beside import check_network, extra_states, extra_states_set, held_beside, read_network, take_buffers
 from .cost import CostModel
 from .distributed import Ranks
 from .errors import SavedModelError, StructureError
@@ -45,9 +47,13 @@ from .watch import Watch
 
 FIELDS = (
     *("format", "frame", "settings", "history", "finished", "penalty", "initial_lr", "keep", "before", "ever"),
-    *("trained", "indicators", "network", "gradients", "raw", "steps", "bank", "bank_slots", "optimizers", "followers"),
+    *("trained", "indicators", "network", "gradients", "raw", "steps", "bank", "bank_slots", "optimizers"),
+    "followers",
 )
 """Fields of a state of format `FORMAT`."""
+
+LATER = ("extra_states",)
+"""Those that states of older versions lack; with what came later in their fields, a run goes on as it did then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +79,8 @@ class _Found:
     summed: Tensor | None
     taken: list[int]
     moved: bool
-    followers: list[tuple[Bank, dict[str, Tensor], dict[str, Store]]]
+    followers: list[tuple[Bank, dict[str, Tensor], dict[str, Store], dict[str, Tensor]]]
+    extra_states: list[dict[str, Any]]
 
 
 class Saved:
@@ -90,6 +97,7 @@ class Saved:
     history: list[Event]
     _bank: Bank
     _followers: list[Bank]
+    _outer: list[nn.Module]
     _folding: Folding
     _indicators: Indicators
     _costs: CostModel
@@ -113,8 +121,11 @@ class Saved:
 
         Raises:
             TrainingError: the last optimizer step did not finish.
+            SavedModelError: a tensor is not as the structure makes it, so that the state could never be loaded.
         """
         self._folding.recover()
+        for bank in (self._bank, *self._followers):
+            check_network(self.space, self._bank.keep, bank.model)
         fold = self._folding.fold
         assert fold is not None
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
@@ -142,9 +153,14 @@ class Saved:
             "bank_slots": [[name, key, store_state(slot)] for (name, key), slot in slots.items()],
             "optimizers": [optimizer_state(optimizer, self._parameters, raw_copies) for optimizer in self.optimizers],
             "followers": [
-                {"network": copies(named_tensors(bank.model)), "bank": stores_state(bank.asleep({}, {})[0])}
-                for bank in self._followers
+                {
+                    "network": copies(named_tensors(bank.model)),
+                    "bank": stores_state(bank.asleep({}, {})[0]),
+                    "beside": copies(held_beside(outer, bank.model)),
+                }
+                for bank, outer in zip(self._followers, self._outer, strict=True)
             ],
+            "extra_states": [extra_states(bank.model) for bank in (self._bank, *self._followers)],
         }
 
     @trainable()
@@ -170,7 +186,7 @@ class Saved:
         for layout, (slots, _) in zip(bank.layouts, found.optimizers, strict=True) if not found.finished else ():
             raw_copies |= fold_copies(slots, layout, fold, factors, self.space.shapes)
         changes = [bank.stage_contents(found.keep, found.network)]
-        changes += [own.stage_contents(found.keep, contents) for own, contents, _ in found.followers]
+        changes += [own.stage_contents(found.keep, contents) for own, contents, *_ in found.followers]
         exchange = Exchange()
         for own, (slots, settings) in zip(self.optimizers, found.optimizers, strict=True):
             exchange_state(exchange, own, slots, settings)
@@ -179,8 +195,12 @@ class Saved:
         for name, gradient in found.gradients.items():
             exchange.give_gradient(parameters[name], gradient)
         exchange.fields(bank, full=found.bank, slots=found.bank_slots, trained=found.trained)
-        for follower, _, asleep in found.followers:
+        take_buffers(exchange, self.model, found.network)
+        for (follower, contents, asleep, held), outer in zip(found.followers, self._outer, strict=True):
             exchange.fields(follower, full=asleep)
+            take_buffers(exchange, follower.model, contents)
+            for name, tensor in held_beside(outer, follower.model).items():
+                exchange.write(tensor, held[name])
         self._folding.install(exchange, fold, factors, raw_copies)
         self._folding.load_state(exchange, found.waiting, found.summed)
         self._folding.begin(exchange, found.taken, found.moved)
@@ -196,7 +216,10 @@ class Saved:
         self._note(exchange, found.history, found.finished)
         self._ranks.invalidate(exchange)
         forget_compiled()
-        exchange.make()
+        with ExitStack() as stack:
+            for one, states in zip((self._bank, *self._followers), found.extra_states, strict=True):
+                stack.enter_context(extra_states_set(one.model, states))
+            exchange.make()
 
     def _note(self, exchange: Exchange, history: list[Event], finished: bool) -> None:
         """Have `exchange` write on the network how far the run has come, for `save` and for another grower to see."""
@@ -226,8 +249,8 @@ class Saved:
         ]
         slots = {parameter: kept for found, _ in optimizers for parameter, kept in found.items()}
         sleepers = {name: parameters[name] for name in full if name in parameters}
-        steps = saved["steps"].fields(("waiting", "sum", "taken", "moved"))
-        total = steps["sum"]
+        steps = saved["steps"].fields(("waiting", "sum"), later=("taken", "moved"))
+        total, taken = steps["sum"], steps["taken"]
         return _Found(
             keep=keep,
             before=before,
@@ -238,9 +261,9 @@ class Saved:
             penalty=saved["penalty"].tensor(units, torch.float64, finite=True).clone(),
             initial_lr=saved["initial_lr"].number(low=0),
             indicators=self._indicators.loaded(read_indicators(saved["indicators"], space.n_units, len(history))),
-            network=read_tensors(saved["network"], named_tensors(self.model), shapes),
-            gradients=_beside(read_tensors(saved["gradients"], parameters, shapes, some=True), parameters),
-            raw=_beside(read_tensors(saved["raw"], gated, shapes), parameters),
+            network=read_network(saved["network"], space, self.model, shapes),
+            gradients=_copied_to(read_tensors(saved["gradients"], parameters, shapes, some=True), parameters),
+            raw=_copied_to(read_tensors(saved["raw"], gated, shapes), parameters),
             bank=full,
             bank_slots=read_bank_slots(
                 saved["bank_slots"], sleepers, bank.empty_slot, bank.layouts, slots, space.shapes
@@ -248,9 +271,10 @@ class Saved:
             optimizers=optimizers,
             waiting=[entry.flag() for entry in steps["waiting"].items(len(self.optimizers))],
             summed=None if total.value is None else total.tensor(units, torch.float64, finite=True).clone(),
-            taken=[entry.whole() for entry in steps["taken"].items(len(self.optimizers))],
-            moved=steps["moved"].flag(),
+            taken=[] if taken.value is None else [one.whole() for one in taken.items(len(self.optimizers))],
+            moved=steps["moved"].value is not None and steps["moved"].flag(),
             followers=self._read_followers(saved["followers"], shapes, finished),
+            extra_states=self._read_extra_states(saved["extra_states"]),
         )
 
     def _contents(self) -> dict[str, Tensor]:
@@ -270,8 +294,8 @@ class Saved:
 
     def _read_followers(
         self, field: Field, shapes: Mapping[str, tuple[int, ...]], finished: bool
-    ) -> list[tuple[Bank, dict[str, Tensor], dict[str, Store]]]:
-        """Every follower's bank, live contents and what sleeps."""
+    ) -> list[tuple[Bank, dict[str, Tensor], dict[str, Store], dict[str, Tensor]]]:
+        """Every follower's bank, live contents, what sleeps, and what its wrapper holds beside."""
         saved = field.items()
         if len(saved) != len(self._followers):
             raise SavedModelError(
@@ -279,19 +303,30 @@ class Saved:
                 "as often as in the saved run, before loading. Nothing was changed"
             )
         found = []
-        for entry, bank in zip(saved, self._followers, strict=True):
-            parts = entry.fields(("network", "bank"))
-            contents = read_tensors(parts["network"], named_tensors(bank.model), shapes)
+        for entry, bank, outer in zip(saved, self._followers, self._outer, strict=True):
+            parts = entry.fields(("network", "bank"), later=("beside",))
+            contents = read_network(parts["network"], self.space, bank.model, shapes)
             asleep = read_stores(parts["bank"], {} if finished else bank.blank(), self.space, bank.tensors)
-            found.append((bank, contents, asleep))
+            own = held_beside(outer, bank.model)
+            wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
+            values = own if parts["beside"].value is None else read_tensors(parts["beside"], own, wanted)
+            found.append((bank, contents, asleep, copies(values)))
         return found
+
+    def _read_extra_states(self, field: Field) -> list[dict[str, Any]]:
+        """Those of the model and of every follower, of the same modules as here."""
+        models = [bank.model for bank in (self._bank, *self._followers)]
+        if field.value is None:
+            return [{} for _ in models]
+        found = zip(field.items(len(models)), models, strict=True)
+        return [{p: one.value for p, one in entry.fields(extra_states(model)).items()} for entry, model in found]
 
     def _examine(self, state: Mapping[str, Any]) -> dict[str, Field]:
         """Fields of a state that was saved by a grower such as this one, of a frame such as this one."""
         form = Field(state).fields().get("format", Field(None)).value
         if type(form) is not int or form != FORMAT:
             raise SavedModelError(f"the state has format {form!r}, this version of torchgrow reads {FORMAT}")
-        saved, here = Field(state).fields(FIELDS), self._settings()
+        saved, here = Field(state).fields(FIELDS, LATER), self._settings()
         check_frame(saved["frame"], fingerprint(self.space, self._bank.tensors))
         for key, field in saved["settings"].fields(here).items():
             if type(field.value) is not type(here[key]) or field.value != here[key]:
@@ -318,7 +353,7 @@ class Saved:
         return history
 
 
-def _beside(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def _copied_to(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Copies on the devices of the parameters of the same names."""
     return {name: tensor.to(parameters[name].device, copy=True) for name, tensor in tensors.items()}
 

@@ -50,17 +50,21 @@ class Field:
         found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"{str(value)[:60]} ({kind})"
         raise SavedModelError(f"{self.path} is {found}, it must be {wanted}; nothing was changed")
 
-    def fields(self, names: Iterable[str] | None = None) -> dict[str, Field]:
-        """The fields of a dict with text for keys; with `names`, with just these keys."""
-        names = None if names is None else set(names)
+    def fields(self, names: Iterable[str] | None = None, later: Iterable[str] = ()) -> dict[str, Field]:
+        """The fields of a dict with text for keys; with `names`, with just these keys and those in `later`.
+
+        The latter may be missing, as they are in states of older versions, and are None then.
+        """
         if not isinstance(self.value, dict) or not all(type(key) is str for key in self.value):
             self.refuse("a dict with text for keys")
-        if names is not None and self.value.keys() != names:
-            missing, foreign = sorted(names - self.value.keys()), sorted(self.value.keys() - names)
+        names = None if names is None else {*names, *later}
+        values = {**dict.fromkeys(later), **self.value}
+        if names is not None and values.keys() != names:
+            missing, foreign = sorted(names - values.keys()), sorted(values.keys() - names)
             raise SavedModelError(
                 f"{self.path} lacks {missing[:3]} and has the foreign {foreign[:3]}; nothing was changed"
             )
-        return {key: Field(value, f"{self.path}[{key!r}]") for key, value in self.value.items()}
+        return {key: Field(value, f"{self.path}[{key!r}]") for key, value in values.items()}
 
     def items(self, count: int | None = None) -> list[Field]:
         """The items of a list, of just so many if `count` is given."""

@@ -377,7 +377,11 @@ class Bank:
         keep = self.space.check_keep(keep)
         index = {name: index_of(self.space, name, keep) for name in self.space.cut_axes}
         present = named_tensors(self.model)  # a buffer may be another object by now
-        swaps = {n: _Swap(tensor, contents[n].to(tensor.device, copy=True), []) for n, tensor in present.items()}
+        swaps = {
+            name: _Swap(tensor, contents[name].to(tensor.device, copy=True), [])
+            for name, tensor in present.items()
+            if name in contents
+        }
         order = {name: memory_order(contents[name], axes) for name, axes in self.order.items()}
         return Change(self, keep, swaps, index, self._record(keep), order=order)
 
