@@ -35,6 +35,8 @@ ORDER = [
     "reductions",
     "sequences",
     "findings",
+    "opening",
+    "passes",
     "calling",
     "shapes",
     "replay",

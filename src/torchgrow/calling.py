@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten_with_path, tree_leaves
+from torch.nn.utils.rnn import PackedSequence
 
 from .errors import TraceError
+from .opening import Leaf, leaves, put_out
 
 Carries = Mapping[int | str, int | str]
 """Which argument of a model's next call each of its outputs becomes: {argument: output}, by position or name."""
 
 
-def call(model: nn.Module, example_inputs: Any) -> Any:
-    """Run the model on example inputs: a tensor, a tuple or list of positional ones, or a dict of keywords."""
-    if isinstance(example_inputs, dict):
-        return model(**example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return model(*example_inputs)
-    return model(example_inputs)
+def examples_of(example_inputs: Any) -> list[Any]:
+    """The examples that were given: those in a list, else the one value."""
+    return list(example_inputs) if type(example_inputs) is list else [example_inputs]
+
+
+def call(model: nn.Module, example: Any) -> Any:
+    """Run the model on one example: a tensor, a tuple of positional inputs, or a mapping of keywords."""
+    if isinstance(example, Mapping):
+        return model(**example)
+    if isinstance(example, (tuple, list)) and not isinstance(example, PackedSequence):
+        return model(*example)
+    return model(example)
 
 
 def check_model(model: nn.Module, example_inputs: Any) -> None:
@@ -48,11 +53,7 @@ def check_model(model: nn.Module, example_inputs: Any) -> None:
                 f"layer {path!r} is a torch.compile(...) of a module; compile it in place, model.{path}.compile(), or "
                 "call torchgrow first"
             )
-    if not any(isinstance(x, Tensor) for x in tree_leaves(example_inputs)):
-        raise TraceError(
-            "example_inputs holds no tensor; pass a small batch the model accepts, e.g. example_inputs=images[:2], "
-            "a tuple for several arguments, or a dict for keywords"
-        )
+    _check_examples(examples_of(example_inputs))
     tensors = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in tensors:
         if hasattr(tensor, "device_mesh"):
@@ -74,59 +75,32 @@ def check_model(model: nn.Module, example_inputs: Any) -> None:
             )
 
 
-@contextmanager
-def quiet_eval(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, not compiled; modes, buffers and random state are as before afterwards."""
-    modules = list(model.modules())
-    compiled = [(module, module._compiled_call_impl) for module in modules if module._compiled_call_impl]
-    modes = [(module, module.training, dict(module._buffers)) for module in modules]
-    held = [buffer for module in modules for buffer in module._buffers.values() if buffer is not None]
-    buffers = [(buffer, buffer.detach().clone(), buffer._version) for buffer in held]
-    try:
-        for module, _ in compiled:
-            module._compiled_call_impl = None
-        model.eval()
-        devices: list[int] | None = None if torch.cuda.is_initialized() else []  # counting devices takes milliseconds
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            yield
-    finally:
-        for module, call_compiled in compiled:
-            module._compiled_call_impl = call_compiled
-        for module, training, own in modes:
-            module.training = training
-            module._buffers.update(own)
-        with torch.no_grad():
-            for buffer, before, version in buffers:
-                if buffer._version != version:
-                    buffer.copy_(before)
+def _check_examples(examples: list[Any]) -> None:
+    """Refuse what a model cannot be run on several times, or not at all."""
+    for i, example in enumerate(examples or [None]):
+        name = f"example_inputs[{i}]" if len(examples) > 1 else "example_inputs"
+        found = leaves(example, name)
+        if not any(isinstance(leaf.value, Tensor) for leaf in found):
+            raise TraceError(
+                f"{name} holds no tensor; pass a small batch the model accepts, e.g. example_inputs=images[:2], "
+                "a tuple for several arguments, a dict for keywords, or a list of several such examples"
+            )
+        for leaf in found:
+            if isinstance(leaf.value, Iterator):
+                raise TraceError(
+                    f"{leaf.path} is a {type(leaf.value).__name__}, which can be read only once, but the model is run "
+                    "several times; give a list or a tuple"
+                )
 
 
-def opened(outputs: Any) -> Any:
-    """Outputs with dataclasses and plain objects opened up, so that every tensor in them is found."""
-    if hasattr(outputs, "__dict__") and not isinstance(outputs, (Tensor, dict, tuple, list)):
-        return vars(outputs)
-    return outputs
-
-
-def _leaves_by_entry(tree: Any) -> list[tuple[Any, Tensor]]:
-    """The tensors of arguments or outputs, each with the position or name of the entry it lies in."""
-
-    def entry(path: Any) -> Any:
-        return next(
-            (getattr(path[0], field) for field in ("idx", "key", "name") if path and hasattr(path[0], field)), None
-        )
-
-    return [(entry(path), leaf) for path, leaf in tree_flatten_with_path(tree)[0] if isinstance(leaf, Tensor)]
-
-
-def carried_inputs(example_inputs: Any, carries: Carries) -> dict[tuple[int | str, int | str], list[int]]:
-    """For every (argument, output) the indices of the argument's tensors among those of the example inputs."""
-    leaves = _leaves_by_entry(example_inputs)
+def carried_inputs(example: Any, carries: Carries) -> dict[tuple[int | str, int | str], list[int]]:
+    """For every (argument, output) the indices of the argument's tensors among those of the example."""
+    found = [leaf for leaf in leaves(example, "example_inputs") if isinstance(leaf.value, Tensor)]
     entering = {}
     for argument, output in carries.items():
-        indices = [i for i, (entry, leaf) in enumerate(leaves) if entry == argument and leaf.is_floating_point()]
+        indices = _floating(found, argument)
         if not indices:
-            entries = list(dict.fromkeys(entry for entry, _ in leaves if entry is not None))
+            entries = list(dict.fromkeys(entry for leaf in found for entry in leaf.entries[:1]))
             raise TraceError(
                 f"carried names argument {argument!r}, in which example_inputs holds no floating-point tensor (it "
                 f"holds tensors in {entries}); give an initial state of zeros there, as in example_inputs=(tokens, "
@@ -136,16 +110,21 @@ def carried_inputs(example_inputs: Any, carries: Carries) -> dict[tuple[int | st
     return entering
 
 
+def _floating(found: list[Leaf], entry: Hashable) -> list[int]:
+    """Indices of the floating-point tensors in an entry."""
+    return [i for i, leaf in enumerate(found) if entry in leaf.entries and leaf.value.is_floating_point()]
+
+
 def carried_outputs(
     outputs: Any, given: list[Tensor], entering: dict[tuple[int | str, int | str], list[int]]
 ) -> dict[int, int]:
     """Index of every carried tensor among the outputs' tensors, and among the inputs'."""
-    leaves = _leaves_by_entry(opened(outputs))
+    found = put_out(outputs)
     leaving: dict[int, int] = {}
     for (argument, output), indices in entering.items():
-        ends = [i for i, (entry, leaf) in enumerate(leaves) if entry == output and leaf.is_floating_point()]
+        ends = _floating(found, output)
         into = [tuple(given[i].shape) for i in indices]
-        out_of = [tuple(leaves[i][1].shape) for i in ends]
+        out_of = [tuple(found[i].value.shape) for i in ends]
         if into != out_of:
             raise TraceError(
                 f"carried says that output {output!r} becomes argument {argument!r} of the next call, but their "

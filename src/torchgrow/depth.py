@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from .calling import call, quiet_eval
+from .calling import call, examples_of
 from .errors import TraceError
+from .opening import mapped
+from .passes import Pass, running, twin
 from .space import WHOLE, FlopTerm, Frozen, PassThrough, Slot, Space
 from .store import is_meta
 
@@ -67,7 +68,8 @@ def find(model: nn.Module, example_inputs: Any, wanted: bool | Sequence[Named]) 
     """
     if wanted is False:
         return ()
-    seen = _calls(model, example_inputs)
+    model = twin(model)
+    seen = _calls(model, examples_of(example_inputs)[0])
     found = _blocks(model, seen) if wanted is True else [_named(model, seen, name) for name in wanted]
     if not found:
         raise TraceError(
@@ -78,7 +80,7 @@ def find(model: nn.Module, example_inputs: Any, wanted: bool | Sequence[Named]) 
     return tuple(replace(slot, unit=unit) for unit, slot in enumerate(found))
 
 
-def _calls(model: nn.Module, example_inputs: Any) -> dict[str, list[_Call]]:
+def _calls(model: nn.Module, example: Any) -> dict[str, list[_Call]]:
     """All calls of all modules in one forward."""
     seen: dict[str, list[_Call]] = {}
     handles = []
@@ -91,10 +93,10 @@ def _calls(model: nn.Module, example_inputs: Any) -> dict[str, list[_Call]]:
 
         handles.append(module.register_forward_hook(note, with_kwargs=True))
     if is_meta(model):
-        example_inputs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, example_inputs)
+        example = mapped(example, lambda x: x.to("meta"))
     try:
-        with quiet_eval(model):
-            call(model, example_inputs)
+        with running(model, Pass()):
+            call(model, example)
     except Exception as error:
         raise TraceError(f"the model's forward failed: {type(error).__name__}: {error}") from error
     finally:

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from .labels import FIXED, Array, Labels, Layer
 from .space import Attribute, Carried, FlopTerm, Frozen, Parts, Place, Space, has_units
 
+UNREAD = "is computed, but nothing reads it in any run; add an example that does: example_inputs=[..., ...]"
+"""Reason of what stays because no run told who reads it."""
+
 
 @dataclass
 class Read:
@@ -88,7 +91,7 @@ class Findings:
             for constant, vectors, module in self.flop_terms
         )
         group_of, names = _groups(unit_of, [v for term in terms for v in term.vectors], real.numel())
-        return Space(
+        space = Space(
             unit_of=unit_of,
             removable=torch.ones(real.numel(), dtype=torch.bool),
             group_of=group_of,
@@ -106,6 +109,24 @@ class Findings:
             ),
             parts=tuple(replace(cut, pieces=tuple(units(piece) for piece in cut.pieces)) for cut in self.parts),
         )
+        return self._without_unread(space, units)
+
+    def _without_unread(self, space: Space, units: Callable[[Tensor], Tensor]) -> Space:
+        """Units that are computed and that nothing reads: nothing can be proven of what would."""
+        unread = space.everything()
+        for symbols in [read.produced.symbols for read in self.reads]:
+            found = units(symbols).flatten()
+            unread[found[found >= 0]] = False
+        for group in space.group_of[unread].unique().tolist():
+            name, mine = space.group_names[group], unread & (space.group_of == group)
+            places = tuple(
+                place
+                for place, vector in space.unit_of.items()
+                if bool((has := vector[vector >= 0]).numel()) and bool(mine[has].any())
+            )
+            frozen = Frozen("unread", name, "", UNREAD, places)
+            space = space.freeze(torch.nonzero(mine).flatten().tolist(), frozen)
+        return space
 
     def _fold_places(
         self, unit_of: dict[Place, Tensor], units: Callable[[Tensor], Tensor], n: int

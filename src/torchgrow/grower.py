@@ -13,11 +13,10 @@ from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from .advice import Course, course, summary, warn_if_trained
 from .budget import check_feasible, fit, largest_shift, pressure, shed
-from .calling import Carries
+from .calling import Carries, examples_of
 from .cost import Cost, CostModel
 from .depth import Named
 from .distributed import Ranks
@@ -26,6 +25,8 @@ from .fold import Fold, Folding, attached
 from .guard import guard_
 from .indicators import Indicators, Method
 from .limits import Budget, Limits
+from .opening import mapped
+from .opening import tensors as tensors_in
 from .optimizers import check_optimizers, first_rate, optimizers_of, peak_rate, present_rate, untrained_hint
 from .proof import prove, trace
 from .record import Growth, growths, recorded
@@ -124,7 +125,7 @@ class Grower(Saved):
         self._ranks = Ranks()
         self._ranks.agree(lambda: self._decided(None))
         self._ranks.share([tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta])
-        device = next(x.device for x in tree_leaves(example_inputs) if isinstance(x, Tensor))
+        device = tensors_in(examples_of(example_inputs)[0])[0].device
         self._bank = Bank(model, self.space, seed=seed, device=device, layouts=layouts)
         self._bank.growth = Growth(updates)
         self._parameters = dict(model.named_parameters())
@@ -391,7 +392,7 @@ class Grower(Saved):
                 "no state was declared; construct Grower(..., example_inputs=(x, state), carried={1: 1}) for a model "
                 "called as out, state = model(x, state)"
             )
-        tensors = [x for x in tree_leaves(state) if isinstance(x, Tensor)]
+        tensors = tensors_in(state)
         if len(tensors) != len(carried):
             raise StructureError(
                 f"the state holds {len(tensors)} tensors, but {len(carried)} were declared as carried; pass the whole "
@@ -406,7 +407,7 @@ class Grower(Saved):
                         "before the last update; call carry once after every update, with what the model returned last"
                     )
         cut = iter([recut(x, place.units, old, new) for x, place in zip(tensors, carried, strict=True)])
-        return tree_map(lambda x: next(cut) if isinstance(x, Tensor) else x, state)
+        return mapped(state, lambda x: next(cut), "the state")
 
     def _within(self, planned: Tensor) -> tuple[float, Tensor]:
         """The structure for a planned cost (int64 [2]), and the shift of all indicators that gives it."""

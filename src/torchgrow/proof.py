@@ -7,7 +7,6 @@ groups and frozen with the reason; nothing unproven is ever removed.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
-from .calling import Carries, call, opened, quiet_eval
+from .calling import Carries, call, examples_of
 from .cost import CostModel
 from .counting import Guess, choices, guesses
 from .depth import Named, find, gated, with_layers
 from .errors import TraceError
+from .opening import mapped, put_out, tensors
+from .passes import HIGH, Chance, Pass, Steady, fingerprint, passes, running, storages, too_small, twin
 from .record import skip_
 from .replay import Couples, replay
 from .space import WHOLE, Frozen, Place, Space, live_positions
@@ -89,29 +89,32 @@ class Prover:
     """A randomised float64 copy of a frame, against which subsets are tried."""
 
     def __init__(self, model: nn.Module, space: Space, example_inputs: Any, seed: int) -> None:
-        self.space, self.seed = space, seed
+        self.space = space
         self.counting: frozenset[str] = frozenset()  # names of attributes that had to follow
         self.generator = torch.Generator().manual_seed(seed)
-        try:
-            self.frame = copy.deepcopy(model)
-        except Exception as error:
-            raise TraceError(f"the proof needs a copy of the model, but deepcopy failed: {error}") from error
+        self.frame = twin(model)
+        examples = examples_of(example_inputs)
         if is_meta(model):
             births = Births(model, seed)
-            self.frame.to_empty(device=_device(example_inputs))
+            self.frame.to_empty(device=_device(examples))
             for name, tensor in [*self.frame.named_parameters(), *self.frame.named_buffers()]:
                 tensor.detach().copy_(births.full(name))
         self.frame._apply(_doubled)
-        self.inputs = tree_map(lambda x: _doubled(x.detach()) if isinstance(x, Tensor) else x, example_inputs)
-        self.tensors = [x for x in tree_leaves(self.inputs) if isinstance(x, Tensor)]
+        self.examples = [mapped(example, lambda x: _doubled(x.detach())) for example in examples]
         self._randomize()
-        for i in [state.input for state in space.carried]:  # anything, not the zeros that most examples begin with
-            noise = torch.randn(self.tensors[i].shape, generator=self.generator, dtype=torch.float64)
-            self.tensors[i] = noise.to(self.tensors[i])
+        for state in space.carried:  # anything, not the zeros that most examples begin with
+            for example in self.examples:
+                given = tensors(example)[state.input]
+                given.copy_(torch.randn(given.shape, generator=self.generator, dtype=torch.float64))
+        self.small: set[int] = set()  # examples too small for statistics over a batch
+        self.restless = False  # whether a forward writes into the parameters every time
         try:
+            self.passes = self._settled(storages(model))
             plain = self._outputs()
             self.bank = Bank(self.frame, space)
             gap = _gap(self._outputs(), plain) if self.bank.adapted else 0.0
+        except TraceError:
+            raise
         except Exception as error:
             raise TraceError(
                 f"the proof runs in float64, and there the model's forward failed: {type(error).__name__}: {error}; "
@@ -124,6 +127,50 @@ class Prover:
                 f"the adapters in place of {', '.join(kinds)} change the model's outputs by {gap:.1e}; an adapter must "
                 "compute what the module it replaces computes (correct the subclass given to torchgrow.adapter)"
             )
+
+    def _settled(self, original: dict[int, str]) -> list[Pass]:
+        """The passes that run, after one of each: what a forward does at its first call only has been done then.
+
+        Raises:
+            TraceError: the forward reads tensors of the model itself.
+        """
+        waiting, found, wrote = passes(len(self.examples)), [], False
+        while waiting:
+            one = waiting.pop(0)
+            try:
+                with self._running(one, original) as chance:
+                    before = fingerprint(self.frame)
+                    call(self.frame, self.examples[one.example])
+                    wrote |= fingerprint(self.frame) != before
+            except TraceError:
+                raise
+            except Exception as error:
+                if one == Pass():
+                    raise
+                if too_small(error) and one.example not in self.small:
+                    self.small.add(one.example)
+                    waiting.insert(0, one)
+                continue
+            found.append(one)
+            if chance.decides and one.draw == HIGH:
+                waiting += one.drawn_anew()
+        if wrote:
+            self._randomize()
+            for one in found:
+                with self._running(one, {}):
+                    before = fingerprint(self.frame)
+                    call(self.frame, self.examples[one.example])
+                    self.restless |= fingerprint(self.frame) != before
+            self._randomize()
+        return found
+
+    @contextmanager
+    def _running(self, one: Pass, original: dict[int, str]) -> Iterator[Chance]:
+        """Everything held still that must not differ between two runs."""
+        small = one.training and one.example in self.small
+        with running(self.frame, one, still_norms=small) as chance, _no_fast_path(), Steady(), chance:
+            chance.original = original
+            yield chance
 
     def _randomize(self) -> None:
         """Scales and offsets around 1, statistics away from 0 and 1, and weights neither large nor small.
@@ -205,7 +252,7 @@ class Prover:
                         if axis == WHOLE and self.space.slot_of[name] == slot.unit:
                             self.bank.tensors[name].fill_(ZERO)
             skip_(self.frame, plain, plain)
-            expected = self._outputs()
+            expected = self._outputs(shown=keep)
             skip_(self.frame, plain, {})
         try:
             self.bank.recut_(keep)
@@ -214,8 +261,6 @@ class Prover:
             return float("inf"), f"the compact network fails: {type(error).__name__}: {str(error).splitlines()[0]}"
         finally:
             self.bank.recut_(self.space.everything())
-        for state in self.space.carried:  # what a removed unit would have carried on is nobody's business
-            expected[state.output] = recut(expected[state.output], state.units, self.space.everything(), keep)
         worst = _gap(found, expected)
         return worst, f"the compact network's outputs differ by {worst:.1e}"
 
@@ -232,19 +277,37 @@ class Prover:
         self.space = self.bank.space = before
         return False
 
-    def _outputs(self, keep: Tensor | None = None) -> list[Tensor]:
-        """All tensors the network puts out; with the units in `keep`, given states are cut as it is."""
-        tensors = list(self.tensors)
-        if keep is not None:
-            for state in self.space.carried:
-                tensors[state.input] = recut(tensors[state.input], state.units, self.space.everything(), keep)
-        rest = iter(tensors)
-        inputs = tree_map(lambda x: next(rest) if isinstance(x, Tensor) else x, self.inputs)
-        with quiet_eval(self.frame), _no_fast_path():
-            torch.manual_seed(self.seed)
-            outputs = call(self.frame, inputs)
-        found = [x for x in tree_leaves(opened(outputs)) if isinstance(x, Tensor)]
+    def _outputs(self, keep: Tensor | None = None, *, shown: Tensor | None = None) -> list[Tensor]:
+        """All tensors and numbers the network puts out, in all passes.
+
+        Args:
+            keep: the units of the network: given states are cut as it is.
+            shown: units of which the carried outputs show no others; what a removed one carries on is nobody's
+                business.
+        """
+        found: list[Tensor] = []
+        for one in self.passes:
+            example = self.examples[one.example]
+            if keep is not None and self.space.carried:
+                example = self._cut_states(example, keep)
+            values = [p.detach().clone() for p in self.frame.parameters()] if self.restless else []
+            with self._running(one, {}):
+                outputs = call(self.frame, example)
+            own = [leaf.value for leaf in put_out(outputs)]
+            if shown is not None:
+                for state in self.space.carried:
+                    own[state.output] = recut(own[state.output], state.units, self.space.everything(), shown)
+            found += own
+            for parameter, value in zip(self.frame.parameters(), values, strict=False):
+                parameter.data = value
+        found = [x.to_dense() if x.layout != torch.strided else x for x in found]
         return [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in found]
+
+    def _cut_states(self, example: Any, keep: Tensor) -> Any:
+        """An example with its carried states as the network with the units in `keep` takes them."""
+        units, whole = {state.input: state.units for state in self.space.carried}, self.space.everything()
+        cut = iter([recut(x, units.get(i, {}), whole, keep) for i, x in enumerate(tensors(example))])
+        return mapped(example, lambda x: next(cut))
 
 
 def _gap(found: list[Tensor], expected: list[Tensor]) -> float:
@@ -270,8 +333,8 @@ def _no_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _device(example_inputs: Any) -> torch.device:
-    return next(x.device for x in tree_leaves(example_inputs) if isinstance(x, Tensor))
+def _device(examples: list[Any]) -> torch.device:
+    return tensors(examples[0])[0].device
 
 
 def _doubled(x: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cache, partial
@@ -25,11 +27,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from . import contractions, parts, reductions, sampling, sequences  # noqa: F401 (importing them registers their rules)
 from .adapters import adapted
 from .attributes import around, held
-from .calling import Carries, call, carried_inputs, carried_outputs, check_model, opened, quiet_eval
+from .calling import Carries, call, carried_inputs, carried_outputs, check_model, examples_of
 from .errors import TraceError
 from .findings import Findings, Freezing, Read
 from .indexing import write_through
 from .labels import FIXED, NOTHING, Labels, Layer
+from .opening import mapped, put_out, tensors
+from .passes import HIGH, Pass, Steady, fingerprint, foreign, passes, running, storages, too_small, twin
 from .rules import (
     CONSTANT,
     COUNTED,
@@ -134,8 +138,25 @@ class Step:
     line: tuple[str, int] | None
 
 
+UNSEEN = (
+    "could be read by {name}, which no example used: add one that does, example_inputs=[..., ...], or take that "
+    "parameter out of the model or out of training (requires_grad_(False))"
+)
+"""Reason of what is frozen for the sake of a parameter that took part in no run."""
+
 PENDING_BYTES = 2**25
 """How much the results of pending steps may hold; they are kept until their labels have been looked at."""
+
+
+Entering = dict[tuple[int | str, int | str], list[int]]
+"""For every (argument, output) that is carried, the indices of the argument's tensors in an example."""
+
+States = dict[int, dict[int, Tensor]]
+"""For every carried tensor of an example, by index, its symbols per axis."""
+
+
+class Unsettled(BaseException):
+    """The forward writes into parameters: at its first call, or at every one; not an `Exception`, as below."""
 
 
 class ValuesRead(BaseException):
@@ -200,6 +221,12 @@ class Replay(TorchDispatchMode):
         self.op, self.module = "", ""
         self.line: tuple[str, int] | None = None
         self.meta = any(parameter.is_meta for parameter in model.parameters())
+        self.pristine = model  # what a copy is made of where one is needed
+        self.original: dict[int, str] = {}  # memory of the model of which this one is a copy
+        self.settled: bool | None = None  # False: a forward that writes into parameters is to be reported
+        self.first = True  # no run has ended yet
+        self.made: list[Any] = []  # examples, held on to
+        self.visible: dict[str, list[Note]] = {}  # what the forward of every module has at hand
         self._label(tensors)
 
     def _label(self, tensors: dict[str, Tensor]) -> None:
@@ -232,6 +259,7 @@ class Replay(TorchDispatchMode):
         key, notes = id(tensor), self.notes
         found = notes.get(key)
         if found is None:
+            foreign(tensor, self.original)
             found = notes[key] = Note(ref(tensor, lambda _: notes.pop(key, None)))
         return found
 
@@ -315,7 +343,8 @@ class Replay(TorchDispatchMode):
                 constant *= item
             else:
                 vectors.append(item.symbols.flatten())
-        self.found.flop_terms.append((constant, vectors, self.module))
+        if self.first:
+            self.found.flop_terms.append((constant, vectors, self.module))
 
     def count(self, owner: Tensor, attribute: str, symbols: Tensor) -> None:
         """Note an attribute of the module that owns a parameter."""
@@ -534,10 +563,14 @@ class Replay(TorchDispatchMode):
         named = step.operation.bind(step.args, step.kwargs)
         rule = unknown if handler is None or step.empty else handler
         out = step.out() if handler is constant else step.out  # None, if it has gone
-        self._obey(partial(rule, self, step.func, named, out), step.notes, _tensors((out,)))
+        kept, results = self._own_layers(target), _tensors((out,))
+        self._obey(partial(rule, self, step.func, named, out), step.notes, results)
+        if isinstance(target, Tensor) and kept is not None:
+            self._keep_own(target, kept)
         if mutated is not None and not self._unchanged(before, self.layers(mutated)):
             self._obey(partial(write_through, self, mutated), step.notes, [mutated])
         self.fresh = None
+        self._show(step.module, [*step.notes, *(self.notes[id(x)] for x in results if id(x) in self.notes)])
 
     def _obey(self, rule: Callable[[], None], given: Iterable[Tensor | Note], results: Iterable[Tensor]) -> None:
         """Apply a rule; one that raises keeps what enters, as an operation without a rule does."""
@@ -550,6 +583,29 @@ class Replay(TorchDispatchMode):
             reason = f"has a rule that failed ({type(error).__name__}: {text}), so what enters it is kept"
             said = [layer for note in map(self.note, results) for layer in note.layers or ()]
             self._freeze(torch.cat([NOTHING, *(layer.symbols.flatten() for layer in (*entering, *said))]), reason)
+
+    def _own_layers(self, target: Any) -> list[Layer] | None:
+        """The labels of a parameter or buffer that an operation is about to write to; None for another tensor."""
+        note = self.notes.get(id(target)) if isinstance(target, Tensor) else None
+        return self.layers(target) if note is not None and note.name else None
+
+    def _keep_own(self, target: Tensor, own: Sequence[Layer]) -> None:
+        """What is written into a parameter or buffer has its labels, which it keeps."""
+        written = self.layers(target)
+        for layer in written:
+            mate = next((x for x in own if x.axes == layer.axes), None)
+            if mate is None:
+                self.freeze(layer, "is written to a parameter or buffer that does not vary with it")
+            else:
+                self.unify(mate, layer)
+        for layer in own:
+            if not any(layer.axes == x.axes for x in written):
+                self.freeze(layer, "is overwritten with values that cannot be removed")
+        self.set_layers(target, own)
+
+    def _show(self, path: str, notes: Iterable[Note]) -> None:
+        """Note what the forward of a module has at hand."""
+        self.visible.setdefault(path, []).extend(note for note in notes if note.layers and not note.name)
 
     def _shadow(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], notes: list[Note]) -> Any:
         """On the meta device, what the operation gives in fact: positions and masks decide which way a forward goes.
@@ -576,22 +632,119 @@ class Replay(TorchDispatchMode):
         )
 
     def run(self, example_inputs: Any, carries: Carries | None = None) -> None:
-        """Run the frame once; afterwards freeze its outputs and what the run left open."""
-        entering = carried_inputs(example_inputs, carries or {})
-        real_inputs = tree_leaves(example_inputs)
+        """Run the frame on every example in both modes; afterwards freeze what the runs left open.
+
+        Raises:
+            TraceError: the first example fails in evaluation mode, or one of the others in both modes.
+        """
+        examples = examples_of(example_inputs)
         if self.meta:
-            example_inputs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, example_inputs)
-            for x, real in zip(tree_leaves(example_inputs), real_inputs, strict=True):
-                if isinstance(x, Tensor) and not real.is_floating_point():
-                    self.note(x).shadow = real
-        given = [x for x in tree_leaves(example_inputs) if isinstance(x, Tensor)]
-        for x in given:
-            self.note(x).from_input = True
-        states = {i: self._label_state(given[i]) for indices in entering.values() for i in indices}
+            examples = [self._on_meta(example) for example in examples]
+        given = [self._given(example, carries or {}) for example in examples]
         self.ends = *self.ends[:2], self.labels.count
+        failed: dict[Pass, Exception] = {}
+        waiting = passes(len(examples))
+        while waiting:
+            one = waiting.pop(0)
+            try:
+                decides = self._run_pass(examples[one.example], one, *given[one.example])
+            except TraceError:
+                raise
+            except Exception as error:
+                self.pending.clear()
+                self.stack, self.whole, self.entering = [], None, {}
+                failed[one] = error
+                if one == Pass() or (one.training and replace(one, training=False) in failed):
+                    raise self._failure(examples[one.example], replace(one, training=False), failed) from error
+                continue
+            if decides and one.draw == HIGH:
+                waiting += one.drawn_anew()
+            self.first = False
+        self._warn_of_untrained(failed, len(examples))
+        self.stack, self.line = [], None
+        self._freeze_unused()
+        for layer in self.split_layers:
+            self._make_box(layer)
+        self.notes.clear()
+
+    def _on_meta(self, example: Any) -> Any:
+        """An example on the meta device; positions and masks keep their values beside it."""
+        real = iter(tensors(example))
+        example = mapped(example, lambda x: x.to("meta"))
+        for x in tensors(example):
+            value = next(real)
+            if not value.is_floating_point():
+                self.note(x).shadow = value
+        self.made.append(example)
+        return example
+
+    def _given(self, example: Any, carries: Carries) -> tuple[Entering, States]:
+        """Which tensors of an example are carried states, and fresh symbols for them."""
+        entering, found = carried_inputs(example, carries), tensors(example)
+        for x in found:
+            self.note(x).from_input = True
+        return entering, {i: self._new_state(found[i]) for indices in entering.values() for i in indices}
+
+    def _run_pass(self, example: Any, one: Pass, entering: Entering, states: States) -> bool:
+        """One run; returns whether chance may have decided which way it went."""
+        given = tensors(example)
+        for i, symbols in states.items():
+            self._label_state(given[i], symbols)
+        for still_norms in (False, True):
+            with self._hooked(), adapted(self.model), running(self.model, one, still_norms=still_norms) as chance:
+                before = fingerprint(self.model)
+                try:
+                    with Steady(), Readers(self.read_values), self, chance:
+                        outputs = call(self.model, example)
+                except ValueError as error:
+                    if still_norms or not one.training or not too_small(error):
+                        raise
+                    self.pending.clear()
+                    self.stack, self.whole, self.entering = [], None, {}
+                    continue
+                self._catch_up()
+                if self.settled is False and fingerprint(self.model) != before:
+                    raise Unsettled
+                break
+        self.op, self.module, self.line = "output", "", None
+        leaving = carried_outputs(outputs, given, entering)
+        for i, leaf in enumerate(put_out(outputs)):
+            x = leaf.value
+            self._used([self.notes.get(id(x))])
+            self.op = "output" if "." not in leaf.path and leaf.path.count("[") < 2 else leaf.path
+            if i in leaving:
+                self._close_state(x, states[leaving[i]])
+                if self.first:
+                    self.found.carried.append((leaving[i], i, states[leaving[i]]))
+                continue
+            for layer in self.layers(x):
+                self.freeze(layer, "is an output of the model")
+        if entering and not self.first:
+            self._same_states(leaving, states)
+        return chance.decides
+
+    def _same_states(self, leaving: dict[int, int], states: States) -> None:
+        """Carried tensors of a further run have the units of those of the first."""
+        known = {i: (o, symbols) for i, o, symbols in self.found.carried}
+        for o, i in leaving.items():
+            if i not in known or known[i][0] != o:
+                raise TraceError(
+                    f"carried output {o} of {len(leaving)} is at another place among the tensors put out than in the "
+                    "first run (another example, or training mode); put what comes in training only behind the state"
+                )
+            for axis, own in states[i].items():
+                other = known[i][1].get(axis)
+                if other is not None and other.numel() == own.numel():
+                    self.tie(own, other)
+                else:
+                    self._freeze(own, "")
+
+    @contextmanager
+    def _hooked(self) -> Iterator[None]:
+        """The tracer's hooks on the model, for a while."""
         pre = nn.modules.module.register_module_forward_pre_hook(self._enter)
         post = nn.modules.module.register_module_forward_hook(self._leave, always_call=True)
-        handles = [pre, post]
+        handles: list[Any] = [pre, post]
         for module in self.model.modules():
             if type(module) in MODULE_RULES:
                 handles.append(module.register_forward_pre_hook(self._enter_whole))
@@ -601,44 +754,91 @@ class Replay(TorchDispatchMode):
             handles.append(first.register_forward_pre_hook(partial(self._enter_slot, slot), with_kwargs=True))
             handles.append(last.register_forward_hook(partial(self._leave_slot, slot)))
         try:
-            with adapted(self.model), quiet_eval(self.model):
-                with Readers(self.read_values), self:
-                    outputs = call(self.model, example_inputs)
-                self._catch_up()
-        except Exception as error:
-            shapes = [tuple(x.shape) for x in tree_leaves(example_inputs) if isinstance(x, Tensor)]
-            raise TraceError(
-                f"the model's forward failed on example_inputs of shapes {shapes}: {type(error).__name__}: {error}; "
-                "pass inputs that model(...) accepts (a tuple for several arguments, a dict for keywords)"
-            ) from error
+            yield
         finally:
             for handle in handles:
                 handle.remove()
-        self.op, self.module, self.line = "output", "", None
-        leaving = carried_outputs(outputs, given, entering)
-        for i, x in enumerate(x for x in tree_leaves(opened(outputs)) if isinstance(x, Tensor)):
-            self._used([self.notes.get(id(x))])
-            if i in leaving:
-                self._close_state(x, states[leaving[i]])
-                self.found.carried.append((leaving[i], i, states[leaving[i]]))
-                continue
-            for layer in self.layers(x):
-                self.freeze(layer, "is an output of the model")
-        for tensor in self.found.tensors.values():
-            if not self.note(tensor).used:
-                self.op = "unused"
-                for layer in self.layers(tensor):
-                    self.freeze(layer, "is not used by the forward")
-        for layer in self.split_layers:
-            self._make_box(layer)
-        self.notes.clear()
 
-    def _label_state(self, state: Tensor) -> dict[int, Tensor]:
+    def _failure(self, example: Any, one: Pass, failed: Mapping[Pass, Exception]) -> TraceError:
+        """What to say of a run that failed: whether the model cannot be run, or only the tracer cannot follow."""
+        error = failed[one]
+        model, fault = twin(self.pristine), None
+        try:
+            with running(model, one):
+                call(model, example)
+        except Exception as own:
+            fault = own
+        if fault is None and isinstance(error, RecursionError):
+            return TraceError(
+                "tracing this model needs a deeper stack than Python allows (RecursionError), though its forward "
+                "alone does not; call sys.setrecursionlimit(20_000) first"
+            )
+        if fault is None:
+            where = f"{self.op} in {self.module or 'the model'}"
+            return TraceError(
+                f"tracing failed at {where}: {type(error).__name__}: {error}; the forward itself runs on these inputs, "
+                "so the fault lies in torchgrow or in a rule that was given to it, not in example_inputs"
+            )
+        shapes = [tuple(x.shape) for x in tensors(example)]
+        return TraceError(
+            f"the model's forward failed on example_inputs of shapes {shapes}: {type(fault).__name__}: {fault}; "
+            "pass inputs that model(...) accepts (a tuple for several arguments, a dict for keywords; a list holds "
+            "several examples)"
+        )
+
+    def _warn_of_untrained(self, failed: Mapping[Pass, Exception], examples: int) -> None:
+        """Say so if the forward ran on no example in training mode."""
+        errors = [error for one, error in failed.items() if one.training and one.draw == HIGH]
+        if len(errors) == examples:
+            warnings.warn(
+                f"in training mode the forward failed on all of example_inputs ({type(errors[0]).__name__}: "
+                f"{errors[0]}), so that what it does only there is neither followed nor proven; add an example that it "
+                "takes in training: example_inputs=[for_evaluation, for_training]",
+                stacklevel=2,
+            )
+
+    def _freeze_unused(self) -> None:
+        """Freeze tensors that no run used, and what parameters among them could read in a run that was not made.
+
+        The forward of a module can give a parameter what it was given, what its submodules return, and what it computes
+        itself, but not what is computed inside of them.
+        """
+        parameters = dict(self.model.named_parameters())
+        unused = [name for name, tensor in self.found.tensors.items() if not self.note(tensor).used]
+        for name in unused:
+            self.op, self.module = "unused", name.rpartition(".")[0]
+            for layer in self.layers(self.found.tensors[name]):
+                self.freeze(layer, "is not used by the forward")
+        for name in unused:
+            sizes = self._sizes_to_meet(name)
+            if name not in parameters or not parameters[name].requires_grad or not sizes:
+                continue
+            above = name.split(".")[:-1]
+            for path in (".".join(above[:n]) for n in range(len(above), -1, -1)):
+                self.op, self.module = "unused", path
+                for note in self.visible.get(path, ()):
+                    for layer in filter(None, map(self.labels.canonical, note.layers or ())):
+                        length = layer.symbols.numel()
+                        if any(n >= length or length % n == 0 for n in sizes):
+                            self.freeze(layer, UNSEEN.format(name=name))
+
+    def _sizes_to_meet(self, name: str) -> set[int]:
+        """Lengths of the axes of a tensor that could meet an axis with units; kernels of convolutions do not."""
+        tensor, (path, _, own) = self.found.tensors[name], name.rpartition(".")
+        module = self.model.get_submodule(path)
+        sizes = list(tensor.shape)
+        if isinstance(module, nn.modules.conv._ConvNd) and own == "weight":
+            sizes = [sizes[0], sizes[0] * module.groups, sizes[1], sizes[1] * module.groups]
+        return {size for size in sizes if size > 1}
+
+    def _new_state(self, state: Tensor) -> dict[int, Tensor]:
         """Fresh symbols for every axis of a carried input, of which nothing is known but that it comes back."""
-        symbols = {axis: self.labels.new(size) for axis, size in enumerate(state.shape) if size > 1}
+        return {axis: self.labels.new(size) for axis, size in enumerate(state.shape) if size > 1}
+
+    def _label_state(self, state: Tensor, symbols: Mapping[int, Tensor]) -> None:
+        """Give a carried input its symbols."""
         layers = [placed(Layer(s << 1, frozenset()), state.dim(), axis) for axis, s in symbols.items()]
         self.set_layers(state, layers)
-        return symbols
 
     def _close_state(self, out: Tensor, symbols: dict[int, Tensor]) -> None:
         """A carried output is the input of the next call: the same units at the same positions."""
@@ -670,10 +870,19 @@ class Replay(TorchDispatchMode):
                 current = self.labels.merge_along(current, axis)
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
-        self.stack.append(self.module_names.get(id(module), type(module).__name__))
+        path = self.module_names.get(id(module), type(module).__name__)
+        self.stack.append(path)
+        self._at_hand(path, inputs)
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self.stack.pop()
+        if output is not None and self.whole is None:
+            self._at_hand(self.stack[-1] if self.stack else "", output)
+
+    def _at_hand(self, path: str, value: Any) -> None:
+        """What is handed to a module, or back to one; it may be without labels yet."""
+        found = [value] if isinstance(value, Tensor) else tensors(value)
+        self.visible.setdefault(path, []).extend(self.note(x) for x in found)
 
     def _enter_slot(self, slot: Slot, module: nn.Module, args: Any, kwargs: Any) -> None:
         x = slot.skip(*args, **kwargs)
@@ -796,6 +1005,20 @@ def _close(name: str | Place, symbols: dict[Place, Tensor]) -> str:
     return f"of two or more positions has; close are {', '.join(axes) or 'none: see model.named_parameters()'}"
 
 
+def _on_a_copy(model: nn.Module, slots: Sequence[Slot], failed: Failed | None, *, values: bool) -> Replay:
+    """A tracer of a copy, so that nothing the forward writes reaches the model."""
+    tracer = Replay(twin(model), slots, values=values, failed=failed)
+    tracer.pristine, tracer.original = model, storages(model)
+    return tracer
+
+
+def settle(model: nn.Module, example_inputs: Any) -> None:
+    """Run a copy as the user's loop would, for what a forward does at its first call only."""
+    for one in passes(len(examples := examples_of(example_inputs))):
+        with suppress(Exception), running(model, one), Steady():
+            call(model, examples[one.example])
+
+
 def replay(
     model: nn.Module,
     example_inputs: Any,
@@ -823,17 +1046,24 @@ def replay(
         TraceError: the model or the inputs cannot be traced; the message says what would work.
     """
     check_model(model, example_inputs)
-    tracer = Replay(model, slots, values=False, failed=failed)
+    tracer, settled, values = _on_a_copy(model, slots, failed, values=False), False, False
     wanted = _frozen_by_name(tracer.found.symbols, freeze), _coupled(tracer.found.symbols, couple)
-    try:
-        tracer.run(example_inputs, carried)
-    except ValuesRead:
-        tracer = Replay(model, slots, failed=failed)
-        tracer.run(example_inputs, carried)
+    while True:
+        tracer.settled = settled
+        try:
+            tracer.run(example_inputs, carried)
+            break
+        except ValuesRead:
+            values = True
+        except Unsettled:
+            settled = True
+        tracer = _on_a_copy(model, slots, failed, values=values)
+        if settled:
+            settle(tracer.model, example_inputs)
     tracer.op = "the user"
     for a, b in wanted[1]:
         tracer.tie(tracer.found.symbols[a], tracer.found.symbols[b])
     for place in wanted[0]:
         tracer._freeze(tracer.found.symbols[place], "was named to stay as it is")
-    first = next(x for x in tree_leaves(example_inputs) if isinstance(x, Tensor))
+    first = tensors(examples_of(example_inputs)[0])[0]
     return tracer.found.space(batch=max(1, first.shape[0]) if first.dim() else 1)

@@ -1,0 +1,399 @@
+"""Both modes, several examples, chance held still, and a model that is as before: what the runs of a model owe it."""
+
+import copy
+import random
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import zoo
+from torchgrow import Budget, Grower, Space, TraceError, shrink_, trace, verify
+from torchgrow.passes import Pass, running
+
+
+def halved(space: Space) -> Tensor:
+    """A keep vector without about half the units of every group."""
+    keep = space.everything()
+    for group in range(space.n_groups):
+        units = torch.nonzero((space.group_of == group) & space.removable).flatten()
+        keep[units[: units.numel() // 2]] = False
+    return keep
+
+
+class Training(nn.Module):
+    """h = relu(a(3, 6)); y = b(6, 4)(h) -> c(4, 2); in training something more is made of h"""
+
+    def __init__(self, more: Callable[[nn.Module, Tensor], Any], **layers: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.more = zoo.c3(3, 6), zoo.c3(6, 4), nn.Linear(4, 2), more
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x: Tensor) -> Any:
+        h = F.relu(self.a(x))
+        y = zoo.head(F.relu(self.b(h)), self.c)
+        return (y, self.more(self, h)) if self.training else y
+
+
+def skipped_by_chance(m: Any, h: Tensor) -> Tensor:
+    return m.aux(h).mean() if torch.rand(1) < 0.5 else h.new_zeros(())
+
+
+def skipped_by_python(m: Any, h: Tensor) -> Tensor:
+    return m.aux(h).mean() if random.random() < 0.7 else h.new_zeros(())
+
+
+IN_TRAINING: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
+    "auxiliary head": (lambda: Training(lambda m, h: m.aux(h.mean((2, 3))), aux=nn.Linear(6, 5)), {"a": 6, "b": 4}),
+    "deep supervision": (
+        lambda: Training(lambda m, h: [{"low": m.aux(h)}, [m.aux(F.avg_pool2d(h, 2))]], aux=nn.Conv2d(6, 2, 1)),
+        {"a": 6, "b": 4},
+    ),
+    "features": (lambda: Training(lambda m, h: h), {"b": 4}),
+    "batch statistics": (
+        lambda: Training(lambda m, h: m.aux(m.norm(h)), norm=nn.BatchNorm2d(6), aux=nn.Conv2d(6, 2, 1)),
+        {"a": 6, "b": 4},
+    ),
+    "scale": (lambda: Training(lambda m, h: (h * m.scale).sum(1), scale=nn.Parameter(torch.ones(6, 1, 1))), {"b": 4}),
+    "dropout": (lambda: Training(lambda m, h: m.aux(F.dropout(h, 0.7)), aux=nn.Conv2d(6, 2, 1)), {"a": 6, "b": 4}),
+    "stochastic depth": (
+        lambda: Training(
+            lambda m, h: m.aux(h + m.drop(m.body(h))),
+            drop=_stochastic_depth(),
+            body=zoo.c3(6, 6),
+            aux=nn.Conv2d(6, 2, 1),
+        ),
+        {"a": 6, "b": 4},
+    ),
+    "skipped by chance": (lambda: Training(skipped_by_chance, aux=nn.Conv2d(6, 2, 1)), {"a": 6, "b": 4}),
+    "skipped by Python's chance": (lambda: Training(skipped_by_python, aux=nn.Conv2d(6, 2, 1)), {"a": 6, "b": 4}),
+    "a fixed slice": (lambda: Training(lambda m, h: h[:, :3].mean()), {"b": 4}),
+}
+
+
+def _stochastic_depth() -> nn.Module:
+    from torchvision.ops import StochasticDepth
+
+    return StochasticDepth(0.4, "row")
+
+
+@pytest.mark.parametrize("name", IN_TRAINING)
+def test_what_runs_in_training_only_is_followed_and_proven(name: str) -> None:
+    """And the network that was cut can be trained."""
+    build, widths = IN_TRAINING[name]
+    torch.manual_seed(0)
+    model, x = build(), torch.randn(4, 3, 8, 8)
+    space = trace(model, x)
+    if name == "scale":  # summed over the channels: whether that can go is another room's matter
+        widths = {**space.widths(space.everything()), **widths}
+    assert space.widths(space.everything()) == widths
+    assert not [str(frozen) for frozen in space.frozen if frozen.op == "proof"]
+    shrink_(model, space, halved(space))
+    model.train()
+    for _ in range(4):
+        model(x)
+
+
+def test_the_proof_runs_in_training_mode_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels that know nothing of training are not believed."""
+    model, x = IN_TRAINING["auxiliary head"][0](), torch.randn(4, 3, 8, 8)
+    monkeypatch.setattr("torchgrow.replay.passes", lambda examples: [Pass()])
+    monkeypatch.setattr("torchgrow.replay.Replay._freeze_unused", lambda self: None)
+    space = trace(model, x)
+    assert space.widths(space.everything()) == {"b": 4}
+    assert [frozen.op for frozen in space.frozen if frozen.module == "a"][-1] == "proof"
+
+
+def test_a_batch_of_one_has_no_statistics_and_is_no_hindrance() -> None:
+    model = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(), nn.Linear(6, 2))
+    report = verify(model, torch.randn(1, 3), trials=1)
+    assert report.groups == {"0": 6}
+    assert report.ok
+
+
+class Levels(nn.Module):
+    """Two levels of features; the second input says which of them a row reads"""
+
+    def __init__(self, heads: int = 2) -> None:
+        super().__init__()
+        self.a, self.b = zoo.c3(3, 6), zoo.c3(6, 4)
+        self.heads = nn.ModuleList([nn.Linear(6, 5), nn.Linear(4, 5)])
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        one = F.relu(self.a(x))
+        features, out = [one, F.relu(self.b(one))], 0
+        for k in range(2):
+            if bool((level == k).any()):
+                out = out + self.heads[k](features[k].mean((2, 3)))
+        return out
+
+
+X, LOW, BOTH = torch.randn(2, 3, 8, 8), torch.tensor([0, 0]), torch.tensor([0, 1])
+
+
+def test_a_parameter_that_no_example_uses_keeps_what_it_could_read() -> None:
+    model = Levels()
+    space = trace(model, (X, LOW))
+    assert space.widths(space.everything()) == {"a": 6}  # of which a matrix [5, 4] can read nothing, whole or in parts
+    reasons = [
+        frozen for frozen in space.frozen if "could be read by heads.1.weight, which no example used" in str(frozen)
+    ]
+    assert {place for frozen in reasons for place in frozen.places} >= {("b.weight", 0)}
+    assert "example_inputs=[..., ...]" in reasons[0].reason
+
+
+def test_several_examples_reach_what_one_does_not() -> None:
+    model = Levels()
+    space = trace(model, [(X, LOW), (X, BOTH)])
+    assert space.widths(space.everything()) == {"a": 6, "b": 4}
+    assert verify(model, [(X, LOW), (X, BOTH)], trials=1).ok
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    Grower(model, optimizer, example_inputs=[(X, LOW), (X, BOTH)], budget=Budget(params="60%"), updates=2)
+    assert model(X, LOW).shape == model(X, BOTH).shape == (2, 5)
+
+
+def test_a_parameter_out_of_training_keeps_nothing() -> None:
+    model = Levels()
+    model.heads[1].requires_grad_(False)
+    space = trace(model, (X, LOW))
+    assert space.widths(space.everything()) == {"a": 6}
+
+
+def test_what_is_computed_inside_of_other_modules_stays_free() -> None:
+    """An idle layer beside two blocks cannot reach what these do not return."""
+    block = nn.Sequential(zoo.c3(6, 5), nn.ReLU(), zoo.c3(5, 6))
+    net = nn.Sequential(zoo.c3(3, 6), block, nn.Flatten(), nn.Linear(6 * 64, 2))
+    space = trace(Around(net), X)
+    assert space.widths(space.everything()) == {"net.1.0": 5}
+
+
+class Around(nn.Module):
+    """Calls the parts of a sequence one by one, and a layer never"""
+
+    def __init__(self, net: nn.Sequential) -> None:
+        super().__init__()
+        self.net, self.idle = net, nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+def test_units_without_a_reader_are_kept() -> None:
+    """Both levels have one head: nothing tells that it would read the second one too."""
+
+    class Shared(Levels):
+        def __init__(self) -> None:
+            super().__init__()
+            self.b, head = zoo.c3(6, 6), nn.Linear(6, 5)
+            self.heads = nn.ModuleList([head, head])
+
+    space = trace(Shared(), (X, LOW))
+    assert space.widths(space.everything()) == {"a": 6}
+    assert [f.reason for f in space.frozen if ("b.weight", 0) in f.places] == [
+        "is computed, but nothing reads it in any run; add an example that does: example_inputs=[..., ...]"
+    ]
+
+
+def test_an_example_that_only_training_takes() -> None:
+    class WithLoss(Training):
+        def forward(self, x: Tensor, target: Tensor | None = None) -> Any:
+            y = super().forward(x)
+            if not self.training:
+                return y
+            assert target is not None, "targets are needed in training"
+            return F.cross_entropy(y[0], target) + self.aux(y[1]).mean()
+
+    model = WithLoss(lambda m, h: h, aux=nn.Conv2d(6, 2, 1))
+    targets = torch.tensor([0, 1])
+    space = trace(model, [X, {"x": X, "target": targets}])
+    assert space.widths(space.everything()) == {"a": 6, "b": 4}
+    with pytest.warns(UserWarning, match=r"in training mode the forward failed on all of.*targets are needed"):
+        space = trace(WithLoss(lambda m, h: h, aux=nn.Conv2d(6, 2, 1)), X)
+    assert space.widths(space.everything()) == {}
+
+
+def test_an_example_that_fails_in_both_modes_is_an_error() -> None:
+    with pytest.raises(TraceError, match=r"failed on example_inputs of shapes \[\(2, 4\)\].*a list holds several exam"):
+        trace(nn.Linear(3, 2), [torch.randn(2, 3), torch.randn(2, 4)])
+
+
+class ActNorm(nn.Module):
+    """Sets itself from the first batch it sees."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.shift, self.scale = nn.Parameter(torch.zeros(1, width, 1, 1)), nn.Parameter(torch.ones(1, width, 1, 1))
+        self.set, self.seen = False, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x.shape)
+        if not self.set:
+            with torch.no_grad():
+                self.shift.copy_(-x.mean((0, 2, 3), keepdim=True))
+                self.scale.data = 1 / (x.std((0, 2, 3), keepdim=True) + 1e-6)
+            self.set = True
+        return self.scale * (x + self.shift)
+
+
+class Merging(nn.Linear):
+    """A low-rank part that is merged into the weight in evaluation mode and taken out of it in training."""
+
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__(a, b)
+        self.down, self.up, self.merged = nn.Parameter(torch.randn(2, a)), nn.Parameter(torch.randn(b, 2)), False
+
+    def train(self, mode: bool = True) -> "Merging":
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * (self.up @ self.down).detach()
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.merged else y + x @ self.down.t() @ self.up.t()
+
+
+class Cached(nn.Module):
+    """Keeps a table of its weights in evaluation mode and drops it when trained."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.table, self.cache = nn.Parameter(torch.randn(width)), {}
+
+    def train(self, mode: bool = True) -> "Cached":
+        super().train(mode)
+        if mode:
+            self.cache = {}
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return x * self.table.exp()
+        if "exp" not in self.cache:
+            self.cache["exp"] = self.table.exp()
+        return x * self.cache["exp"]
+
+
+class Moving(nn.Module):
+    """Counts calls in an attribute and moves a parameter at every one of them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.center, self.calls = nn.Parameter(torch.zeros(width), requires_grad=False), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.training:
+            self.center.data.mul_(0.9).add_(0.1 * x.mean(0))
+        return x - self.center
+
+
+def changing(name: str) -> tuple[nn.Module, Tensor, dict[str, int]]:
+    if name == "data-dependent initialisation":
+        return nn.Sequential(zoo.c3(3, 6), ActNorm(6), nn.ReLU(), zoo.c3(6, 2)), torch.randn(4, 3, 6, 6), {"0": 6}
+    middle: nn.Module = {"merged": Merging, "cached": Cached, "moving": Moving}[name](
+        *([6, 6] if name == "merged" else [6])
+    )
+    layers = [nn.Linear(3, 6), middle, nn.ReLU(), nn.Linear(6, 2)]
+    return nn.Sequential(*layers), torch.randn(4, 3), {"0": 6, "1": 6, "1.down[0]": 2} if name == "merged" else {"0": 6}
+
+
+def state(model: nn.Module) -> list[Any]:
+    """Everything that a module holds, by value."""
+    held = []
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if key not in ("_modules", "_parameters", "_buffers"):
+                held.append((key, copy.deepcopy(value)))
+    return held
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["data-dependent initialisation", "merged", "cached", "moving"])
+def test_the_model_is_as_before_and_the_network_is_proven_as_it_will_be(name: str, training: bool) -> None:
+    torch.manual_seed(0)
+    model, x, widths = changing(name)
+    model.train(training)
+    tensors = {key: (value, value.clone()) for key, value in model.state_dict(keep_vars=True).items()}
+    before, random_states = state(model), (torch.get_rng_state(), random.getstate())
+    space = trace(model, x)
+    assert str(state(model)) == str(before)
+    assert torch.equal(torch.get_rng_state(), random_states[0])
+    assert random.getstate() == random_states[1]
+    for key, (tensor, value) in tensors.items():
+        assert model.state_dict(keep_vars=True)[key] is tensor
+        assert torch.equal(tensor, value)
+    assert space.widths(space.everything()) == widths
+    assert not [str(frozen) for frozen in space.frozen if frozen.op == "proof"]
+    assert verify(model, x, space=space, trials=1).ok
+
+
+def test_activations_kept_from_an_earlier_call_are_no_hindrance() -> None:
+    model = nn.Sequential(nn.Linear(3, 6), nn.Linear(6, 2))
+    model.last = model(torch.randn(2, 3))  # with a history, which deepcopy refuses
+    assert verify(model, torch.randn(2, 3), trials=1).groups == {"0": 6}
+    assert model.last.grad_fn is not None
+
+
+class Closed(nn.Module):
+    """Its forward is a function that holds the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 6), nn.Linear(6, 8), nn.Linear(4, 2)
+        self.block = lambda x: self.c(self.b(self.a(x))[:, :4])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
+def test_a_proof_that_would_read_the_original_is_refused() -> None:
+    with pytest.raises(TraceError, match=r"reads a\.weight of the original: a function that is kept on the model"):
+        trace(Closed().double(), torch.randn(4, 3).double())
+
+
+def test_a_fault_of_the_tracer_is_not_blamed_on_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(self: Any, *args: Any) -> Any:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr("torchgrow.replay.Replay._shaped", failing)
+    with pytest.raises(TraceError, match=r"tracing failed.*no such thing; the forward itself runs on these inputs"):
+        trace(zoo.build("plain"), zoo.inputs("plain"))
+
+
+def test_a_stack_that_is_too_shallow_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(self: Any, *args: Any) -> Any:
+        raise RecursionError("maximum recursion depth exceeded")
+
+    monkeypatch.setattr("torchgrow.replay.Replay._shaped", failing)
+    with pytest.raises(TraceError, match=r"deeper stack than Python allows.*sys\.setrecursionlimit"):
+        trace(zoo.build("plain"), zoo.inputs("plain"))
+
+
+@pytest.mark.parametrize("draw", [0, 1, 2])
+def test_chance_does_not_depend_on_widths(draw: int) -> None:
+    """The same numbers for every unit, whatever was drawn before and however much of it."""
+    found = []
+    for width in (6, 4):
+        with running(nn.Identity(), Pass(draw=draw)) as chance, chance:
+            torch.randn(3, width)
+            found.append(
+                [torch.rand(3, width), torch.randn(3, width), torch.empty(3, width).uniform_(-2, 4), torch.rand(3)]
+            )
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one[..., :3], other[..., :3])
+    assert all(not torch.equal(x[0], x[1]) for x in found[0][:3])
+
+
+def test_no_warning_where_both_modes_run() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trace(zoo.build("plain"), zoo.inputs("plain"))
