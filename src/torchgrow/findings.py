@@ -201,7 +201,7 @@ class Findings:
                 continue
             index = (torch.searchsorted(starts, symbols, right=True) - 1).unique().tolist()
             result.append(replace(freezing.frozen, places=tuple(places[i] for i in index)))
-        return tuple(result)
+        return tuple(dict.fromkeys(result))  # several runs freeze the same for the same reason
 
 
 def _counted_axes(module: nn.Module) -> dict[str, Place]:

@@ -193,6 +193,18 @@ class Labels:
         self._parent[roots] = FIXED
         return torch.from_numpy(roots)
 
+    def set_aside(self) -> Array:
+        """All roots, by symbol; afterwards every symbol is on its own again, and free."""
+        every = np.arange(self.count, dtype=np.int64)
+        roots, self._parent = self._roots(every), every.copy()
+        return roots
+
+    def join(self, found: Sequence[Array]) -> None:
+        """Make equal what is equal in any of several results of `set_aside`; what is FIXED there is left out."""
+        for roots in found:
+            free = np.flatnonzero(roots != FIXED)
+            self.unify(torch.from_numpy(free), torch.from_numpy(roots[free]))
+
     def canonical(self, layer: Layer) -> Layer | None:
         """The layer with every symbol replaced by its root, compressed; itself, if that changes nothing."""
         roots = self._roots(layer.array)

@@ -18,6 +18,7 @@ from functools import cache, partial
 from typing import Any
 from weakref import ref
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -31,7 +32,7 @@ from .calling import Carries, call, carried_inputs, carried_outputs, check_model
 from .errors import TraceError
 from .findings import Findings, Freezing, Read
 from .indexing import write_through
-from .labels import FIXED, NOTHING, Labels, Layer
+from .labels import FIXED, NOTHING, Array, Labels, Layer
 from .opening import mapped, put_out, tensors
 from .passes import HIGH, Pass, Steady, fingerprint, foreign, passes, running, storages, too_small, twin
 from .rules import (
@@ -225,6 +226,8 @@ class Replay(TorchDispatchMode):
         self.original: dict[int, str] = {}  # memory of the model of which this one is a copy
         self.settled: bool | None = None  # False: a forward that writes into parameters is to be reported
         self.first = True  # no run has ended yet
+        self.own: dict[str, tuple[Layer, ...]] = {}  # the labels that every parameter and buffer begins with
+        self.finished: list[Array] = []  # what each run has found of the symbols: their roots
         self.made: list[Any] = []  # examples, held on to
         self.visible: dict[str, list[Note]] = {}  # what the forward of every module has at hand
         self._label(tensors)
@@ -251,8 +254,26 @@ class Replay(TorchDispatchMode):
                 shape = [1] * tensor.dim()
                 shape[axis] = size
                 layers.append(Layer(own.view(shape), sources, compact=True))
-            note = self.note(tensor)
-            note.name, note.layers = name, tuple(layers)
+            self.note(tensor).name, self.own[name] = name, tuple(layers)
+        self._label_anew()
+
+    def _label_anew(self) -> None:
+        """Give every parameter and buffer the labels of its own."""
+        for name, layers in self.own.items():
+            self.note(self.found.tensors[name]).layers = layers
+
+    def _join(self) -> None:
+        """Put together what the runs have found: equal is what one of them ties, and fixed what one of them keeps.
+
+        Every run has labels to itself, as rules take what is FIXED for what cannot be seen through: one that met
+        what another run has kept would keep more than either of them has to.
+        """
+        self.labels.join(self.finished)
+        for freezing in self.found.freezings:  # known by the places of its class too, as another run sees it
+            freezing.symbols = torch.cat([freezing.symbols, self.labels.find(freezing.symbols)]).unique()
+        for roots in self.finished:
+            self.labels.freeze(torch.from_numpy(np.flatnonzero(roots == FIXED)))
+        self._label_anew()
 
     def note(self, tensor: Tensor) -> Note:
         """What is known of a tensor, to be written to."""
@@ -657,11 +678,14 @@ class Replay(TorchDispatchMode):
                 if one == Pass() or (one.training and replace(one, training=False) in failed):
                     raise self._failure(examples[one.example], replace(one, training=False), failed) from error
                 continue
+            finally:
+                self.finished.append(self.labels.set_aside())
             if decides and one.draw == HIGH:
                 waiting += one.drawn_anew()
             self.first = False
         self._warn_of_untrained(failed, len(examples))
         self.stack, self.line = [], None
+        self._join()
         self._freeze_unused()
         for layer in self.split_layers:
             self._make_box(layer)
@@ -688,9 +712,11 @@ class Replay(TorchDispatchMode):
     def _run_pass(self, example: Any, one: Pass, entering: Entering, states: States) -> bool:
         """One run; returns whether chance may have decided which way it went."""
         given = tensors(example)
-        for i, symbols in states.items():
-            self._label_state(given[i], symbols)
         for still_norms in (False, True):
+            self.labels.set_aside()  # a run that failed half way begins again
+            self._label_anew()
+            for i, symbols in states.items():
+                self._label_state(given[i], symbols)
             with self._hooked(), adapted(self.model), running(self.model, one, still_norms=still_norms) as chance:
                 before = fingerprint(self.model)
                 try:

@@ -98,12 +98,28 @@ def recurrent(ctx: Context, module: nn.RNNBase, named: dict[str, Any], output: A
         for suffix in ("", "_reverse")[:directions]:
             weights = {key: getattr(module, f"{key}_l{layer}{suffix}", None) for key in PARTS}
             found = one_direction(ctx, weights, entering, tokens)
+            if found is None:
+                for tensor in weights.values():
+                    for part in ctx.layers(tensor):
+                        ctx.freeze(part, "belongs to a recurrent layer of one unit, or one with frozen weights")
+                if entering is not None:
+                    ctx.freeze(entering, "enters a recurrent layer that cannot be cut")
+                continue
             cells.append(found[0])
             shown.append(found[1])
         here = shown[len(shown) - directions :]
+        if len(shown) != directions * (layer + 1):
+            entering = None
+            continue
         entering = Layer(
             torch.cat([part.packed.flatten() for part in here]), here[0].sources.union(*(p.sources for p in here))
         )
+    if len(shown) != directions * module.num_layers:
+        for symbols in [*cells, *(part.symbols for part in shown)]:
+            ctx.freeze(
+                Layer(symbols.flatten() << 1, NO_SOURCES), "shares its size with a recurrent layer that cannot be cut"
+            )
+        return
     for symbols in cells[1:]:
         ctx.tie(cells[0], symbols)
     for part in shown[1:]:
@@ -136,24 +152,28 @@ PARTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
 def one_direction(
     ctx: Context, weights: dict[str, Tensor | None], entering: Layer | None, tokens: int
-) -> tuple[Tensor, Layer]:
+) -> tuple[Tensor, Layer] | None:
     """Tie the tensors of one layer in one direction; returns its hidden units and what it puts out."""
     into, again, projection = weights["weight_ih"], weights["weight_hh"], weights["weight_hr"]
     assert into is not None
     assert again is not None
     size = projection.shape[1] if projection is not None else again.shape[1]
-    # what has no labels is FIXED: a layer of one unit, or weights that a run before this one has frozen
-    rows, columns = _rows(ctx, into), on_axis(ctx.layers(into), 1)
-    back_rows, back = _rows(ctx, again), on_axis(ctx.layers(again), 1) or _fixed(again.shape[1])
-    biases = [_rows(ctx, bias) for key in ("bias_ih", "bias_hh") if (bias := weights[key]) is not None]
+    rows, columns = on_axis(ctx.layers(into), 0), on_axis(ctx.layers(into), 1)
+    back_rows, back = on_axis(ctx.layers(again), 0), on_axis(ctx.layers(again), 1)
+    biases = [on_axis(ctx.layers(weights[key]), 0) for key in ("bias_ih", "bias_hh") if weights[key] is not None]
+    if rows is None or back_rows is None or back is None or any(bias is None for bias in biases):
+        return None
     slots = rows.symbols.reshape(-1, size)
     ctx.tie(slots, slots[:1])
     for other in (back_rows, *biases):
+        assert other is not None
         ctx.tie(other.symbols.reshape(-1, size), slots[:1])
     cell = slots[0]
     shown = Layer(cell << 1, NO_SOURCES)
     if projection is not None:
-        down, across = _rows(ctx, projection), on_axis(ctx.layers(projection), 1) or _fixed(projection.shape[1])
+        down, across = on_axis(ctx.layers(projection), 0), on_axis(ctx.layers(projection), 1)
+        if down is None or across is None:
+            return None
         ctx.tie(cell, across.symbols.flatten())
         ctx.freeze(across, "hidden_size must stay above proj_size, so only the projection can be narrowed")
         ctx.read(shown, across)
@@ -171,16 +191,6 @@ def one_direction(
     ctx.flop(2 * tokens, rows, columns or into.shape[1])
     ctx.flop(2 * tokens, back_rows, back)
     return cell, shown
-
-
-def _rows(ctx: Context, tensor: Tensor) -> Layer:
-    """The labels of the rows of a weight, or of a bias."""
-    return on_axis(ctx.layers(tensor), 0) or _fixed(tensor.shape[0])
-
-
-def _fixed(size: int) -> Layer:
-    """Positions of which none can go."""
-    return Layer(torch.zeros(size, dtype=torch.int64), NO_SOURCES)
 
 
 def carried(ctx: Context, start: Tensor, units: Layer) -> None:
