@@ -54,7 +54,8 @@ class Grower(Saved):
             say) is lost there: write it into a `reset_parameters` of the modules.
         optimizer: the optimizer that trains it, or a list of several; their state is re-cut with the parameters.
             With several, the indicators move once all that hold gates have stepped, and follow the first one's rate.
-        example_inputs: a small batch for tracing: a tensor, a tuple, or a dict of keywords.
+        example_inputs: a small batch for tracing: a tensor, a tuple, or a dict of keywords; or a list of several such
+            examples, for forwards that take other ways on other inputs, or other arguments in training.
         budget: what the final network may cost; it is never above and no removable unit still fits under it.
         updates: T, the number of updates in the run. The structure is final from update T-1 on.
         preset: "default" (grow evenly beyond the budget, then prune the least worth of every group), "paper"
@@ -574,7 +575,7 @@ def measure(model: nn.Module, example_inputs: Any) -> Cost:
 
     Args:
         model: any plain module.
-        example_inputs: a small batch: a tensor, a tuple, or a dict of keywords.
+        example_inputs: a small batch: a tensor, a tuple, or a dict of keywords; of a list of them the first counts.
 
     Raises:
         TraceError: the model cannot be run on the inputs.

@@ -432,12 +432,17 @@ def trace(
 ) -> Space:
     """Find the units of a model and prove them on the model itself.
 
-    The model is run a few times in evaluation mode; parameters, buffers, modes and random state are as before.
+    Copies of the model are run a few times in evaluation and in training mode, without dropout; the model itself, with
+    its parameters, buffers, modes and random state, is as before. What no run reaches cannot be followed: what a
+    trainable parameter that takes part in none of them could read is frozen.
 
     Args:
         model: a module on one device, not wrapped and not compiled. It is the frame: the largest network.
             On the meta device labels are followed and nothing is proven (`Space.proven` is False).
-        example_inputs: a small batch: a tensor, a tuple of positional inputs, or a dict of keywords.
+        example_inputs: a small batch: a tensor, a tuple of positional inputs, or a dict of keywords. A list holds
+            several such examples, for forwards that take other ways on other inputs or other arguments in training:
+            `[images, (images, targets)]`. Each is run in both modes, and must run in one of them; the first must in
+            evaluation mode.
         freeze: parameters or modules that keep their shape, by qualified name or pattern ("head.*"); or single
             axes, such as ("head.weight", 1).
         couple: pairs of axes that are cut alike, position by position, such as (("a.weight", 0), ("b.weight", 0)).

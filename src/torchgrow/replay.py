@@ -1,6 +1,6 @@
-"""Label replay: run the frame once, carry labels beside every tensor, read off the space.
+"""Label replay: run the frame, carry labels beside every tensor, read off the space.
 
-The model runs as it is, on real tensors, under a `TorchDispatchMode`: data-dependent Python, helper functions and
+A copy of the model runs as it is, on real tensors, under a `TorchDispatchMode`: data-dependent Python, helper functions and
 raw parameters need no special care. What cannot be understood is frozen with its operation, module and line.
 """
 
@@ -1059,8 +1059,8 @@ def replay(
 
     Args:
         model: the frame, on one device, not wrapped and not compiled.
-        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs; the first axis of
-            the first tensor is taken for the batch.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs, or a list of several such
+            examples; the first axis of the first tensor is taken for the batch.
         freeze: parameters or modules that keep their shape, by qualified name or pattern ("head.*"); or single
             axes, such as ("head.weight", 1).
         couple: pairs of axes that are cut alike, position by position, such as (("a.weight", 0), ("b.weight", 0)).
