@@ -1,7 +1,7 @@
 """Label replay: run the frame, carry labels beside every tensor, read off the space.
 
-A copy of the model runs as it is, on real tensors, under a `TorchDispatchMode`: data-dependent Python, helper functions and
-raw parameters need no special care. What cannot be understood is frozen with its operation, module and line.
+A copy of the model runs as it is, on real tensors, under a `TorchDispatchMode`: data-dependent Python, helper functions
+and raw parameters need no special care. What cannot be understood is frozen with its operation, module and line.
 """
 
 from __future__ import annotations
