@@ -602,6 +602,8 @@ class Replay(TorchDispatchMode):
         except Exception as error:
             text = next(iter(str(error).splitlines()), "")
             reason = f"has a rule that failed ({type(error).__name__}: {text}), so what enters it is kept"
+            for note in notes:
+                note.used = True
             said = [layer for note in map(self.note, results) for layer in note.layers or ()]
             self._freeze(torch.cat([NOTHING, *(layer.symbols.flatten() for layer in (*entering, *said))]), reason)
 
