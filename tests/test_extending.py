@@ -61,7 +61,7 @@ print("all exact")
 
 def test_the_document_does_what_it_says(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     assert all(block.count("\n") <= 16 for block in blocks)
     script = tmp_path / "document.py"
     script.write_text("\n".join(blocks) + CHECKS)
