@@ -79,7 +79,7 @@ ANSWERS = [
     (masked, 10),
     (half_in_place, 4),
     (by_width, 4),
-    (lambda y: y + torch.randn_like(y), 4),
+    (lambda y: y + torch.randn_like(y), 10),  # noise that no reader of a removed unit sees
     (lambda y: F.dropout(y, 0.5, training=True), 10),
     (lambda y: y * torch.rand(1), 10),
     (lambda y: y / y.norm(), 10),  # a norm is the same without what is zero
