@@ -147,7 +147,7 @@ def load_checkpoint(
 def _numbered(folder: Path) -> dict[int, Path]:
     """Checkpoints in a folder by number."""
     found = {}
-    if folder.is_dir():
+    if os.path.isdir(folder):  # noqa: PTH112  # Path raises where a name is too long
         for path in folder.iterdir():
             match = NAME.fullmatch(path.name)
             if match:
@@ -157,7 +157,7 @@ def _numbered(folder: Path) -> dict[int, Path]:
 
 def _latest(folder: Path) -> Any:
     """Contents of the latest whole checkpoint."""
-    one = bool(NAME.fullmatch(folder.name)) or (folder / RECORD).exists()
+    one = bool(NAME.fullmatch(folder.name)) or os.path.exists(folder / RECORD)  # noqa: PTH110
     with locked(folder.parent if one else folder, shared=True):  # nobody deletes meanwhile what is read
         return _latest_whole(folder, one)
 

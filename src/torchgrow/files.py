@@ -126,7 +126,7 @@ def real_folder(folder: str | os.PathLike[str]) -> Path:
     """
     try:
         target, here = Path(os.path.realpath(folder)), Path.cwd()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise SavedModelError(f"{folder} cannot be found from the current folder: {error}") from error
     if target == here:
         raise SavedModelError(f"{target} is the current folder, which cannot be exchanged; name one inside of it")
@@ -169,7 +169,7 @@ def _wait_for(handle: int, folder: Path, kind: int) -> None:
         except BlockingIOError:
             if time.monotonic() > end:
                 raise SavedModelError(
-                    f"another process has been working in {folder} for {LONGEST_WAIT:.0f} seconds; is one stuck?"
+                    f"another process has been writing into {folder} for {LONGEST_WAIT:.0f} seconds; is one stuck?"
                 ) from None
             time.sleep(0.01)
 
@@ -239,7 +239,8 @@ def read_folder(
         SavedModelError: files are missing, damaged or of another format.
     """
     record_name, tensors_name = names
-    absent = [name for name in (tensors_name, record_name) if not (source / name).is_file()]
+    # Path's own raises where a name is too long.
+    absent = [name for name in (tensors_name, record_name) if not os.path.isfile(source / name)]  # noqa: PTH113
     if absent:
         kind, _, advice = what.partition("; ")
         raise SavedModelError(f"{source} is not {kind}: {' and '.join(absent)} not found; {advice}")
@@ -306,7 +307,7 @@ def pack(value: Any, tensors: dict[str, Tensor], path: str = "", depth: int = 0)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"!float": str(float(value))}
     if isinstance(value, Tensor):
-        return _pack_tensor(value.detach(), tensors, path)
+        return _pack_tensor(value, tensors, path)
     if type(value) in (list, tuple):
         items = [pack(item, tensors, f"{path}/{i}", depth + 1) for i, item in enumerate(value)]
         return items if type(value) is list else {"!tuple": items}
