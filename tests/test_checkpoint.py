@@ -476,7 +476,7 @@ def test_another_optimizer_is_refused(state: dict[str, Any]) -> None:
     """Of the same groups, but with other settings and slots."""
     grower = make("paper", updates=6, optimizer=lambda m: torch.optim.Adam(m.parameters(), 0.05))
     before = everything(grower)
-    with pytest.raises(SavedModelError, match=r"the state's optimizer has no setting 'betas'"):
+    with pytest.raises(SavedModelError, match=r"the state's optimizer has no setting 'betas'; nothing was changed"):
         grower.load_state_dict(state)
     assert differences(before, everything(grower)) == []
 
@@ -539,6 +539,35 @@ def test_the_last_k_are_kept_and_nothing_else_is_touched(tmp_path: Path) -> None
     assert load_checkpoint(tmp_path / "checkpoint-000003") == 2
     with pytest.raises(TorchgrowError, match=r"keep=0 must be a whole number >= 1: how many checkpoints to keep"):
         save_checkpoint(tmp_path, keep=0)
+
+
+WRITER = """
+import sys, torch, torchgrow
+folder, who = sys.argv[1], int(sys.argv[2])
+print("ready", flush=True)
+sys.stdin.readline()
+for step in range(25):
+    made = torchgrow.save_checkpoint(folder, extra=[who, step, torch.full((5000,), who)], keep=3)
+    print(made.name)
+    last = torchgrow.load_checkpoint(folder)
+    assert bool((last[2] == last[0]).all())
+"""
+
+
+def test_processes_that_write_to_one_folder_take_turns(tmp_path: Path) -> None:
+    """Each checkpoint has a number of its own, stays whole, and is there to be read without a warning."""
+    command = [sys.executable, "-W", "error::UserWarning", "-c", WRITER, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    writers: list[Any] = [subprocess.Popen([*command, str(who)], **pipes) for who in range(2)]
+    assert [writer.stdout.readline() for writer in writers] == ["ready\n"] * 2
+    for writer in writers:
+        writer.stdin.write("\n")
+        writer.stdin.flush()
+    printed = [writer.communicate(timeout=120) for writer in writers]
+    assert [writer.returncode for writer in writers] == [0, 0], printed
+    made = sorted(line for out, _ in printed for line in out.split())
+    assert made == [f"checkpoint-{number:06d}" for number in range(1, 51)]
+    assert names(tmp_path) == made[-3:]
 
 
 @pytest.mark.parametrize("name", [RECORD, TENSORS])

@@ -251,3 +251,15 @@ def test_nothing_can_grow_where_no_gate_is_trained() -> None:
     optimizer = torch.optim.SGD(model.fc2.parameters(), 0.1)
     with pytest.raises(StructureError, match=r"nothing can grow here, because .*does not train"):
         Grower(model, optimizer, example_inputs=torch.randn(2, 5), budget=Budget(params="50%"), updates=3)
+
+
+@pytest.mark.parametrize("name", ["budget", "updates", "model", "space", "method", "seed", "limits"])
+def test_what_a_run_is_planned_with_cannot_be_exchanged(name: str) -> None:
+    grower = make()
+    before = getattr(grower, name)
+    with pytest.raises(
+        TorchgrowError,
+        match=rf"^{name} of a Grower cannot be changed .*; finish\(\) this one and construct Grower\(\.\.\.\) anew",
+    ):
+        setattr(grower, name, torchgrow.Budget(params="10%"))
+    assert getattr(grower, name) is before

@@ -5,8 +5,10 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -209,3 +211,25 @@ def test_a_compiled_model_is_cropped_whatever_its_layout() -> None:
         pytest.skip("this PyTorch leaves convolutions with a hook out of its graphs (2.6 does)")
     assert (2, 4, 7, 8) in sizes
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("stride", [2, (2, 1), (1, 2)], ids=str)
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+def test_torchscript_compiles_the_guard_along(stride: Any, tmp_path: Path) -> None:
+    """Same outputs and gradients; the row that is not read is left out whatever the layout, where it is dangerous."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1, stride=stride), nn.ReLU())
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    guard_(net)
+    scripted = torch.jit.script(net)
+    torch.jit.save(scripted, tmp_path / "net.pt")
+    with zipfile.ZipFile(tmp_path / "net.pt") as archive:
+        code = "".join(archive.read(name).decode() for name in archive.namelist() if name.endswith(".py"))
+    assert "torch.narrow" in code
+    for one in (scripted, torch.jit.load(tmp_path / "net.pt")):
+        for _ in range(3):  # compiled anew after the first ones
+            outputs = [module(x) for module in (net, one)]
+            gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in outputs]
+            torch.testing.assert_close(outputs[0], outputs[1])
+            torch.testing.assert_close(gradients[0], gradients[1])
+    assert scripted(x[:, :, :7]).shape == net(x[:, :, :7]).shape

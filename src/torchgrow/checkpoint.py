@@ -13,6 +13,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from .errors import SavedModelError, TorchgrowError
 from .exchange import uninterrupted
-from .files import pack, read_folder, unpack, write_folder
+from .files import locked, made, pack, read_folder, unpack, write_folder
 from .grower import Grower
 from .state import Field
 
@@ -50,6 +51,8 @@ def save_checkpoint(
 ) -> Path:
     """Add a checkpoint to a folder: it appears whole, flushed to the disk, or not at all.
 
+    Several processes may write to one folder and read from it: they wait for each other, up to ten minutes.
+
     Stored are the grower's whole state (see `Grower.state_dict`), the scheduler's, and the random numbers of PyTorch
     (host and all CUDA devices), NumPy and Python. Everything else that changes while you train goes into `extra`:
     how many batches of the epoch are done, the state of the sampler's generator when the epoch began, a GradScaler's
@@ -72,9 +75,6 @@ def save_checkpoint(
     if type(keep) is not int or keep < 1:
         raise TorchgrowError(f"keep={keep!r} must be a whole number >= 1: how many checkpoints to keep")
     target = Path(folder)
-    there = _numbered(target)
-    for left in target.glob(".checkpoint-*"):  # of a run that was killed while it wrote or deleted one
-        shutil.rmtree(left, ignore_errors=True)
     contents = {
         "grower": None if grower is None else grower.state_dict(),
         "scheduler": None if scheduler is None else scheduler.state_dict(),
@@ -83,12 +83,17 @@ def save_checkpoint(
     }
     tensors: dict[str, Tensor] = {}
     record = {"format": FORMAT, "contents": pack(contents, tensors)}
-    new = target / f"checkpoint-{max(there, default=0) + 1:06d}"
-    write_folder(new, record, tensors, (RECORD, TENSORS))
-    for number in sorted(there)[: max(0, len(there) + 1 - keep)]:
-        hidden = target / f".{there[number].name}.old"  # so that a half deleted one is not taken for a checkpoint
-        there[number].rename(hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+    with locked(made(target)):  # so that no other writer takes the same number, or this one's half for a dead one's
+        there = _numbered(target)
+        for left in target.glob(".checkpoint-*"):  # of a run that was killed while it wrote or deleted one
+            shutil.rmtree(left, ignore_errors=True)
+        new = target / f"checkpoint-{max(there, default=0) + 1:06d}"
+        write_folder(new, record, tensors, (RECORD, TENSORS), alone=True)
+        for number in sorted(there)[: max(0, len(there) + 1 - keep)]:
+            hidden = target / f".{there[number].name}.old"  # so that a half deleted one is not taken for a checkpoint
+            with suppress(FileNotFoundError):  # by another writer, on a file system without locks
+                there[number].rename(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
     return new
 
 
@@ -142,7 +147,7 @@ def load_checkpoint(
 def _numbered(folder: Path) -> dict[int, Path]:
     """Checkpoints in a folder by number."""
     found = {}
-    if folder.is_dir():
+    if os.path.isdir(folder):  # noqa: PTH112  # Path raises where a name is too long
         for path in folder.iterdir():
             match = NAME.fullmatch(path.name)
             if match:
@@ -152,8 +157,13 @@ def _numbered(folder: Path) -> dict[int, Path]:
 
 def _latest(folder: Path) -> Any:
     """Contents of the latest whole checkpoint."""
+    one = bool(NAME.fullmatch(folder.name)) or os.path.exists(folder / RECORD)  # noqa: PTH110
+    with locked(folder.parent if one else folder, shared=True):  # nobody deletes meanwhile what is read
+        return _latest_whole(folder, one)
+
+
+def _latest_whole(folder: Path, one: bool) -> Any:
     there = _numbered(folder)
-    one = NAME.fullmatch(folder.name) or (folder / RECORD).exists()
     candidates = [folder] if one else [there[number] for number in sorted(there, reverse=True)]
     reasons = []
     for candidate in candidates:
@@ -167,7 +177,7 @@ def _latest(folder: Path) -> Any:
             reasons.append(str(error))
             continue
         if reasons:
-            warnings.warn(f"going on from {candidate}, since {'; '.join(reasons)}", stacklevel=3)
+            warnings.warn(f"going on from {candidate}, since {'; '.join(reasons)}", stacklevel=4)
         return contents
     if reasons:
         raise SavedModelError(f"no checkpoint in {folder} is whole: {'; '.join(reasons)}")

@@ -16,7 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,9 @@ SEAL = "sha256"
 # --- folders ---
 
 
-def write_folder(target: Path, record: dict[str, Any], tensors: dict[str, Tensor], names: tuple[str, str]) -> None:
+def write_folder(
+    target: Path, record: dict[str, Any], tensors: dict[str, Tensor], names: tuple[str, str], *, alone: bool = False
+) -> None:
     """Write a record and tensors as a folder that appears complete or not at all; an existing one is replaced.
 
     Args:
@@ -64,36 +66,56 @@ def write_folder(target: Path, record: dict[str, Any], tensors: dict[str, Tensor
         record: JSON-able; gets the field `sha256`.
         tensors: to be stored as they are, contiguous.
         names: file names of the record and of the tensors.
+        alone: whether the caller holds the lock of the folder above, which is taken here for the last step otherwise.
 
     Raises:
         SavedModelError: it could not be written (disk full, folder read-only); what stood there still does.
     """
     record_name, tensors_name = names
-    staging = target.parent / f".{target.name}.{secrets.token_hex(4)}"
+    parent = made(target.parent)
+    staging = parent / f".{target.name}.{secrets.token_hex(4)}"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()  # as the umask says, and so is what is in it
-        save_file(tensors, staging / tensors_name)
-        seal = {tensors_name: _digest_of_file(staging / tensors_name), record_name: digest(record)}
-        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in {**record, SEAL: seal}.items()]
-        text = "{\n" + ",\n".join(lines) + "\n}\n"
-        _check_size(text.encode(), "; store less in it, or as tensors")
-        (staging / record_name).write_text(text)
-        (staging / tensors_name).chmod((staging / record_name).stat().st_mode)
-        for name in names:
-            _flush(staging / name)
-        _flush(staging)
-        with locked(target.parent):
-            _swap_in(staging, target)
-        _flush(target.parent)
-    except BaseException as error:
+        with _told(target):
+            staging.mkdir()  # as the umask says, and so is what is in it
+            save_file(tensors, staging / tensors_name)
+            seal = {tensors_name: _digest_of_file(staging / tensors_name), record_name: digest(record)}
+            lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in {**record, SEAL: seal}.items()]
+            text = "{\n" + ",\n".join(lines) + "\n}\n"
+            _check_size(text.encode(), "; store less in it, or as tensors")
+            (staging / record_name).write_text(text)
+            (staging / tensors_name).chmod((staging / record_name).stat().st_mode)
+            for name in names:
+                _flush(staging / name)
+            _flush(staging)
+            with nullcontext() if alone else locked(parent):
+                _swap_in(staging, target)
+            _flush(parent)
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, (OSError, SafetensorError, ValueError)):
-            raise SavedModelError(
-                f"{target} could not be written ({error}); what was there before is unchanged. "
-                "Make room or choose another folder"
-            ) from error
         raise
+
+
+def made(folder: Path) -> Path:
+    """A folder that is there from now on, those above it too.
+
+    Raises:
+        SavedModelError: it could not be made.
+    """
+    with _told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def _told(target: Path) -> Iterator[None]:
+    """What goes wrong with a file or its contents, as our error."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError) as error:
+        raise SavedModelError(
+            f"{target} could not be written ({error}); what was there before is unchanged. "
+            "Make room or choose another folder"
+        ) from error
 
 
 def real_folder(folder: str | os.PathLike[str]) -> Path:
@@ -104,7 +126,7 @@ def real_folder(folder: str | os.PathLike[str]) -> Path:
     """
     try:
         target, here = Path(os.path.realpath(folder)), Path.cwd()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise SavedModelError(f"{folder} cannot be found from the current folder: {error}") from error
     if target == here:
         raise SavedModelError(f"{target} is the current folder, which cannot be exchanged; name one inside of it")
@@ -112,8 +134,12 @@ def real_folder(folder: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time; where the system or the file system knows no locks, all.
+def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """One process or thread at a time; where the system or the file system knows no locks, all.
+
+    Args:
+        folder: to be worked in, or to be read with `shared`: any number of readers, and nobody who writes.
+        shared: as said.
 
     Raises:
         SavedModelError: another one has been at it for `LONGEST_WAIT`.
@@ -122,21 +148,23 @@ def locked(folder: Path) -> Iterator[None]:
     if sys.platform != "win32":
         try:
             handle = os.open(folder, os.O_RDONLY)
-            _wait_for(handle, folder)
+            _wait_for(handle, folder, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         except OSError:
             pass
     try:
         yield
     finally:
         if handle is not None:
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)  # closing does not, while a process forked meanwhile has it open
             os.close(handle)
 
 
-def _wait_for(handle: int, folder: Path) -> None:
+def _wait_for(handle: int, folder: Path, kind: int) -> None:
     end = time.monotonic() + LONGEST_WAIT
     while True:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
             return
         except BlockingIOError:
             if time.monotonic() > end:
@@ -211,7 +239,8 @@ def read_folder(
         SavedModelError: files are missing, damaged or of another format.
     """
     record_name, tensors_name = names
-    absent = [name for name in (tensors_name, record_name) if not (source / name).is_file()]
+    # Path's own raises where a name is too long.
+    absent = [name for name in (tensors_name, record_name) if not os.path.isfile(source / name)]  # noqa: PTH113
     if absent:
         kind, _, advice = what.partition("; ")
         raise SavedModelError(f"{source} is not {kind}: {' and '.join(absent)} not found; {advice}")
@@ -278,7 +307,7 @@ def pack(value: Any, tensors: dict[str, Tensor], path: str = "", depth: int = 0)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"!float": str(float(value))}
     if isinstance(value, Tensor):
-        return _pack_tensor(value.detach(), tensors, path)
+        return _pack_tensor(value, tensors, path)
     if type(value) in (list, tuple):
         items = [pack(item, tensors, f"{path}/{i}", depth + 1) for i, item in enumerate(value)]
         return items if type(value) is list else {"!tuple": items}

@@ -267,6 +267,15 @@ class Grower(Saved):
             exchange.undo()
             raise
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What a run was planned with stays: a new value would be shown, but not followed."""
+        if name in ("model", "budget", "limits", "updates", "seed", "method", "space") and name in vars(self):
+            raise TorchgrowError(
+                f"{name} of a Grower cannot be changed during the run, which is planned with it; finish() this one "
+                f"and construct Grower(...) anew with the {name} you want"
+            )
+        super().__setattr__(name, value)
+
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         """Neither copied nor pickled: it acts on the very model and optimizer it was given."""
         raise TorchgrowError(

@@ -33,8 +33,8 @@ def guard_(model: nn.Module) -> list[str]:
 
     The guard is a forward pre-hook. It hands on the very same tensor unless gradients are on, the tensor is
     on the CPU and thin, and the layout is (or, compiled, may become) channels_last. There it breaks a
-    compiled graph in two, so `fullgraph=True` refuses (and so does `torch.jit.script`). Calling it again adds
-    nothing; copies and pickles of the model keep it.
+    compiled graph in two, so `fullgraph=True` refuses. `torch.jit.script` compiles it along, for any layout.
+    Calling it again adds nothing; copies and pickles of the model keep it.
 
     Not covered: `F.conv2d` called directly, `conv(input=x)` by keyword, and a ConvTranspose2d with kernel 1,
     stride s, `output_padding` s - 1 and fewer than 16 output channels, which fails alike. To be removed once
@@ -71,6 +71,20 @@ def crop_thin(conv: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     if not nhwc or size % stride or traced or not torch.is_grad_enabled():
         return None
     return (narrow(x, axis, 0, size - stride + 1), *args[1:])
+
+
+def _scripted(self: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+    x = args[0]
+    axis = -2 if self.stride[0] > 1 else -1
+    size, stride = x.shape[axis], self.stride[axis]
+    thin = x.device.type == "cpu" and x.shape[-3] < 16 and self.groups == 1
+    if thin and size % stride == 0 and torch.is_grad_enabled():
+        return (x.narrow(axis, 0, size - stride + 1),)
+    return (x,)
+
+
+# TorchScript knows no *args; it reads the source of what a function wraps. What it compiles has any layout.
+crop_thin.__wrapped__ = _scripted  # type: ignore[attr-defined]
 
 
 def channels_last(tensor: Tensor) -> bool:

@@ -447,7 +447,7 @@ def _settings(
     a tensor. Others may be what steps add, or numbers.
     """
     settings = {key: value for key, value in present.items() if key == "params" or not _data(value)}
-    for key in [key for key in present if key not in settings]:
+    for key in [key for key in present if key not in settings]:  # in order, so that an error names the same each time
         if key in saved:
             samples = [sample[key] for sample in (made_with, stepped) if key in sample]
             fits = any(_alike(saved[key].value, sample) for sample in samples)
