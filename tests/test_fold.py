@@ -77,7 +77,7 @@ def make_pair(make: Make, penalty: float = 0.0, model: nn.Module | None = None) 
     indicators.s = torch.randn(space.n_units, generator=generator, dtype=torch.float64)
     for _ in range(3):  # present and absent units have temperatures of their own
         indicators.advance(keep)
-    grower._change_to(keep, time.perf_counter(), shift=0.0)
+    grower._change_to(keep, indicators, time.perf_counter())
     grower._penalty = penalty
     assert not bool(keep.all())
     assert bool((indicators.gate[space.removable] < 0.2).any())
