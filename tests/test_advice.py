@@ -123,6 +123,7 @@ def test_trained_networks_are_told():
     assert "weight matrices are far from random ones" in trained(model)
     with pytest.warns(UserWarning, match="Sequential looks trained .*build the model anew; .*default:peak=100"):
         grow(model)
+    assert trained(plain(), [torch.optim.Adagrad(plain().parameters())]) == ""  # has state before its first step
     norm = nn.Sequential(nn.BatchNorm1d(4))
     norm(torch.randn(4, 4))
     assert trained(norm) == "0.num_batches_tracked is 1"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +132,7 @@ def trained(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()) 
     An optimizer has stepped; a batch norm has seen batches; or a quarter of the weight matrices have a singular value
     far above those of independent random entries (Marchenko and Pastur, 1967): gradients of low rank leave one behind.
     """
-    if any(state for optimizer in optimizers for state in optimizer.state.values()):
+    if any(_stepped(state) for optimizer in optimizers for state in optimizer.state.values()):
         return "its optimizer has stepped"
     for name, buffer in model.named_buffers():
         if name.rpartition(".")[2] == "num_batches_tracked" and not buffer.is_meta and int(buffer):
@@ -141,6 +142,13 @@ def trained(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()) 
     seen = [x for p in matrices[:: 1 + len(matrices) // MATRICES] if (x := _outlier(p)) is not None]
     far = sum(x > OUTLIER for x in seen)
     return f"{far} of {len(seen)} weight matrices are far from random ones" if far * 4 >= len(seen) > 0 else ""
+
+
+def _stepped(state: dict[str, Any]) -> bool:
+    """Whether the state of a parameter is that of a step; some optimizers make it before the first."""
+    if "step" in state:
+        return float(state["step"]) > 0
+    return any(isinstance(slot, Tensor) and bool(slot.any()) for slot in state.values())
 
 
 @torch.no_grad()
