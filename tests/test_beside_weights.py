@@ -25,8 +25,6 @@ class Keeps(nn.Module):
         if x.shape[1] > len(self.places):
             self.register_buffer("places", torch.arange(float(x.shape[1]))[:, None] / 10, persistent=False)
             self.register_buffer("late", torch.full((3,), 0.5), persistent=False)
-        if self.training and isinstance(self.number, float):
-            self.number *= 0.9
         scale = self.number if isinstance(self.number, float) else 1.0
         return self.out(torch.relu(self.into(x + self.places[: x.shape[1]]))) * scale
 
@@ -54,6 +52,7 @@ def epoch(grower: Grower, average: AveragedModel, number: int) -> None:
     for _ in range(3):
         grower.optimizer.zero_grad()
         grower.model(x).square().mean().backward()
+        grower.model.number *= 0.9
         grower.optimizer.step()
         average.update_parameters(grower.model)
     grower.update()

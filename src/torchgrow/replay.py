@@ -855,7 +855,9 @@ class Replay(TorchDispatchMode):
         tensor, (path, _, own) = self.found.tensors[name], name.rpartition(".")
         module = self.model.get_submodule(path)
         sizes = list(tensor.shape)
-        if isinstance(module, nn.modules.conv._ConvNd) and own == "weight":
+        if (
+            isinstance(module, nn.modules.conv._ConvNd) and own == "weight" and len(sizes) > 1
+        ):  # of a layer left out, empty
             sizes = [sizes[0], sizes[0] * module.groups, sizes[1], sizes[1] * module.groups]
         return {size for size in sizes if size > 1}
 

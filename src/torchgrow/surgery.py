@@ -76,7 +76,7 @@ def materialise_(
     """
     recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
     for module in recurrent:
-        module._flat_weight_refs = []  # weak references forbid the exchange
+        module._flat_weight_refs.clear()  # weak references forbid the exchange; `exchange` holds the list
     for name, tensor in tensors.items():
         new = contents(name)
         other = nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new

@@ -88,7 +88,18 @@ def test_digits_have_one_scale():
 def finished(tmp_path_factory):
     """Layers grow in a frame on the meta device, then the network trains on."""
     recipe = replace(
-        get("digits"), build=DEEP, epochs=4, then=3, subset=128, batch_size=32, depth=True, meta=True, preset="paper"
+        get("digits"),
+        build=DEEP,
+        epochs=4,
+        then=3,
+        subset=128,
+        batch_size=32,
+        depth=True,
+        meta=True,
+        preset="paper",
+        schedule="milestones",
+        warmup=0.0,
+        budget=Budget(params="20%"),
     )
     return run.run(recipe, console=Console(quiet=True), out=tmp_path_factory.mktemp("runs") / "deep", beside=())
 

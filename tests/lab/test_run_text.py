@@ -87,10 +87,10 @@ def test_a_run_on_text(finished, folder):
     data = load("text", folder=folder, steps=5)
     assert train.evaluate(model, data, "test")[0] == results["grown"]["test_perplexity"]
     assert f"Text: {folder}; 968 words to train on, a vocabulary of 9" in shown.replace("\n", "")
-    assert "grown   epoch   1/3  loss" in shown
+    assert "grown       epoch   1/3  loss" in shown
     assert "perplexity" in shown
     assert "valid, test" in shown
-    assert max(len(line) for line in shown.splitlines() if "twin" in line) <= 80
+    assert max(len(line) for line in shown.splitlines() if "(100%)" in line) <= 80
     assert "%  " not in shown.partition("network")[0], "perplexity is no share"
 
 

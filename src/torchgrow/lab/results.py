@@ -162,7 +162,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         ax.set(title=f"by {kind}", xlabel=f"{kind} / dense")
         for method, fine in _by_method(some).items():
             several = list(by_budget(fine).values())
-            if len(several) > 1:
+            if len(several) > 1 or method == "dense":
                 _point(ax, several, kind, f"dense_{kind}", metric.name, method)
     for ax in axes:
         if ax.get_legend_handles_labels()[0]:
