@@ -40,7 +40,7 @@ def test_two_nodes_make_one_run(tmp_path: Path) -> None:
     ]
     said = [agent.communicate(timeout=240) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
-    assert "grown   epoch   2/2" in said[0][0]
+    assert "grown       epoch   2/2" in said[0][0]
     assert said[1][0] == ""
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
-import torchgrow.surgery
+import torchgrow.exchange
 from torchgrow import Budget, TorchgrowError
 from torchgrow.lab import checkpoints, run, train
 from torchgrow.lab.models import ResNet
@@ -141,7 +141,7 @@ def forked(work, kill_at):
 
 
 KILLS = [
-    (torchgrow.surgery, "replace_", 9, "in an update"),  # some tensors swapped in, some not
+    (torchgrow.exchange, "writes", 9, "in an update"),  # a change is prepared, not made
     (os, "fsync", 9, "anywhere"),  # while a checkpoint is written
     (Path, "rename", 1, "anywhere"),  # a checkpoint is whole, but not in its place
     (torchgrow.fold._Hooks, "_refold", 3, "anywhere"),  # in an optimizer step
