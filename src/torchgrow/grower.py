@@ -383,6 +383,15 @@ class Grower(Saved):
                     f"{name} was made under torch.inference_mode() since Grower was given the model, so that it cannot "
                     "be cut; run the forward that makes it under torch.no_grad()"
                 )
+        for follower in self._followers:
+            own = named_tensors(follower.model)
+            for name in follower.index:
+                here, there = tuple(tensors[name].shape), tuple(own[name].shape) if name in own else None
+                if here != there:
+                    raise StructureError(
+                        f"{name} of a follower is {there or 'missing'}, not {here} as in the network: it was exchanged "
+                        "or taken out since follow(). Write into the objects that are there. Nothing was changed"
+                    )
 
     def _check_trained(self) -> None:
         """The optimizers that were given train the network, and no other."""
