@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchgrow.exchange import Exchange, uninterrupted
+from torchgrow.exchange import Exchange, trainable, uninterrupted
 
 
 class Refusing(dict[str, int]):
@@ -95,3 +95,20 @@ def test_handlers_come_back_when_the_block_fails(received: list[int]) -> None:
     with pytest.raises(ZeroDivisionError):
         block()
     assert received == [signal.SIGTERM]
+
+
+def test_gradients_are_on_again_whatever_was_left() -> None:
+    """As when an exception comes while `torch.no_grad` switches them on again."""
+
+    def block() -> None:
+        with trainable():
+            torch.set_grad_enabled(False)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        block()
+    assert torch.is_grad_enabled()
+    with torch.no_grad():
+        with trainable():
+            assert not torch.is_grad_enabled()
+        assert not torch.is_grad_enabled()

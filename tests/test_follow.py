@@ -170,6 +170,19 @@ def test_a_follower_that_fails_to_be_cut_is_as_it_was(call: int, whole: bool, mo
     assert other.conv2.in_channels == grower.model.conv2.in_channels
 
 
+def test_a_follower_whose_parameter_was_exchanged_is_told() -> None:
+    grower = run(make(), 3)
+    other = copy.deepcopy(grower.model)
+    grower.follow(other)
+    train(grower, 6)
+    before = everything(grower)
+    other.fc2.bias = nn.Parameter(torch.zeros(4).double())  # that is as good
+    other.fc1.weight = nn.Parameter(torch.zeros(2, 9).double())
+    with pytest.raises(StructureError, match=r"fc1\.weight of a follower is \(2, 9\), not \(.*\) as in the network"):
+        grower.update()
+    assert differences(before, everything(grower)) == []
+
+
 class Other(SmallResNet):
     """One layer is wider."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchgrow.exchange
@@ -129,6 +130,19 @@ def test_a_grower_that_fails_to_start_leaves_no_hooks(monkeypatch: pytest.Monkey
         make(optimizer=lambda m: made.append(sgd(m)) or made[0])  # type: ignore[func-returns-value]
     assert not made[0]._optimizer_step_pre_hooks
     assert not made[0]._optimizer_step_post_hooks
+
+
+def test_a_frame_without_values_can_be_tried_again_after_a_failed_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed inside the trace holds weak references to the parameters, which would forbid their exchange."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 2))
+    arguments = {"example_inputs": torch.randn(2, 5), "budget": Budget(params="50%"), "updates": 3}
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "relu", failing(KeyboardInterrupt(), 1, F.relu))
+        with pytest.raises(KeyboardInterrupt):
+            Grower(model, sgd(model), **arguments)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert Grower(model, sgd(model), **arguments).history[0].update == 0
 
 
 # --- what updates leave behind ---

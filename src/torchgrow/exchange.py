@@ -11,7 +11,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from operator import setitem
 from typing import Any
@@ -165,12 +165,16 @@ def _as_before(tensor: Tensor, before: Tensor, version: int) -> None:
 
 @contextmanager
 def trainable() -> Iterator[None]:
-    """Leave `torch.inference_mode` for a while: tensors that are made in it can never be trained."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False):
-        yield
+    """Leave `torch.inference_mode` for a while: tensors that are made in it can never be trained.
+
+    Whether gradients are on is as before afterwards, also if an exception came while a `no_grad` was left.
+    """
+    enabled = torch.is_grad_enabled()
+    try:
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            yield
+    finally:
+        torch.set_grad_enabled(enabled)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, SupportsIndex
@@ -35,6 +36,7 @@ from .replay import Couples, replay
 from .saved import Saved, forget_compiled
 from .space import WHOLE, Frozen, Place, Space, live_positions
 from .state import Event
+from .store import is_meta
 from .surgery import Bank, Change, named_tensors, recut
 from .watch import Watch, warn_idle
 
@@ -109,8 +111,12 @@ class Grower(Saved):
                 if not space.proven:  # a frame on the meta device
                     space = prove(model, space, example_inputs)
                 self._attach(space, example_inputs, exchange)
-        except BaseException:
+        except BaseException as error:
             exchange.undo()
+            if isinstance(model, nn.Module) and is_meta(
+                model
+            ):  # weak references in the frames of a failed trace would forbid another try
+                traceback.clear_frames(error.__traceback__)
             raise
 
     def _attach(self, space: Space, example_inputs: Any, exchange: Exchange) -> None:
@@ -383,6 +389,15 @@ class Grower(Saved):
                     f"{name} was made under torch.inference_mode() since Grower was given the model, so that it cannot "
                     "be cut; run the forward that makes it under torch.no_grad()"
                 )
+        for follower in self._followers:
+            own = named_tensors(follower.model)
+            for name in follower.index:
+                here, there = tuple(tensors[name].shape), tuple(own[name].shape) if name in own else None
+                if here != there:
+                    raise StructureError(
+                        f"{name} of a follower is {there or 'missing'}, not {here} as in the network: it was exchanged "
+                        "or taken out since follow(). Write into the objects that are there. Nothing was changed"
+                    )
 
     def _check_trained(self) -> None:
         """The optimizers that were given train the network, and no other."""

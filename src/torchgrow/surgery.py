@@ -9,6 +9,8 @@ is always whole. Parameter and optimizer objects keep their identity.
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +79,8 @@ def materialise_(
     recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
     for module in recurrent:
         module._flat_weight_refs.clear()  # weak references forbid the exchange; `exchange` holds the list
+    if any(weakref.getweakrefs(tensor) for tensor in tensors.values()):
+        gc.collect()  # those of a trace that failed hang on its frames
     for name, tensor in tensors.items():
         new = contents(name)
         other = nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
