@@ -247,7 +247,8 @@ def verdict(expected: Expected, line: int) -> dict[str, Any]:
     """Raise at a line in a process of its own.
 
     Returns:
-        Where it came, and "before" or "after" for what it left, "through" if it never came, or "bad: " and what is.
+        Where it came, and "before" or "after" for what it left, "unreached" if this run has fewer lines, or "bad: " and
+        what is.
     """
     reading, writing = os.pipe()
     child = os.fork()
@@ -271,9 +272,12 @@ def _broken(expected: Expected, line: int) -> dict[str, Any]:
     wanted = {"before": _comparable(expected.before), "after": _comparable(expected.after)}
     where, came = expected.lines[line], False
     try:
-        at_line(lambda: act(run, action), line)
+        reached = len(at_line(lambda: act(run, action), line))
     except Injected as error:
         where, came = str(error), True
+    else:
+        if reached > line:
+            return {"where": where, "verdict": "bad: the exception was swallowed"}
     now = _comparable(seen(run))
     state = next((name for name in ("after", "before") if not differences(wanted[name], now)), None)
     if state is None:
@@ -285,7 +289,7 @@ def _broken(expected: Expected, line: int) -> dict[str, Any]:
     apart = differences(_comparable(expected.later), _comparable(seen(run)))
     if apart:
         return {"where": where, "verdict": f"bad: {state}, and then another run {apart[:4]}"}
-    return {"where": where, "verdict": state if came else "through"}
+    return {"where": where, "verdict": state if came else "unreached"}
 
 
 def _comparable(found: dict[str, Any]) -> dict[str, Any]:

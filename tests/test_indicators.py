@@ -127,15 +127,17 @@ def test_alignment() -> None:
     assert make(Method(align=1)).steps.tolist() == [1, 1, 1]
 
 
-def test_snapshot_and_restore() -> None:
+def test_what_is_done_to_a_copy_leaves_the_original_alone() -> None:
+    """Draws too: both have the same random numbers ahead of them."""
     indicators = make(Method.paper())
-    before = indicators.snapshot()
-    values = {k: v.clone() for k, v in before.items()}
-    first = indicators.draw()
-    indicators.shift(0.5)
-    indicators.advance(first)
-    indicators.restore(before)
-    assert all(torch.equal(values[k], v) for k, v in indicators.snapshot().items())
+    values = indicators.state_dict()
+    other = indicators.copy()
+    first = other.draw()
+    other.shift(0.5)
+    other.advance(first)
+    assert not torch.equal(other.s, indicators.s)
+    now = indicators.state_dict()
+    assert all(torch.equal(values[name], now[name]) for name in values)
     assert torch.equal(indicators.draw(), first)
 
 
