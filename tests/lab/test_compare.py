@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from torchgrow.lab.results import difference, draw, sweeps, verdict
 
 RECIPE = replace(
     recipes.get("digits"),
+    build=partial(models.ResNet, depth=14, widths=(8, 16, 32), in_channels=1),
     preset="default",
     epochs=2,
     subset=128,
