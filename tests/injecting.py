@@ -4,6 +4,7 @@ A run is built once for every case; each exception comes in a process of its own
 """
 
 import copy
+import gc
 import json
 import os
 import random
@@ -199,11 +200,13 @@ def at_line(function: Callable[[], object], line: int) -> list[str]:
     def every(frame: FrameType, event: str, argument: Any) -> Any:
         return local if frame.f_code.co_filename.startswith(ROOT) else None
 
+    gc.disable()  # callbacks on the garbage of other tests are no part of the action, and their exceptions go nowhere
     sys.settrace(every)
     try:
         function()
     finally:
         sys.settrace(None)
+        gc.enable()
     return lines
 
 
@@ -272,12 +275,12 @@ def _broken(expected: Expected, line: int) -> dict[str, Any]:
     wanted = {"before": _comparable(expected.before), "after": _comparable(expected.after)}
     where, came = expected.lines[line], False
     try:
-        reached = len(at_line(lambda: act(run, action), line))
+        reached = at_line(lambda: act(run, action), line)
     except Injected as error:
         where, came = str(error), True
     else:
-        if reached > line:
-            return {"where": where, "verdict": "bad: the exception was swallowed"}
+        if len(reached) > line:
+            return {"where": reached[line], "verdict": "bad: the exception was swallowed"}
     now = _comparable(seen(run))
     state = next((name for name in ("after", "before") if not differences(wanted[name], now)), None)
     if state is None:

@@ -646,7 +646,7 @@ def measure(model: nn.Module, example_inputs: Any) -> Cost:
     Raises:
         TraceError: the model cannot be run on the inputs.
     """
-    space = replay(model, example_inputs)
+    space = replay(model, example_inputs, counting=True)
     return CostModel(space).cost(space.everything())
 
 

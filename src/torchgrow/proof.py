@@ -177,13 +177,17 @@ class Prover:
 
         With twice their variance, as for training, EfficientNet-B6 blows rounding up from 1e-15 to 2e-7.
         """
-        block = torch.randn(NOISE, generator=self.generator, dtype=torch.float64)  # repeated: large layers are many
+        parameters = [p for p in self.frame.parameters() if p.is_floating_point()]
+        length = min(NOISE, sum(p.numel() for p in parameters))
+        block = torch.randn(length, generator=self.generator, dtype=torch.float64)  # repeated: large layers are many
+        start = 0  # go on where the last one ended: no two parameters alike
         with torch.no_grad():
-            for parameter in self.frame.parameters():
-                if not parameter.is_floating_point():
-                    continue
-                noise = block.repeat(-(-parameter.numel() // NOISE))[: parameter.numel()].reshape(parameter.shape)
-                block = block.roll(-parameter.numel())  # go on where this one ended: no two parameters alike
+            for parameter in parameters:
+                noise, size = block[start : start + parameter.numel()], parameter.numel()
+                if noise.numel() < size:
+                    noise = torch.cat([noise, block.repeat(-(-size // length))])[:size]
+                start = (start + size) % max(1, length)
+                noise = noise.reshape(parameter.shape)
                 fan_in = max(1, parameter[0].numel()) if parameter.dim() > 1 else 1
                 parameter.copy_(noise * fan_in**-0.5 if parameter.dim() > 1 else 1 + noise / 4)
             for module in self.frame.modules():

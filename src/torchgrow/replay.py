@@ -654,8 +654,10 @@ class Replay(TorchDispatchMode):
             if a is not None
         )
 
-    def run(self, example_inputs: Any, carries: Carries | None = None) -> None:
+    def run(self, example_inputs: Any, carries: Carries | None = None, *, counting: bool = False) -> None:
         """Run the frame on every example in both modes; afterwards freeze what the runs left open.
+
+        With `counting`, run it on the first in evaluation mode only.
 
         Raises:
             TraceError: the first example fails in evaluation mode, or one of the others in both modes.
@@ -666,7 +668,7 @@ class Replay(TorchDispatchMode):
         given = [self._given(example, carries or {}) for example in examples]
         self.ends = *self.ends[:2], self.labels.count
         failed: dict[Pass, Exception] = {}
-        waiting = passes(len(examples))
+        waiting = [Pass()] if counting else passes(len(examples))
         while waiting:
             one = waiting.pop(0)
             try:
@@ -682,13 +684,15 @@ class Replay(TorchDispatchMode):
                 continue
             finally:
                 self.finished.append(self.labels.set_aside())
-            if decides and one.draw == HIGH:
+            if decides and one.draw == HIGH and not counting:
                 waiting += one.drawn_anew()
             self.first = False
-        self._warn_of_untrained(failed, len(examples))
+        if not counting:
+            self._warn_of_untrained(failed, len(examples))
         self.stack, self.line = [], None
         self._join()
-        self._freeze_unused()
+        if not counting:
+            self._freeze_unused()
         for layer in self.split_layers:
             self._make_box(layer)
         self.notes.clear()
@@ -1058,6 +1062,7 @@ def replay(
     slots: Sequence[Slot] = (),
     carried: Carries | None = None,
     failed: Failed | None = None,
+    counting: bool = False,
 ) -> Space:
     """Trace the frame by label replay, without proof.
 
@@ -1071,6 +1076,7 @@ def replay(
         slots: layers that may hand their input on instead; they become units in `depth.with_layers`.
         carried: outputs that become arguments of the next call, {argument: output}, by position or name.
         failed: how often the proof has failed on parts of an axis (`Space.parts`), by module and line.
+        counting: run the first example in evaluation mode only: enough for parameters and FLOPs, not for cutting.
 
     Raises:
         TraceError: the model or the inputs cannot be traced; the message says what would work.
@@ -1081,7 +1087,7 @@ def replay(
     while True:
         tracer.settled = settled
         try:
-            tracer.run(example_inputs, carried)
+            tracer.run(example_inputs, carried, counting=counting)
             break
         except ValuesRead:
             values = True
