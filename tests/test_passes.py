@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import zoo
-from torchgrow import Budget, Grower, Space, TraceError, shrink_, trace, verify
+from torchgrow import Budget, Grower, Space, TraceError, measure, shrink_, trace, verify
 from torchgrow.passes import Pass, running
 
 
@@ -397,3 +397,32 @@ def test_no_warning_where_both_modes_run() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trace(zoo.build("plain"), zoo.inputs("plain"))
+
+
+class WritesIntoItsInput(nn.Module):
+    """What a forward in place does to the batch must reach no other run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(2).add_(1)
+        scores: Tensor = self.second(torch.relu(self.first(x)))
+        return scores
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_example_stays_as_it_is_where_the_forward_writes_into_it(dtype: torch.dtype) -> None:
+    model, x = WritesIntoItsInput().to(dtype), torch.ones(4, 6, dtype=dtype)
+    assert verify(model, x).groups == {"first": 16}
+    measure(model, x)
+    assert torch.equal(x, torch.ones(4, 6, dtype=dtype))
+
+
+def test_a_given_state_in_double_precision_stays_as_it_is() -> None:
+    """The proof puts random numbers in the place of the zeros that most examples begin with."""
+    model = nn.LSTM(3, 8, batch_first=True).double()
+    state = (torch.zeros(1, 4, 8, dtype=torch.float64), torch.zeros(1, 4, 8, dtype=torch.float64))
+    trace(model, (torch.randn(4, 5, 3, dtype=torch.float64), state), carried={1: 1})
+    assert not any(bool(part.any()) for part in state)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .errors import TraceError
-from .opening import Leaf, leaves, put_out
+from .opening import Leaf, leaves, mapped, put_out
 
 Carries = Mapping[int | str, int | str]
 """Which argument of a model's next call each of its outputs becomes: {argument: output}, by position or name."""
@@ -28,6 +28,11 @@ def call(model: nn.Module, example: Any) -> Any:
     if isinstance(example, (tuple, list)) and not isinstance(example, PackedSequence):
         return model(*example)
     return model(example)
+
+
+def fresh(example: Any) -> Any:
+    """A copy of an example for one call: what a forward writes into its inputs reaches no other call."""
+    return mapped(example, lambda x: x.detach().clone().requires_grad_(x.requires_grad))
 
 
 def check_model(model: nn.Module, example_inputs: Any) -> None:

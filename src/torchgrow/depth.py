@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calling import call, examples_of
+from .calling import call, examples_of, fresh
 from .errors import TraceError
 from .opening import mapped
 from .passes import Pass, running, twin
@@ -96,7 +96,7 @@ def _calls(model: nn.Module, example: Any) -> dict[str, list[_Call]]:
         example = mapped(example, lambda x: x.to("meta"))
     try:
         with running(model, Pass()):
-            call(model, example)
+            call(model, fresh(example))
     except Exception as error:
         raise TraceError(f"the model's forward failed: {type(error).__name__}: {error}") from error
     finally:

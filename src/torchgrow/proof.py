@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calling import Carries, call, examples_of
+from .calling import Carries, call, examples_of, fresh
 from .cost import CostModel
 from .counting import Guess, choices, guesses
 from .depth import Named, find, gated, with_layers
@@ -100,7 +100,7 @@ class Prover:
             for name, tensor in [*self.frame.named_parameters(), *self.frame.named_buffers()]:
                 tensor.detach().copy_(births.full(name))
         self.frame._apply(_doubled)
-        self.examples = [mapped(example, lambda x: _doubled(x.detach())) for example in examples]
+        self.examples = [mapped(example, lambda x: _doubled(x.detach().clone())) for example in examples]
         self._randomize()
         for state in space.carried:  # anything, not the zeros that most examples begin with
             for example in self.examples:
@@ -140,7 +140,7 @@ class Prover:
             try:
                 with self._running(one, original) as chance:
                     before = fingerprint(self.frame)
-                    call(self.frame, self.examples[one.example])
+                    call(self.frame, fresh(self.examples[one.example]))
                     wrote |= fingerprint(self.frame) != before
             except TraceError:
                 raise
@@ -159,7 +159,7 @@ class Prover:
             for one in found:
                 with self._running(one, {}):
                     before = fingerprint(self.frame)
-                    call(self.frame, self.examples[one.example])
+                    call(self.frame, fresh(self.examples[one.example]))
                     self.restless |= fingerprint(self.frame) != before
             self._randomize()
         return found
@@ -296,7 +296,7 @@ class Prover:
                 example = self._cut_states(example, keep)
             values = [p.detach().clone() for p in self.frame.parameters()] if self.restless else []
             with self._running(one, {}):
-                outputs = call(self.frame, example)
+                outputs = call(self.frame, fresh(example))
             own = [leaf.value for leaf in put_out(outputs)]
             if shown is not None:
                 for state in self.space.carried:

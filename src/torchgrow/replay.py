@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from . import contractions, parts, reductions, sampling, sequences  # noqa: F401 (importing them registers their rules)
 from .adapters import adapted
 from .attributes import around, held
-from .calling import Carries, call, carried_inputs, carried_outputs, check_model, examples_of
+from .calling import Carries, call, carried_inputs, carried_outputs, check_model, examples_of, fresh
 from .errors import TraceError
 from .findings import Findings, Freezing, Read
 from .indexing import write_through
@@ -708,6 +708,14 @@ class Replay(TorchDispatchMode):
         self.made.append(example)
         return example
 
+    def _own(self, example: Any) -> Any:
+        """A copy of an example for one call, with what is known of it."""
+        own = fresh(example)
+        for x, old in zip(tensors(own), tensors(example), strict=True):
+            self.note(x).from_input, self.note(x).shadow = True, self.note(old).shadow
+        self.made.append(own)
+        return own
+
     def _given(self, example: Any, carries: Carries) -> tuple[Entering, States]:
         """Which tensors of an example are carried states, and fresh symbols for them."""
         entering, found = carried_inputs(example, carries), tensors(example)
@@ -717,8 +725,9 @@ class Replay(TorchDispatchMode):
 
     def _run_pass(self, example: Any, one: Pass, entering: Entering, states: States) -> bool:
         """One run; returns whether chance may have decided which way it went."""
-        given = tensors(example)
         for still_norms in (False, True):
+            own = self._own(example)
+            given = tensors(own)
             self.labels.set_aside()  # a run that failed half way begins again
             self._label_anew()
             for i, symbols in states.items():
@@ -727,7 +736,7 @@ class Replay(TorchDispatchMode):
                 before = fingerprint(self.model)
                 try:
                     with Steady(), Readers(self.read_values), self, chance:
-                        outputs = call(self.model, example)
+                        outputs = call(self.model, own)
                 except ValueError as error:
                     if still_norms or not one.training or not too_small(error):
                         raise
@@ -797,7 +806,7 @@ class Replay(TorchDispatchMode):
         model, fault = twin(self.pristine), None
         try:
             with running(model, one):
-                call(model, example)
+                call(model, fresh(example))
         except Exception as own:
             fault = own
         if fault is None and isinstance(error, RecursionError):
@@ -1050,7 +1059,7 @@ def settle(model: nn.Module, example_inputs: Any) -> None:
     """Run a copy as the user's loop would, for what a forward does at its first call only."""
     for one in passes(len(examples := examples_of(example_inputs))):
         with suppress(Exception), running(model, one), Steady():
-            call(model, examples[one.example])
+            call(model, fresh(examples[one.example]))
 
 
 def replay(

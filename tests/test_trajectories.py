@@ -1,0 +1,34 @@
+"""Growth as recorded: a refactor changes no structure and no weight."""
+
+import json
+
+import pytest
+
+from trajectories import CASES, GOLDEN, differences, run
+
+RECORDED = json.loads(GOLDEN.read_text())
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_growth_is_as_recorded(name: str) -> None:
+    """If the change is meant: `python benchmarks/trajectories.py record`, and say why in the commit and docs/log.md."""
+    assert differences(RECORDED[name], run(name)) == []
+
+
+@pytest.mark.parametrize("name", ["default", "paper"])
+def test_other_units_are_noticed(name: str) -> None:
+    assert differences(RECORDED[name], run(name, spoil=True)) != []
+
+
+def test_one_unit_is_noticed() -> None:
+    found = json.loads(json.dumps(RECORDED["default"]))
+    size, _, digits = found["structures"][-1].partition(":")
+    found["structures"][-1] = f"{size}:{int(digits, 16) ^ 1:x}"
+    assert differences(RECORDED["default"], found) == ["structures"]
+
+
+def test_one_weight_is_noticed() -> None:
+    found = json.loads(json.dumps(RECORDED["default"]))
+    found["weights"]["head.bias"][1] += 1e-6
+    assert differences(RECORDED["default"], found) == ["head.bias"]
