@@ -9,7 +9,7 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from torchgrow.lab.pages import Row, alike, appendix, comparisons, grid, machine, spread, summary
+from torchgrow.lab.pages import Row, alike, appendix, comparisons, grid, machine, section, spread, summary
 from torchgrow.lab.results import draw, draw_sizes
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -294,6 +294,12 @@ def drawn() -> dict[str, list[Row]]:
     return {name: found for name, found in alike(COMPARISONS).items() if len({row["method"] for row in found}) > 1}
 
 
+def overview() -> list[Row]:
+    """The rows of README's picture: of one setting, and by data that nothing was chosen by."""
+    now = [found for found in alike(COMPARISONS).values() if found[0]["recipe"] == SHOWN and section(found) == "now"]
+    return max(now, key=len, default=[])
+
+
 def main() -> int:
     """Write the page, its pictures and README's table, or check that they are up to date."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -310,9 +316,8 @@ def main() -> int:
             path.unlink()  # of rows that are gone
     for name, found in drawn().items():
         draw(found, PICTURES / name)
-    found = rows(f"compare/{SHOWN}.jsonl")
-    if found:
-        draw_sizes(found, PICTURES / OVERVIEW)
+    if overview():
+        draw_sizes(overview(), PICTURES / OVERVIEW)
     return 0
 
 

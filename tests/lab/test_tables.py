@@ -9,7 +9,7 @@ import pytest
 
 from torchgrow.lab import metrics, pages, recipes
 from torchgrow.lab.compare import Job
-from torchgrow.lab.results import by_budget
+from torchgrow.lab.results import by_budget, draw_sizes
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "tables.py"
 RECIPE = recipes.get("resnet20-cifar10")
@@ -67,6 +67,20 @@ def test_rows_stand_in_the_section_they_belong_to(tables):
         "What was chosen by",
         "Earlier ways to grow",
     ]
+
+
+def test_the_picture_of_sizes_is_of_one_setting(tables, tmp_path):
+    """What a schedule was chosen by, on held-out images, must not move the means that readers see first."""
+    rows = [
+        {**row(method), "seed": seed, "params": 10} for method in ("dense", "uniform", "default") for seed in (0, 1)
+    ]
+    chosen = {**row("uniform"), "seed": 0, "params": 10}
+    chosen["config"] = {**chosen["config"], "validate": True}
+    tables.SHOWN, tables.COMPARISONS = RECIPE.name, tables.ROOT / "results" / "compare"
+    labels(tables, [chosen, *rows])
+    assert tables.overview() == rows
+    with pytest.raises(ValueError, match="a picture is of one setting, not of 2"):
+        draw_sizes([chosen, *rows], tmp_path / "picture.png")
 
 
 def test_budgets_are_summed_up_on_the_seeds_that_both_have(tables):

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from rich import box
 from rich.table import Table
 from scipy.stats import t as student
@@ -174,7 +174,17 @@ def draw_sizes(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """A picture: score against parameters; dense and uniform networks as one line, grown ones and direct beside it.
 
     Means over seeds with 95 % intervals (Student's t), where there are at least three.
+
+    Args:
+        rows: of one setting; budgets, methods and seeds may differ.
+        path: of the picture.
+
+    Raises:
+        ValueError: rows of several settings, whose means would say nothing.
     """
+    settings = {(row["config"]["validate"], row["config"]["lr"], row["config"]["schedule"]) for row in rows}
+    if len(settings) > 1:
+        raise ValueError(f"a picture is of one setting, not of {len(settings)} (validate, lr, schedule): {settings}")
     metric = metric_of(next(row for row in rows if "error" not in row))
     points: dict[str, list[tuple[float, float, float]]] = {}
     for some in {
@@ -198,9 +208,9 @@ def draw_sizes(rows: Sequence[dict[str, Any]], path: Path) -> None:
         style: dict[str, Any] = {"marker": markers[method], "markersize": size, "linestyle": "none", "capsize": 3}
         ax.errorbar(x, y, yerr=half, color=colour(method), label=label, zorder=3, **style)
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    ax.xaxis.set_minor_formatter(EngFormatter(sep=""))
-    ax.tick_params(axis="x", which="minor", labelsize=8)
+    ax.xaxis.set_minor_formatter(NullFormatter())
     seeds = len({row["seed"] for row in rows})
     ax.set(xlabel="parameters (log scale)", ylabel=f"{metric.on} {metric.name}{metric.unit}")
     ax.set_title(f"{rows[0]['recipe']}: means of {seeds} seeds, 95 % intervals", loc="left", fontsize=11)
