@@ -242,6 +242,27 @@ def memory() -> str:
     )
 
 
+def startup() -> str:
+    """CPU seconds of commands that train nothing, and of the import."""
+    found = rows("startup.jsonl")
+    if not found:
+        return "Not measured yet."
+    body = [
+        [
+            row["case"],
+            f"{row['cpu_seconds']:.2f}",
+            "" if row["most"] is None else f"{row['most']:.2f}",
+            f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})",
+        ]
+        for row in found
+    ]
+    head = ["process", "CPU seconds, median", "at most allowed", "over `import torch` (interval)"]
+    return (
+        f"Fresh processes in turns, {found[0]['repeats']} of each.\n\nCommand: `python benchmarks/startup.py`. Measured on "
+        f"{machine(found)}.\n\n" + grid(head, body)
+    )
+
+
 def page() -> str:
     """The whole page."""
     parts = [
@@ -258,6 +279,7 @@ def page() -> str:
         "## Resumed after SIGKILL\n\n" + killed(),
         "## Damaged files\n\n" + damaged(),
         "## Memory over updates\n\n" + memory(),
+        "## Cost of a start\n\n" + startup(),
         "## Cost of a training step\n\n"
         + timings(
             "step-overhead.jsonl",
