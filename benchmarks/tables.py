@@ -258,8 +258,8 @@ def startup() -> str:
     ]
     head = ["process", "CPU seconds, median", "at most allowed", "over `import torch` (interval)"]
     return (
-        f"Fresh processes in turns, {found[0]['repeats']} of each.\n\nCommand: `python benchmarks/startup.py`. Measured on "
-        f"{machine(found)}.\n\n" + grid(head, body)
+        f"Fresh processes in turns, {found[0]['repeats']} of each.\n\nCommand: `python benchmarks/startup.py`. "
+        f"Measured on {machine(found)}.\n\n" + grid(head, body)
     )
 
 
