@@ -35,7 +35,7 @@ PARTS = {
     "calls": "call update() and finish() on every rank, equally often",
     "settings": "give Grower the same model, budget, updates and preset on every rank",
     "draws": "give Grower the same seed on every rank",
-    "indicators": _APART,
+    "policy": _APART,
     "weights": _APART,
     "structure": "the ranks computed different structures from the same numbers, which differing machines may do: "
     "use the same torch version and kind of CPU",

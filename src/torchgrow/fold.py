@@ -40,12 +40,19 @@ class Fold:
         parameters: the model's parameters by name, at their live size.
         keep: bool [n], the live units; gates of layers left out have no place.
         raw: raw live values of gated parameters; of those not named, the present contents are raw.
+        gated: whether there are gates. Without them parameters hold raw contents, and nothing is kept beside; what is
+            left is where units live, for m dL/dm with m = 1.
     """
 
     def __init__(
-        self, space: Space, parameters: Mapping[str, nn.Parameter], keep: Tensor, raw: Mapping[str, Tensor]
+        self,
+        space: Space,
+        parameters: Mapping[str, nn.Parameter],
+        keep: Tensor,
+        raw: Mapping[str, Tensor],
+        gated: bool = True,
     ) -> None:
-        self.n = space.n_units
+        self.n, self.gated = space.n_units, gated
         self.names: list[str] = []
         self.parameters: list[Tensor] = []
         self.raw: list[Tensor] = []
@@ -58,7 +65,8 @@ class Fold:
         for name, axes in places.items():
             self.names.append(name)
             self.parameters.append(parameters[name])
-            self.raw.append(raw[name] if name in raw else parameters[name].detach().clone())
+            if gated:
+                self.raw.append(raw[name] if name in raw else parameters[name].detach().clone())
             self._axes.append(axes)
             for axis in axes:
                 vector = space.fold[name, axis]
@@ -73,17 +81,24 @@ class Fold:
         """Some of the parameters only; raw contents are shared with the whole."""
         part = object.__new__(Fold)
         chosen = [i for i, name in enumerate(self.names) if name in names]
-        part.n = self.n
+        part.n, part.gated = self.n, self.gated
         part.names = [self.names[i] for i in chosen]
-        part.parameters, part.raw = [self.parameters[i] for i in chosen], [self.raw[i] for i in chosen]
+        part.parameters, part.raw = [self.parameters[i] for i in chosen], [self.raw[i] for i in chosen if self.gated]
         part._axes = [self._axes[i] for i in chosen]
         vectors, owners = self._units.split(self._lengths), [i for i, axes in enumerate(self._axes) for _ in axes]
         units = [vector for vector, owner in zip(vectors, owners, strict=True) if owner in chosen]
         part._units, part._lengths = torch.cat([self._units[:0], *units]), [vector.numel() for vector in units]
         return part
 
-    def factors(self, gate: Tensor) -> list[Tensor]:
-        """What every gated parameter is multiplied by, broadcastable to it; `gate`: float64 [n]."""
+    @property
+    def contents(self) -> dict[str, Tensor]:
+        """Raw contents of the gated parameters by name."""
+        return dict(zip(self.names, self.raw, strict=True)) if self.gated else {}
+
+    def factors(self, gate: Tensor | None) -> list[Tensor]:
+        """What every gated parameter is multiplied by, broadcastable to it; `gate`: float64 [n], or None for none."""
+        if gate is None or not self.gated:
+            return []
         extended = torch.cat([gate, torch.ones(1, dtype=gate.dtype)])
         values = extended.to(self._units.device)[self._units].split(self._lengths)
         factors, i = [], 0
@@ -101,7 +116,8 @@ class Fold:
 
     def folded(self, factors: list[Tensor]) -> dict[str, Tensor]:
         """Folded contents of every gated parameter, as new tensors."""
-        return {name: raw * factor for name, raw, factor in zip(self.names, self.raw, factors, strict=True)}
+        gated = zip(self.contents.items(), factors, strict=True)
+        return {name: raw * factor for (name, raw), factor in gated}
 
     def gate_gradient(self, gradients: list[Tensor | None]) -> Tensor:
         """The product m dL/dm for every unit, float64 [n], from the gradients of the folded parameters."""
@@ -122,7 +138,7 @@ class Fold:
         Contents are compared, since an edit through `.data` leaves no other trace. `factors` are those they were
         folded with.
         """
-        for parameter, raw, factor in zip(self.parameters, self.raw, factors, strict=True):
+        for parameter, raw, factor in zip(self.parameters if self.gated else (), self.raw, factors, strict=True):
             raw.copy_(unfolded(parameter, raw, factor))
 
 
@@ -146,7 +162,7 @@ class Folding:
     Args:
         layouts: of the user's optimizers; their own loop is not changed.
         on_step: called with m dL/dm (float64 [n]) when the indicators shall move.
-        gate: returns the present gates, float64 [n].
+        gate: returns the present gates, float64 [n]; None where there are none.
 
     Attributes:
         fold: all gated parameters of the present structure.
@@ -157,7 +173,7 @@ class Folding:
         self,
         layouts: Sequence[Layout],
         on_step: Callable[[Tensor], None],
-        gate: Callable[[], Tensor],
+        gate: Callable[[], Tensor | None],
     ) -> None:
         self.fold: Fold | None = None
         self._on_step = on_step
@@ -187,7 +203,7 @@ class Folding:
         for hooks in self._hooks:
             own = [hooks is other for other in owners]
             part = fold.part({name for name, mine in zip(fold.names, own, strict=True) if mine})
-            own_factors = [factor for factor, mine in zip(factors, own, strict=True) if mine]
+            own_factors = [factor for factor, mine in zip(factors, own if fold.gated else (), strict=True) if mine]
             hooks.install(exchange, part, own_factors, copies)
             if part.names:
                 waiting.append(hooks)
@@ -204,7 +220,12 @@ class Folding:
         for hooks, count in zip(self._hooks, taken or [0] * len(self._hooks), strict=True):
             exchange.fields(hooks, taken=count)
 
-    def folded_with(self, gate: Tensor) -> bool:
+    @property
+    def listens(self) -> bool:
+        """Whether what optimizers do is told to `on_step`."""
+        return self.fold is not None and bool(self.fold.names)
+
+    def folded_with(self, gate: Tensor | None) -> bool:
         """Whether the weights are folded with just these gates, float64 [n], as they are."""
         return all(hooks.folded_with(gate) for hooks in self._hooks)
 
@@ -240,7 +261,7 @@ class Folding:
             return {}
         for hooks in self._hooks:
             hooks.adopt_edits()
-        return dict(zip(self.fold.names, self.fold.raw, strict=True))
+        return self.fold.contents
 
     def raw_copies(self) -> dict[tuple[str, str], Tensor]:
         """Raw contents of the slots that are copies of gated weights, by parameter and key, edits included."""
@@ -290,7 +311,7 @@ class _Hooks:
         self,
         layout: Layout,
         on_step: Callable[[_Hooks, Tensor], None],
-        gate: Callable[[], Tensor],
+        gate: Callable[[], Tensor | None],
     ) -> None:
         self.optimizer, self._layout, self._on_step, self._gate = layout.optimizer, layout, on_step, gate
         self.fold: Fold | None = None
@@ -321,7 +342,7 @@ class _Hooks:
         exchange.fields(self, fold=fold if fold.names else None, _factors=factors, _raw_copies=own)
         exchange.fields(self, _unfolded=False, _gradient=None, _lent=[])
 
-    def folded_with(self, gate: Tensor) -> bool:
+    def folded_with(self, gate: Tensor | None) -> bool:
         """As `Folding.folded_with`, of this optimizer's parameters only."""
         factors = self.fold.factors(gate) if self.fold is not None else []
         return all(map(torch.equal, factors, self._factors))
@@ -341,7 +362,7 @@ class _Hooks:
 
     def _copies(self) -> list[tuple[tuple[str, str], Tensor, Tensor]]:
         """Slots that are copies of gated weights: parameter and key, the slot, its present factor."""
-        if self.fold is None:
+        if self.fold is None or not self.fold.gated:
             return []
         found = self._layout.copies(self.fold.parameters)
         return [((self.fold.names[i], key), slot, self._factors[i]) for (i, key), slot in found.items()]
@@ -358,7 +379,9 @@ class _Hooks:
 
     def refold(self) -> None:
         """The gates have moved though this optimizer took no step."""
-        if self.fold is not None and not self._unfolded:  # a step that failed is folded when it is recovered
+        if self.fold is None or not self.fold.gated:
+            return
+        if not self._unfolded:  # a step that failed is folded when it is recovered
             self.adopt_edits()
             self._refold()
 
@@ -395,7 +418,7 @@ class _Hooks:
         fold = self.fold
         if fold is None:
             return
-        for name, parameter, raw in zip(fold.names, fold.parameters, fold.raw, strict=True):
+        for parameter, (name, raw) in zip(fold.parameters if fold.gated else (), fold.contents.items(), strict=True):
             if parameter.dtype != raw.dtype or parameter.device != raw.device:
                 raise TrainingError(converted(name, parameter, raw.dtype, raw.device))
         gradients = [parameter.grad for parameter in fold.parameters]
@@ -413,6 +436,8 @@ class _Hooks:
                 "Skip this batch (optimizer.zero_grad()), lower the learning rate, or clip the gradients"
             )
         self._gradient = None if overflow is not None and bool(overflow) else gradient
+        if not fold.gated:
+            return
         self.adopt_edits()
         present = [
             (p, g, f) for p, g, f in zip(fold.parameters, gradients, self._factors, strict=True) if g is not None
@@ -430,6 +455,11 @@ class _Hooks:
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Post-step hook: the indicators move, the weights are folded with the new gates."""
         self.taken += 1
+        if self.fold is not None and not self.fold.gated:
+            gradient, self._gradient = self._gradient, None
+            if gradient is not None:
+                self._on_step(self, gradient)
+            return
         if self.fold is None or not self._unfolded:  # a closure that was never called
             return
         torch._foreach_copy_(self.fold.raw, self.fold.parameters)

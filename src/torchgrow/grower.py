@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import logging
 import math
@@ -10,13 +11,14 @@ import time
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
 from .advice import Course, course, summary, warn_if_trained
-from .budget import check_feasible, fit, largest_shift, pressure, shed
+from .budget import check_feasible, fit
 from .calling import Carries, examples_of
 from .cost import Cost, CostModel
 from .depth import Named
@@ -25,11 +27,13 @@ from .errors import BudgetError, OptimizerError, StructureError, TorchgrowError
 from .exchange import Exchange, trainable
 from .fold import Fold, Folding, attached, converted
 from .guard import guard_
-from .indicators import Indicators, Method
+from .indicators import Method
 from .limits import Budget, Limits
 from .opening import mapped
 from .opening import tensors as tensors_in
 from .optimizers import check_optimizers, first_rate, optimizers_of, peak_rate, present_rate, untrained_hint
+from .policies import Policy, View, policy_of
+from .policies.kit import one_per_group
 from .proof import prove, trace
 from .record import Growth, growths, recorded
 from .replay import Couples, replay
@@ -61,9 +65,11 @@ class Grower(Saved):
             examples, for forwards that take other ways on other inputs, or other arguments in training.
         budget: what the final network may cost; it is never above and no removable unit still fits under it.
         updates: T, the number of updates in the run. The structure is final from update T-1 on.
-        preset: "default" (grow evenly beyond the budget, then prune the least worth of every group), "paper"
-            (literal), "global" (with one temperature for all), "nas" (its settings for architecture search), "random"
-            (its baseline); with other values behind a colon ("default:peak=1"); or a `Method` of your own.
+        preset: how it grows, by name: "default" (evenly beyond the budget, then the least important units of every
+            group go), "paper" (literal), "global" (with one temperature for all), "nas" (its settings for architecture
+            search), "random" (its baseline); with other values behind a colon ("default:peak=1").
+        policy: how it grows, as an object in place of a name: `torchgrow.policies.Paper(lambda_base=0.3)`, or a
+            `torchgrow.policies.Policy` of your own. The grower works on a copy, `grower.policy`.
         seed: of all draws.
         freeze: what keeps its shape, as for `trace`.
         couple: what is cut alike, as for `trace`.
@@ -88,6 +94,7 @@ class Grower(Saved):
         budget: Budget,
         updates: int,
         preset: str | Method = "default",
+        policy: Policy | None = None,
         seed: int = 0,
         freeze: Sequence[str | Place] = (),
         couple: Couples = (),
@@ -98,7 +105,12 @@ class Grower(Saved):
             raise BudgetError(f'budget must be a torchgrow.Budget such as Budget(params="36%"), got {budget!r}')
         if isinstance(updates, bool) or not isinstance(updates, int) or updates < 1:
             raise TorchgrowError(f"updates={updates!r} must be a whole number >= 1: how often you will call update()")
-        self.method = preset if isinstance(preset, Method) else Method.named(preset, layers=bool(depth))
+        if policy is not None and not isinstance(policy, Policy):
+            raise TorchgrowError(
+                f"policy must be an object such as torchgrow.policies.Paper(), got {policy!r}; names go to preset="
+            )
+        method = preset if isinstance(preset, Method) else Method.named(preset, layers=bool(depth))
+        self.policy: Policy = copy.copy(policy) if policy is not None else policy_of(method)
         self.model, self.budget, self.updates, self.seed = model, budget, updates, seed
         self.optimizers = optimizers_of(optimizer)
         _check_free(model, self.optimizers)
@@ -138,13 +150,13 @@ class Grower(Saved):
         check_feasible(budget, self.limits, self._costs)
         warn_if_trained(model, self.optimizers)
         guard_(model)
-        self._indicators = Indicators(self.space, self.method, updates, seed)
-        if self.space.slots and self.method.draws == "ranked":
-            # The peak widens what the budget holds: a layer beyond it would be trained only to be taken out again.
-            shift, _ = largest_shift(self._indicators.shifted(), self._costs, self.limits.tensor())
-            self._indicators.hold_layers(shift)
+        self._generator = torch.Generator().manual_seed(seed)
+        everything = View(
+            self.space, self._costs, self.limits.tensor(), 0, updates, self.space.everything(), 1.0, self._generator
+        )
+        seed_structure = self._legal(self.policy.seed(everything), "seed")
         self._ranks = Ranks()
-        self._ranks.agree(lambda: self._decided(None, self._indicators))
+        self._ranks.agree(lambda: self._decided(None, self.policy, self._generator))
         self._ranks.share([tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta])
         device = tensors_in(examples_of(example_inputs)[0])[0].device
         self._bank = Bank(model, self.space, seed=seed, device=device, layouts=layouts, exchange=exchange)
@@ -155,22 +167,18 @@ class Grower(Saved):
         self._kinds = {name: (tensor.dtype, tensor.device) for name, tensor in cut.items()}
         self._gated = sorted({name for name, _ in self.space.fold})
         self._initial_lr = first_rate(self.optimizers[0])
-        self._folding = Folding(layouts, self._step, lambda: self._indicators.gate)
+        self._folding = Folding(layouts, self._step, lambda: self.policy.gate)
         self._followers: list[Bank] = []
         self._outer: list[nn.Module] = []  # the followers as they were given
         self._copies: list[Bank] = []  # those of them that began with the frame's own weights
-        self._penalty = torch.zeros(self.space.n_units, dtype=torch.float64)
-        self._lambda_share = torch.ones(self.space.n_units, dtype=torch.float64)  # of lambda_1, by unit
-        for slot in self.space.slots:
-            self._lambda_share[slot.unit] = self.method.layer_lambda_base / (self.method.lambda_base or 1.0)
         self._ever = torch.zeros(self.space.n_units, dtype=torch.bool)
         self._before = self.space.everything()  # the structure before the last change
         self.finished = False
         self.history: list[Event] = []
-        self._seed_cost = self._costs.both(self._costs.live(self._indicators.seed_structure()))
+        self._seed_cost = self._costs.both(self._costs.live(seed_structure))
         log.info("%s goes %s", type(model).__name__, self.course())
-        seed_structure = self._indicators.seed_structure()
-        self._change_to(seed_structure, self._indicators, time.perf_counter(), exchange=exchange)
+        self.policy.applied(replace(everything, keep=seed_structure))
+        self._change_to(seed_structure, self.policy, self._generator, time.perf_counter(), exchange=exchange)
 
     # --- what the user asks for ---
 
@@ -198,7 +206,7 @@ class Grower(Saved):
             raise TorchgrowError(f"the run is over: update() was called {self.updates} times or finish() once; {end}")
         with trainable(), self._ranks.together(self._buffers()):
             self._check_trained()
-            warn_idle(self.optimizers, self._folding.taken, self._folding.moved)
+            warn_idle(self.optimizers, self._folding.taken, self._folding.moved or not self._folding.listens)
             return self._finish() if number >= self.updates else self._update(number)
 
     def finish(self) -> Event:
@@ -275,7 +283,7 @@ class Grower(Saved):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """What a run was planned with stays: a new value would be shown, but not followed."""
-        if name in ("model", "budget", "limits", "updates", "seed", "method", "space") and name in vars(self):
+        if name in ("model", "budget", "limits", "updates", "seed", "policy", "space") and name in vars(self):
             raise TorchgrowError(
                 f"{name} of a Grower cannot be changed during the run, which is planned with it; finish() this one "
                 f"and construct Grower(...) anew with the {name} you want"
@@ -317,9 +325,9 @@ class Grower(Saved):
 
     def course(self) -> Course:
         """How the cost goes over the run: seed, peak, end, and after how many updates; logged at the start (INFO)."""
-        plan = self.method.controller == "plan"
-        planned = [self._planned(number) for number in range(self.updates + 1)] if plan else None
-        return course(self._seed_cost, planned, self.frame_cost, self.limits, self._final())
+        costs = [self.policy.planned(self._view(number)) for number in range(self.updates + 1)]
+        planned = [cost for cost in costs if cost is not None]
+        return course(self._seed_cost, planned, self.frame_cost, self.limits, self.policy.final(self.updates))
 
     def summary(self) -> str:
         """The run on one screen: how the budget is reached, what grows, what keeps its size and why."""
@@ -352,21 +360,47 @@ class Grower(Saved):
     def _update(self, number: int) -> Event:
         start = time.perf_counter()
         self._folding.recover()
-        indicators = self._indicators.copy()
-        final, planned = self._final(), self._planned(number)
-        shift, keep = 0.0, self._bank.keep
-        if number <= final:
-            indicators.rank(keep)
-            if self.method.controller == "plan":
-                shift, keep = self._within(planned, indicators)
-                indicators.shift(shift)
-            else:
-                keep = indicators.draw()
-        there = self.method.controller == "plan" and torch.equal(planned, self.limits.tensor())
-        if number == final or (there and number < final):
-            keep = fit(self.space, self._costs, keep, indicators.score(), self.limits, indicators.steps)
-        indicators.advance(keep, self._rate())
-        return self._change_to(keep, indicators, start, shift=shift)
+        generator = torch.Generator()
+        generator.set_state(self._generator.get_state())
+        policy, view = self.policy.copied(), replace(self._view(number), generator=generator)
+        wanted = policy.update(view)
+        if not isinstance(wanted, tuple) or len(wanted) != 2:
+            raise TorchgrowError(
+                f"{type(policy).__name__}.update returned {type(wanted).__name__}, it must return the structure wanted "
+                "(bool [n]) and whether it shall be brought exactly to the budget, as in `return keep, False`"
+            )
+        keep = self._legal(wanted[0], "update")
+        if wanted[1] or number >= self.updates - 1:
+            keep = self._fitted(keep, policy, view)
+        policy.applied(replace(view, keep=keep))
+        return self._change_to(keep, policy, generator, start)
+
+    def _view(self, number: int) -> View:
+        """The run as the policy sees it at an update."""
+        limits, keep = self.limits.tensor(), self._bank.keep
+        return View(self.space, self._costs, limits, number, self.updates, keep, self._rate(), self._generator)
+
+    def _legal(self, keep: Any, asked: str) -> Tensor:
+        """A structure as a policy wants it, with what cannot be removed and one unit of every group.
+
+        Raises:
+            TorchgrowError: it is no structure; the message names the policy.
+        """
+        n = self.space.n_units
+        if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != (n,):
+            found = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
+            raise TorchgrowError(
+                f"{type(self.policy).__name__}.{asked} returned {found} for a structure, it must be a bool tensor of "
+                f"{n} units, True where one lives; nothing was changed"
+            )
+        return one_per_group(self.space, keep.cpu(), torch.zeros(n))
+
+    def _fitted(self, keep: Tensor, policy: Policy, view: View) -> Tensor:
+        """The nearest structure exactly at the budget."""
+        multiples = policy.multiples
+        ones = torch.ones(self.space.n_groups, dtype=torch.int64)
+        score = policy.score(view)
+        return fit(self.space, self._costs, keep, score, self.limits, ones if multiples is None else multiples)
 
     def _check_parameters(self) -> None:
         """The optimizer trains, and the bank writes into, the parameter objects that were there at the start."""
@@ -408,9 +442,9 @@ class Grower(Saved):
     def _finish(self) -> Event:
         start = time.perf_counter()
         self._folding.recover()
-        old, indicators = self._bank.keep, self._indicators
-        keep = fit(self.space, self._costs, old, indicators.score(), self.limits, indicators.steps)
-        return self._change_to(keep, indicators, start, silent=keep & ~old, last=True)
+        old = self._bank.keep
+        keep = self._fitted(old, self.policy, self._view(len(self.history) - 1))
+        return self._change_to(keep, self.policy, self._generator, start, silent=keep & ~old, last=True)
 
     @trainable()
     def carry(self, state: Any) -> Any:
@@ -454,59 +488,25 @@ class Grower(Saved):
         cut = iter([recut(x, place.units, old, new) for x, place in zip(tensors, carried, strict=True)])
         return mapped(state, lambda x: next(cut), "the state")
 
-    def _within(self, planned: Tensor, indicators: Indicators) -> tuple[float, Tensor]:
-        """The structure for a planned cost (int64 [2]), and the shift of all indicators that gives it."""
-        keep = self._bank.keep
-        falls = bool((self._costs.both(self._costs.live(keep)) > planned).any())
-        if self.method.prune == "worth" and falls:
-            worth = indicators.worth.sqrt()
-            return 0.0, shed(self.space, self._costs, keep, worth, planned, indicators.steps)
-        return largest_shift(indicators.shifted(), self._costs, planned)
-
-    def _final(self) -> int:
-        """The last update that changes the structure."""
-        return max(1, self.updates - max(1, math.ceil(self.method.settle * self.updates)))
-
-    def _planned(self, number: int) -> Tensor:
-        """Planned parameters and FLOPs (int64 [2]) at an update.
-
-        A line from the seed up to the peak, flat, and a line down to the budget.
-        """
-        limits, frame = self.limits.tensor(), torch.tensor([self.frame_cost.params, self.frame_cost.flops])
-        limited = torch.tensor([self.limits.params is not None, self.limits.flops is not None])
-        peak = torch.minimum((limits.double() * self.method.peak).clamp(max=2.0**62).long(), frame.maximum(limits))
-        rising, falling = math.ceil(self.method.ramp * self.updates), math.ceil(self.method.hold * self.updates)
-        begin, end, progress = self._seed_cost, peak, min(1.0, number / max(1, rising))
-        falling = max(rising, falling)
-        if number >= falling:
-            begin, end, progress = peak, limits, (number - falling) / max(1, self._final() - falling)
-        if number >= self._final():
-            progress = 1.0
-        planned = begin + ((end - begin).double() * progress).long()
-        return torch.where(limited, planned, limits)
-
     def _change_to(
         self,
         keep: Tensor,
-        indicators: Indicators,
+        policy: Policy,
+        generator: torch.Generator,
         start: float,
         *,
-        shift: float = 0.0,
         silent: Tensor | None = None,
         last: bool = False,
         exchange: Exchange | None = None,
     ) -> Event:
-        """Make `keep` the live structure and `indicators` the present ones, all or nothing, and record it."""
+        """Make `keep` the live structure, with the policy and generator that chose it, all or nothing; record it."""
         self._check_parameters()
-        bank, gate = self._bank, indicators.gate
+        bank, gate = self._bank, policy.gate
         previous = bank.keep
         old = previous if self.history else keep
         stays = bool(self.history) and torch.equal(keep, previous) and self._folding.folded_with(gate)
         changes, installed = ([bank.unchanged()], None) if stays else self._stage(keep, gate, silent)
         cost = self._costs.cost(keep)
-        penalty = 0.0
-        if self.method.controller == "pressure":
-            penalty = pressure(self.method.lambda_base, self.limits, self.frame_cost, cost)
         here, before = self.space.present(keep), self.space.present(old)
         born, back = here & ~self._ever, here & ~before & self._ever
         event = Event(
@@ -514,8 +514,8 @@ class Grower(Saved):
             params=cost.params,
             flops=cost.flops,
             widths=self.space.widths(keep),
-            pressure=penalty if self.method.controller == "pressure" else shift,
-            temperature=self._temperature(indicators.beta),
+            pressure=float(policy.pressure),
+            temperature=self._temperature(policy.temperature),
             born=int((born & self.space.removable).sum()),
             regrown=int(back.sum()),
             detached=int((before & ~here).sum()),
@@ -527,7 +527,7 @@ class Grower(Saved):
         raw = {}
         if installed is not None:
             self._folding.install(exchange, *installed)
-            raw = dict(zip(installed[0].names, installed[0].raw, strict=True))
+            raw = installed[0].contents
         self._folding.begin(exchange)
         self._watch.begin(exchange, {**self._contents(), **changes[0].contents(self._parameters), **raw})
         if last:
@@ -537,22 +537,22 @@ class Grower(Saved):
             exchange.fields(self, finished=True)
         else:
             self._folding.attach(exchange)
-        exchange.fields(self._indicators, **vars(indicators))
-        exchange.fields(self, _before=previous, _ever=self._ever | here, _penalty=penalty * self._lambda_share)
+        exchange.fields(self.policy, **vars(policy))
+        exchange.fields(self, _before=previous, _ever=self._ever | here, _generator=generator)
         exchange.append(self.history, event)
         self._note(exchange, [*self.history, event], last)
         self._ranks.invalidate(exchange)
         exchange.call(torch.clear_autocast_cache)  # casts of weights as they were, if a context is open
         if reshapes:
             forget_compiled()
-        self._ranks.agree(lambda: self._decided(keep, indicators))
+        self._ranks.agree(lambda: self._decided(keep, policy, generator))
         exchange.make()
         if reshapes:
             _give_back()
         return event
 
     def _stage(
-        self, keep: Tensor, gate: Tensor, silent: Tensor | None
+        self, keep: Tensor, gate: Tensor | None, silent: Tensor | None
     ) -> tuple[list[Change], tuple[Fold, list[Tensor], dict[tuple[str, str], Tensor]]]:
         """The changes of the network and its followers to `keep`, not made as yet, and what `Folding.install` needs."""
         bank = self._bank
@@ -564,7 +564,7 @@ class Grower(Saved):
             for name in fresh:
                 for part in change.swaps[name].raw_copies().values():
                     _silence(self.space, {name: part}, keep, silent)
-        fold = Fold(self.space, self._parameters, keep, fresh)
+        fold = self._fold(keep, fresh, gate)
         factors = fold.factors(gate)
         folded = fold.folded(factors)
         followed = self._followed(keep, fresh, folded)
@@ -590,9 +590,9 @@ class Grower(Saved):
     def _buffers(self) -> list[Tensor]:
         return [buffer for bank in (self._bank, *self._followers) for buffer in bank.model.buffers()]
 
-    def _decided(self, keep: Tensor | None, indicators: Indicators) -> dict[str, list[Tensor | str]]:
+    def _decided(self, keep: Tensor | None, policy: Policy, generator: torch.Generator) -> dict[str, list[Tensor | str]]:
         """What must be the same on all ranks: before anything else (keep None), and at every update."""
-        limits, shapes = self.limits, sorted(self.space.shapes.items())
+        limits, shapes, settings = self.limits, sorted(self.space.shapes.items()), policy.settings()
         weights: list[Tensor | str] = []
         if keep is not None:
             weights += [p for bank in (self._bank, *self._followers) for p in bank.model.parameters()]
@@ -600,22 +600,24 @@ class Grower(Saved):
                 weights += [slot for p in optimizer.state.values() for slot in p.values() if isinstance(slot, Tensor)]
         return {
             "calls": [f"{len(self.history) if keep is not None else 'start'}"],
-            "settings": [f"{limits} {self.updates} {self.method} {shapes} {len(self.optimizers)}"],
-            "draws": [indicators.generator.get_state(), indicators.uniform],
-            "indicators": [indicators.s, indicators.velocity, indicators.t],
+            "settings": [f"{limits} {self.updates} {type(policy).__name__} {settings} {shapes} {len(self.optimizers)}"],
+            "draws": [generator.get_state()],
+            "policy": [v if isinstance(v, Tensor) else f"{key} {v}" for key, v in sorted(policy.state_dict().items())],
             "weights": weights,
             "structure": [] if keep is None else [keep],
         }
 
-    def _temperature(self, beta: Tensor) -> dict[str, float]:
+    def _temperature(self, beta: Tensor | None) -> dict[str, float]:
+        if beta is None:
+            return {}
         space = self.space
         sums = torch.zeros(space.n_groups, dtype=torch.float64).index_add_(0, space.group_of, beta)
         means = (sums / self._costs.sizes).tolist()
         return {name: means[g] for g, name in enumerate(space.group_names)}
 
     def _step(self, task_gradient: Tensor) -> None:
-        """After every optimizer step: the indicators take one of their own."""
-        self._indicators.step(task_gradient, self._penalty, self._rate())
+        """After every optimizer step: the policy is told."""
+        self.policy.step(self._view(len(self.history) - 1), task_gradient)
 
     def _rate(self) -> float:
         """Present over full learning rate of the weights, never above 1.

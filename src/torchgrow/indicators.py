@@ -198,7 +198,7 @@ class Indicators:
         space: the space.
         method: how to move and draw them.
         updates: T, the number of updates in the run.
-        seed: of all draws.
+        seed: of all draws, or the generator they come from.
 
     Attributes:
         s: float64 [n].
@@ -209,9 +209,10 @@ class Indicators:
             loss would rise by without the unit, up to a factor (Molchanov et al., 2019).
     """
 
-    def __init__(self, space: Space, method: Method, updates: int, seed: int) -> None:
+    def __init__(self, space: Space, method: Method, updates: int, seed: int | torch.Generator) -> None:
         self.space, self.method = space, method
-        self.generator = torch.Generator().manual_seed(seed)
+        given = isinstance(seed, torch.Generator)
+        self.generator = seed if given else torch.Generator().manual_seed(seed)
         n = space.n_units
         self.gamma = method.heat ** (1 / max(updates, 1))
         self.t = torch.zeros(n, dtype=torch.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from .distributed import Ranks
 from .errors import SavedModelError, StructureError
 from .exchange import Exchange, trainable
 from .fold import Fold, Folding
-from .indicators import Indicators, Method
 from .limits import Limits
+from .policies import Policy
 from .space import Space
 from .state import (
     FORMAT,
@@ -34,8 +34,8 @@ from .state import (
     optimizer_state,
     read_bank_slots,
     read_event,
-    read_indicators,
     read_optimizer,
+    read_policy,
     read_stores,
     read_tensors,
     store_state,
@@ -46,8 +46,8 @@ from .surgery import Bank, named_tensors
 from .watch import Watch
 
 FIELDS = (
-    *("format", "frame", "settings", "history", "finished", "penalty", "initial_lr", "keep", "before", "ever"),
-    *("trained", "indicators", "network", "gradients", "raw", "steps", "bank", "bank_slots", "optimizers"),
+    *("format", "frame", "settings", "history", "finished", "policy", "generator", "initial_lr", "keep", "before"),
+    *("ever", "trained", "network", "gradients", "raw", "steps", "bank", "bank_slots", "optimizers"),
     "followers",
 )
 """Fields of a state of format `FORMAT`."""
@@ -66,9 +66,9 @@ class _Found:
     trained: Tensor
     finished: bool
     history: list[Event]
-    penalty: Tensor
     initial_lr: float
-    indicators: Indicators
+    policy: Policy
+    generator: torch.Generator
     network: dict[str, Tensor]
     gradients: dict[str, Tensor]
     raw: dict[str, Tensor]
@@ -89,7 +89,6 @@ class Saved:
     model: nn.Module
     optimizers: tuple[torch.optim.Optimizer, ...]
     space: Space
-    method: Method
     limits: Limits
     updates: int
     seed: int
@@ -99,13 +98,13 @@ class Saved:
     _followers: list[Bank]
     _outer: list[nn.Module]
     _folding: Folding
-    _indicators: Indicators
+    policy: Policy
+    _generator: torch.Generator
     _costs: CostModel
     _ranks: Ranks
     _watch: Watch
     _parameters: dict[str, nn.Parameter]
     _gated: list[str]
-    _penalty: Tensor
     _initial_lr: float
     _before: Tensor
     _ever: Tensor
@@ -129,7 +128,7 @@ class Saved:
         fold = self._folding.fold
         assert fold is not None
         gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
-        raw = dict(zip(fold.names, fold.raw, strict=True))
+        raw = fold.contents
         raw_copies = {} if self.finished else self._folding.raw_copies()
         full, slots = self._bank.asleep(raw, raw_copies)
         return {
@@ -138,13 +137,13 @@ class Saved:
             "settings": self._settings(),
             "history": [asdict(event) for event in self.history],
             "finished": self.finished,
-            "penalty": self._penalty.clone(),
+            "policy": self.policy.state_dict(),
+            "generator": self._generator.get_state(),
             "initial_lr": self._initial_lr,
             "keep": self._bank.keep.clone(),
             "before": self._before.clone(),
             "ever": self._ever.clone(),
             "trained": self._bank.trained.clone(),
-            "indicators": self._indicators.state_dict(),
             "network": copies(named_tensors(self.model)),
             "gradients": copies(gradients),
             "raw": copies(raw),
@@ -180,8 +179,8 @@ class Saved:
         """
         found = self._read(self._examine(state))
         bank, parameters = self._bank, self._parameters
-        fold = Fold(self.space, parameters, found.keep, found.raw)
-        factors = fold.factors(found.indicators.gate)
+        fold = self._fold(found.keep, found.raw, found.policy.gate)
+        factors = fold.factors(found.policy.gate)
         raw_copies: dict[tuple[str, str], Tensor] = {}
         for layout, (slots, _) in zip(bank.layouts, found.optimizers, strict=True) if not found.finished else ():
             raw_copies |= fold_copies(slots, layout, fold, factors, self.space.shapes)
@@ -204,15 +203,15 @@ class Saved:
         self._folding.install(exchange, fold, factors, raw_copies)
         self._folding.load_state(exchange, found.waiting, found.summed)
         self._folding.begin(exchange, found.taken, found.moved)
-        raw = dict(zip(fold.names, fold.raw, strict=True))
+        raw = fold.contents
         self._watch.begin(exchange, {**changes[0].contents(self._parameters), **raw})
         if found.finished:
             self._folding.remove(exchange)
         else:
             self._folding.attach(exchange)
-        exchange.fields(self, _indicators=found.indicators, _before=found.before, _ever=found.ever)
-        exchange.fields(self, history=found.history, finished=found.finished)
-        exchange.fields(self, _penalty=found.penalty, _initial_lr=found.initial_lr)
+        exchange.fields(self.policy, **vars(found.policy))
+        exchange.fields(self, _generator=found.generator, _before=found.before, _ever=found.ever)
+        exchange.fields(self, history=found.history, finished=found.finished, _initial_lr=found.initial_lr)
         self._note(exchange, found.history, found.finished)
         self._ranks.invalidate(exchange)
         forget_compiled()
@@ -241,7 +240,8 @@ class Saved:
             raise SavedModelError(f"the state's structure is damaged: {error}") from error
         finished, shapes = saved["finished"].flag(), live_shapes(space, keep)
         history = self._read_history(saved["history"], keep, finished)
-        gated = {name: parameters[name] for name in self._gated if not space.absent(name, keep)}
+        names = self._gated if self.policy.gate is not None else ()
+        gated = {name: parameters[name] for name in names if not space.absent(name, keep)}
         full = read_stores(saved["bank"], {} if finished else bank.blank(), space, bank.tensors)
         optimizers = [
             read_optimizer(one, layout, parameters, shapes, space.shapes)
@@ -258,9 +258,9 @@ class Saved:
             trained=trained,
             finished=finished,
             history=history,
-            penalty=saved["penalty"].tensor(units, torch.float64, finite=True).clone(),
             initial_lr=saved["initial_lr"].number(low=0),
-            indicators=self._indicators.loaded(read_indicators(saved["indicators"], space.n_units, len(history))),
+            policy=read_policy(saved["policy"], self.policy, len(history)),
+            generator=torch.Generator().set_state(saved["generator"].generator()),
             network=read_network(saved["network"], space, self.model, shapes),
             gradients=_copied_to(read_tensors(saved["gradients"], parameters, shapes, some=True), parameters),
             raw=_copied_to(read_tensors(saved["raw"], gated, shapes), parameters),
@@ -277,19 +277,26 @@ class Saved:
             extra_states=self._read_extra_states(saved["extra_states"]),
         )
 
+    def _fold(self, keep: Tensor, raw: Mapping[str, Tensor], gate: Tensor | None) -> Fold:
+        """Where the units of a structure live, and what is folded there; nowhere if nobody asks."""
+        asked = self._parameters if gate is not None or self.policy.sensitive else {}
+        space = self.space if asked else replace(self.space, fold={})
+        return Fold(space, asked, keep, raw, gated=gate is not None)
+
     def _contents(self) -> dict[str, Tensor]:
         """Contents of all parameters, raw where they are gated."""
         return {**self._parameters, **self._folding.raw()}
 
     def _settings(self) -> dict[str, Any]:
         """What a state must share with the grower that loads it."""
-        limits, method = self.limits, self.method
+        limits, policy = self.limits, self.policy
         return {
             "updates": self.updates,
             "seed": self.seed,
             "params": limits.params,
             "flops": limits.flops,
-            **{f"method.{name}": value for name, value in asdict(method).items()},
+            "policy": type(policy).__name__,
+            **{f"policy.{name}": value for name, value in policy.settings().items()},
         }
 
     def _read_followers(

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from .errors import SavedModelError
 from .exchange import Exchange
 from .fold import Fold
-from .indicators import STATE
+from .policies.policy import Policy
 from .slots import Layout
 from .space import Space, live_positions
 from .store import Store
 from .trial import Slot
 
-FORMAT = 1
+FORMAT = 2
 """Of `Grower.state_dict()`."""
 
 LARGEST = 2**62
@@ -289,20 +289,26 @@ def read_bank_slots(
     return sleeping
 
 
-def read_indicators(field: Field, n_units: int, events: int) -> dict[str, Tensor]:
-    """State of the indicators after so many events; see `Indicators.state_dict`."""
-    saved, n = field.fields((*STATE, "generator")), (n_units,)
-    found = {name: saved[name].tensor(n, torch.float64, finite=True) for name in STATE if name != "t"}
-    if bool((found["exponent"] < 0).any() | (found["exponent"] > events).any()):
-        saved["exponent"].refuse(f"at most {events}, the number of updates")
-    if bool((found["worth"] < 0).any()):
-        saved["worth"].refuse("numbers that are not negative")
-    if bool((found["uniform"] < 0).any() | (found["uniform"] > 1).any()):
-        saved["uniform"].refuse("numbers in [0, 1]")
-    t = saved["t"].tensor(n, torch.int64)
-    if bool((t < 0).any() | (t > events).any()):
-        saved["t"].refuse(f"counts of at most {events} updates")
-    return {**found, "t": t, "generator": saved["generator"].generator()}
+def read_policy(field: Field, policy: Policy, events: int) -> Policy:
+    """A policy like the one that is there with a saved state, of so many events; see `Policy.state_dict`."""
+    here = policy.state_dict()
+    found = {key: _like(one, here[key]) for key, one in field.fields(here).items()}
+    wrong = policy.check_state(found, events)
+    if wrong:
+        raise SavedModelError(f"{field.path} of {type(policy).__name__} is damaged: {wrong}; nothing was changed")
+    read = policy.copied()
+    read.load_state_dict(found)
+    return read
+
+
+def _like(field: Field, present: Any) -> Any:
+    """A value of the kind and shape of the present one; tensors on the host, without NaN."""
+    if not isinstance(present, Tensor):
+        return field.like(present)
+    tensor = field.tensor(present.shape, present.dtype)
+    if bool(tensor.isnan().any()):
+        field.refuse(f"{present.dtype} {tuple(present.shape)} without NaN")
+    return tensor.cpu()
 
 
 # --- history ---
@@ -317,8 +323,8 @@ class Event:
         params: parameters of the network after it.
         flops: FLOPs of the network after it, for one sample.
         widths: live units per group.
-        pressure: lambda of Eq 4 for the epoch to come, or with controller "plan" the shift of all indicators.
-        temperature: mean beta per group.
+        pressure: what the policy tells: lambda of Eq 4 for the epoch to come (`Paper`), else 0.
+        temperature: mean beta per group; empty where the policy has none.
         born: units present for the first time.
         regrown: units that came back with their old weights.
         detached: units that left.
@@ -510,7 +516,8 @@ def fold_copies(
         shapes: of the tensors in the frame.
     """
     raw = {}
-    for name, parameter, contents, factor in zip(fold.names, fold.parameters, fold.raw, factors, strict=True):
+    gated = zip(fold.contents.items(), fold.parameters if fold.gated else (), factors, strict=True)
+    for (name, contents), parameter, factor in gated:
         for key, slot in layout.known(parameter, len(shapes[name])).items():
             value = slots.get(parameter, {}).get(key)
             if slot.kind == "copy" and isinstance(value, Tensor) and value.numel() == contents.numel():

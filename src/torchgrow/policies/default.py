@@ -1,0 +1,122 @@
+"""The default, top to bottom: grow every group evenly beyond the budget, then give up the least important units of each.
+
+One number decides, the share p: every pool (a group, or the layers of a stage) keeps its p best-ranked units, and p is
+the largest whose cost stays under the plan. Ranks are dealt out anew at every update, by importance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .kit import aligned, deal, largest_share, one_per_group, pools, settled, shed, trapezoid
+from .policy import Policy, View
+
+MEMORY = 0.99
+"""Of the running mean of importance, per step."""
+
+
+@dataclass(eq=False)
+class Default(Policy):
+    """Even growth along a planned cost. How it was found, and what each ingredient is worth: docs/log.md.
+
+    Attributes:
+        ramp: share of the updates in which the planned cost rises from the seed to its peak.
+        peak: the peak, as a multiple of the budget; at most the frame. Layers go along only as far as the budget holds.
+        hold: share of the updates after which the planned cost falls to the budget.
+        settle: share of the updates at the end in which the structure no longer changes.
+        layer_lag: where every group has the share p of its units, every stage has p^layer_lag of its layers. 3 suits a
+            frame as deep as networks one would train, 16 one far deeper than that.
+        prune: what goes where the plan falls: "alike": the same share of every group; "worth": the least important
+            units for the parameters or FLOPs that go with them.
+        align: widths of groups with at least 2 x align units are held at multiples of it, or below it.
+        rank: in its pool, in (0, 1), the best lowest, float64 [n].
+        importance: running mean of (dL/dm)^2 over the steps in which a unit lived, float64 [n]: up to a factor what
+            the loss would rise by without it (Molchanov et al., 2019).
+    """
+
+    ramp: float = 0.03
+    peak: float = 1.35
+    hold: float = 0.45
+    settle: float = 0.4
+    layer_lag: float = 3.0
+    prune: str = "alike"
+    align: int = 1
+    sensitive: ClassVar[bool] = True
+
+    def seed(self, view: View) -> Tensor:
+        """One unit per group, no layer that can be left out; ranks in random order."""
+        space = view.space
+        self.rank, self.importance = (torch.zeros(space.n_units, dtype=torch.float64) for _ in range(2))
+        layers = [slot.unit for slot in space.slots]
+        stages, turn = len({slot.stage for slot in space.slots}), 0
+        for pool in pools(space):  # stages take turns, the last one first: one layer comes at a time
+            order = torch.randperm(pool.numel(), generator=view.generator).double()
+            torch.rand(1, generator=view.generator, dtype=torch.float64)  # keeps the draws of earlier versions
+            is_stage = int(pool[0]) in layers
+            lag, late = (self.layer_lag, turn / stages) if is_stage else (1.0, 0.0)
+            turn += is_stage
+            self.rank[pool] = ((order + 1 - late) / pool.numel() * (1 - 1e-9)) ** (1 / lag)
+        sizes = torch.bincount(space.group_of, minlength=space.n_groups)
+        self.multiples = torch.where(sizes >= 2 * self.align, self.align, 1)
+        self._most = torch.ones_like(self.rank)  # a layer beyond the budget would be trained only to be taken out again
+        if layers:
+            self._most[layers] = self._within(view, view.limits)[1]
+        seed = one_per_group(space, torch.zeros(space.n_units, dtype=torch.bool), -self.rank)
+        self._start = view.cost(seed)
+        return seed
+
+    def step(self, view: View, sensitivity: Tensor) -> None:
+        """Importance is noted."""
+        self.importance = MEMORY * self.importance + (1 - MEMORY) * sensitivity**2
+
+    def update(self, view: View) -> tuple[Tensor, bool]:
+        """The largest structure within the plan, those that live and matter most first."""
+        final = self.final(view.updates)
+        if view.update > final:
+            return view.keep, False
+        self.importance = torch.where(view.space.present(view.keep), self.importance, 0.0)
+        self.rank = deal(view.space, self.rank, self.importance, view.keep)
+        planned = self.planned(view)
+        exactly = view.update == final or torch.equal(planned, view.limits)
+        if self.prune == "worth" and bool((view.cost(view.keep) > planned).any()):
+            assert self.multiples is not None
+            worth = self.importance.sqrt()
+            return shed(view.space, view.costs, view.keep, worth, planned, self.multiples), exactly
+        return self._within(view, planned)[0], exactly
+
+    def score(self, view: View) -> Tensor:
+        """The best rank stays first."""
+        return -self.rank
+
+    def planned(self, view: View) -> Tensor:
+        """Up to the peak, along it, and down to the budget."""
+        return trapezoid(view, self._start, self.peak, self.ramp, self.hold, self.final(view.updates))
+
+    def final(self, updates: int) -> int:
+        """Where the structure settles."""
+        return settled(updates, self.settle)
+
+    def check_state(self, state: dict[str, Any], events: int) -> str:
+        """Ranks and importance that no run comes to."""
+        if bool(((state["rank"] < 0) | (state["rank"] > 1)).any()):
+            return "rank must lie in [0, 1]"
+        return "importance must not be negative" if bool((state["importance"] < 0).any()) else ""
+
+    def _within(self, view: View, allowed: Tensor) -> tuple[Tensor, float]:
+        """The best-ranked units of every pool, of all the same share: the largest that is allowed (int64 [2])."""
+        space, multiples = view.space, self.multiples
+        assert multiples is not None
+        must = one_per_group(space, torch.zeros(space.n_units, dtype=torch.bool), -self.rank)
+        any_width = bool((multiples == 1).all())
+
+        def keep_at(share: float) -> Tensor:
+            margin = self._most.clamp(max=share) - self.rank
+            keep = (margin > 0) | must
+            return keep if any_width else aligned(space, keep, must, margin, multiples)
+
+        share = largest_share(view, self.rank, keep_at, allowed)
+        return keep_at(share), share

@@ -1,0 +1,142 @@
+"""What policies are put together from: pools of units, plans of cost, and ways to meet a cost. Pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..budget import fit, shed
+from ..space import Space
+from .policy import View
+
+__all__ = ["aligned", "deal", "fit", "gap", "largest_share", "one_per_group", "pools", "settled", "shed", "spread", "trapezoid"]
+
+
+def pools(space: Space) -> list[Tensor]:
+    """Units that stand for each other (ids, int64): those of a group, then the layers of a stage."""
+    layer = torch.zeros(space.n_units, dtype=torch.bool)
+    stages: dict[str, list[int]] = {}
+    for slot in space.slots:
+        layer[slot.unit] = True
+        stages.setdefault(slot.stage, []).append(slot.unit)
+    units = torch.nonzero(~layer).flatten()
+    groups = space.group_of[units]
+    sizes = torch.bincount(groups, minlength=space.n_groups).tolist()
+    by_group = units[torch.argsort(groups, stable=True)].split(sizes)
+    return [pool for pool in by_group if pool.numel()] + [torch.tensor(own) for own in stages.values()]
+
+
+def one_per_group(space: Space, keep: Tensor, score: Tensor) -> Tensor:
+    """`keep` (bool [n]), all that cannot be removed, and the best-scored unit of every group that then has none."""
+    keep = keep | ~space.removable
+    live = torch.bincount(space.group_of[keep], minlength=space.n_groups)
+    empty = torch.nonzero(live < space.least).flatten()
+    if empty.numel():
+        order = torch.argsort(score, descending=True, stable=True)
+        order = order[torch.argsort(space.group_of[order], stable=True)]  # group by group, the best first
+        sizes = torch.bincount(space.group_of, minlength=space.n_groups)
+        keep[order[(torch.cumsum(sizes, 0) - sizes)[empty]]] = True
+    return keep
+
+
+def spread(view: View) -> Tensor:
+    """A number in (0, 1) for every unit, float64 [n]: spread evenly over each pool, in random order."""
+    found = torch.empty(view.space.n_units, dtype=torch.float64)
+    for pool in pools(view.space):
+        order = torch.randperm(pool.numel(), generator=view.generator).double()
+        found[pool] = (order + torch.rand(1, generator=view.generator, dtype=torch.float64)) / pool.numel()
+    return found
+
+
+def deal(space: Space, rank: Tensor, importance: Tensor, keep: Tensor) -> Tensor:
+    """The ranks of every pool dealt out anew: the lowest to live units by falling importance, then to the others."""
+    dealt = rank.clone()
+    for pool in pools(space):
+        order = torch.argsort(rank[pool], stable=True)
+        order = order[torch.argsort(importance[pool][order], descending=True, stable=True)]
+        order = order[torch.argsort(keep[pool][order].int(), descending=True, stable=True)]
+        dealt[pool[order]] = rank[pool].sort().values
+    return dealt
+
+
+def trapezoid(view: View, start: Tensor, peak: float, ramp: float, hold: float, final: int) -> Tensor:
+    """Planned cost (int64 [2]) at `view.update`: a line up to the peak, flat, and a line down to the budget.
+
+    Args:
+        view: the run.
+        start: cost of the seed, int64 [2].
+        peak: the peak, as a multiple of the budget; at most the frame.
+        ramp: share of the updates until it is reached.
+        hold: share of the updates until it is left.
+        final: the update at which the budget is reached.
+    """
+    frame, limited = view.cost(view.space.everything()), view.limits < torch.iinfo(torch.int64).max
+    top = torch.minimum((view.limits.double() * peak).clamp(max=2.0**62).long(), frame.maximum(view.limits))
+    rising = math.ceil(ramp * view.updates)
+    falling = max(rising, math.ceil(hold * view.updates))
+    begin, end, progress = start, top, min(1.0, view.update / max(1, rising))
+    if view.update >= falling:
+        begin, end, progress = top, view.limits, (view.update - falling) / max(1, final - falling)
+    if view.update >= final:
+        progress = 1.0
+    return torch.where(limited, begin + ((end - begin).double() * progress).long(), view.limits)
+
+
+def largest_share(view: View, ranks: Tensor, keep_at: Callable[[float], Tensor], allowed: Tensor) -> float:
+    """The largest share whose structure costs no more than allowed (int64 [2]): exact, by bisection over all ranks.
+
+    Args:
+        view: the run.
+        ranks: float64 [n]; shares between two ranks give the same structure.
+        keep_at: structure by share; a larger share never drops a unit.
+        allowed: parameters and FLOPs.
+    """
+    above = torch.nextafter(ranks.unique(), torch.tensor(2.0, dtype=torch.float64))
+    shares = [0.0, *above.tolist()]
+    low, high = 0, len(shares)
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = bool((view.cost(keep_at(shares[middle])) <= allowed).all())
+        low, high = (middle, high) if fits else (low, middle)
+    return shares[low]
+
+
+def aligned(space: Space, keep: Tensor, must: Tensor, margin: Tensor, multiples: Tensor) -> Tensor:
+    """Every group's width rounded down to a multiple of its own, by dropping the units of least margin.
+
+    Args:
+        space: the units.
+        keep: structure, bool [n].
+        must: what stays in any case, bool [n].
+        margin: by which a unit is in, float64 [n] in (-1, 1).
+        multiples: int64 [groups].
+    """
+    group_of, n_groups = space.group_of, space.n_groups
+    live = torch.bincount(group_of[keep], minlength=n_groups)
+    least = torch.bincount(group_of[must], minlength=n_groups)
+    wanted = torch.maximum(torch.where(live < multiples, live, live - live % multiples), least)
+    first_to_stay = margin + 2.0 * keep + 4.0 * must
+    order = torch.argsort(first_to_stay, descending=True, stable=True)
+    order = order[torch.argsort(group_of[order], stable=True)]  # group by group
+    sizes = torch.bincount(group_of, minlength=n_groups)
+    first = torch.cumsum(sizes, 0) - sizes
+    place = torch.arange(order.numel()) - first[group_of[order]]
+    found = torch.zeros_like(keep)
+    found[order] = place < wanted[group_of[order]]
+    return found
+
+
+def settled(updates: int, share: float) -> int:
+    """The last update that changes the structure, where it rests for a share of them; at least for the last one."""
+    return max(1, updates - max(1, math.ceil(share * updates)))
+
+
+def gap(view: View, keep: Tensor) -> float:
+    """u - u_G of Eq 4, target less present sparsity; of two budgets the one nearer to being violated counts."""
+    frame, now = view.cost(view.space.everything()).tolist(), view.cost(keep).tolist()
+    unlimited = torch.iinfo(torch.int64).max
+    costs = zip(view.limits.tolist(), frame, now, strict=True)
+    return max(present / full - limit / full for limit, full, present in costs if limit < unlimited and full)

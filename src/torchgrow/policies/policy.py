@@ -1,0 +1,133 @@
+"""What decides how a network grows, and what it may look at."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..cost import CostModel
+from ..space import Space
+
+
+@dataclass(frozen=True)
+class View:
+    """A run as a policy sees it, to read only; made anew for every call.
+
+    Attributes:
+        space: the units of the frame, n of them.
+        costs: what structures cost; `cost` is the short way.
+        limits: the budget, int64 [2]: parameters and FLOPs; what is not limited is the largest int64.
+        update: number of the update under way, or of the last one; 0 is the seed.
+        updates: how many there will be.
+        keep: the live units, bool [n].
+        rate: present over full learning rate of the weights, at most 1.
+        generator: the only source of random numbers that ranks share and checkpoints keep.
+    """
+
+    space: Space
+    costs: CostModel
+    limits: Tensor
+    update: int
+    updates: int
+    keep: Tensor
+    rate: float
+    generator: torch.Generator
+
+    def cost(self, keep: Tensor) -> Tensor:
+        """Parameters and FLOPs of a structure (bool [n]), int64 [2]."""
+        return self.costs.both(self.costs.live(keep))
+
+
+class Policy:
+    """Decides which units live; a base class whose defaults suit most policies.
+
+    Of your own you need `seed` and `update`. Settings are dataclass fields; they must be the same when a run is
+    resumed. What changes in the run goes into further attributes, set first in `seed`: tensors, numbers, text, and
+    lists or dicts of them. Checkpoints keep those, ranks compare them, and an update that fails takes them back.
+    A policy touches neither model nor optimizer: the grower brings its structure about, and keeps the budget.
+
+    Attributes:
+        gate: what present units are scaled by (m of Eq 1), float64 [n] in (0, 1]; None: they count in full, and
+            nothing is folded into the weights.
+        sensitive: whether `step` is given the sensitivity, which costs a little in every optimizer step.
+        multiples: multiples at which widths are held when the grower trims or fills up, int64 [groups]; None: any.
+        pressure: a number for the history: lambda of Eq 4.
+        temperature: numbers for the history, float64 [n]: beta of Eq 7; None where there is none.
+    """
+
+    gate: Tensor | None = None
+    sensitive: ClassVar[bool] = False
+    multiples: Tensor | None = None
+    pressure: float = 0.0
+    temperature: Tensor | None = None
+
+    def seed(self, view: View) -> Tensor:
+        """The structure to begin with, bool [n]; called once, at the start."""
+        raise NotImplementedError(f"{type(self).__name__} needs seed(view): the structure to begin with, bool [n]")
+
+    def update(self, view: View) -> tuple[Tensor, bool]:
+        """The structure wanted now (bool [n]), and whether the grower shall bring it exactly to the budget.
+
+        What cannot be removed and one unit of every group stay in any case, and from update T-1 on the structure is
+        exactly at the budget, whatever is returned.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs update(view): the structure wanted, and if exactly")
+
+    def applied(self, view: View) -> None:
+        """After `seed` and every `update`: `view.keep` is the structure it came to."""
+
+    def step(self, view: View, sensitivity: Tensor) -> None:
+        """After every optimizer step of a policy that is `sensitive`.
+
+        Args:
+            view: the run.
+            sensitivity: m dL/dm of every unit, float64 [n]; 0 for absent ones.
+        """
+
+    def score(self, view: View) -> Tensor:
+        """Who stays first when the grower trims or fills up to the budget, float [n]; by default who lives."""
+        return view.keep.double()
+
+    def planned(self, view: View) -> Tensor | None:
+        """Cost planned for `view.update`, int64 [2]; None where nothing is planned. For summaries only."""
+        return None
+
+    def final(self, updates: int) -> int:
+        """The last update that changes the structure."""
+        return max(1, updates - 1)
+
+    # --- what the grower does with it ---
+
+    def settings(self) -> dict[str, Any]:
+        """Its dataclass fields by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)} if is_dataclass(self) else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes in a run, as copies: all attributes but the settings and those that begin with "_"."""
+        own = self.settings()
+        return {key: _copy(v) for key, v in vars(self).items() if key not in own and not key.startswith("_")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave; it has been checked to be of the same kinds and shapes."""
+        vars(self).update({key: _copy(value) for key, value in state.items()})
+
+    def check_state(self, state: dict[str, Any], events: int) -> str:
+        """What is wrong with a state after so many events, in words; "" if nothing is."""
+        return ""
+
+    def copied(self) -> Policy:
+        """A policy that may change while this one stays."""
+        other = copy.copy(self)
+        vars(other).update({key: _copy(value) for key, value in vars(self).items()})
+        return other
+
+
+def _copy(value: Any) -> Any:
+    """Of data a copy; other objects as they are."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return copy.deepcopy(value) if isinstance(value, (list, dict)) else value
