@@ -49,7 +49,7 @@ NETWORKS = {"plain": plain, "ResNet-14": lambda: ResNet(depth=14, widths=(32, 64
 
 def tensors(grower: Grower) -> dict[str, Tensor]:
     """All that a rank holds."""
-    bank, indicators = grower._bank, grower._indicators
+    bank, policy = grower._bank, grower.policy
     names = {parameter: name for name, parameter in grower.model.named_parameters()}
     slots = {
         f"{key} of {names[parameter]}": slot
@@ -63,8 +63,8 @@ def tensors(grower: Grower) -> dict[str, Tensor]:
         **{f"sleeping {key} of {name}": tensor for (name, key), tensor in bank.slots.items()},
         **slots,
         **{f"raw {name}": tensor for name, tensor in grower._folding.raw().items()},
-        **{name: getattr(indicators, name) for name in ("s", "t", "velocity", "gate", "beta", "uniform")},
-        "generator": indicators.generator.get_state(),
+        **{name: value for name, value in policy.state_dict().items() if isinstance(value, torch.Tensor)},
+        "generator": grower._generator.get_state(),
         "keep": bank.keep,
     }
 

@@ -21,6 +21,11 @@ STILL = Method(controller="pressure", draws="independent", lambda_base=0.0, heat
 """No pressure and a constant temperature: an update changes the structure and nothing else."""
 
 
+def indicators_of(grower: Grower) -> Any:
+    """What holds s, gates and temperatures: the paper's policy itself, or what a combined one wraps."""
+    return getattr(grower.policy, "indicators", grower.policy)
+
+
 def batch(step: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(8, 3, 6, 6, generator=generator, dtype=torch.float64)
@@ -77,22 +82,19 @@ def outputs(grower: Grower) -> Tensor:
 def everything(grower: Grower, run: bool = True) -> dict[str, Any]:
     """All that must survive a failed update, as copies; outputs only where it runs on `batch`."""
     state: dict[str, Any] = {name: tensor.clone() for name, tensor in grower.model.state_dict().items()}
-    indicators = grower._indicators
-    for name in ("s", "velocity", "gate", "beta", "t", "uniform"):
-        state[name] = getattr(indicators, name).clone()
+    state |= {f"policy's {name}": value for name, value in grower.policy.state_dict().items()}
     for name, parameter in grower.model.named_parameters():
         for key, slot in grower.optimizer.state.get(parameter, {}).items():
             state[f"{key} of {name}"] = copy.deepcopy(slot)
         state[f"gradient of {name}"] = copy.deepcopy(parameter.grad)
     return {
         **state,
-        "generator": indicators.generator.get_state(),
+        "generator": grower._generator.get_state(),
         "keep": grower._bank.keep.clone(),
         "history": [timeless(event) for event in grower.history],
         "attributes": [{k: v for k, v in vars(m).items() if isinstance(v, int)} for m in grower.model.modules()],
         "record": dict(grower._bank.record.attributes),
         "outputs": outputs(grower) if run else None,
-        "penalty": grower._penalty,
         "raw": {name: raw.clone() for name, raw in grower._folding.raw().items()},
     }
 
@@ -154,7 +156,7 @@ def step_both(grower: Grower, oracle: Eq6, live: Tensor, literal: Tensor, penalt
 def same_indicators(grower: Grower, oracle: Eq6) -> None:
     """Indicators of the units that can go, live and literal."""
     removable = grower.space.removable
-    torch.testing.assert_close(grower._indicators.s[removable], oracle.s.detach()[removable], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(indicators_of(grower).s[removable], oracle.s.detach()[removable], rtol=1e-9, atol=1e-9)
 
 
 def same_parameters(grower: Grower, oracle: Eq6, raw: dict[str, Tensor], where: str) -> None:

@@ -67,7 +67,7 @@ def train(net: nn.Module, grower: Grower, first: int, steps: int = STEPS, parts:
 
 def tensors(grower: Grower) -> dict[str, Tensor]:
     """All that must be the same on all ranks."""
-    bank, indicators = grower._bank, grower._indicators
+    bank = grower._bank
     slots = {
         f"{i} {key}": slot
         for i, state in enumerate(grower.optimizer.state.values())
@@ -80,8 +80,8 @@ def tensors(grower: Grower) -> dict[str, Tensor]:
         **{f"bank {name} {key}": asleep.held for (name, key), asleep in bank.slots.items()},
         **{f"slot {name}": slot for name, slot in slots.items()},
         **{f"raw {name}": tensor for name, tensor in grower._folding.raw().items()},
-        **{name: getattr(indicators, name) for name in ("s", "t", "velocity", "gate", "uniform")},
-        "generator": indicators.generator.get_state(),
+        **{f"policy {key}": value for key, value in grower.policy.state_dict().items() if isinstance(value, Tensor)},
+        "generator": grower._generator.get_state(),
         "keep": bank.keep,
     }
     return {name: tensor.detach().clone() for name, tensor in found.items()}

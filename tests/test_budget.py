@@ -1,6 +1,7 @@
 """Budgets: Eq 4, the planned shift, and the final fit against a slow literal greedy one on random small spaces."""
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchgrow import Budget, Cost, Method, Space
-from torchgrow.budget import fit, largest_shift, pressure, shed
+from torchgrow.budget import fit, largest_shift, shed
 from torchgrow.cost import CostModel
 from torchgrow.indicators import Indicators
 from torchgrow.limits import Limits
+from torchgrow.policies.kit import gap
 from torchgrow.space import FlopTerm
 
 
@@ -192,15 +194,23 @@ def test_memory_grows_with_the_network() -> None:
     assert largest.elements <= 20 * space.n_units
 
 
+def distance(limits: Limits, frame: Cost, now: Cost) -> float:
+    """`gap` of a structure that costs `now`, True for the frame."""
+    costs = {True: torch.tensor([frame.params, frame.flops]), False: torch.tensor([now.params, now.flops])}
+    space = SimpleNamespace(everything=lambda: torch.tensor(True))
+    view: Any = SimpleNamespace(limits=limits.tensor(), space=space, cost=lambda keep: costs[bool(keep)])
+    return gap(view, torch.tensor(False))
+
+
 def test_pressure_is_eq_4() -> None:
     """lambda = lambda^base (u - u_G), u = 1 - kept share; of two budgets the one nearer to being violated counts."""
     frame, now = Cost(1000, 500), Cost(100, 400)
     u, u_now = 1 - 360 / 1000, 1 - 100 / 1000
-    assert pressure(0.5, Limits(360, None), frame, now) == pytest.approx(0.5 * (u - u_now))
-    assert pressure(0.5, Limits(360, None), frame, now) < 0  # too sparse: growth is rewarded
-    assert pressure(2.0, Limits(None, 250), frame, now) == pytest.approx(2 * (400 - 250) / 500)
-    assert pressure(1.0, Limits(360, 250), frame, now) == pytest.approx(0.3)
-    assert pressure(1.0, Limits(360, None), frame, Cost(360, 1)) == 0
+    assert distance(Limits(360, None), frame, now) == pytest.approx(u - u_now)
+    assert distance(Limits(360, None), frame, now) < 0  # too sparse: growth is rewarded
+    assert distance(Limits(None, 250), frame, now) == pytest.approx((400 - 250) / 500)
+    assert distance(Limits(360, 250), frame, now) == pytest.approx(0.3)
+    assert distance(Limits(360, None), frame, Cost(360, 1)) == 0
 
 
 def test_shares_and_absolute_numbers() -> None:

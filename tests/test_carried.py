@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from drawn import zeroed
-from growing import STILL, same_indicators, same_parameters, sgd, step_both
+from growing import STILL, indicators_of, same_indicators, same_parameters, sgd, step_both
 from oracle import Eq6
 from torchgrow import Budget, Grower, Method, Space, StructureError, TraceError, shrink_, trace
 from torchgrow.proof import FRACTIONS, TOLERANCE, Prover, prove
@@ -290,7 +290,7 @@ def test_growing_with_a_carried_state_is_literal_eq6(name: str) -> None:
     """Law 3 under truncated backpropagation: losses, indicators and weights, the oracle's state at full size."""
     updates, method = 8, Method(ramp=0.5, align=1, settle=0.0)
     grower, frame = growing(name, method, updates, seed=1), build(name).eval()
-    space, indicators = grower.space, grower._indicators
+    space, indicators = grower.space, indicators_of(grower)
     t = torch.zeros(space.n_units, dtype=torch.int64)
     oracle = Eq6(
         frame, sgd(frame), space, method, s=indicators.s, q=grower._bank.keep, beta=torch.ones(space.n_units).double()

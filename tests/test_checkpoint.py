@@ -316,15 +316,15 @@ def filled(value: float, *path: Any) -> Callable[[dict[str, Any]], None]:
 
 
 BAD: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "no format": (drop("format"), r"the state has format None, this version of torchgrow reads 1"),
-    "a later format": (put(2, "format"), r"the state has format 2"),
+    "no format": (drop("format"), r"the state has format None, this version of torchgrow reads 2"),
+    "a later format": (put(3, "format"), r"the state has format 3"),
     "a bool for the format": (put(True, "format"), r"the state has format True"),
     "a missing field": (drop("keep"), r"state lacks \['keep'\] and has the foreign \[\]; nothing was changed"),
     "a foreign field": (put(1, "code"), r"has the foreign \['code'\]"),
     "other updates": (put(7, "settings", "updates"), r"a run with updates=7, this Grower has 6; construct it with the"),
     "another method": (
-        put(0.8, "settings", "method.momentum"),
-        r"a run with method\.momentum=0\.8, this Grower has 0\.9",
+        put(0.8, "settings", "policy.momentum"),
+        r"a run with policy\.momentum=0\.8, this Grower has 0\.9",
     ),
     "another seed": (put(3, "settings", "seed"), r"a run with seed=3, this Grower has 0"),
     "a bool for a number": (put(False, "settings", "seed"), r"a run with seed=False"),
@@ -361,17 +361,19 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "a negative width": (put(-1, "history", 1, "widths", "conv1"), r"it must be a whole number in \[0, "),
     "an event of two fields": (put({"update": 0, "born": 1}, "history", 0), r"history'\]\[0\] lacks \['detached', "),
     "finished in a word": (put("no", "finished"), r"state\['finished'\] is no \(str\), it must be True or False"),
-    "an infinite penalty": (put(float("inf"), "penalty"), r"state\['penalty'\] is inf"),
+    "an infinite penalty": (put(float("inf"), "policy", "pressure"), r"\['pressure'\] is inf"),
     "a huge rate": (put(10**400, "initial_lr"), r"state\['initial_lr'\] is 1000"),
-    "s with NaN": (filled(float("nan"), "indicators", "s"), r"\['indicators'\]\['s'\] is .* without NaN and infinity"),
-    "uniform beyond 1": (filled(1.5, "indicators", "uniform"), r"it must be numbers in \[0, 1\]"),
-    "more updates than events": (filled(99, "indicators", "t"), r"counts of at most 4 updates"),
+    "s with NaN": (filled(float("nan"), "policy", "s"), r"\['policy'\]\['s'\] is .* without NaN and infinity"),
+    "more updates than events": (
+        filled(99, "policy", "t"),
+        r"Paper is damaged: t must lie in \[0, 4\], the number of updates",
+    ),
     "no generator": (
-        put(torch.zeros(5056, dtype=torch.uint8), "indicators", "generator"),
+        put(torch.zeros(5056, dtype=torch.uint8), "generator"),
         r"state of a torch\.Generator",
     ),
     "a short generator": (
-        put(torch.zeros(16, dtype=torch.uint8), "indicators", "generator"),
+        put(torch.zeros(16, dtype=torch.uint8), "generator"),
         r"it must be torch\.uint8",
     ),
     "a missing weight": (drop("network", "fc1.bias"), r"state\['network'\] lacks \['fc1\.bias'\]"),

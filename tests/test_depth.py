@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from growing import same_indicators, same_parameters, step_both
+from growing import indicators_of, same_indicators, same_parameters, step_both
 from oracle import Eq6
 from torchgrow import Budget, Grower, Method, Space, TraceError, load, save, shrink_, trace, verify
 from torchgrow.indicators import Indicators
@@ -289,12 +289,12 @@ def test_grows_like_eq_6(block: type[nn.Module], kind: str) -> None:
     torch.manual_seed(0)
     frame = Stages(block).double()
     grower = make(block, OPTIMIZERS[kind], preset=method, updates=40)
-    indicators = grower._indicators
+    indicators = indicators_of(grower)
     oracle = WithLayers(
         frame, OPTIMIZERS[kind](frame.parameters()), grower.space, method,
         s=indicators.s, q=grower._bank.keep, beta=indicators.beta,
     )  # fmt: skip
-    share = grower._lambda_share
+    share = grower.policy.lambda_share
     assert {round(float(x), 9) for x in share} == {1.0, 0.1}
     seen = set()
     for epoch in range(3 if kind == "sgd" else 1):  # what is born is the one difference Adam's second moments make
@@ -303,7 +303,7 @@ def test_grows_like_eq_6(block: type[nn.Module], kind: str) -> None:
             grower.optimizer.zero_grad()
             live, literal = F.cross_entropy(grower.model(x), target), F.cross_entropy(oracle(x), target)
             every = torch.sigmoid(oracle.beta * oracle.s)[grower.space.removable]
-            extra = (grower._penalty[grower.space.removable] * every).sum()
+            extra = (grower.policy.penalty[grower.space.removable] * every).sum()
             extra.backward()
             step_both(grower, oracle, live, literal, 0.0)
         same_indicators(grower, oracle)
@@ -324,7 +324,7 @@ def test_counters_rise_only_where_a_unit_is_there() -> None:
     inside = grower.space.owner >= 0
     layers_out = ~grower._bank.keep[grower.space.owner.clamp(min=0)] & inside
     assert bool(layers_out.any())
-    assert int(grower._indicators.t[layers_out].max()) == 0
+    assert int(indicators_of(grower).t[layers_out].max()) == 0
 
 
 @pytest.mark.parametrize("block", [Residual, Plain])

@@ -3,7 +3,7 @@
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from growing import indicators_of
 from lookalikes import Madgrad, ScheduleFree
 from oracle import Eq6, SmallResNet
 from torchgrow import Budget, Grower, Method, TrainingError
@@ -55,8 +56,8 @@ class Pair:
         for name, buffer in self.live.named_buffers():
             close(buffer.double(), oracle.live(oracle.buffers, name).double(), name, tolerance)
         removable = grower.space.removable
-        close(grower._indicators.s[removable], oracle.s.detach()[removable], "s", tolerance)
-        close(grower._indicators.gate * oracle.q, oracle.masks().detach(), "gates", tolerance)
+        close(indicators_of(grower).s[removable], oracle.s.detach()[removable], "s", tolerance)
+        close(indicators_of(grower).gate * oracle.q, oracle.masks().detach(), "gates", tolerance)
 
 
 def close(found: Tensor, expected: Tensor, what: str, tolerance: float) -> None:
@@ -71,14 +72,14 @@ def make_pair(make: Make, penalty: float = 0.0, model: nn.Module | None = None) 
     grower = Grower(
         live, make(live), example_inputs=batch(0)[0], budget=Budget(params="50%"), updates=10, preset=METHOD
     )
-    space, indicators = grower.space, grower._indicators
+    space, indicators = grower.space, indicators_of(grower)
     generator = torch.Generator().manual_seed(1)
     keep = grower._bank.keep | ~space.removable | (torch.rand(space.n_units, generator=generator) < 0.6)
     indicators.s = torch.randn(space.n_units, generator=generator, dtype=torch.float64)
     for _ in range(3):  # present and absent units have temperatures of their own
-        indicators.advance(keep)
-    grower._change_to(keep, indicators, time.perf_counter())
-    grower._penalty = penalty
+        grower.policy.applied(replace(grower._view(1), keep=keep))
+    grower._change_to(keep, grower.policy, grower._generator, time.perf_counter())
+    grower.policy.penalty = penalty
     assert not bool(keep.all())
     assert bool((indicators.gate[space.removable] < 0.2).any())
     oracle = Eq6(frame, make(frame), space, METHOD, s=indicators.s, q=keep, beta=indicators.beta)
@@ -132,7 +133,7 @@ def test_the_oracle_can_tell_a_difference() -> None:
     pair = make_pair(OPTIMIZERS["momentum"])
     train(pair, 3)
     pair.compare()
-    pair.grower._indicators.s = pair.grower._indicators.s + 1e-6
+    indicators_of(pair.grower).s = indicators_of(pair.grower).s + 1e-6
     with pytest.raises(AssertionError, match=r"s differs by 1\.0e-06"):
         pair.compare()
 
@@ -321,7 +322,7 @@ def test_after_the_end_copies_do_not_pull_the_weights_back(make: Make) -> None:
     fold = grower._folding.fold
     assert fold is not None
     folded = silent = 0
-    for p, factor in zip(fold.parameters, fold.factors(grower._indicators.gate), strict=True):
+    for p, factor in zip(fold.parameters, fold.factors(indicators_of(grower).gate), strict=True):
         state = grower.optimizer.state[p]
         away = (state.get("z", state.get("x0")) - p.detach()).abs()
         assert bool((away <= 0.05 * factor).all()), "further than the few steps went"
@@ -386,7 +387,7 @@ def test_a_rate_that_rises_beyond_the_first_carries_the_indicators_no_further() 
 def everything(pair: Pair) -> dict[str, Tensor]:
     """All that a step may change, as copies: weights, buffers, indicators, slots."""
     state = {name: tensor.detach().clone() for name, tensor in pair.live.state_dict().items()}
-    indicators = pair.grower._indicators
+    indicators = indicators_of(pair.grower)
     state.update({name: getattr(indicators, name).clone() for name in ("s", "velocity", "gate", "beta", "t")})
     for i, slots in enumerate(pair.grower.optimizer.state.values()):
         state.update({f"slot {i} {k}": v.clone() for k, v in slots.items() if isinstance(v, Tensor)})
@@ -459,7 +460,7 @@ def test_grad_scaler_with_an_unfused_optimizer() -> None:
             scaler.update()
             pair.oracle.step()
     assert scaler.get_scale() == 2.0**9
-    close(pair.grower._indicators.s, pair.oracle.s, "s", 1e-9)
+    close(indicators_of(pair.grower).s, pair.oracle.s, "s", 1e-9)
     close(pair.live.fc2.weight, pair.oracle.live(pair.oracle.parameters, "fc2.weight"), "fc2", 1e-9)
 
 
@@ -573,10 +574,10 @@ def test_small_gates_keep_the_raw_weight() -> None:
     x = torch.randn(4, 3, 6, 6)
     grower = Grower(model, optimizer, example_inputs=x, budget=Budget(params="50%"), updates=10, preset="paper")
     before = {name: raw.clone() for name, raw in grower._folding.raw().items()}
-    grower._indicators.s = grower._indicators.s - 200
-    grower._indicators.velocity.zero_()
+    indicators_of(grower).s = indicators_of(grower).s - 200
+    indicators_of(grower).velocity.zero_()
     for _ in range(50):
         model(x).sum().backward()
         optimizer.step()
-    assert float(grower._indicators.gate.min()) == 1e-6
+    assert float(indicators_of(grower).gate.min()) == 1e-6
     assert all(torch.equal(before[name], raw) for name, raw in grower._folding.raw().items())

@@ -40,13 +40,13 @@ PLACES = [
     *[(torchgrow.exchange, "run", call) for call in (0, 1, 2, 9, 40, -40, -10, -1)],
     *[(torchgrow.store, "scatter_", call) for call in (1, 5)],
     *[(torchgrow.store, "gather", call) for call in (1, 7)],
-    (torchgrow.grower, "Fold", 1),
+    (torchgrow.saved, "Fold", 1),
     (torchgrow.grower, "Event", 1),
     (Bank, "stage", 1),
     (torchgrow.exchange.Exchange, "make", 1),
     (Fold, "factors", 1),
     (torchgrow.grower.CostModel, "cost", 1),
-    (torchgrow.grower.Indicators, "advance", 1),
+    (torchgrow.policies.Policy, "copied", 1),
 ]
 
 
@@ -124,7 +124,7 @@ def test_ctrl_c_in_finish_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_grower_that_fails_to_start_leaves_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchgrow.grower, "Fold", failing(MemoryError(), 1, Fold))
+    monkeypatch.setattr(torchgrow.saved, "Fold", failing(MemoryError(), 1, Fold))
     made: list[torch.optim.Optimizer] = []
     with pytest.raises(MemoryError):
         make(optimizer=lambda m: made.append(sgd(m)) or made[0])  # type: ignore[func-returns-value]
@@ -267,7 +267,7 @@ def test_nothing_can_grow_where_no_gate_is_trained() -> None:
         Grower(model, optimizer, example_inputs=torch.randn(2, 5), budget=Budget(params="50%"), updates=3)
 
 
-@pytest.mark.parametrize("name", ["budget", "updates", "model", "space", "method", "seed", "limits"])
+@pytest.mark.parametrize("name", ["budget", "updates", "model", "space", "policy", "seed", "limits"])
 def test_what_a_run_is_planned_with_cannot_be_exchanged(name: str) -> None:
     grower = make()
     before = getattr(grower, name)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import zoo
-from growing import same_indicators, same_parameters, sgd, step_both
+from growing import indicators_of, same_indicators, same_parameters, sgd, step_both
 from oracle import Eq6
 from torchgrow import Budget, Grower, Method
 
@@ -44,7 +44,7 @@ def test_growing_is_literal_eq6(name: str, preset: str) -> None:
         preset=method,
         seed=1,
     )
-    space, indicators = grower.space, grower._indicators
+    space, indicators = grower.space, indicators_of(grower)
     t = torch.zeros(space.n_units, dtype=torch.int64)
     oracle = Eq6(
         frame, sgd(frame), space, method, s=indicators.s, q=grower._bank.keep, beta=torch.ones(space.n_units).double()

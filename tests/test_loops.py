@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from growing import batch, differences, everything, make, run, sgd, train
+from growing import batch, differences, everything, indicators_of, make, run, sgd, train
 from oracle import SmallResNet
 from torchgrow import Budget, Grower, Method, StructureError, TraceError, TrainingError
 
@@ -31,7 +31,7 @@ def test_bfloat16_autocast_follows_float32() -> None:
     for enabled in (False, True):
         torch.manual_seed(0)
         grower = grow(SmallResNet())
-        start = grower._indicators.s.clone()
+        start = indicators_of(grower).s.clone()
         for step in range(12):
             x, target = batch(step, torch.float32)
             grower.optimizer.zero_grad()
@@ -42,7 +42,7 @@ def test_bfloat16_autocast_follows_float32() -> None:
             grower.optimizer.step()
             if step < 4:
                 grower.update()
-        runs.append((grower._indicators.s - start, grower._bank.keep, grower.model))
+        runs.append((indicators_of(grower).s - start, grower._bank.keep, grower.model))
     (plain, keep, model), (mixed, keep_mixed, model_mixed) = runs
     assert torch.equal(keep, keep_mixed)
     assert float((plain - mixed).norm()) < 0.05 * float((plain - plain.mean()).norm())
@@ -155,7 +155,7 @@ def test_activation_checkpointing_is_plain_training(kind: type[SmallResNet]) -> 
     run(saving)
     a, b = dict(plain.model.named_parameters()), dict(saving.model.named_parameters())
     assert differences(a, b) == []
-    assert torch.equal(plain._indicators.s, saving._indicators.s)
+    assert torch.equal(indicators_of(plain).s, indicators_of(saving).s)
     assert plain.widths() == saving.widths()
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from growing import batch, make, outputs, run, same_indicators, same_parameters, sgd, step_both, train
+from growing import batch, indicators_of, make, outputs, run, same_indicators, same_parameters, sgd, step_both, train
 from oracle import Eq6, SmallResNet, TwoLayers
 from torchgrow import Budget, Grower, Method, OptimizerError, TrainingError
 
@@ -71,7 +71,7 @@ def test_several_optimizers_are_literal_eq6(split: Split, first_steps: int, back
     torch.manual_seed(0)
     frame = SmallResNet().double()
     both = Both(split(frame))
-    space, indicators = grower.space, grower._indicators
+    space, indicators = grower.space, indicators_of(grower)
     t = torch.zeros(space.n_units, dtype=torch.int64)
     ones = torch.ones(space.n_units).double()
     oracle = Eq6(frame, both, space, METHOD, s=indicators.s, q=grower._bank.keep, beta=ones)
@@ -100,24 +100,24 @@ def test_indicators_wait_for_every_optimizer_that_holds_gates() -> None:
     grower = make(METHOD, optimizer=by_kind)
     train_both(grower, 6)
     first, second = grower.optimizers
-    s, gate = grower._indicators.s.clone(), grower._indicators.gate.clone()
+    s, gate = indicators_of(grower).s.clone(), indicators_of(grower).gate.clone()
     gradients: list[Tensor] = []
-    step = grower._indicators.step
-    grower._indicators.step = lambda gradient, *rest: (gradients.append(gradient), step(gradient, *rest))[1]  # type: ignore[method-assign]
+    step = indicators_of(grower).step
+    indicators_of(grower).step = lambda gradient, *rest: (gradients.append(gradient), step(gradient, *rest))[1]  # type: ignore[method-assign]
     for k in range(3):
         backward(grower, k)
         first.step()
-        assert torch.equal(grower._indicators.s, s)
+        assert torch.equal(indicators_of(grower).s, s)
         assert gradients == []
     backward(grower, 3)
     second.step()
-    assert not torch.equal(grower._indicators.gate, gate)
+    assert not torch.equal(indicators_of(grower).gate, gate)
     assert len(gradients) == 1
     assert int((gradients[0] != 0).sum()) >= 4  # units of both
     fold = grower._folding.fold
     assert fold is not None
     grower._folding.raw()
-    for parameter, raw, factor in zip(fold.parameters, fold.raw, fold.factors(grower._indicators.gate), strict=True):
+    for parameter, raw, factor in zip(fold.parameters, fold.raw, fold.factors(indicators_of(grower).gate), strict=True):
         assert torch.equal(parameter, raw * factor)  # the first one's weights are folded with the new gates too
 
 
@@ -180,20 +180,20 @@ def test_overflow_in_one_of_them_leaves_the_indicators_waiting() -> None:
     """A GradScaler leaves out the step of an optimizer whose gradients are infinite."""
     grower = make(METHOD, optimizer=by_kind)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
-    s = grower._indicators.s.clone()
+    s = indicators_of(grower).s.clone()
     x, target = batch(0)
     scaler.scale(F.cross_entropy(grower.model(x), target)).backward()
     grower.model.fc1.weight.grad.fill_(float("inf"))  # type: ignore[union-attr, operator]
     for optimizer in grower.optimizers:
         scaler.step(optimizer)
     scaler.update()
-    assert torch.equal(grower._indicators.s, s)
+    assert torch.equal(indicators_of(grower).s, s)
     for optimizer in grower.optimizers:
         optimizer.zero_grad()
     scaler.scale(F.cross_entropy(grower.model(x), target)).backward()
     for optimizer in grower.optimizers:
         scaler.step(optimizer)
-    assert not torch.equal(grower._indicators.s, s)
+    assert not torch.equal(indicators_of(grower).s, s)
 
 
 def test_refused() -> None:

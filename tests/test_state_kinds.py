@@ -151,8 +151,8 @@ BOX = ("bank", "stem.weight", "box")
             put({"1": torch.tensor([1])}, "bank", "stem.weight", "box"),
             r"it must be torch.float64 \(6, 1, 3, 3\)",
         ),
-        ("default", put(torch.zeros(3), "penalty"), r"state\['penalty'\] is torch.float32 \(3,\)"),
-        ("gumbel", lambda s: s["indicators"]["exponent"].fill_(99), r"at most 4, the number of updates"),
+        ("default", put(torch.zeros(3), "policy", "rank"), r"\['rank'\] is torch.float32 \(3,\)"),
+        ("gumbel", lambda s: s["policy"]["exponent"].fill_(99), r"\[0, 4\], the number of updates"),
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(kind: str, change: Any, says: str) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from growing import STILL, batch, run, same_indicators, same_parameters, sgd, step_both
+from growing import STILL, batch, indicators_of, run, same_indicators, same_parameters, sgd, step_both
 from oracle import Eq6, SmallResNet
 from test_budget import chain
 from torchgrow import Budget, Grower, Method, TorchgrowError
@@ -56,19 +56,19 @@ def pair(method: Method, updates: int = 20) -> tuple[Grower, Variant]:
     grower = Grower(
         model, sgd(model), example_inputs=batch(0)[0], budget=Budget(params="50%"), updates=updates, preset=method
     )
-    indicators = grower._indicators
+    indicators = indicators_of(grower)
     oracle = Variant(frame, sgd(frame), grower.space, method, s=indicators.s, q=grower._bank.keep, beta=indicators.beta)
     oracle.generator = torch.Generator()
     return grower, oracle
 
 
 def both(grower: Grower, oracle: Variant, epoch: int, steps: int = 3) -> None:
-    oracle.generator.set_state(grower._indicators.generator.get_state())
+    oracle.generator.set_state(grower._generator.get_state())
     for step in range(3 * epoch, 3 * epoch + steps):
         x, target = batch(step)
         grower.optimizer.zero_grad()
         live, literal = F.cross_entropy(grower.model(x), target), F.cross_entropy(oracle(x), target)
-        step_both(grower, oracle, live, literal, float(grower._penalty[0]) if oracle.method.gates else 0.0)
+        step_both(grower, oracle, live, literal, float(grower.policy.penalty[0]) if oracle.method.gates else 0.0)
 
 
 @pytest.mark.parametrize("relaxation", ["sigmoid", "gumbel"])
@@ -83,7 +83,7 @@ def test_relaxations(relaxation: str, gates: bool) -> None:
         raw = {**dict(grower.model.named_parameters()), **grower._folding.raw()}
         same_parameters(grower, oracle, raw, f"in epoch {epoch}")
         grower.update()
-        oracle.update(grower._bank.keep, grower._indicators.gamma, grower._indicators.exponent)
+        oracle.update(grower._bank.keep, indicators_of(grower).gamma, indicators_of(grower).exponent)
 
 
 def test_gumbel_noise_is_drawn_at_every_step() -> None:
@@ -91,7 +91,7 @@ def test_gumbel_noise_is_drawn_at_every_step() -> None:
     seen = set()
     for step in range(4):
         both(grower, oracle, step, steps=1)
-        seen.add(round(float(grower._indicators.noise[0]), 9))
+        seen.add(round(float(indicators_of(grower).noise[0]), 9))
     assert len(seen) == 4
 
 
@@ -113,7 +113,7 @@ def test_temperatures(temperature: str) -> None:
         keep = grower._bank.keep
         absent |= ~keep
         exponent += {"unit": keep.double(), "global": 1.0, "learning_rate": rate * keep.double()}[temperature]
-        torch.testing.assert_close(grower._indicators.beta, 100 ** (exponent / 10), rtol=1e-12, atol=0)
+        torch.testing.assert_close(indicators_of(grower).beta, 100 ** (exponent / 10), rtol=1e-12, atol=0)
     assert bool(absent.any())
     if temperature != "global":
         assert exponent.unique().numel() > 1
@@ -139,7 +139,7 @@ def test_random_draws_all_units_alike_at_the_budget() -> None:
         grower.optimizer.step()
         grower.update()
         assert grower.cost().params <= grower.limits.params
-        assert bool((grower._indicators.gate == 1).all())
+        assert grower.policy.gate is None
         drawn.append(grower._bank.keep.double())
     often = torch.stack(drawn).mean(0)[grower.space.removable]
     spread = 4 * (0.25 / 60) ** 0.5  # four standard errors of a share

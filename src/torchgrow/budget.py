@@ -1,7 +1,4 @@
-"""The exact structure that uses a budget, and the controllers on the way to it.
-
-Legend: u, u_G target and present sparsity (1 - kept share); lambda the pressure (paper, Eq 4).
-"""
+"""The exact structure that uses a budget, and ways to meet a cost on the way to it."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .cost import Cost, CostModel, Tally
+from .cost import CostModel, Tally
 from .errors import BudgetError
 from .limits import Budget, Limits
 from .space import Space
@@ -31,16 +28,6 @@ def check_feasible(budget: Budget, limits: Limits, costs: CostModel) -> None:
             raise BudgetError(f"{budget} allows {limit:,} {name}, but what cannot be removed costs {low:,}; {span}")
         if limit > high:
             raise BudgetError(f"{budget} allows {limit:,} {name}, more than the whole frame has ({high:,}); {span}")
-
-
-def pressure(base: float, limits: Limits, frame: Cost, now: Cost) -> float:
-    """The paper's lambda = lambda^base * (u - u_G) (Eq 4); of two budgets the one nearer to being violated counts."""
-    gaps = [
-        present / full - limit / full
-        for limit, full, present in ((limits.params, frame.params, now.params), (limits.flops, frame.flops, now.flops))
-        if limit is not None and full
-    ]
-    return base * max(gaps)
 
 
 def largest_shift(

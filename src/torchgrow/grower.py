@@ -590,7 +590,9 @@ class Grower(Saved):
     def _buffers(self) -> list[Tensor]:
         return [buffer for bank in (self._bank, *self._followers) for buffer in bank.model.buffers()]
 
-    def _decided(self, keep: Tensor | None, policy: Policy, generator: torch.Generator) -> dict[str, list[Tensor | str]]:
+    def _decided(
+        self, keep: Tensor | None, policy: Policy, generator: torch.Generator
+    ) -> dict[str, list[Tensor | str]]:
         """What must be the same on all ranks: before anything else (keep None), and at every update."""
         limits, shapes, settings = self.limits, sorted(self.space.shapes.items()), policy.settings()
         weights: list[Tensor | str] = []

@@ -211,8 +211,7 @@ class Indicators:
 
     def __init__(self, space: Space, method: Method, updates: int, seed: int | torch.Generator) -> None:
         self.space, self.method = space, method
-        given = isinstance(seed, torch.Generator)
-        self.generator = seed if given else torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
         n = space.n_units
         self.gamma = method.heat ** (1 / max(updates, 1))
         self.t = torch.zeros(n, dtype=torch.int64)
@@ -367,14 +366,13 @@ class Indicators:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that changes in a run, as copies; temperatures and gates follow from it."""
-        return {**{name: getattr(self, name).clone() for name in STATE}, "generator": self.generator.get_state()}
+        return {name: getattr(self, name).clone() for name in STATE}
 
     def loaded(self, state: Mapping[str, Tensor]) -> Indicators:
         """A copy of these indicators with a state of another run; `state` must have been checked."""
         other = self.copy()
         for name in STATE:
             setattr(other, name, state[name].cpu().clone())
-        other.generator.set_state(state["generator"])
         other.beta = other.gamma**other.exponent
         other.gate = other._gate()
         return other

@@ -302,13 +302,10 @@ def read_policy(field: Field, policy: Policy, events: int) -> Policy:
 
 
 def _like(field: Field, present: Any) -> Any:
-    """A value of the kind and shape of the present one; tensors on the host, without NaN."""
+    """A value of the kind and shape of the present one, finite where that is; tensors on the host."""
     if not isinstance(present, Tensor):
         return field.like(present)
-    tensor = field.tensor(present.shape, present.dtype)
-    if bool(tensor.isnan().any()):
-        field.refuse(f"{present.dtype} {tuple(present.shape)} without NaN")
-    return tensor.cpu()
+    return field.tensor(present.shape, present.dtype, finite=bool(present.isfinite().all())).cpu()
 
 
 # --- history ---

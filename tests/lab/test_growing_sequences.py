@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from growing import same_indicators, same_parameters, sgd, step_both
+from growing import indicators_of, same_indicators, same_parameters, sgd, step_both
 from oracle import Eq6
 from torchgrow import Budget, Grower, Method, measure
 from torchgrow.lab import train
@@ -51,7 +51,7 @@ def pair(name: str, optimizer: str, updates: int = 8) -> tuple[Grower, Eq6]:
         model, made(model), example_inputs=inputs(name), budget=budget, updates=updates, preset=PLAN, seed=1
     )
     n = grower.space.n_units
-    s, q = grower._indicators.s, grower._bank.keep
+    s, q = indicators_of(grower).s, grower._bank.keep
     return grower, Eq6(frame, made(frame), grower.space, PLAN, s=s, q=q, beta=torch.ones(n, dtype=torch.float64))
 
 

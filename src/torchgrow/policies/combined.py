@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..budget import largest_shift, shed
-from ..indicators import STATE, Indicators, Method
+from ..indicators import Indicators, Method
 from .kit import gap, settled, trapezoid
 from .policy import Policy, View
 
@@ -30,9 +30,9 @@ class Combined(Policy):
         """One unit per group."""
         method, space = self.method, view.space
         self.indicators = own = Indicators(space, method, view.updates, view.generator)
-        self._share = torch.ones(space.n_units, dtype=torch.float64)  # of lambda_1, by unit
+        self.lambda_share = torch.ones(space.n_units, dtype=torch.float64)  # of lambda_1, by unit
         for slot in space.slots:
-            self._share[slot.unit] = method.layer_lambda_base / (method.lambda_base or 1.0)
+            self.lambda_share[slot.unit] = method.layer_lambda_base / (method.lambda_base or 1.0)
         if space.slots and method.draws == "ranked":
             # The peak widens what the budget holds: a layer beyond it would be trained only to be taken out again.
             own.hold_layers(largest_shift(own.shifted(), view.costs, view.limits)[0])
@@ -69,7 +69,7 @@ class Combined(Policy):
             self.indicators.advance(view.keep, view.rate)
         if self.method.controller == "pressure":
             self.pressure = self.method.lambda_base * gap(view, view.keep)
-        self.penalty = (self.pressure if self.method.controller == "pressure" else 0.0) * self._share
+        self.penalty = (self.pressure if self.method.controller == "pressure" else 0.0) * self.lambda_share
 
     def score(self, view: View) -> Tensor:
         """Probability less draw."""
@@ -107,14 +107,13 @@ class Combined(Policy):
 
     def state_dict(self) -> dict[str, Any]:
         """State of the indicators."""
-        own = self.indicators
-        return {**{name: getattr(own, name).clone() for name in STATE}, "pressure": self.pressure}
+        return {**self.indicators.state_dict(), "pressure": self.pressure}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Temperatures, gates and penalty follow."""
         self.pressure = state["pressure"]
         self.indicators = self.indicators.loaded(state)
-        self.penalty = (self.pressure if self.method.controller == "pressure" else 0.0) * self._share
+        self.penalty = (self.pressure if self.method.controller == "pressure" else 0.0) * self.lambda_share
 
     def check_state(self, state: dict[str, Any], events: int) -> str:
         """Numbers that no run comes to."""

@@ -1,4 +1,4 @@
-"""The default, top to bottom: grow every group evenly beyond the budget, then give up the least important units of each.
+"""The default, top to bottom: grow all groups evenly beyond the budget, then give up the least important units.
 
 One number decides, the share p: every pool (a group, or the layers of a stage) keeps its p best-ranked units, and p is
 the largest whose cost stays under the plan. Ranks are dealt out anew at every update, by importance.

@@ -12,7 +12,19 @@ from ..budget import fit, shed
 from ..space import Space
 from .policy import View
 
-__all__ = ["aligned", "deal", "fit", "gap", "largest_share", "one_per_group", "pools", "settled", "shed", "spread", "trapezoid"]
+__all__ = [
+    "aligned",
+    "deal",
+    "fit",
+    "gap",
+    "largest_share",
+    "one_per_group",
+    "pools",
+    "settled",
+    "shed",
+    "spread",
+    "trapezoid",
+]
 
 
 def pools(space: Space) -> list[Tensor]:
@@ -135,7 +147,7 @@ def settled(updates: int, share: float) -> int:
 
 
 def gap(view: View, keep: Tensor) -> float:
-    """u - u_G of Eq 4, target less present sparsity; of two budgets the one nearer to being violated counts."""
+    """U - u_G of Eq 4, target less present sparsity; of two budgets the one nearer to being violated counts."""
     frame, now = view.cost(view.space.everything()).tolist(), view.cost(keep).tolist()
     unlimited = torch.iinfo(torch.int64).max
     costs = zip(view.limits.tolist(), frame, now, strict=True)

@@ -56,9 +56,9 @@ class Paper(Policy):
         for pool in pools(space):  # sum sigma(s) = 1: one unit expected per group, and layer per stage
             self.s[pool] = torch.logit(torch.tensor(1 / pool.numel(), dtype=torch.float64).clamp(max=0.5))
         base = self.lambda_base if self.lambda_base is not None else 1.0 if space.slots else 0.5
-        self._base, self._share = base, torch.ones(n, dtype=torch.float64)  # of lambda_1, by unit
-        self._share[[slot.unit for slot in space.slots]] = self.layer_lambda_base / (base or 1.0)
-        self._gamma = self.heat ** (1 / max(view.updates, 1))
+        self._base, self.lambda_share = base, torch.ones(n, dtype=torch.float64)  # of lambda_1, by unit
+        self.lambda_share[[slot.unit for slot in space.slots]] = self.layer_lambda_base / (base or 1.0)
+        self.gamma = self.heat ** (1 / max(view.updates, 1))
         self._set_gates()
         return one_per_group(space, torch.zeros(n, dtype=torch.bool), -spread(view))
 
@@ -92,7 +92,7 @@ class Paper(Policy):
             self.exponent = self.exponent + rise * (view.rate if self.temperature_rises == "learning_rate" else 1.0)
             self._set_gates()
         self.pressure = self._base * gap(view, view.keep)
-        self.penalty = self.pressure * self._share
+        self.penalty = self.pressure * self.lambda_share
 
     def score(self, view: View) -> Tensor:
         """The probability of every unit, sigma(beta s)."""
@@ -113,6 +113,6 @@ class Paper(Policy):
         self._set_gates()
 
     def _set_gates(self) -> None:
-        self.beta = self.temperature = self._gamma**self.exponent
+        self.beta = self.temperature = self.gamma**self.exponent
         gate = torch.sigmoid(self.beta * (self.s + self.noise)).clamp(min=SMALLEST_GATE)
         self.gate = torch.where(self._removable, gate, 1.0)
