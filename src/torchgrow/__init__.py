@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import policies
     from .adapters import adapter
     from .checkpoint import load_checkpoint, save_checkpoint
     from .cost import Cost
@@ -52,6 +53,7 @@ _HOMES = {
     "indicators": ["PRESETS", "Method"],
     "limits": ["Budget", "Limits"],
     "persist": ["load", "save"],
+    "policies": ["policies"],
     "proof": ["Report", "trace", "verify"],
     "rules": ["Context", "module_rule", "rule"],
     "space": ["Frozen", "Space"],
@@ -85,6 +87,7 @@ __all__ = [
     "load_checkpoint",
     "measure",
     "module_rule",
+    "policies",
     "rule",
     "save",
     "save_checkpoint",
@@ -98,7 +101,8 @@ def __getattr__(name: str) -> Any:
     """Import the module that a public name lives in, the first time it is asked for."""
     for home, names in _HOMES.items():
         if name in names:
-            value = getattr(import_module(f"{__name__}.{home}"), name)
+            module = import_module(f"{__name__}.{home}")
+            value = module if name == home else getattr(module, name)
             globals()[name] = value
             return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -109,6 +109,13 @@ class Grower(Saved):
             raise TorchgrowError(
                 f"policy must be an object such as torchgrow.policies.Paper(), got {policy!r}; names go to preset="
             )
+        if isinstance(preset, Method):
+            warnings.warn(
+                "Method is deprecated and goes with the next version: give Grower a policy, as in policy="
+                f'torchgrow.policies.{type(policy_of(preset)).__name__}(...), or a name, preset="default:peak=1"',
+                DeprecationWarning,
+                stacklevel=2,
+            )
         method = preset if isinstance(preset, Method) else Method.named(preset, layers=bool(depth))
         self.policy: Policy = copy.copy(policy) if policy is not None else policy_of(method)
         self.model, self.budget, self.updates, self.seed = model, budget, updates, seed
@@ -178,6 +185,7 @@ class Grower(Saved):
         self._seed_cost = self._costs.both(self._costs.live(seed_structure))
         log.info("%s goes %s", type(model).__name__, self.course())
         self.policy.applied(replace(everything, keep=seed_structure))
+        self.policy.state_dict()  # what could not be kept is told now, not at the first checkpoint
         self._change_to(seed_structure, self.policy, self._generator, time.perf_counter(), exchange=exchange)
 
     # --- what the user asks for ---

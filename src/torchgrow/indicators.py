@@ -24,7 +24,7 @@ SMALLEST_GATE = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """How a network grows. `Method.paper()` is literal, `Method.default()` the calmer default.
+    """How a network grows, in one class for all ways; deprecated: see `torchgrow.policies`.
 
     Attributes:
         controller: "pressure": the paper's L1 penalty with lambda of Eq 4; "plan": all indicators are shifted by

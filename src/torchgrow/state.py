@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .errors import SavedModelError
 from .exchange import Exchange
 from .fold import Fold
-from .policies.policy import Policy
+from .policies.policy import Policy, is_data
 from .slots import Layout
 from .space import Space, live_positions
 from .store import Store
@@ -303,6 +303,10 @@ def read_policy(field: Field, policy: Policy, events: int) -> Policy:
 
 def _like(field: Field, present: Any) -> Any:
     """A value of the kind and shape of the present one, finite where that is; tensors on the host."""
+    if isinstance(present, (list, dict)):  # which may have grown
+        if type(field.value) is not type(present) or not is_data(field.value):
+            field.refuse(f"a {type(present).__name__} of tensors, numbers and text")
+        return field.value
     if not isinstance(present, Tensor):
         return field.like(present)
     return field.tensor(present.shape, present.dtype, finite=bool(present.isfinite().all())).cpu()

@@ -1,7 +1,7 @@
 """The default, top to bottom: grow all groups evenly beyond the budget, then give up the least important units.
 
-One number decides, the share p: every pool (a group, or the layers of a stage) keeps its p best-ranked units, and p is
-the largest whose cost stays under the plan. Ranks are dealt out anew at every update, by importance.
+One number decides, the share p: every pool (a group, or the layers of a stage) keeps its p best-ranked units, where p
+is the largest whose cost stays under the plan. Ranks are dealt out anew at every update, by importance.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .kit import aligned, deal, largest_share, one_per_group, pools, settled, shed, trapezoid
+from .kit import aligned, deal, largest_share, none, one_per_group, pools, settled, shed, trapezoid
 from .policy import Policy, View
 
 MEMORY = 0.99
@@ -47,6 +47,10 @@ class Default(Policy):
     align: int = 1
     sensitive: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        self.check(ramp=(0, 1), hold=(0, 1), settle=(0, 1), prune=("alike", "worth"))
+        self.check(peak=(1, 1e6), layer_lag=(1, 1e3), align=(1, 4096))
+
     def seed(self, view: View) -> Tensor:
         """One unit per group, no layer that can be left out; ranks in random order."""
         space = view.space
@@ -61,12 +65,11 @@ class Default(Policy):
             turn += is_stage
             self.rank[pool] = ((order + 1 - late) / pool.numel() * (1 - 1e-9)) ** (1 / lag)
         sizes = torch.bincount(space.group_of, minlength=space.n_groups)
-        self.multiples = torch.where(sizes >= 2 * self.align, self.align, 1)
+        self.multiples = self._steps = torch.where(sizes >= 2 * self.align, self.align, 1)
         self._most = torch.ones_like(self.rank)  # a layer beyond the budget would be trained only to be taken out again
         if layers:
             self._most[layers] = self._within(view, view.limits)[1]
-        seed = one_per_group(space, torch.zeros(space.n_units, dtype=torch.bool), -self.rank)
-        self._start = view.cost(seed)
+        self._start = view.cost(seed := one_per_group(space, none(space), -self.rank))
         return seed
 
     def step(self, view: View, sensitivity: Tensor) -> None:
@@ -83,9 +86,7 @@ class Default(Policy):
         planned = self.planned(view)
         exactly = view.update == final or torch.equal(planned, view.limits)
         if self.prune == "worth" and bool((view.cost(view.keep) > planned).any()):
-            assert self.multiples is not None
-            worth = self.importance.sqrt()
-            return shed(view.space, view.costs, view.keep, worth, planned, self.multiples), exactly
+            return shed(view.space, view.costs, view.keep, self.importance.sqrt(), planned, self._steps), exactly
         return self._within(view, planned)[0], exactly
 
     def score(self, view: View) -> Tensor:
@@ -101,22 +102,18 @@ class Default(Policy):
         return settled(updates, self.settle)
 
     def check_state(self, state: dict[str, Any], events: int) -> str:
-        """Ranks and importance that no run comes to."""
-        if bool(((state["rank"] < 0) | (state["rank"] > 1)).any()):
-            return "rank must lie in [0, 1]"
-        return "importance must not be negative" if bool((state["importance"] < 0).any()) else ""
+        """Numbers that no run comes to."""
+        fine = bool((state["rank"] >= 0).all() and (state["rank"] <= 1).all() and (state["importance"] >= 0).all())
+        return "" if fine else "rank must lie in [0, 1], importance must not be negative"
 
     def _within(self, view: View, allowed: Tensor) -> tuple[Tensor, float]:
         """The best-ranked units of every pool, of all the same share: the largest that is allowed (int64 [2])."""
-        space, multiples = view.space, self.multiples
-        assert multiples is not None
-        must = one_per_group(space, torch.zeros(space.n_units, dtype=torch.bool), -self.rank)
-        any_width = bool((multiples == 1).all())
+        must = one_per_group(view.space, none(view.space), -self.rank)
 
         def keep_at(share: float) -> Tensor:
             margin = self._most.clamp(max=share) - self.rank
             keep = (margin > 0) | must
-            return keep if any_width else aligned(space, keep, must, margin, multiples)
+            return keep if self.align == 1 else aligned(view.space, keep, must, margin, self._steps)
 
         share = largest_share(view, self.rank, keep_at, allowed)
         return keep_at(share), share

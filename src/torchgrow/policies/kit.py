@@ -41,6 +41,11 @@ def pools(space: Space) -> list[Tensor]:
     return [pool for pool in by_group if pool.numel()] + [torch.tensor(own) for own in stages.values()]
 
 
+def none(space: Space) -> Tensor:
+    """No unit at all, bool [n]."""
+    return torch.zeros(space.n_units, dtype=torch.bool)
+
+
 def one_per_group(space: Space, keep: Tensor, score: Tensor) -> Tensor:
     """`keep` (bool [n]), all that cannot be removed, and the best-scored unit of every group that then has none."""
     keep = keep | ~space.removable

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .kit import gap, one_per_group, pools, settled, spread
+from .kit import gap, none, one_per_group, pools, settled, spread
 from .policy import Policy, View
 
 SMALLEST_GATE = 1e-6
@@ -20,14 +20,12 @@ class Paper(Policy):
     """One trainable indicator s per unit, gates m = sigma(beta s), structures q ~ Bernoulli(m).
 
     Attributes:
-        lambda_base: lambda_1^base of Eq 4; None: 1.0 where layers grow too, else 0.5. Searches for architectures
-            (4.3) use 2.0.
+        lambda_base: lambda_1^base of Eq 4; None: 1.0 where layers grow too, else 0.5. Searches (4.3) use 2.0.
         layer_lambda_base: lambda_2^base, the same for layers.
         heat: gamma^T, how often beta is multiplied over the run for a unit that is always present.
         temperature_rises: when: "unit": in updates in which the unit is present (Eq 7); "global": in every one, for
             all alike; "learning_rate": as "unit", each time by gamma^(present / initial learning rate) (A.10).
-        relaxation: "sigmoid": m = sigma(beta s); "gumbel": m = sigma(beta (s + g_1 - g_0)), with Gumbel noise g drawn
-            at every step (3.2).
+        relaxation: "sigmoid": m = sigma(beta s); "gumbel": m = sigma(beta (s + g_1 - g_0)), with noise g (3.2).
         settle: share of the updates at the end in which the structure no longer changes; at least the last one.
         lr: learning rate of s; it follows the weights' schedule.
         momentum: of SGD on s.
@@ -48,11 +46,15 @@ class Paper(Policy):
     weight_decay: float = 1e-6
     sensitive: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        self.check(settle=(0, 1), momentum=(0, 1), heat=(1, 1e6), lr=(0, 1e3), relaxation=("sigmoid", "gumbel"))
+        self.check(temperature_rises=("unit", "global", "learning_rate"))
+
     def seed(self, view: View) -> Tensor:
         """One unit per group, at random."""
         space, n = view.space, view.space.n_units
         self.s, self.velocity, self.exponent, self.noise = (torch.zeros(n, dtype=torch.float64) for _ in range(4))
-        self.t, self._removable = torch.zeros(n, dtype=torch.int64), space.removable
+        self.t, self._removable = none(space).long(), space.removable
         for pool in pools(space):  # sum sigma(s) = 1: one unit expected per group, and layer per stage
             self.s[pool] = torch.logit(torch.tensor(1 / pool.numel(), dtype=torch.float64).clamp(max=0.5))
         base = self.lambda_base if self.lambda_base is not None else 1.0 if space.slots else 0.5
@@ -60,7 +62,7 @@ class Paper(Policy):
         self.lambda_share[[slot.unit for slot in space.slots]] = self.layer_lambda_base / (base or 1.0)
         self.gamma = self.heat ** (1 / max(view.updates, 1))
         self._set_gates()
-        return one_per_group(space, torch.zeros(n, dtype=torch.bool), -spread(view))
+        return one_per_group(space, none(space), -spread(view))
 
     def step(self, view: View, sensitivity: Tensor) -> None:
         """Eq 6 and 8: one step of SGD on L(m w) + lambda |m|, where dL/ds = beta (1 - m) m dL/dm."""

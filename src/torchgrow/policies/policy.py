@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..cost import CostModel
+from ..errors import TorchgrowError
 from ..space import Space
 
 
@@ -100,6 +101,19 @@ class Policy:
         """The last update that changes the structure."""
         return max(1, updates - 1)
 
+    def check(self, **allowed: tuple[Any, ...]) -> None:
+        """Refuse settings: of numbers the least and the most are given, of text the choices.
+
+        Raises:
+            TorchgrowError: one lies outside; the message names it.
+        """
+        for name, given in allowed.items():
+            value, text = getattr(self, name), isinstance(given[0], str)
+            fits = value in given if text else isinstance(value, (int, float)) and given[0] <= value <= given[1]
+            if not fits:
+                wanted = f"be one of {given}" if text else f"lie in [{given[0]}, {given[1]}]"
+                raise TorchgrowError(f"{type(self).__name__}({name}={value!r}): {name} must {wanted}")
+
     # --- what the grower does with it ---
 
     def settings(self) -> dict[str, Any]:
@@ -107,9 +121,21 @@ class Policy:
         return {field.name: getattr(self, field.name) for field in fields(self)} if is_dataclass(self) else {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes in a run, as copies: all attributes but the settings and those that begin with "_"."""
+        """What changes in a run, as copies: all attributes but the settings and those that begin with "_".
+
+        Raises:
+            TorchgrowError: an attribute is no data.
+        """
         own = self.settings()
-        return {key: _copy(v) for key, v in vars(self).items() if key not in own and not key.startswith("_")}
+        state = {key: _copy(v) for key, v in vars(self).items() if key not in own and not key.startswith("_")}
+        for key, value in state.items():
+            if not is_data(value):
+                raise TorchgrowError(
+                    f"{type(self).__name__}.{key} is of class {type(value).__name__}, which a checkpoint could not "
+                    "keep; hold tensors, numbers, text, lists and dicts of them there, or name it "
+                    f"_{key} if it is made anew in seed and never changes"
+                )
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave; it has been checked to be of the same kinds and shapes."""
@@ -124,6 +150,17 @@ class Policy:
         other = copy.copy(self)
         vars(other).update({key: _copy(value) for key, value in vars(self).items()})
         return other
+
+
+def is_data(value: Any) -> bool:
+    """Whether a value is data."""
+    if isinstance(value, dict):
+        return all(type(key) is str and is_data(one) for key, one in value.items())
+    return (
+        all(map(is_data, value))
+        if isinstance(value, list)
+        else isinstance(value, Tensor) or value is None or (type(value) in (bool, int, float, str))
+    )
 
 
 def _copy(value: Any) -> Any:

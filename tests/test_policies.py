@@ -1,0 +1,275 @@
+"""Policies: what they decide, what the grower makes of it, and that one of a user's own needs nothing else."""
+
+import copy
+import inspect
+import itertools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import torchgrow
+from growing import STILL, batch, differences, everything, make, run, sgd, train
+from oracle import SmallResNet
+from torchgrow import Budget, Grower, Method, TorchgrowError, load_checkpoint, save_checkpoint
+from torchgrow.policies import Default, Paper, Policy, Random, View, kit, policy_of
+
+PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
+
+
+@dataclass(eq=False)
+class Churn(Policy):
+    """Draws anew at every update, with state of every kind."""
+
+    share: float = 0.5
+
+    def seed(self, view: View) -> Tensor:
+        self.seen, self.numbers, self.named = torch.zeros(view.space.n_units), [0.0], {"last": "seed"}
+        return torch.zeros(view.space.n_units, dtype=torch.bool)
+
+    def update(self, view: View) -> tuple[Tensor, bool]:
+        keep = torch.rand(view.space.n_units, generator=view.generator) < self.share
+        self.seen += keep  # in place, on purpose: an update that fails must take it back
+        self.numbers.append(float(keep.sum()))
+        self.named["last"] = f"update {view.update}"
+        return keep, False
+
+
+def grown(policy: Policy, updates: int = 6, budget: Budget | None = None, optimizer: Any = sgd) -> Grower:
+    torch.manual_seed(0)
+    model = SmallResNet().double()
+    return Grower(
+        model,
+        optimizer(model),
+        example_inputs=batch(0)[0],
+        budget=budget or Budget(params="50%"),
+        updates=updates,
+        policy=policy,
+    )
+
+
+def cubic() -> Callable[[], Policy]:
+    """The policy of docs/policies.md."""
+    block = next(b for b in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "class Cubic" in b)
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(block.partition("\nmodel = ")[0], names)
+    made: Callable[[], Policy] = names["Cubic"]
+    assert len(inspect.cleandoc(block.partition("\nmodel = ")[0]).splitlines()) <= 25
+    return made
+
+
+def test_one_of_your_own_starts_from_the_whole_and_ends_at_the_budget() -> None:
+    grower = grown(cubic()())
+    assert grower.history[0].params == grower.frame_cost.params
+    run(grower)
+    sizes = [event.params for event in grower.history]
+    assert all(after <= max(before, grower.limits.params or 0) for before, after in itertools.pairwise(sizes))
+    assert grower.finished or grower.finish()
+    assert grower.cost().params <= grower.limits.params  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("policy", [Churn(), "cubic", Default(ramp=0.5), Paper(), Random()], ids=str)
+def test_a_resumed_run_is_the_unbroken_one(policy: Any, tmp_path: Path) -> None:
+    """Law 4, for free: nothing about checkpoints stands in the policy."""
+    make_policy = cubic() if policy == "cubic" else lambda: copy.copy(policy)
+    whole = run(grown(make_policy()))
+    first = run(grown(make_policy()), 3)
+    save_checkpoint(tmp_path, first)
+    second = grown(make_policy())
+    load_checkpoint(tmp_path, second)
+    assert not differences(first.policy.state_dict(), second.policy.state_dict())
+    for epoch in range(3, 6):
+        train(second, 2 * epoch)
+        second.update()
+    assert not differences(everything(whole, run=False), everything(second, run=False))
+
+
+def test_a_failed_update_takes_the_policy_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what it wrote in place, into lists and dicts."""
+    grower = run(grown(Churn()), 2)
+    before = copy.deepcopy(grower.policy.state_dict())
+    with monkeypatch.context() as patch:
+        patch.setattr(torchgrow.exchange.Exchange, "make", lambda self: (_ for _ in ()).throw(MemoryError("none left")))
+        with pytest.raises(MemoryError):
+            grower.update()
+    assert not differences(before, grower.policy.state_dict())
+    grower.update()
+    assert grower.policy.named == {"last": "update 3"}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("returned", "text"),
+    [
+        (lambda n: torch.ones(n), r"Wrong\.update returned torch\.float32 \(\d+,\) for a structure, it must be a bool"),
+        (lambda n: torch.ones(n + 1, dtype=torch.bool), r"returned torch\.bool \(\d+,\) for a structure"),
+        (lambda n: [True] * n, r"returned list for a structure"),
+    ],
+)
+def test_what_is_no_structure_is_refused_and_nothing_changed(returned: Callable[[int], Any], text: str) -> None:
+    class Wrong(Churn):
+        def update(self, view: View) -> tuple[Tensor, bool]:
+            return returned(view.space.n_units), False
+
+    grower = grown(Wrong())
+    before = everything(grower)
+    with pytest.raises(TorchgrowError, match=text):
+        grower.update()
+    assert not differences(before, everything(grower))
+
+
+def test_an_update_that_returns_no_pair_is_refused() -> None:
+    class Wrong(Churn):
+        def update(self, view: View) -> Any:
+            return view.keep
+
+    with pytest.raises(TorchgrowError, match=r"Wrong\.update returned Tensor, it must .* as in `return keep, False`"):
+        grown(Wrong()).update()
+
+
+def test_state_that_no_checkpoint_could_keep_is_refused_at_the_start() -> None:
+    class Holds(Churn):
+        def seed(self, view: View) -> Tensor:
+            self.rule = len
+            return super().seed(view)
+
+    with pytest.raises(TorchgrowError, match=r"Holds\.rule is of class builtin_.*, .*name it _rule"):
+        grown(Holds())
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (lambda: Default(ramp=2), r"Default\(ramp=2\): ramp must lie in \[0, 1\]"),
+        (lambda: Default(prune="all"), r"Default\(prune='all'\): prune must be one of \('alike', 'worth'\)"),
+        (lambda: Paper(heat=0.5), r"Paper\(heat=0\.5\): heat must lie in \[1, 1000000\.0\]"),
+        (lambda: Paper(relaxation="hot"), r"Paper\(relaxation='hot'\): relaxation must be one of"),
+    ],
+)
+def test_settings_out_of_range_are_named(build: Callable[[], Policy], text: str) -> None:
+    with pytest.raises(TorchgrowError, match=text):
+        build()
+
+
+def test_a_name_in_place_of_a_policy_is_refused() -> None:
+    with pytest.raises(TorchgrowError, match=r"policy must be an object such as .*Paper\(\), got 'paper'; names go to"):
+        grown("paper")  # type: ignore[arg-type]
+
+
+def test_the_budget_holds_whatever_is_wanted() -> None:
+    """A policy that wants everything, always."""
+
+    class All(Churn):
+        def update(self, view: View) -> tuple[Tensor, bool]:
+            return view.space.everything(), False
+
+    grower = run(grown(All()))
+    assert grower.history[-3].params == grower.frame_cost.params
+    assert grower.cost().params <= grower.limits.params  # type: ignore[operator]
+    assert [event.detached for event in grower.history][-1] == 0, "the structure is final from update T-1 on"
+
+
+def test_without_gates_nothing_is_folded() -> None:
+    """No second copy of any weight, and nothing but counting in a step."""
+    grower = run(grown(Random()), 3)
+    assert grower.policy.gate is None
+    assert grower._folding.raw() == {}
+    assert grower._folding.fold is not None
+    assert grower._folding.fold.names == []
+    assert grower.state_dict()["raw"] == {}
+
+
+@pytest.mark.parametrize("optimizer", [sgd, lambda model: torch.optim.AdamW(model.parameters(), 0.01)])
+def test_the_default_measures_importance_and_leaves_the_step_alone(optimizer: Any) -> None:
+    """Between updates the live network trains bit for bit as the same network without a grower."""
+    grower = run(grown(Default(ramp=0.5), optimizer=optimizer), 3)
+    plain = copy.deepcopy(grower.model)
+    other = optimizer(plain)
+    other.load_state_dict(copy.deepcopy(grower.optimizer.state_dict()))
+    grower.optimizer.zero_grad()
+    before = grower.policy.importance.clone()  # type: ignore[attr-defined]
+    for step in range(3):
+        x, target = batch(100 + step)
+        for model, own in ((grower.model, grower.optimizer), (plain, other)):
+            own.zero_grad()
+            F.cross_entropy(model(x), target).backward()
+            own.step()
+    assert all(map(torch.equal, grower.model.parameters(), plain.parameters()))
+    assert not torch.equal(before, grower.policy.importance)  # type: ignore[attr-defined]
+
+
+def test_importance_is_the_mean_square_of_m_dl_dm() -> None:
+    """By finite differences: scale everything that one unit's gate scales."""
+    grower = run(grown(Default(ramp=0.5)), 3)
+    unit = int(torch.nonzero(grower._bank.keep & grower.space.removable).flatten()[0])
+    x, target = batch(7)
+    grower.model.eval()
+
+    def loss(scale: float) -> float:
+        model = copy.deepcopy(grower.model)
+        with torch.no_grad():
+            for (name, axis), units in grower.space.fold.items():
+                live = units[torchgrow.space.live_positions(grower.space.unit_of[name, axis], grower._bank.keep)]
+                place = torch.nonzero(live == unit).flatten()
+                parameter = dict(model.named_parameters())[name]
+                parameter.index_copy_(axis, place, scale * parameter.index_select(axis, place))
+        return float(F.cross_entropy(model(x), target).detach())
+
+    expected = (loss(1 + 1e-5) - loss(1 - 1e-5)) / 2e-5
+    before = float(grower.policy.importance[unit])  # type: ignore[attr-defined]
+    grower.optimizer.zero_grad()
+    F.cross_entropy(grower.model(x), target).backward()
+    grower.optimizer.step()
+    found = float(grower.policy.importance[unit])  # type: ignore[attr-defined]
+    assert found == pytest.approx(0.99 * before + 0.01 * expected**2, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("preset", "kind"),
+    [
+        ("default", Default),
+        ("default:peak=1,align=8", Default),
+        ("paper", Paper),
+        ("paper:relaxation=gumbel", Paper),
+        ("global", Paper),
+        ("nas", Paper),
+        ("random", Random),
+    ],
+)
+def test_names_mean_policies(preset: str, kind: type[Policy]) -> None:
+    assert type(policy_of(Method.named(preset))) is kind
+
+
+def test_names_and_objects_grow_alike() -> None:
+    named, given = run(make("paper:lambda_base=0.3", updates=6)), run(grown(Paper(lambda_base=0.3)))
+    assert not differences(everything(named), everything(given))
+    assert Default().settings() == policy_of(Method.default()).settings()
+    assert Random().settings() == policy_of(Method.random()).settings()
+
+
+def test_a_method_is_deprecated_and_names_its_policy() -> None:
+    with pytest.warns(DeprecationWarning, match=r"Method is deprecated .*policy=torchgrow\.policies\.Paper\(\.\.\.\)"):
+        make(STILL)
+
+
+def test_one_per_group_takes_the_best() -> None:
+    grower = grown(Churn())
+    space = grower.space
+    score = torch.rand(space.n_units, generator=torch.Generator().manual_seed(0))
+    keep = kit.one_per_group(space, torch.zeros(space.n_units, dtype=torch.bool), score)
+    for group in range(space.n_groups):
+        units = torch.nonzero(space.group_of == group).flatten()
+        fixed = ~space.removable[units]
+        wanted = units[fixed] if bool(fixed.any()) else units[score[units].argmax()].reshape(1)
+        assert torch.equal(torch.nonzero(keep & (space.group_of == group)).flatten(), wanted.sort().values)
+
+
+@pytest.mark.parametrize("name", ["paper", "default"])
+def test_a_policy_is_read_in_five_minutes(name: str) -> None:
+    source = Path(inspect.getfile({"paper": Paper, "default": Default}[name])).read_text()
+    assert len(source.splitlines()) <= 120
