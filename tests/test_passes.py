@@ -139,11 +139,11 @@ X, LOW, BOTH = torch.randn(2, 3, 8, 8), torch.tensor([0, 0]), torch.tensor([0, 1
 def test_a_parameter_that_no_example_uses_keeps_what_it_could_read() -> None:
     model = Levels()
     space = trace(model, (X, LOW))
-    assert space.widths(space.everything()) == {"a": 6}  # of which a matrix [5, 4] can read nothing, whole or in parts
+    assert space.widths(space.everything()) == {}  # a matrix [5, 4] can read a slice of the 6 as well
     reasons = [
         frozen for frozen in space.frozen if "could be read by heads.1.weight, which no example used" in str(frozen)
     ]
-    assert {place for frozen in reasons for place in frozen.places} >= {("b.weight", 0)}
+    assert {place for frozen in reasons for place in frozen.places} >= {("a.weight", 0), ("b.weight", 0)}
     assert "example_inputs=[..., ...]" in reasons[0].reason
 
 
@@ -155,6 +155,39 @@ def test_several_examples_reach_what_one_does_not() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     Grower(model, optimizer, example_inputs=[(X, LOW), (X, BOTH)], budget=Budget(params="60%"), updates=2)
     assert model(X, LOW).shape == model(X, BOTH).shape == (2, 5)
+
+
+class Sliced(nn.Module):
+    """A large batch goes another way, where a layer reads or writes a part of the 13 features"""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b, self.how = nn.Linear(3, 13), nn.Linear(13, 2), how
+        self.aux: Any = nn.Linear(*((1, 1) if how == "read one" else (5, 5)), bias=how != "read one")
+        if how == "scale":
+            self.aux = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.a(x))
+        if len(x) > 4 and self.how.startswith("read"):
+            return self.b(h) + self.aux(h[:, : self.aux.in_features]).sum()
+        if len(x) > 4 and self.how == "write":
+            h = torch.cat([self.aux(x[:, [0, 1, 2, 0, 1]]) + h[:, :5], h[:, 5:]], 1)
+        return self.b(h)
+
+
+@pytest.mark.parametrize("how", ["read", "read one", "write"])
+def test_a_parameter_that_no_example_uses_could_meet_a_slice(how: str) -> None:
+    model = Sliced(how)
+    space = trace(model, torch.randn(2, 3))
+    assert space.widths(space.everything()) == {}
+    shrink_(model, space, halved(space))
+    model(torch.randn(6, 3))
+
+
+def test_a_single_number_that_no_example_uses_meets_no_position() -> None:
+    space = trace(Sliced("scale"), torch.randn(2, 3))
+    assert space.widths(space.everything()) == {"a": 13}
 
 
 def test_a_parameter_out_of_training_keeps_nothing() -> None:

@@ -833,7 +833,8 @@ class Replay(TorchDispatchMode):
         """Freeze tensors that no run used, and what parameters among them could read in a run that was not made.
 
         The forward of a module can give a parameter what it was given, what its submodules return, and what it computes
-        itself, but not what is computed inside of them.
+        itself, but not what is computed inside of them. Lengths do not tell what meets: by slices and concatenations
+        any length can meet any other, and only a single number meets all positions alike.
         """
         parameters = dict(self.model.named_parameters())
         unused = [name for name, tensor in self.found.tensors.items() if not self.note(tensor).used]
@@ -842,28 +843,15 @@ class Replay(TorchDispatchMode):
             for layer in self.layers(self.found.tensors[name]):
                 self.freeze(layer, "is not used by the forward")
         for name in unused:
-            sizes = self._sizes_to_meet(name)
-            if name not in parameters or not parameters[name].requires_grad or not sizes:
+            tensor = parameters.get(name)
+            if tensor is None or not tensor.requires_grad or (tensor.dim() < 2 and tensor.numel() < 2):
                 continue
             above = name.split(".")[:-1]
             for path in (".".join(above[:n]) for n in range(len(above), -1, -1)):
                 self.op, self.module = "unused", path
                 for note in self.visible.get(path, ()):
                     for layer in filter(None, map(self.labels.canonical, note.layers or ())):
-                        length = layer.symbols.numel()
-                        if any(n >= length or length % n == 0 for n in sizes):
-                            self.freeze(layer, UNSEEN.format(name=name))
-
-    def _sizes_to_meet(self, name: str) -> set[int]:
-        """Lengths of the axes of a tensor that could meet an axis with units; kernels of convolutions do not."""
-        tensor, (path, _, own) = self.found.tensors[name], name.rpartition(".")
-        module = self.model.get_submodule(path)
-        sizes = list(tensor.shape)
-        if (
-            isinstance(module, nn.modules.conv._ConvNd) and own == "weight" and len(sizes) > 1
-        ):  # of a layer left out, empty
-            sizes = [sizes[0], sizes[0] * module.groups, sizes[1], sizes[1] * module.groups]
-        return {size for size in sizes if size > 1}
+                        self.freeze(layer, UNSEEN.format(name=name))
 
     def _new_state(self, state: Tensor) -> dict[int, Tensor]:
         """Fresh symbols for every axis of a carried input, of which nothing is known but that it comes back."""
