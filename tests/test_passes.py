@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import zoo
 from torchgrow import Budget, Grower, Space, TraceError, shrink_, trace, verify
 from torchgrow.passes import Pass, running
+from torchgrow.rules import RULES
 
 
 def halved(space: Space) -> Tensor:
@@ -407,6 +408,15 @@ def test_a_stack_that_is_too_shallow_is_named(monkeypatch: pytest.MonkeyPatch) -
         raise RecursionError("maximum recursion depth exceeded")
 
     monkeypatch.setattr("torchgrow.replay.Replay._shaped", failing)
+    with pytest.raises(TraceError, match=r"deeper stack than Python allows.*sys\.setrecursionlimit"):
+        trace(zoo.build("plain"), zoo.inputs("plain"))
+
+
+def test_a_stack_that_is_too_shallow_for_a_rule_freezes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*args: Any) -> Any:
+        raise RecursionError("maximum recursion depth exceeded")
+
+    monkeypatch.setitem(RULES, "relu", failing)
     with pytest.raises(TraceError, match=r"deeper stack than Python allows.*sys\.setrecursionlimit"):
         trace(zoo.build("plain"), zoo.inputs("plain"))
 

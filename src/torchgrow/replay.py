@@ -594,11 +594,17 @@ class Replay(TorchDispatchMode):
         self._show(step.module, [*step.notes, *(self.notes[id(x)] for x in results if id(x) in self.notes)])
 
     def _obey(self, rule: Callable[[], None], given: Iterable[Tensor | Note], results: Iterable[Tensor]) -> None:
-        """Apply a rule; one that raises keeps what enters, as an operation without a rule does."""
+        """Apply a rule; one that raises keeps what enters, as an operation without a rule does.
+
+        Raises:
+            RecursionError: the forward has left no stack for the rule, which is not the rule's fault.
+        """
         notes = [x if isinstance(x, Note) else self.note(x) for x in given]
         entering = [layer for note in notes for layer in note.layers or ()]
         try:
             rule()
+        except RecursionError:
+            raise
         except Exception as error:
             text = next(iter(str(error).splitlines()), "")
             reason = f"has a rule that failed ({type(error).__name__}: {text}), so what enters it is kept"
