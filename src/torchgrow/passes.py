@@ -82,13 +82,16 @@ def twin(model: nn.Module) -> nn.Module:
 
 
 def _uncopied(model: nn.Module) -> dict[int, Any]:
-    """What deepcopy fails on, by id: tensors with a history are cut from it, locks and open files are shared."""
+    """What deepcopy fails on, by id: tensors with a history are cut from it, locks and open files are shared.
+
+    It also fails on tensors in compressed rows or columns.
+    """
     memo: dict[int, Any] = {}
     for path, module in model.named_modules():
         held = {name: value for name, value in vars(module).items() if name != "_modules"}
         for leaf in leaves(held, path):
             if isinstance(leaf.value, Tensor):
-                if not leaf.value.is_leaf:
+                if not leaf.value.is_leaf or leaf.value.layout not in (torch.strided, torch.sparse_coo):
                     memo[id(leaf.value)] = leaf.value.detach().clone()
             elif not isinstance(leaf.value, nn.Module):
                 try:

@@ -177,7 +177,8 @@ class Prover:
 
         With twice their variance, as for training, EfficientNet-B6 blows rounding up from 1e-15 to 2e-7.
         """
-        parameters = [p for p in self.frame.parameters() if p.is_floating_point()]
+        given = [p.detach() for p in self.frame.parameters() if p.is_floating_point() or p.is_complex()]
+        parameters = [torch.view_as_real(p) if p.is_complex() else p for p in given]
         length = min(NOISE, sum(p.numel() for p in parameters))
         block = torch.randn(length, generator=self.generator, dtype=torch.float64)  # repeated: large layers are many
         start = 0  # go on where the last one ended: no two parameters alike

@@ -233,8 +233,9 @@ class Replay(TorchDispatchMode):
         self._label(tensors)
 
     def _label(self, tensors: dict[str, Tensor]) -> None:
-        """Fresh symbols for every axis of every parameter and buffer."""
-        places = [(name, k) for name, tensor in tensors.items() for k, size in enumerate(tensor.shape) if size > 1]
+        """Fresh symbols for every axis of every parameter and buffer; sparse buffers stay whole."""
+        dense = {name: tensor for name, tensor in tensors.items() if tensor.layout == torch.strided}
+        places = [(name, k) for name, tensor in dense.items() for k, size in enumerate(tensor.shape) if size > 1]
         sizes = [tensors[name].shape[axis] for name, axis in places]
         symbols = self.labels.new(sum(sizes))
         self.found.symbols.update(zip(places, symbols.split(sizes), strict=True))
@@ -245,7 +246,7 @@ class Replay(TorchDispatchMode):
         for name, tensor in tensors.items():
             layers = []
             for axis, size in enumerate(tensor.shape):
-                if size < 2:
+                if size < 2 or name not in dense:
                     continue
                 own, sources = packed[name, axis], frozenset([(name, axis)])
                 if name not in parameters:
