@@ -240,9 +240,7 @@ def test_sparse_tensors_that_a_model_holds_stay_whole(kind: str, held: str, tmp_
     )
     assert torch.equal(other(x), model(x))
     if held == "persistent":
-        with pytest.raises(
-            SavedModelError, match=r"adjacency is a torch\.sparse.*register_buffer\(name, tensor, persist"
-        ):
+        with pytest.raises(SavedModelError, match=r"adjacency is a torch\.sparse.*persistent=False"):
             save(model, tmp_path / "small")
         model.register_buffer("adjacency", model.adjacency, persistent=False)
     save(model, tmp_path / "small")
@@ -253,7 +251,7 @@ def test_sparse_tensors_that_a_model_holds_stay_whole(kind: str, held: str, tmp_
 def test_a_sparse_parameter_is_refused_with_the_fix() -> None:
     model = Odd(F.relu)
     model.extra = nn.Parameter(torch.eye(3).to_sparse())
-    with pytest.raises(TraceError, match="extra is torch.sparse_coo, quantized=False; only dense tensors can be cut"):
+    with pytest.raises(TraceError, match=r"extra is torch\.sparse_coo, quantized=False; only dense tensors can be cut"):
         verify(model, torch.randn(4, 3))
 
 

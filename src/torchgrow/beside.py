@@ -24,7 +24,7 @@ def late_buffers(space: Space, model: nn.Module) -> set[str]:
 
 
 def of_state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers that a state holds: all but sparse buffers that are not persistent, which the frame has."""
+    """Parameters and buffers that a state holds: not sparse buffers that are not persistent, which the frame has."""
     return {name: x for name, x in named_tensors(model).items() if not _brought_by_frame(model, name, x)}
 
 

@@ -346,8 +346,8 @@ def storable(tensor: Tensor, name: str) -> Tensor:
         fault = "is not initialised yet, so it cannot be stored; run the model on a batch first"
     elif tensor.layout != torch.strided:
         fault = (
-            f"is a {tensor.layout} tensor, which cannot be stored; use tensor.to_dense(), or leave it to the frame, which "
-            "makes it anew: register_buffer(name, tensor, persistent=False)"
+            f"is a {tensor.layout} tensor, which cannot be stored; use tensor.to_dense(), or leave it to the frame, "
+            "which makes it anew: register_buffer(name, tensor, persistent=False)"
         )
     elif is_traceable_wrapper_subclass(tensor):
         kind = type(tensor).__name__

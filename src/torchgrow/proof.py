@@ -21,7 +21,7 @@ from .counting import Guess, choices, guesses
 from .depth import Named, find, gated, with_layers
 from .errors import TraceError
 from .opening import mapped, put_out, tensors
-from .passes import HIGH, Chance, Pass, Steady, fingerprint, passes, running, storages, too_small, twin
+from .passes import HIGH, Chance, Pass, Steady, fingerprint, passes, running, storages, too_small, twin, unchanged
 from .record import skip_
 from .replay import Couples, replay
 from .space import WHOLE, Frozen, Place, Space, live_positions
@@ -283,7 +283,7 @@ class Prover:
         return False
 
     def _outputs(self, keep: Tensor | None = None, *, shown: Tensor | None = None) -> list[Tensor]:
-        """All tensors and numbers the network puts out, in all passes.
+        """All tensors and numbers the network puts out, in all passes, which begin in the same state every time.
 
         Args:
             keep: the units of the network: given states are cut as it is.
@@ -291,20 +291,21 @@ class Prover:
                 business.
         """
         found: list[Tensor] = []
-        for one in self.passes:
-            example = self.examples[one.example]
-            if keep is not None and self.space.carried:
-                example = self._cut_states(example, keep)
-            values = [p.detach().clone() for p in self.frame.parameters()] if self.restless else []
-            with self._running(one, {}):
-                outputs = call(self.frame, example)
-            own = [leaf.value for leaf in put_out(outputs)]
-            if shown is not None:
-                for state in self.space.carried:
-                    own[state.output] = recut(own[state.output], state.units, self.space.everything(), shown)
-            found += own
-            for parameter, value in zip(self.frame.parameters(), values, strict=False):
-                parameter.data = value
+        with unchanged(self.frame):
+            for one in self.passes:
+                example = self.examples[one.example]
+                if keep is not None and self.space.carried:
+                    example = self._cut_states(example, keep)
+                values = [p.detach().clone() for p in self.frame.parameters()] if self.restless else []
+                with self._running(one, {}):
+                    outputs = call(self.frame, example)
+                    own = [leaf.value.clone() for leaf in put_out(outputs)]  # of a buffer, before it is as it was
+                if shown is not None:
+                    for state in self.space.carried:
+                        own[state.output] = recut(own[state.output], state.units, self.space.everything(), shown)
+                found += own
+                for parameter, value in zip(self.frame.parameters(), values, strict=False):
+                    parameter.data = value
         found = [x.to_dense() if x.layout != torch.strided else x for x in found]
         return [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in found]
 
