@@ -71,6 +71,18 @@ def as_complex(y: Tensor) -> Tensor:
     return torch.polar(y.abs(), y).real
 
 
+def turned_in_place(y: Tensor) -> Tensor:
+    y = y * 1
+    y.t_()
+    y.unsqueeze_(0).transpose_(1, 2)
+    return y.squeeze_(0)
+
+
+def turned_in_place_square(y: Tensor) -> Tensor:
+    y = y[:1].expand(6, -1) * 1  # where shapes do not tell
+    return y.t_().relu().t_()
+
+
 # what it does -> removable units of a (6) and b (4): 10 if it passes, 4 if a must stay
 ANSWERS = [
     (F.relu, 10),
@@ -91,6 +103,9 @@ ANSWERS = [
     (lambda y: torch.cat([y[:, :2], y[:, 2:]], 1), 4),
     (lambda y: y @ torch.eye(6, dtype=y.dtype), 4),
     (as_complex, 10),
+    (turned_in_place, 10),
+    (turned_in_place_square, 10),
+    (torch.func.vmap(lambda y: y.relu()), 10),
 ]
 
 
@@ -100,6 +115,28 @@ def test_odd_operations_get_the_right_answer(odd: Callable[[Tensor], Tensor], un
     report = verify(Odd(odd), torch.randn(5, 3), fraction=0.4)
     assert report.ok, report
     assert report.units == units, report
+
+
+class Holding(Odd):
+    """Multiplies by constants that are neither parameters nor buffers"""
+
+    def __init__(self) -> None:
+        super().__init__(lambda y: y)
+        self.turn = torch.randn(3, 3)
+        self.held = {"more": [torch.randn(3, 3), (torch.randn(3, 3), 2)]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        for matrix in (self.turn, self.held["more"][0], self.held["more"][1][0]):
+            x = x @ matrix
+        return super().forward(x)
+
+
+def test_constants_in_attributes_are_no_hindrance_to_double_precision() -> None:
+    model = Holding()
+    report = verify(model, torch.randn(5, 3))
+    assert report.ok, report
+    assert report.units == 10
+    assert model.held["more"][1][0].dtype == torch.float32
 
 
 def test_reading_a_value_freezes_nothing_but_says_so_if_it_matters() -> None:
@@ -217,8 +254,7 @@ class Graph(nn.Module):
             self.register_buffer("adjacency", adjacency, persistent=held == "persistent")
 
     def forward(self, x: Tensor) -> Tensor:
-        adjacency = self.adjacency.to(x.dtype)
-        return self.b(self.multiply(adjacency, F.relu(self.a(self.multiply(adjacency, x)))))
+        return self.b(self.multiply(self.adjacency, F.relu(self.a(self.multiply(self.adjacency, x)))))
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")

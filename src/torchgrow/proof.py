@@ -7,7 +7,7 @@ groups and frozen with the reason; nothing unproven is ever removed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +21,7 @@ from .counting import Guess, choices, guesses
 from .depth import Named, find, gated, with_layers
 from .errors import TraceError
 from .opening import mapped, put_out, tensors
-from .passes import HIGH, Chance, Pass, Steady, fingerprint, passes, running, storages, too_small, twin, unchanged
+from .passes import BARE, HIGH, Chance, Pass, Steady, fingerprint, passes, running, storages, too_small, twin, unchanged
 from .record import skip_
 from .replay import Couples, replay
 from .space import WHOLE, Frozen, Place, Space, live_positions
@@ -100,6 +100,8 @@ class Prover:
             for name, tensor in [*self.frame.named_parameters(), *self.frame.named_buffers()]:
                 tensor.detach().copy_(births.full(name))
         self.frame._apply(_doubled)
+        for module in self.frame.modules():
+            _double_inside({name: value for name, value in vars(module).items() if name not in BARE}, vars(module))
         self.examples = [mapped(example, lambda x: _doubled(x.detach())) for example in examples]
         self._randomize()
         for state in space.carried:  # anything, not the zeros that most examples begin with
@@ -346,6 +348,19 @@ def _device(examples: list[Any]) -> torch.device:
 def _doubled(x: Tensor) -> Tensor:
     """In double precision, real or complex; integers as they are."""
     return x.to(torch.complex128) if x.is_complex() else x.double() if x.is_floating_point() else x
+
+
+def _double_inside(held: Mapping[str, Any] | list[Any], container: Any) -> None:
+    """Give a container doubled tensors in place of those it holds, in dicts and lists inside too; parameters stay."""
+    for key, value in list(held.items() if isinstance(held, Mapping) else enumerate(held)):
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            container[key] = _doubled(value.detach())
+        elif type(value) is tuple and any(isinstance(x, Tensor) for x in value):
+            entries = list(value)
+            _double_inside(entries, entries)
+            container[key] = tuple(entries)
+        elif type(value) in (dict, list):
+            _double_inside(value, value)
 
 
 def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) -> Space:

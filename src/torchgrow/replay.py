@@ -145,6 +145,9 @@ UNSEEN = (
 )
 """Reason of what is frozen for the sake of a parameter that took part in no run."""
 
+IN_PLACE_VIEWS = {"squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
+"""Operations that give a tensor another shape in place, so that afterwards nobody knows the one it had."""
+
 PENDING_BYTES = 2**25
 """How much the results of pending steps may hold; they are kept until their labels have been looked at."""
 
@@ -461,6 +464,8 @@ class Replay(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
+        if operation.name in IN_PLACE_VIEWS:
+            return self._as_a_view(operation, func, args, kwargs)
         tensors = _tensors((*args, *kwargs.values()))
         notes = [self.note(x) for x in tensors]
         if operation.mutable and self.pending and not self._harmless(operation, args[0]):
@@ -488,6 +493,24 @@ class Replay(TorchDispatchMode):
             if self.pending_bytes > PENDING_BYTES:
                 self._catch_up()
         return out
+
+    def _as_a_view(self, operation: Operation, func: Any, args: Any, kwargs: Any) -> Tensor:
+        """Run an operation that gives a tensor another shape in place: what it was stands in for what enters."""
+        self._catch_up()
+        target, note = args[0], self.note(args[0])
+        before = target.detach()
+        func(*args, **kwargs)
+        self.notes[id(before)] = replace(note, tensor=ref(before), name="")
+        packet = getattr(torch.ops.aten, operation.name.rstrip("_"))
+        plain = packet.int if operation.name == "transpose_" else getattr(packet, func._overloadname)
+        if note.shadow is not None:
+            note.shadow = plain(note.shadow, *args[1:], **kwargs)
+        line, module = _user_line(), self.stack[-1] if self.stack else ""
+        step = Step(Operation.of(plain), plain, (before, *args[1:]), kwargs, target, [note], False, None, module, line)
+        if self.whole is None:
+            self._label_results(step)
+        del self.notes[id(before)]
+        return target
 
     def _fresh(self, target: Any, tensors: Sequence[Tensor]) -> Fresh | None:
         """What an in-place operation is about to write to, if it is the same everywhere whatever the inputs are."""
