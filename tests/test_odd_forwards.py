@@ -139,6 +139,27 @@ def test_constants_in_attributes_are_no_hindrance_to_double_precision() -> None:
     assert model.held["more"][1][0].dtype == torch.float32
 
 
+class Nested(Odd):
+    """Puts out tensors of different lengths in one"""
+
+    def __init__(self, layout: torch.layout) -> None:
+        super().__init__(F.relu)
+        self.layout = layout
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [super(Nested, self).forward(part) for part in (x[:2], x[2:])]
+        return torch.nested.as_nested_tensor(parts, layout=self.layout)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(("layout", "units"), [(torch.strided, 10), (torch.jagged, 0)])
+def test_nested_outputs_are_compared_part_by_part(layout: torch.layout, units: int) -> None:
+    """Or, in the newer layout, keep everything, with an answer all the same."""
+    report = verify(Nested(layout), torch.randn(5, 3))
+    assert report.ok, report
+    assert report.units == units, report
+
+
 def test_reading_a_value_freezes_nothing_but_says_so_if_it_matters() -> None:
     report = verify(Odd(which_way), torch.randn(5, 3))
     assert report.ok

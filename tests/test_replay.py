@@ -259,7 +259,7 @@ def over_two_devices() -> nn.Module:
 
 def sparse() -> nn.Module:
     model = zoo.build("plain")
-    model.register_buffer("s", torch.eye(3).to_sparse())
+    model.s = nn.Parameter(torch.eye(3).to_sparse())
     return model
 
 

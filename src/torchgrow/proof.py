@@ -308,6 +308,7 @@ class Prover:
                 found += own
                 for parameter, value in zip(self.frame.parameters(), values, strict=False):
                     parameter.data = value
+        found = [part for x in found for part in (x.unbind() if x.is_nested else [x])]
         found = [x.to_dense() if x.layout != torch.strided else x for x in found]
         return [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in found]
 
