@@ -425,7 +425,7 @@ def test_an_attribute_that_cannot_follow_leaves_its_group_whole() -> None:
 
     space = trace(Elsewhere(), zoo.inputs("heads-counted"))
     assert not space.removable.any()
-    assert "the compact network fails" in str(space.frozen[-1])
+    assert any("the compact network fails" in str(frozen) for frozen in space.frozen)
 
 
 def test_hidden_size_must_stay_above_a_projection() -> None:

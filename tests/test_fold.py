@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from growing import indicators_of
 from lookalikes import Madgrad, ScheduleFree
 from oracle import Eq6, SmallResNet
-from torchgrow import Budget, Grower, Method, TrainingError
+from torchgrow import Budget, Grower, Method, TrainingError, trace
+from torchgrow.fold import Fold
 
 Make = Callable[[Any], torch.optim.Optimizer]
 
@@ -581,3 +582,31 @@ def test_small_gates_keep_the_raw_weight() -> None:
         optimizer.step()
     assert float(indicators_of(grower).gate.min()) == 1e-6
     assert all(torch.equal(before[name], raw) for name, raw in grower._folding.raw().items())
+
+
+def test_gates_of_complex_weights_get_the_gradient_of_what_they_scale() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.randn(6, 3, dtype=torch.complex128))
+            self.b = nn.Parameter(torch.randn(2, 6, dtype=torch.complex128))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x.to(self.a.dtype) @ self.a.t() @ self.b.t()).abs()
+
+    torch.manual_seed(0)
+    model, x = Turned(), torch.randn(5, 3, dtype=torch.float64)
+    space = trace(model, x)
+    parameters = dict(model.named_parameters())
+    fold, gate = Fold(space, parameters, space.everything(), {}), torch.rand(space.n_units, dtype=torch.float64)
+    gate.requires_grad_()
+    contents = {**parameters, **fold.folded(fold.factors(gate))}
+    torch.func.functional_call(model, contents, (x,)).square().sum().backward()
+    with torch.no_grad():
+        for name, folded in fold.folded(fold.factors(gate)).items():
+            parameters[name].copy_(folded)
+    model.zero_grad()
+    model(x).square().sum().backward()
+    found = fold.gate_gradient([parameter.grad for parameter in fold.parameters])
+    assert space.n_units == 6
+    assert torch.allclose(found, (gate.grad * gate).detach())

@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchgrow import TraceError, trace, verify
+from torchgrow import trace, verify
 from torchgrow.replay import replay
 
 BOXES = torch.tensor([[0.0, 0, 0, 5, 5], [1, 1, 1, 6, 6]])
@@ -487,10 +487,3 @@ def test_a_rest_of_nothing_costs_nothing() -> None:
     report = verify(Rotary(), torch.randn(4, 5), fraction=0.4)
     assert report.ok
     assert report.groups == {"a": 3}, report
-
-
-def test_complex_parameters_get_a_clear_answer() -> None:
-    model = Maps(torch.relu)
-    model.spectrum = nn.Parameter(torch.randn(6, 6, dtype=torch.complex64))
-    with pytest.raises(TraceError, match="spectrum is complex; keep real and imaginary part in two real parameters"):
-        trace(model, torch.randn(2, 3, 8, 8))

@@ -3,9 +3,12 @@
 import copy
 import random
 import warnings
+from collections import deque
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,8 @@ from torch.nn import functional as F
 import zoo
 from torchgrow import Budget, Grower, Space, TraceError, measure, shrink_, trace, verify
 from torchgrow.passes import Pass, running
+from torchgrow.proof import Prover
+from torchgrow.rules import RULES
 
 
 def halved(space: Space) -> Tensor:
@@ -106,7 +111,7 @@ def test_the_proof_runs_in_training_mode_too(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("torchgrow.replay.Replay._freeze_unused", lambda self: None)
     space = trace(model, x)
     assert space.widths(space.everything()) == {"b": 4}
-    assert [frozen.op for frozen in space.frozen if frozen.module == "a"][-1] == "proof"
+    assert "proof" in [frozen.op for frozen in space.frozen if frozen.module == "a"]
 
 
 def test_a_batch_of_one_has_no_statistics_and_is_no_hindrance() -> None:
@@ -139,11 +144,11 @@ X, LOW, BOTH = torch.randn(2, 3, 8, 8), torch.tensor([0, 0]), torch.tensor([0, 1
 def test_a_parameter_that_no_example_uses_keeps_what_it_could_read() -> None:
     model = Levels()
     space = trace(model, (X, LOW))
-    assert space.widths(space.everything()) == {"a": 6}  # of which a matrix [5, 4] can read nothing, whole or in parts
+    assert space.widths(space.everything()) == {}  # a matrix [5, 4] can read a slice of the 6 as well
     reasons = [
         frozen for frozen in space.frozen if "could be read by heads.1.weight, which no example used" in str(frozen)
     ]
-    assert {place for frozen in reasons for place in frozen.places} >= {("b.weight", 0)}
+    assert {place for frozen in reasons for place in frozen.places} >= {("a.weight", 0), ("b.weight", 0)}
     assert "example_inputs=[..., ...]" in reasons[0].reason
 
 
@@ -155,6 +160,39 @@ def test_several_examples_reach_what_one_does_not() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     Grower(model, optimizer, example_inputs=[(X, LOW), (X, BOTH)], budget=Budget(params="60%"), updates=2)
     assert model(X, LOW).shape == model(X, BOTH).shape == (2, 5)
+
+
+class Sliced(nn.Module):
+    """A large batch goes another way, where a layer reads or writes a part of the 13 features"""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b, self.how = nn.Linear(3, 13), nn.Linear(13, 2), how
+        self.aux: Any = nn.Linear(*((1, 1) if how == "read one" else (5, 5)), bias=how != "read one")
+        if how == "scale":
+            self.aux = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.a(x))
+        if len(x) > 4 and self.how.startswith("read"):
+            return self.b(h) + self.aux(h[:, : self.aux.in_features]).sum()
+        if len(x) > 4 and self.how == "write":
+            h = torch.cat([self.aux(x[:, [0, 1, 2, 0, 1]]) + h[:, :5], h[:, 5:]], 1)
+        return self.b(h)
+
+
+@pytest.mark.parametrize("how", ["read", "read one", "write"])
+def test_a_parameter_that_no_example_uses_could_meet_a_slice(how: str) -> None:
+    model = Sliced(how)
+    space = trace(model, torch.randn(2, 3))
+    assert space.widths(space.everything()) == {}
+    shrink_(model, space, halved(space))
+    model(torch.randn(6, 3))
+
+
+def test_a_single_number_that_no_example_uses_meets_no_position() -> None:
+    space = trace(Sliced("scale"), torch.randn(2, 3))
+    assert space.widths(space.everything()) == {"a": 13}
 
 
 def test_a_parameter_out_of_training_keeps_nothing() -> None:
@@ -336,6 +374,112 @@ def test_the_model_is_as_before_and_the_network_is_proven_as_it_will_be(name: st
     assert verify(model, x, space=space, trials=1).ok
 
 
+class Remembering(nn.Module):
+    """Does something else at every call, by what it keeps in an attribute"""
+
+    def __init__(self, kept: Any, at_call: Callable[[Any], float]) -> None:
+        super().__init__()
+        self.kept, self.at_call = kept, at_call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.at_call(self) if self.training else x
+
+
+def counted(m: Any) -> float:
+    m.kept += 1
+    return 1 / m.kept
+
+
+def listed(m: Any) -> float:
+    m.kept.append(len(m.kept))
+    return float(sum(m.kept))
+
+
+def looked_up(m: Any) -> float:
+    m.kept["schedule"]["step"] += 1
+    return 0.9 ** m.kept["schedule"]["step"]
+
+
+def of_an_object(m: Any) -> float:
+    m.kept.step += 1
+    return 0.9**m.kept.step
+
+
+def taken(m: Any) -> float:
+    return float(m.kept.popleft())
+
+
+def annealed(m: Any) -> float:
+    m.kept.mul_(0.9)
+    return float(m.kept)
+
+
+REMEMBERING: dict[str, tuple[Callable[[], Any], Callable[[Any], float]]] = {
+    "a counter": (lambda: 1, counted),
+    "a list": (lambda: [1], listed),
+    "a dict in a dict": (lambda: {"schedule": {"step": 0}}, looked_up),
+    "an object": (lambda: SimpleNamespace(step=0), of_an_object),
+    "a queue": (lambda: deque(range(1, 100)), taken),
+    "a tensor": (lambda: torch.ones(()), annealed),
+    "Python's generator": (lambda: random.Random(0), lambda m: m.kept.random()),
+    "numpy's generator": (lambda: np.random.default_rng(0), lambda m: float(m.kept.random())),
+}
+
+
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_every_run_of_the_proof_begins_in_the_same_state(name: str) -> None:
+    """What a forward remembers of its calls is no difference between a network and its frame."""
+    make, at_call = REMEMBERING[name]
+    model = nn.Sequential(nn.Linear(3, 6), Remembering(make(), at_call), nn.ReLU(), nn.Linear(6, 2))
+    before, x = copy.deepcopy(model[1].kept), torch.randn(4, 3)
+    report = verify(model, x, trials=2)
+    assert report.ok, report
+    assert report.groups == {"0": 6}, report
+    assert str(vars(model[1])["kept"]) == str(before) or "enerator" in name
+
+
+class Shown(nn.Module):
+    """Puts out a buffer or an attribute that it has written to"""
+
+    def __init__(self, held: str) -> None:
+        super().__init__()
+        self.a, self.b, self.kept = nn.Linear(3, 6), nn.Linear(6, 2), torch.zeros(4).double()
+        if held == "buffer":
+            del self.kept
+            self.register_buffer("kept", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.a(x)
+        with torch.no_grad():
+            self.kept += (h + 2).prod(1)
+        return self.b(h), self.kept
+
+
+@pytest.mark.parametrize("held", ["buffer", "attribute"])
+def test_what_a_model_holds_and_puts_out_is_compared_as_it_was_put_out(
+    held: str,
+) -> None:
+    model, x = Shown(held), torch.randn(4, 3)
+    assert verify(model, x).units == 0
+    space = trace(Bare(held), x)
+    keep = space.everything()
+    keep[0] = False
+    assert Prover(model, space, x, seed=0).error(keep)[0] > 1e-3
+
+
+class Bare(nn.Module):
+    """The layers of `Shown` alone, whose units can go"""
+
+    def __init__(self, held: str) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+        if held == "buffer":
+            self.register_buffer("kept", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
 def test_activations_kept_from_an_earlier_call_are_no_hindrance() -> None:
     model = nn.Sequential(nn.Linear(3, 6), nn.Linear(6, 2))
     model.last = model(torch.randn(2, 3))  # with a history, which deepcopy refuses
@@ -374,6 +518,15 @@ def test_a_stack_that_is_too_shallow_is_named(monkeypatch: pytest.MonkeyPatch) -
         raise RecursionError("maximum recursion depth exceeded")
 
     monkeypatch.setattr("torchgrow.replay.Replay._shaped", failing)
+    with pytest.raises(TraceError, match=r"deeper stack than Python allows.*sys\.setrecursionlimit"):
+        trace(zoo.build("plain"), zoo.inputs("plain"))
+
+
+def test_a_stack_that_is_too_shallow_for_a_rule_freezes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*args: Any) -> Any:
+        raise RecursionError("maximum recursion depth exceeded")
+
+    monkeypatch.setitem(RULES, "relu", failing)
     with pytest.raises(TraceError, match=r"deeper stack than Python allows.*sys\.setrecursionlimit"):
         trace(zoo.build("plain"), zoo.inputs("plain"))
 

@@ -234,7 +234,7 @@ def test_a_faint_mistake_is_not_taken_for_rounding() -> None:
     )
     space = prove(model, wrong, x)
     assert not bool(space.removable.any())
-    assert "outputs differ by" in str(space.frozen[-1])
+    assert any("outputs differ by" in str(frozen) for frozen in space.frozen)
 
 
 def test_rounding_that_a_network_blows_up_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:

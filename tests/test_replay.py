@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 import zoo
-from torchgrow import Space, TraceError, trace, verify
+from torchgrow import Frozen, Space, TraceError, trace, verify
 from torchgrow.lab.models import VGG16, ResNet, WideResNet
 from torchgrow.replay import Replay, ValuesRead, replay
 
@@ -259,7 +259,7 @@ def over_two_devices() -> nn.Module:
 
 def sparse() -> nn.Module:
     model = zoo.build("plain")
-    model.register_buffer("s", torch.eye(3).to_sparse())
+    model.s = nn.Parameter(torch.eye(3).to_sparse())
     return model
 
 
@@ -422,3 +422,29 @@ def test_a_scale_without_an_offset_belongs_to_its_channels() -> None:
     assert int(space.removable.sum()) == 6
     assert torch.equal(space.unit_of["gain", 0], space.unit_of["conv.weight", 0])
     assert verify(Standardised(), x).ok
+
+
+class Beside(nn.Module):
+    """Runs a wide layer whose width must stay, and has a convolution that nothing uses"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.Conv2d(2, 4, 3).requires_grad_(False)
+        self.a, self.b, self.c = nn.Linear(3, 8), nn.Linear(8, 40), nn.Linear(40, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(torch.relu(self.a(x))).sort(-1).values)
+
+
+def test_what_keeps_most_parameters_is_said_first_and_kernels_are_not() -> None:
+    """Report, summaries and errors show the beginning of one list."""
+    space = replay(Beside(), torch.randn(4, 3))
+    concerned = [{name for name, _ in frozen.places} for frozen in space.frozen]
+    sizes = [sum(dict(Beside().named_parameters())[name].numel() for name in names) for names in concerned]
+    assert sizes == sorted(sizes, reverse=True)
+    assert concerned[0] >= {"b.weight"}
+    assert [frozen.places for frozen in space.frozen if frozen.op == "unused"] == [
+        (("idle.weight", 0), ("idle.weight", 1), ("idle.bias", 0))
+    ]
+    later = space.freeze([0], Frozen("proof", "b", "", "is kept", (("b.weight", 0), ("c.weight", 1))))
+    assert later.frozen[0].op == "proof"

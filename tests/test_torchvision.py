@@ -9,6 +9,7 @@ import pytest
 import torch
 from torchvision import models
 
+from torchgrow import Budget, Grower, Space, shrink_
 from torchgrow.cost import CostModel
 from torchgrow.proof import TOLERANCE, Prover
 from torchgrow.replay import replay
@@ -43,3 +44,47 @@ def test_small_members_of_the_families(name: str) -> None:
     assert 1 - costs.both(costs.smallest())[0] / costs.both(costs.sizes)[0] > least
     prover = Prover(model, space, example, seed=0)
     assert prover.error(prover.draw(0.4))[0] <= TOLERANCE
+
+
+def thinned(space: Space) -> torch.Tensor:
+    """A keep vector with an eighth of every group."""
+    keep = space.everything()
+    for group in range(space.n_groups):
+        units = torch.nonzero((space.group_of == group) & space.removable).flatten()
+        keep[units[units.numel() // 8 + 1 :]] = False
+    return keep
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "units"),
+    [("googlenet", 64, 9584), ("inception_v3", 299, 18112)],  # of fewer pixels Inception's auxiliary head has none
+)
+def test_auxiliary_heads_are_cut_and_trained_with_the_rest(name: str, pixels: int, units: int) -> None:
+    torch.manual_seed(0)
+    model, images = getattr(models, name)(init_weights=False), torch.randn(2, 3, pixels, pixels)
+    space = replay(model, images[:1])
+    assert int(space.removable.sum()) == units
+    assert not [str(frozen) for frozen in space.frozen if frozen.op == "unused"]
+    shrink_(model, space, thinned(space))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    outputs = model.train()(images)
+    assert len(outputs) == (3 if name == "googlenet" else 2)
+    sum(output.square().mean() for output in outputs).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    optimizer.step()
+    with torch.no_grad():
+        assert model.eval()(images).shape == (2, 1000)
+
+
+def test_googlenet_grows_with_its_auxiliary_heads() -> None:
+    torch.manual_seed(0)
+    model, images = models.googlenet(num_classes=5, init_weights=False), torch.randn(2, 3, 32, 32)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    grower = Grower(model, optimizer, example_inputs=images, budget=Budget(params="20%"), updates=2)
+    for _ in range(2):
+        sum(output.square().mean() for output in model.train()(images)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        grower.update()
+    assert all(0 < grower.widths()[f"aux{k}.fc1"] < 1024 for k in (1, 2))
+    assert grower.cost().params <= grower.limits.params

@@ -105,7 +105,9 @@ def summary(
     ]
     lines += [f"         {group}: {widths.get(group, 0)} of {count}" for group, count in list(full.items())[:_MOST]]
     lines += [f"         and {len(full) - _MOST} more groups: see widths()"] * (len(full) > _MOST)
-    lines += [f"  stays  {reason}" for reason in list(dict.fromkeys(map(str, frozen)))[:_MOST]]
+    reasons = list(dict.fromkeys(map(str, frozen)))
+    lines += [f"  stays  {reason}" for reason in reasons[:_MOST]]
+    lines += [f"         and for {len(reasons) - _MOST} more reasons: see space.frozen"] * (len(reasons) > _MOST)
     return "\n".join(lines)
 
 

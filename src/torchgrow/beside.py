@@ -23,6 +23,16 @@ def late_buffers(space: Space, model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_buffers() if name not in space.cut_axes}
 
 
+def of_state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers that a state holds: not sparse buffers that are not persistent, which the frame has."""
+    return {name: x for name, x in named_tensors(model).items() if not _brought_by_frame(model, name, x)}
+
+
+def _brought_by_frame(model: nn.Module, name: str, tensor: Tensor) -> bool:
+    path, _, own = name.rpartition(".")
+    return tensor.layout != torch.strided and own in model.get_submodule(path)._non_persistent_buffers_set
+
+
 def check_network(space: Space, keep: Tensor, model: nn.Module) -> None:
     """Refuse to save what could never be loaded.
 
@@ -54,11 +64,15 @@ def read_network(
     for name, entry in found.items():
         if name in fixed:
             tensors[name] = entry.tensor(shapes[name], present[name].dtype)
-        elif isinstance(entry.value, Tensor) and entry.value.layout == torch.strided:
+        elif isinstance(entry.value, Tensor) and entry.value.layout in (torch.strided, _layout(present.get(name))):
             tensors[name] = entry.value.detach()
         else:
             entry.refuse("a dense tensor")
     return tensors
+
+
+def _layout(tensor: Tensor | None) -> torch.layout:
+    return torch.strided if tensor is None else tensor.layout
 
 
 def _may_appear(modules: Mapping[str, nn.Module], name: str) -> bool:
@@ -70,7 +84,8 @@ def _may_appear(modules: Mapping[str, nn.Module], name: str) -> bool:
 
 def take_buffers(exchange: Exchange, model: nn.Module, contents: Mapping[str, Tensor]) -> None:
     """Have `exchange` make the buffers that only `contents` has, not persistent, and drop those that it lacks."""
-    modules, present = dict(model.named_modules()), dict(model.named_buffers())
+    modules, held = dict(model.named_modules()), of_state(model)
+    present = {name: buffer for name, buffer in model.named_buffers() if name in held}
     for name in [*(n for n in contents if n not in present), *(n for n in present if n not in contents)]:
         path, _, own = name.rpartition(".")
         module = modules[path]

@@ -77,9 +77,8 @@ def check_model(model: nn.Module, example_inputs: Any) -> None:
                 f"{name} was made under torch.inference_mode(), so that nothing can train it or write into it; "
                 "build the model outside of it"
             )
-        if isinstance(tensor, nn.Parameter) and tensor.is_complex():
-            raise TraceError(f"{name} is complex; keep real and imaginary part in two real parameters")
-        if tensor.layout != torch.strided or tensor.is_quantized:
+        sparse = tensor.layout != torch.strided and isinstance(tensor, nn.Parameter)  # sparse buffers stay whole
+        if sparse or tensor.is_quantized:
             raise TraceError(
                 f"{name} is {tensor.layout}, quantized={tensor.is_quantized}; only dense tensors can be cut"
             )

@@ -345,7 +345,10 @@ def storable(tensor: Tensor, name: str) -> Tensor:
     if is_lazy(tensor):
         fault = "is not initialised yet, so it cannot be stored; run the model on a batch first"
     elif tensor.layout != torch.strided:
-        fault = f"is a {tensor.layout} tensor, which cannot be stored; use tensor.to_dense()"
+        fault = (
+            f"is a {tensor.layout} tensor, which cannot be stored; use tensor.to_dense(), or leave it to the frame, "
+            "which makes it anew: register_buffer(name, tensor, persistent=False)"
+        )
     elif is_traceable_wrapper_subclass(tensor):
         kind = type(tensor).__name__
         fault = f"is a {kind}, which cannot be stored; use a plain tensor, as of full_tensor() or dequantize()"

@@ -190,18 +190,30 @@ class Findings:
         return tuple(Attribute(module, name, vector) for (module, name), vector in found.items() if has_units(vector))
 
     def _frozen(self) -> tuple[Frozen, ...]:
-        """Freezings with the places of their symbols; those of nothing but axes of carried tensors go unsaid."""
+        """Freezings with the places of their symbols; those of nothing but axes of carried tensors go unsaid.
+
+        So do those of kernels, of which nothing could ever go. What one operation keeps for one reason, in several
+        runs perhaps, is said once.
+        """
         places = list(self.symbols)
         starts = torch.tensor([1, *(symbols.numel() for symbols in self.symbols.values())]).cumsum(0)[:-1]
         last = sum(symbols.numel() for symbols in self.symbols.values())  # then come those of carried tensors
-        result = []
+        kernels = {
+            (f"{path}.weight" if path else "weight", axis)
+            for path, module in self.model.named_modules()
+            if isinstance(module, nn.modules.conv._ConvNd)
+            for axis in range(2, module.weight.dim())
+        }
+        found: dict[Frozen, dict[Place, None]] = {}
         for freezing in self.freezings:
             symbols = freezing.symbols[freezing.symbols <= last]
             if not symbols.numel():
                 continue
             index = (torch.searchsorted(starts, symbols, right=True) - 1).unique().tolist()
-            result.append(replace(freezing.frozen, places=tuple(places[i] for i in index)))
-        return tuple(dict.fromkeys(result))  # several runs freeze the same for the same reason
+            own = [places[i] for i in index if places[i] not in kernels]
+            if own:
+                found.setdefault(freezing.frozen, {}).update(dict.fromkeys(own))
+        return tuple(replace(frozen, places=tuple(own)) for frozen, own in found.items())
 
 
 def _counted_axes(module: nn.Module) -> dict[str, Place]:

@@ -123,7 +123,8 @@ class Fold:
         """The product m dL/dm for every unit, float64 [n], from the gradients of the folded parameters."""
         products = []
         for parameter, gradient, axes in zip(self.parameters, gradients, self._axes, strict=True):
-            product = torch.zeros_like(parameter) if gradient is None else gradient * parameter
+            product = torch.zeros_like(parameter) if gradient is None else gradient * parameter.conj()
+            product = product.real if product.is_complex() else product
             for axis in axes:
                 others = [k for k in range(product.dim()) if k != axis]
                 products.append((product.sum(others) if others else product).reshape(-1))

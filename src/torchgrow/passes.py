@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Mapping
+import types
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -82,13 +85,16 @@ def twin(model: nn.Module) -> nn.Module:
 
 
 def _uncopied(model: nn.Module) -> dict[int, Any]:
-    """What deepcopy fails on, by id: tensors with a history are cut from it, locks and open files are shared."""
+    """What deepcopy fails on, by id: tensors with a history are cut from it, locks and open files are shared.
+
+    It also fails on tensors in compressed rows or columns.
+    """
     memo: dict[int, Any] = {}
     for path, module in model.named_modules():
         held = {name: value for name, value in vars(module).items() if name != "_modules"}
         for leaf in leaves(held, path):
             if isinstance(leaf.value, Tensor):
-                if not leaf.value.is_leaf:
+                if not leaf.value.is_leaf or leaf.value.layout not in (torch.strided, torch.sparse_coo):
                     memo[id(leaf.value)] = leaf.value.detach().clone()
             elif not isinstance(leaf.value, nn.Module):
                 try:
@@ -181,6 +187,67 @@ def running(model: nn.Module, one: Pass, *, still_norms: bool = False) -> Iterat
         with torch.no_grad():
             for buffer, before in values.values():
                 buffer.copy_(before)
+
+
+BARE = frozenset(vars(nn.Module()))
+"""What every module has: parameters, buffers and submodules, and hooks."""
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """What modules hold beside parameters and buffers is as before afterwards: counters, schedules, histories.
+
+    Containers have their entries again, instances of Python classes their attributes, tensors their values, and
+    generators their states; the objects stay the same. A cache that is there stays, one that was made is gone.
+    """
+    undo: list[Callable[[], Any]] = []
+    waiting: list[Any] = []
+    for module in model.modules():
+        own = vars(module)
+        undo.append(partial(_refill, own, dict(own)))
+        waiting += [value for name, value in own.items() if name not in BARE]
+    seen = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen or isinstance(value, (type, nn.Module, types.ModuleType, types.FunctionType)):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            if value.layout == torch.strided and not value.is_meta and not value.is_inference():
+                undo.append(partial(_write_back, value, value.detach().clone(), value._version))
+        elif isinstance(value, np.random.Generator):
+            undo.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
+        elif isinstance(value, random.Random):
+            undo.append(partial(value.setstate, value.getstate()))
+        elif isinstance(value, torch.Generator):
+            undo.append(partial(value.set_state, value.get_state()))
+        elif isinstance(value, (dict, set)):
+            undo.append(partial(_refill, value, value.copy()))
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, (list, deque)):
+            undo.append(partial(_refill, value, list(value)))
+            waiting += value
+        elif isinstance(value, tuple):
+            waiting += value
+        elif isinstance(getattr(value, "__dict__", None), dict):
+            undo.append(partial(_refill, vars(value), dict(vars(value))))
+            waiting += vars(value).values()
+    try:
+        yield
+    finally:
+        for step in undo:
+            step()
+
+
+def _refill(container: Any, entries: Any) -> None:
+    container.clear()
+    (container.update if isinstance(container, (dict, set)) else container.extend)(entries)
+
+
+def _write_back(tensor: Tensor, value: Tensor, version: int) -> None:
+    if tensor._version != version:
+        with torch.no_grad():
+            tensor.copy_(value)
 
 
 COINS = frozenset({"bernoulli"})

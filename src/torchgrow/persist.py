@@ -60,7 +60,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise SavedModelError(f"{target} exists and is not a saved model; choose another folder or remove it")
     model = unwrapped(model)
     modules = plain_modules(model)
-    tensors, record = plain_tensors(modules), recorded(modules.items())
+    tensors, record = _own_tensors(modules), recorded(modules.items())
     skipped = {path: skip for path, module in modules.items() if (skip := skip_of(module)) is not None}
     _check_explained(modules, tensors, record, skipped)
     stored = {name: storable(tensor, name) for name, tensor in tensors.items()}
@@ -82,6 +82,13 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             stacklevel=2,
         )
     write_folder(target, structure, stored, (STRUCTURE, WEIGHTS))
+
+
+def _own_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Parameters and buffers by name; sparse buffers that are not persistent are the frame's to make."""
+    transient = {join(path, name) for path, module in modules.items() for name in module._non_persistent_buffers_set}
+    found = plain_tensors(modules)
+    return {name: x for name, x in found.items() if x.layout == torch.strided or name not in transient}
 
 
 def _check_explained(
@@ -289,7 +296,7 @@ def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module])
         raise SavedModelError(f"frame_factory must return a torch.nn.Module, got {type(model).__name__}")
     frame = unwrapped(model)
     modules = plain_modules(frame)
-    own = plain_tensors(modules)
+    own = _own_tensors(modules)
     _check_fresh(modules, own)
     extra = {path: unpack(value, tensors) for path, value in structure["extra_state"].items()}
     kept = _kept(source, structure, own)

@@ -7,7 +7,7 @@ groups and frozen with the reason; nothing unproven is ever removed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +21,7 @@ from .counting import Guess, choices, guesses
 from .depth import Named, find, gated, with_layers
 from .errors import TraceError
 from .opening import mapped, put_out, tensors
-from .passes import HIGH, Chance, Pass, Steady, fingerprint, passes, running, storages, too_small, twin
+from .passes import BARE, HIGH, Chance, Pass, Steady, fingerprint, passes, running, storages, too_small, twin, unchanged
 from .record import skip_
 from .replay import Couples, replay
 from .space import WHOLE, Frozen, Place, Space, live_positions
@@ -100,6 +100,8 @@ class Prover:
             for name, tensor in [*self.frame.named_parameters(), *self.frame.named_buffers()]:
                 tensor.detach().copy_(births.full(name))
         self.frame._apply(_doubled)
+        for module in self.frame.modules():
+            _double_inside({name: value for name, value in vars(module).items() if name not in BARE}, vars(module))
         self.examples = [mapped(example, lambda x: _doubled(x.detach().clone())) for example in examples]
         self._randomize()
         for state in space.carried:  # anything, not the zeros that most examples begin with
@@ -177,7 +179,8 @@ class Prover:
 
         With twice their variance, as for training, EfficientNet-B6 blows rounding up from 1e-15 to 2e-7.
         """
-        parameters = [p for p in self.frame.parameters() if p.is_floating_point()]
+        given = [p.detach() for p in self.frame.parameters() if p.is_floating_point() or p.is_complex()]
+        parameters = [torch.view_as_real(p) if p.is_complex() else p for p in given]
         length = min(NOISE, sum(p.numel() for p in parameters))
         block = torch.randn(length, generator=self.generator, dtype=torch.float64)  # repeated: large layers are many
         start = 0  # go on where the last one ended: no two parameters alike
@@ -282,7 +285,7 @@ class Prover:
         return False
 
     def _outputs(self, keep: Tensor | None = None, *, shown: Tensor | None = None) -> list[Tensor]:
-        """All tensors and numbers the network puts out, in all passes.
+        """All tensors and numbers the network puts out, in all passes, which begin in the same state every time.
 
         Args:
             keep: the units of the network: given states are cut as it is.
@@ -290,20 +293,22 @@ class Prover:
                 business.
         """
         found: list[Tensor] = []
-        for one in self.passes:
-            example = self.examples[one.example]
-            if keep is not None and self.space.carried:
-                example = self._cut_states(example, keep)
-            values = [p.detach().clone() for p in self.frame.parameters()] if self.restless else []
-            with self._running(one, {}):
-                outputs = call(self.frame, fresh(example))
-            own = [leaf.value for leaf in put_out(outputs)]
-            if shown is not None:
-                for state in self.space.carried:
-                    own[state.output] = recut(own[state.output], state.units, self.space.everything(), shown)
-            found += own
-            for parameter, value in zip(self.frame.parameters(), values, strict=False):
-                parameter.data = value
+        with unchanged(self.frame):
+            for one in self.passes:
+                example = self.examples[one.example]
+                if keep is not None and self.space.carried:
+                    example = self._cut_states(example, keep)
+                values = [p.detach().clone() for p in self.frame.parameters()] if self.restless else []
+                with self._running(one, {}):
+                    outputs = call(self.frame, fresh(example))
+                    own = [leaf.value.clone() for leaf in put_out(outputs)]  # of a buffer, before it is as it was
+                if shown is not None:
+                    for state in self.space.carried:
+                        own[state.output] = recut(own[state.output], state.units, self.space.everything(), shown)
+                found += own
+                for parameter, value in zip(self.frame.parameters(), values, strict=False):
+                    parameter.data = value
+        found = [part for x in found for part in (x.unbind() if x.is_nested else [x])]
         found = [x.to_dense() if x.layout != torch.strided else x for x in found]
         return [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in found]
 
@@ -344,6 +349,19 @@ def _device(examples: list[Any]) -> torch.device:
 def _doubled(x: Tensor) -> Tensor:
     """In double precision, real or complex; integers as they are."""
     return x.to(torch.complex128) if x.is_complex() else x.double() if x.is_floating_point() else x
+
+
+def _double_inside(held: Mapping[str, Any] | list[Any], container: Any) -> None:
+    """Give a container doubled tensors in place of those it holds, in dicts and lists inside too; parameters stay."""
+    for key, value in list(held.items() if isinstance(held, Mapping) else enumerate(held)):
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            container[key] = _doubled(value.detach())
+        elif type(value) is tuple and any(isinstance(x, Tensor) for x in value):
+            entries = list(value)
+            _double_inside(entries, entries)
+            container[key] = tuple(entries)
+        elif type(value) in (dict, list):
+            _double_inside(value, value)
 
 
 def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) -> Space:

@@ -145,6 +145,9 @@ UNSEEN = (
 )
 """Reason of what is frozen for the sake of a parameter that took part in no run."""
 
+IN_PLACE_VIEWS = {"squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
+"""Operations that give a tensor another shape in place, so that afterwards nobody knows the one it had."""
+
 PENDING_BYTES = 2**25
 """How much the results of pending steps may hold; they are kept until their labels have been looked at."""
 
@@ -233,8 +236,9 @@ class Replay(TorchDispatchMode):
         self._label(tensors)
 
     def _label(self, tensors: dict[str, Tensor]) -> None:
-        """Fresh symbols for every axis of every parameter and buffer."""
-        places = [(name, k) for name, tensor in tensors.items() for k, size in enumerate(tensor.shape) if size > 1]
+        """Fresh symbols for every axis of every parameter and buffer; sparse buffers stay whole."""
+        dense = {name: tensor for name, tensor in tensors.items() if tensor.layout == torch.strided}
+        places = [(name, k) for name, tensor in dense.items() for k, size in enumerate(tensor.shape) if size > 1]
         sizes = [tensors[name].shape[axis] for name, axis in places]
         symbols = self.labels.new(sum(sizes))
         self.found.symbols.update(zip(places, symbols.split(sizes), strict=True))
@@ -245,7 +249,7 @@ class Replay(TorchDispatchMode):
         for name, tensor in tensors.items():
             layers = []
             for axis, size in enumerate(tensor.shape):
-                if size < 2:
+                if size < 2 or name not in dense:
                     continue
                 own, sources = packed[name, axis], frozenset([(name, axis)])
                 if name not in parameters:
@@ -460,6 +464,8 @@ class Replay(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
+        if operation.name in IN_PLACE_VIEWS:
+            return self._as_a_view(operation, func, args, kwargs)
         tensors = _tensors((*args, *kwargs.values()))
         notes = [self.note(x) for x in tensors]
         if operation.mutable and self.pending and not self._harmless(operation, args[0]):
@@ -487,6 +493,24 @@ class Replay(TorchDispatchMode):
             if self.pending_bytes > PENDING_BYTES:
                 self._catch_up()
         return out
+
+    def _as_a_view(self, operation: Operation, func: Any, args: Any, kwargs: Any) -> Tensor:
+        """Run an operation that gives a tensor another shape in place: what it was stands in for what enters."""
+        self._catch_up()
+        target, note = args[0], self.note(args[0])
+        before = target.detach()
+        func(*args, **kwargs)
+        self.notes[id(before)] = replace(note, tensor=ref(before), name="")
+        packet = getattr(torch.ops.aten, operation.name.rstrip("_"))
+        plain = packet.int if operation.name == "transpose_" else getattr(packet, func._overloadname)
+        if note.shadow is not None:
+            note.shadow = plain(note.shadow, *args[1:], **kwargs)
+        line, module = _user_line(), self.stack[-1] if self.stack else ""
+        step = Step(Operation.of(plain), plain, (before, *args[1:]), kwargs, target, [note], False, None, module, line)
+        if self.whole is None:
+            self._label_results(step)
+        del self.notes[id(before)]
+        return target
 
     def _fresh(self, target: Any, tensors: Sequence[Tensor]) -> Fresh | None:
         """What an in-place operation is about to write to, if it is the same everywhere whatever the inputs are."""
@@ -594,11 +618,17 @@ class Replay(TorchDispatchMode):
         self._show(step.module, [*step.notes, *(self.notes[id(x)] for x in results if id(x) in self.notes)])
 
     def _obey(self, rule: Callable[[], None], given: Iterable[Tensor | Note], results: Iterable[Tensor]) -> None:
-        """Apply a rule; one that raises keeps what enters, as an operation without a rule does."""
+        """Apply a rule; one that raises keeps what enters, as an operation without a rule does.
+
+        Raises:
+            RecursionError: the forward has left no stack for the rule, which is not the rule's fault.
+        """
         notes = [x if isinstance(x, Note) else self.note(x) for x in given]
         entering = [layer for note in notes for layer in note.layers or ()]
         try:
             rule()
+        except RecursionError:
+            raise
         except Exception as error:
             text = next(iter(str(error).splitlines()), "")
             reason = f"has a rule that failed ({type(error).__name__}: {text}), so what enters it is kept"
@@ -842,7 +872,8 @@ class Replay(TorchDispatchMode):
         """Freeze tensors that no run used, and what parameters among them could read in a run that was not made.
 
         The forward of a module can give a parameter what it was given, what its submodules return, and what it computes
-        itself, but not what is computed inside of them.
+        itself, but not what is computed inside of them. Lengths do not tell what meets: by slices and concatenations
+        any length can meet any other, and only a single number meets all positions alike.
         """
         parameters = dict(self.model.named_parameters())
         unused = [name for name, tensor in self.found.tensors.items() if not self.note(tensor).used]
@@ -851,28 +882,15 @@ class Replay(TorchDispatchMode):
             for layer in self.layers(self.found.tensors[name]):
                 self.freeze(layer, "is not used by the forward")
         for name in unused:
-            sizes = self._sizes_to_meet(name)
-            if name not in parameters or not parameters[name].requires_grad or not sizes:
+            tensor = parameters.get(name)
+            if tensor is None or not tensor.requires_grad or (tensor.dim() < 2 and tensor.numel() < 2):
                 continue
             above = name.split(".")[:-1]
             for path in (".".join(above[:n]) for n in range(len(above), -1, -1)):
                 self.op, self.module = "unused", path
                 for note in self.visible.get(path, ()):
                     for layer in filter(None, map(self.labels.canonical, note.layers or ())):
-                        length = layer.symbols.numel()
-                        if any(n >= length or length % n == 0 for n in sizes):
-                            self.freeze(layer, UNSEEN.format(name=name))
-
-    def _sizes_to_meet(self, name: str) -> set[int]:
-        """Lengths of the axes of a tensor that could meet an axis with units; kernels of convolutions do not."""
-        tensor, (path, _, own) = self.found.tensors[name], name.rpartition(".")
-        module = self.model.get_submodule(path)
-        sizes = list(tensor.shape)
-        if (
-            isinstance(module, nn.modules.conv._ConvNd) and own == "weight" and len(sizes) > 1
-        ):  # of a layer left out, empty
-            sizes = [sizes[0], sizes[0] * module.groups, sizes[1], sizes[1] * module.groups]
-        return {size for size in sizes if size > 1}
+                        self.freeze(layer, UNSEEN.format(name=name))
 
     def _new_state(self, state: Tensor) -> dict[int, Tensor]:
         """Fresh symbols for every axis of a carried input, of which nothing is known but that it comes back."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .beside import check_network, extra_states, extra_states_set, held_beside, read_network, take_buffers
+from .beside import check_network, extra_states, extra_states_set, held_beside, of_state, read_network, take_buffers
 from .cost import CostModel
 from .distributed import Ranks
 from .errors import SavedModelError, StructureError
@@ -42,7 +42,7 @@ from .state import (
     stores_state,
 )
 from .store import Store
-from .surgery import Bank, named_tensors
+from .surgery import Bank
 from .watch import Watch
 
 FIELDS = (
@@ -144,7 +144,7 @@ class Saved:
             "before": self._before.clone(),
             "ever": self._ever.clone(),
             "trained": self._bank.trained.clone(),
-            "network": copies(named_tensors(self.model)),
+            "network": copies(of_state(self.model)),
             "gradients": copies(gradients),
             "raw": copies(raw),
             "steps": self._folding.state_dict(),
@@ -153,7 +153,7 @@ class Saved:
             "optimizers": [optimizer_state(optimizer, self._parameters, raw_copies) for optimizer in self.optimizers],
             "followers": [
                 {
-                    "network": copies(named_tensors(bank.model)),
+                    "network": copies(of_state(bank.model)),
                     "bank": stores_state(bank.asleep({}, {})[0]),
                     "beside": copies(held_beside(outer, bank.model)),
                 }

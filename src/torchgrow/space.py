@@ -10,6 +10,7 @@ empty, and whatever indicators say of the units inside, none of them is there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -183,7 +184,7 @@ class Space:
         fold: for every (tensor, axis) place that carries gates, int64 unit ids, -1 where no gate sits; axis
             `WHOLE` (-1) and one id for a tensor that carries the gate of its layer.
         attributes: module attributes that count an axis.
-        frozen: what can never be removed, and why.
+        frozen: what can never be removed, and why; what keeps most parameters first.
         carried: tensors that go from one call of the model to the next, and are cut as it is.
         parts: where the forward cuts an axis at places that attributes may hold.
         proven: whether the units were tried on the model itself; never on the meta device, where nothing can run.
@@ -232,12 +233,24 @@ class Space:
             least[self.group_of[slot.unit]] = stuck[self.group_of[slot.unit]]
         cut_axes = {name: tuple(sorted(found)) for name, found in axes.items()}
         for name, value in (
+            ("frozen", self._ordered(self.frozen)),
             ("cut_axes", cut_axes),
             ("slot_of", slot_of),
             ("owner", owner.clamp(min=-1)),
             ("least", least),
         ):
             object.__setattr__(self, name, value)
+
+    def _ordered(self, frozen: tuple[Frozen, ...]) -> tuple[Frozen, ...]:
+        """What matters first: by the parameters of the tensors that are kept, then by their positions."""
+        parameters = set(self.parameters)
+
+        def cost(one: Frozen) -> tuple[int, int]:
+            names = {name for name, _ in one.places if name in parameters}
+            positions = [self.shapes[name][axis] for name, axis in one.places if axis < len(self.shapes.get(name, ()))]
+            return -sum(math.prod(self.shapes[name]) for name in names), -sum(positions)
+
+        return tuple(sorted(frozen, key=cost))
 
     @property
     def n_units(self) -> int:

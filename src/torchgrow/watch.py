@@ -120,7 +120,8 @@ def _can_change(space: Space, name: str) -> bool:
 def _norms(contents: Mapping[str, Tensor]) -> dict[str, float]:
     """One number per tensor that tells whether it has changed, without a copy of it."""
     with torch.no_grad():
-        norms = [torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64).cpu() for tensor in contents.values()]
+        real = [torch.view_as_real(x.detach()) if x.is_complex() else x.detach() for x in contents.values()]
+    norms = [torch.linalg.vector_norm(x, dtype=torch.float64).cpu() for x in real]
     return dict(zip(contents, torch.stack(norms).tolist() if norms else [], strict=True))
 
 

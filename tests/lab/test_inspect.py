@@ -149,7 +149,7 @@ def test_modules_kept_whole_stand_in_order():
         ("last", 0, 12),
     ]
     assert any("layer_norm" in reason.op for reason in seen.frozen)
-    assert [reason.places for reason in seen.frozen] == sorted((r.places for r in seen.frozen), reverse=True)
+    assert [reason.params for reason in seen.frozen] == sorted((r.params for r in seen.frozen), reverse=True)
 
 
 def test_the_second_proof_is_run_unless_left_out(monkeypatch):
@@ -185,9 +185,9 @@ def test_reasons_that_differ_by_the_proofs_digits_are_one():
         Frozen("proof", "b", "f.py:3", "outputs differ by 3.4e+00", (("b", 0), ("a", 0))),
         Frozen("proof", "", "", "fails", (("b.weight", 0),)),
     )
-    assert [(r.reason, r.places, r.where) for r in inspect._reasons(twice)] == [
-        ("outputs differ by 1.2e-01", 2, ("a", "b (f.py:3)")),
-        ("fails", 1, ("b.weight",)),
+    assert [(r.reason, r.places, r.params, r.where) for r in inspect._reasons(twice, {"a": 7, "b.weight": 9})] == [
+        ("fails", 1, 9, ("b.weight",)),
+        ("outputs differ by 1.2e-01", 2, 7, ("a", "b (f.py:3)")),
     ]
 
 

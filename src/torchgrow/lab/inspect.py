@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -58,12 +58,14 @@ class Reason:
         reason: one sentence.
         op: the operation that decided it.
         places: how many axes of tensors are kept by it.
+        params: parameters of the tensors concerned.
         where: the modules (or tensors) concerned, with the line of code where one is known.
     """
 
     reason: str
     op: str
     places: int
+    params: int
     where: tuple[str, ...]
 
 
@@ -79,7 +81,7 @@ class Inspection:
         least_params: parameters of the smallest network that can be reached.
         least_flops: its FLOPs.
         parts: groups and modules that are kept whole, in the order of the model's parameters.
-        frozen: what can never go, and why; most places first.
+        frozen: what can never go, and why; what keeps most parameters first.
         exact: whether the second proof came out exact; None if it was left out, or there was nothing to prove.
         proof: the verdict in words.
         budget: the budget asked about, or None.
@@ -172,7 +174,7 @@ def inspect(
         least_params=least.params,
         least_flops=least.flops,
         parts=parts,
-        frozen=_reasons(space.frozen),
+        frozen=_reasons(space.frozen, {name: math.prod(space.shapes[name]) for name in space.parameters}),
         exact=exact,
         proof=verdict,
         budget=str(budget) if budget else None,
@@ -241,21 +243,29 @@ def _parts(space: Space, costs: CostModel, frame: Cost) -> tuple[Part, ...]:
     return tuple(part for _, part in sorted(found, key=lambda pair: pair[0]))
 
 
-def _reasons(frozen: tuple[Frozen, ...]) -> tuple[Reason, ...]:
-    """Equal reasons as one, those of most places first; errors of the proof differ in their digits only."""
+def _reasons(frozen: tuple[Frozen, ...], sizes: Mapping[str, int]) -> tuple[Reason, ...]:
+    """Equal reasons as one, what keeps most parameters first; errors of the proof differ in their digits only.
+
+    Args:
+        frozen: what can never go.
+        sizes: of every parameter.
+    """
     alike: dict[tuple[str, str], list[Frozen]] = {}
     for one in frozen:
         alike.setdefault((one.op, re.sub(r"\d\.\de[+-]\d+", "", one.reason)), []).append(one)
-    found = [
-        Reason(
-            reason=ones[0].reason,
-            op=ones[0].op,
-            places=len({place for one in ones for place in one.places}),
-            where=tuple(dict.fromkeys(_where(one) for one in ones)),
+    found = []
+    for ones in alike.values():
+        places = {place for one in ones for place in one.places}
+        found.append(
+            Reason(
+                reason=ones[0].reason,
+                op=ones[0].op,
+                places=len(places),
+                params=sum(sizes.get(name, 0) for name in {name for name, _ in places}),
+                where=tuple(dict.fromkeys(_where(one) for one in ones)),
+            )
         )
-        for ones in alike.values()
-    ]
-    return tuple(sorted(found, key=lambda reason: -reason.places))
+    return tuple(sorted(found, key=lambda reason: (-reason.params, -reason.places)))
 
 
 def _where(frozen: Frozen) -> str:
