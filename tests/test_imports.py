@@ -60,6 +60,7 @@ ORDER = [
     "files",
     "wrappers",
     "state",
+    "randomness",
     "beside",
     "saved",
     "grower",

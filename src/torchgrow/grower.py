@@ -31,6 +31,7 @@ from .opening import mapped
 from .opening import tensors as tensors_in
 from .optimizers import check_optimizers, first_rate, optimizers_of, peak_rate, present_rate, untrained_hint
 from .proof import prove, trace
+from .randomness import random_state
 from .record import Growth, growths, recorded
 from .replay import Couples, replay
 from .saved import Saved, forget_compiled
@@ -177,7 +178,8 @@ class Grower(Saved):
     def update(self) -> Event:
         """Grow, detach and regrow once. Evaluate before: newborn units are untrained.
 
-        With several processes every rank calls it; buffers such as running statistics become rank 0's.
+        With several processes every rank calls it; buffers such as running statistics become rank 0's, and every rank
+        hears of the random states of all, for `save_checkpoint`.
 
         Raises:
             TorchgrowError: the run is over, or the ranks do not agree.
@@ -196,7 +198,7 @@ class Grower(Saved):
                 else "call finish() only when no update follows"
             )
             raise TorchgrowError(f"the run is over: update() was called {self.updates} times or finish() once; {end}")
-        with trainable(), self._ranks.together(self._buffers()):
+        with trainable(), self._ranks.together(self._buffers(), random_state):
             self._check_trained()
             warn_idle(self.optimizers, self._folding.taken, self._folding.moved)
             return self._finish() if number >= self.updates else self._update(number)
@@ -214,7 +216,7 @@ class Grower(Saved):
             raise TorchgrowError(
                 "finish() was called before; the network is final, save it with torchgrow.save(model, folder)"
             )
-        with trainable(), self._ranks.together(self._buffers()):
+        with trainable(), self._ranks.together(self._buffers(), random_state):
             self._check_trained()
             return self._finish()
 
