@@ -207,8 +207,15 @@ def test_refused(module: nn.Module, text: str) -> None:
     assert grower._followers == []
 
 
-def test_the_network_itself_is_refused() -> None:
+def test_the_network_itself_is_refused_and_a_copy_twice() -> None:
     grower = make()
+    grower.follow(twice := copy.deepcopy(grower.model))
+    around = nn.Module()
+    around.module = twice
+    for again in (twice, around):
+        with pytest.raises(StructureError, match=r"conv1\.weight of .* follows already; call follow once"):
+            grower.follow(again)
+    assert len(grower._followers) == 1
     with pytest.raises(StructureError, match=r"conv1\.weight is the network's own; pass a copy\.deepcopy\(model\)"):
         grower.follow(grower.model)
 

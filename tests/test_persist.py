@@ -239,6 +239,15 @@ def test_a_damaged_folder_is_refused_and_the_frame_stays_whole(name: str, folder
 def test_a_missing_folder_and_a_wrong_factory(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SavedModelError, match=r"nowhere is not a saved model: .* not found; save one with"):
         load(tmp_path / "nowhere", lambda: zoo.build("grouped"))
+    with pytest.raises(SavedModelError, match=r"nowhere is not .*, or take a checkpoint by torchgrow\.load_checkpoint"):
+        load(tmp_path / "nowhere", lambda: zoo.build("grouped"))
+    with pytest.raises(SavedModelError, match=r"got a Linear; call torchgrow\.load\(folder, Linear\), or with"):
+        load(tmp_path, nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(SavedModelError, match=r"got a str; call torchgrow\.load\(folder, MyModel\), or with"):
+        load(nn.Linear, "net")  # type: ignore[arg-type]
+    for wrong in ("net", [nn.Linear(2, 2)]):
+        with pytest.raises(SavedModelError, match=r"got a (str|list) for the first; call torchgrow\.save\("):
+            save(wrong, tmp_path / "net")  # type: ignore[arg-type]
     with pytest.raises(SavedModelError, match=r"frame_factory must return a torch\.nn\.Module, got str"):
         load(folder, lambda: "net")  # type: ignore[arg-type, return-value]
     with pytest.raises(SavedModelError, match=r"no tensor 'a\.bias'; is frame_factory the same"):

@@ -76,13 +76,15 @@ def save_checkpoint(
     Raises:
         SavedModelError: something is not plain data, or could not be written; older checkpoints stay.
         TrainingError: the last optimizer step did not finish.
-        TorchgrowError: `keep` is no number; or together: rank 0 could not write, or a rank waited in vain.
+        TorchgrowError: `keep` is no number, or `grower` is none; together: rank 0 could not write, or a rank waited
+            in vain.
 
     Warns:
         UserWarning: rank 0 alone saves, at a moment at which it does not know what the other ranks draw next.
     """
     if type(keep) is not int or keep < 1:
         raise TorchgrowError(f"keep={keep!r} must be a whole number >= 1: how many checkpoints to keep")
+    _check_grower(grower)
     rank, size = here()
     own = random_state()
     if not together or size == 1:
@@ -98,6 +100,14 @@ def save_checkpoint(
     if not path:
         raise TorchgrowError("rank 0 could not write the checkpoint, for the reason given there; the older ones stay")
     return Path(path)
+
+
+def _check_grower(grower: Any) -> None:
+    if grower is not None and not isinstance(grower, Grower):
+        raise TorchgrowError(
+            f'a checkpoint is of a Grower, got a {type(grower).__name__}; call save_checkpoint("folder/", grower). '
+            'Without one: save_checkpoint("folder/", extra={"model": model.state_dict()})'
+        )
 
 
 def _known(own: Any, grower: Grower | None, rank: int, size: int) -> list[Any]:
@@ -168,6 +178,7 @@ def load_checkpoint(
     Warns:
         UserWarning: the checkpoint has no random state of this rank, which goes on with the numbers it has.
     """
+    _check_grower(grower)
     contents = Field(_latest(Path(folder)), "checkpoint").fields(("grower", "scheduler", "random", "extra"), ("ranks",))
     for name, thing in (("grower", grower), ("scheduler", scheduler)):
         if (contents[name].value is None) != (thing is None):
@@ -248,4 +259,7 @@ def _latest_whole(folder: Path, one: bool) -> Any:
         return contents
     if reasons:
         raise SavedModelError(f"no checkpoint in {folder} is whole: {'; '.join(reasons)}")
-    raise SavedModelError(f"no checkpoint in {folder}; make one with torchgrow.save_checkpoint(folder, grower)")
+    raise SavedModelError(
+        f"no checkpoint in {folder}; make one with torchgrow.save_checkpoint(folder, grower). What torchgrow.save "
+        "wrote is a network, for torchgrow.load(folder, frame_factory)"
+    )

@@ -261,6 +261,13 @@ class Grower(Saved):
         outer, inner = module, getattr(module, "module", None)
         if isinstance(inner, nn.Module) and not module.state_dict().keys() & self._bank.tensors.keys():
             module = inner
+        own = {id(tensor): name for name, tensor in named_tensors(module).items()}
+        for follower in self._followers:
+            for tensor in named_tensors(follower.model).values():
+                if id(tensor) in own:
+                    raise StructureError(
+                        f"{own[id(tensor)]} of {type(module).__name__} follows already; call follow once for every copy"
+                    )
         exchange = Exchange()
         exchange.remember(module)
         try:

@@ -54,6 +54,12 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             `load` could not rebuild the model: a shape, count or state that follows from nothing recorded, which the
             message names.
     """
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise SavedModelError(
+            f"save takes a torch.nn.Module and a folder, got a {kind} for the first; call "
+            'torchgrow.save(model, "folder/"), and for a run torchgrow.save_checkpoint("folder/", grower)'
+        )
     target = real_folder(folder)
     there = os.path.exists(target)  # noqa: PTH110  # Path raises where a name is too long
     if there and not (target.is_dir() and {p.name for p in target.iterdir()} <= {WEIGHTS, STRUCTURE}):
@@ -276,13 +282,14 @@ def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module])
         SavedModelError: the folder is missing or damaged, or does not fit the frame; the frame factory's
             model is discarded.
     """
-    source = Path(folder)
     if isinstance(frame_factory, nn.Module) or not callable(frame_factory):
         kind = type(frame_factory).__name__
+        name = kind if isinstance(frame_factory, nn.Module) else "MyModel"
         raise SavedModelError(
-            f"frame_factory must be a function that builds the frame, got a {kind}; pass the class, or "
-            f"lambda: {kind}(...): torchgrow.load cuts a model of its own"
+            f"frame_factory must be a function that builds the frame, got a {kind}; call torchgrow.load(folder, "
+            f"{name}), or with lambda: {name}(...): torchgrow.load cuts a model of its own"
         )
+    source = Path(folder)
     structure, tensors = _read(source)
     model = frame_factory()
     if not isinstance(model, nn.Module):
@@ -488,7 +495,7 @@ ENTRIES = {
 
 def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Both files, with the record's form checked."""
-    what = "a saved model; save one with torchgrow.save"
+    what = "a saved model; save one with torchgrow.save, or take a checkpoint by torchgrow.load_checkpoint"
     structure, tensors = read_folder(source, (STRUCTURE, WEIGHTS), FORMATS, what)
     if structure["format"] < 3:
         structure.setdefault("skipped", {})  # absent before depth

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -323,7 +324,9 @@ class Saved:
 
     def _examine(self, state: Mapping[str, Any]) -> dict[str, Field]:
         """Fields of a state that was saved by a grower such as this one, of a frame such as this one."""
-        form = Field(state).fields().get("format", Field(None)).value
+        if not isinstance(state, dict) or "format" not in state:
+            raise SavedModelError(_no_state(state))
+        form = Field(state).fields()["format"].value
         if type(form) is not int or form != FORMAT:
             raise SavedModelError(f"the state has format {form!r}, this version of torchgrow reads {FORMAT}")
         saved, here = Field(state).fields(FIELDS, LATER), self._settings()
@@ -356,6 +359,20 @@ class Saved:
 def _copied_to(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Copies on the devices of the parameters of the same names."""
     return {name: tensor.to(parameters[name].device, copy=True) for name, tensor in tensors.items()}
+
+
+def _no_state(given: Any) -> str:
+    """What to do with something that is no state of a grower."""
+    advice = "weights alone go into model.load_state_dict(...)"
+    if isinstance(given, (str, os.PathLike)):
+        advice = "of a folder, torchgrow.load_checkpoint(folder, grower)"
+    elif isinstance(given, Saved):
+        advice = "of another grower, grower.load_state_dict(other.state_dict())"
+    elif isinstance(given, dict):
+        inside = [key for key, value in given.items() if isinstance(value, dict) and value.keys() >= {*FIELDS}]
+        advice = f"which is in it as state[{inside[0]!r}]" if inside else advice
+    found = f"a dict with {sorted(map(str, given))[:3]}" if isinstance(given, dict) else f"a {type(given).__name__}"
+    return f"load_state_dict takes what grower.state_dict() returned, got {found}; {advice}. Nothing was changed"
 
 
 def forget_compiled() -> None:
