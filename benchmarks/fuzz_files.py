@@ -79,7 +79,7 @@ def sound(folder: Path) -> dict[str, Path]:
     shutil.copytree(folder / "model", folder / "model of format 1")
     old = folder / "model of format 1" / MODEL[0]
     record = json.loads(old.read_text())
-    del record["sha256"]
+    del record["sha256"], record["extra_state"], record["buffers"]
     old.write_text(json.dumps({**record, "format": 1}))
     extra = {"sampler": torch.get_rng_state(), "step": 3, "pair": (1.0, None)}
     checkpoint = save_checkpoint(folder / "run", made, scheduler=schedule, extra=extra)

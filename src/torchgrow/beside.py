@@ -47,7 +47,7 @@ def read_network(
     """
     found, present, free = field.fields(), named_tensors(model), late_buffers(space, model)
     fixed, modules = present.keys() - free, dict(model.named_modules())
-    known = {name for name in found if name in present or _may_appear(modules, name)}
+    known = {name for name in found if name in present or may_appear(modules, name)}
     if not fixed <= known or len(known) < len(found):
         field.fields(fixed | known)  # says what is missing, what foreign
     tensors = {}
@@ -61,7 +61,7 @@ def read_network(
     return tensors
 
 
-def _may_appear(modules: Mapping[str, nn.Module], name: str) -> bool:
+def may_appear(modules: Mapping[str, nn.Module], name: str) -> bool:
     """Whether a forward may make a buffer of this name: its module is there, and nothing else stands in its place."""
     path, _, own = name.rpartition(".")
     module = modules.get(path)
