@@ -167,6 +167,7 @@ class Grower(Saved):
         self._ever = torch.zeros(self.space.n_units, dtype=torch.bool)
         self._before = self.space.everything()  # the structure before the last change
         self.finished = False
+        self._early = False  # whether finish() ended the run, before update() could
         self.history: list[Event] = []
         self._seed_cost = self._costs.both(self._costs.live(self._indicators.seed_structure()))
         log.info("%s goes %s", type(model).__name__, self.course())
@@ -192,12 +193,13 @@ class Grower(Saved):
         """
         number = len(self.history)
         if self.finished:
-            end = (
-                f"for a longer run construct Grower(..., updates={self.updates + 1} or more)"
-                if number > self.updates
-                else "call finish() only when no update follows"
+            raise TorchgrowError(
+                f"the run is over: finish() was called after {number - 2} of {self.updates} updates; call it only when "
+                "no update follows"
+                if self._early
+                else f"the run is over: update() was called {self.updates} times; for a longer run construct "
+                f"Grower(..., updates={self.updates + 1}) or with more"
             )
-            raise TorchgrowError(f"the run is over: update() was called {self.updates} times or finish() once; {end}")
         with trainable(), self._ranks.together(self._buffers(), random_state):
             self._check_trained()
             warn_idle(self.optimizers, self._folding.taken, self._folding.moved)
@@ -218,7 +220,7 @@ class Grower(Saved):
             )
         with trainable(), self._ranks.together(self._buffers(), random_state):
             self._check_trained()
-            return self._finish()
+            return self._finish(early=True)
 
     def wrap(self, **settings: Any) -> nn.Module:
         """The network for data-parallel training; call it anew after every update: `ddp = grower.wrap()`.
@@ -414,12 +416,12 @@ class Grower(Saved):
         self._folding.recover()
         self._watch.check_trained(self._contents(), self._folding.taken)
 
-    def _finish(self) -> Event:
+    def _finish(self, early: bool = False) -> Event:
         start = time.perf_counter()
         self._folding.recover()
         old, indicators = self._bank.keep, self._indicators
         keep = fit(self.space, self._costs, old, indicators.score(), self.limits, indicators.steps)
-        return self._change_to(keep, indicators, start, silent=keep & ~old, last=True)
+        return self._change_to(keep, indicators, start, silent=keep & ~old, last=True, early=early)
 
     @trainable()
     def carry(self, state: Any) -> Any:
@@ -503,6 +505,7 @@ class Grower(Saved):
         shift: float = 0.0,
         silent: Tensor | None = None,
         last: bool = False,
+        early: bool = False,
         exchange: Exchange | None = None,
     ) -> Event:
         """Make `keep` the live structure and `indicators` the present ones, all or nothing, and record it."""
@@ -543,7 +546,7 @@ class Grower(Saved):
             self._folding.remove(exchange)
             for one in (bank, *self._followers):
                 exchange.fields(one, full={}, slots={})
-            exchange.fields(self, finished=True)
+            exchange.fields(self, finished=True, _early=early)
         else:
             self._folding.attach(exchange)
         exchange.fields(self._indicators, **vars(indicators))

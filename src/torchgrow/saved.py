@@ -53,7 +53,7 @@ FIELDS = (
 )
 """Fields of a state of format `FORMAT`."""
 
-LATER = ("extra_states",)
+LATER = ("extra_states", "early")
 """Those that states of older versions lack; with what came later in their fields, a run goes on as it did then."""
 
 
@@ -66,6 +66,7 @@ class _Found:
     ever: Tensor
     trained: Tensor
     finished: bool
+    early: bool
     history: list[Event]
     penalty: Tensor
     initial_lr: float
@@ -95,6 +96,7 @@ class Saved:
     updates: int
     seed: int
     finished: bool
+    _early: bool
     history: list[Event]
     _bank: Bank
     _followers: list[Bank]
@@ -139,6 +141,7 @@ class Saved:
             "settings": self._settings(),
             "history": [asdict(event) for event in self.history],
             "finished": self.finished,
+            "early": self._early,
             "penalty": self._penalty.clone(),
             "initial_lr": self._initial_lr,
             "keep": self._bank.keep.clone(),
@@ -212,7 +215,7 @@ class Saved:
         else:
             self._folding.attach(exchange)
         exchange.fields(self, _indicators=found.indicators, _before=found.before, _ever=found.ever)
-        exchange.fields(self, history=found.history, finished=found.finished)
+        exchange.fields(self, history=found.history, finished=found.finished, _early=found.early)
         exchange.fields(self, _penalty=found.penalty, _initial_lr=found.initial_lr)
         self._note(exchange, found.history, found.finished)
         self._ranks.invalidate(exchange)
@@ -258,6 +261,7 @@ class Saved:
             ever=ever,
             trained=trained,
             finished=finished,
+            early=saved["early"].flag() if saved["early"].value is not None else len(history) <= self.updates,
             history=history,
             penalty=saved["penalty"].tensor(units, torch.float64, finite=True).clone(),
             initial_lr=saved["initial_lr"].number(low=0),
