@@ -1,6 +1,7 @@
 """`Grower.follow`: a second model of the same frame is cut along, and keeps what is its own."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -205,6 +206,28 @@ def test_refused(module: nn.Module, text: str) -> None:
     with pytest.raises(StructureError, match=text):
         grower.follow(module)
     assert grower._followers == []
+
+
+def test_an_average_that_does_not_follow_is_told_of_at_the_first_update() -> None:
+    """It broadcasts, silently; a twin of the frame, and an average that follows, are as they should be."""
+    twin, average = SmallResNet().double(), AveragedModel(SmallResNet().double())
+    grower = make()
+    average.update_parameters(grower.model)
+    with pytest.warns(UserWarning, match=r"units of .* are alike in another SmallResNet of the frame's size") as found:
+        run(grower, 1)
+    assert len(found) == 1
+    assert "Call grower.follow(average) right after Grower(...)" in str(found[0].message)
+    del average
+    grower = make()
+    average = AveragedModel(grower.model)
+    grower.follow(average)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for epoch in range(3):
+            train(grower, 2 * epoch)
+            average.update_parameters(grower.model)
+            grower.update()
+    assert next(twin.parameters()).shape[0] > 1
 
 
 def test_the_network_itself_is_refused_and_a_copy_twice() -> None:

@@ -39,7 +39,7 @@ from .space import WHOLE, Frozen, Place, Space, live_positions
 from .state import Event
 from .store import is_meta
 from .surgery import Bank, Change, named_tensors, recut
-from .watch import Watch, warn_idle
+from .watch import Watch, warn_idle, warn_spread
 
 log = logging.getLogger("torchgrow")
 
@@ -189,7 +189,7 @@ class Grower(Saved):
 
         Warns:
             UserWarning: no given optimizer took a step since the last update, or the indicators wait for one that
-                takes none.
+                takes none; or, at the first, a copy of the frame that does not follow was averaged with the seed.
         """
         number = len(self.history)
         if self.finished:
@@ -203,6 +203,8 @@ class Grower(Saved):
         with trainable(), self._ranks.together(self._buffers(), random_state):
             self._check_trained()
             warn_idle(self.optimizers, self._folding.taken, self._folding.moved)
+            if number == 1:
+                warn_spread(self.model, self.space)
             return self._finish() if number >= self.updates else self._update(number)
 
     def finish(self) -> Event:
