@@ -556,7 +556,7 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         well_formed = (
             all(isinstance(axes, dict) for axes in structure["kept"].values())
             and all(type(path) is str for path in structure["adapted"])
-            and all(kept in (None, True, False) and type(kept) is not int for kept in structure["buffers"].values())
+            and all(kept is None or type(kept) is bool for kept in structure["buffers"].values())
             and all(
                 isinstance(entry, list) and [type(x) for x in entry] in ENTRIES[name]
                 for name, entries in lists.items()
