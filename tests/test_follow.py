@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import torchgrow.exchange
 from growing import batch, breaking, differences, everything, make, run, sgd, train
 from oracle import SmallResNet, TwoLayers
+from test_depth import Residual, Stages
 from torchgrow import Budget, Grower, Method, StructureError, TorchgrowError, save
 from torchgrow.persist import load
 from torchgrow.store import gather
@@ -228,6 +229,13 @@ def test_an_average_that_does_not_follow_is_told_of_at_the_first_update() -> Non
             average.update_parameters(grower.model)
             grower.update()
     assert next(twin.parameters()).shape[0] > 1
+
+
+def test_the_look_for_spoilt_averages_passes_over_layers_that_are_left_out() -> None:
+    model, arguments = Stages(Residual).double(), {"example_inputs": batch(0)[0], "budget": Budget(params="50%")}
+    grower = Grower(model, sgd(model), updates=3, depth=True, **arguments)
+    assert any(not p.numel() for p in model.parameters())
+    run(grower, 1)
 
 
 def test_the_network_itself_is_refused_and_a_copy_twice() -> None:

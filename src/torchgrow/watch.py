@@ -121,7 +121,7 @@ def warn_spread(model: nn.Module, space: Space) -> None:
         (name, axis)
         for name, axes in space.cut_axes.items()
         for axis in axes
-        if name in live and live[name].shape[axis] == 1 < space.shapes[name][axis]
+        if name in live and live[name].numel() and axis >= 0 and live[name].shape[axis] == 1 < space.shapes[name][axis]
     ]
     for other in gc.get_referrers(type(model)) if spread else ():
         if type(other) is not type(model) or other is model or "_parameters" not in vars(other):
