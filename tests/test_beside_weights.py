@@ -135,6 +135,23 @@ def test_a_network_is_loaded_with_the_buffers_that_its_calls_made(grown: bool, d
     assert differences(dict(load(tmp_path / "twice", frame).named_buffers()), dict(model.named_buffers())) == []
 
 
+@pytest.mark.parametrize("damage", ["lost", "another shape", "lost from the list"])
+def test_a_late_buffer_that_is_not_as_the_state_lists_it_is_refused(damage: str) -> None:
+    """Found by benchmarks/fuzz_files.py: the network of a damaged state ran no more."""
+    whole, average = begun()
+    epoch(whole, average, 0)
+    state = whole.state_dict()
+    if damage == "lost":
+        del state["network"]["places"]
+    elif damage == "another shape":
+        state["network"]["places"] = torch.ones(1, 0, 3)
+    else:
+        del state["buffers"][0]["places"]
+    again, _ = begun()
+    with pytest.raises(SavedModelError, match=r"state\['buffers'\]\[0\] is .* it must be .* as the buffers of the"):
+        again.load_state_dict(state)
+
+
 def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
     grower, _ = begun(number=object())
     with pytest.raises(SavedModelError, match=r"get_extra_state\(\) of the model \(Keeps\)/number is of type object"):

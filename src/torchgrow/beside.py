@@ -23,6 +23,20 @@ def late_buffers(space: Space, model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_buffers() if name not in space.cut_axes}
 
 
+def late_shapes(space: Space, model: nn.Module) -> dict[str, list[int]]:
+    """Shapes of the buffers that nothing cuts, for a state: the frame does not say what they must be."""
+    return {name: list(buffer.shape) for name, buffer in model.named_buffers() if name not in space.cut_axes}
+
+
+def check_late(field: Field, found: Mapping[str, Tensor], space: Space, model: nn.Module) -> None:
+    """Refuse buffers that nothing cuts if they are not as the state's own list of them says."""
+    present = named_tensors(model)
+    free = late_buffers(space, model) | (found.keys() - present.keys())
+    here = {name: list(tensor.shape) for name, tensor in found.items() if name in free}
+    if field.value != here:
+        field.refuse(f"{here}, as the buffers of the network are")
+
+
 def check_network(space: Space, keep: Tensor, model: nn.Module) -> None:
     """Refuse to save what could never be loaded.
 

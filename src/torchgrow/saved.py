@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .beside import check_network, extra_states, extra_states_set, held_beside, read_network, take_buffers
+from .beside import (
+    check_late,
+    check_network,
+    extra_states,
+    extra_states_set,
+    held_beside,
+    late_shapes,
+    read_network,
+    take_buffers,
+)
 from .cost import CostModel
 from .distributed import Ranks
 from .errors import SavedModelError, StructureError
@@ -53,7 +62,7 @@ FIELDS = (
 )
 """Fields of a state of format `FORMAT`."""
 
-LATER = ("extra_states", "early")
+LATER = ("extra_states", "early", "buffers")
 """Those that states of older versions lack; with what came later in their fields, a run goes on as it did then."""
 
 
@@ -165,6 +174,7 @@ class Saved:
                 for bank, outer in zip(self._followers, self._outer, strict=True)
             ],
             "extra_states": [extra_states(bank.model) for bank in (self._bank, *self._followers)],
+            "buffers": [late_shapes(self.space, bank.model) for bank in (self._bank, *self._followers)],
         }
 
     @trainable()
@@ -255,6 +265,12 @@ class Saved:
         sleepers = {name: parameters[name] for name in full if name in parameters}
         steps = saved["steps"].fields(("waiting", "sum"), later=("taken", "moved"))
         total, taken = steps["sum"], steps["taken"]
+        network = read_network(saved["network"], space, self.model, shapes)
+        followers = self._read_followers(saved["followers"], shapes, finished)
+        if saved["buffers"].value is not None:
+            pairs = [(bank, network), *((own, contents) for own, contents, *_ in followers)]
+            for (own, contents), listed in zip(pairs, saved["buffers"].items(len(pairs)), strict=True):
+                check_late(listed, contents, space, own.model)
         return _Found(
             keep=keep,
             before=before,
@@ -266,7 +282,7 @@ class Saved:
             penalty=saved["penalty"].tensor(units, torch.float64, finite=True).clone(),
             initial_lr=saved["initial_lr"].number(low=0),
             indicators=self._indicators.loaded(read_indicators(saved["indicators"], space.n_units, len(history))),
-            network=read_network(saved["network"], space, self.model, shapes),
+            network=network,
             gradients=_copied_to(read_tensors(saved["gradients"], parameters, shapes, some=True), parameters),
             raw=_copied_to(read_tensors(saved["raw"], gated, shapes), parameters),
             bank=full,
@@ -278,7 +294,7 @@ class Saved:
             summed=None if total.value is None else total.tensor(units, torch.float64, finite=True).clone(),
             taken=[] if taken.value is None else [one.whole() for one in taken.items(len(self.optimizers))],
             moved=steps["moved"].value is not None and steps["moved"].flag(),
-            followers=self._read_followers(saved["followers"], shapes, finished),
+            followers=followers,
             extra_states=self._read_extra_states(saved["extra_states"]),
         )
 
