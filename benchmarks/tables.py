@@ -205,7 +205,7 @@ def damaged() -> str:
         ["most memory, MB", f"{max(row.get('most_megabytes', 0) for row in found):,.0f}"],
     ]
     return (
-        "Saved models (formats 1 and 2) and checkpoints with one of their files mutated, most with checksums that fit "
+        "Saved models (formats 1 and 4) and checkpoints with one of their files mutated, most with checksums that fit "
         "again; 2 GB of address space beyond what the process needed before.\n\nCommand: "
         f"`python benchmarks/fuzz_files.py`. Measured on {machine(found)}.\n\n" + grid(["", "count"], body)
     )

@@ -2,12 +2,15 @@
 
 import multiprocessing
 import os
+import random
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -17,7 +20,7 @@ import torchgrow.distributed
 from growing import batch, sgd
 from oracle import SmallResNet
 from test_depth import Residual, Stages
-from torchgrow import Budget, Grower, Method, TorchgrowError
+from torchgrow import Budget, Grower, Method, TorchgrowError, load_checkpoint, save_checkpoint
 
 EPOCHS, STEPS = 3, 4
 
@@ -127,6 +130,68 @@ def layers() -> list[dict[str, Tensor]]:
     return seen
 
 
+class Dropping(nn.Module):
+    """Dropout by PyTorch, noise by NumPy and Python: every rank draws of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.drop = Plain(), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = numpy.random.rand() + random.random() if self.training else 0.0
+        return self.plain(self.drop(x) + noise)
+
+
+def dropping() -> Grower:
+    """One with random numbers that differ between ranks."""
+    torch.manual_seed(0)
+    grower = make(Dropping().double())
+    for seed in (torch.manual_seed, numpy.random.seed, random.seed):
+        seed(100 + rank())
+    return grower
+
+
+def resumed(folder: Path) -> list[Any]:
+    """Tensors at the end and the next random number, of a run and of those that go on from its checkpoints."""
+
+    def end(grower: Grower) -> dict[str, Tensor]:
+        return {**tensors(grower), "drawn": torch.rand(3) + numpy.random.rand() + random.random()}
+
+    def caught(act: Callable[[], Any]) -> list[str]:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            act()
+        return [str(one.message) for one in found]
+
+    grower, said, paths = dropping(), [], []
+    for epoch in range(2):
+        train(grower.wrap(), grower, 4 * epoch, 2)
+        if epoch == 1:
+            said += caught(lambda: paths.append(save_checkpoint(folder / "together", grower, together=True)))
+            said += caught(lambda: rank() or save_checkpoint(folder / "alone", grower))
+        train(grower.wrap(), grower, 4 * epoch + 2, 2)
+        grower.update()
+        if epoch == 0 and rank() == 0:
+            said += caught(lambda: save_checkpoint(folder / "updated", grower))
+    ends = {"whole": end(grower)}
+    if rank() == 0:
+        said += caught(lambda: save_checkpoint(folder / "nothing known", None))
+    dist.barrier()
+    for name in ("together", "alone", "updated"):
+        again = dropping()
+        load_checkpoint(folder / name, again)
+        for first in (4, 6) if name == "updated" else (6,):
+            train(again.wrap(), again, first, 2)
+        again.update()
+        ends[name] = end(again)
+    torch.rand(1)
+    before = torch.get_rng_state()
+    lost = caught(lambda: load_checkpoint(folder / "nothing known"))
+    kept = torch.equal(before, torch.get_rng_state())
+    failed = message(lambda: save_checkpoint(folder / "failed", dropping(), extra=[[print], 0][rank()], together=True))
+    return [ends, said, [str(path) for path in paths], lost, kept, failed]
+
+
 def message(act: Callable[[], Any]) -> str:
     try:
         act()
@@ -227,12 +292,13 @@ def alone_in_an_update() -> str:
     return said
 
 
-def work(number: int, size: int, scenarios: list[Callable[[], Any]], folder: Path) -> None:
+def work(number: int, size: int, scenarios: list[Callable[..., Any]], folder: Path) -> None:
     """What one process does: all scenarios, results in a file."""
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=number, world_size=size)
-    torch.save({scenario.__name__: scenario() for scenario in scenarios}, folder / f"{number}.pt")
+    results = {one.__name__: one(folder) if one is resumed else one() for one in scenarios}
+    torch.save(results, folder / f"{number}.pt")
     torch.manual_seed(0)
     grower = make(Plain().double()) if scenarios[-1] is not alone_in_an_update else None
     dist.destroy_process_group()
@@ -240,7 +306,7 @@ def work(number: int, size: int, scenarios: list[Callable[[], Any]], folder: Pat
         assert "process group in which this Grower was made has been destroyed" in message(grower.update)
 
 
-def launch(size: int, scenarios: list[Callable[[], Any]], folder: Path, timeout: float = 240) -> list[dict[str, Any]]:
+def launch(size: int, scenarios: list[Callable[..., Any]], folder: Path, timeout: float = 240) -> list[dict[str, Any]]:
     """Results of all ranks, by scenario."""
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=work, args=(i, size, scenarios, folder)) for i in range(size)]

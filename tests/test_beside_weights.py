@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from growing import differences
-from torchgrow import Budget, Grower, SavedModelError, load_checkpoint, save_checkpoint
+from torchgrow import Budget, Grower, SavedModelError, load, load_checkpoint, save, save_checkpoint
 
 
 class Keeps(nn.Module):
@@ -92,6 +92,64 @@ def test_a_buffer_that_the_saved_run_has_not_yet_is_dropped(tmp_path: Path) -> N
     load_checkpoint(tmp_path, other)
     assert [name for name, _ in other.model.named_buffers()] == ["places"]
     assert len(other.model.places) == 4  # type: ignore[arg-type]
+
+
+class Late(nn.Module):
+    """Two linear maps, and buffers that a call makes, replaces at another shape, or takes away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(6, 32), nn.Linear(32, 6)
+        self.register_buffer("places", torch.zeros(4, 1))
+        self.register_buffer("first", torch.ones(2), persistent=False)
+        self.register_buffer("mask", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > 4:
+            self.places, self.mask, self.first = torch.zeros(9, 1), torch.ones(9, 9), None
+            if not hasattr(self, "kept"):
+                self.register_buffer("kept", torch.full((3,), 0.5))
+                self.out.register_buffer("hidden", torch.full((2,), 0.5), persistent=False)
+        return self.out(torch.relu(self.into(x)))
+
+
+@pytest.mark.parametrize("grown", [True, False], ids=["grown", "whole"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_network_is_loaded_with_the_buffers_that_its_calls_made(grown: bool, device: str, tmp_path: Path) -> None:
+    model, x = Late(), torch.ones(9, 6)
+    if grown:
+        optimizer, budget = torch.optim.SGD(model.parameters(), 0.1), Budget(params="50%")
+        Grower(model, optimizer, example_inputs=x[:2], budget=budget, updates=2).finish()
+    expected = model(x)
+    save(model, tmp_path / "net")
+
+    def frame() -> nn.Module:
+        with torch.device(device):
+            return Late()
+
+    again = load(tmp_path / "net", frame)
+    assert torch.equal(again(x), expected)
+    assert differences(dict(model.named_buffers()), dict(again.named_buffers())) == []
+    assert again.state_dict().keys() == model.state_dict().keys()
+    save(again, tmp_path / "twice")
+    assert differences(dict(load(tmp_path / "twice", frame).named_buffers()), dict(model.named_buffers())) == []
+
+
+@pytest.mark.parametrize("damage", ["lost", "another shape", "lost from the list"])
+def test_a_late_buffer_that_is_not_as_the_state_lists_it_is_refused(damage: str) -> None:
+    """Found by benchmarks/fuzz_files.py: the network of a damaged state ran no more."""
+    whole, average = begun()
+    epoch(whole, average, 0)
+    state = whole.state_dict()
+    if damage == "lost":
+        del state["network"]["places"]
+    elif damage == "another shape":
+        state["network"]["places"] = torch.ones(1, 0, 3)
+    else:
+        del state["buffers"][0]["places"]
+    again, _ = begun()
+    with pytest.raises(SavedModelError, match=r"state\['buffers'\]\[0\] is .* it must be .* as the buffers of the"):
+        again.load_state_dict(state)
 
 
 def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:

@@ -316,7 +316,7 @@ def filled(value: float, *path: Any) -> Callable[[dict[str, Any]], None]:
 
 
 BAD: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "no format": (drop("format"), r"the state has format None, this version of torchgrow reads 2"),
+    "no format": (drop("format"), r"got a dict with \['bank', 'bank_slots', 'before'\]; weights alone go into"),
     "a later format": (put(3, "format"), r"the state has format 3"),
     "a bool for the format": (put(True, "format"), r"the state has format True"),
     "a missing field": (drop("keep"), r"state lacks \['keep'\] and has the foreign \[\]; nothing was changed"),
@@ -407,7 +407,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     ),
     "a setting missing": (
         drop("optimizers", 0, "groups", 0, "momentum"),
-        r"has no setting 'momentum'; nothing was changed",
+        r"has no setting 'momentum'; build the optimizer as in the saved run, of the same class\. Nothing was changed",
     ),
     "text for a rate": (
         put("0.1", "optimizers", 0, "groups", 0, "lr"),
@@ -448,12 +448,39 @@ def test_a_state_that_does_not_fit_changes_nothing(
     assert differences(before, everything(grower)) == []
 
 
-@pytest.mark.parametrize("bad", [None, [], "state", {1: 2}, nn.Linear(2, 2).state_dict()])
-def test_what_is_no_state_at_all(bad: Any) -> None:
-    with pytest.raises(
-        SavedModelError, match=r"the state has format None|state is .* it must be a dict with text for keys"
-    ):
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (None, r"got a NoneType; weights alone go into model\.load_state_dict"),
+        ([], r"got a list; weights"),
+        ({1: 2}, r"got a dict with \['1'\]; weights"),
+        (
+            nn.Linear(2, 2).state_dict(),
+            r"got a dict with \['bias', 'weight'\]; weights alone",
+        ),
+        ("run/", r"got a str; of a folder, torchgrow\.load_checkpoint\(folder, grower\)"),
+        (Path("run"), r"Path; of a folder, torchgrow\.load_checkpoint\(folder, grower\)"),
+    ],
+)
+def test_what_is_no_state_at_all(bad: Any, says: str) -> None:
+    with pytest.raises(SavedModelError, match=rf"load_state_dict takes what grower\.state_dict\(\) returned, .*{says}"):
         make().load_state_dict(bad)
+
+
+def test_a_grower_or_a_dict_around_a_state_is_no_state(state: dict[str, Any]) -> None:
+    with pytest.raises(SavedModelError, match=r"got a Grower; of another grower, grower\.load_state_dict\(other"):
+        make().load_state_dict(make())  # type: ignore[arg-type]
+    with pytest.raises(SavedModelError, match=r"got a dict with \['mine', 'step'\]; which is in it as state\['mine'\]"):
+        make().load_state_dict({"step": 3, "mine": state})
+
+
+@pytest.mark.parametrize("given", [nn.Linear(2, 2), {}, "run"])
+def test_a_checkpoint_is_of_a_grower(given: Any, tmp_path: Path) -> None:
+    """Of a module, `save_checkpoint` wrote weights as the grower's state, which nothing could load."""
+    for call in (save_checkpoint, load_checkpoint):
+        with pytest.raises(TorchgrowError, match=r"a checkpoint is of a Grower, got a .*; call save_checkpoint"):
+            call(tmp_path, given)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("optimizer", [adamw, prodigy])
@@ -478,7 +505,7 @@ def test_another_optimizer_is_refused(state: dict[str, Any]) -> None:
     """Of the same groups, but with other settings and slots."""
     grower = make("paper", updates=6, optimizer=lambda m: torch.optim.Adam(m.parameters(), 0.05))
     before = everything(grower)
-    with pytest.raises(SavedModelError, match=r"the state's optimizer has no setting 'betas'; nothing was changed"):
+    with pytest.raises(SavedModelError, match=r"no setting 'betas'; build the optimizer as in the saved run"):
         grower.load_state_dict(state)
     assert differences(before, everything(grower)) == []
 

@@ -33,6 +33,7 @@ SCENARIOS = [
     ranks.one_fails,
     ranks.one_leaves,
     ranks.old_wrapper,
+    ranks.resumed,
     ranks.alone_in_an_update,
 ]
 Results = list[dict[str, Any]]
@@ -131,12 +132,52 @@ def test_an_old_wrapper_raises(two: Results) -> None:
         assert "call it anew after every update: ddp = grower.wrap()" in said
 
 
+# --- they go on ---
+
+
+def test_every_rank_goes_on_with_its_own_random_numbers(two: Results) -> None:
+    """From a checkpoint that rank 0 wrote right after an update, or all together at any moment: bit for bit."""
+    for found in two:
+        ends, *_ = found["resumed"]
+        for name in ("together", "updated"):
+            assert differences(ends["whole"], ends[name]) == [], name
+    drawn = [found["resumed"][0]["whole"]["drawn"] for found in two]
+    assert not torch.equal(*drawn)
+
+
+def test_one_that_saves_alone_at_another_moment_says_what_is_lost(two: Results) -> None:
+    (ends, said, paths, _, _, _), (_, silent, others, _, _, _) = (found["resumed"] for found in two)
+    assert differences(ends["whole"], ends["alone"]) != []
+    assert len(said) == 2  # not of the one right after an update, nor of that of all together
+    for text in said:
+        assert "rank 0 saves alone and has drawn random numbers since the last update" in text
+        assert "Call save_checkpoint(..., together=True) on every rank, or save right after update()" in text
+    assert silent == []
+    assert paths == others
+    assert Path(paths[0]).name == "checkpoint-000001"
+    assert len(list(Path(paths[0]).parent.glob("checkpoint-*"))) == 1
+
+
+def test_a_rank_without_a_random_state_keeps_its_own(two: Results) -> None:
+    (_, _, _, lost, kept, _), (_, _, _, lost_1, kept_1, _) = (found["resumed"] for found in two)
+    assert (lost, kept, kept_1) == ([], False, True)
+    assert len(lost_1) == 1
+    assert lost_1[0].startswith("the checkpoint has no random state of rank 1, which goes on with the numbers it has")
+
+
+def test_saving_together_ends_for_all_where_rank_0_fails(two: Results) -> None:
+    here, there = (found["resumed"][-1] for found in two)
+    assert "extra/0 is of type builtin_function_or_method" in here
+    assert there.startswith("rank 0 could not write the checkpoint, for the reason given there; the older ones stay")
+
+
 def test_a_rank_that_waits_in_vain_says_so(two: Results) -> None:
     """Rank 0 in one grower's update, rank 1 in another's."""
     for rank in (0, 1):
         said = two[rank]["alone_in_an_update"]
         assert f"rank {rank} waited in an update for other ranks in vain" in said
-        assert "Call update() and finish() on every rank, not on some alone; or else another rank has died" in said
+        assert "Call update(), finish() and save_checkpoint(..., together=True) on every rank, not on some" in said
+        assert "alone; or else another rank has died" in said
 
 
 # --- one process ---

@@ -1,6 +1,7 @@
 """`Grower.follow`: a second model of the same frame is cut along, and keeps what is its own."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import torchgrow.exchange
 from growing import batch, breaking, differences, everything, make, run, sgd, train
 from oracle import SmallResNet, TwoLayers
+from test_depth import Residual, Stages
 from torchgrow import Budget, Grower, Method, StructureError, TorchgrowError, save
 from torchgrow.persist import load
 from torchgrow.store import gather
@@ -207,8 +209,44 @@ def test_refused(module: nn.Module, text: str) -> None:
     assert grower._followers == []
 
 
-def test_the_network_itself_is_refused() -> None:
+def test_an_average_that_does_not_follow_is_told_of_at_the_first_update() -> None:
+    """It broadcasts, silently; a twin of the frame, and an average that follows, are as they should be."""
+    twin, average = SmallResNet().double(), AveragedModel(SmallResNet().double())
     grower = make()
+    average.update_parameters(grower.model)
+    with pytest.warns(UserWarning, match=r"units of .* are alike in another SmallResNet of the frame's size") as found:
+        run(grower, 1)
+    assert len(found) == 1
+    assert "Call grower.follow(average) right after Grower(...)" in str(found[0].message)
+    del average
+    grower = make()
+    average = AveragedModel(grower.model)
+    grower.follow(average)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for epoch in range(3):
+            train(grower, 2 * epoch)
+            average.update_parameters(grower.model)
+            grower.update()
+    assert next(twin.parameters()).shape[0] > 1
+
+
+def test_the_look_for_spoilt_averages_passes_over_layers_that_are_left_out() -> None:
+    model, arguments = Stages(Residual).double(), {"example_inputs": batch(0)[0], "budget": Budget(params="50%")}
+    grower = Grower(model, sgd(model), updates=3, depth=True, **arguments)
+    assert any(not p.numel() for p in model.parameters())
+    run(grower, 1)
+
+
+def test_the_network_itself_is_refused_and_a_copy_twice() -> None:
+    grower = make()
+    grower.follow(twice := copy.deepcopy(grower.model))
+    around = nn.Module()
+    around.module = twice
+    for again in (twice, around):
+        with pytest.raises(StructureError, match=r"conv1\.weight of .* follows already; call follow once"):
+            grower.follow(again)
+    assert len(grower._followers) == 1
     with pytest.raises(StructureError, match=r"conv1\.weight is the network's own; pass a copy\.deepcopy\(model\)"):
         grower.follow(grower.model)
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -350,10 +351,33 @@ def test_short_runs(preset: str, updates: int) -> None:
     limit = grower.limits.params
     assert limit is not None
     assert grower.cost().params <= limit
-    with pytest.raises(TorchgrowError, match=rf"the run is over: update\(\) was called {updates} times or finish"):
+    with pytest.raises(TorchgrowError, match=rf"update\(\) was called {updates} times; .*updates={updates + 1}\)"):
         grower.update()
     with pytest.raises(TorchgrowError, match=r"finish\(\) was called before; the network is final, save it with"):
         grower.finish()
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("resumed", [True, False])
+def test_one_update_too_many_names_the_least_number_that_works(early: bool, resumed: bool) -> None:
+    """After finish() the number given is enough, and was called too small."""
+    grower = run(make(updates=3), 2 if early else 3)
+    if early:
+        grower.finish()
+    if resumed:
+        state, grower = grower.state_dict(), make(updates=3)
+        grower.load_state_dict(state)
+    with pytest.raises(TorchgrowError, match=r"the run is over: ") as raised:
+        grower.update()
+    named = re.search(r"updates=(\d+)", str(raised.value))
+    if early:
+        assert "finish() was called after 2 of 3 updates; call it only when no update follows" in str(raised.value)
+    assert (named is None) == early
+    calls = 3 if early else 4
+    least = 3 if named is None else int(named[1])
+    assert run(make(updates=least), calls).finished
+    with pytest.raises(TorchgrowError, match="the run is over"):
+        run(make(updates=least - 1), calls)
 
 
 def test_after_the_end_training_is_plain() -> None:

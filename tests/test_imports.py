@@ -61,6 +61,7 @@ ORDER = [
     "files",
     "wrappers",
     "state",
+    "randomness",
     "beside",
     "saved",
     "grower",

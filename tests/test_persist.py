@@ -182,7 +182,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "not text": (lambda f: (f / STRUCTURE).write_bytes(b"\xff\xfe\x00"), r"structure\.json is damaged"),
     "deeply nested": (lambda f: (f / STRUCTURE).write_text("[" * 100_000), r"structure\.json is damaged"),
     "a list": (lambda f: (f / STRUCTURE).write_text("[]"), r"has format 'list', this version .* reads 1 and 2 and 3"),
-    "another format": (put(4, "format"), r"has format 4, this version of torchgrow reads 1 and 2 and 3"),
+    "another format": (put(5, "format"), r"has format 5, this version of torchgrow reads 1 and 2 and 3 and 4"),
     "a bool for the format": (put(True, "format"), r"has format True"),
     "no attributes": (edit(lambda r: r.pop("attributes")), FORM),
     "a foreign field": (put(1, "extra"), FORM),
@@ -191,6 +191,20 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "attributes of two": (put([["g", "groups"]], "attributes"), FORM),
     "a bool for a number": (attribute("groups", True), FORM),
     "a float for a number": (attribute("groups", 2.0), FORM),
+    "buffers are a list": (put([], "buffers"), FORM),
+    "a number for a buffer": (put(1, "buffers", "g.late"), FORM),
+    "a parameter called a buffer": (
+        lambda f: [put(True, "buffers", "fc.bias")(f), retensor(lambda t: t.update({"fc.bias": torch.ones(5)}))(f)],
+        r"fc\.bias is torch.float32 \(5,\)",
+    ),
+    "a buffer in the place of a module": (
+        lambda f: [put(True, "buffers", "g.groups")(f), retensor(lambda t: t.update({"g.groups": torch.ones(5)}))(f)],
+        r"foreign \['g\.groups'\]",
+    ),
+    "a parameter called none": (
+        lambda f: [put(None, "buffers", "fc.bias")(f), retensor(lambda t: t.pop("fc.bias"))(f)],
+        r"missing \['fc\.bias'\]",
+    ),
     "shapes are a list": (put([], "frame_shapes"), FORM),
     "another frame": (put([8, 3, 3, 3], "frame_shapes", "a.weight"), r"cut from a frame with other shapes"),
     "an unknown tensor": (put({"0": [0]}, "kept", "z.weight"), r"no tensor 'z\.weight'; is frame_factory the same"),
@@ -239,6 +253,15 @@ def test_a_damaged_folder_is_refused_and_the_frame_stays_whole(name: str, folder
 def test_a_missing_folder_and_a_wrong_factory(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SavedModelError, match=r"nowhere is not a saved model: .* not found; save one with"):
         load(tmp_path / "nowhere", lambda: zoo.build("grouped"))
+    with pytest.raises(SavedModelError, match=r"nowhere is not .*, or take a checkpoint by torchgrow\.load_checkpoint"):
+        load(tmp_path / "nowhere", lambda: zoo.build("grouped"))
+    with pytest.raises(SavedModelError, match=r"got a Linear; call torchgrow\.load\(folder, Linear\), or with"):
+        load(tmp_path, nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(SavedModelError, match=r"got a str; call torchgrow\.load\(folder, MyModel\), or with"):
+        load(nn.Linear, "net")  # type: ignore[arg-type]
+    for wrong in ("net", [nn.Linear(2, 2)]):
+        with pytest.raises(SavedModelError, match=r"got a (str|list) for the first; call torchgrow\.save\("):
+            save(wrong, tmp_path / "net")  # type: ignore[arg-type]
     with pytest.raises(SavedModelError, match=r"frame_factory must return a torch\.nn\.Module, got str"):
         load(folder, lambda: "net")  # type: ignore[arg-type, return-value]
     with pytest.raises(SavedModelError, match=r"no tensor 'a\.bias'; is frame_factory the same"):
@@ -247,10 +270,21 @@ def test_a_missing_folder_and_a_wrong_factory(folder: Path, tmp_path: Path) -> N
         load(folder, lambda: zoo.build("grouped-2"))
 
 
+def test_buffers_of_a_frame_on_the_meta_device_are_loaded(tmp_path: Path) -> None:
+    """Those of a batch norm, say: giving the frame their values took the values away."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model(torch.randn(5, 3))
+    save(model, tmp_path / "net")
+    with torch.device("meta"):
+        frame = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    again = load(tmp_path / "net", lambda: frame)
+    assert same(again.state_dict(), model.state_dict())
+
+
 def test_a_flipped_bit_is_noticed(folder: Path) -> None:
     for name in (WEIGHTS, STRUCTURE):
         whole = (folder / name).read_bytes()
-        at = whole.index(b"4") if name == STRUCTURE else len(whole) - 3
+        at = whole.index(b"4", whole.index(b"frame_shapes")) if name == STRUCTURE else len(whole) - 3
         (folder / name).write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with pytest.raises(SavedModelError, match=rf"{name} is damaged: its contents do not fit its checksum"):
             load(folder, lambda: zoo.build("grouped"))
@@ -283,13 +317,14 @@ def test_format_1_still_loads(folder: Path) -> None:
     """What version 0.1 wrote: the same, without checksums."""
     model = load(folder, lambda: zoo.build("grouped"))
     record = json.loads((folder / STRUCTURE).read_text())
-    assert (record["format"], record.pop("sha256").keys()) == (3, {STRUCTURE, WEIGHTS})
+    assert (record["format"], record.pop("sha256").keys()) == (4, {STRUCTURE, WEIGHTS})
     assert record.pop("extra_state") == {}
+    assert record.pop("buffers") == {}
     (folder / STRUCTURE).write_text(json.dumps({**record, "format": 1}))
     again = load(folder, lambda: zoo.build("grouped"))
     assert same(again.state_dict(), model.state_dict())
     save(again, folder)
-    assert json.loads((folder / STRUCTURE).read_text())["format"] == 3
+    assert json.loads((folder / STRUCTURE).read_text())["format"] == 4
 
 
 # --- saving ---------------------------------------------------------------------------------------------------

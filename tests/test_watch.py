@@ -180,5 +180,5 @@ def test_a_run_that_is_over_names_the_updates_that_suffice(early: bool) -> None:
         grower.update()
     if early:
         grower.finish()
-    with pytest.raises(TorchgrowError, match="call finish.. only when no" if early else "updates=5 or more"):
+    with pytest.raises(TorchgrowError, match="call it only when no" if early else r"updates=5\) or with more"):
         grower.update()

@@ -33,6 +33,24 @@ def _brought_by_frame(model: nn.Module, name: str, tensor: Tensor) -> bool:
     return tensor.layout != torch.strided and own in model.get_submodule(path)._non_persistent_buffers_set
 
 
+def late_shapes(space: Space, model: nn.Module) -> dict[str, list[int]]:
+    """Shapes of the buffers that nothing cuts, for a state: the frame does not say what they must be."""
+    return {
+        name: list(buffer.shape)
+        for name, buffer in model.named_buffers()
+        if name not in space.cut_axes and not _brought_by_frame(model, name, buffer)
+    }
+
+
+def check_late(field: Field, found: Mapping[str, Tensor], space: Space, model: nn.Module) -> None:
+    """Refuse buffers that nothing cuts if they are not as the state's own list of them says."""
+    present = named_tensors(model)
+    free = late_buffers(space, model) | (found.keys() - present.keys())
+    here = {name: list(tensor.shape) for name, tensor in found.items() if name in free}
+    if field.value != here:
+        field.refuse(f"{here}, as the buffers of the network are")
+
+
 def check_network(space: Space, keep: Tensor, model: nn.Module) -> None:
     """Refuse to save what could never be loaded.
 
@@ -57,7 +75,7 @@ def read_network(
     """
     found, present, free = field.fields(), named_tensors(model), late_buffers(space, model)
     fixed, modules = present.keys() - free, dict(model.named_modules())
-    known = {name for name in found if name in present or _may_appear(modules, name)}
+    known = {name for name in found if name in present or may_appear(modules, name)}
     if not fixed <= known or len(known) < len(found):
         field.fields(fixed | known)  # says what is missing, what foreign
     tensors = {}
@@ -75,7 +93,7 @@ def _layout(tensor: Tensor | None) -> torch.layout:
     return torch.strided if tensor is None else tensor.layout
 
 
-def _may_appear(modules: Mapping[str, nn.Module], name: str) -> bool:
+def may_appear(modules: Mapping[str, nn.Module], name: str) -> bool:
     """Whether a forward may make a buffer of this name: its module is there, and nothing else stands in its place."""
     path, _, own = name.rpartition(".")
     module = modules.get(path)

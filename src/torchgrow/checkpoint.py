@@ -7,23 +7,22 @@ would have ended (same versions, same number of threads). Files are data, never 
 from __future__ import annotations
 
 import os
-import random
 import re
 import shutil
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
+from .distributed import gathered, here
 from .errors import SavedModelError, TorchgrowError
 from .exchange import uninterrupted
 from .files import locked, made, pack, read_folder, unpack, write_folder
 from .grower import Grower
+from .randomness import random_state, read_random, same_random
 from .state import Field
 
 FORMAT = 2  # the first one for checkpoints; in numbers from 2 on, all folders carry checksums
@@ -48,6 +47,7 @@ def save_checkpoint(
     scheduler: Stateful | None = None,
     extra: Any = None,
     keep: int = 3,
+    together: bool = False,
 ) -> Path:
     """Add a checkpoint to a folder: it appears whole, flushed to the disk, or not at all.
 
@@ -58,12 +58,17 @@ def save_checkpoint(
     how many batches of the epoch are done, the state of the sampler's generator when the epoch began, a GradScaler's
     `state_dict()`, a step count.
 
+    With several processes let rank 0 alone call it right after `grower.update()`, from where it knows the random states
+    of the other ranks; or, at any other moment, all of them, with `together=True`.
+
     Args:
         folder: for the checkpoints of one run; made if needed.
         grower: of the run; None for a network that does not grow, whose state dicts can go into `extra`.
         scheduler: the learning rate schedule, or anything with `state_dict` and `load_state_dict`.
         extra: nested dicts, lists and tuples of tensors, numbers, text, True, False and None.
         keep: how many checkpoints to keep (3); older ones are deleted once the new one stands.
+        together: whether every rank makes this call: rank 0 writes, with its own `scheduler` and `extra` and the random
+            states of all, and the others wait for it.
 
     Returns:
         The new checkpoint's own folder, `folder/checkpoint-000001` and so on.
@@ -71,16 +76,69 @@ def save_checkpoint(
     Raises:
         SavedModelError: something is not plain data, or could not be written; older checkpoints stay.
         TrainingError: the last optimizer step did not finish.
+        TorchgrowError: `keep` is no number, or `grower` is none; together: rank 0 could not write, or a rank waited
+            in vain.
+
+    Warns:
+        UserWarning: rank 0 alone saves, at a moment at which it does not know what the other ranks draw next.
     """
     if type(keep) is not int or keep < 1:
         raise TorchgrowError(f"keep={keep!r} must be a whole number >= 1: how many checkpoints to keep")
-    target = Path(folder)
+    _check_grower(grower)
+    rank, size = here()
+    own = random_state()
+    if not together or size == 1:
+        states = _known(own, grower, rank, size)
+        return _write(Path(folder), grower, scheduler, states, extra, keep)
+    gather = gathered if grower is None or grower._ranks.size != size else grower._ranks.gather
+    states, path = gather(own), ""
+    try:
+        if rank == 0:
+            path = str(_write(Path(folder), grower, scheduler, states, extra, keep))
+    finally:  # so that nobody waits for a rank 0 that has failed
+        path = gather(path)[0]
+    if not path:
+        raise TorchgrowError("rank 0 could not write the checkpoint, for the reason given there; the older ones stay")
+    return Path(path)
+
+
+def _check_grower(grower: Any) -> None:
+    if grower is not None and not isinstance(grower, Grower):
+        raise TorchgrowError(
+            f'a checkpoint is of a Grower, got a {type(grower).__name__}; call save_checkpoint("folder/", grower). '
+            'Without one: save_checkpoint("folder/", extra={"model": model.state_dict()})'
+        )
+
+
+def _known(own: Any, grower: Grower | None, rank: int, size: int) -> list[Any]:
+    """Random states by rank, as far as one rank knows them by itself."""
+    if size == 1:
+        return [own]
+    states = [] if grower is None else list(grower._ranks.random)
+    if not states or not same_random(own, states[rank]):
+        warnings.warn(
+            f"rank {rank} saves alone and has drawn random numbers since the last update, so that it does not know "
+            f"what the other {size - 1} would draw next: a run that goes on from here may see other dropout or "
+            "shuffling there. Call save_checkpoint(..., together=True) on every rank, or save right after update()",
+            stacklevel=3,
+        )
+    states = states or [None] * size
+    states[rank] = own
+    return states
+
+
+def _write(
+    target: Path, grower: Grower | None, scheduler: Stateful | None, states: list[Any], extra: Any, keep: int
+) -> Path:
+    """Write a checkpoint; `states`: the random state of every rank, None where it is not known."""
     contents = {
         "grower": None if grower is None else grower.state_dict(),
         "scheduler": None if scheduler is None else scheduler.state_dict(),
-        "random": _random_state(),
+        "random": states[0],
         "extra": extra,
     }
+    if len(states) > 1:
+        contents["ranks"] = states[1:]
     tensors: dict[str, Tensor] = {}
     record = {"format": FORMAT, "contents": pack(contents, tensors)}
     with locked(made(target)):  # so that no other writer takes the same number, or this one's half for a dead one's
@@ -102,8 +160,9 @@ def load_checkpoint(
 ) -> Any:
     """Go on from the latest checkpoint that is whole.
 
-    Build model, optimizer, grower and scheduler just as in the run that saved it, then call this. A damaged checkpoint
-    is passed over for the one before, with a warning; one that does not fit what you built is an error.
+    Build model, optimizer, grower and scheduler just as in the run that saved it, then call this, with several
+    processes on every rank: each takes its own random state. A damaged checkpoint is passed over for the one before,
+    with a warning; one that does not fit what you built is an error.
 
     Args:
         folder: what was given to `save_checkpoint`, or one checkpoint in it.
@@ -115,15 +174,19 @@ def load_checkpoint(
 
     Raises:
         SavedModelError: there is no checkpoint, none that is whole, or it does not fit; nothing was changed.
+
+    Warns:
+        UserWarning: the checkpoint has no random state of this rank, which goes on with the numbers it has.
     """
-    contents = Field(_latest(Path(folder)), "checkpoint").fields(("grower", "scheduler", "random", "extra"))
+    _check_grower(grower)
+    contents = Field(_latest(Path(folder)), "checkpoint").fields(("grower", "scheduler", "random", "extra"), ("ranks",))
     for name, thing in (("grower", grower), ("scheduler", scheduler)):
         if (contents[name].value is None) != (thing is None):
             has = "without" if thing is not None else "with"
             raise SavedModelError(
                 f"the checkpoint in {folder} was saved {has} a {name}; load it {has} one. Nothing was changed"
             )
-    restore_random = _read_random(contents["random"])
+    restore_random = _own_random(contents["random"], contents["ranks"])
     before: dict[str, Any] | None = None
     with uninterrupted():  # a Ctrl-C comes through before or after, not in between
         try:
@@ -142,6 +205,21 @@ def load_checkpoint(
             raise
         restore_random()
     return contents["extra"].value
+
+
+def _own_random(first: Field, others: Field) -> Callable[[], None]:
+    """Check the random state that this rank takes over; the function returned sets it."""
+    rank, _ = here()
+    known = [first] if others.value is None else [first, *others.items()]
+    if rank >= len(known) or (known[rank].value is None and len(known) > 1):
+        warnings.warn(
+            f"the checkpoint has no random state of rank {rank}, which goes on with the numbers it has: dropout and "
+            "shuffling there differ from the run that was saved. To have them next time, call "
+            "save_checkpoint(..., together=True) on every rank, with as many processes as load it",
+            stacklevel=3,
+        )
+        return lambda: None
+    return read_random(known[rank])
 
 
 def _numbered(folder: Path) -> dict[int, Path]:
@@ -181,47 +259,7 @@ def _latest_whole(folder: Path, one: bool) -> Any:
         return contents
     if reasons:
         raise SavedModelError(f"no checkpoint in {folder} is whole: {'; '.join(reasons)}")
-    raise SavedModelError(f"no checkpoint in {folder}; make one with torchgrow.save_checkpoint(folder, grower)")
-
-
-# --- random numbers ---
-
-
-def _random_state() -> dict[str, Any]:
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = sys.modules["numpy"].random.get_state()  # safetensors has imported it
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [kind, torch.from_numpy(keys.astype("int64")), position, has_gauss, cached],
-        "python": [version, torch.tensor(words), gauss],
-    }
-
-
-def _read_random(field: Field) -> Callable[[], None]:
-    """Check saved random states on generators of no use; the function returned sets them."""
-    saved = field.fields(("torch", "cuda", "numpy", "python"))
-    host = saved["torch"].generator()
-    devices = [entry.value for entry in saved["cuda"].items()]
-    numpy = sys.modules["numpy"].random
-    try:
-        version, words, gauss = saved["python"].value
-        python = (version, tuple(words.tolist()), gauss)
-        random.Random().setstate(python)
-        kind, keys, position, has_gauss, cached = saved["numpy"].value
-        legacy = (kind, keys.numpy().astype("uint32"), position, has_gauss, cached)
-        numpy.RandomState().set_state(legacy)
-        present = devices[: torch.cuda.device_count()] if torch.cuda.is_available() else []
-        for index, state in enumerate(present):
-            torch.Generator(f"cuda:{index}").set_state(state)
-    except (TypeError, ValueError, AttributeError, OverflowError, RuntimeError, IndexError) as error:
-        raise SavedModelError(f"{field.path} is damaged: {error}; nothing was changed") from error
-
-    def restore() -> None:
-        torch.set_rng_state(host)
-        random.setstate(python)
-        numpy.set_state(legacy)
-        for index, state in enumerate(present):
-            torch.cuda.set_rng_state(state, index)
-
-    return restore
+    raise SavedModelError(
+        f"no checkpoint in {folder}; make one with torchgrow.save_checkpoint(folder, grower). What torchgrow.save "
+        "wrote is a network, for torchgrow.load(folder, frame_factory)"
+    )

@@ -49,17 +49,18 @@ class Ranks:
     Attributes:
         rank: of this process.
         size: number of processes, 1 without torch.distributed.
+        random: by rank, the random state when the last update began, which draws none of these numbers; empty before.
     """
 
     def __init__(self) -> None:
-        started = dist.is_available() and dist.is_initialized()
-        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if started else (0, 1)
+        self.rank, self.size = here()
         # A group of its own: what is sent here must never be taken for a step of somebody's DDP. It is not kept alive
         # beyond destroy_process_group(): its threads must not outlive the interpreter.
         self._held: weakref.ref[dist.ProcessGroup] | None = None
         if self.size > 1:
             self._held = weakref.ref(cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=TIMEOUT)))
         self._agreed = False
+        self.random: list[Any] = []
         self._wrappers: weakref.WeakSet[Wrapper] = weakref.WeakSet()
 
     @property
@@ -73,14 +74,17 @@ class Ranks:
         return group
 
     @contextmanager
-    def together(self, tensors: Iterable[Tensor] = ()) -> Iterator[None]:
+    def together(self, tensors: Iterable[Tensor], random: Callable[[], Any]) -> Iterator[None]:
         """Around what all ranks do alike, ending in `agree`: where one fails before, the others need not wait for it.
 
         Args:
             tensors: made equal to rank 0's first; such as running statistics, which every rank has its own of.
+            random: returns the random state of this rank, which goes into `random`; called only if there are several.
         """
         self._agreed = False
         self.share(tensors)
+        if self.size > 1:
+            self.random = self.gather(random())
         try:
             yield
         except BaseException:
@@ -127,14 +131,21 @@ class Ranks:
             dist.all_gather(found, mine, group=self._group)
         return [one.tolist() for one in found]
 
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank has, by rank; all call it."""
+        if self.size == 1:
+            return [value]
+        with self._waiting():
+            return gathered(value, self._group)
+
     @contextmanager
     def _waiting(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
             raise TorchgrowError(
-                f"rank {self.rank} waited in an update for other ranks in vain ({error}). Call update() and finish() "
-                "on every rank, not on some alone; or else another rank has died"
+                f"rank {self.rank} waited in an update for other ranks in vain ({error}). Call update(), finish() and "
+                "save_checkpoint(..., together=True) on every rank, not on some alone; or else another rank has died"
             ) from error
 
     @torch.no_grad()
@@ -192,6 +203,19 @@ class Wrapper(DistributedDataParallel):
                 "call it anew after every update: ddp = grower.wrap()"
             )
         return super().forward(*inputs, **kwargs)
+
+
+def here() -> tuple[int, int]:
+    """Number of this process, and how many there are."""
+    started = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if started else (0, 1)
+
+
+def gathered(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """What every rank of a group has, by rank; all call it."""
+    found = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group=group)
+    return found
 
 
 def _bytes(tensor: Tensor) -> Tensor:

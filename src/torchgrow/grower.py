@@ -35,6 +35,7 @@ from .optimizers import check_optimizers, first_rate, optimizers_of, peak_rate, 
 from .policies import Policy, View, policy_of
 from .policies.kit import one_per_group
 from .proof import prove, trace
+from .randomness import random_state
 from .record import Growth, growths, recorded
 from .replay import Couples, replay
 from .saved import Saved, forget_compiled
@@ -42,7 +43,7 @@ from .space import WHOLE, Frozen, Place, Space, live_positions
 from .state import Event
 from .store import is_meta
 from .surgery import Bank, Change, named_tensors, recut
-from .watch import Watch, warn_idle
+from .watch import Watch, warn_idle, warn_spread
 
 log = logging.getLogger("torchgrow")
 
@@ -181,6 +182,7 @@ class Grower(Saved):
         self._ever = torch.zeros(self.space.n_units, dtype=torch.bool)
         self._before = self.space.everything()  # the structure before the last change
         self.finished = False
+        self._early = False  # whether finish() ended the run, before update() could
         self.history: list[Event] = []
         self._seed_cost = self._costs.both(self._costs.live(seed_structure))
         log.info("%s goes %s", type(model).__name__, self.course())
@@ -193,7 +195,8 @@ class Grower(Saved):
     def update(self) -> Event:
         """Grow, detach and regrow once. Evaluate before: newborn units are untrained.
 
-        With several processes every rank calls it; buffers such as running statistics become rank 0's.
+        With several processes every rank calls it; buffers such as running statistics become rank 0's, and every rank
+        hears of the random states of all, for `save_checkpoint`.
 
         Raises:
             TorchgrowError: the run is over, or the ranks do not agree.
@@ -202,19 +205,22 @@ class Grower(Saved):
 
         Warns:
             UserWarning: no given optimizer took a step since the last update, or the indicators wait for one that
-                takes none.
+                takes none; or, at the first, a copy of the frame that does not follow was averaged with the seed.
         """
         number = len(self.history)
         if self.finished:
-            end = (
-                f"for a longer run construct Grower(..., updates={self.updates + 1} or more)"
-                if number > self.updates
-                else "call finish() only when no update follows"
+            raise TorchgrowError(
+                f"the run is over: finish() was called after {number - 2} of {self.updates} updates; call it only when "
+                "no update follows"
+                if self._early
+                else f"the run is over: update() was called {self.updates} times; for a longer run construct "
+                f"Grower(..., updates={self.updates + 1}) or with more"
             )
-            raise TorchgrowError(f"the run is over: update() was called {self.updates} times or finish() once; {end}")
-        with trainable(), self._ranks.together(self._buffers()):
+        with trainable(), self._ranks.together(self._buffers(), random_state):
             self._check_trained()
             warn_idle(self.optimizers, self._folding.taken, self._folding.moved or not self._folding.listens)
+            if number == 1:
+                warn_spread(self.model, self.space)
             return self._finish() if number >= self.updates else self._update(number)
 
     def finish(self) -> Event:
@@ -230,9 +236,9 @@ class Grower(Saved):
             raise TorchgrowError(
                 "finish() was called before; the network is final, save it with torchgrow.save(model, folder)"
             )
-        with trainable(), self._ranks.together(self._buffers()):
+        with trainable(), self._ranks.together(self._buffers(), random_state):
             self._check_trained()
-            return self._finish()
+            return self._finish(early=True)
 
     def wrap(self, **settings: Any) -> nn.Module:
         """The network for data-parallel training; call it anew after every update: `ddp = grower.wrap()`.
@@ -275,6 +281,13 @@ class Grower(Saved):
         outer, inner = module, getattr(module, "module", None)
         if isinstance(inner, nn.Module) and not module.state_dict().keys() & self._bank.tensors.keys():
             module = inner
+        own = {id(tensor): name for name, tensor in named_tensors(module).items()}
+        for follower in self._followers:
+            for tensor in named_tensors(follower.model).values():
+                if id(tensor) in own:
+                    raise StructureError(
+                        f"{own[id(tensor)]} of {type(module).__name__} follows already; call follow once for every copy"
+                    )
         exchange = Exchange()
         exchange.remember(module)
         try:
@@ -447,12 +460,12 @@ class Grower(Saved):
         self._folding.recover()
         self._watch.check_trained(self._contents(), self._folding.taken)
 
-    def _finish(self) -> Event:
+    def _finish(self, early: bool = False) -> Event:
         start = time.perf_counter()
         self._folding.recover()
         old = self._bank.keep
         keep = self._fitted(old, self.policy, self._view(len(self.history) - 1))
-        return self._change_to(keep, self.policy, self._generator, start, silent=keep & ~old, last=True)
+        return self._change_to(keep, self.policy, self._generator, start, silent=keep & ~old, last=True, early=early)
 
     @trainable()
     def carry(self, state: Any) -> Any:
@@ -505,6 +518,7 @@ class Grower(Saved):
         *,
         silent: Tensor | None = None,
         last: bool = False,
+        early: bool = False,
         exchange: Exchange | None = None,
     ) -> Event:
         """Make `keep` the live structure, with the policy and generator that chose it, all or nothing; record it."""
@@ -542,7 +556,7 @@ class Grower(Saved):
             self._folding.remove(exchange)
             for one in (bank, *self._followers):
                 exchange.fields(one, full={}, slots={})
-            exchange.fields(self, finished=True)
+            exchange.fields(self, finished=True, _early=early)
         else:
             self._folding.attach(exchange)
         exchange.fields(self.policy, **vars(policy))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from .adapters import ADAPTERS, adapt_
 from .attributes import get, held, put
+from .beside import may_appear
 from .errors import SavedModelError, TorchgrowError
 from .files import pack, read_folder, real_folder, storable, unpack, write_folder
 from .guard import guard_
@@ -22,9 +24,10 @@ from .store import Index, live_shape
 from .surgery import materialise_, replace_
 from .wrappers import plain_modules, plain_tensors, unwrapped
 
-FORMAT = 3
-FORMATS = (1, 2, 3)
-"""Format 1 has no checksums; up to 2 no evidence for counts, and none for modules left out without parameters."""
+FORMAT = 4
+FORMATS = (1, 2, 3, 4)
+"""Format 1 has no checksums; up to 2 no evidence for counts, and none for modules left out without parameters; up to 3
+no list of buffers, so that each must be as in the frame."""
 
 WEIGHTS, STRUCTURE = "model.safetensors", "structure.json"
 
@@ -54,6 +57,12 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             `load` could not rebuild the model: a shape, count or state that follows from nothing recorded, which the
             message names.
     """
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise SavedModelError(
+            f"save takes a torch.nn.Module and a folder, got a {kind} for the first; call "
+            'torchgrow.save(model, "folder/"), and for a run torchgrow.save_checkpoint("folder/", grower)'
+        )
     target = real_folder(folder)
     there = os.path.exists(target)  # noqa: PTH110  # Path raises where a name is too long
     if there and not (target.is_dir() and {p.name for p in target.iterdir()} <= {WEIGHTS, STRUCTURE}):
@@ -74,6 +83,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         "adapted": [path for path, module in modules.items() if type(module) in ADAPTERS.values()],
         "skipped": {path: _left_out(path, skip, skipped, tensors, record) for path, skip in skipped.items()},
         "extra_state": {path: pack(value, stored, f"the extra state of {path}") for path, value in extra.items()},
+        "buffers": {join(path, name): kept for path, module in modules.items() for name, kept in _listed(module)},
     }
     for growth in growths(model):
         warnings.warn(
@@ -89,6 +99,13 @@ def _own_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     transient = {join(path, name) for path, module in modules.items() for name in module._non_persistent_buffers_set}
     found = plain_tensors(modules)
     return {name: x for name, x in found.items() if x.layout == torch.strided or name not in transient}
+
+
+def _listed(module: nn.Module) -> list[tuple[str, bool | None]]:
+    """Names of a module's buffers, and whether each is part of its `state_dict`; None of one without a value."""
+    passing = module._non_persistent_buffers_set
+    listed = [(n, x) for n, x in module._buffers.items() if n not in passing or x is None or x.layout == torch.strided]
+    return [(name, None if tensor is None else name not in passing) for name, tensor in listed]
 
 
 def _check_explained(
@@ -277,19 +294,22 @@ def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module])
             (`with torch.device("meta"): ...`), from where what is loaded comes to the CPU.
 
     Returns:
-        The frame, cut to the saved structure, with the saved weights and buffers, in training mode as built.
+        The frame, cut to the saved structure, with the saved weights and buffers, in training mode as built. Buffers
+        that nothing cuts are as saved, also where a forward had made them, replaced them at another shape, or put None
+        in their place.
 
     Raises:
         SavedModelError: the folder is missing or damaged, or does not fit the frame; the frame factory's
             model is discarded.
     """
-    source = Path(folder)
     if isinstance(frame_factory, nn.Module) or not callable(frame_factory):
         kind = type(frame_factory).__name__
+        name = kind if isinstance(frame_factory, nn.Module) else "MyModel"
         raise SavedModelError(
-            f"frame_factory must be a function that builds the frame, got a {kind}; pass the class, or "
-            f"lambda: {kind}(...): torchgrow.load cuts a model of its own"
+            f"frame_factory must be a function that builds the frame, got a {kind}; call torchgrow.load(folder, "
+            f"{name}), or with lambda: {name}(...): torchgrow.load cuts a model of its own"
         )
+    source = Path(folder)
     structure, tensors = _read(source)
     model = frame_factory()
     if not isinstance(model, nn.Module):
@@ -300,11 +320,14 @@ def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module])
     _check_fresh(modules, own)
     extra = {path: unpack(value, tensors) for path, value in structure["extra_state"].items()}
     kept = _kept(source, structure, own)
-    _check_names(source, own, tensors)
+    late, dropped = _late(structure, modules, own, tensors)
+    _check_names(source, own.keys() - dropped, tensors.keys() - late)
     skipped = _skipped(source, structure, modules, own)
     below = tuple(f"{path}." for path in skipped)
+    free = {name for name in structure["buffers"] if name not in kept and not name.startswith(below)}
     attributes = _attributes(source, structure, modules, kept, own, below)
-    _check_contents(source, own, tensors, kept, below)
+    fixed = {name: tensor for name, tensor in own.items() if name not in dropped}
+    _check_contents(source, fixed, tensors, kept, below, free)
     _check_convolutions(source, modules, tensors, attributes, below)
     _check_extra(source, structure, modules, extra)
     names = {module: path for path, module in frame.named_modules()}
@@ -314,9 +337,12 @@ def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module])
         raise SavedModelError(f"{source / STRUCTURE} names a module without its adapter: {error}") from error
     wholes = {(path, name): get(modules[path], name) or 0 for path, name in attributes}
     shapes = {name: tuple(own[name].shape) for name in own if name in kept or name.startswith(below)}
-    materialise_(frame, {name: tensor for name, tensor in own.items() if tensor.is_meta}, lambda name: tensors[name])
-    for name, tensor in own.items():
+    bare = {name: tensor for name, tensor in fixed.items() if tensor.is_meta}
+    materialise_(frame, bare, lambda name: tensors[name].detach())  # another object: it is exchanged for the frame's
+    for name, tensor in fixed.items():
         replace_(tensor, tensors[name].to(tensor.device))
+    for name in (*late, *dropped):
+        _put_buffer(modules, name, tensors.get(name), structure["buffers"][name])
     for (path, name), number in attributes.items():
         put(modules[path], name, number)
     for path, skip in skipped.items():
@@ -347,9 +373,34 @@ def _check_fresh(modules: Mapping[str, nn.Module], own: Mapping[str, Tensor]) ->
             )
 
 
-def _check_names(source: Path, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+def _late(
+    structure: dict[str, Any],
+    modules: Mapping[str, nn.Module],
+    own: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+) -> tuple[list[str], list[str]]:
+    """Names of buffers that only the saved model has, and of those of the frame that have no value in it."""
+    buffers = structure["buffers"]
+    late = [name for name in tensors if name not in own and buffers.get(name) is not None]
+    dropped = [name for name in own if name not in tensors and name in buffers and buffers[name] is None]
+    return (
+        [name for name in late if may_appear(modules, name)],
+        [name for name in dropped if name not in structure["kept"] and not isinstance(own[name], nn.Parameter)],
+    )
+
+
+def _put_buffer(modules: Mapping[str, nn.Module], name: str, tensor: Tensor | None, persistent: bool | None) -> None:
+    path, _, own = name.rpartition(".")
+    module = modules[path]
+    if own in module._buffers:
+        module._buffers[own] = tensor
+    else:
+        module.register_buffer(own, tensor, persistent=bool(persistent))
+
+
+def _check_names(source: Path, own: AbstractSet[str], tensors: AbstractSet[str]) -> None:
     """Refuse tensors of another model."""
-    missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    missing, foreign = sorted(own - tensors), sorted(tensors - own)
     if missing or foreign:
         raise SavedModelError(
             f"{source} does not fit the frame: missing {missing[:3]}, foreign {foreign[:3]}; "
@@ -423,10 +474,13 @@ def _check_contents(
     tensors: Mapping[str, Tensor],
     kept: Mapping[str, Index],
     below: tuple[str, ...],
+    free: AbstractSet[str],
 ) -> None:
-    """Refuse tensors that are not what the frame's become."""
+    """Refuse tensors that are not what the frame's become; buffers in `free` may be of any shape."""
     for name, full in own.items():
         shape = (0,) if name.startswith(below) else live_shape(tuple(full.shape), kept.get(name, {}))
+        if name in free and not isinstance(full, nn.Parameter):
+            shape = tuple(tensors[name].shape)
         if tensors[name].shape != shape or tensors[name].dtype != full.dtype:
             raise SavedModelError(
                 f"{source / WEIGHTS}: {name} is {tensors[name].dtype} {tuple(tensors[name].shape)}, but the structure "
@@ -483,6 +537,7 @@ FIELDS = {
     "adapted": list,
     "skipped": dict,
     "extra_state": dict,
+    "buffers": dict,
 }
 """Fields of the record, and their types."""
 
@@ -495,11 +550,13 @@ ENTRIES = {
 
 def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Both files, with the record's form checked."""
-    what = "a saved model; save one with torchgrow.save"
+    what = "a saved model; save one with torchgrow.save, or take a checkpoint by torchgrow.load_checkpoint"
     structure, tensors = read_folder(source, (STRUCTURE, WEIGHTS), FORMATS, what)
     if structure["format"] < 3:
         structure.setdefault("skipped", {})  # absent before depth
         structure.setdefault("extra_state", {})
+    if structure["format"] < 4:
+        structure.setdefault("buffers", {})
     well_formed = structure.keys() == FIELDS.keys()
     well_formed = well_formed and all(type(structure[name]) is kind for name, kind in FIELDS.items())
     if well_formed:
@@ -507,6 +564,7 @@ def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         well_formed = (
             all(isinstance(axes, dict) for axes in structure["kept"].values())
             and all(type(path) is str for path in structure["adapted"])
+            and all(kept is None or type(kept) is bool for kept in structure["buffers"].values())
             and all(
                 isinstance(entry, list) and [type(x) for x in entry] in ENTRIES[name]
                 for name, entries in lists.items()

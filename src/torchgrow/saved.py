@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -11,7 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .beside import check_network, extra_states, extra_states_set, held_beside, of_state, read_network, take_buffers
+from .beside import (
+    check_late,
+    check_network,
+    extra_states,
+    extra_states_set,
+    held_beside,
+    late_shapes,
+    of_state,
+    read_network,
+    take_buffers,
+)
 from .cost import CostModel
 from .distributed import Ranks
 from .errors import SavedModelError, StructureError
@@ -52,7 +63,7 @@ FIELDS = (
 )
 """Fields of a state of format `FORMAT`."""
 
-LATER = ("extra_states",)
+LATER = ("extra_states", "early", "buffers")
 """Those that states of older versions lack; with what came later in their fields, a run goes on as it did then."""
 
 
@@ -65,6 +76,7 @@ class _Found:
     ever: Tensor
     trained: Tensor
     finished: bool
+    early: bool
     history: list[Event]
     initial_lr: float
     policy: Policy
@@ -93,6 +105,7 @@ class Saved:
     updates: int
     seed: int
     finished: bool
+    _early: bool
     history: list[Event]
     _bank: Bank
     _followers: list[Bank]
@@ -139,6 +152,7 @@ class Saved:
             "finished": self.finished,
             "policy": self.policy.state_dict(),
             "generator": self._generator.get_state(),
+            "early": self._early,
             "initial_lr": self._initial_lr,
             "keep": self._bank.keep.clone(),
             "before": self._before.clone(),
@@ -160,6 +174,7 @@ class Saved:
                 for bank, outer in zip(self._followers, self._outer, strict=True)
             ],
             "extra_states": [extra_states(bank.model) for bank in (self._bank, *self._followers)],
+            "buffers": [late_shapes(self.space, bank.model) for bank in (self._bank, *self._followers)],
         }
 
     @trainable()
@@ -211,7 +226,9 @@ class Saved:
             self._folding.attach(exchange)
         exchange.fields(self.policy, **vars(found.policy))
         exchange.fields(self, _generator=found.generator, _before=found.before, _ever=found.ever)
-        exchange.fields(self, history=found.history, finished=found.finished, _initial_lr=found.initial_lr)
+        exchange.fields(
+            self, history=found.history, finished=found.finished, _early=found.early, _initial_lr=found.initial_lr
+        )
         self._note(exchange, found.history, found.finished)
         self._ranks.invalidate(exchange)
         forget_compiled()
@@ -251,17 +268,24 @@ class Saved:
         sleepers = {name: parameters[name] for name in full if name in parameters}
         steps = saved["steps"].fields(("waiting", "sum"), later=("taken", "moved"))
         total, taken = steps["sum"], steps["taken"]
+        network = read_network(saved["network"], space, self.model, shapes)
+        followers = self._read_followers(saved["followers"], shapes, finished)
+        if saved["buffers"].value is not None:
+            pairs = [(bank, network), *((own, contents) for own, contents, *_ in followers)]
+            for (own, contents), listed in zip(pairs, saved["buffers"].items(len(pairs)), strict=True):
+                check_late(listed, contents, space, own.model)
         return _Found(
             keep=keep,
             before=before,
             ever=ever,
             trained=trained,
             finished=finished,
+            early=saved["early"].flag() if saved["early"].value is not None else len(history) <= self.updates,
             history=history,
             initial_lr=saved["initial_lr"].number(low=0),
             policy=read_policy(saved["policy"], self.policy, len(history)),
             generator=torch.Generator().set_state(saved["generator"].generator()),
-            network=read_network(saved["network"], space, self.model, shapes),
+            network=network,
             gradients=_copied_to(read_tensors(saved["gradients"], parameters, shapes, some=True), parameters),
             raw=_copied_to(read_tensors(saved["raw"], gated, shapes), parameters),
             bank=full,
@@ -273,7 +297,7 @@ class Saved:
             summed=None if total.value is None else total.tensor(units, torch.float64, finite=True).clone(),
             taken=[] if taken.value is None else [one.whole() for one in taken.items(len(self.optimizers))],
             moved=steps["moved"].value is not None and steps["moved"].flag(),
-            followers=self._read_followers(saved["followers"], shapes, finished),
+            followers=followers,
             extra_states=self._read_extra_states(saved["extra_states"]),
         )
 
@@ -330,7 +354,9 @@ class Saved:
 
     def _examine(self, state: Mapping[str, Any]) -> dict[str, Field]:
         """Fields of a state that was saved by a grower such as this one, of a frame such as this one."""
-        form = Field(state).fields().get("format", Field(None)).value
+        if not isinstance(state, dict) or "format" not in state:
+            raise SavedModelError(_no_state(state))
+        form = Field(state).fields()["format"].value
         if type(form) is not int or form != FORMAT:
             raise SavedModelError(f"the state has format {form!r}, this version of torchgrow reads {FORMAT}")
         saved, here = Field(state).fields(FIELDS, LATER), self._settings()
@@ -363,6 +389,20 @@ class Saved:
 def _copied_to(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Copies on the devices of the parameters of the same names."""
     return {name: tensor.to(parameters[name].device, copy=True) for name, tensor in tensors.items()}
+
+
+def _no_state(given: Any) -> str:
+    """What to do with something that is no state of a grower."""
+    advice = "weights alone go into model.load_state_dict(...)"
+    if isinstance(given, (str, os.PathLike)):
+        advice = "of a folder, torchgrow.load_checkpoint(folder, grower)"
+    elif isinstance(given, Saved):
+        advice = "of another grower, grower.load_state_dict(other.state_dict())"
+    elif isinstance(given, dict):
+        inside = [key for key, value in given.items() if isinstance(value, dict) and value.keys() >= {*FIELDS}]
+        advice = f"which is in it as state[{inside[0]!r}]" if inside else advice
+    found = f"a dict with {sorted(map(str, given))[:3]}" if isinstance(given, dict) else f"a {type(given).__name__}"
+    return f"load_state_dict takes what grower.state_dict() returned, got {found}; {advice}. Nothing was changed"
 
 
 def forget_compiled() -> None:

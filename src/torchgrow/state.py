@@ -68,8 +68,13 @@ class Field:
 
     def items(self, count: int | None = None) -> list[Field]:
         """The items of a list, of just so many if `count` is given."""
-        if not isinstance(self.value, list) or count not in (None, len(self.value)):
-            self.refuse("a list" if count is None else f"a list of {count}, one for every optimizer")
+        if not isinstance(self.value, list):
+            self.refuse("a list")
+        if count not in (None, len(self.value)):
+            raise SavedModelError(
+                f"{self.path} is a list of {len(self.value)}, it must be a list of {count}, one for every optimizer; "
+                "give Grower as many as in the saved run. Nothing was changed"
+            )
         return [Field(value, f"{self.path}[{i}]") for i, value in enumerate(self.value)]
 
     def tensor(self, shape: Iterable[int], dtype: torch.dtype, finite: bool = False) -> Tensor:
@@ -460,7 +465,10 @@ def _settings(
             fits = any(_alike(saved[key].value, sample) for sample in samples)
             settings[key] = saved[key].value if fits else saved[key].like(present[key])
         elif key in made_with or key not in stepped:
-            raise SavedModelError(f"the state's optimizer has no setting {key!r}; nothing was changed")
+            raise SavedModelError(
+                f"the state's optimizer has no setting {key!r}; build the optimizer as in the saved run, of the same "
+                "class. Nothing was changed"
+            )
     for key, field in saved.items():
         if key not in present:
             known = key in stepped and _data(stepped[key])

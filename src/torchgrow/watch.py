@@ -6,6 +6,7 @@ cuts. It is found by what it does: weights that have changed though the optimize
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -108,6 +109,38 @@ def warn_idle(optimizers: Sequence[torch.optim.Optimizer], taken: Sequence[int],
             "list that Grower was given. Step all of them between two updates",
             stacklevel=3,
         )
+
+
+def warn_spread(model: nn.Module, space: Space) -> None:
+    """Say that a whole copy of the frame was averaged with the seed, each of whose units went into all of a layer.
+
+    To be called once, before the first change of a seed: it looks at every object of the model's class in the process.
+    """
+    live = dict(model.named_parameters())
+    spread = [
+        (name, axis)
+        for name, axes in space.cut_axes.items()
+        for axis in axes
+        if name in live and live[name].numel() and axis >= 0 and live[name].shape[axis] == 1 < space.shapes[name][axis]
+    ]
+    for other in gc.get_referrers(type(model)) if spread else ():
+        if type(other) is not type(model) or other is model or "_parameters" not in vars(other):
+            continue
+        found = dict(other.named_parameters())
+        for name, axis in spread:
+            tensor = found.get(name)
+            if tensor is None or tuple(tensor.shape) != space.shapes[name] or tensor.is_meta:
+                continue
+            values = tensor.detach()
+            alike = bool((values == values.narrow(axis, 0, 1)).all())
+            if alike and not bool((values == values.flatten()[0]).all()):  # nor filled with one number by its owner
+                warnings.warn(
+                    f"all {values.shape[axis]} units of {name} (axis {axis}) are alike in another "
+                    f"{type(model).__name__} of the frame's size: PyTorch averages other sizes by broadcasting, "
+                    "without an error. Call grower.follow(average) right after Grower(...), before its first update",
+                    stacklevel=3,
+                )
+                return
 
 
 def _can_change(space: Space, name: str) -> bool:

@@ -66,12 +66,12 @@ class Checkpoints:
         grower: Grower | None,
         schedule: Any,
     ) -> None:
-        """Write one."""
+        """Write one; with several processes all of them call it, since each has random numbers of its own."""
         optimizer.zero_grad()  # the gradients are spent
         extra: dict[str, Any] = {one.name: getattr(progress, one.name) for one in fields(progress)}
         if grower is None:
             extra |= {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()}
-        save_checkpoint(self.folder, grower, scheduler=schedule, extra=extra)
+        save_checkpoint(self.folder, grower, scheduler=schedule, extra=extra, together=True)
 
     def load(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, grower: Grower | None, schedule: Any

@@ -267,7 +267,7 @@ def fit(
         recipe=recipe,
         grower=grower,
         schedule=schedule,
-        checkpoints=checkpoints if processes.rank() == 0 else None,
+        checkpoints=checkpoints,
         mid_epoch=checkpoints.every if checkpoints else None,
         steps=steps,
         samples=samples,
@@ -333,7 +333,7 @@ class _Run:
     generator: torch.Generator
 
     def save(self, progress: Progress) -> None:
-        """Leave a checkpoint, in the process that writes."""
+        """Leave a checkpoint."""
         if self.checkpoints:
             self.checkpoints.save(progress, self.model, self.optimizer, self.grower, self.schedule)
 
@@ -385,7 +385,7 @@ class _Run:
                 training_flops=progress.training_flops + flops,
                 seconds=progress.seconds + time.perf_counter() - start,
             )
-            # What a model carries differs between processes, of which one writes.
+            # What a model carries differs between processes, of which one writes what it has.
             due = self.mid_epoch is not None and step % self.mid_epoch == 0 and step < steps
             if due and (state is None or processes.size() == 1):
                 progress = replace(progress, loss=processes.mean(progress.loss))  # one writes it for all
