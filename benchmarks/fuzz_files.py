@@ -3,12 +3,12 @@
     OMP_NUM_THREADS=1 python benchmarks/fuzz_files.py [--count 10000]
 
 Every seed takes a saved model (of format 1, or as it is now) or a checkpoint, damages one of two files
-(tests/damage.py: a field of the JSON record or of the safetensors header changed, moved or lost, with checksums that fit
-again; bytes flipped, cut off or overwritten, with and without), and loads it. What loads must run, and a resumed run must train a
-step and update. Chunks of 250 seeds run in a process of their own that may take 2 GB of address space more than
-importing torch and building the models took, within a time limit; an audit hook watches for code: compile, exec,
-import, a process, a socket, a file opened for writing. Every chunk is a line of results/fuzz-files.jsonl; chunks that
-are there already are not run again.
+(tests/damage.py: a field of the JSON record or of the safetensors header changed, moved or lost, with checksums that
+fit again; bytes flipped, cut off or overwritten, with and without), and loads it. What loads must run, and a resumed
+run must train a step and update. Chunks of 250 seeds run in a process of their own that may take 2 GB of address
+space more than importing torch and building the models took, within a time limit; an audit hook watches for code:
+compile, exec, import, a process, a socket, a file opened for writing. Every chunk is a line of results/fuzz-
+files.jsonl; chunks that are there already are not run again.
 """
 
 import argparse
