@@ -286,6 +286,12 @@ def page() -> str:
             "python benchmarks/step_overhead.py",
             "One training step of a live network, hooks included, over one of the same architecture written by hand.",
         ),
+        "## Cost of a step by policy\n\n"
+        + timings(
+            "step-by-policy.jsonl",
+            "python benchmarks/step_by_policy.py",
+            "One training step of a live network under each policy, over one of a copy that no grower knows.",
+        ),
         "## Cost of an update\n\n"
         + timings(
             "update-cost.jsonl",

@@ -90,7 +90,7 @@ def everything(grower: Grower, run: bool = True) -> dict[str, Any]:
     return {
         **state,
         "generator": grower._generator.get_state(),
-        "keep": grower._bank.keep.clone(),
+        "keep": grower.keep.clone(),
         "history": [timeless(event) for event in grower.history],
         "attributes": [{k: v for k, v in vars(m).items() if isinstance(v, int)} for m in grower.model.modules()],
         "record": dict(grower._bank.record.attributes),

@@ -21,6 +21,7 @@ from growing import batch, sgd
 from oracle import SmallResNet
 from test_depth import Residual, Stages
 from torchgrow import Budget, Grower, Method, TorchgrowError, load_checkpoint, save_checkpoint
+from torchgrow.policies import View
 
 EPOCHS, STEPS = 3, 4
 
@@ -259,16 +260,16 @@ def one_leaves() -> list[Any]:
     net = grower.wrap()
     train(net, grower, 0)
     if rank() == 1:
-        grower._planned = leave  # type: ignore[method-assign]
+        grower.policy.update = leave  # type: ignore[method-assign]
     said = message(grower.update)
-    vars(grower).pop("_planned", None)
+    vars(grower.policy).pop("update", None)
     train(net, grower, STEPS)
     grower.update()
     return [said, len(grower.history)]
 
 
-def leave(number: int) -> Tensor:
-    raise SystemExit(f"terminated in update {number}")
+def leave(view: View) -> tuple[Tensor, bool]:
+    raise SystemExit(f"terminated in update {view.update}")
 
 
 def old_wrapper() -> list[str]:

@@ -268,11 +268,11 @@ def test_survivors_are_the_same_bit_for_bit_and_newborns_are_zero(name: str) -> 
         scores.sum().backward()
         grower.optimizer.step()
         grower.optimizer.zero_grad()
-        before = by_unit(space, tree_map(Tensor.clone, state), grower._bank.keep)
+        before = by_unit(space, tree_map(Tensor.clone, state), grower.keep)
         grower.update()
         state = grower.carry(state)
         assert not any(x.requires_grad for x in tree_leaves(state))
-        after = by_unit(space, state, grower._bank.keep)
+        after = by_unit(space, state, grower.keep)
         for key, entries in after.items():
             assert torch.equal(entries, before.get(key, torch.zeros_like(entries)))
         came, stayed, left = (
@@ -293,7 +293,7 @@ def test_growing_with_a_carried_state_is_literal_eq6(name: str) -> None:
     space, indicators = grower.space, indicators_of(grower)
     t = torch.zeros(space.n_units, dtype=torch.int64)
     oracle = Eq6(
-        frame, sgd(frame), space, method, s=indicators.s, q=grower._bank.keep, beta=torch.ones(space.n_units).double()
+        frame, sgd(frame), space, method, s=indicators.s, q=grower.keep, beta=torch.ones(space.n_units).double()
     )
     full = tree_map(Tensor.double, frame.start())
     state = grower.carry(full)
@@ -313,10 +313,10 @@ def test_growing_with_a_carried_state_is_literal_eq6(name: str) -> None:
             target = torch.arange(scores.numel()).reshape(scores.shape).sin()
             step_both(grower, oracle, (scores - target).square().mean(), (whole - target).square().mean(), 0.0)
         same_indicators(grower, oracle)
-        old = grower._bank.keep
+        old = grower.keep
         event = grower.update()
         state = grower.carry(state)
-        new = grower._bank.keep
+        new = grower.keep
         full = cut(space, cut(space, full, space.everything(), old & new), old & new, space.everything())
         t += new
         oracle.update(new, 100 ** (1 / updates), t, event.pressure)

@@ -91,7 +91,7 @@ def test_compiled_training_is_plain_training() -> None:
             F.cross_entropy(net(x), target).backward()
             grower.optimizer.step()
             grower.update()
-        results.append({**grower.model.state_dict(), "s": indicators_of(grower).s, "keep": grower._bank.keep})
+        results.append({**grower.model.state_dict(), "s": indicators_of(grower).s, "keep": grower.keep})
     for other in results[1:]:
         assert differences(results[0], other) == []
 

@@ -249,7 +249,7 @@ def test_grows_to_the_budget(block: type[nn.Module], preset: str) -> None:
     limit = grower.limits.params
     assert limit is not None
     assert grower.cost().params <= limit
-    keep, space = grower._bank.keep, grower.space
+    keep, space = grower.keep, grower.space
     for unit in torch.nonzero(space.removable & ~keep).flatten().tolist():
         owner = int(space.owner[unit])
         if owner < 0 or keep[owner]:
@@ -292,7 +292,7 @@ def test_grows_like_eq_6(block: type[nn.Module], kind: str) -> None:
     indicators = indicators_of(grower)
     oracle = WithLayers(
         frame, OPTIMIZERS[kind](frame.parameters()), grower.space, method,
-        s=indicators.s, q=grower._bank.keep, beta=indicators.beta,
+        s=indicators.s, q=grower.keep, beta=indicators.beta,
     )  # fmt: skip
     share = grower.policy.lambda_share
     assert {round(float(x), 9) for x in share} == {1.0, 0.1}
@@ -307,9 +307,9 @@ def test_grows_like_eq_6(block: type[nn.Module], kind: str) -> None:
             extra.backward()
             step_both(grower, oracle, live, literal, 0.0)
         same_indicators(grower, oracle)
-        seen.add(tuple(grower._bank.keep[[slot.unit for slot in grower.space.slots]].tolist()))
+        seen.add(tuple(grower.keep[[slot.unit for slot in grower.space.slots]].tolist()))
         grower.update()
-        oracle.update(grower._bank.keep, indicators.gamma, indicators.t)
+        oracle.update(grower.keep, indicators.gamma, indicators.t)
         raw = {**dict(grower.model.named_parameters()), **grower._folding.raw()}
         same_parameters(grower, oracle, raw, f"after epoch {epoch}")
     assert kind != "sgd" or len(seen) > 1
@@ -322,7 +322,7 @@ def test_counters_rise_only_where_a_unit_is_there() -> None:
     grower.optimizer.step()
     grower.update()
     inside = grower.space.owner >= 0
-    layers_out = ~grower._bank.keep[grower.space.owner.clamp(min=0)] & inside
+    layers_out = ~grower.keep[grower.space.owner.clamp(min=0)] & inside
     assert bool(layers_out.any())
     assert int(indicators_of(grower).t[layers_out].max()) == 0
 
@@ -395,7 +395,7 @@ def test_a_frame_on_the_meta_device_grows_as_a_real_one_does(block: type[nn.Modu
                 F.cross_entropy(grower.model(x), target).backward()
                 grower.optimizer.step()
             detached += grower.update().detached
-        assert torch.equal(growers[0]._bank.keep, growers[1]._bank.keep)
+        assert torch.equal(growers[0].keep, growers[1].keep)
         for (name, a), b in zip(real.state_dict().items(), meta.state_dict().values(), strict=True):
             assert torch.equal(a, b), (epoch, name)
         for a, b in zip(real.parameters(), meta.parameters(), strict=True):

@@ -75,7 +75,7 @@ def make_pair(make: Make, penalty: float = 0.0, model: nn.Module | None = None) 
     )
     space, indicators = grower.space, indicators_of(grower)
     generator = torch.Generator().manual_seed(1)
-    keep = grower._bank.keep | ~space.removable | (torch.rand(space.n_units, generator=generator) < 0.6)
+    keep = grower.keep | ~space.removable | (torch.rand(space.n_units, generator=generator) < 0.6)
     indicators.s = torch.randn(space.n_units, generator=generator, dtype=torch.float64)
     for _ in range(3):  # present and absent units have temperatures of their own
         grower.policy.applied(replace(grower._view(1), keep=keep))

@@ -52,7 +52,7 @@ def test_growing_is_literal_eq6(preset: str) -> None:
     space, indicators = grower.space, indicators_of(grower)
     t = torch.zeros(space.n_units, dtype=torch.int64)
     oracle = Eq6(
-        frame, sgd(frame), space, method, s=indicators.s, q=grower._bank.keep, beta=torch.ones(space.n_units).double()
+        frame, sgd(frame), space, method, s=indicators.s, q=grower.keep, beta=torch.ones(space.n_units).double()
     )
     changed = 0
     for epoch in range(12):
@@ -63,8 +63,8 @@ def test_growing_is_literal_eq6(preset: str) -> None:
             step_both(grower, oracle, live, literal, grower.history[-1].pressure if preset == "paper" else 0.0)
         same_indicators(grower, oracle)
         event = grower.update()
-        t += grower._bank.keep
-        oracle.update(grower._bank.keep, 100 ** (1 / 12), t, 0.0 if preset == "paper" else event.pressure)
+        t += grower.keep
+        oracle.update(grower.keep, 100 ** (1 / 12), t, 0.0 if preset == "paper" else event.pressure)
         raw = {**dict(grower.model.named_parameters()), **grower._folding.raw()} if epoch < 11 else {}
         same_parameters(grower, oracle, raw, f"in epoch {epoch}")
         changed += event.born + event.detached + event.regrown
@@ -106,14 +106,14 @@ def test_the_budget_is_a_guarantee(budget: Budget, preset: str, seed: int, early
     assert fits(grower.model)
     assert measure(grower.model, x) == grower.cost()
     assert grower.cost().params == sum(p.numel() for p in grower.model.parameters())
-    for unit in torch.nonzero(~grower._bank.keep).flatten().tolist():
-        keep = grower._bank.keep.clone()
+    for unit in torch.nonzero(~grower.keep).flatten().tolist():
+        keep = grower.keep.clone()
         keep[unit] = True
         more = copy.deepcopy(frame)
         shrink_(more, grower.space, keep)
         assert not fits(more), f"unit {unit} still fits"
     if budget.params == "100%":
-        assert bool(grower._bank.keep.all())
+        assert bool(grower.keep.all())
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
@@ -140,11 +140,11 @@ def test_the_structure_is_final_from_the_last_but_one_update_on() -> None:
         grower = make(method, updates=10)
         settled = grower.updates - max(1, math.ceil(method.settle * 10))
         run(grower, settled)
-        keep, cost = grower._bank.keep.clone(), grower.cost()
+        keep, cost = grower.keep.clone(), grower.cost()
         for epoch in range(settled, 10):
             train(grower, 2 * epoch)
             event = grower.update()
-            assert torch.equal(grower._bank.keep, keep)
+            assert torch.equal(grower.keep, keep)
             assert event.born == event.regrown == event.detached == 0
         assert grower.finished
         assert grower.cost() == cost
@@ -259,7 +259,7 @@ def test_an_old_graph_refuses_backward_though_no_shape_changed() -> None:
     grower = make(STILL)
     x, target = batch(0)
     kept = F.cross_entropy(grower.model(x), target)
-    event = grow_to(grower, grower._bank.keep)
+    event = grow_to(grower, grower.keep)
     assert event.born == event.regrown == event.detached == 0
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         kept.backward()
@@ -402,7 +402,7 @@ def test_after_the_end_training_is_plain() -> None:
 def test_the_seed_decides(preset: str) -> None:
     first, again, other = (run(make(preset, Budget(params="25%"), seed=seed)) for seed in (0, 0, 1))
     a, b, c = (
-        {"history": [timeless(e) for e in g.history], **dict(g.model.state_dict()), "keep": g._bank.keep}
+        {"history": [timeless(e) for e in g.history], **dict(g.model.state_dict()), "keep": g.keep}
         for g in (first, again, other)
     )
     assert differences(a, b) == []
@@ -452,11 +452,11 @@ def test_it_grows_beyond_the_budget_and_back_as_planned(budget: Budget, prune: s
     indicators, space = indicators_of(grower), grower.space
     for number in range(1, 20):
         train(grower, 2 * number)
-        before, worth = grower._bank.keep.clone(), indicators.importance.clone()
+        before, worth = grower.keep.clone(), indicators.importance.clone()
         event = grower.update()
-        gone = before & ~grower._bank.keep
+        gone = before & ~grower.keep
         for group in space.group_of[gone].unique().tolist():
-            stayed = before & grower._bank.keep & space.removable & (space.group_of == group)
+            stayed = before & grower.keep & space.removable & (space.group_of == group)
             if bool(stayed.any()):
                 assert worth[gone & (space.group_of == group)].max() <= worth[stayed].min()
         for limit, now, start, most in (
@@ -506,8 +506,8 @@ def test_paper_to_the_letter(budget: Budget) -> None:
                 units = torch.nonzero(space.group_of == group).flatten()
                 if not q[units].any():
                     q[units[expected[units].argmax()]] = True
-            assert torch.equal(grower._bank.keep, q)
-        t += grower._bank.keep
+            assert torch.equal(grower.keep, q)
+        t += grower.keep
         torch.testing.assert_close(indicators.beta, 100 ** (t.double() / 12), rtol=1e-12, atol=0)
         torch.testing.assert_close(indicators.gate[space.removable], gates(indicators.s, t)[space.removable])
         means = {n: float(indicators.beta[space.group_of == g].mean()) for g, n in enumerate(space.group_names)}

@@ -47,7 +47,7 @@ def test_growing_is_literal_eq6(name: str, preset: str) -> None:
     space, indicators = grower.space, indicators_of(grower)
     t = torch.zeros(space.n_units, dtype=torch.int64)
     oracle = Eq6(
-        frame, sgd(frame), space, method, s=indicators.s, q=grower._bank.keep, beta=torch.ones(space.n_units).double()
+        frame, sgd(frame), space, method, s=indicators.s, q=grower.keep, beta=torch.ones(space.n_units).double()
     )
     changed = 0
     for epoch in range(EPOCHS - 1):
@@ -58,8 +58,8 @@ def test_growing_is_literal_eq6(name: str, preset: str) -> None:
             step_both(grower, oracle, loss(model(x)), loss(oracle(x)), penalty)
         same_indicators(grower, oracle)
         event = grower.update()
-        t += grower._bank.keep
-        oracle.update(grower._bank.keep, 100 ** (1 / EPOCHS), t, 0.0 if preset == "paper" else event.pressure)
+        t += grower.keep
+        oracle.update(grower.keep, 100 ** (1 / EPOCHS), t, 0.0 if preset == "paper" else event.pressure)
         raw = {**dict(model.named_parameters()), **grower._folding.raw()}
         same_parameters(grower, oracle, raw, f"in epoch {epoch}")
         changed += event.born + event.detached + event.regrown

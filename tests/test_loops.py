@@ -42,7 +42,7 @@ def test_bfloat16_autocast_follows_float32() -> None:
             grower.optimizer.step()
             if step < 4:
                 grower.update()
-        runs.append((indicators_of(grower).s - start, grower._bank.keep, grower.model))
+        runs.append((indicators_of(grower).s - start, grower.keep, grower.model))
     (plain, keep, model), (mixed, keep_mixed, model_mixed) = runs
     assert torch.equal(keep, keep_mixed)
     assert float((plain - mixed).norm()) < 0.05 * float((plain - plain.mean()).norm())
@@ -181,7 +181,7 @@ def test_events_every_k_steps_with_accumulated_gradients() -> None:
         runs.append(grower)
     assert [e.update for e in runs[0].history] == list(range(9))
     close(dict(runs[0].model.named_parameters()), dict(runs[1].model.named_parameters()))
-    assert torch.equal(runs[0]._bank.keep, runs[1]._bank.keep)
+    assert torch.equal(runs[0].keep, runs[1].keep)
 
 
 @pytest.mark.parametrize("after", [0, 1, 5])

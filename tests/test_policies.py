@@ -206,7 +206,7 @@ def test_the_default_measures_importance_and_leaves_the_step_alone(optimizer: An
 def test_importance_is_the_mean_square_of_m_dl_dm() -> None:
     """By finite differences: scale everything that one unit's gate scales."""
     grower = run(grown(Default(ramp=0.5)), 3)
-    unit = int(torch.nonzero(grower._bank.keep & grower.space.removable).flatten()[0])
+    unit = int(torch.nonzero(grower.keep & grower.space.removable).flatten()[0])
     x, target = batch(7)
     grower.model.eval()
 
@@ -214,7 +214,7 @@ def test_importance_is_the_mean_square_of_m_dl_dm() -> None:
         model = copy.deepcopy(grower.model)
         with torch.no_grad():
             for (name, axis), units in grower.space.fold.items():
-                live = units[torchgrow.space.live_positions(grower.space.unit_of[name, axis], grower._bank.keep)]
+                live = units[torchgrow.space.live_positions(grower.space.unit_of[name, axis], grower.keep)]
                 place = torch.nonzero(live == unit).flatten()
                 parameter = dict(model.named_parameters())[name]
                 parameter.index_copy_(axis, place, scale * parameter.index_select(axis, place))

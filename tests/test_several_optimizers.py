@@ -74,7 +74,7 @@ def test_several_optimizers_are_literal_eq6(split: Split, first_steps: int, back
     space, indicators = grower.space, indicators_of(grower)
     t = torch.zeros(space.n_units, dtype=torch.int64)
     ones = torch.ones(space.n_units).double()
-    oracle = Eq6(frame, both, space, METHOD, s=indicators.s, q=grower._bank.keep, beta=ones)
+    oracle = Eq6(frame, both, space, METHOD, s=indicators.s, q=grower.keep, beta=ones)
     changed = 0
     grower.optimizer = Both(list(grower.optimizers[::-1] if backwards else grower.optimizers))
     for epoch in range(8):
@@ -89,8 +89,8 @@ def test_several_optimizers_are_literal_eq6(split: Split, first_steps: int, back
         if epoch == first_steps > 0:
             break
         event = grower.update()
-        t += grower._bank.keep
-        oracle.update(grower._bank.keep, 100 ** (1 / 8), t, event.pressure)
+        t += grower.keep
+        oracle.update(grower.keep, 100 ** (1 / 8), t, event.pressure)
         changed += event.born + event.detached + event.regrown
     assert changed > 10
 

@@ -57,7 +57,7 @@ def pair(method: Method, updates: int = 20) -> tuple[Grower, Variant]:
         model, sgd(model), example_inputs=batch(0)[0], budget=Budget(params="50%"), updates=updates, preset=method
     )
     indicators = indicators_of(grower)
-    oracle = Variant(frame, sgd(frame), grower.space, method, s=indicators.s, q=grower._bank.keep, beta=indicators.beta)
+    oracle = Variant(frame, sgd(frame), grower.space, method, s=indicators.s, q=grower.keep, beta=indicators.beta)
     oracle.generator = torch.Generator()
     return grower, oracle
 
@@ -83,7 +83,7 @@ def test_relaxations(relaxation: str, gates: bool) -> None:
         raw = {**dict(grower.model.named_parameters()), **grower._folding.raw()}
         same_parameters(grower, oracle, raw, f"in epoch {epoch}")
         grower.update()
-        oracle.update(grower._bank.keep, indicators_of(grower).gamma, indicators_of(grower).exponent)
+        oracle.update(grower.keep, indicators_of(grower).gamma, indicators_of(grower).exponent)
 
 
 def test_gumbel_noise_is_drawn_at_every_step() -> None:
@@ -110,7 +110,7 @@ def test_temperatures(temperature: str) -> None:
         rate = [1.0, 1.0, 0.1, 0.1, 0.01, 0.01][epoch]
         grower.update()
         schedule.step()
-        keep = grower._bank.keep
+        keep = grower.keep
         absent |= ~keep
         exponent += {"unit": keep.double(), "global": 1.0, "learning_rate": rate * keep.double()}[temperature]
         torch.testing.assert_close(indicators_of(grower).beta, 100 ** (exponent / 10), rtol=1e-12, atol=0)
@@ -140,7 +140,7 @@ def test_random_draws_all_units_alike_at_the_budget() -> None:
         grower.update()
         assert grower.cost().params <= grower.limits.params
         assert grower.policy.gate is None
-        drawn.append(grower._bank.keep.double())
+        drawn.append(grower.keep.double())
     often = torch.stack(drawn).mean(0)[grower.space.removable]
     spread = 4 * (0.25 / 60) ** 0.5  # four standard errors of a share
     assert float(often.max() - often.min()) < 2 * spread

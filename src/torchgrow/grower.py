@@ -319,6 +319,11 @@ class Grower(Saved):
             "call other.load_state_dict(grower.state_dict()); for the network alone copy.deepcopy(grower.model)"
         )
 
+    @property
+    def keep(self) -> Tensor:
+        """The live units, bool [n], as a copy; `space` says where each of them lives."""
+        return self._bank.keep.clone()
+
     def cost(self) -> Cost:
         """Cost of the live network."""
         return self._costs.cost(self._bank.keep)

@@ -51,14 +51,14 @@ def pair(name: str, optimizer: str, updates: int = 8) -> tuple[Grower, Eq6]:
         model, made(model), example_inputs=inputs(name), budget=budget, updates=updates, preset=PLAN, seed=1
     )
     n = grower.space.n_units
-    s, q = indicators_of(grower).s, grower._bank.keep
+    s, q = indicators_of(grower).s, grower.keep
     return grower, Eq6(frame, made(frame), grower.space, PLAN, s=s, q=q, beta=torch.ones(n, dtype=torch.float64))
 
 
 def update_both(grower: Grower, oracle: Eq6, t: Tensor, updates: int = 8) -> int:
     event = grower.update()
-    t += grower._bank.keep
-    oracle.update(grower._bank.keep, 100 ** (1 / updates), t, event.pressure)
+    t += grower.keep
+    oracle.update(grower.keep, 100 ** (1 / updates), t, event.pressure)
     return event.born + event.regrown + event.detached
 
 

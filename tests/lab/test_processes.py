@@ -64,7 +64,9 @@ def test_a_mismatch_reaches_the_user(tmp_path: Path) -> None:
         assert f"error (rank {rank}): the ranks do not agree" in done.stderr
     assert "exitcode  : 1 " in done.stderr
     assert "exitcode  : 0 " not in done.stderr
-    assert "Different from rank 0: draws of rank 1. To put it right: give Grower the same seed" in done.stderr
+    assert "Different from rank 0: draws of rank 1; policy of rank 1. To put it right: give Grower the same seed" in (
+        done.stderr
+    )
     assert "draws of rank 1" in (tmp_path / "run.partial" / "stopped.txt").read_text()
 
 

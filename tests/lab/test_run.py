@@ -94,7 +94,7 @@ def test_the_grown_network_is_recorded_in_full(finished):
         assert record["widths"].keys() == frame["widths"].keys()
         assert all(0 <= record["widths"][group] <= full for group, full in frame["widths"].items())
         assert isinstance(record["pressure"], float)
-        assert record["temperature"]
+        assert record["temperature"] == {}, "the default has none"
     assert grown[0]["params"] < grown[-1]["params"] <= frame["limits"]["params"]
     assert sum(r["born"] for r in grown) > 0
 

@@ -1,0 +1,142 @@
+"""What each policy costs in a training step: the live network beside a copy that no grower knows.
+
+    OMP_NUM_THREADS=1 python benchmarks/step_by_policy.py [--repeats 41] [--again]
+
+An MLP at batch 32 and 512, a ResNet-20 and an LSTM are grown to half their parameters under each policy; then the live
+network and a copy with an optimizer of its own train in turns (A B, B A, ...). `Random` has no gates and asks for
+nothing: a step may cost 1.01 of a plain one. `Default` measures importance in every step, `Paper` folds its gates.
+Beside it the bytes of tensors that the grower keeps for the live network besides parameters, their gradients and the
+optimizer's own slots. Every case is a line of results/step-by-policy.jsonl. Exit status 1 above the limit.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from step_overhead import interval
+from torch import Tensor, nn
+
+from torchgrow import Budget, Grower
+from torchgrow.lab.models import ResNet
+from torchgrow.lab.run import environment
+from torchgrow.policies import Default, Paper, Policy, Random
+
+RESULTS = Path(__file__).parent.parent / "results" / "step-by-policy.jsonl"
+LIMIT = 1.01
+"""Of a step with `Random` over a plain one."""
+
+
+class Sequence(nn.Module):
+    """An LSTM that puts out one class for every sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.LSTM(32, 128, batch_first=True), nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores of [batch, steps, 32]."""
+        scores: Tensor = self.head(self.inner(x)[0][:, -1])
+        return scores
+
+
+def mlp() -> nn.Module:
+    """Four layers of 256."""
+    wide = [layer for _ in range(3) for layer in (nn.Linear(256, 256), nn.ReLU())]
+    return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), *wide, nn.Linear(256, 10))
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "MLP, batch 32": (mlp, (32, 64), 40),
+    "MLP, batch 512": (mlp, (512, 64), 10),
+    "ResNet-20, batch 32": (lambda: ResNet(depth=20, shortcut="B"), (32, 3, 32, 32), 1),
+    "LSTM, batch 32": (Sequence, (32, 20, 32), 4),
+}
+"""Model, shape of a batch, steps timed together."""
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    """SGD with momentum."""
+    return torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
+
+
+def seconds(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor, steps: int) -> float:
+    """Of one training step."""
+    start = time.perf_counter()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), target).backward()
+        optimizer.step()
+    return (time.perf_counter() - start) / steps
+
+
+def measured(case: str, policy: Policy, repeats: int) -> dict[str, Any]:
+    """The row of a model and a policy."""
+    build, shape, steps = CASES[case]
+    torch.manual_seed(0)
+    model, x, target = build(), torch.randn(shape), torch.randint(0, 10, shape[:1])
+    optimizer = optimizer_of(model)
+    grower = Grower(model, optimizer, example_inputs=x[:2], budget=Budget(params="50%"), updates=4, policy=policy)
+    for _ in range(3):
+        seconds(model, optimizer, x, target, 2)
+        grower.update()
+    plain = copy.deepcopy(model)
+    other = optimizer_of(plain)
+    ways = [(model, optimizer), (plain, other)]
+    for way in ways:
+        seconds(*way, x, target, 2 * steps)
+    ratios = []
+    for repeat in range(repeats):
+        taken = {id(way): seconds(*way, x, target, steps) for way in (ways if repeat % 2 else ways[::-1])}
+        ratios.append(taken[id(ways[0])] / taken[id(ways[1])])
+    low, high = interval(ratios)
+    kept = sum(raw.numel() * raw.element_size() for raw in grower._folding.raw().values())
+    own = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {
+        "case": f"{case}: {type(policy).__name__}",
+        "ratio": statistics.median(ratios),
+        "low": low,
+        "high": high,
+        "repeats": repeats,
+        "steps": steps,
+        "bytes_beside": kept,
+        "bytes_of_parameters": own,
+        "limit": LIMIT if isinstance(policy, Random) else None,
+        "environment": environment(),
+    }
+
+
+def main() -> int:
+    """Measure what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=41)
+    parser.add_argument("--again", action="store_true", help="measure although there are rows")
+    arguments = parser.parse_args()
+    console = Console()
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    rows = [] if arguments.again else rows
+    for case in CASES:
+        for policy in (Random(), Default(), Paper()):
+            if any(row["case"] == f"{case}: {type(policy).__name__}" for row in rows):
+                continue
+            rows.append(measured(case, policy, arguments.repeats))
+            RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            row = rows[-1]
+            console.print(f"{row['case']}: {row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})", highlight=False)
+    above = [row["case"] for row in rows if row["limit"] is not None and row["ratio"] > row["limit"]]
+    beside = [row["case"] for row in rows if row["limit"] is not None and row["bytes_beside"]]
+    for case in (*above, *beside):
+        console.print(f"above the limit: {case}")
+    return int(bool(above or beside))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
