@@ -92,7 +92,7 @@ def as_one_process(found: list[dict[str, Any]]) -> None:
     [
         (
             "seeds_differ",
-            "Different from rank 0: draws of rank 1; policy of rank 1. To put it right: give Grower the same seed on every",
+            "Different from rank 0: draws of rank 1; policy of rank 1. To put it right: give Grower the same seed on",
         ),
         ("budgets_differ", "Different from rank 0: settings of rank 1. To put it right: give Grower the same model, b"),
         ("rates_differ", "weights of rank 1. To put it right: the ranks trained on different gradients or wrote into"),
