@@ -10,12 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oracle import Eq6, SmallResNet
-from torchgrow import (
-    Budget,
-    Event,
-    Grower,
-    Method,
-)
+from torchgrow import Budget, Event, Grower, Limits, Method, Space
+from torchgrow.cost import CostModel
+from torchgrow.policies import View
 
 STILL = Method(controller="pressure", draws="independent", lambda_base=0.0, heat=1.0, align=1, settle=0.0)
 """No pressure and a constant temperature: an update changes the structure and nothing else."""
@@ -24,6 +21,12 @@ STILL = Method(controller="pressure", draws="independent", lambda_base=0.0, heat
 def indicators_of(grower: Grower) -> Any:
     """What holds s, gates and temperatures: the paper's policy itself, or what a combined one wraps."""
     return getattr(grower.policy, "indicators", grower.policy)
+
+
+def view_of(space: Space, limits: Limits, updates: int, seed: int = 0) -> View:
+    """A run of that space before its first update, as a policy sees it."""
+    generator = torch.Generator().manual_seed(seed)
+    return View(space, CostModel(space), limits.tensor(), 0, updates, space.everything(), 1.0, generator)
 
 
 def batch(step: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

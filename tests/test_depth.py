@@ -1,6 +1,7 @@
 """Layers that may be left out: found or named, exact, skipped for real, grown like Eq 6 says, saved and loaded."""
 
 import copy
+import functools
 import math
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from growing import indicators_of, same_indicators, same_parameters, step_both
+from growing import indicators_of, same_indicators, same_parameters, step_both, view_of
 from oracle import Eq6
-from torchgrow import Budget, Grower, Method, Space, TraceError, load, save, shrink_, trace, verify
-from torchgrow.indicators import Indicators
+from torchgrow import Budget, Grower, Limits, Method, Space, TraceError, load, save, shrink_, trace, verify
+from torchgrow.policies import Default
 from torchgrow.proof import Prover
 from torchgrow.store import Births, Store, gather, scatter_
 
@@ -461,12 +462,19 @@ class TwoStages(nn.Module):
         return self.last(self.first(self.stem(x)))
 
 
+@functools.cache
+def two_stages() -> Space:
+    return trace(TwoStages().double(), batch()[0], depth=True)
+
+
 @pytest.mark.parametrize("lag", [1.0, 2.0, 5.0])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.8, 0.97, 1.0])
 def test_layers_come_after_channels_by_the_lag(lag: float, share: float) -> None:
     """At a share p of every group, stages have p^lag of their layers, the last one half a layer ahead."""
-    space = trace(TwoStages().double(), batch()[0], depth=True)
-    drawn = Indicators(space, Method(draws="ranked", layer_lag=lag), updates=8, seed=0).uniform < share
+    space = two_stages()
+    policy = Default(layer_lag=lag)
+    policy.seed(view_of(space, Limits(params=None, flops=None), updates=8))
+    drawn = policy.rank < share
     for stage, layers, ahead in (("first", 8, 0.0), ("last", 4, 0.5)):
         units = torch.tensor([slot.unit for slot in space.slots if slot.stage == stage])
         assert int(drawn[units].sum()) == min(layers, math.floor(share**lag * layers + ahead))

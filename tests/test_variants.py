@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from growing import STILL, batch, indicators_of, run, same_indicators, same_parameters, sgd, step_both
+from growing import STILL, batch, indicators_of, run, same_indicators, same_parameters, sgd, step_both, view_of
 from oracle import Eq6, SmallResNet
 from test_budget import chain
-from torchgrow import Budget, Grower, Method, TorchgrowError
-from torchgrow.budget import fit, largest_shift
+from torchgrow import Budget, Grower, Method, TorchgrowError, trace
+from torchgrow.budget import fit
 from torchgrow.cost import CostModel
-from torchgrow.indicators import Indicators
 from torchgrow.limits import Limits
+from torchgrow.policies import Random
 
 WARM = replace(STILL, heat=50.0, lambda_base=1.0)
 
@@ -120,28 +120,17 @@ def test_temperatures(temperature: str) -> None:
 
 
 def test_random_draws_all_units_alike_at_the_budget() -> None:
-    """Table 5: the same probability for every unit of the space, whatever was learned; the budget is kept."""
+    """Table 5: the same probability for every unit of the space; the budget is kept, by the draw already."""
+    space = trace(SmallResNet().double(), batch(0)[0])
+    limits = Limits(int(CostModel(space).both(CostModel(space).sizes)[0]) // 2, None)
     drawn = []
     for seed in range(60):
-        torch.manual_seed(0)
-        model = SmallResNet().double()
-        grower = Grower(
-            model,
-            sgd(model),
-            example_inputs=batch(0)[0],
-            budget=Budget(params="50%"),
-            updates=3,
-            seed=seed,
-            preset="random",
-        )
-        x, target = batch(seed)
-        F.cross_entropy(model(x), target).backward()
-        grower.optimizer.step()
-        grower.update()
-        assert grower.cost().params <= grower.limits.params
-        assert grower.policy.gate is None
-        drawn.append(grower.keep.double())
-    often = torch.stack(drawn).mean(0)[grower.space.removable]
+        policy, view = Random(), view_of(space, limits, updates=3, seed=seed)
+        keep, exactly = policy.update(replace(view, update=1, keep=policy.seed(view)))
+        assert exactly
+        assert int(view.cost(keep)[0]) <= limits.tensor()[0]
+        drawn.append(keep.double())
+    often = torch.stack(drawn).mean(0)[space.removable]
     spread = 4 * (0.25 / 60) ** 0.5  # four standard errors of a share
     assert float(often.max() - often.min()) < 2 * spread
     assert torch.stack(drawn).unique(dim=0).shape[0] > 50
@@ -150,15 +139,16 @@ def test_random_draws_all_units_alike_at_the_budget() -> None:
 def test_random_draws_do_not_drift() -> None:
     """150 updates of one run: a unit's share of them is p up to the error of the draw, however often it was there."""
     space = chain([12, 12, 12], [4, 4, 4, 4])
-    costs, indicators = CostModel(space), Indicators(space, Method.random(), updates=150, seed=0)
-    limits, steps = Limits(int(costs.both(costs.sizes)[0]) * 6 // 10, None), torch.ones(3, dtype=torch.int64)
-    drawn = []
-    for _ in range(150):
-        shift, keep = largest_shift(indicators.shifted(), costs, limits.tensor())
-        indicators.shift(shift)
-        drawn.append(fit(space, costs, keep, indicators.score(), limits, steps))
-        indicators.advance(drawn[-1])
-        assert indicators.s.unique().numel() == indicators.beta.unique().numel() == 1
+    costs, ones = CostModel(space), torch.ones(3, dtype=torch.int64)
+    limits = Limits(int(costs.both(costs.sizes)[0]) * 6 // 10, None)
+    policy, view, drawn = Random(), view_of(space, limits, updates=200), []
+    keep = policy.seed(view)
+    for update in range(1, 151):
+        view = replace(view, update=update, keep=keep)
+        keep, _ = policy.update(view)
+        keep = fit(space, costs, keep, policy.score(view), limits, ones)
+        policy.applied(replace(view, keep=keep))
+        drawn.append(keep)
     often = torch.stack(drawn).double().mean(0).reshape(3, 12)
     error = 4 * (0.25 / 150) ** 0.5
     assert float((often - often.mean(1, keepdim=True)).abs().max()) < error

@@ -191,7 +191,7 @@ def test_dense_has_no_budget(tmp_path):
     assert all(row["dense_seconds"] == before["seconds"] for row in rows)
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("stop", [1, 3, 5])
 def test_a_stopped_comparison_goes_on_as_if_it_never_had_been(tmp_path, monkeypatch, stop, compared):
     _, unbroken = compared
     real, count = module.fit, [0]
