@@ -333,9 +333,16 @@ def found(space: Space) -> int:
     return int(space.removable.sum()) + len(lone) - len(whole)
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy that shares tensors in compressed rows: PyTorch cannot copy those, and nothing writes into them."""
+    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    memo: dict[int, Any] = {id(value): value for value in held if value.layout == torch.sparse_csr}
+    return copy.deepcopy(model, memo)
+
+
 def zeroed(model: nn.Module, space: Space, keep: Tensor) -> nn.Module:
     """A copy of the frame with every position of every absent unit set to zero, one by one."""
-    model = copy.deepcopy(model)
+    model = copied(model)
     for (name, axis), units in space.unit_of.items():
         for position, unit in enumerate(units.tolist()):
             if unit >= 0 and not keep[unit] and name in space.parameters:

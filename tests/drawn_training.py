@@ -7,7 +7,6 @@ units may go. A block here may note further outputs, and may do one thing in tra
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import random
@@ -73,7 +72,7 @@ class Graph(nn.Module):
         if kind == "attention":
             self.of_source, self.of_target = (nn.Parameter(torch.randn(width)) for _ in range(2))
         if kind == "sparse buffer":
-            self.register_buffer("adjacency", self.sparse())
+            self.register_buffer("adjacency", self.sparse(), persistent=False)  # which no file could hold
         elif kind in ("sparse", "rows", "dense"):
             self.adjacency = self.sparse()
         if kind == "rows":
@@ -467,7 +466,7 @@ def check(compact: nn.Module, full: nn.Module, x: Tensor) -> float:
 def error(model: nn.Module, space: Space, share: float, seed: int, x: Tensor) -> float:
     """`check` for a random share of the units cut out of a copy."""
     keep = drawn.without(space, share, seed)
-    compact = copy.deepcopy(model)
+    compact = drawn.copied(model)
     shrink_(compact, space, keep)
     return check(compact, drawn.zeroed(model, space, keep), x)
 

@@ -1,6 +1,5 @@
 """Random networks in training mode: what the generator and its oracle promise."""
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -34,7 +33,7 @@ def test_the_oracle_sees_what_training_alone_reads() -> None:
     """A learned noise is wrong where its size is, and evaluation cannot show it."""
     program = ([("conv", 18), ("noise", 0)], ("pooled", 0), "tuple")
     model, x = drawn_training.build(program), drawn.example().double()
-    full, compact = copy.deepcopy(model), copy.deepcopy(model)
+    full, compact = drawn.copied(model), drawn.copied(model)
     with torch.no_grad():
         full.blocks[2].size[0] = 0.0
     assert drawn_training.gap(*(drawn_training.results(m, x, False) for m in (compact, full))) == 0.0
