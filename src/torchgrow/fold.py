@@ -397,7 +397,7 @@ class _Hooks:
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Pre-step hook: unfold, now or, with a closure, as soon as it has computed the gradients."""
-        if not self._handles:
+        if self.fold is None or not self._handles:  # nobody asks: nothing is spent
             return None
         self.recover()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer itself
@@ -452,16 +452,23 @@ class _Hooks:
         for place, slot, _ in self._copies():
             slot.copy_(self._raw_copies[place])
 
-    @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Post-step hook: the indicators move, the weights are folded with the new gates."""
+        """Post-step hook: the policy is told, the weights are folded with the new gates."""
         self.taken += 1
-        if self.fold is not None and not self.fold.gated:
+        if self.fold is None:
+            return
+        if self.fold.gated:
+            self._move()
+        else:
             gradient, self._gradient = self._gradient, None
             if gradient is not None:
                 self._on_step(self, gradient)
-            return
-        if self.fold is None or not self._unfolded:  # a closure that was never called
+
+    @torch.no_grad()
+    def _move(self) -> None:
+        """What follows a step with gates."""
+        assert self.fold is not None
+        if not self._unfolded:  # a closure that was never called
             return
         torch._foreach_copy_(self.fold.raw, self.fold.parameters)
         self._raw_copies = {place: slot.clone() for place, slot, _ in self._copies()}
