@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/step_by_policy.py [--repeats 41] [--again]
 
 An MLP at batch 32 and 512, a ResNet-20 and an LSTM are grown to half their parameters under each policy; then the live
-network and a copy with an optimizer of its own train in turns (A B, B A, ...). `Random` has no gates and asks for
-nothing: a step may cost 1.01 of a plain one. `Default` measures importance in every step, `Paper` folds its gates.
+network, a copy with an optimizer of its own, and a second copy (the control: what such a ratio is worth here) train in
+turns, in changing order. `Random` has no gates and asks for nothing: a step may cost 1.01 of a plain one. `Default` measures importance in every step, `Paper` folds its gates.
 Beside it the bytes of tensors that the grower keeps for the live network besides parameters, their gradients and the
 optimizer's own slots. Every case is a line of results/step-by-policy.jsonl. Exit status 1 above the limit.
 """
@@ -88,15 +88,16 @@ def measured(case: str, policy: Policy, repeats: int) -> dict[str, Any]:
     for _ in range(3):
         seconds(model, optimizer, x, target, 2)
         grower.update()
-    plain = copy.deepcopy(model)
-    other = optimizer_of(plain)
-    ways = [(model, optimizer), (plain, other)]
+    copies = [copy.deepcopy(model) for _ in range(2)]
+    ways = [(model, optimizer), *((plain, optimizer_of(plain)) for plain in copies)]
     for way in ways:
         seconds(*way, x, target, 2 * steps)
-    ratios = []
+    ratios, control = [], []
     for repeat in range(repeats):
-        taken = {id(way): seconds(*way, x, target, steps) for way in (ways if repeat % 2 else ways[::-1])}
-        ratios.append(taken[id(ways[0])] / taken[id(ways[1])])
+        order = [(repeat + k) % 3 for k in range(3)][:: 1 if repeat % 2 else -1]
+        taken = {k: seconds(*ways[k], x, target, steps) for k in order}
+        ratios.append(taken[0] / taken[1])
+        control.append(taken[2] / taken[1])
     low, high = interval(ratios)
     kept = sum(raw.numel() * raw.element_size() for raw in grower._folding.raw().values())
     own = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -105,6 +106,7 @@ def measured(case: str, policy: Policy, repeats: int) -> dict[str, Any]:
         "ratio": statistics.median(ratios),
         "low": low,
         "high": high,
+        "control": statistics.median(control),
         "repeats": repeats,
         "steps": steps,
         "bytes_beside": kept,
@@ -130,7 +132,8 @@ def main() -> int:
             rows.append(measured(case, policy, arguments.repeats))
             RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
             row = rows[-1]
-            console.print(f"{row['case']}: {row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})", highlight=False)
+            span = f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+            console.print(f"{row['case']}: {span}, control {row['control']:.3f}", highlight=False)
     above = [row["case"] for row in rows if row["limit"] is not None and row["ratio"] > row["limit"]]
     beside = [row["case"] for row in rows if row["limit"] is not None and row["bytes_beside"]]
     for case in (*above, *beside):
