@@ -2,11 +2,12 @@
 
     OMP_NUM_THREADS=1 python benchmarks/step_by_policy.py [--repeats 41] [--again]
 
-An MLP at batch 32 and 512, a ResNet-20 and an LSTM are grown to half their parameters under each policy; then the live
-network, a copy with an optimizer of its own, and a second copy (the control: what such a ratio is worth here) train in
-turns, in changing order. `Random` has no gates and asks for nothing: a step may cost 1.01 of a plain one. `Default` measures importance in every step, `Paper` folds its gates.
-Beside it the bytes of tensors that the grower keeps for the live network besides parameters, their gradients and the
-optimizer's own slots. Every case is a line of results/step-by-policy.jsonl. Exit status 1 above the limit.
+An MLP at batch 32 and 512, a ResNet-20 and an LSTM are grown to half their parameters under each policy; then the
+live network, a copy with an optimizer of its own, and a second copy (the control: what such a ratio is worth here)
+train in turns, in changing order. `Random` has no gates and asks for nothing: a step may cost 1.01 of a plain one.
+`Default` measures importance in every step, `Paper` folds its gates. Beside it the bytes of tensors that the grower
+keeps for the live network besides parameters, their gradients and the optimizer's own slots. Every case is a line of
+results/step-by-policy.jsonl. Exit status 1 above the limit.
 """
 
 import argparse
