@@ -131,6 +131,10 @@ def sweeps(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     }
 
 
+VARIANTS = ("#00a5b5", "#c9a400", "#d6508c", "#6d4c41", "#7cb342", "#3f51b5", "#ff8a80", "#263238")
+"""Colours of variants, none of them that of a method."""
+
+
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """A picture: the plane of score against all training cost for every budget, and the score along the budgets.
 
@@ -141,11 +145,12 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     budgets, along = {budget: some for budget, some in by_budget(rows).items() if some}, sweeps(rows)
     metric = metric_of(next((row for row in rows if "error" not in row), {}))
     panels = len(budgets) + len(along)
-    columns = min(3, panels)
+    columns = min(2, panels)  # three would be too small to read on a page
     height = 4 + 0.2 * len(_by_method(rows))  # the legends are below
     figure = Figure(figsize=(5.5 * columns, height * math.ceil(panels / columns)), dpi=120, layout="constrained")
     axes = [figure.add_subplot(math.ceil(panels / columns), columns, number + 1) for number in range(panels)]
     for ax in axes:
+        ax.set_prop_cycle(color=VARIANTS)
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
         ax.set_ylabel(f"{metric.name}{metric.unit}")
@@ -254,4 +259,4 @@ def _point(ax: Axes, groups: Sequence[Sequence[dict[str, Any]]], part: str, whol
     x, y, spread = zip(*points, strict=True)
     known = label in ("default", *COLOURS)  # variants of the default share its family, told apart by their own colours
     style: dict[str, Any] = {"color": colour(label)} if known else {}
-    ax.errorbar(x, y, yerr=spread, marker="o", capsize=3, label=textwrap.fill(label, 90), **style)
+    ax.errorbar(x, y, yerr=spread, marker="o", capsize=3, label=textwrap.fill(label, 60), **style)
