@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from oracle import Eq6, SmallResNet
 from torchgrow import Budget, Event, Grower, Limits, Method, Space
 from torchgrow.cost import CostModel
-from torchgrow.policies import View
+from torchgrow.policies import Policy, View
 
 STILL = Method(controller="pressure", draws="independent", lambda_base=0.0, heat=1.0, align=1, settle=0.0)
 """No pressure and a constant temperature: an update changes the structure and nothing else."""
@@ -45,6 +45,7 @@ def make(
     updates: int = 10,
     seed: int = 0,
     optimizer: Any = sgd,
+    policy: Policy | None = None,
 ) -> Grower:
     torch.manual_seed(0)
     model = SmallResNet().double()
@@ -55,6 +56,7 @@ def make(
         budget=budget or Budget(params="50%"),
         updates=updates,
         preset=preset,
+        policy=policy,
         seed=seed,
     )
 

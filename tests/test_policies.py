@@ -16,8 +16,7 @@ from torch import Tensor
 
 import torchgrow
 from growing import STILL, batch, differences, everything, make, run, sgd, train
-from oracle import SmallResNet
-from torchgrow import Budget, Grower, Method, TorchgrowError, load_checkpoint, save_checkpoint
+from torchgrow import Grower, Method, TorchgrowError, load_checkpoint, save_checkpoint
 from torchgrow.policies import Default, Paper, Policy, Random, View, kit, policy_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
@@ -41,17 +40,8 @@ class Churn(Policy):
         return keep, False
 
 
-def grown(policy: Policy, updates: int = 6, budget: Budget | None = None, optimizer: Any = sgd) -> Grower:
-    torch.manual_seed(0)
-    model = SmallResNet().double()
-    return Grower(
-        model,
-        optimizer(model),
-        example_inputs=batch(0)[0],
-        budget=budget or Budget(params="50%"),
-        updates=updates,
-        policy=policy,
-    )
+def grown(policy: Policy, updates: int = 6, optimizer: Any = sgd) -> Grower:
+    return make(policy=policy, updates=updates, optimizer=optimizer)
 
 
 def cubic() -> Callable[[], Policy]:
@@ -154,6 +144,15 @@ def test_state_that_no_checkpoint_could_keep_is_refused_at_the_start() -> None:
 def test_settings_out_of_range_are_named(build: Callable[[], Policy], text: str) -> None:
     with pytest.raises(TorchgrowError, match=text):
         build()
+
+
+def test_a_policy_without_its_two_methods_is_told_at_once() -> None:
+    class Half(Policy):
+        def seed(self, view: View) -> Tensor:
+            return view.keep
+
+    with pytest.raises(TypeError, match=r"abstract class Half .*update"):
+        Half()  # type: ignore[abstract]
 
 
 def test_a_name_in_place_of_a_policy_is_refused() -> None:

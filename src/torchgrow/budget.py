@@ -65,6 +65,31 @@ def _fits(costs: CostModel, keep: Tensor, allowed: Tensor) -> bool:
     return bool((costs.both(costs.live(keep)) <= allowed).all())
 
 
+def aligned(space: Space, keep: Tensor, must: Tensor, margin: Tensor, multiples: Tensor) -> Tensor:
+    """Every group's width rounded down to a multiple of its own, by dropping the units of least margin.
+
+    Args:
+        space: the units.
+        keep: structure, bool [n].
+        must: what stays in any case, bool [n].
+        margin: by which a unit is in, float64 [n] in (-1, 1).
+        multiples: int64 [groups].
+    """
+    group_of, n_groups = space.group_of, space.n_groups
+    live = torch.bincount(group_of[keep], minlength=n_groups)
+    least = torch.bincount(group_of[must], minlength=n_groups)
+    wanted = torch.maximum(torch.where(live < multiples, live, live - live % multiples), least)
+    first_to_stay = margin + 2.0 * keep + 4.0 * must
+    order = torch.argsort(first_to_stay, descending=True, stable=True)
+    order = order[torch.argsort(group_of[order], stable=True)]  # group by group
+    sizes = torch.bincount(group_of, minlength=n_groups)
+    first = torch.cumsum(sizes, 0) - sizes
+    place = torch.arange(order.numel()) - first[group_of[order]]
+    found = torch.zeros_like(keep)
+    found[order] = place < wanted[group_of[order]]
+    return found
+
+
 def shed(space: Space, costs: CostModel, keep: Tensor, worth: Tensor, allowed: Tensor, steps: Tensor) -> Tensor:
     """The structure within `keep` that costs no more than allowed and loses the least worth for what it saves.
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .budget import aligned
 from .errors import TorchgrowError
 from .space import Space
 
@@ -410,20 +411,6 @@ class _Shifted:
     def __call__(self, shift: float) -> Tensor:
         margin = torch.sigmoid(self.beta * (self.s + shift)).minimum(self.most) - self.uniform
         keep = (margin > 0) | self.must
-        return keep if bool((self.steps == 1).all()) else self._aligned(keep, margin)
-
-    def _aligned(self, keep: Tensor, margin: Tensor) -> Tensor:
-        """Round every group's width down to a multiple of its step, by dropping its least likely units."""
-        group_of, n_groups = self.space.group_of, self.space.n_groups
-        live = torch.bincount(group_of[keep], minlength=n_groups)
-        least = torch.bincount(group_of[self.must], minlength=n_groups)
-        wanted = torch.maximum(torch.where(live < self.steps, live, live - live % self.steps), least)
-        rank = margin + 2.0 * keep + 4.0 * self.must  # what must stay first, then what was drawn, likeliest first
-        order = torch.argsort(rank, descending=True, stable=True)
-        order = order[torch.argsort(group_of[order], stable=True)]  # group by group
-        sizes = torch.bincount(group_of, minlength=n_groups)
-        first = torch.cumsum(sizes, 0) - sizes
-        place = torch.arange(order.numel()) - first[group_of[order]]
-        aligned = torch.zeros_like(keep)
-        aligned[order] = place < wanted[group_of[order]]
-        return aligned
+        if bool((self.steps == 1).all()):
+            return keep
+        return aligned(self.space, keep, self.must, margin, self.steps)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..budget import fit, shed
+from ..budget import aligned, fit, shed
 from ..space import Space
 from .policy import View
 
@@ -119,31 +119,6 @@ def largest_share(view: View, ranks: Tensor, keep_at: Callable[[float], Tensor],
         fits = bool((view.cost(keep_at(shares[middle])) <= allowed).all())
         low, high = (middle, high) if fits else (low, middle)
     return shares[low]
-
-
-def aligned(space: Space, keep: Tensor, must: Tensor, margin: Tensor, multiples: Tensor) -> Tensor:
-    """Every group's width rounded down to a multiple of its own, by dropping the units of least margin.
-
-    Args:
-        space: the units.
-        keep: structure, bool [n].
-        must: what stays in any case, bool [n].
-        margin: by which a unit is in, float64 [n] in (-1, 1).
-        multiples: int64 [groups].
-    """
-    group_of, n_groups = space.group_of, space.n_groups
-    live = torch.bincount(group_of[keep], minlength=n_groups)
-    least = torch.bincount(group_of[must], minlength=n_groups)
-    wanted = torch.maximum(torch.where(live < multiples, live, live - live % multiples), least)
-    first_to_stay = margin + 2.0 * keep + 4.0 * must
-    order = torch.argsort(first_to_stay, descending=True, stable=True)
-    order = order[torch.argsort(group_of[order], stable=True)]  # group by group
-    sizes = torch.bincount(group_of, minlength=n_groups)
-    first = torch.cumsum(sizes, 0) - sizes
-    place = torch.arange(order.numel()) - first[group_of[order]]
-    found = torch.zeros_like(keep)
-    found[order] = place < wanted[group_of[order]]
-    return found
 
 
 def settled(updates: int, share: float) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar
 
@@ -43,7 +44,7 @@ class View:
         return self.costs.both(self.costs.live(keep))
 
 
-class Policy:
+class Policy(ABC):
     """Decides which units live; a base class whose defaults suit most policies.
 
     Of your own you need `seed` and `update`. Settings are dataclass fields; they must be the same when a run is
@@ -66,22 +67,22 @@ class Policy:
     pressure: float = 0.0
     temperature: Tensor | None = None
 
+    @abstractmethod
     def seed(self, view: View) -> Tensor:
         """The structure to begin with, bool [n]; called once, at the start."""
-        raise NotImplementedError(f"{type(self).__name__} needs seed(view): the structure to begin with, bool [n]")
 
+    @abstractmethod
     def update(self, view: View) -> tuple[Tensor, bool]:
         """The structure wanted now (bool [n]), and whether the grower shall bring it exactly to the budget.
 
         What cannot be removed and one unit of every group stay in any case, and from update T-1 on the structure is
         exactly at the budget, whatever is returned.
         """
-        raise NotImplementedError(f"{type(self).__name__} needs update(view): the structure wanted, and if exactly")
 
-    def applied(self, view: View) -> None:
+    def applied(self, view: View) -> None:  # noqa: B027 - for those that need it
         """After `seed` and every `update`: `view.keep` is the structure it came to."""
 
-    def step(self, view: View, sensitivity: Tensor) -> None:
+    def step(self, view: View, sensitivity: Tensor) -> None:  # noqa: B027 - for those that need it
         """After every optimizer step of a policy that is `sensitive`.
 
         Args:
