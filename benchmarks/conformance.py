@@ -29,9 +29,9 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from torchgrow import TorchgrowError, trace
-from torchgrow.cost import CostModel
 from torchgrow.lab.run import environment
-from torchgrow.replay import replay
+from torchgrow.structure.cost import CostModel
+from torchgrow.tracing.tracer import replay
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))

@@ -27,12 +27,12 @@ from rich.progress import track
 from torch import nn
 
 from torchgrow import Bank, Budget, trace
-from torchgrow.cost import Cost, CostModel
 from torchgrow.lab import data as lab_data
 from torchgrow.lab import recipes
 from torchgrow.lab.models import ResNet
 from torchgrow.lab.run import environment
 from torchgrow.lab.train import Epoch, evaluate, fit, make_grower, make_optimizer
+from torchgrow.structure.cost import Cost, CostModel
 
 RESULTS = Path(__file__).parent.parent / "results" / "depth-growth.jsonl"
 METHODS = ("grown", "3-3-3", "autogrow")

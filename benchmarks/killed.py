@@ -32,13 +32,13 @@ from rich.progress import Progress
 
 import torchgrow
 import torchgrow.exchange
-import torchgrow.files
+import torchgrow.persistence.folder
 from torchgrow import Grower
-from torchgrow.files import pack
 from torchgrow.lab import run, train
 from torchgrow.lab.models import ResNet
 from torchgrow.lab.recipes import get
 from torchgrow.lab.run import environment
+from torchgrow.persistence.folder import pack
 
 RESULTS = Path(__file__).parent.parent / "results" / "killed.jsonl"
 BUILD = partial(ResNet, depth=8, widths=(8, 16, 32), in_channels=1)
@@ -102,7 +102,12 @@ def child(out: Path, state: Path, aim: str, call: int) -> None:
     if aim == "update":
         deadly(torchgrow.exchange, "writes")
     if aim == "checkpoint":
-        for owner, function in ((os, "fsync"), (os, "close"), (Path, "rename"), (torchgrow.files, "save_file")):
+        for owner, function in (
+            (os, "fsync"),
+            (os, "close"),
+            (Path, "rename"),
+            (torchgrow.persistence.folder, "save_file"),
+        ):
             deadly(owner, function)
     console = Console(quiet=True)
     real = train.fit

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_map
 
 from drawn_training import Still, tensors
 from torchgrow import Space, TorchgrowError, shrink_
-from torchgrow.calling import call
-from torchgrow.replay import replay
+from torchgrow.tracing.model_call import call
+from torchgrow.tracing.tracer import replay
 
 TOLERANCE, IN_TRAINING = 1e-9, 1e-6
 """Largest relative errors that count as equal; batch statistics of two small pictures blow rounding up."""

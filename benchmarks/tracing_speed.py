@@ -33,7 +33,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchgrow.lab.run import environment
-from torchgrow.replay import replay
+from torchgrow.tracing.tracer import replay
 
 RESULTS = Path(__file__).parent.parent / "results" / "tracing-speed.jsonl"
 CASES = (

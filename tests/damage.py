@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from torchgrow.files import SEAL, _digest_of_file, digest
+from torchgrow.persistence.folder import SEAL, _digest_of_file, digest
 
 
 def reseal(folder: Path, record_name: str, tensors_name: str) -> None:

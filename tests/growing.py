@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from oracle import Eq6, SmallResNet
 from torchgrow import Budget, Event, Grower, Limits, Method, Space
-from torchgrow.cost import CostModel
 from torchgrow.policies import Policy, View
+from torchgrow.structure.cost import CostModel
 
 STILL = Method(controller="pressure", draws="independent", lambda_base=0.0, heat=1.0, align=1, settle=0.0)
 """No pressure and a constant temperature: an update changes the structure and nothing else."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import torchgrow
 from growing import differences
 from torchgrow import Budget, Grower
-from torchgrow.record import mark_of
+from torchgrow.structure.record import mark_of
 
 ROOT = str(Path(torchgrow.__file__).parent)
 EXAMPLE = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from torchgrow import Method, Space
-from torchgrow.space import WHOLE
+from torchgrow.structure.space import WHOLE
 
 
 class SmallResNet(nn.Module):

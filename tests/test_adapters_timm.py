@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from torchgrow import load, save, trace, verify
-from torchgrow.adapters import ADAPTERS, adapted
-from torchgrow.surgery import shrink_
+from torchgrow.adapters.registry import ADAPTERS, adapted
+from torchgrow.structure.surgery import shrink_
 
 timm = pytest.importorskip("timm")
 

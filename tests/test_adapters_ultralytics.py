@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from torchgrow import verify
-from torchgrow.adapters import adapted
+from torchgrow.adapters.registry import adapted
 
 block = pytest.importorskip("ultralytics.nn.modules.block")
 

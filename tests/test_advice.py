@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from torchgrow import Budget, Grower
-from torchgrow.advice import trained
+from torchgrow.growth.advice import trained
 
 X = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchgrow import verify
-from torchgrow.replay import replay
+from torchgrow.tracing.tracer import replay
 from zoo import c3
 
 PICTURE = (2, 3, 8, 8)

@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchgrow import Budget, Cost, Method, Space
-from torchgrow.budget import fit, largest_shift, shed
-from torchgrow.cost import CostModel
-from torchgrow.indicators import Indicators
-from torchgrow.limits import Limits
+from torchgrow.policies.indicators import Indicators
 from torchgrow.policies.kit import gap
-from torchgrow.space import FlopTerm
+from torchgrow.structure.budget import fit, largest_shift, shed
+from torchgrow.structure.cost import CostModel
+from torchgrow.structure.limits import Limits
+from torchgrow.structure.space import FlopTerm
 
 
 def chain(widths: list[int], pixels: list[int], stuck: int = 0) -> Space:

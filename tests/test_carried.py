@@ -14,9 +14,9 @@ from drawn import zeroed
 from growing import STILL, indicators_of, same_indicators, same_parameters, sgd, step_both
 from oracle import Eq6
 from torchgrow import Budget, Grower, Method, Space, StructureError, TraceError, shrink_, trace
-from torchgrow.proof import FRACTIONS, TOLERANCE, Prover, prove
-from torchgrow.replay import replay
-from torchgrow.surgery import recut
+from torchgrow.structure.surgery import recut
+from torchgrow.tracing.tracer import replay
+from torchgrow.tracing.verification import FRACTIONS, TOLERANCE, Prover, prove
 
 WORDS, BATCH, STEPS = 11, 3, 4
 

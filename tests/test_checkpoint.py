@@ -19,15 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchgrow.exchange
-import torchgrow.files
-import torchgrow.surgery
+import torchgrow.persistence.folder
+import torchgrow.structure.surgery
 from damage import damage, reseal
 from growing import batch, breaking, differences, everything, failing, make, run, sgd, train
 from lookalikes import Prodigy, SlowWeights
 from oracle import SmallResNet
 from torchgrow import Budget, Grower, SavedModelError, TorchgrowError, TrainingError, load_checkpoint, save_checkpoint
-from torchgrow.checkpoint import RECORD, TENSORS
-from torchgrow.files import pack, unpack
+from torchgrow.persistence.checkpoint import RECORD, TENSORS
+from torchgrow.persistence.folder import pack, unpack
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
@@ -511,8 +511,8 @@ def test_another_optimizer_is_refused(state: dict[str, Any]) -> None:
 
 
 LOADING = [
-    (torchgrow.surgery.Change, "into", 1),
-    (torchgrow.grower.Fold, "factors", 1),
+    (torchgrow.structure.surgery.Change, "into", 1),
+    (torchgrow.growth.grower.Fold, "factors", 1),
     *[(torchgrow.exchange, "run", call) for call in (0, 1, 5, 20, 40, -40, -20, -1)],
 ]
 
@@ -701,7 +701,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(
 
     with monkeypatch.context() as patch:
         owner, name = {
-            "safetensors": (torchgrow.files, "save_file"),
+            "safetensors": (torchgrow.persistence.folder, "save_file"),
             "json": (Path, "write_text"),
             "fsync": (os, "fsync"),
             "rename": (Path, "rename"),

@@ -13,12 +13,12 @@ import zoo
 from growing import batch
 from test_depth import Residual, Stages
 from torchgrow import Cost, Space, measure, shrink_, trace
-from torchgrow.adapters import adapted
-from torchgrow.calling import call
-from torchgrow.cost import CostModel, Tally
+from torchgrow.adapters.registry import adapted
 from torchgrow.lab.models import ResNet
-from torchgrow.proof import Prover
-from torchgrow.replay import replay
+from torchgrow.structure.cost import CostModel, Tally
+from torchgrow.tracing.model_call import call
+from torchgrow.tracing.tracer import replay
+from torchgrow.tracing.verification import Prover
 
 
 def matrix_times_vector(a: Any, v: Any, **kwargs: Any) -> int:

@@ -15,8 +15,8 @@ from growing import indicators_of, same_indicators, same_parameters, step_both, 
 from oracle import Eq6
 from torchgrow import Budget, Grower, Limits, Method, Space, TraceError, load, save, shrink_, trace, verify
 from torchgrow.policies import Default
-from torchgrow.proof import Prover
-from torchgrow.store import Births, Store, gather, scatter_
+from torchgrow.structure.store import Births, Store, gather, scatter_
+from torchgrow.tracing.verification import Prover
 
 
 class Residual(nn.Module):

@@ -29,11 +29,11 @@ from torchgrow import (
     trace,
     verify,
 )
-from torchgrow.adapters import ADAPTERS, adapt_, adaptable, adapted
-from torchgrow.calling import call
-from torchgrow.proof import Prover
-from torchgrow.replay import replay
-from torchgrow.rules import MODULE_RULES, RULES
+from torchgrow.adapters.registry import ADAPTERS, adapt_, adaptable, adapted
+from torchgrow.tracing.model_call import call
+from torchgrow.tracing.rules.registry import MODULE_RULES, RULES
+from torchgrow.tracing.tracer import replay
+from torchgrow.tracing.verification import Prover
 
 DOCS = Path(__file__).parent.parent / "docs" / "extending.md"
 

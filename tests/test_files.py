@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import torchgrow.files
+import torchgrow.persistence.folder
 from torchgrow import SavedModelError, load, load_checkpoint, save, save_checkpoint
-from torchgrow.files import DEEPEST, LONGEST, pack, read_folder, unpack, write_folder
+from torchgrow.persistence.folder import DEEPEST, LONGEST, pack, read_folder, unpack, write_folder
 
 NAMES = ("record.json", "tensors.safetensors")
 
@@ -91,7 +91,7 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
 
 
 def test_what_is_too_large_to_be_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchgrow.files, "LARGEST_RECORD", 5000)
+    monkeypatch.setattr(torchgrow.persistence.folder, "LARGEST_RECORD", 5000)
     save_checkpoint(tmp_path, extra="short")
     with pytest.raises(
         SavedModelError, match=r"a record of [\d,]+ bytes is more than any has; store less in it, or as te"
@@ -105,7 +105,7 @@ def test_a_record_that_grows_when_parsed_is_neither_written_nor_read(
 ) -> None:
     """Brackets take thirty times their size: a small file could fill the memory."""
     write_folder(tmp_path / "whole", {"format": 2, "x": [[]] * 2000}, {}, NAMES)
-    monkeypatch.setattr(torchgrow.files, "LARGEST_PARSED", 100_000)
+    monkeypatch.setattr(torchgrow.persistence.folder, "LARGEST_PARSED", 100_000)
     with pytest.raises(SavedModelError, match=r"some [\d,]+ bytes once it is parsed is more than any; store less"):
         write_folder(tmp_path / "new", {"format": 2, "x": [[]] * 2000}, {}, NAMES)
     with pytest.raises(SavedModelError, match=r"record\.json is damaged: a record that takes some [\d,]+ bytes once"):

@@ -15,7 +15,7 @@ from growing import indicators_of
 from lookalikes import Madgrad, ScheduleFree
 from oracle import Eq6, SmallResNet
 from torchgrow import Budget, Grower, Method, TrainingError, trace
-from torchgrow.fold import Fold
+from torchgrow.growth.gates import Fold
 
 Make = Callable[[Any], torch.optim.Optimizer]
 

@@ -15,8 +15,8 @@ from growing import batch, breaking, differences, everything, make, run, sgd, tr
 from oracle import SmallResNet, TwoLayers
 from test_depth import Residual, Stages
 from torchgrow import Budget, Grower, Method, StructureError, TorchgrowError, save
-from torchgrow.persist import load
-from torchgrow.store import gather
+from torchgrow.persistence.network import load
+from torchgrow.structure.store import gather
 
 METHOD = Method(ramp=0.5, align=1, settle=0.0)
 LITERAL = Method.paper()  # units leave and come back
@@ -38,14 +38,14 @@ class Literal:
         for name, parameter in self.grower.model.named_parameters():
             index = self.grower._bank.index.get(name, {})
             old = gather(self.full[name], index)
-            torchgrow.store.scatter_(self.full[name], index, old * weight + (1 - weight) * parameter.detach())
+            torchgrow.structure.store.scatter_(self.full[name], index, old * weight + (1 - weight) * parameter.detach())
 
     def update(self) -> None:
         for name, parameter in self.grower.model.named_parameters():
             index = self.grower._bank.index.get(name, {})
             old = gather(self.full[name], index)
             new = torch.where(old.isnan(), parameter.detach(), old)
-            torchgrow.store.scatter_(self.full[name], index, new)
+            torchgrow.structure.store.scatter_(self.full[name], index, new)
 
     def compare(self, average: nn.Module) -> None:
         for name, parameter in average.named_parameters():

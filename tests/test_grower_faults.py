@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchgrow.exchange
-import torchgrow.grower
-import torchgrow.store
+import torchgrow.growth.grower
+import torchgrow.structure.store
 from growing import breaking, differences, everything, failing, make, run, sgd, train
 from oracle import TwoLayers
 from torchgrow import (
@@ -28,7 +28,7 @@ from torchgrow import (
     StructureError,
     TorchgrowError,
 )
-from torchgrow.fold import Fold
+from torchgrow.growth.gates import Fold
 
 # --- transactions ---
 
@@ -38,14 +38,14 @@ RISING = "default:ramp=0.9,peak=1,settle=0"
 
 PLACES = [
     *[(torchgrow.exchange, "run", call) for call in (0, 1, 2, 9, 40, -40, -10, -1)],
-    *[(torchgrow.store, "scatter_", call) for call in (1, 5)],
-    *[(torchgrow.store, "gather", call) for call in (1, 7)],
-    (torchgrow.saved, "Fold", 1),
-    (torchgrow.grower, "Event", 1),
+    *[(torchgrow.structure.store, "scatter_", call) for call in (1, 5)],
+    *[(torchgrow.structure.store, "gather", call) for call in (1, 7)],
+    (torchgrow.growth.saved, "Fold", 1),
+    (torchgrow.growth.grower, "Event", 1),
     (Bank, "stage", 1),
     (torchgrow.exchange.Exchange, "make", 1),
     (Fold, "factors", 1),
-    (torchgrow.grower.CostModel, "cost", 1),
+    (torchgrow.growth.grower.CostModel, "cost", 1),
     (torchgrow.policies.Policy, "copied", 1),
 ]
 
@@ -124,7 +124,7 @@ def test_ctrl_c_in_finish_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_grower_that_fails_to_start_leaves_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchgrow.saved, "Fold", failing(MemoryError(), 1, Fold))
+    monkeypatch.setattr(torchgrow.growth.saved, "Fold", failing(MemoryError(), 1, Fold))
     made: list[torch.optim.Optimizer] = []
     with pytest.raises(MemoryError):
         make(optimizer=lambda m: made.append(sgd(m)) or made[0])  # type: ignore[func-returns-value]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchgrow.guard import guard_
+from torchgrow.onednn_guard import guard_
 
 MALLOC_DEBUG = Path("/usr/lib/x86_64-linux-gnu/libc_malloc_debug.so")
 
@@ -24,7 +24,7 @@ DANGER = """
 import itertools, sys
 import torch
 from torch import nn
-from torchgrow.guard import guard_
+from torchgrow.onednn_guard import guard_
 
 torch.manual_seed(0)
 cases = [(3, 9, 32, 64), (4, 8, 32, 64), (7, 8, 16, 64), (4, 8, 64, 16), (12, 16, 64, 16)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from test_budget import chain
 from torchgrow import Method, TorchgrowError
-from torchgrow.indicators import Indicators
+from torchgrow.policies.indicators import Indicators
 
 WIDTHS = [40, 25, 12]
 

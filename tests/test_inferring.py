@@ -5,7 +5,7 @@ import traceback
 import pytest
 import torch
 
-from torchgrow.inferring import inferring
+from torchgrow.adapters.inferred_sizes import inferring
 
 
 def heads(x: torch.Tensor, weight: torch.Tensor, count: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchgrow import Budget, Grower, SavedModelError, TraceError, load, save, verify
-from torchgrow.replay import replay
+from torchgrow.tracing.tracer import replay
 
 
 class Odd(nn.Module):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgrow import TraceError, trace, verify
-from torchgrow.opening import leaves, mapped, put_out, tensors
+from torchgrow.tracing.nested import leaves, mapped, put_out, tensors
 
 
 @dataclasses.dataclass

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchgrow import trace, verify
-from torchgrow.replay import replay
+from torchgrow.tracing.tracer import replay
 
 BOXES = torch.tensor([[0.0, 0, 0, 5, 5], [1, 1, 1, 6, 6]])
 PERMUTED = torch.tensor([1, 0])

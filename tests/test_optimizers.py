@@ -11,7 +11,7 @@ from torch import nn
 import lookalikes as like
 from oracle import TwoLayers
 from torchgrow import Budget, Grower, OptimizerError, TorchgrowError
-from torchgrow.optimizers import check_optimizer
+from torchgrow.structure.optimizers import check_optimizer
 
 SERVED = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "Rprop", "ASGD")
 

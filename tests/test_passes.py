@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 import zoo
 from torchgrow import Budget, Grower, Space, TraceError, measure, shrink_, trace, verify
-from torchgrow.passes import Pass, running
-from torchgrow.proof import Prover
-from torchgrow.rules import RULES
+from torchgrow.tracing.passes import Pass, running
+from torchgrow.tracing.rules.registry import RULES
+from torchgrow.tracing.verification import Prover
 
 
 def halved(space: Space) -> Tensor:
@@ -107,8 +107,8 @@ def test_what_runs_in_training_only_is_followed_and_proven(name: str) -> None:
 def test_the_proof_runs_in_training_mode_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels that know nothing of training are not believed."""
     model, x = IN_TRAINING["auxiliary head"][0](), torch.randn(4, 3, 8, 8)
-    monkeypatch.setattr("torchgrow.replay.passes", lambda examples: [Pass()])
-    monkeypatch.setattr("torchgrow.replay.Replay._freeze_unused", lambda self: None)
+    monkeypatch.setattr("torchgrow.tracing.tracer.passes", lambda examples: [Pass()])
+    monkeypatch.setattr("torchgrow.tracing.tracer.Replay._freeze_unused", lambda self: None)
     space = trace(model, x)
     assert space.widths(space.everything()) == {"b": 4}
     assert "proof" in [frozen.op for frozen in space.frozen if frozen.module == "a"]
@@ -508,7 +508,7 @@ def test_a_fault_of_the_tracer_is_not_blamed_on_the_inputs(monkeypatch: pytest.M
     def failing(self: Any, *args: Any) -> Any:
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr("torchgrow.replay.Replay._shaped", failing)
+    monkeypatch.setattr("torchgrow.tracing.tracer.Replay._shaped", failing)
     with pytest.raises(TraceError, match=r"tracing failed.*no such thing; the forward itself runs on these inputs"):
         trace(zoo.build("plain"), zoo.inputs("plain"))
 
@@ -517,7 +517,7 @@ def test_a_stack_that_is_too_shallow_is_named(monkeypatch: pytest.MonkeyPatch) -
     def failing(self: Any, *args: Any) -> Any:
         raise RecursionError("maximum recursion depth exceeded")
 
-    monkeypatch.setattr("torchgrow.replay.Replay._shaped", failing)
+    monkeypatch.setattr("torchgrow.tracing.tracer.Replay._shaped", failing)
     with pytest.raises(TraceError, match=r"deeper stack than Python allows.*sys\.setrecursionlimit"):
         trace(zoo.build("plain"), zoo.inputs("plain"))
 

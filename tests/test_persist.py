@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import torchgrow.files
+import torchgrow.persistence.folder
 import zoo
 from damage import reseal
 from torchgrow import SavedModelError, load, save, shrink_
-from torchgrow.calling import call
-from torchgrow.proof import Prover
-from torchgrow.replay import replay
+from torchgrow.tracing.model_call import call
+from torchgrow.tracing.tracer import replay
+from torchgrow.tracing.verification import Prover
 
 WEIGHTS, STRUCTURE = "model.safetensors", "structure.json"
 
@@ -61,12 +61,12 @@ FRESH = """
 import sys
 import torch
 import torchgrow
-import torchgrow.proof, torchgrow.replay, torchgrow.grower
+import torchgrow.tracing.verification, torchgrow.tracing.tracer, torchgrow.growth.grower
 
 def refuse(*args, **kwargs):
     raise AssertionError("traced")
 
-for module in (torchgrow, torchgrow.proof, torchgrow.replay, torchgrow.grower):
+for module in (torchgrow, torchgrow.tracing.verification, torchgrow.tracing.tracer, torchgrow.growth.grower):
     for name in ("trace", "replay", "prove", "verify", "Replay"):
         if callable(getattr(module, name, None)):
             setattr(module, name, refuse)
@@ -355,8 +355,10 @@ def test_an_interrupted_save_leaves_nothing_or_the_old_folder(
         ("rename", no_second_rename, full),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(torchgrow.files if name == "save_file" else Path, name, broken)
-            patch.setattr(torchgrow.files, "_exchanged", lambda one, other: False)  # as where the system cannot
+            patch.setattr(torchgrow.persistence.folder if name == "save_file" else Path, name, broken)
+            patch.setattr(
+                torchgrow.persistence.folder, "_exchanged", lambda one, other: False
+            )  # as where the system cannot
             for target in (folder, tmp_path / "new") if name == "save_file" else (folder,):
                 with pytest.raises(error, match=text):
                     save(grown("plain"), target)
@@ -367,7 +369,7 @@ def test_an_interrupted_save_leaves_nothing_or_the_old_folder(
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems rename twice")
 def test_a_kill_in_mid_save_finds_the_old_or_the_new_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The two are exchanged in one step: whatever comes right before or after it, one of them has the name."""
-    exchange, seen = torchgrow.files._exchanged, []
+    exchange, seen = torchgrow.persistence.folder._exchanged, []
     before = (folder / WEIGHTS).read_bytes()
 
     def watched(one: Path, other: Path) -> bool:
@@ -377,7 +379,7 @@ def test_a_kill_in_mid_save_finds_the_old_or_the_new_folder(folder: Path, monkey
         assert (one / WEIGHTS).read_bytes() == before
         return done
 
-    monkeypatch.setattr(torchgrow.files, "_exchanged", watched)
+    monkeypatch.setattr(torchgrow.persistence.folder, "_exchanged", watched)
     model = grown("plain")
     with torch.no_grad():
         next(model.parameters()).add_(1)

@@ -213,7 +213,7 @@ def test_importance_is_the_mean_square_of_m_dl_dm() -> None:
         model = copy.deepcopy(grower.model)
         with torch.no_grad():
             for (name, axis), units in grower.space.fold.items():
-                live = units[torchgrow.space.live_positions(grower.space.unit_of[name, axis], grower.keep)]
+                live = units[torchgrow.structure.space.live_positions(grower.space.unit_of[name, axis], grower.keep)]
                 place = torch.nonzero(live == unit).flatten()
                 parameter = dict(model.named_parameters())[name]
                 parameter.index_copy_(axis, place, scale * parameter.index_select(axis, place))

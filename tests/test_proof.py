@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import torchgrow.proof
+import torchgrow.tracing.verification
 import zoo
 from drawn import zeroed
 from torchgrow import Space, TraceError, shrink_, trace, verify
-from torchgrow.proof import TOLERANCE, Prover, prove
-from torchgrow.replay import replay
+from torchgrow.tracing.tracer import replay
+from torchgrow.tracing.verification import TOLERANCE, Prover, prove
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)
@@ -118,7 +118,9 @@ def test_report_fields() -> None:
 def test_report_says_when_it_is_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     model, example = zoo.build("residual"), zoo.inputs("residual")
     wrong = swapped(replay(model, example), ("a.weight", 0), 0, 4)
-    monkeypatch.setattr("torchgrow.proof.trace", lambda model, example, **asked: replace(wrong, proven=True))
+    monkeypatch.setattr(
+        "torchgrow.tracing.verification.trace", lambda model, example, **asked: replace(wrong, proven=True)
+    )
     report = verify(model, example, fraction=0.5)
     assert not report.ok
     assert report.max_error > 1e-3
@@ -244,7 +246,7 @@ def test_rounding_that_a_network_blows_up_is_looked_at_again(monkeypatch: pytest
     space = replay(model, x)
     prover = Prover(model, space, x, seed=0)
     before = prover.frame[0].weight.clone()
-    monkeypatch.setattr(torchgrow.proof, "_gap", lambda found, expected: next(gaps))
+    monkeypatch.setattr(torchgrow.tracing.verification, "_gap", lambda found, expected: next(gaps))
     assert prover.error(prover.draw(0.5))[0] == 0.0
     assert torch.equal(prover.frame[0].weight, before)
     assert prover.error(prover.draw(0.5))[0] == 1e-15

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import zoo
 from torchgrow import Frozen, Space, TraceError, trace, verify
 from torchgrow.lab.models import VGG16, ResNet, WideResNet
-from torchgrow.replay import Replay, ValuesRead, replay
+from torchgrow.tracing.tracer import Replay, ValuesRead, replay
 
 # What every model has: its first weights read the inputs, its last ones write the outputs.
 USUAL = {"reads values that cannot be removed", "is an output of the model"}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lookalikes import SERVED, Make, SlowWeights
 from torchgrow import Bank, Space, trace
-from torchgrow.slots import Layout
+from torchgrow.structure.optimizer_slots import Layout
 
 LR = 1e-3
 TORCH: dict[str, Make] = {

@@ -16,8 +16,8 @@ import zoo
 from growing import breaking
 from torchgrow import Bank, OptimizerError, Space, StructureError, shrink_, trace
 from torchgrow.exchange import uninterrupted
-from torchgrow.store import gather, scatter_
-from torchgrow.surgery import replace_
+from torchgrow.structure.store import gather, scatter_
+from torchgrow.structure.surgery import replace_
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05),

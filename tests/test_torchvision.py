@@ -10,9 +10,9 @@ import torch
 from torchvision import models
 
 from torchgrow import Budget, Grower, Space, shrink_
-from torchgrow.cost import CostModel
-from torchgrow.proof import TOLERANCE, Prover
-from torchgrow.replay import replay
+from torchgrow.structure.cost import CostModel
+from torchgrow.tracing.tracer import replay
+from torchgrow.tracing.verification import TOLERANCE, Prover
 
 PICTURES, FILM = (2, 3, 32, 32), (1, 3, 2, 32, 32)
 

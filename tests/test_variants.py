@@ -12,10 +12,10 @@ from growing import STILL, batch, indicators_of, run, same_indicators, same_para
 from oracle import Eq6, SmallResNet
 from test_budget import chain
 from torchgrow import Budget, Grower, Method, TorchgrowError, trace
-from torchgrow.budget import fit
-from torchgrow.cost import CostModel
-from torchgrow.limits import Limits
 from torchgrow.policies import Random
+from torchgrow.structure.budget import fit
+from torchgrow.structure.cost import CostModel
+from torchgrow.structure.limits import Limits
 
 WARM = replace(STILL, heat=50.0, lambda_base=1.0)
 

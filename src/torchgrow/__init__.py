@@ -4,14 +4,15 @@ One training run starts from a tiny seed inside your own model and grows and pru
 a parameter or FLOPs budget; what comes out is a plain, small, dense module.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .moved import Finder
+
 if TYPE_CHECKING:
     from . import policies
-    from .adapters import adapter
-    from .checkpoint import load_checkpoint, save_checkpoint
-    from .cost import Cost
+    from .adapters.registry import adapter
     from .errors import (
         BudgetError,
         OptimizerError,
@@ -21,24 +22,28 @@ if TYPE_CHECKING:
         TraceError,
         TrainingError,
     )
-    from .grower import Grower, measure
-    from .guard import guard_
-    from .indicators import PRESETS, Method
-    from .limits import Budget, Limits
-    from .persist import load, save
-    from .proof import Report, trace, verify
-    from .rules import Context, module_rule, rule
-    from .space import Frozen, Space
-    from .state import Event
-    from .surgery import Bank, shrink_
+    from .growth.event import Event
+    from .growth.grower import Grower, measure
+    from .onednn_guard import guard_
+    from .persistence.checkpoint import load_checkpoint, save_checkpoint
+    from .persistence.network import load, save
+    from .policies.indicators import PRESETS, Method
+    from .structure.cost import Cost
+    from .structure.limits import Budget, Limits
+    from .structure.space import Frozen, Space
+    from .structure.surgery import Bank, shrink_
+    from .tracing.rules.registry import Context, module_rule, rule
+    from .tracing.verification import Report, trace, verify
 
 __version__ = "0.1.0"
 
+sys.meta_path.append(Finder())
+
 # Loaded when first asked for: `torchgrow --help`, or a budget that cannot be read, need not wait for PyTorch.
 _HOMES = {
-    "adapters": ["adapter"],
-    "checkpoint": ["load_checkpoint", "save_checkpoint"],
-    "cost": ["Cost"],
+    "adapters.registry": ["adapter"],
+    "persistence.checkpoint": ["load_checkpoint", "save_checkpoint"],
+    "structure.cost": ["Cost"],
     "errors": [
         "BudgetError",
         "OptimizerError",
@@ -48,17 +53,17 @@ _HOMES = {
         "TraceError",
         "TrainingError",
     ],
-    "grower": ["Grower", "measure"],
-    "guard": ["guard_"],
-    "indicators": ["PRESETS", "Method"],
-    "limits": ["Budget", "Limits"],
-    "persist": ["load", "save"],
+    "growth.grower": ["Grower", "measure"],
+    "onednn_guard": ["guard_"],
+    "policies.indicators": ["PRESETS", "Method"],
+    "structure.limits": ["Budget", "Limits"],
+    "persistence.network": ["load", "save"],
     "policies": ["policies"],
-    "proof": ["Report", "trace", "verify"],
-    "rules": ["Context", "module_rule", "rule"],
-    "space": ["Frozen", "Space"],
-    "state": ["Event"],
-    "surgery": ["Bank", "shrink_"],
+    "tracing.verification": ["Report", "trace", "verify"],
+    "tracing.rules.registry": ["Context", "module_rule", "rule"],
+    "structure.space": ["Frozen", "Space"],
+    "growth.event": ["Event"],
+    "structure.surgery": ["Bank", "shrink_"],
 }
 
 __all__ = [

@@ -144,7 +144,7 @@ KILLS = [
     (torchgrow.exchange, "writes", 9, "in an update"),  # a change is prepared, not made
     (os, "fsync", 9, "anywhere"),  # while a checkpoint is written
     (Path, "rename", 1, "anywhere"),  # a checkpoint is whole, but not in its place
-    (torchgrow.fold._Hooks, "_after", 3, "anywhere"),  # in an optimizer step
+    (torchgrow.growth.gates._Hooks, "_after", 3, "anywhere"),  # in an optimizer step
 ]
 
 

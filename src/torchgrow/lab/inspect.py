@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from torchgrow import Budget, BudgetError, Cost, Frozen, Space, TorchgrowError, trace, verify
-from torchgrow.budget import check_feasible
-from torchgrow.cost import CostModel
 from torchgrow.lab.display import short
+from torchgrow.structure.budget import check_feasible
+from torchgrow.structure.cost import CostModel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..budget import largest_shift, shed
-from ..indicators import Indicators, Method
+from ..structure.budget import largest_shift, shed
+from .indicators import Indicators, Method
 from .kit import gap, settled, trapezoid
 from .policy import Policy, View
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..budget import aligned, fit, shed
-from ..space import Space
+from ..structure.budget import aligned, fit, shed
+from ..structure.space import Space
 from .policy import View
 
 __all__ = [

@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..cost import CostModel
 from ..errors import TorchgrowError
-from ..space import Space
+from ..persistence.plain_data import is_data
+from ..structure.cost import CostModel
+from ..structure.space import Space
 
 
 @dataclass(frozen=True)
@@ -151,17 +152,6 @@ class Policy(ABC):
         other = copy.copy(self)
         vars(other).update({key: _copy(value) for key, value in vars(self).items()})
         return other
-
-
-def is_data(value: Any) -> bool:
-    """Whether a value is data."""
-    if isinstance(value, dict):
-        return all(type(key) is str and is_data(one) for key, one in value.items())
-    return (
-        all(map(is_data, value))
-        if isinstance(value, list)
-        else isinstance(value, Tensor) or value is None or (type(value) in (bool, int, float, str))
-    )
 
 
 def _copy(value: Any) -> Any:

@@ -1,0 +1,155 @@
+"""The state of a run as plain data: frame, stores, tensors and policy, written and read."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SavedModelError
+from ..persistence.plain_data import Field, is_data
+from ..policies.policy import Policy
+from ..structure.space import Space
+from ..structure.store import Store
+
+FORMAT = 2
+"""Of `Grower.state_dict()`."""
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that nothing writes to, with the same order of elements in memory."""
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+# --- the frame ---
+
+
+def fingerprint(space: Space, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a state must share with the frame it is loaded into: shapes and dtypes by name, and all units."""
+    units = hashlib.sha256()
+    for kind, vectors in (("unit", space.unit_of), ("gate", space.fold)):
+        for (name, axis), vector in sorted(vectors.items()):
+            units.update(f"{kind} {name} {axis} ".encode() + vector.cpu().numpy().tobytes())
+    for attribute in space.attributes:
+        units.update(f"attribute {attribute.module} {attribute.name} ".encode())
+        units.update(attribute.units.cpu().numpy().tobytes())
+    for slot in space.slots:
+        units.update(f"layer {slot.unit} {slot.modules} {slot.residual} ".encode())
+    units.update(space.group_of.cpu().numpy().tobytes() + space.removable.cpu().numpy().tobytes())
+    return {
+        "shapes": {name: list(shape) for name, shape in space.shapes.items()},
+        "dtypes": {name: str(tensors[name].dtype) for name in space.shapes},
+        "units": units.hexdigest(),
+    }
+
+
+def check_frame(field: Field, own: dict[str, Any]) -> None:
+    """Refuse a state of another frame.
+
+    Raises:
+        SavedModelError: names the first tensor that differs, or says that the units do.
+    """
+    saved = field.fields(own.keys())
+    advice = "the model must be built just as the one of the saved run"
+    for kind in ("shapes", "dtypes"):
+        found, wanted = saved[kind].fields(), own[kind]
+        for name in [*wanted, *found]:
+            a, b = (found[name].value if name in found else None), wanted.get(name)
+            if type(a) is not type(b) or a != b:
+                raise SavedModelError(
+                    f"the state is of another frame: {name} is {a or 'not there'} in it and {b or 'not there'} here; "
+                    f"{advice}. Nothing was changed"
+                )
+    if saved["units"].value != own["units"]:
+        raise SavedModelError(
+            "the state has other units than this frame, though the shapes agree: was it made with another freeze, "
+            f"couple, set of trained parameters or version of torchgrow? {advice}. Nothing was changed"
+        )
+
+
+def store_state(store: Store) -> dict[str, Any]:
+    """What a store holds, not copied; its box as positions by axis, None for nothing."""
+    box = None if store.box is None else {str(axis): positions.clone() for axis, positions in store.box.items()}
+    return {"box": box, "held": None if box is None else store.held.detach()}
+
+
+def stores_state(stores: Mapping[str, Store]) -> dict[str, Any]:
+    """The state of stores by name."""
+    return {name: store_state(store) for name, store in stores.items()}
+
+
+def read_store(field: Field, present: Store, dtype: torch.dtype, shape: Sequence[int]) -> Store:
+    """A copy of a present store that holds what the state says."""
+    saved, held, box = field.fields(("box", "held")), list(shape), None
+    if saved["box"].value is not None:
+        box = {}
+        for key, entry in saved["box"].fields().items():
+            axis = int(key) if key in map(str, range(len(held))) else entry.refuse("positions of an axis")
+            count = entry.value.numel() if isinstance(entry.value, Tensor) else 0
+            if count > held[axis]:  # however few bytes are behind it: the stride may be 0
+                entry.refuse(f"at most {held[axis]} positions")
+            positions = entry.tensor((count,), torch.int64).cpu()
+            bounded = torch.cat([torch.tensor([-1]), positions, torch.tensor([held[axis]])])
+            if not count or bool((bounded.diff() < 1).any()):
+                entry.refuse(f"rising positions below {held[axis]}")
+            box[axis], held[axis] = positions.clone(), count
+    other = copy.copy(present)
+    if (present.box == {} and box != {}) or (box is None and saved["held"].value is not None):
+        saved["box"].refuse("all positions of a frame that is there as a whole")
+    other.box = box
+    other.held = torch.empty(0, dtype=dtype) if box is None else saved["held"].tensor(held, dtype).cpu().clone()
+    return other
+
+
+def read_stores(
+    field: Field, present: Mapping[str, Store], space: Space, like: Mapping[str, Tensor]
+) -> dict[str, Store]:
+    """Stores by name, one for every present one, of the dtypes of the tensors in `like`."""
+    saved = field.fields(present)
+    return {
+        name: read_store(saved[name], store, like[name].dtype, space.shapes[name]) for name, store in present.items()
+    }
+
+
+def read_tensors(
+    field: Field, like: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], some: bool = False
+) -> dict[str, Tensor]:
+    """Tensors by name, one for every name in `like` (with `some`: for any of them), of its dtype.
+
+    Args:
+        field: of the state.
+        like: present tensors, for names and dtypes.
+        shapes: wanted shapes by name.
+        some: whether names may be missing.
+    """
+    found = field.fields()
+    if not found.keys() <= like.keys() or not (some or len(found) == len(like)):
+        field.fields(like)
+    return {name: tensor.tensor(shapes[name], like[name].dtype) for name, tensor in found.items()}
+
+
+def read_policy(field: Field, policy: Policy, events: int) -> Policy:
+    """A policy like the one that is there with a saved state, of so many events; see `Policy.state_dict`."""
+    here = policy.state_dict()
+    found = {key: _like(one, here[key]) for key, one in field.fields(here).items()}
+    wrong = policy.check_state(found, events)
+    if wrong:
+        raise SavedModelError(f"{field.path} of {type(policy).__name__} is damaged: {wrong}; nothing was changed")
+    read = policy.copied()
+    read.load_state_dict(found)
+    return read
+
+
+def _like(field: Field, present: Any) -> Any:
+    """A value of the kind and shape of the present one, finite where that is; tensors on the host."""
+    if isinstance(present, (list, dict)):  # which may have grown
+        if type(field.value) is not type(present) or not is_data(field.value):
+            field.refuse(f"a {type(present).__name__} of tensors, numbers and text")
+        return field.value
+    if not isinstance(present, Tensor):
+        return field.like(present)
+    return field.tensor(present.shape, present.dtype, finite=bool(present.isfinite().all())).cpu()

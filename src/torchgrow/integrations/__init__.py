@@ -1,0 +1,1 @@
+"""Integrations: growing inside the loops of other frameworks."""

@@ -1,0 +1,1 @@
+"""Persistence: networks and runs as plain data in folders, never as code."""

@@ -1,0 +1,613 @@
+"""Save and load a grown network: safetensors and a JSON record of its structure. Files are data, never code."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.registry import ADAPTERS, adapt_
+from ..errors import SavedModelError, TorchgrowError
+from ..onednn_guard import guard_
+from ..structure.attributes import get, held, put
+from ..structure.record import Record, growths, join, mark_, mark_of, own_tensors, recorded, skip_, skip_of
+from ..structure.space import PassThrough
+from ..structure.store import Index, live_shape
+from ..structure.surgery import materialise_, replace_
+from .beside import may_appear
+from .folder import pack, read_folder, real_folder, storable, unpack, write_folder
+from .wrappers import plain_modules, plain_tensors, unwrapped
+
+FORMAT = 4
+FORMATS = (1, 2, 3, 4)
+"""Format 1 has no checksums; up to 2 no evidence for counts, and none for modules left out without parameters; up to 3
+no list of buffers, so that each must be as in the frame."""
+
+WEIGHTS, STRUCTURE = "model.safetensors", "structure.json"
+
+REPEATS = (1, 2, 3, 4)
+"""How often an axis may hold what an attribute counts: once, or packed projections and gates of recurrent cells."""
+
+CHANNELS = ("in_channels", "out_channels", "groups")
+"""Counts of a convolution, which its weight must fit."""
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Save a model, grown, shrunk or whole: `model.safetensors` and `structure.json`.
+
+    The folder appears complete, flushed to the disk, or not at all; an existing saved folder is replaced. A part of a
+    grown model, or a larger one around it, can be saved alike, and loads with a factory of just that. Of wrappers
+    (`torch.compile`, DataParallel, DistributedDataParallel, AveragedModel) the wrapped model is saved.
+
+    Args:
+        model: the module; what torchgrow did to it is recorded on its modules.
+        folder: where to; created with its parents.
+
+    Warns:
+        UserWarning: the model is still growing: its structure is not final and may be over its budget.
+
+    Raises:
+        SavedModelError: the folder exists and is not a saved model, or cannot be written (disk full, read-only); or
+            `load` could not rebuild the model: a shape, count or state that follows from nothing recorded, which the
+            message names.
+    """
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise SavedModelError(
+            f"save takes a torch.nn.Module and a folder, got a {kind} for the first; call "
+            'torchgrow.save(model, "folder/"), and for a run torchgrow.save_checkpoint("folder/", grower)'
+        )
+    target = real_folder(folder)
+    there = os.path.exists(target)  # noqa: PTH110  # Path raises where a name is too long
+    if there and not (target.is_dir() and {p.name for p in target.iterdir()} <= {WEIGHTS, STRUCTURE}):
+        raise SavedModelError(f"{target} exists and is not a saved model; choose another folder or remove it")
+    model = unwrapped(model)
+    modules = plain_modules(model)
+    tensors, record = _own_tensors(modules), recorded(modules.items())
+    skipped = {path: skip for path, module in modules.items() if (skip := skip_of(module)) is not None}
+    _check_explained(modules, tensors, record, skipped)
+    stored = {name: storable(tensor, name) for name, tensor in tensors.items()}
+    kept = {name: record.kept[name] for name in tensors if name in record.kept}
+    extra = {path: module.get_extra_state() for path, module in modules.items() if _has_extra_state(module)}
+    structure = {
+        "format": FORMAT,
+        "kept": {name: {str(k): where.tolist() for k, where in index.items()} for name, index in kept.items()},
+        "frame_shapes": {name: list(record.shapes[name]) for name in kept},
+        "attributes": _counts(modules, record, kept),
+        "adapted": [path for path, module in modules.items() if type(module) in ADAPTERS.values()],
+        "skipped": {path: _left_out(path, skip, skipped, tensors, record) for path, skip in skipped.items()},
+        "extra_state": {path: pack(value, stored, f"the extra state of {path}") for path, value in extra.items()},
+        "buffers": {join(path, name): kept for path, module in modules.items() for name, kept in _listed(module)},
+    }
+    for growth in growths(model):
+        warnings.warn(
+            f"{type(model).__name__} is saved before its growth has finished: {growth}; call grower.finish() before "
+            "torchgrow.save for the network on its budget, or torchgrow.save_checkpoint to go on later",
+            stacklevel=2,
+        )
+    write_folder(target, structure, stored, (STRUCTURE, WEIGHTS))
+
+
+def _own_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Parameters and buffers by name; sparse buffers that are not persistent are the frame's to make."""
+    transient = {join(path, name) for path, module in modules.items() for name in module._non_persistent_buffers_set}
+    found = plain_tensors(modules)
+    return {name: x for name, x in found.items() if x.layout == torch.strided or name not in transient}
+
+
+def _listed(module: nn.Module) -> list[tuple[str, bool | None]]:
+    """Names of a module's buffers, and whether each is part of its `state_dict`; None of one without a value."""
+    passing = module._non_persistent_buffers_set
+    listed = [(n, x) for n, x in module._buffers.items() if n not in passing or x is None or x.layout == torch.strided]
+    return [(name, None if tensor is None else name not in passing) for name, tensor in listed]
+
+
+def _check_explained(
+    modules: Mapping[str, nn.Module],
+    tensors: Mapping[str, Tensor],
+    record: Record,
+    skipped: Mapping[str, PassThrough],
+) -> None:
+    """Refuse a model that cannot be rebuilt from its frame and what is recorded."""
+    below, wrong = tuple(f"{path}." for path in skipped), []
+    for name, shape in record.shapes.items():
+        if name in tensors:
+            expected = (0,) if name.startswith(below) else live_shape(shape, record.kept.get(name, {}))
+            if tensors[name].shape != expected:
+                wrong.append(f"{name} is {tuple(tensors[name].shape)}, the record makes it {expected} of {shape}")
+    for name, shape in _replaced(modules, tensors, record).items():
+        found = tuple(tensors[name].shape)
+        wrong.append(f"{name} is {found}, of a module put there after the cut; the frame had {shape}")
+    for path, attribute in record.attributes:
+        now, then = get(modules[path], attribute), record.attributes[path, attribute]
+        if now != then:
+            wrong.append(f"{path}.{attribute} is {now}, the record makes it {then}")
+    for path, module in modules.items():
+        entries: dict[str, Any] = {}
+        if type(module)._save_to_state_dict is not nn.Module._save_to_state_dict:
+            module._save_to_state_dict(entries, "", True)
+        outside = sorted(entries.keys() - own_tensors(module).keys() - {"_extra_state"})
+        if outside:
+            wrong.append(f"{path or 'the model'} ({type(module).__name__}) keeps {outside[:3]} outside of its tensors")
+    if wrong:
+        raise SavedModelError(
+            f"the model cannot be rebuilt from its frame, since {'; '.join(wrong[:3])}. Save it as it was grown, "
+            "before tensors or modules are replaced by others, or store its state_dict() yourself"
+        )
+
+
+def _replaced(
+    modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], record: Record
+) -> dict[str, tuple[int, ...]]:
+    """Tensors without a record, in the place of recorded ones and of another shape; with the shape there was."""
+    marks = {path: mark for path, module in modules.items() if (mark := mark_of(module)) is not None}
+    found: dict[str, tuple[int, ...]] = {}
+    roots = {id(mark.record): (path, mark) for path, mark in reversed(marks.items())}  # the outermost of each
+    for path, mark in roots.values():
+        lead = f"{mark.path}." if mark.path else ""
+        for name in mark.record.kept:
+            shape = mark.record.shapes[name]
+            here = (f"{path}." if path else "") + name[len(lead) :]
+            stranger = name.startswith(lead) and here in tensors and here not in record.shapes
+            if stranger and tensors[here].shape != shape:
+                found[here] = shape
+    return found
+
+
+def _has_extra_state(module: nn.Module) -> bool:
+    return type(module).get_extra_state is not nn.Module.get_extra_state
+
+
+def _counts(modules: Mapping[str, nn.Module], record: Record, kept: Mapping[str, Index]) -> list[list[Any]]:
+    """Attributes that are lowered, each with an axis that shows why: [module, name, number, *evidence]."""
+    entries: list[list[Any]] = []
+    for (path, name), number in record.attributes.items():
+        whole = record.wholes[path, name]
+        if number == whole:
+            continue
+        if isinstance(modules[path], nn.modules.conv._ConvNd) and name in CHANNELS:
+            entries.append([path, name, number])
+            continue
+        shown = _evidence(path, number, whole, kept, record.shapes)
+        if shown is None and _may_count_pieces(modules[path], name):
+            shown = _piece(path, number, whole, kept, record.shapes)
+        if shown is None:
+            raise SavedModelError(
+                f"{path}.{name} went from {whole} to {number}, which is the count of no axis of the model's tensors "
+                "nor of a piece of one, so it could not be loaded; save the larger model it is part of"
+            )
+        entries.append([path, name, number, *shown])
+    return entries
+
+
+Shown = tuple[str, int, int, int]
+"""Evidence for a count: tensor, axis, how often the axis repeats what is counted (0: a piece of it), its start."""
+
+
+def _evidence(
+    path: str, number: int, whole: int, kept: Mapping[str, Index], shapes: Mapping[str, tuple[int, ...]]
+) -> Shown | None:
+    """An axis of a module's own tensors of which `number` of `whole` equal parts are kept."""
+    for tensor, index in kept.items():
+        if tensor.startswith(f"{path}." if path else ""):
+            for axis, positions in index.items():
+                for repeats in REPEATS:
+                    if _counted(positions, shapes[tensor][axis], whole, repeats) == number:
+                        return tensor, axis, repeats, 0
+    return None
+
+
+def _piece(
+    path: str, number: int, whole: int, kept: Mapping[str, Index], shapes: Mapping[str, tuple[int, ...]]
+) -> Shown | None:
+    """A piece of `whole` positions of which `number` are kept, of an axis of the module's own tensors, else of any."""
+    lead = f"{path}." if path else ""
+    for tensor in sorted(kept, key=lambda name: not name.startswith(lead)):
+        for axis, positions in kept[tensor].items():
+            live = torch.zeros(shapes[tensor][axis] + 1, dtype=torch.int64)
+            live[positions + 1] = 1
+            before = live.cumsum(0)
+            starts = torch.nonzero(before[whole:] - before[: len(before) - whole] == number)
+            if whole < len(before) and starts.numel():
+                return tensor, axis, 0, int(starts[0])
+    return None
+
+
+def _may_count_pieces(module: nn.Module, name: str) -> bool:
+    """Whether an attribute is a user's, which may hold the size of what a forward cuts off an axis."""
+    return name.partition("[")[0] in held(module)
+
+
+def _holds(
+    shown: Shown,
+    path: str,
+    module: nn.Module,
+    name: str,
+    number: int,
+    whole: int,
+    kept: Mapping[str, Index],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> bool:
+    """Whether evidence that a record gives is some."""
+    tensor, axis, repeats, start = shown
+    positions = kept.get(tensor, {}).get(axis)
+    if positions is None:
+        return False
+    size = shapes[tensor][axis]
+    if repeats == 0:
+        inside = int(((positions >= start) & (positions < start + whole)).sum())
+        return 0 <= start <= size - whole and inside == number and _may_count_pieces(module, name)
+    own = tensor.startswith(f"{path}." if path else "")
+    return own and repeats in REPEATS and start == 0 and _counted(positions, size, whole, repeats) == number
+
+
+def _counted(positions: Tensor, size: int, whole: int, repeats: int) -> int:
+    """How many of `whole` parts of an axis are kept, each with as many positions as the others; 0 if it has none such.
+
+    Args:
+        positions: int64, those that are kept.
+        size: of the axis in the frame.
+        whole: number of parts in the frame.
+        repeats: how often the parts follow each other along the axis.
+    """
+    if size % (whole * repeats):
+        return 0
+    parts, times = (positions // (size // (whole * repeats)) % whole).unique(return_counts=True)
+    return parts.numel() if bool((times == times[0]).all()) else 0
+
+
+def _left_out(
+    path: str, skip: PassThrough, skipped: Mapping[str, PassThrough], tensors: Mapping[str, Tensor], record: Record
+) -> list[Any]:
+    """What is written of a module left out: what it computes and, if it has no tensors, one of its block that has."""
+    if _has_tensors(path, tensors):
+        return [skip.keyword, skip.outputs]
+    together = {other for block in record.blocks if path in block for other in block}
+    for other in skipped:
+        if other in together and _has_tensors(other, tensors):
+            return [skip.keyword, skip.outputs, other]
+    raise SavedModelError(
+        f"{path} is left out and has no parameters, and the modules it was left out with are not part of the model; "
+        "save the larger model they are in"
+    )
+
+
+def _has_tensors(path: str, tensors: Mapping[str, Any]) -> bool:
+    return any(name.startswith(f"{path}.") for name in tensors)
+
+
+# --- loading ---
+
+
+def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module]) -> nn.Module:
+    """Load a saved model into a fresh frame, without tracing anything.
+
+    Args:
+        folder: what `save` wrote.
+        frame_factory: builds the frame, the full-size model the saved one was grown in; also on the meta device
+            (`with torch.device("meta"): ...`), from where what is loaded comes to the CPU.
+
+    Returns:
+        The frame, cut to the saved structure, with the saved weights and buffers, in training mode as built. Buffers
+        that nothing cuts are as saved, also where a forward had made them, replaced them at another shape, or put None
+        in their place.
+
+    Raises:
+        SavedModelError: the folder is missing or damaged, or does not fit the frame; the frame factory's
+            model is discarded.
+    """
+    if isinstance(frame_factory, nn.Module) or not callable(frame_factory):
+        kind = type(frame_factory).__name__
+        name = kind if isinstance(frame_factory, nn.Module) else "MyModel"
+        raise SavedModelError(
+            f"frame_factory must be a function that builds the frame, got a {kind}; call torchgrow.load(folder, "
+            f"{name}), or with lambda: {name}(...): torchgrow.load cuts a model of its own"
+        )
+    source = Path(folder)
+    structure, tensors = _read(source)
+    model = frame_factory()
+    if not isinstance(model, nn.Module):
+        raise SavedModelError(f"frame_factory must return a torch.nn.Module, got {type(model).__name__}")
+    frame = unwrapped(model)
+    modules = plain_modules(frame)
+    own = _own_tensors(modules)
+    _check_fresh(modules, own)
+    extra = {path: unpack(value, tensors) for path, value in structure["extra_state"].items()}
+    kept = _kept(source, structure, own)
+    late, dropped = _late(structure, modules, own, tensors)
+    _check_names(source, own.keys() - dropped, tensors.keys() - late)
+    skipped = _skipped(source, structure, modules, own)
+    below = tuple(f"{path}." for path in skipped)
+    free = {name for name in structure["buffers"] if name not in kept and not name.startswith(below)}
+    attributes = _attributes(source, structure, modules, kept, own, below)
+    fixed = {name: tensor for name, tensor in own.items() if name not in dropped}
+    _check_contents(source, fixed, tensors, kept, below, free)
+    _check_convolutions(source, modules, tensors, attributes, below)
+    _check_extra(source, structure, modules, extra)
+    names = {module: path for path, module in frame.named_modules()}
+    try:
+        adapt_(frame, [names.get(modules[path], path) if path in modules else path for path in structure["adapted"]])
+    except TorchgrowError as error:
+        raise SavedModelError(f"{source / STRUCTURE} names a module without its adapter: {error}") from error
+    wholes = {(path, name): get(modules[path], name) or 0 for path, name in attributes}
+    shapes = {name: tuple(own[name].shape) for name in own if name in kept or name.startswith(below)}
+    bare = {name: tensor for name, tensor in fixed.items() if tensor.is_meta}
+    materialise_(frame, bare, lambda name: tensors[name].detach())  # another object: it is exchanged for the frame's
+    for name, tensor in fixed.items():
+        replace_(tensor, tensors[name].to(tensor.device))
+    for name in (*late, *dropped):
+        _put_buffer(modules, name, tensors.get(name), structure["buffers"][name])
+    for (path, name), number in attributes.items():
+        put(modules[path], name, number)
+    for path, skip in skipped.items():
+        skip_(modules[path], [""], {"": skip})
+    blocks = tuple((path, *_left_out_with(structure, path)) for path in skipped)
+    mark_(modules.items(), Record(shapes, kept, wholes, attributes, blocks))
+    for path, value in extra.items():
+        _give_extra(source, path, modules[path], value)
+    guard_(frame)
+    return model
+
+
+def _check_fresh(modules: Mapping[str, nn.Module], own: Mapping[str, Tensor]) -> None:
+    """Refuse a frame that is none, or that has values nobody could give it."""
+    cut = recorded(modules.items())
+    for name, index in cut.kept.items():
+        if name in own and index:
+            raise SavedModelError(
+                f"frame_factory returned a model that has been cut already: {name} is {tuple(own[name].shape)} of "
+                f"{cut.shapes[name]}; it must build a new one at full size"
+            )
+    for path, module in modules.items():
+        bare = [name for name, value in vars(module).items() if isinstance(value, Tensor) and value.is_meta]
+        if bare:
+            raise SavedModelError(
+                f"frame_factory returned a model on the meta device whose {join(path, bare[0])} is neither parameter "
+                "nor buffer, so that nothing is saved for it: make it a buffer, or build the frame on a real device"
+            )
+
+
+def _late(
+    structure: dict[str, Any],
+    modules: Mapping[str, nn.Module],
+    own: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+) -> tuple[list[str], list[str]]:
+    """Names of buffers that only the saved model has, and of those of the frame that have no value in it."""
+    buffers = structure["buffers"]
+    late = [name for name in tensors if name not in own and buffers.get(name) is not None]
+    dropped = [name for name in own if name not in tensors and name in buffers and buffers[name] is None]
+    return (
+        [name for name in late if may_appear(modules, name)],
+        [name for name in dropped if name not in structure["kept"] and not isinstance(own[name], nn.Parameter)],
+    )
+
+
+def _put_buffer(modules: Mapping[str, nn.Module], name: str, tensor: Tensor | None, persistent: bool | None) -> None:
+    path, _, own = name.rpartition(".")
+    module = modules[path]
+    if own in module._buffers:
+        module._buffers[own] = tensor
+    else:
+        module.register_buffer(own, tensor, persistent=bool(persistent))
+
+
+def _check_names(source: Path, own: AbstractSet[str], tensors: AbstractSet[str]) -> None:
+    """Refuse tensors of another model."""
+    missing, foreign = sorted(own - tensors), sorted(tensors - own)
+    if missing or foreign:
+        raise SavedModelError(
+            f"{source} does not fit the frame: missing {missing[:3]}, foreign {foreign[:3]}; "
+            "frame_factory must build the same full-size model that was grown"
+        )
+
+
+def _skipped(
+    source: Path, structure: dict[str, Any], modules: Mapping[str, nn.Module], own: Mapping[str, Tensor]
+) -> dict[str, PassThrough]:
+    """Modules that are left out, once they are known to be the frame's, with parameters or beside one that has."""
+    skipped, entries = {}, structure["skipped"]
+    for path, (keyword, outputs, *_) in entries.items():
+        if not path or path not in modules:
+            raise SavedModelError(
+                f"{source / STRUCTURE}: the frame has no module {path!r} to leave out; is frame_factory the same model?"
+            )
+        if not any(_has_tensors(other, own) for other in (path, *_left_out_with(structure, path))):
+            raise SavedModelError(
+                f"{source / STRUCTURE}: {path} ({type(modules[path]).__name__}) has no parameters, and is left out "
+                "with no module that has; only recorded blocks of layers can be"
+            )
+        skipped[path] = PassThrough(keyword, outputs)
+    return skipped
+
+
+def _left_out_with(structure: dict[str, Any], path: str) -> list[str]:
+    """Modules that are left out with one, as far as the record says; in format 2 those beside it."""
+    entries = structure["skipped"]
+    if structure["format"] < 3:
+        return [other for other in entries if other.rpartition(".")[0] == path.rpartition(".")[0]]
+    return [other for other in entries[path][2:] if other in entries]
+
+
+def _attributes(
+    source: Path,
+    structure: dict[str, Any],
+    modules: Mapping[str, nn.Module],
+    kept: Mapping[str, Index],
+    own: Mapping[str, Tensor],
+    below: tuple[str, ...],
+) -> dict[tuple[str, str], int]:
+    """Attributes that are lowered, once each is known to be the frame's and to count what is kept of it."""
+    shapes, found = {name: tuple(tensor.shape) for name, tensor in own.items()}, {}
+    for path, name, number, *shown in structure["attributes"]:
+        module = modules.get(path)
+        whole = get(module, name) if module is not None else None
+        if module is None or whole is None or not 1 <= number <= whole:
+            raise SavedModelError(
+                f"{source / STRUCTURE}: {path}.{name} = {number} does not fit the frame, where it is {whole}"
+            )
+        if number == whole or (structure["format"] < 3 and f"{path}.".startswith(below)):
+            continue  # of a module that is left out, format 2 kept no positions that would show why
+        counts = isinstance(module, nn.modules.conv._ConvNd) and name in CHANNELS  # which its weight must fit
+        if not counts and structure["format"] < 3:
+            counts = _evidence(path, number, whole, kept, shapes) is not None
+        elif not counts and shown:
+            counts = _holds(tuple(shown), path, module, name, number, whole, kept, shapes)
+        if not counts:
+            raise SavedModelError(
+                f"{source / STRUCTURE}: {path}.{name} = {number}, of {whole} in the frame, follows from no kept "
+                "positions; only what counts them can be another number than in the frame"
+            )
+        found[path, name] = number
+    return found
+
+
+def _check_contents(
+    source: Path,
+    own: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    kept: Mapping[str, Index],
+    below: tuple[str, ...],
+    free: AbstractSet[str],
+) -> None:
+    """Refuse tensors that are not what the frame's become; buffers in `free` may be of any shape."""
+    for name, full in own.items():
+        shape = (0,) if name.startswith(below) else live_shape(tuple(full.shape), kept.get(name, {}))
+        if name in free and not isinstance(full, nn.Parameter):
+            shape = tuple(tensors[name].shape)
+        if tensors[name].shape != shape or tensors[name].dtype != full.dtype:
+            raise SavedModelError(
+                f"{source / WEIGHTS}: {name} is {tensors[name].dtype} {tuple(tensors[name].shape)}, but the structure "
+                f"record makes it {full.dtype} {shape} in this frame"
+            )
+
+
+def _check_convolutions(
+    source: Path,
+    modules: Mapping[str, nn.Module],
+    tensors: Mapping[str, Tensor],
+    attributes: Mapping[tuple[str, str], int],
+    below: tuple[str, ...],
+) -> None:
+    """Refuse convolutions whose channel counts and groups would not be those of their weight."""
+    for path, layer in modules.items():
+        weight = tensors.get(join(path, "weight"))  # of a tied or parametrized one the shape is checked elsewhere
+        if not isinstance(layer, nn.modules.conv._ConvNd) or f"{path}.".startswith(below) or weight is None:
+            continue
+        into, out, groups = (attributes.get((path, name), getattr(layer, name)) for name in CHANNELS)
+        first, second = weight.shape[:2]
+        counted = (second * groups, first) if layer.transposed else (first, second * groups)
+        if counted != (out, into) or out % groups:
+            raise SavedModelError(f"{source / STRUCTURE}: the channels and groups of {path} do not fit its weight")
+
+
+def _check_extra(
+    source: Path, structure: dict[str, Any], modules: Mapping[str, nn.Module], extra: Mapping[str, Any]
+) -> None:
+    """Refuse extra states (`nn.Module.get_extra_state`) of other modules than the frame's."""
+    own = {path for path, module in modules.items() if _has_extra_state(module)}
+    if extra.keys() != own and structure["format"] >= 3:
+        raise SavedModelError(
+            f"{source / STRUCTURE} has the extra state of {sorted(extra)[:3]}, the frame has some in "
+            f"{sorted(own)[:3]}; is frame_factory the same model?"
+        )
+
+
+def _give_extra(source: Path, path: str, module: nn.Module, value: Any) -> None:
+    try:
+        module.set_extra_state(value)
+    except Exception as error:
+        raise SavedModelError(
+            f"{source / STRUCTURE}: {path or 'the model'} ({type(module).__name__}) does not take its extra state: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+FIELDS = {
+    "format": int,
+    "kept": dict,
+    "frame_shapes": dict,
+    "attributes": list,
+    "adapted": list,
+    "skipped": dict,
+    "extra_state": dict,
+    "buffers": dict,
+}
+"""Fields of the record, and their types."""
+
+ENTRIES = {
+    "attributes": ([str, str, int], [str, str, int, str, int, int, int]),
+    "skipped": ([str, int], [str, int, str]),
+}
+"""Types of what is in their entries: without evidence, and with that of format 3."""
+
+
+def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Both files, with the record's form checked."""
+    what = "a saved model; save one with torchgrow.save, or take a checkpoint by torchgrow.load_checkpoint"
+    structure, tensors = read_folder(source, (STRUCTURE, WEIGHTS), FORMATS, what)
+    if structure["format"] < 3:
+        structure.setdefault("skipped", {})  # absent before depth
+        structure.setdefault("extra_state", {})
+    if structure["format"] < 4:
+        structure.setdefault("buffers", {})
+    well_formed = structure.keys() == FIELDS.keys()
+    well_formed = well_formed and all(type(structure[name]) is kind for name, kind in FIELDS.items())
+    if well_formed:
+        lists = {"attributes": structure["attributes"], "skipped": list(structure["skipped"].values())}
+        well_formed = (
+            all(isinstance(axes, dict) for axes in structure["kept"].values())
+            and all(type(path) is str for path in structure["adapted"])
+            and all(kept is None or type(kept) is bool for kept in structure["buffers"].values())
+            and all(
+                isinstance(entry, list) and [type(x) for x in entry] in ENTRIES[name]
+                for name, entries in lists.items()
+                for entry in entries
+            )
+            and all(0 <= entry[1] <= 64 for entry in lists["skipped"])
+        )
+    if not well_formed:
+        raise SavedModelError(f"{source / STRUCTURE} is damaged: fields are missing, foreign or of the wrong type")
+    return structure, tensors
+
+
+def _kept(source: Path, structure: dict[str, Any], own: dict[str, Tensor]) -> dict[str, Index]:
+    """Kept positions of every cut tensor, once its name and full shape are known to be the frame's."""
+    for name in structure["kept"]:
+        if name not in own:
+            raise SavedModelError(
+                f"{source / STRUCTURE}: the frame has no tensor {name!r}; is frame_factory the same model?"
+            )
+    if structure["frame_shapes"] != {name: list(own[name].shape) for name in structure["kept"]}:
+        raise SavedModelError(
+            f"{source / STRUCTURE}: the saved model was cut from a frame with other shapes than frame_factory's; "
+            "frame_factory must build the same full-size model that was grown"
+        )
+    return {name: _index(source, name, axes, own[name]) for name, axes in structure["kept"].items()}
+
+
+def _index(source: Path, name: str, axes: dict[str, Any], full: Tensor) -> Index:
+    """Kept positions of one tensor of the frame: strictly rising and in range."""
+    index: Index = {}
+    for key, positions in axes.items():
+        axis = int(key) if key.isascii() and key.isdecimal() and key == str(int(key[:3])) else -1
+        size = full.shape[axis] if 0 <= axis < full.dim() else 0
+        rising = (
+            isinstance(positions, list)
+            and 0 < len(positions) <= size
+            and all(type(p) is int for p in positions)
+            and all(a < b for a, b in zip([-1, *positions], [*positions, size], strict=True))
+        )
+        if not rising:
+            raise SavedModelError(
+                f"{source / STRUCTURE}: kept positions of axis {key} of {name} {tuple(full.shape)} are not "
+                "rising positions in range"
+            )
+        index[axis] = torch.tensor(positions)
+    return dict(sorted(index.items()))

@@ -1,0 +1,144 @@
+"""Plain data of saved states, and its examination: every field is checked before anything is touched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..errors import SavedModelError
+
+LARGEST = 2**62
+"""Numbers beyond it are no counts, rates or times of a training run."""
+
+
+class Field:
+    """A value in a state and where it stands; raises `SavedModelError` for whatever is not as it must be.
+
+    Args:
+        value: the value.
+        path: where it stands, in words.
+    """
+
+    def __init__(self, value: Any, path: str = "state") -> None:
+        self.value, self.path = value, path
+
+    def refuse(self, wanted: str) -> NoReturn:
+        """Say what is there and what must be."""
+        value = self.value
+        kind = type(value).__name__
+        found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"{str(value)[:60]} ({kind})"
+        raise SavedModelError(f"{self.path} is {found}, it must be {wanted}; nothing was changed")
+
+    def fields(self, names: Iterable[str] | None = None, later: Iterable[str] = ()) -> dict[str, Field]:
+        """The fields of a dict with text for keys; with `names`, with just these keys and those in `later`.
+
+        The latter may be missing, as they are in states of older versions, and are None then.
+        """
+        if not isinstance(self.value, dict) or not all(type(key) is str for key in self.value):
+            self.refuse("a dict with text for keys")
+        names = None if names is None else {*names, *later}
+        values = {**dict.fromkeys(later), **self.value}
+        if names is not None and values.keys() != names:
+            missing, foreign = sorted(names - values.keys()), sorted(values.keys() - names)
+            raise SavedModelError(
+                f"{self.path} lacks {missing[:3]} and has the foreign {foreign[:3]}; nothing was changed"
+            )
+        return {key: Field(value, f"{self.path}[{key!r}]") for key, value in values.items()}
+
+    def items(self, count: int | None = None) -> list[Field]:
+        """The items of a list, of just so many if `count` is given."""
+        if not isinstance(self.value, list):
+            self.refuse("a list")
+        if count not in (None, len(self.value)):
+            raise SavedModelError(
+                f"{self.path} is a list of {len(self.value)}, it must be a list of {count}, one for every optimizer; "
+                "give Grower as many as in the saved run. Nothing was changed"
+            )
+        return [Field(value, f"{self.path}[{i}]") for i, value in enumerate(self.value)]
+
+    def tensor(self, shape: Iterable[int], dtype: torch.dtype, finite: bool = False) -> Tensor:
+        """A dense tensor of this shape and dtype; with `finite`, without NaN and infinity."""
+        value, shape = self.value, tuple(shape)
+        fits = isinstance(value, Tensor) and value.shape == shape and value.dtype == dtype
+        if not fits or value.layout != torch.strided or value.is_meta:
+            self.refuse(f"{dtype} {shape}")
+        if finite and not bool(value.isfinite().all()):
+            self.refuse(f"{dtype} {shape} without NaN and infinity")
+        return value.detach()
+
+    def number(self, low: float = -math.inf) -> float:
+        """A finite number of at least `low`."""
+        if type(self.value) not in (int, float) or not max(low, -LARGEST) <= self.value <= LARGEST:
+            self.refuse(f"a finite number, at least {low}")
+        return float(self.value)
+
+    def whole(self, low: int = 0, high: int = LARGEST) -> int:
+        """A whole number in [low, high]."""
+        if type(self.value) is not int or not low <= self.value <= high:
+            self.refuse(f"a whole number in [{low}, {high}]")
+        return self.value
+
+    def flag(self) -> bool:
+        """True or False."""
+        if type(self.value) is not bool:
+            self.refuse("True or False")
+        return self.value
+
+    def like(self, present: Any) -> Any:
+        """A value of the kind of `present`: same type, numbers finite where those are, same shape of containers."""
+        if not alike(self.value, present):
+            self.refuse(f"of the kind of {str(present)[:60]}")
+        return self.value
+
+    def generator(self) -> Tensor:
+        """The state of a `torch.Generator` on the CPU."""
+        fresh = torch.Generator()
+        state = self.tensor(fresh.get_state().shape, torch.uint8).cpu()
+        try:
+            fresh.set_state(state)
+        except RuntimeError:
+            self.refuse("the state of a torch.Generator")
+        return state
+
+
+def alike(value: Any, present: Any) -> bool:
+    """Whether a value is of the kind of `present`, as for `Field.like`; where that is None, any plain one is."""
+    if present is None or isinstance(present, bool):
+        return value is None or isinstance(value, bool) or (present is None and plain(value))
+    if isinstance(present, (int, float)):
+        wild = isinstance(present, float) and not math.isfinite(present)
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return (fits and abs(value) <= LARGEST) or (wild and fits and not math.isnan(value))
+    if isinstance(present, Tensor):
+        return isinstance(value, Tensor) and (value.shape, value.dtype) == (present.shape, present.dtype)
+    if isinstance(present, (list, tuple)):
+        if not present and type(value) is type(present):
+            return plain(value)
+        fits = type(value) is type(present) and len(value) == len(present)
+        return fits and all(map(alike, value, present))
+    if isinstance(present, dict):
+        fits = isinstance(value, dict) and value.keys() == present.keys()
+        return fits and all(alike(value[key], item) for key, item in present.items())
+    return type(value) is type(present)
+
+
+def plain(value: Any) -> bool:
+    """Whether it is a number, text, or a list of them: what may stand where nothing stood before."""
+    if isinstance(value, (list, tuple)):
+        return all(map(plain, value))
+    return isinstance(value, str) or (isinstance(value, (int, float)) and abs(value) <= LARGEST)
+
+
+def is_data(value: Any) -> bool:
+    """Whether a value is data."""
+    if isinstance(value, dict):
+        return all(type(key) is str and is_data(one) for key, one in value.items())
+    return (
+        all(map(is_data, value))
+        if isinstance(value, list)
+        else isinstance(value, Tensor) or value is None or (type(value) in (bool, int, float, str))
+    )

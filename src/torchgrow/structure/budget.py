@@ -1,0 +1,199 @@
+"""The exact structure that uses a budget, and ways to meet a cost on the way to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..errors import BudgetError
+from .cost import CostModel, Tally
+from .limits import Budget, Limits
+from .space import Space
+
+
+def check_feasible(budget: Budget, limits: Limits, costs: CostModel) -> None:
+    """Raise before any training if the budget cannot be met or does not bind.
+
+    Raises:
+        BudgetError: names the feasible range.
+    """
+    least, full = costs.both(costs.smallest()).tolist(), costs.both(costs.sizes).tolist()
+    for name, limit, low, high in zip(("params", "flops"), (limits.params, limits.flops), least, full, strict=True):
+        if limit is None:
+            continue
+        span = f"feasible here: {name} from {low:,} ({low / max(high, 1):.2%}) to {high:,} (100%)"
+        if limit < low:
+            raise BudgetError(f"{budget} allows {limit:,} {name}, but what cannot be removed costs {low:,}; {span}")
+        if limit > high:
+            raise BudgetError(f"{budget} allows {limit:,} {name}, more than the whole frame has ({high:,}); {span}")
+
+
+def largest_shift(
+    keep_at: Callable[[float], Tensor], costs: CostModel, allowed: Tensor, span: float = 200.0
+) -> tuple[float, Tensor]:
+    """The largest shift of all indicators whose realised structure stays within `allowed`.
+
+    Args:
+        keep_at: shift -> keep vector (bool [n]); a larger shift never drops a unit.
+        costs: of the space.
+        allowed: int64 [2], the planned parameters and FLOPs.
+        span: shifts are searched in [-span, span].
+
+    Returns:
+        The shift and its keep vector. Bisection to 1e-6; exact in cost, since the realised cost is what is bisected.
+        Where everything fits, the smallest shift that lets everything in, and 0 if any does: indicators that rose on
+        and on could not follow a plan that falls later.
+    """
+    low, high = -span, span
+    best, most = keep_at(low), keep_at(high)
+    if torch.equal(best, most):
+        return 0.0, most
+    everything = _fits(costs, most, allowed)
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        keep = keep_at(middle)
+        if not torch.equal(keep, most) if everything else _fits(costs, keep, allowed):
+            low, best = middle, keep
+        else:
+            high = middle
+    return (high, most) if everything else (low, best)
+
+
+def _fits(costs: CostModel, keep: Tensor, allowed: Tensor) -> bool:
+    return bool((costs.both(costs.live(keep)) <= allowed).all())
+
+
+def aligned(space: Space, keep: Tensor, must: Tensor, margin: Tensor, multiples: Tensor) -> Tensor:
+    """Every group's width rounded down to a multiple of its own, by dropping the units of least margin.
+
+    Args:
+        space: the units.
+        keep: structure, bool [n].
+        must: what stays in any case, bool [n].
+        margin: by which a unit is in, float64 [n] in (-1, 1).
+        multiples: int64 [groups].
+    """
+    group_of, n_groups = space.group_of, space.n_groups
+    live = torch.bincount(group_of[keep], minlength=n_groups)
+    least = torch.bincount(group_of[must], minlength=n_groups)
+    wanted = torch.maximum(torch.where(live < multiples, live, live - live % multiples), least)
+    first_to_stay = margin + 2.0 * keep + 4.0 * must
+    order = torch.argsort(first_to_stay, descending=True, stable=True)
+    order = order[torch.argsort(group_of[order], stable=True)]  # group by group
+    sizes = torch.bincount(group_of, minlength=n_groups)
+    first = torch.cumsum(sizes, 0) - sizes
+    place = torch.arange(order.numel()) - first[group_of[order]]
+    found = torch.zeros_like(keep)
+    found[order] = place < wanted[group_of[order]]
+    return found
+
+
+def shed(space: Space, costs: CostModel, keep: Tensor, worth: Tensor, allowed: Tensor, steps: Tensor) -> Tensor:
+    """The structure within `keep` that costs no more than allowed and loses the least worth for what it saves.
+
+    Groups give up their units of least worth, from multiple to multiple of their step, in the order of rising worth
+    per marginal cost: that of the units that go, over what the network then costs less, as a share of what is
+    allowed. In every round the cheapest go until a tenth of the excess is saved, since marginal costs change.
+    One unit of every group stays, of layers none need to.
+
+    Args:
+        space: the space.
+        costs: its cost model.
+        keep: bool [n], the structure to start from.
+        worth: float64 [n], not negative; what a unit adds to the worth of its group.
+        allowed: int64 [2], parameters and FLOPs, known to be feasible.
+        steps: int64 [G], the multiple at which each group's width is held; 1 for any width.
+    """
+    keep, live = keep.clone(), costs.live(keep)
+    order = torch.argsort(worth, stable=True)
+    value = worth.tolist()
+    queues: list[list[int]] = [[] for _ in range(space.n_groups)]  # by group, the least worth first
+    for unit in order[keep[order] & space.removable[order]].tolist():
+        queues[int(space.group_of[unit])].append(unit)
+    while bool(((excess := costs.both(live) - allowed) > 0).any()):
+        block = torch.where(live > steps, (live - 1) % steps + 1, 1)
+        most = torch.minimum(live - space.least, torch.tensor([len(queue) for queue in queues]))
+        block = torch.minimum(block, most)
+        saved = (costs.both(live) - costs.each(live, -block)).double()  # [G, 2]
+        saved = torch.where(excess > 0, saved / allowed, 0.0)
+        first = zip(queues, block.tolist(), strict=True)
+        lost = torch.tensor([value[q[0]] if n == 1 else float(worth[q[:n]].sum()) for q, n in first], dtype=worth.dtype)
+        price = torch.where(saved.sum(1) > 0, lost / saved.sum(1), torch.inf)
+        target, gained = (excess.clamp(min=0) / allowed).double() / 10, torch.zeros(2, dtype=torch.float64)
+        for group in torch.argsort(price, stable=True).tolist():
+            if price[group] == torch.inf or (bool(gained.any()) and bool((gained >= target).all())):
+                break
+            gone, queues[group] = queues[group][: block[group]], queues[group][block[group] :]
+            keep[gone] = False
+            live[group] -= len(gone)
+            gained += saved[group]
+        if not bool(gained.any()):
+            raise BudgetError(f"no unit is left that could go, but {costs.both(live).tolist()} is above {allowed}")
+    return keep
+
+
+def fit(space: Space, costs: CostModel, keep: Tensor, score: Tensor, limits: Limits, steps: Tensor) -> Tensor:
+    """The structure nearest to `keep` that uses the budget: never above it, and no removable unit fits any more.
+
+    Drops units in order of rising score until the cost is within the limits. Then adds, in order of falling
+    score, units that bring their group to the next multiple of its step, and fills what remains with single
+    units of the groups where one costs the fewest FLOPs. One unit of every group stays, of layers none need to; units
+    inside a layer that is left out cost nothing and stay as they are.
+
+    Args:
+        space: the space.
+        costs: its cost model.
+        keep: bool [n], the structure to start from.
+        score: float [n]; higher is worth more.
+        limits: absolute limits, known to be feasible.
+        steps: int64 [G], the multiple at which each group's width is held; 1 for any width.
+    """
+    allowed, keep = limits.tensor(), keep.clone()
+    order = torch.argsort(score, stable=True).tolist()
+    group_of, floor, tally = space.group_of.tolist(), space.least.tolist(), Tally(costs, costs.live(keep))
+    droppable = (keep & space.removable).tolist()
+    for unit in order:
+        if tally.fits(allowed):
+            break
+        if droppable[unit] and tally.live[group_of[unit]] > floor[group_of[unit]]:
+            keep[unit] = False
+            tally.change(group_of[unit], -1)
+    best_first = [unit for unit in reversed(order) if not keep[unit]]
+    absent: dict[int, list[int]] = {}  # by group, best first; groups in the order of their best unit
+    for unit in best_first:
+        absent.setdefault(group_of[unit], []).append(unit)
+    _add(space, best_first, absent, keep, tally, allowed, steps.tolist())
+    live = torch.tensor(tally.live, dtype=torch.int64)
+    flops = costs.each(live, torch.ones_like(live))[:, 1].tolist()
+    cheapest_first = sorted((u for u in best_first if not keep[u]), key=lambda u: flops[group_of[u]])
+    before = None
+    while before is None or not torch.equal(before, keep):  # a layer that came in may have room inside
+        before = keep.clone()
+        _add(space, cheapest_first, absent, keep, tally, allowed, [1] * space.n_groups)
+    return keep
+
+
+def _add(
+    space: Space,
+    candidates: list[int],
+    absent: dict[int, list[int]],
+    keep: Tensor,
+    tally: Tally,
+    allowed: Tensor,
+    steps: list[int],
+) -> None:
+    """Bring the candidates' groups from step to step while that fits; edits `keep`, `tally` and `absent` in place."""
+    group_of, owner = space.group_of.tolist(), space.owner.tolist()
+    closed: set[int] = set()  # costs only grow, so a group that does not fit once never fits again
+    for unit in candidates:
+        group = group_of[unit]
+        if group in closed or keep[unit] or (owner[unit] >= 0 and not keep[owner[unit]]):
+            continue
+        count = min(steps[group] - tally.live[group] % steps[group], len(absent[group]))
+        if tally.change(group, count, allowed):
+            entering, absent[group] = absent[group][:count], absent[group][count:]
+            keep[entering] = True
+        else:
+            closed.add(group)

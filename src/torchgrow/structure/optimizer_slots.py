@@ -1,0 +1,185 @@
+"""Optimizer slots while a model changes: which there are, how those of newborn units begin, which begin anew."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import OptimizerError
+from .optimizer_trial import Slot, form_of, take_trial
+
+CORRECTED = frozenset({"exp_avg_sq", "exp_inf"})
+"""Optimizer slots that begin at 0 and are corrected for it by the step count: Adam's and its kin's."""
+
+ANEW = 4
+"""A tensor of which all but one part in so many is of units that never trained begins those slots anew."""
+
+MOMENTS = CORRECTED | {"exp_avg", "max_exp_avg_sq"}
+"""All slots of such an optimizer; one that keeps more than these, say a copy of the weights, is left alone."""
+
+
+@dataclass(frozen=True)
+class LiveSlot:
+    """An optimizer slot with an element for each of its parameter's.
+
+    Attributes:
+        state: of the parameter, where it stands.
+        key: under which.
+        kind: as its trial showed.
+        tensor: it, of the parameter's shape; shares memory with what stands there.
+    """
+
+    state: dict[str, Any]
+    key: str
+    kind: Slot
+    tensor: Tensor
+
+
+class Layout:
+    """What one optimizer keeps, and of which kind each slot is.
+
+    Args:
+        optimizer: is tried out on stand-ins, and stays as it is.
+
+    Raises:
+        OptimizerError: it cannot be served.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self._trial = take_trial(optimizer)
+        self._group_of: dict[int, int] = {}
+        self._made_with = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+    def known(self, parameter: Tensor, dims: int) -> dict[str, Slot]:
+        """Slots of a parameter with `dims` axes in the frame, as the trial showed them; none for a stranger."""
+        groups = self.optimizer.param_groups
+        if id(parameter) not in self._group_of:  # at first, or a group was added since
+            self._group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
+        group = self._group_of.get(id(parameter), -1)
+        return self._trial.slots.get((group, max(1, dims), parameter.dtype), {})
+
+    def settings(self, group: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Settings of a group, by its number, as it was made and as steps leave them."""
+        made_with = self._made_with[group] if group < len(self._made_with) else {}
+        return made_with, self._trial.settings.get(group, {})
+
+    def copies(self, parameters: Sequence[Tensor]) -> dict[tuple[int, str], Tensor]:
+        """Slots that are copies of the weights, by number of the parameter, all present, and key."""
+        if not any(slot.kind == "copy" for slots in self._trial.slots.values() for slot in slots.values()):
+            return {}
+        return {
+            (i, slot.key): slot.tensor
+            for i, parameter in enumerate(parameters)
+            for slot in self.of(parameter, parameter.dim())
+            if slot.kind.kind == "copy"
+        }
+
+    def of(self, parameter: Tensor, dims: int) -> list[LiveSlot]:
+        """Slots of a parameter that have an element for each of its own.
+
+        Args:
+            parameter: at its live size.
+            dims: its axes in the frame; a layer that is left out has one of length 0.
+
+        Raises:
+            OptimizerError: there is one of another layout.
+        """
+        state = self.optimizer.state.get(parameter)
+        if not state:
+            return []
+        known = self.known(parameter, dims)
+        if not state.keys() <= known.keys():
+            self._learn()
+            known = self.known(parameter, dims)
+        found = []
+        for key, value in state.items():
+            slot = known.get(key) or self._unknown(key, value, parameter)
+            single = isinstance(value, Tensor) and value.numel() == 1 != parameter.numel()
+            if slot.kind == "number" or single or not isinstance(value, Tensor):
+                if isinstance(value, Tensor) and value.numel() > 1:
+                    self._refuse(key, value, parameter)
+                continue
+            if value.numel() != parameter.numel() or (not slot.flat and value.shape != parameter.shape):
+                self._refuse(key, value, parameter)
+            found.append(LiveSlot(state, key, slot, value.view_as(parameter) if slot.flat else value))
+        return found
+
+    def _learn(self) -> None:
+        """Another trial, for slots or groups that were not there at the first; what is known stays so."""
+        again = take_trial(self.optimizer)
+        for signature, slots in again.slots.items():
+            self._trial.slots[signature] = slots | self._trial.slots.get(signature, {})
+        for group, settings in again.settings.items():
+            self._trial.settings.setdefault(group, settings)
+
+    def _unknown(self, key: str, value: Any, parameter: Tensor) -> Slot:
+        """A slot that came with no trial is judged by its shape, now and for good."""
+        form = form_of(self.optimizer, key, value, parameter)
+        slot = Slot("number", value) if form == "number" else Slot("unknown", value.new_empty(0), form == "flat")
+        signature = (self._group_of.get(id(parameter), -1), max(1, parameter.dim()), parameter.dtype)
+        self._trial.slots.setdefault(signature, {})[key] = slot
+        return slot
+
+    def _refuse(self, key: str, value: Tensor, parameter: Tensor) -> None:
+        raise OptimizerError(
+            f"{type(self.optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for a parameter of shape "
+            f"{tuple(parameter.shape)}; torchgrow can only re-cut slots of the parameter's own shape. If the "
+            "optimizer's state was loaded by hand, load the grower's too, which brings back both: "
+            "grower.load_state_dict or torchgrow.load_checkpoint"
+        )
+
+
+def blank(slot: Slot, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A slot of units that never trained, in no memory: 0 for a direction, a mark for what `begun` shall decide."""
+    return torch.full((), 0.0 if slot.kind == "direction" else _mark(dtype), dtype=dtype).expand(tuple(shape))
+
+
+def _mark(dtype: torch.dtype) -> float:
+    """What no slot holds: the lowest number there is. It is equal to itself, as NaN would not be."""
+    return torch.finfo(dtype).min
+
+
+def begun(part: Tensor, slot: Slot, live: Tensor) -> Tensor:
+    """Fill in, in place, the elements that never trained.
+
+    A second moment of 0 under a large shared step count would let a newborn move several learning rates in one step,
+    so a magnitude begins as the mean of the living. Of a slot of unknown kind the living show which it is.
+
+    Args:
+        part: of the slot, with the mark of `blank` where it never trained.
+        slot: its kind.
+        live: what there is of it in the network as it was.
+    """
+    missing = part == _mark(part.dtype)
+    if not bool(missing.any()):
+        return part
+    living = live if live.numel() else part[~missing]  # a layer that comes back has its own past only
+    living = living[living.isfinite()]
+    negative = not living.is_complex() and bool((living < 0).any())
+    mean = living.mean() if living.numel() and not (slot.kind == "unknown" and negative) else part.new_zeros(())
+    return part.masked_fill_(missing, mean.to(part.dtype))
+
+
+def begun_anew(
+    slots: list[tuple[dict[str, Any], str, Tensor]], born: Mapping[int, Tensor]
+) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """Slots as those of a new parameter, step count too, where nearly all of a tensor is newborn.
+
+    The fewer units there are, the larger is each one's gradient, and a second moment takes a thousand steps to
+    forget: by that of the few there were, the many would learn several times too slowly for as long.
+    Optimizers without a correction by the step count, or with scalars beside it, keep their slots.
+    """
+    known = math.prod(1 - float(places.double().mean()) for places in born.values())
+    keys = {key for _, key, _ in slots}
+    if ANEW * known >= 1 or not keys & CORRECTED or keys - MOMENTS:
+        return slots
+    state = slots[0][0]
+    if state.keys() - keys != {"step"}:
+        return slots
+    return [(state, key, torch.zeros_like(part)) for _, key, part in slots] + [(state, "step", 0 * state["step"])]

@@ -1,0 +1,149 @@
+"""Which optimizers can be served, found out by behaviour rather than by a list of names; and their learning rates."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import OptimizerError
+from .optimizer_slots import Layout
+from .optimizer_trial import WORKS, inner_optimizers, is_optimizer
+
+HANDS_ON = {
+    "AcceleratedOptimizer": "optimizer",
+    "LightningOptimizer": "_optimizer",
+    "_FabricOptimizer": "_optimizer",
+    "OptimWrapper": "optimizer",
+}
+"""Wrappers of Accelerate, Lightning and MMEngine that leave all to the optimizer in that attribute."""
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer that does the work: itself, or the one inside a wrapper that only hands its calls on."""
+    while True:
+        names = (HANDS_ON[kind.__name__] for kind in type(optimizer).__mro__ if kind.__name__ in HANDS_ON)
+        inner = next((vars(optimizer)[name] for name in names if name in vars(optimizer)), None)
+        if inner is None or inner is optimizer:
+            return optimizer
+        optimizer = inner
+
+
+def optimizers_of(optimizer: Any) -> tuple[Any, ...]:
+    """What a user gives, one optimizer or a list of several or None, as those that do the work."""
+    listed = optimizer if isinstance(optimizer, Sequence) else (optimizer,)
+    return tuple(unwrapped(one) for one in listed if one is not None)
+
+
+def layouts_of(optimizer: Any) -> list[Layout]:
+    """What optimizers keep.
+
+    Raises:
+        OptimizerError: one cannot be served.
+    """
+    return [Layout(one) for one in optimizers_of(optimizer)]
+
+
+def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> list[Layout]:
+    """Refuse early optimizers that cannot be served, one by one and together; returns what they keep.
+
+    Raises:
+        OptimizerError: there is none, or a parameter is held by two.
+    """
+    if not optimizers:
+        raise OptimizerError("there is no optimizer; pass one, or a list of those that train the model")
+    layouts = [check_optimizer(optimizer, model) for optimizer in optimizers]
+    held: dict[int, int] = {}
+    names = {id(p): name for name, p in model.named_parameters()}
+    for i, optimizer in enumerate(optimizers):
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            if held.setdefault(id(parameter), i) != i:
+                raise OptimizerError(
+                    f"{names[id(parameter)]} is held by optimizers {held[id(parameter)]} and {i} of the list "
+                    f"({type(optimizers[held[id(parameter)]]).__name__} and {type(optimizer).__name__}); "
+                    "give every parameter to one of them"
+                )
+    return layouts
+
+
+def untrained_hint(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> str:
+    """What to do about trainable parameters that no optimizer holds; nothing if there are none."""
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    names = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if not names:
+        return ""
+    kinds = ", ".join(type(optimizer).__name__.lower() for optimizer in optimizers)
+    return (
+        f". No optimizer holds {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}; pass one for the rest "
+        f"too: Grower(model, [{kinds}, torch.optim.AdamW(the_others)], ...)"
+    )
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Layout:
+    """Refuse early an optimizer that cannot be served; returns what it keeps.
+
+    A throw-away copy of the optimizer takes steps on stand-ins for the parameters; every slot it keeps must be a
+    number or have the parameter's shape, so that it can be re-cut with it.
+
+    Raises:
+        OptimizerError: it is not an optimizer, trains none of the model's parameters or foreign ones, holds another
+            optimizer, needs a closure for every step, or keeps slots of another layout.
+    """
+    name = type(optimizer).__name__
+    inner = inner_optimizers(optimizer) if is_optimizer(optimizer) else []
+    if inner:
+        path, other = inner[0]
+        raise OptimizerError(
+            f"{name} cannot be served: it holds another optimizer ({type(other).__name__}, in .{path}) and steps that "
+            "itself, so that what it does to the weights and keeps of them cannot be followed. Give the Grower, and "
+            f"step, the other one alone, optimizer.{path}, if that is a torch.optim.Optimizer of the model's own "
+            f"parameters; {WORKS}"
+        )
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise OptimizerError(f"optimizer must be a torch.optim.Optimizer, got {name}")
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    own = {id(p) for p in model.parameters()}
+    foreign = [p for p in held if id(p) not in own]
+    trained = [p for p in held if id(p) in own and p.requires_grad]
+    if not trained:
+        raise OptimizerError(
+            f"{name} holds none of the model's trainable parameters; build it from this very module: "
+            f"torch.optim.{name}(model.parameters(), ...), and do not copy or move the model in between"
+        )
+    if foreign:
+        raise OptimizerError(
+            f"{name} also holds {len(foreign)} parameters that are not the model's, e.g. one of shape "
+            f"{tuple(foreign[0].shape)}; give those an optimizer of their own"
+        )
+    return Layout(optimizer)
+
+
+# --- learning rates ---
+
+
+def present_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Learning rate of the first group of parameters; 0 where it has none of its own."""
+    return float(optimizer.param_groups[0].get("lr") or 0.0)
+
+
+def peak_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The rate that a one-cycle schedule leads to, which it writes into the group; 0 without one."""
+    return float(optimizer.param_groups[0].get("max_lr") or 0.0)
+
+
+def first_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Learning rate that the first group was made with, which a schedule made since may have changed.
+
+    Most schedules note it as `initial_lr`. Those that go in cycles note there the low rate that they begin with and
+    set that for all groups; what the optimizer was made with is then left in its defaults alone.
+    """
+    rates = [group.get("initial_lr", group.get("lr")) for group in optimizer.param_groups]
+    made_with = optimizer.defaults.get("lr")
+    cycles = {"max_lr", "max_momentum"} & optimizer.param_groups[0].keys()
+    usual = inspect.signature(type(optimizer).__init__).parameters.get("lr")
+    given = made_with is not None and (usual is None or usual.default != made_with)
+    replaced = "initial_lr" in optimizer.param_groups[0] and (cycles or (given and made_with not in rates))
+    return float((made_with if replaced else rates[0]) or 0.0)

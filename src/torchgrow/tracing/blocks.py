@@ -1,0 +1,307 @@
+"""Depth: layers that may be left out (paper Eq 2), found in the stages of a model or named by the user.
+
+A *slot* is a module that returns a tensor like the one it is given: without it x_out = x_in. Its gate sits on those
+parameters that make the layer hand its input on (x + m f(x)) or give nothing (m f(x)) when they are zero; which they
+are is found by trying, on the randomised copy that the proof works with.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TraceError
+from ..structure.space import WHOLE, FlopTerm, Frozen, PassThrough, Slot, Space
+from ..structure.store import is_meta
+from .model_call import call, examples_of, fresh
+from .nested import mapped
+from .passes import Pass, running, twin
+
+Named = str | Sequence[str]
+"""A module by its qualified name, or several that run one after the other and are left out together."""
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a module: what came in, under which keyword, and what went out."""
+
+    entering: Tensor | None
+    keyword: str
+    leaving: Any
+
+    @property
+    def skip(self) -> PassThrough:
+        return PassThrough(self.keyword, len(self.leaving) if isinstance(self.leaving, tuple) else 0)
+
+    @property
+    def result(self) -> Any:
+        return self.leaving[0] if isinstance(self.leaving, tuple) and self.leaving else self.leaving
+
+    @property
+    def preserves(self) -> bool:
+        """Whether the result is a tensor like the input."""
+        x, y = self.entering, self.result
+        return x is not None and isinstance(y, Tensor) and x.shape == y.shape and x.dtype == y.dtype
+
+
+def find(model: nn.Module, example_inputs: Any, wanted: bool | Sequence[Named]) -> tuple[Slot, ...]:
+    """The layers of a model that may be left out; unit ids are those of a space without other units.
+
+    Args:
+        model: the frame.
+        example_inputs: as for `trace`.
+        wanted: True: blocks of the same class that follow each other in a container (`nn.Sequential`,
+            `nn.ModuleList`), have layers inside, and return a tensor like the one they are given. Every stage keeps a
+            block: a strided one, else its first. Or qualified names, each of a module, or of several modules that
+            run one after the other and are left out together.
+
+    Raises:
+        TraceError: no block qualifies, or a named one does not; the message says why.
+    """
+    if wanted is False:
+        return ()
+    model = twin(model)
+    seen = _calls(model, examples_of(example_inputs)[0])
+    found = _blocks(model, seen) if wanted is True else [_named(model, seen, name) for name in wanted]
+    if not found:
+        raise TraceError(
+            "depth=True, but no container of the model holds blocks of one class that follow each other and return a "
+            "tensor like the one they are given; name the layers that may be left out (depth=['blocks.1', ...]), or "
+            "leave depth out"
+        )
+    return tuple(replace(slot, unit=unit) for unit, slot in enumerate(found))
+
+
+def _calls(model: nn.Module, example: Any) -> dict[str, list[_Call]]:
+    """All calls of all modules in one forward."""
+    seen: dict[str, list[_Call]] = {}
+    handles = []
+    for path, module in model.named_modules():
+
+        def note(module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
+            inputs = {"": args[0]} if args else kwargs
+            keyword, x = next(((k, v) for k, v in inputs.items() if isinstance(v, Tensor)), ("", None))
+            seen.setdefault(path, []).append(_Call(x, keyword, output))
+
+        handles.append(module.register_forward_hook(note, with_kwargs=True))
+    if is_meta(model):
+        example = mapped(example, lambda x: x.to("meta"))
+    try:
+        with running(model, Pass()):
+            call(model, fresh(example))
+    except Exception as error:
+        raise TraceError(f"the model's forward failed: {type(error).__name__}: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _fault(model: nn.Module, seen: dict[str, list[_Call]], path: str) -> str:
+    """Why a module cannot be left out; "" if it can."""
+    calls = seen.get(path, [])
+    if len(calls) != 1:
+        return f"is called {len(calls)} times in a forward; only layers called once can be left out"
+    if not calls[0].preserves:
+        x, y = calls[0].entering, calls[0].result
+        shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (x, y)]
+        return f"turns {shapes[0]} into {shapes[1]}; only a layer that returns a tensor like its input can be left out"
+    module = model.get_submodule(path)
+    inside = {id(p) for p in module.parameters()}
+    others = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if not name.startswith(f"{path}.")}
+    if inside & others:
+        return "shares parameters with other layers"
+    if "forward" in vars(module):
+        return "has a forward of its own, set on the instance"
+    return ""
+
+
+def _blocks(model: nn.Module, seen: dict[str, list[_Call]]) -> list[Slot]:
+    """Blocks of one class, linked in a container; where they nest, the innermost.
+
+    A mere sequence of layers (conv, norm, activation) inside a block is no block of its own.
+    """
+    found: list[Slot] = []
+    every: list[Slot] = []  # those too that must stay
+    for stage, container in model.named_modules():
+        if not isinstance(container, CONTAINERS):
+            continue
+        paths = [f"{stage}.{name}" if stage else name for name, _ in container.named_children()]
+        linked: set[str] = set()
+        for before, after in itertools.pairwise(paths):
+            one, other = seen.get(before, []), seen.get(after, [])
+            alike = type(model.get_submodule(before)) is type(model.get_submodule(after))
+            if alike and len(one) == len(other) == 1 and one[0].result is other[0].entering is not None:
+                linked |= {before, after}
+        blocks = [path for path in paths if path in linked and _composite(model.get_submodule(path))]
+        fine = [path for path in blocks if not _fault(model, seen, path)]
+        every += [Slot(0, (path,), stage, PassThrough()) for path in blocks]
+        found += [Slot(0, (path,), stage, seen[path][0].skip) for path in (fine if fine != blocks else fine[1:])]
+
+    def inside(slot: Slot, others: Sequence[Slot]) -> bool:
+        return any(slot.modules != other.modules and other.holds(slot.modules[0]) for other in others)
+
+    found = [x for x in found if not _sequence(model.get_submodule(x.modules[0])) or not inside(x, every)]
+    return [slot for slot in found if not any(inside(other, [slot]) for other in found)]
+
+
+def _sequence(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def _composite(module: nn.Module) -> bool:
+    """A block of layers, not a container of blocks nor a single layer."""
+    has_layers = any(True for _ in module.children()) and any(True for _ in module.parameters())
+    plain = isinstance(module, nn.Sequential) and not any(isinstance(x, CONTAINERS) for x in module.children())
+    return has_layers and (plain or not isinstance(module, CONTAINERS))
+
+
+def _named(model: nn.Module, seen: dict[str, list[_Call]], name: Named) -> Slot:
+    """The slot of modules named by the user."""
+    paths = (name,) if isinstance(name, str) else tuple(name)
+    for path in paths:
+        if path not in dict(model.named_modules()):
+            raise TraceError(f"depth names {path!r}, which no module has; see model.named_modules()")
+        fault = _fault(model, seen, path)
+        if fault:
+            raise TraceError(f"depth names {path!r}, which {fault}")
+    for before, after in itertools.pairwise(paths):
+        if seen[before][0].result is not seen[after][0].entering:
+            raise TraceError(
+                f"depth names {before!r} and {after!r} as one layer, but the second does not read the first"
+            )
+    return Slot(0, paths, "", seen[paths[0]][0].skip)
+
+
+def with_layers(space: Space, slots: Sequence[Slot]) -> Space:
+    """The space with one more unit and group per slot; where its gate sits is left to `gated`."""
+    if not slots:
+        return space
+    n = space.n_units
+    slots = tuple(replace(slot, unit=n + k) for k, slot in enumerate(slots))
+    flops = [
+        FlopTerm(t.constant, (*t.vectors, *(torch.tensor([s.unit]) for s in slots if s.holds(t.module))), t.module)
+        for t in space.flops
+    ]
+    return replace(
+        space,
+        removable=torch.cat([space.removable, torch.ones(len(slots), dtype=torch.bool)]),
+        group_of=torch.cat([space.group_of, space.n_groups + torch.arange(len(slots))]),
+        group_names=(*space.group_names, *(f"{' + '.join(slot.modules)} (layer)" for slot in slots)),
+        flops=tuple(flops),
+        slots=slots,
+    )
+
+
+@contextmanager
+def _left_out(frame: nn.Module, slots: Sequence[Slot], judge: Callable[[Slot, Tensor, Tensor], None]) -> Iterator[None]:
+    """While the frame runs, every slot hands its input on, after `judge` has seen what it would have computed."""
+    entering: dict[int, Any] = {}
+
+    def enter(slot: Slot) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given = slot.skip(*args, **kwargs)
+            x = given[0] if slot.skip.outputs else given
+            entering[slot.unit] = x.clone()  # the layer may write into it
+
+        return hook
+
+    def leave(slot: Slot) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            x = entering.pop(slot.unit)
+            judge(slot, x, output[0] if slot.skip.outputs else output)
+            return (x, *output[1:]) if slot.skip.outputs else x
+
+        return hook
+
+    handles = []
+    for slot in slots:
+        first, last = (frame.get_submodule(slot.modules[k]) for k in (0, -1))
+        handles.append(first.register_forward_pre_hook(enter(slot), with_kwargs=True))
+        handles.append(last.register_forward_hook(leave(slot)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _running_order(frame: nn.Module, run: Callable[[], Any]) -> dict[str, int]:
+    """When each module is first called in a forward."""
+    order: dict[str, int] = {}
+    handles = []
+    for path, module in frame.named_modules():
+
+        def note(module: nn.Module, args: Any, path: str = path) -> None:
+            order.setdefault(path, len(order))
+
+        handles.append(module.register_forward_pre_hook(note))
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order
+
+
+def gated(space: Space, frame: nn.Module, run: Callable[[], Any], tolerance: float) -> Space:
+    """Find where the gate of each layer sits: as few of its parameters as will do, the last ones if there is a choice.
+
+    With all parameters of a layer at zero it must hand its input on (a residual layer) or give zero (a plain one).
+    Then one parameter after the other gets its value back for good, unless the layer would no longer do so. All
+    layers are tried side by side, each on what it is given when all others are left out too.
+
+    Args:
+        space: the space with its slots.
+        frame: a copy of the frame, full size, randomised; left as it was.
+        run: runs the frame.
+        tolerance: largest relative error that counts as equal.
+    """
+    tensors = dict(frame.named_parameters())
+    names = {slot.unit: [name for name in tensors if slot.holds(name)] for slot in space.slots}
+    order = _running_order(frame, run)
+    for below in names.values():
+        below.sort(key=lambda name: order.get(name.rpartition(".")[0], 0))
+    values = {name: tensors[name].detach().clone() for below in names.values() for name in below}
+    holds: dict[int, tuple[bool, bool]] = {}
+
+    def judge(slot: Slot, x: Tensor, y: Tensor) -> None:
+        bound = tolerance * max(float(x.abs().max()), 1e-12)
+        holds[slot.unit] = float((y - x).abs().max()) <= bound, float(y.abs().max()) <= bound
+
+    with torch.no_grad(), _left_out(frame, space.slots, judge):
+        for name in values:
+            tensors[name].zero_()
+        run()
+        kinds = dict(holds)
+        gates: dict[int, list[str]] = {unit: [] for unit in names}
+        for k in range(max(map(len, names.values()))):
+            trying = {unit: below[k] for unit, below in names.items() if k < len(below)}
+            for name in trying.values():
+                tensors[name].copy_(values[name])
+            run()
+            for unit, name in trying.items():
+                if not holds[unit][0 if kinds[unit][0] else 1]:
+                    tensors[name].zero_()
+                    gates[unit].append(name)
+        for name, value in values.items():
+            tensors[name].copy_(value)
+    fold = dict(space.fold)
+    for slot in space.slots:
+        for name in gates[slot.unit]:
+            fold[name, WHOLE] = torch.tensor([slot.unit])
+    slots = tuple(replace(slot, residual=kinds[slot.unit][0]) for slot in space.slots)
+    space = replace(space, fold=fold, slots=slots)
+    for slot in slots:
+        if not any(kinds[slot.unit]) or not gates[slot.unit]:
+            reason = "with its weights at zero the layer neither hands its input on nor gives zero"
+            space = space.freeze([slot.unit], Frozen("depth", slot.modules[0], "", reason, ()))
+    return space

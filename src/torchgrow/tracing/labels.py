@@ -1,0 +1,221 @@
+"""Labels: which positions of a tensor belong together. The algebra under tracing, free of any operation.
+
+A *symbol* is one position of one axis of a parameter or buffer; symbol 0 is FIXED, "can never be removed". Symbols
+only ever become equal (`Labels.unify`) or FIXED (`Labels.freeze`), so the order of operations does not matter,
+and a rule that says too much only costs freedom, never correctness.
+
+A tensor carries `Layer`s. A layer has the tensor's rank and size 1 on every axis along which it does not vary:
+an activation [N, C, H, W] with labelled channels has one layer of shape [1, C, 1, 1]; a weight [O, I, 3, 3] has
+two, [O, 1, 1, 1] and [1, I, 1, 1]. A position is absent as soon as one of its layers' symbols is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..structure.space import Place
+
+FIXED = 0
+NOTHING = torch.zeros(0, dtype=torch.int64)
+Array = npt.NDArray[np.int64]
+
+
+T = TypeVar("T")
+
+
+class Lazy(Generic[T]):
+    """`functools.cached_property` without its lock, which before Python 3.12 costs more than what is cached here."""
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self.compute, self.name, self.__doc__ = compute, compute.__name__, compute.__doc__
+
+    def __get__(self, instance: Any, owner: type) -> T:
+        """Compute, and leave the value where Python looks first."""
+        value = instance.__dict__[self.name] = self.compute(instance)
+        return value
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One set of labels on a tensor.
+
+    Attributes:
+        packed: int64, symbol * 2 + silent. `silent` says: this position is zero whenever the parameters
+            in `sources` that carry its unit are zero. Packing lets data movement replay both at once.
+        sources: the places whose zeroing silences the silent positions (empty for constants).
+        compact: known to be as `compressed` leaves it.
+    """
+
+    packed: Tensor
+    sources: frozenset[Place]
+    compact: bool = False
+
+    @Lazy
+    def array(self) -> Array:
+        """`symbols` as an array."""
+        return self.packed.numpy() >> 1
+
+    @Lazy
+    def symbols(self) -> Tensor:
+        """int64 symbols, same shape as `packed`."""
+        return torch.from_numpy(self.array)
+
+    @Lazy
+    def silent(self) -> Tensor:
+        """Bool, same shape as `packed`."""
+        return (self.packed & 1).bool()
+
+    @Lazy
+    def all_silent(self) -> bool:
+        """Whether every position is silent."""
+        return int(np.bitwise_and.reduce(self.packed.numpy(), axis=None)) & 1 == 1
+
+    @Lazy
+    def axes(self) -> tuple[int, ...]:
+        """Axes along which the layer varies."""
+        return tuple(k for k, size in enumerate(self.packed.shape) if size > 1)
+
+    def with_silence(self, silent: Tensor | bool, sources: frozenset[Place]) -> Layer:
+        """The same symbols with other knowledge about silence."""
+        if isinstance(silent, bool) and silent and self.all_silent:
+            return Layer(self.packed, sources, self.compact)
+        bit = silent.to(torch.int64) if isinstance(silent, Tensor) else int(silent)
+        return Layer((self.packed & ~1) | bit, sources)
+
+    def move(self, shape: Sequence[int], op: Callable[[Tensor], Tensor]) -> Layer | None:
+        """Replay a data movement on the labels: expand to the tensor's full `shape`, move, compress again."""
+        return compressed(Layer(op(self.packed.expand(standing(shape))), self.sources))
+
+
+def standing(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape to replay movements of an empty tensor in: labels do not vary along its empty axes, but still others do.
+
+    Experts that no token goes to, and boxes that no image has, have channels all the same.
+    """
+    return tuple(size or 2 for size in shape)
+
+
+def compressed(layer: Layer) -> Layer | None:
+    """Reduce every axis along which the layer does not vary to size 1; None if all is FIXED."""
+    packed = layer.packed.numpy()
+    if not packed.size:
+        return None
+    for axis, size in enumerate(packed.shape):
+        if size > 1:
+            corner = (0,) * packed.ndim
+            beside = (*corner[:axis], 1, *corner[axis + 1 :])
+            if packed.item(corner) != packed.item(beside):
+                continue  # most often two entries tell
+            first = packed[(slice(None),) * axis + (slice(0, 1),)]
+            if packed.strides[axis] == 0 or bool((packed == first).all()):
+                packed = first
+    if packed.size == 0 or packed.max() <= 1:
+        return None
+    return Layer(torch.from_numpy(packed).contiguous(), layer.sources, compact=True)
+
+
+class Labels:
+    """A union-find over symbols, vectorised: every call works on whole tensors of symbols.
+
+    The smallest symbol of a class is its root, so FIXED (0) absorbs whatever it meets. Inside are numpy arrays: most
+    calls are on some hundred symbols, where these cost a fraction of what tensors do.
+    """
+
+    def __init__(self) -> None:
+        self._parent: Array = np.zeros(1, dtype=np.int64)
+
+    @property
+    def count(self) -> int:
+        """Number of symbols, FIXED included."""
+        return self._parent.size
+
+    def new(self, count: int) -> Tensor:
+        """`count` fresh symbols, int64 [count]."""
+        fresh = np.arange(self.count, self.count + count, dtype=np.int64)
+        self._parent = np.concatenate([self._parent, fresh])
+        return torch.from_numpy(fresh)
+
+    def _roots(self, symbols: Array) -> Array:
+        """Roots of `symbols`, with path compression; the same array if it holds only roots."""
+        parent = self._parent
+        root = parent[symbols]
+        if not np.count_nonzero(root != symbols):
+            return symbols
+        above = parent[root]
+        if np.count_nonzero(above != root):
+            while np.count_nonzero(above != root):
+                root, above = above, parent[above]
+            parent[symbols] = root
+        return root
+
+    def find(self, symbols: Tensor) -> Tensor:
+        """Roots of `symbols` (same shape; the same tensor if it holds only roots)."""
+        known = symbols.numpy()
+        root = self._roots(known)
+        return symbols if root is known else torch.from_numpy(np.asarray(root))
+
+    def unify(self, a: Tensor, b: Tensor) -> Tensor:
+        """Make `a` and `b` (broadcast against each other) equal, entry by entry.
+
+        Returns the symbols that met FIXED, unique.
+        """
+        left, right = self._roots(a.numpy()), self._roots(b.numpy())
+        if left.shape != right.shape:
+            left, right = np.broadcast_arrays(left, right)
+        met = NOTHING
+        while True:
+            differs = left != right
+            if not np.count_nonzero(differs):
+                return met
+            left, right = left[differs], right[differs]
+            high, low = np.maximum(left, right), np.minimum(left, right)
+            if met is NOTHING and np.count_nonzero(low) < low.size:
+                met = torch.from_numpy(np.unique(high[low == FIXED]))
+            # several lows may compete for one high: one wins here, the others meet it in the next round
+            self._parent[high] = low
+            lost = self._parent[high] != low
+            left, right = self._roots(high[lost]), self._roots(low[lost])
+
+    def freeze(self, symbols: Tensor) -> Tensor:
+        """Make `symbols` FIXED; returns the ones that were not, unique."""
+        roots = self._roots(symbols.numpy())
+        roots = roots[roots != FIXED]
+        if not roots.size:
+            return NOTHING
+        roots = np.unique(roots)
+        self._parent[roots] = FIXED
+        return torch.from_numpy(roots)
+
+    def set_aside(self) -> Array:
+        """All roots, by symbol; afterwards every symbol is on its own again, and free."""
+        every = np.arange(self.count, dtype=np.int64)
+        roots, self._parent = self._roots(every), every.copy()
+        return roots
+
+    def join(self, found: Sequence[Array]) -> None:
+        """Make equal what is equal in any of several results of `set_aside`; what is FIXED there is left out."""
+        for roots in found:
+            free = np.flatnonzero(roots != FIXED)
+            self.unify(torch.from_numpy(free), torch.from_numpy(roots[free]))
+
+    def canonical(self, layer: Layer) -> Layer | None:
+        """The layer with every symbol replaced by its root, compressed; itself, if that changes nothing."""
+        roots = self._roots(layer.array)
+        if roots is layer.array:
+            return layer if layer.compact else compressed(layer)
+        packed = roots << 1 | (layer.packed.numpy() & 1)
+        return compressed(Layer(torch.from_numpy(packed), layer.sources))
+
+    def merge_along(self, layer: Layer, axis: int) -> Layer | None:
+        """Unify all positions along `axis`, so that the layer varies no longer there (it must vary elsewhere)."""
+        first = layer.packed.narrow(axis, 0, 1)
+        self.unify(layer.symbols, first >> 1)
+        silent = layer.silent.all(dim=axis, keepdim=True)
+        return self.canonical(Layer((first & ~1) | silent.to(torch.int64), layer.sources))

@@ -1,0 +1,1 @@
+"""Rules: how labels pass through every kind of operation."""

@@ -1,0 +1,237 @@
+"""Rules for reading and writing at places: lookups by index, scatters, fills and copies, also through views.
+
+The axes that are looked up or written to by index are merged away or frozen; along the others, every position is
+read and written by itself, so that labels pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..labels import Layer
+from .registry import Context, aligned, combined, harmonize, on_axis, placed, rule, without_axes
+
+Operand = tuple[Tensor, list[Layer]]
+
+
+def met(ctx: Context, operands: Sequence[Operand], axes: Sequence[int], rank: int, reason: str) -> list[Layer]:
+    """Layers of a result in which operands meet along `axes`, position by position; silent where all of them are."""
+    harmonize(ctx, operands, axes, rank, reason)
+    loud = [(tensor, layers) for tensor, layers in operands if layers or not ctx.zero(tensor)]
+    groups: dict[tuple[int, ...], list[tuple[int, Layer]]] = {}
+    for index, (_, layers) in enumerate(loud):
+        for layer in layers:
+            groups.setdefault(layer.axes, []).append((index, layer))
+    result = []
+    for members in groups.values():
+        for _, other in members[1:]:
+            ctx.unify(members[0][1], other)
+        result.append(combined(members[0][1], members, set(), True, len(loud)))
+    return result
+
+
+def _is_mask(index: Tensor) -> bool:
+    return index.dtype in (torch.bool, torch.uint8)
+
+
+def looked_up(indices: Sequence[Tensor | None]) -> tuple[list[int], int, int]:
+    """Axes that `tensor[indices]` looks up, where the axes of the index begin in the result, and how many they are."""
+    axes: list[int] = []
+    ranks, axis = [], 0
+    for index in indices:
+        covered = index.dim() if index is not None and _is_mask(index) else 1  # a mask covers as many axes as it has
+        if index is not None:
+            axes += range(axis, axis + covered)
+            ranks.append(1 if _is_mask(index) else index.dim())
+        axis += covered
+    adjacent = axes == list(range(axes[0], axes[0] + len(axes)))
+    return axes, axes[0] if adjacent else 0, max(ranks)
+
+
+def _shown(layer: Layer, axes: Sequence[int], first: int, width: int) -> Layer:
+    """A layer of a tensor that does not vary along the axes looked up, in the axes of the result."""
+    packed = layer.packed.squeeze(tuple(axes))
+    return Layer(packed.reshape(*packed.shape[:first], *[1] * width, *packed.shape[first:]), layer.sources)
+
+
+def _put_back(layer: Layer, axes: Sequence[int], first: int, width: int) -> Layer:
+    """The inverse of `_shown`."""
+    packed = layer.packed.squeeze(tuple(range(first, first + width)))
+    for axis in axes:
+        packed = packed.unsqueeze(axis)
+    return Layer(packed, layer.sources)
+
+
+@rule("index", "_unsafe_index")
+def index(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """Positions of some axes are looked up; the other axes pass."""
+    axes, first, width = looked_up(named["indices"])
+    layers = without_axes(ctx, ctx.layers(named["self"]), axes, "looks this axis up by index")
+    ctx.set_layers(out, [_shown(layer, axes, first, width) for layer in layers])
+
+
+@rule("index_select")
+def index_select(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """As `index`, along one axis, which stays."""
+    axis = named["dim"] % max(1, named["self"].dim())
+    ctx.set_layers(out, without_axes(ctx, ctx.layers(named["self"]), [axis], "looks this axis up by index"))
+
+
+@rule("gather")
+def gather(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """As `index_select`, with an index for each element; it must span the other axes."""
+    source, index_ = named["self"], named["index"]
+    rank, reason = out.dim(), "looks this axis up by index"
+    axes = {named["dim"] % max(1, rank), *(k for k in range(rank) if index_.shape[k] != source.shape[k])}
+    layers = without_axes(ctx, ctx.layers(source), sorted(axes), reason)
+    places = without_axes(ctx, ctx.layers(index_), sorted(axes), reason)
+    if places:
+        operands = [(source, layers), (index_, [place.with_silence(True, frozenset()) for place in places])]
+        layers = met(ctx, operands, [k for k in range(rank) if k not in axes], rank, reason)
+    ctx.set_layers(out, layers)
+
+
+WRITTEN = "is written to by index"
+
+
+@rule("index_add", "index_copy", "index_reduce", "index_fill", "scatter", "scatter_add", "scatter_reduce")
+def scatter(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """Adds or writes rows at places of one axis; the other axes meet position by position, if they are as long."""
+    target, index_ = named["self"], named["index"]
+    source, value = named.get("source", named.get("src")), named.get("value", 0)
+    rank = target.dim()
+    by_element = func._overloadpacket.__name__.startswith("scatter")  # each element has a place of its own
+    spans = index_.shape if by_element else source.shape if isinstance(source, Tensor) else target.shape
+    axes = sorted({named["dim"] % max(1, rank), *(k for k in range(rank) if spans[k] != target.shape[k])})
+    operands = [(target, without_axes(ctx, ctx.layers(target), axes, WRITTEN))]
+    if isinstance(source, Tensor):
+        operands.append((source, without_axes(ctx, ctx.layers(source), axes, WRITTEN)))
+    if by_element and ctx.layers(index_):
+        places = without_axes(ctx, ctx.layers(index_), axes, WRITTEN)
+        operands.append((index_, [place.with_silence(True, frozenset()) for place in places]))
+    result = met(ctx, operands, [k for k in range(rank) if k not in axes], rank, WRITTEN)
+    zero = not isinstance(value, Tensor) and value == 0
+    ctx.set_layers(out, result if zero else [layer.with_silence(False, frozenset()) for layer in result])
+
+
+@rule("index_put", "_unsafe_index_put", "_index_put_impl", "_index_put_impl_")
+def index_put(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """`tensor[indices] = values`, as `scatter`; a mask of elements and one value choose position by position."""
+    target, values, indices = named["self"], named["values"], named["indices"]
+    rank = target.dim()
+    first_index = next(x for x in indices if x is not None)
+    if values.numel() == 1 and len([x for x in indices if x is not None]) == 1 and _is_mask(first_index):
+        _masked_fill(ctx, target, first_index, indices.index(first_index), values, out)
+        return
+    axes, first, width = looked_up(indices)
+    full = rank - len(axes) + width
+    within = range(first, first + width)
+    layers = without_axes(ctx, ctx.layers(target), axes, WRITTEN)
+    operands = [
+        (_stand_in(ctx, target, axes, within), [_shown(layer, axes, first, width) for layer in layers]),
+        (values, without_axes(ctx, aligned(ctx.layers(values), full), within, WRITTEN)),
+    ]
+    result = met(ctx, operands, [k for k in range(full) if k not in within], full, WRITTEN)
+    ctx.set_layers(out, [_put_back(layer, axes, first, width) for layer in result])
+
+
+def _stand_in(ctx: Context, target: Tensor, axes: Sequence[int], within: range) -> Tensor:
+    """A tensor in the axes of what is looked up in another one, zero or the same along them where that one is."""
+    rest = [axis for axis in range(target.dim()) if axis not in axes]
+    shape = [target.shape[axis] for axis in rest]
+    shape[within.start : within.start] = [1] * len(within)
+    result = torch.full([1] * len(shape), 0.0 if ctx.zero(target) else 1.0)
+    for axis, own in zip(rest, [k for k in range(len(shape)) if k not in within], strict=True):
+        if not ctx.constant_along(target, axis):
+            result = result + torch.arange(target.shape[axis]).reshape(
+                [-1 if k == own else 1 for k in range(len(shape))]
+            )
+    return result.expand(shape)
+
+
+def _masked_fill(ctx: Context, target: Tensor, mask: Tensor, start: int, value: Tensor, out: Tensor) -> None:
+    """One value where a mask over some axes, from `start` on, says so."""
+    rank = target.dim()
+    behind = (1,) * (rank - start - mask.dim())
+    chosen = [
+        Layer(x.packed.reshape((1,) * start + x.packed.shape + behind), x.sources).with_silence(True, frozenset())
+        for x in ctx.layers(mask)
+    ]
+    layers = ctx.layers(target)
+    covered = range(start, start + mask.dim())
+    if not chosen:  # the mask is not of these units: it says which positions of its axes are written
+        layers = without_axes(ctx, layers, [k for k in covered if not ctx.constant_along(mask, k - start)], WRITTEN)
+    elif start + mask.dim() == rank:
+        layers = met(ctx, [(target, layers), (mask, chosen)], range(rank), rank, WRITTEN)
+    else:
+        for layer in chosen:
+            ctx.freeze(layer, WRITTEN)
+        layers = without_axes(ctx, layers, covered, WRITTEN)
+    ctx.set_layers(out, layers if ctx.zero(value) else [x.with_silence(False, frozenset()) for x in layers])
+
+
+@rule("fill", "zero")
+def fill(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """One value everywhere, for as many positions as before."""
+    value = named.get("value", 0)
+    zero = ctx.zero(value) if isinstance(value, Tensor) else value == 0
+    ctx.set_layers(out, [layer.with_silence(zero, frozenset()) for layer in ctx.layers(named["self"])])
+
+
+@rule("copy")
+def copy(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """Overwrites a tensor, or the part of one that a view shows."""
+    target, source = named["self"], named["src"]
+    layers = aligned(ctx.layers(source), target.dim())
+    if not layers and ctx.zero(source):
+        layers = [layer.with_silence(True, frozenset()) for layer in ctx.layers(target)]
+    ctx.set_layers(target, layers)
+
+
+def write_through(ctx: Context, view: Tensor) -> None:
+    """What an operation has written to a view is written to its base.
+
+    Labels go over along axes that both have. Where the base had none there, the rest of it must be the same all along.
+    """
+    base = view._base
+    assert base is not None
+    under = ctx.layers(base)
+    written = {axis for layer in ctx.layers(view) if (axis := _axis_of_base(view, base, layer)) is not None}
+    for i, old in enumerate(under):  # other values stand beside them now, zero or not
+        if written.isdisjoint(old.axes):
+            under[i] = old.with_silence(False, frozenset())
+    kept = [layer for layer in ctx.layers(view) if _carried_over(ctx, view, base, under, layer)]
+    ctx.set_layers(base, under)
+    ctx.set_layers(view, kept)
+
+
+def _axis_of_base(view: Tensor, base: Tensor, layer: Layer) -> int | None:
+    """The axis of the base that is the one along which a layer of a view varies."""
+    if len(layer.axes) != 1:
+        return None
+    place = (view.stride(layer.axes[0]), view.shape[layer.axes[0]])
+    fitting = [k for k in range(base.dim()) if (base.stride(k), base.shape[k]) == place]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _carried_over(ctx: Context, view: Tensor, base: Tensor, under: list[Layer], layer: Layer) -> bool:
+    """Carry a layer over to the base of a view, if the axis is one of the base's; else freeze it."""
+    axis = _axis_of_base(view, base, layer)
+    if axis is None:
+        ctx.freeze(layer, "is written to a part of a tensor")
+        return False
+    moved = placed(layer, base.dim(), axis)
+    old = on_axis(under, axis)
+    if old is not None:
+        ctx.unify(old, moved)
+        under[under.index(old)] = combined(old, [(0, old), (1, moved)], set(), True, 2)
+    elif ctx.filled(base):
+        under.append(moved if ctx.zero(base) else moved.with_silence(False, frozenset()))
+    else:
+        ctx.freeze(layer, "is written beside values that cannot be removed")
+        return False
+    return True

@@ -1,0 +1,236 @@
+"""Rules for what takes statistics over an axis: normalisation, softmax, reductions, pooling and resampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..labels import FIXED, Layer
+from .registry import RULES, Context, first_tensor, harmonize, on_axis, rule, without_axes
+
+
+def affine(ctx: Context, layer: Layer, weight: Tensor | None, bias: Tensor | None, *statistics: Tensor | None) -> Layer:
+    """Tie scale and offset [C] of a normalisation (and statistics) to the channels; the former silence them."""
+    given = [on_axis(ctx.layers(vector), 0) for vector in (weight, bias) if vector is not None]
+    own = [vector for vector in given if vector is not None]
+    known = own + [x for x in (on_axis(ctx.layers(vector), 0) for vector in statistics) if x is not None]
+    if known:
+        ctx.tie(torch.stack([vector.symbols for vector in known]), layer.symbols.flatten())
+    if weight is None or len(own) < len(given):
+        return layer.with_silence(False, frozenset())
+    sources = frozenset().union(*(vector.sources for vector in own))
+    if all(vector.all_silent for vector in own):
+        return layer.with_silence(True, sources)
+    silent = torch.stack([vector.silent for vector in own]).all(0)
+    return layer.with_silence(silent.reshape(layer.packed.shape), sources)
+
+
+@rule(
+    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
+    "_batch_norm_with_update", "_batch_norm_no_update", "batch_norm",
+)  # fmt: skip
+def batch_norm(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """Each channel on its own; scale and offset are the last affine map of the channel."""
+    x, out = named["input"], first_tensor(out)
+    layers = without_axes(ctx, ctx.layers(x), [k for k in range(x.dim()) if k != 1], "takes statistics along this axis")
+    channels = on_axis(layers, 1)
+    names = ("weight", "bias", "running_mean", "running_var")
+    vectors = [named.get(name) for name in names]
+    if channels is None:
+        for vector in vectors:
+            for layer in ctx.layers(vector):
+                ctx.freeze(layer, "normalises values that cannot be removed")
+        ctx.set_layers(out, [])
+        return
+    ctx.set_layers(out, [affine(ctx, channels, *vectors)])
+
+
+@rule("native_group_norm", "group_norm")
+def group_norm(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """Statistics run over a group's channels: whole groups are the units."""
+    x, out = named["input"], first_tensor(out)
+    groups: int = named["group"] if "group" in named else named["num_groups"]
+    weight, bias = named["weight"], named["bias"]
+    layers = without_axes(ctx, ctx.layers(x), [k for k in range(x.dim()) if k != 1], "takes statistics along this axis")
+    channels = on_axis(layers, 1)
+    if channels is None or groups == 1:
+        for layer in [*layers, *ctx.layers(weight), *ctx.layers(bias)]:
+            ctx.freeze(layer, "takes statistics over all channels")
+        ctx.set_layers(out, [])
+        return
+    symbols = channels.symbols.reshape(groups, -1)
+    ctx.tie(symbols, symbols[:, :1])
+    if weight is not None:
+        ctx.count(weight, "num_groups", symbols[:, 0])
+    ctx.set_layers(out, [affine(ctx, channels, weight, bias)])
+
+
+@rule("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
+def layer_norm(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """Statistics run over the last axes: nothing on them can go."""
+    x, out = named["input"], first_tensor(out)
+    reason = "takes statistics over this axis"
+    normalized = range(x.dim() - len(named["normalized_shape"]), x.dim())
+    layers = without_axes(ctx, ctx.layers(x), normalized, reason)
+    for vector in (named.get("weight"), named.get("bias")):
+        for layer in ctx.layers(vector):
+            ctx.freeze(layer, reason)
+    ctx.set_layers(out, [layer.with_silence(False, frozenset()) for layer in layers])
+
+
+MIXING = {
+    "softmax": False, "_softmax": False, "_safe_softmax": False, "log_softmax": False, "_log_softmax": False,
+    "logcumsumexp": False, "argsort": False, "cumsum": True, "cumprod": True, "cummax": True, "cummin": True,
+    "sort": True, "topk": True, "_fft_c2c": True, "_fft_r2c": True, "_fft_c2r": True,
+}  # fmt: skip
+"""What mixes values along one axis or several, and whether it makes zeros of zeros."""
+
+
+def along_axes(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """Mixes values along some axes, which stay; what comes beside the values are positions."""
+    x, dims = named["self"], named["dim"]
+    dims = [dim % max(1, x.dim()) for dim in ([dims] if isinstance(dims, int) else dims)]
+    layers = without_axes(ctx, ctx.layers(x), dims, "mixes values along this axis")
+    silent = MIXING[func._overloadpacket.__name__.removesuffix("_")]
+    for i, part in enumerate([out] if isinstance(out, Tensor) else out):
+        ctx.set_layers(part, layers if silent and i == 0 else _loud(layers))
+
+
+RULES.update(dict.fromkeys(MIXING, along_axes))
+
+
+def _loud(layers: Sequence[Layer]) -> list[Layer]:
+    return [layer.with_silence(False, frozenset()) for layer in layers]
+
+
+SUMS = {"sum", "nansum", "any", "norm", "linalg_vector_norm"}
+"""Reductions to which zeros add nothing."""
+REDUCTIONS = {
+    "logsumexp": False, "count_nonzero": False, "prod": False, "all": False, "var": False, "std": False,
+    "std_mean": False, "var_mean": False, "argmax": False, "argmin": False, "mean": True, "amax": True, "amin": True,
+    "max": True, "min": True, "median": True,
+    "nanmedian": True, "mode": True, "kthvalue": True, **dict.fromkeys(SUMS, True), "aminmax": True,
+}  # fmt: skip
+"""Reductions, and whether they make zeros of zeros (where they return values and positions, of the values)."""
+
+
+def reduction(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """Reduces over some axes, which must carry no labels, or none but those of zeros that are summed up."""
+    x, name, parts = named["self"], func._overloadpacket.__name__, [out] if isinstance(out, Tensor) else list(out)
+    dims = named.get("dim")
+    dims = list(range(x.dim())) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
+    dims = sorted((dim % max(1, x.dim()) for dim in dims), reverse=True)
+    reason = "reduces over this axis"
+    inside: list[Layer] = []  # layers that end here
+    across: list[Layer] = []  # layers that vary elsewhere too
+    for layer in ctx.layers(x):
+        (inside if set(layer.axes) <= set(dims) else across).append(layer)
+    for layer in inside:
+        if _adds_nothing(name, named, layer):
+            if ctx.depends_on_input(x):  # whoever reads the sum reads these units: they are gated where they are made
+                ctx.read(layer, layer.with_silence(True, frozenset()))
+            continue
+        for part in parts:
+            ctx.freeze_if_used(part, layer, reason)
+    layers = without_axes(ctx, across, dims, reason)
+    if not named.get("keepdim", False):
+        for dim in dims:
+            layers = [Layer(layer.packed.squeeze(dim), layer.sources) for layer in layers]
+    for i, part in enumerate(parts):
+        ctx.set_layers(part, layers if REDUCTIONS[name] and (i == 0 or name == "aminmax") else _loud(layers))
+
+
+RULES.update(dict.fromkeys(REDUCTIONS, reduction))
+
+
+def _adds_nothing(name: str, named: dict[str, Any], layer: Layer) -> bool:
+    """Whether a sum, or a norm, is the same without the units of a layer: they are zero when they go."""
+    order = named.get("p", named.get("ord"))
+    order = 2 if order is None else order
+    silent = bool((layer.silent | (layer.symbols == FIXED)).all())
+    return name in SUMS and silent and not isinstance(order, (str, Tensor)) and order > 0
+
+
+@rule("segment_reduce")
+def segments(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """Reduces rows that follow each other along one axis."""
+    layers = without_axes(
+        ctx, ctx.layers(named["data"]), [named["axis"] % named["data"].dim()], "reduces over segments"
+    )
+    ctx.set_layers(out, _loud(layers))
+
+
+@rule("renorm")
+def renorm(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """Scales every slice of an axis whose norm is too large; zeros add nothing to it."""
+    x, dim = named["self"], named["dim"] % named["self"].dim()
+    across = [axis for axis in range(x.dim()) if axis != dim]
+    result = []
+    for layer in ctx.layers(x):
+        if layer.axes == (dim,) or _adds_nothing("norm", named, layer):
+            result.append(layer)
+        else:
+            result += without_axes(ctx, [layer], across, "is normalised together with other axes")
+    ctx.set_layers(out, result)
+
+
+@rule("_weight_norm_interface")
+def weight_norm(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """Directions `v` over their norms, times lengths `g` along `dim`: a length of zero silences, nothing else does."""
+    v, dim, out = named["v"], named["dim"] % named["v"].dim(), first_tensor(out)
+    reason = "is normalised together with other axes"
+    layers = ctx.layers(v)
+    along = [x for x in layers if x.axes == (dim,)]
+    rest = without_axes(ctx, [x for x in layers if x.axes != (dim,)], [dim], reason)
+    operands = [(v, along), (named["g"], ctx.layers(named["g"]))]
+    harmonize(ctx, operands, [dim], v.dim(), reason)
+    result = [layer.with_silence(False, frozenset()) for layer in rest]
+    for direction, length in zip(along, operands[1][1], strict=True):
+        ctx.unify(direction, length)
+        result.append(length)
+    ctx.set_layers(out, result)
+
+
+def spatial(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """Pooling and resampling: the last one to three axes change size, channels pass; zero stays zero.
+
+    So do the channels of the places that pooling also returns.
+    """
+    out, *places = [out] if isinstance(out, Tensor) else out
+    x = next(value for value in named.values() if isinstance(value, Tensor))
+    axes = range(x.dim() - SPATIAL[func._overloadpacket.__name__], x.dim())
+    layers = without_axes(ctx, ctx.layers(x), axes, "pools or resamples along this axis")
+    ctx.set_layers(out, layers)
+    for part in places:
+        ctx.set_layers(part, [layer.with_silence(False, frozenset()) for layer in layers])
+
+
+@rule("max_unpool2d", "max_unpool3d")
+def max_unpool(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
+    """Values go back to the places they were pooled from, with zeros around them; each channel on its own."""
+    x, places, rank = named["self"], named["indices"], out.dim()
+    spatial_axes = range(rank - (2 if func._overloadpacket.__name__ == "max_unpool2d" else 3), rank)
+    reason = "puts values back at places"
+    operands = [(t, without_axes(ctx, ctx.layers(t), spatial_axes, reason)) for t in (x, places)]
+    harmonize(ctx, operands, range(spatial_axes[0]), rank, "puts values back at places with different or no labels")
+    for layer in operands[0][1]:
+        for mate in operands[1][1]:
+            if mate.axes == layer.axes:
+                ctx.unify(layer, mate)
+    ctx.set_layers(out, operands[0][1])
+
+
+SPATIAL = {
+    "max_pool1d": 1, "max_pool2d": 2, "max_pool3d": 3, "max_pool2d_with_indices": 2, "max_pool3d_with_indices": 3,
+    "max_pool1d_with_indices": 1, "avg_pool1d": 1, "avg_pool2d": 2, "avg_pool3d": 3, "adaptive_avg_pool1d": 1,
+    "adaptive_avg_pool2d": 2, "adaptive_avg_pool3d": 3, "_adaptive_avg_pool2d": 2, "_adaptive_avg_pool3d": 3,
+    "adaptive_max_pool1d": 1, "adaptive_max_pool2d": 2, "adaptive_max_pool3d": 3, "upsample_nearest1d": 1,
+    "upsample_nearest2d": 2, "upsample_nearest3d": 3, "_upsample_nearest_exact2d": 2, "upsample_linear1d": 1,
+    "upsample_bilinear2d": 2, "upsample_trilinear3d": 3, "upsample_bicubic2d": 2, "_upsample_bilinear2d_aa": 2,
+    "_upsample_bicubic2d_aa": 2,
+    "mkldnn_max_pool2d": 2, "fractional_max_pool2d": 2, "fractional_max_pool3d": 3,
+}  # fmt: skip
+RULES.update(dict.fromkeys(SPATIAL, spatial))

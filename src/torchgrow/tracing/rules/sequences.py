@@ -1,0 +1,204 @@
+"""Rules for attention and recurrent layers: heads, and hidden units with all their gates."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from ..labels import Layer
+from .registry import Context, aligned, first_tensor, harmonize, module_rule, on_axis, placed, rule, without_axes
+
+NO_SOURCES: frozenset[Any] = frozenset()
+
+
+@rule(
+    "scaled_dot_product_attention", "_scaled_dot_product_attention_math", "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention", counted=True,
+)  # fmt: skip
+def attention(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """Query [..., L, E], key [..., S, E], value [..., S, V]: heads may go; E may not, as the scale reads it."""
+    query, key, value = named["query"], named["key"], named["value"]
+    mask, out = named.get("attn_mask", named.get("attn_bias")), first_tensor(out)
+    rank, reason = out.dim(), "attends over this axis"
+    q = without_axes(ctx, ctx.layers(query), [rank - 1, rank - 2], reason)
+    k = without_axes(ctx, ctx.layers(key), [rank - 1, rank - 2], reason)
+    v = without_axes(ctx, ctx.layers(value), [rank - 2], reason)
+    v = [
+        layer if layer.axes == (rank - 1,) else whole
+        for layer in v
+        for whole in without_axes(ctx, [layer], [rank - 1], reason)
+    ]
+    several = query.shape[-3] // key.shape[-3] if rank > 2 and key.shape[-3] else 1  # query heads per key/value head
+    if several > 1:
+        k, v = ([_repeated(layer, rank - 3, several) for layer in layers] for layers in (k, v))
+    operands = [(query, q), (key, k), (value, v)]
+    if mask is not None:
+        biases = without_axes(ctx, aligned(ctx.layers(mask), rank), [rank - 1, rank - 2], reason)
+        operands.append((mask, biases))
+    batch = range(rank - 2)
+    harmonize(ctx, operands, batch, rank, "attends with different or no labels")
+    result: list[Layer] = []
+    for layers in (v, q, k, *(b for _, b in operands[3:])):
+        for layer in layers:
+            mate = next((x for x in result if x.axes == layer.axes), None)
+            if mate is None:
+                result.append(layer if layers is v else layer.with_silence(False, NO_SOURCES))
+            else:
+                ctx.unify(mate, layer)
+    ctx.set_layers(out, result)
+    counted: list[Layer | int] = [on_axis(result, axis) or out.shape[axis] for axis in batch]
+    pairs = query.shape[-2] * key.shape[-2]
+    ctx.flop(2 * pairs * query.shape[-1], *counted)
+    ctx.flop(2 * pairs, *counted, on_axis(result, rank - 1) or value.shape[-1])
+
+
+@rule("_pack_padded_sequence")
+def pack(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """[T, N, F] (or [N, T, F]) to one row per step that is there."""
+    layers = without_axes(ctx, ctx.layers(named["input"]), [0, 1], "packs sequences along this axis")
+    ctx.set_layers(out[0], [Layer(layer.packed[0], layer.sources) for layer in layers])
+
+
+@rule("_pad_packed_sequence")
+def unpack(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """And back, with steps that are not there filled in."""
+    filled = named["padding_value"] != 0
+    layers = without_axes(ctx, ctx.layers(named["data"]), [0], "packs sequences along this axis")
+    spread = [Layer(layer.packed[None], layer.sources) for layer in layers]
+    ctx.set_layers(out[0], [layer.with_silence(False, NO_SOURCES) if filled else layer for layer in spread])
+
+
+def _repeated(layer: Layer, axis: int, times: int) -> Layer:
+    """Every key/value head stands for `times` query heads."""
+    return Layer(layer.packed.repeat_interleave(times, axis), layer.sources) if axis in layer.axes else layer
+
+
+@module_rule(nn.LSTM, nn.GRU, nn.RNN)
+def recurrent(ctx: Context, module: nn.RNNBase, named: dict[str, Any], output: Any) -> None:
+    """Hidden unit j is row j of every gate, its biases, and column j of all that reads it.
+
+    The module has one `hidden_size`, so layers and directions share their units. Gates of a unit belong on the
+    columns that read it, since no scale on the rows passes through the sigmoids; a projection's own rows are linear.
+    """
+    x = named["input"]
+    data = x.data if isinstance(x, PackedSequence) else x
+    last = data.dim() - 1
+    entering = on_axis(
+        without_axes(ctx, ctx.layers(data), range(last), "is fed to a recurrent layer step by step"), last
+    )
+    tokens, directions = math.prod(data.shape[:-1]), 2 if module.bidirectional else 1
+    cells: list[Tensor] = []  # symbols of the hidden units of every layer and direction
+    shown: list[Layer] = []  # what each of them puts out: the same, or its projection
+    for layer in range(module.num_layers):
+        for suffix in ("", "_reverse")[:directions]:
+            weights = {key: getattr(module, f"{key}_l{layer}{suffix}", None) for key in PARTS}
+            found = one_direction(ctx, weights, entering, tokens)
+            if found is None:
+                for tensor in weights.values():
+                    for part in ctx.layers(tensor):
+                        ctx.freeze(part, "belongs to a recurrent layer of one unit, or one with frozen weights")
+                if entering is not None:
+                    ctx.freeze(entering, "enters a recurrent layer that cannot be cut")
+                continue
+            cells.append(found[0])
+            shown.append(found[1])
+        here = shown[len(shown) - directions :]
+        if len(shown) != directions * (layer + 1):
+            entering = None
+            continue
+        entering = Layer(
+            torch.cat([part.packed.flatten() for part in here]), here[0].sources.union(*(p.sources for p in here))
+        )
+    if len(shown) != directions * module.num_layers:
+        for symbols in [*cells, *(part.symbols for part in shown)]:
+            ctx.freeze(
+                Layer(symbols.flatten() << 1, NO_SOURCES), "shares its size with a recurrent layer that cannot be cut"
+            )
+        return
+    for symbols in cells[1:]:
+        ctx.tie(cells[0], symbols)
+    for part in shown[1:]:
+        ctx.tie(shown[0].symbols.flatten(), part.symbols.flatten())
+    first = module.weight_ih_l0
+    assert isinstance(first, Tensor)
+    ctx.count(first, "hidden_size", cells[0])
+    if module.proj_size:
+        ctx.count(first, "proj_size", shown[0].symbols.flatten())
+    columns = on_axis(ctx.layers(first), 1)
+    if columns is not None:
+        ctx.count(first, "input_size", columns.symbols.flatten())
+    state = Layer(cells[0] << 1, NO_SOURCES)
+    given = named.get("hx")
+    given = given if isinstance(given, (tuple, list)) else [given]
+    sequence, ends = output
+    put_out = sequence.data if isinstance(sequence, PackedSequence) else sequence
+    assert entering is not None
+    ctx.set_layers(put_out, [placed(entering, put_out.dim(), put_out.dim() - 1)])
+    for i, end in enumerate(ends if isinstance(ends, tuple) else [ends]):
+        mine = placed(state if i else shown[0], end.dim(), end.dim() - 1)
+        ctx.set_layers(end, [mine])
+        start = given[i] if i < len(given) else None
+        if start is not None:
+            carried(ctx, start, mine)
+
+
+PARTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+
+
+def one_direction(
+    ctx: Context, weights: dict[str, Tensor | None], entering: Layer | None, tokens: int
+) -> tuple[Tensor, Layer] | None:
+    """Tie the tensors of one layer in one direction; returns its hidden units and what it puts out."""
+    into, again, projection = weights["weight_ih"], weights["weight_hh"], weights["weight_hr"]
+    assert into is not None
+    assert again is not None
+    size = projection.shape[1] if projection is not None else again.shape[1]
+    rows, columns = on_axis(ctx.layers(into), 0), on_axis(ctx.layers(into), 1)
+    back_rows, back = on_axis(ctx.layers(again), 0), on_axis(ctx.layers(again), 1)
+    biases = [on_axis(ctx.layers(weights[key]), 0) for key in ("bias_ih", "bias_hh") if weights[key] is not None]
+    if rows is None or back_rows is None or back is None or any(bias is None for bias in biases):
+        return None
+    slots = rows.symbols.reshape(-1, size)
+    ctx.tie(slots, slots[:1])
+    for other in (back_rows, *biases):
+        assert other is not None
+        ctx.tie(other.symbols.reshape(-1, size), slots[:1])
+    cell = slots[0]
+    shown = Layer(cell << 1, NO_SOURCES)
+    if projection is not None:
+        down, across = on_axis(ctx.layers(projection), 0), on_axis(ctx.layers(projection), 1)
+        if down is None or across is None:
+            return None
+        ctx.tie(cell, across.symbols.flatten())
+        ctx.freeze(across, "hidden_size must stay above proj_size, so only the projection can be narrowed")
+        ctx.read(shown, across)
+        ctx.flop(2 * tokens, down, across)
+        shown = Layer(down.packed.flatten(), down.sources)
+    ctx.tie(shown.symbols, back.symbols.flatten())
+    ctx.read(shown, back)
+    if entering is not None and columns is not None:
+        ctx.tie(entering.symbols.flatten(), columns.symbols.flatten())
+        ctx.read(entering, columns)
+    elif columns is not None:
+        ctx.freeze(columns, "reads values that cannot be removed")
+    elif entering is not None:
+        ctx.freeze(entering, "is read by columns that cannot be removed")
+    ctx.flop(2 * tokens, rows, columns or into.shape[1])
+    ctx.flop(2 * tokens, back_rows, back)
+    return cell, shown
+
+
+def carried(ctx: Context, start: Tensor, units: Layer) -> None:
+    """An initial state: cut along with the units if it is computed inside the model, and labelled or constant."""
+    axis = start.dim() - 1
+    layers = without_axes(ctx, ctx.layers(start), range(axis), "is the initial state of a recurrent layer")
+    own = on_axis(layers, axis)
+    if own is not None:
+        ctx.tie(own.symbols.flatten(), units.symbols.flatten())
+    elif ctx.depends_on_input(start) or not ctx.constant_along(start, axis):
+        ctx.freeze(units, "starts from a state given from outside; if the model put it out before, declare carried=...")

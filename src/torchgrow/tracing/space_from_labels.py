@@ -1,0 +1,272 @@
+"""Reading the space off a finished replay: units, groups, where gates sit, what counts an axis, what stays and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..structure.space import Attribute, Carried, FlopTerm, Frozen, Parts, Place, Space, has_units
+from .labels import FIXED, Array, Labels, Layer
+
+UNREAD = "is computed, but nothing reads it in any run; add an example that does: example_inputs=[..., ...]"
+"""Reason of what stays because no run told who reads it."""
+
+
+@dataclass
+class Read:
+    """A contraction reading produced values through the columns of a weight."""
+
+    produced: Layer
+    weight: Layer
+
+
+@dataclass
+class Freezing:
+    """A call of `freeze`, with the symbols it froze."""
+
+    frozen: Frozen
+    symbols: Tensor
+
+
+@dataclass
+class Findings:
+    """What a replay has noted about a frame.
+
+    Attributes:
+        model: the frame.
+        labels: which symbols are equal, and which can never go.
+        parameters: names of its parameters.
+        tensors: its parameters and buffers.
+        symbols: the symbols of every axis of two or more positions.
+        reads: contractions.
+        freezings: what was frozen, in order.
+        flop_terms: constant, counted symbols, module.
+        counted: int attributes that rules have seen counting symbols, by (module, name).
+        carried: for tensors that the model is given again: which input, which output, and the symbols per axis.
+        parts: cuts at places that attributes may hold, with symbols in place of units.
+    """
+
+    model: nn.Module
+    labels: Labels
+    parameters: tuple[str, ...]
+    tensors: dict[str, Tensor]
+    symbols: dict[Place, Tensor] = field(default_factory=dict)
+    reads: list[Read] = field(default_factory=list)
+    freezings: list[Freezing] = field(default_factory=list)
+    flop_terms: list[tuple[int, list[Tensor], str]] = field(default_factory=list)
+    counted: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    carried: list[tuple[int, int, dict[int, Tensor]]] = field(default_factory=list)
+    parts: list[Parts] = field(default_factory=list)
+
+    def space(self, batch: int) -> Space:
+        """The space, before the proof; `batch` is the number of samples in the example inputs."""
+        parameters = set(self.parameters)
+        roots = self.labels.find(torch.arange(self.labels.count))
+        sizes = [symbols.numel() for symbols in self.symbols.values()]
+        of_parameters = [name in parameters for name, _ in self.symbols]
+        in_parameters = torch.tensor(of_parameters, dtype=torch.bool).repeat_interleave(torch.tensor(sizes))
+        owned = torch.zeros(self.labels.count, dtype=torch.bool)  # roots of which a parameter has a position
+        owned[roots[1 : sum(sizes) + 1][in_parameters]] = True
+        owned[FIXED] = False
+        real = owned.nonzero().flatten()
+        unit_of_root = torch.full_like(roots, -1)
+        unit_of_root[real] = torch.arange(real.numel())
+        unit_of_symbol = unit_of_root[roots]
+        known = dict(zip(self.symbols, unit_of_symbol[1 : sum(sizes) + 1].split(sizes), strict=True))
+        unit_of = {}
+        for name, tensor in self.tensors.items():
+            for axis, size in enumerate(tensor.shape):
+                own = known.get((name, axis))
+                unit_of[name, axis] = torch.full((size,), -1) if own is None else own
+
+        def units(symbols: Tensor) -> Tensor:
+            return unit_of_symbol[symbols]
+
+        terms = tuple(
+            FlopTerm(constant, tuple(units(v) for v in vectors), module)
+            for constant, vectors, module in self.flop_terms
+        )
+        group_of, names = _groups(unit_of, [v for term in terms for v in term.vectors], real.numel())
+        space = Space(
+            unit_of=unit_of,
+            removable=torch.ones(real.numel(), dtype=torch.bool),
+            group_of=group_of,
+            group_names=names,
+            shapes={name: tuple(tensor.shape) for name, tensor in self.tensors.items()},
+            parameters=self.parameters,
+            flops=terms,
+            batch=batch,
+            fold=self._fold_places(unit_of, units, real.numel()),
+            attributes=self._attributes(unit_of, units),
+            frozen=self._frozen(),
+            carried=tuple(
+                Carried(i, o, {axis: cut for axis, s in symbols.items() if bool(((cut := units(s)) >= 0).any())})
+                for i, o, symbols in sorted(self.carried, key=lambda state: state[0])
+            ),
+            parts=tuple(replace(cut, pieces=tuple(units(piece) for piece in cut.pieces)) for cut in self.parts),
+        )
+        return self._without_unread(space, units)
+
+    def _without_unread(self, space: Space, units: Callable[[Tensor], Tensor]) -> Space:
+        """Units that are computed and that nothing reads: nothing can be proven of what would."""
+        unread = space.everything()
+        for symbols in [read.produced.symbols for read in self.reads]:
+            found = units(symbols).flatten()
+            unread[found[found >= 0]] = False
+        for group in space.group_of[unread].unique().tolist():
+            name, mine = space.group_names[group], unread & (space.group_of == group)
+            places = tuple(
+                place
+                for place, vector in space.unit_of.items()
+                if bool((has := vector[vector >= 0]).numel()) and bool(mine[has].any())
+            )
+            frozen = Frozen("unread", name, "", UNREAD, places)
+            space = space.freeze(torch.nonzero(mine).flatten().tolist(), frozen)
+        return space
+
+    def _fold_places(
+        self, unit_of: dict[Place, Tensor], units: Callable[[Tensor], Tensor], n: int
+    ) -> dict[Place, Tensor]:
+        """Where each unit's gate sits.
+
+        On the last affine map that produces the unit, if every reader sees zero when that is zero; else on
+        the columns of everything that reads it.
+        """
+        parameters = set(self.parameters)
+        by_producer = np.ones(n, dtype=np.bool_)
+        reads = []
+        for read in self.reads:
+            read_units = units(read.produced.symbols).flatten().numpy()
+            owned = read_units >= 0
+            if not read.produced.all_silent:
+                by_producer[read_units[owned & ~read.produced.silent.flatten().numpy()]] = False
+            reads.append((read_units[owned], read.produced.sources, read.weight.sources))
+        fold: dict[Place, Array] = {}
+        here = np.zeros(n + 1, dtype=np.bool_)  # the last entry stands for -1, "no unit"
+        for read_units, produced, weights in reads:
+            chosen = by_producer[read_units] | (not weights)  # a sum over units has no columns of its own
+            for places, gates in ((produced, read_units[chosen]), (weights, read_units[~chosen])):
+                if not gates.size:
+                    continue
+                here[gates] = True
+                for place in sorted(places):
+                    vector = unit_of[place].numpy()
+                    gated = here[vector]
+                    if place[0] not in parameters or not gated.any():
+                        continue
+                    old = fold.get(place)
+                    fold[place] = np.where(gated if old is None else gated | (old >= 0), vector, -1)
+                here[gates] = False
+        return {place: torch.from_numpy(vector) for place, vector in fold.items()}
+
+    def _attributes(self, unit_of: dict[Place, Tensor], units: Callable[[Tensor], Tensor]) -> tuple[Attribute, ...]:
+        """Attributes of torch.nn modules that count an axis."""
+        modules = dict(self.model.named_modules())
+        found: dict[tuple[str, str], Tensor] = {
+            key: units(symbols)
+            for key, symbols in self.counted.items()
+            if hasattr(modules[key[0]], key[1])  # a forward may also take its groups from the input
+        }
+        for path, module in modules.items():
+            for attribute, (tensor, axis) in _counted_axes(module).items():
+                place = (f"{path}.{tensor}" if path else tensor, axis)
+                vector = unit_of.get(place)
+                groups = int(getattr(module, "groups", 1))
+                if vector is not None and attribute in ("in_channels", "out_channels") and axis == 1 and groups > 1:
+                    whole = found.get((path, "groups"))
+                    vector = whole.repeat_interleave(vector.numel()) if whole is not None else vector.repeat(groups)
+                if vector is not None and getattr(module, attribute, None) == vector.numel():
+                    found[path, attribute] = vector
+            if isinstance(module, nn.MultiheadAttention):
+                tensor = "in_proj_weight" if module.in_proj_weight is not None else "q_proj_weight"
+                rows = unit_of[f"{path}.{tensor}" if path else tensor, 0]
+                heads = rows[: module.num_heads * module.head_dim].reshape(module.num_heads, -1)
+                if bool((heads == heads[:, :1]).all()):
+                    found[path, "num_heads"] = heads[:, 0]
+        return tuple(Attribute(module, name, vector) for (module, name), vector in found.items() if has_units(vector))
+
+    def _frozen(self) -> tuple[Frozen, ...]:
+        """Freezings with the places of their symbols; those of nothing but axes of carried tensors go unsaid.
+
+        So do those of kernels, of which nothing could ever go. What one operation keeps for one reason, in several
+        runs perhaps, is said once.
+        """
+        places = list(self.symbols)
+        starts = torch.tensor([1, *(symbols.numel() for symbols in self.symbols.values())]).cumsum(0)[:-1]
+        last = sum(symbols.numel() for symbols in self.symbols.values())  # then come those of carried tensors
+        kernels = {
+            (f"{path}.weight" if path else "weight", axis)
+            for path, module in self.model.named_modules()
+            if isinstance(module, nn.modules.conv._ConvNd)
+            for axis in range(2, module.weight.dim())
+        }
+        found: dict[Frozen, dict[Place, None]] = {}
+        for freezing in self.freezings:
+            symbols = freezing.symbols[freezing.symbols <= last]
+            if not symbols.numel():
+                continue
+            index = (torch.searchsorted(starts, symbols, right=True) - 1).unique().tolist()
+            own = [places[i] for i in index if places[i] not in kernels]
+            if own:
+                found.setdefault(freezing.frozen, {}).update(dict.fromkeys(own))
+        return tuple(replace(frozen, places=tuple(own)) for frozen, own in found.items())
+
+
+def _counted_axes(module: nn.Module) -> dict[str, Place]:
+    """For modules of torch.nn: attribute -> (tensor, axis) it counts."""
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return {"in_channels": ("weight", 0), "out_channels": ("weight", 1)}
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return {"in_channels": ("weight", 1), "out_channels": ("weight", 0)}
+    if isinstance(module, nn.Linear):
+        return {"in_features": ("weight", 1), "out_features": ("weight", 0)}
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return {"num_features": ("weight" if module.weight is not None else "running_mean", 0)}
+    if isinstance(module, nn.GroupNorm):
+        return {"num_channels": ("weight", 0)}
+    if isinstance(module, nn.RNNCellBase):
+        return {"input_size": ("weight_ih", 1), "hidden_size": ("weight_hh", 1)}
+    if isinstance(module, nn.Embedding):
+        return {"embedding_dim": ("weight", 1)}
+    return {}
+
+
+def _groups(unit_of: dict[Place, Tensor], counted: list[Tensor], n: int) -> tuple[Tensor, tuple[str, ...]]:
+    """Units that live on the same places (and are counted by the same FLOPs) equally often form a group.
+
+    A group is named by the first place of its first unit.
+    """
+    if n == 0:
+        return torch.zeros(0, dtype=torch.int64), ()
+    places, vectors = list(unit_of), [*unit_of.values(), *counted]
+    codes = np.random.default_rng(0).integers(-(2**62), 2**62, len(vectors))
+    units = torch.cat([vector.flatten() for vector in vectors]).numpy()
+    index = np.repeat(np.arange(len(vectors)), [vector.numel() for vector in vectors])
+    units, index = units[units >= 0], index[units >= 0]
+    signature = np.zeros(n, dtype=np.int64)  # a hash of the multiset of places; sums wrap around
+    np.add.at(signature, units, codes[index])
+    first = np.zeros(n, dtype=np.int64)  # each unit's first place: of several values the last one written stays
+    first[units[::-1]] = index[::-1]
+    starts = np.flatnonzero(np.diff(signature, prepend=~signature[:1]))  # most neighbours are alike: fewer to sort
+    _, leader, run_key = np.unique(signature[starts], return_index=True, return_inverse=True)
+    leader = starts[leader]  # the first unit of each group
+    key = np.repeat(run_key, np.diff(starts, append=n))
+    order = np.argsort(leader)  # groups in the order of their first units
+    names: dict[str, None] = {}
+    for place in first[leader[order]].tolist():
+        names[_place_name(places[place], names)] = None
+    return torch.from_numpy(np.argsort(order)[key]), tuple(names)
+
+
+def _place_name(place: Place, taken: Container[str]) -> str:
+    """`layer1.0.conv1` for rows of a weight, `name[axis]` otherwise; made unique with a number."""
+    tensor, axis = place
+    base = tensor.removesuffix(".weight") if axis == 0 and tensor.endswith(".weight") else f"{tensor}[{axis}]"
+    name, number = base, 2
+    while name in taken:
+        name, number = f"{base}#{number}", number + 1
+    return name
