@@ -31,9 +31,7 @@ from .carrying import carried_over
 from .event import Event
 from .run import Run
 
-PLANNED = frozenset(
-    {"model", "optimizer", "optimizers", "budget", "limits", "updates", "seed", "policy", "space", "run"}
-)
+PLANNED = frozenset({"model", "budget", "limits", "updates", "seed", "policy", "space", "run"})
 """Attributes of a grower that stay as they are."""
 
 
@@ -104,14 +102,13 @@ class Grower:
         self.policy = _policy(preset, policy, layers=bool(depth))
         self.model, self.budget, self.updates, self.seed = model, budget, updates, seed
         self.optimizers = optimizers_of(optimizer)
-        self.optimizer = self.optimizers[0]
         check_free(model, self.optimizers)
         with _all_or_nothing(model) as exchange:
             space = trace(model, example_inputs, freeze=freeze, couple=couple, carried=carried, depth=depth)
             if not space.proven:  # a frame on the meta device
                 space = prove(model, space, example_inputs)
             self.run = Run.begin(self, space, example_inputs, exchange)
-        plan, self.ranks = self.run.plan, self.run.ranks
+        self.optimizer, self.ranks, plan = self.optimizers[0], self.run.ranks, self.run.plan
         self.space, self.limits, self.frame_cost = plan.space, plan.limits, plan.frame_cost
 
     def update(self) -> Event:
