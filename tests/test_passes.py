@@ -108,7 +108,7 @@ def test_the_proof_runs_in_training_mode_too(monkeypatch: pytest.MonkeyPatch) ->
     """Labels that know nothing of training are not believed."""
     model, x = IN_TRAINING["auxiliary head"][0](), torch.randn(4, 3, 8, 8)
     monkeypatch.setattr("torchgrow.tracing.tracer.passes", lambda examples: [Pass()])
-    monkeypatch.setattr("torchgrow.tracing.tracer.Replay._freeze_unused", lambda self: None)
+    monkeypatch.setattr("torchgrow.tracing.tracer.Tracer._freeze_unused", lambda self: None)
     space = trace(model, x)
     assert space.widths(space.everything()) == {"b": 4}
     assert "proof" in [frozen.op for frozen in space.frozen if frozen.module == "a"]
@@ -508,7 +508,7 @@ def test_a_fault_of_the_tracer_is_not_blamed_on_the_inputs(monkeypatch: pytest.M
     def failing(self: Any, *args: Any) -> Any:
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr("torchgrow.tracing.tracer.Replay._shaped", failing)
+    monkeypatch.setattr("torchgrow.tracing.dispatch.Dispatch._shaped", failing)
     with pytest.raises(TraceError, match=r"tracing failed.*no such thing; the forward itself runs on these inputs"):
         trace(zoo.build("plain"), zoo.inputs("plain"))
 
@@ -517,7 +517,7 @@ def test_a_stack_that_is_too_shallow_is_named(monkeypatch: pytest.MonkeyPatch) -
     def failing(self: Any, *args: Any) -> Any:
         raise RecursionError("maximum recursion depth exceeded")
 
-    monkeypatch.setattr("torchgrow.tracing.tracer.Replay._shaped", failing)
+    monkeypatch.setattr("torchgrow.tracing.dispatch.Dispatch._shaped", failing)
     with pytest.raises(TraceError, match=r"deeper stack than Python allows.*sys\.setrecursionlimit"):
         trace(zoo.build("plain"), zoo.inputs("plain"))
 

@@ -67,7 +67,7 @@ def refuse(*args, **kwargs):
     raise AssertionError("traced")
 
 for module in (torchgrow, torchgrow.tracing.verification, torchgrow.tracing.tracer, torchgrow.growth.grower):
-    for name in ("trace", "replay", "prove", "verify", "Replay"):
+    for name in ("trace", "replay", "prove", "verify", "Tracer"):
         if callable(getattr(module, name, None)):
             setattr(module, name, refuse)
 sys.path.insert(0, sys.argv[1])

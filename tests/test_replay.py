@@ -10,7 +10,8 @@ from torch import Tensor, nn
 import zoo
 from torchgrow import Frozen, Space, TraceError, trace, verify
 from torchgrow.lab.models import VGG16, ResNet, WideResNet
-from torchgrow.tracing.tracer import Replay, ValuesRead, replay
+from torchgrow.tracing.dispatch import ValuesRead
+from torchgrow.tracing.tracer import Tracer, replay
 
 # What every model has: its first weights read the inputs, its last ones write the outputs.
 USUAL = {"reads values that cannot be removed", "is an output of the model"}
@@ -385,13 +386,13 @@ def test_labels_need_no_values(name: str) -> None:
     model, example = zoo.build(name), zoo.inputs(name)
     spaces = []
     for values in (False, True):
-        tracer = Replay(model, values=values)
+        tracer = Tracer(model, values=values)
         try:
             tracer.run(example)
         except ValuesRead:
             assert not values
             return
-        spaces.append(tracer.found.space(2))
+        spaces.append(tracer.context.found.space(2))
     a, b = spaces
     assert a.unit_of.keys() == b.unit_of.keys()
     assert all(torch.equal(a.unit_of[place], b.unit_of[place]) for place in a.unit_of)

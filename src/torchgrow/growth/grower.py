@@ -23,7 +23,7 @@ from ..structure.space import Place
 from ..structure.store import is_meta
 from ..tracing.blocks import Named
 from ..tracing.model_call import Carries
-from ..tracing.tracer import Couples
+from ..tracing.requests import Couples
 from ..tracing.verification import prove, trace
 from .advice import Course, summary
 from .attaching import check_free

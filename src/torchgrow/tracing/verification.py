@@ -25,8 +25,9 @@ from .blocks import Named, find, gated, with_layers
 from .model_call import Carries, call, examples_of, fresh
 from .nested import mapped, put_out, tensors
 from .passes import BARE, HIGH, Chance, Pass, Steady, fingerprint, passes, running, storages, too_small, twin, unchanged
+from .requests import Couples
 from .size_attributes import Guess, choices, guesses
-from .tracer import Couples, replay
+from .tracer import replay
 
 TOLERANCE = 1e-9
 """Largest relative error in float64 that still counts as equal."""

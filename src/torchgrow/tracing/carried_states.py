@@ -1,0 +1,79 @@
+"""States that a model carries on: what comes out has the units of what goes into the next call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import TraceError
+from .context import TraceContext
+from .labels import Layer
+from .model_call import Carries, carried_inputs
+from .nested import tensors
+from .rules.registry import (
+    placed,
+)
+
+Entering = dict[tuple[int | str, int | str], list[int]]
+"""For every (argument, output) that is carried, the indices of the argument's tensors in an example."""
+
+States = dict[int, dict[int, Tensor]]
+"""For every carried tensor of an example, by index, its symbols per axis."""
+
+
+class CarriedStates:
+    """The carried states of all runs.
+
+    Args:
+        context: what is known.
+    """
+
+    def __init__(self, context: TraceContext) -> None:
+        self.context = context
+
+    def given(self, example: Any, carries: Carries) -> tuple[Entering, States]:
+        """Which tensors of an example are carried states, and fresh symbols for them."""
+        entering, found = carried_inputs(example, carries), tensors(example)
+        for x in found:
+            self.context.note(x).from_input = True
+        return entering, {i: self.new_state(found[i]) for indices in entering.values() for i in indices}
+
+    def new_state(self, state: Tensor) -> dict[int, Tensor]:
+        """Fresh symbols for every axis of a carried input, of which nothing is known but that it comes back."""
+        return {axis: self.context.labels.new(size) for axis, size in enumerate(state.shape) if size > 1}
+
+    def label_state(self, state: Tensor, symbols: Mapping[int, Tensor]) -> None:
+        """Give a carried input its symbols."""
+        layers = [placed(Layer(s << 1, frozenset()), state.dim(), axis) for axis, s in symbols.items()]
+        self.context.set_layers(state, layers)
+
+    def close_state(self, out: Tensor, symbols: dict[int, Tensor]) -> None:
+        """A carried output is the input of the next call: the same units at the same positions."""
+        layers = self.context.layers(out)
+        for layer in layers:
+            if len(layer.axes) != 1:
+                self.context.freeze(layer, "is carried on, but not along one axis")
+        for axis, own in symbols.items():
+            ends = [layer for layer in layers if layer.axes == (axis,)]
+            for end in ends:
+                self.context.tie(own, end.symbols.flatten())
+            if not ends:
+                self.context.freeze_symbols(own, "is carried over from positions that cannot be removed")
+
+    def same_states(self, leaving: dict[int, int], states: States) -> None:
+        """Carried tensors of a further run have the units of those of the first."""
+        known = {i: (o, symbols) for i, o, symbols in self.context.found.carried}
+        for o, i in leaving.items():
+            if i not in known or known[i][0] != o:
+                raise TraceError(
+                    f"carried output {o} of {len(leaving)} is at another place among the tensors put out than in the "
+                    "first run (another example, or training mode); put what comes in training only behind the state"
+                )
+            for axis, own in states[i].items():
+                other = known[i][1].get(axis)
+                if other is not None and other.numel() == own.numel():
+                    self.context.tie(own, other)
+                else:
+                    self.context.freeze_symbols(own, "")

@@ -1,0 +1,256 @@
+"""What is known while a model is traced: the labels of every tensor, and what the rules have found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from ..structure.attributes import around, held
+from ..structure.space import Frozen, Parts
+from .labels import FIXED, Labels, Layer
+from .notes import Fresh, Note
+from .passes import foreign
+from .space_from_labels import Findings, Freezing, Read
+
+Failed = Mapping[tuple[str, str], int]
+"""How often the proof has failed on a cut of an axis, by module and line."""
+
+
+class TraceContext:
+    """Implements `rules.Context`.
+
+    Args:
+        model: the frame.
+        failed: how often the proof has failed on a cut of an axis there, by module and line.
+    """
+
+    def __init__(self, model: nn.Module, failed: Failed | None = None) -> None:
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.labels = Labels()
+        self.found = Findings(model, self.labels, tuple(name for name, _ in model.named_parameters()), tensors)
+        self.notes: dict[int, Note] = {}  # by id, which a tensor takes with it when it goes
+        self.split_layers: list[Layer] = []
+        self.ends = 0, 0, 0  # of the symbols of parameters, of buffers, of carried states; followers come after
+        self.modules, self.failed = dict(model.named_modules()), failed or {}
+        self.fresh: Fresh | None = None  # what the operation whose labels are looked at writes to
+        self.op, self.module = "", ""
+        self.line: tuple[str, int] | None = None
+        self.meta = any(parameter.is_meta for parameter in model.parameters())
+        self.original: dict[int, str] = {}  # memory of the model of which this one is a copy
+        self.first = True  # no run has ended yet
+        self.own: dict[str, tuple[Layer, ...]] = {}  # the labels that every parameter and buffer begins with
+        self.visible: dict[str, list[Note]] = {}  # what the forward of every module has at hand
+        self._label(tensors)
+
+    def note(self, tensor: Tensor) -> Note:
+        """What is known of a tensor, to be written to."""
+        key, notes = id(tensor), self.notes
+        found = notes.get(key)
+        if found is None:
+            foreign(tensor, self.original)
+            found = notes[key] = Note(ref(tensor, lambda _: notes.pop(key, None)))
+        return found
+
+    def layers(self, tensor: Tensor | None) -> list[Layer]:
+        """Canonical layers of a tensor."""
+        if tensor is None:
+            return []
+        note = self.notes.get(id(tensor))
+        if note is None:
+            return []
+        note.used = True
+        if not note.layers:
+            return []
+        note.layers = tuple(layer for layer in map(self.labels.canonical, note.layers) if layer is not None)
+        return list(note.layers)
+
+    def set_layers(self, tensor: Tensor, layers: Sequence[Layer | None]) -> None:
+        """Give an output its layers."""
+        self.note(tensor).layers = tuple(layer for layer in layers if layer is not None)
+
+    def unify(self, a: Layer, b: Layer) -> None:
+        """Tie two layers; one-axis layers are matched along their axes."""
+        first, second = a.symbols, b.symbols
+        if len(a.axes) == 1 and len(b.axes) == 1:
+            first, second = first.flatten(), second.flatten()
+        self.tie(first, second)
+
+    def tie(self, a: Tensor, b: Tensor) -> None:
+        """Tie two tensors of symbols entry by entry; what meets FIXED is frozen, on the record."""
+        self._record(self.labels.unify(a, b), "meets values that cannot be removed")
+
+    def freeze(self, layer: Layer, reason: str) -> None:
+        """Never remove anything of this layer; an empty reason goes unrecorded."""
+        self.freeze_symbols(layer.symbols, reason)
+
+    def freeze_if_used(self, out: Tensor, layer: Layer, reason: str) -> None:
+        """Freeze as soon as anything reads `out`."""
+        self.note(out).deferred += ((layer, self.reason(reason)),)
+
+    def used(self, notes: Iterable[Note | None]) -> None:
+        """Make the freezes that waited for a use of these tensors."""
+        for note in notes:
+            if note is not None and note.deferred:
+                deferred, note.deferred = note.deferred, ()
+                for layer, frozen in deferred:
+                    self.freeze_symbols(layer.symbols, frozen)
+
+    def _line(self) -> str:
+        return f"{self.line[0].rpartition('/')[2]}:{self.line[1]}" if self.line else ""
+
+    def reason(self, reason: str) -> Frozen:
+        """A reason with the operation, module and line under way."""
+        return Frozen(self.op, self.module, self._line(), reason, ())
+
+    def freeze_symbols(self, symbols: Tensor, reason: str | Frozen) -> None:
+        """Never remove anything of these symbols; an empty reason goes unrecorded."""
+        self._record(self.labels.freeze(symbols), reason)
+
+    def _record(self, roots: Tensor, reason: str | Frozen) -> None:
+        """Put on the record what was frozen, if anything was."""
+        if roots.numel() and reason:
+            frozen = self.reason(reason) if isinstance(reason, str) else reason
+            self.found.freezings.append(Freezing(frozen, roots))
+
+    def without_axis(self, layer: Layer, axis: int, reason: str) -> Layer | None:
+        """Merge the axis away if the layer varies elsewhere too, else freeze it."""
+        if len(layer.axes) > 1:
+            return self.labels.merge_along(layer, axis)
+        self.freeze(layer, reason)
+        return None
+
+    def read(self, produced: Layer, weight: Layer) -> None:
+        """Note a contraction."""
+        self.found.reads.append(Read(produced, weight))
+
+    def flop(self, constant: int, *counted: Layer | int) -> None:
+        """Count FLOPs."""
+        vectors: list[Tensor] = []
+        for item in counted:
+            if isinstance(item, int):
+                constant *= item
+            else:
+                vectors.append(item.symbols.flatten())
+        if self.first:
+            self.found.flop_terms.append((constant, vectors, self.module))
+
+    def count(self, owner: Tensor, attribute: str, symbols: Tensor) -> None:
+        """Note an attribute of the module that owns a parameter."""
+        note = self.notes.get(id(owner))
+        if note is not None and note.name:
+            self.found.counted[note.name.rpartition(".")[0], attribute] = symbols
+
+    def owned(self, layer: Layer) -> bool:
+        """Whether any of its symbols is of a parameter or a carried state."""
+        roots = self.labels.find(layer.symbols)  # the smallest of their classes; parameters come before buffers
+        of_parameters, of_tensors, given = self.ends
+        owned = (roots > FIXED) & (roots < of_parameters) | (roots >= of_tensors) & (roots < given)
+        return bool(owned.any())
+
+    def follows(self, layer: Layer) -> bool:
+        """Whether it has met nothing but followers yet."""
+        return bool((self.labels.find(layer.symbols) >= self.ends[2]).all())
+
+    def follower(self, size: int) -> Layer:
+        """Fresh symbols: no tensor of the model has them."""
+        return Layer(self.labels.new(size) << 1, frozenset(), compact=True)
+
+    def constant_along(self, tensor: Tensor, axis: int) -> bool:
+        """Constant by construction (stride 0), or by value where no input has a say."""
+        if tensor.layout != torch.strided:
+            return False
+        if tensor.stride(axis) == 0 or (self.fresh is not None and self.fresh.shown_by(tensor)):
+            return True
+        note = self.notes.get(id(tensor))
+        if note is not None and (note.from_input or (note.layers is not None and not note.filled)):
+            return False
+        values = tensor if not tensor.is_meta else note.shadow if note is not None else None
+        return values is not None and bool((values == values.narrow(axis, 0, 1)).all())
+
+    def before(self, tensor: Tensor) -> Tensor:
+        """What an in-place operation found, where that was the same everywhere."""
+        if self.fresh is None or not self.fresh.shown_by(tensor):
+            return tensor
+        return torch.full((), self.fresh.value, dtype=tensor.dtype).expand(tensor.shape)
+
+    def zero(self, tensor: Tensor) -> bool:
+        """Unlabelled zeros."""
+        note = self.notes.get(id(tensor))
+        if (note is not None and note.layers) or self.depends_on_input(tensor):
+            return False
+        values = self.before(tensor)
+        values = values if not values.is_meta or note is None or note.shadow is None else note.shadow
+        return not values.is_meta and values.layout == torch.strided and not bool(values.any())
+
+    def filled(self, tensor: Tensor) -> bool:
+        """Made with one value everywhere."""
+        note = self.notes.get(id(tensor))
+        fresh = self.fresh is not None and self.fresh.tensor is tensor
+        return fresh or (note is not None and note.filled)
+
+    def depends_on_input(self, tensor: Tensor) -> bool:
+        """Whether a tensor was computed from the inputs."""
+        if self.fresh is not None and self.fresh.shown_by(tensor):
+            return False
+        note = self.notes.get(id(tensor))
+        return note is not None and note.from_input
+
+    def held(self) -> tuple[list[tuple[int, ...]], bool]:
+        """Sizes that attributes of the modules under way hold, and whether to take them with care."""
+        failed = self.failed.get((self.module, self._line()), 0)
+        if failed > 1 or self.meta or self.module not in self.modules:  # on meta nothing can be proven
+            return [], True
+        near = around(self.modules, self.module)
+        return [sizes for path in near for sizes in held(self.modules[path]).values()], failed > 0
+
+    def part(self, pieces: Sequence[Tensor]) -> None:
+        """Note a cut at places that attributes may hold."""
+        self.found.parts.append(Parts(self.module, self._line(), tuple(pieces)))
+
+    def split_view(self, layer: Layer) -> None:
+        """Note a layer whose live positions must form a box."""
+        self.split_layers.append(layer)
+
+    def _label(self, tensors: dict[str, Tensor]) -> None:
+        """Fresh symbols for every axis of every parameter and buffer; sparse buffers stay whole."""
+        dense = {name: tensor for name, tensor in tensors.items() if tensor.layout == torch.strided}
+        places = [(name, k) for name, tensor in dense.items() for k, size in enumerate(tensor.shape) if size > 1]
+        sizes = [tensors[name].shape[axis] for name, axis in places]
+        symbols = self.labels.new(sum(sizes))
+        self.found.symbols.update(zip(places, symbols.split(sizes), strict=True))
+        packed = dict(zip(places, (symbols << 1 | 1).split(sizes), strict=True))
+        parameters = set(self.found.parameters)
+        of_parameters = sum(n for (name, _), n in zip(places, sizes, strict=True) if name in parameters)
+        self.ends = 1 + of_parameters, self.labels.count, self.labels.count
+        for name, tensor in tensors.items():
+            layers = []
+            for axis, size in enumerate(tensor.shape):
+                if size < 2 or name not in dense:
+                    continue
+                own, sources = packed[name, axis], frozenset([(name, axis)])
+                if name not in parameters:
+                    sources = frozenset()
+                    own ^= 1 if tensor.is_meta else _nonzero_along(tensor, axis)
+                shape = [1] * tensor.dim()
+                shape[axis] = size
+                layers.append(Layer(own.view(shape), sources, compact=True))
+            self.note(tensor).name, self.own[name] = name, tuple(layers)
+        self.label_anew()
+
+    def label_anew(self) -> None:
+        """Give every parameter and buffer the labels of its own."""
+        for name, layers in self.own.items():
+            self.note(self.found.tensors[name]).layers = layers
+
+    def show(self, path: str, notes: Iterable[Note]) -> None:
+        """Note what the forward of a module has at hand."""
+        self.visible.setdefault(path, []).extend(note for note in notes if note.layers and not note.name)
+
+
+def _nonzero_along(tensor: Tensor, axis: int) -> Tensor:
+    """For every position of an axis, whether anything is not zero there."""
+    nonzero = (tensor.detach() != 0).cpu()
+    return nonzero if nonzero.dim() == 1 else nonzero.movedim(axis, 0).flatten(1).any(1)

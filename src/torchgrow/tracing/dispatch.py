@@ -1,0 +1,214 @@
+"""Running every operation of a model that is traced, and noting what its labels will be passed through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .context import TraceContext
+from .module_hooks import ModuleHooks
+from .notes import Fresh, Note, Operation, Step, tensors_among
+from .pending import Pending
+from .rules.registry import (
+    CONSTANT,
+    FILLED,
+    constant,
+)
+from .shapes import SHAPES, beside
+from .source_line import user_line
+
+IN_PLACE_VIEWS = {"squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
+"""Operations that give a tensor another shape in place, so that afterwards nobody knows the one it had."""
+
+READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
+"""What looks at values without running an operation."""
+
+
+class ValuesRead(BaseException):
+    """The forward looks at values that were not computed; not an `Exception`, which a forward might catch."""
+
+
+class Readers(TorchFunctionMode):
+    """Calls `on_read` with what Python looks at without running an operation."""
+
+    def __init__(self, on_read: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.on_read = on_read
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a function of torch."""
+        if func in READERS:
+            self.on_read(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+class Dispatch(TorchDispatchMode):
+    """Sees every operation.
+
+    Args:
+        context: what is known.
+        pending: steps whose labels wait.
+        hooks: which module is under way.
+        values: whether to compute convolutions, matrix products and the like of what depends on the inputs. Labels do
+            not need them, and a forward seldom looks at values; where it does, `ValuesRead` is raised.
+    """
+
+    def __init__(self, context: TraceContext, pending: Pending, hooks: ModuleHooks, *, values: bool = True) -> None:
+        super().__init__()
+        self.context, self.pending, self.hooks, self.values = context, pending, hooks, values
+        self.operations: dict[Any, Operation] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation and pass the labels through it."""
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.as_strided_.default and _changes_nothing(*args):
+            return args[0]  # what pooling a channels_last image to one pixel ends with
+        operation = self.operations.get(func)
+        if operation is None:
+            operation = self.operations[func] = Operation.of(func)
+        handler = operation.handler
+        if handler is None and self.hooks.whole is None:
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        if operation.name in IN_PLACE_VIEWS:
+            return self._as_a_view(operation, func, args, kwargs)
+        tensors = tensors_among((*args, *kwargs.values()))
+        notes = [self.context.note(x) for x in tensors]
+        if operation.mutable and self.pending.steps and not self.pending.harmless(operation, args[0]):
+            self.pending.catch_up()
+        fresh = self._fresh(args[0], tensors) if operation.mutable else None
+        known = self._shadow(func, args, kwargs, tensors, notes) if self.context.meta else None
+        if known is not None and func is torch.ops.aten._local_scalar_dense.default:
+            out = known
+        else:
+            out = None if self.values else self._shaped(operation, args, notes)
+            out = func(*args, **kwargs) if out is None else out
+        results = [out] if isinstance(out, Tensor) else tensors_among((out,))
+        if known is not None:
+            for mine, real in zip(tree_leaves(out), tree_leaves(known), strict=False):
+                if isinstance(mine, Tensor) and isinstance(real, Tensor):
+                    self.context.note(mine).shadow = real
+        self._trace_values(operation, tensors, notes, results)
+        if self.hooks.whole is None and tensors:
+            module = self.hooks.stack[-1] if self.hooks.stack else ""
+            # torch makes another tensor of a factory's result if somebody holds on to it
+            held = ref(out) if operation.handler is constant else out
+            step = Step(operation, func, args, kwargs, held, notes, not results, fresh, module, user_line())
+            self.pending.add(step, results)
+        return out
+
+    def _as_a_view(self, operation: Operation, func: Any, args: Any, kwargs: Any) -> Tensor:
+        """Run an operation that gives a tensor another shape in place: what it was stands in for what enters."""
+        self.pending.catch_up()
+        target, note = args[0], self.context.note(args[0])
+        before = target.detach()
+        func(*args, **kwargs)
+        self.context.notes[id(before)] = replace(note, tensor=ref(before), name="")
+        packet = getattr(torch.ops.aten, operation.name.rstrip("_"))
+        plain = packet.int if operation.name == "transpose_" else getattr(packet, func._overloadname)
+        if note.shadow is not None:
+            note.shadow = plain(note.shadow, *args[1:], **kwargs)
+        line, module = user_line(), self.hooks.stack[-1] if self.hooks.stack else ""
+        step = Step(Operation.of(plain), plain, (before, *args[1:]), kwargs, target, [note], False, None, module, line)
+        if self.hooks.whole is None:
+            self.pending.label(step)
+        del self.context.notes[id(before)]
+        return target
+
+    def _fresh(self, target: Any, tensors: Sequence[Tensor]) -> Fresh | None:
+        """What an in-place operation is about to write to, if it is the same everywhere whatever the inputs are."""
+        if not isinstance(target, Tensor) or target.layout != torch.strided or len(tensors) < 2:
+            return None
+        root = target if target._base is None else target._base
+        note = self.context.note(root)
+        values = note.shadow if root.is_meta else root
+        if note.from_input or note.name or (note.layers is not None and not note.filled) or values is None:
+            return None
+        if not values.numel() or values.is_complex():
+            return None
+        first = values[(0,) * values.dim()]
+        if bool((values == first).all()):
+            return Fresh(root, float(first))
+        return Fresh(root, 1.0) if note.filled and not note.layers else None  # uninitialised: anything, but not zero
+
+    def _shaped(self, operation: Operation, args: Any, notes: list[Note]) -> Any:
+        """Zeros in place of what depends on the inputs, of the most costly operations; None for what is computed.
+
+        Raises:
+            ValuesRead: the result depends on values that are not there.
+        """
+        if not any(note.from_input for note in notes) or any(x.layout != torch.strided for x in tensors_among(args)):
+            return None
+        if operation.by_values and not (operation.name == "index" and not _has_mask(args[1])):
+            raise ValuesRead
+        if operation.name in SHAPES:
+            shape = SHAPES[operation.name](*args)
+            return None if shape is None else args[0].new_zeros(shape)
+        if operation.name == "cat" and all(note.from_input for note in notes):
+            return beside(*args)
+        if operation.name == "native_batch_norm" and not args[5]:
+            return torch.zeros_like(args[0]), args[0].new_zeros(0), args[0].new_zeros(0)
+        if operation.name == "relu":
+            return torch.zeros_like(args[0])
+        return args[0] if operation.name == "relu_" else None
+
+    def read_values(self, tensor: Tensor) -> None:
+        """Python looks at a tensor.
+
+        Raises:
+            ValuesRead: its values are not there.
+        """
+        if not self.values and self.context.depends_on_input(tensor):
+            raise ValuesRead
+
+    def _trace_values(
+        self, operation: Operation, tensors: list[Tensor], notes: list[Note], results: list[Tensor]
+    ) -> None:
+        """Note whether the results depend on the inputs, or are filled with one value."""
+        from_input = operation.name not in CONSTANT and any(note.from_input for note in notes)
+        filled = operation.name in FILLED
+        if from_input or filled:
+            for result in results:
+                note = self.context.note(result)
+                note.from_input |= from_input
+                note.filled |= filled
+                if from_input and operation.mutable and result._base is not None:
+                    self.context.note(result._base).from_input = True
+        if operation.mutable and operation.name != "copy_" and tensors:
+            self.context.note(tensors[0] if tensors[0]._base is None else tensors[0]._base).filled = False
+
+    def _shadow(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], notes: list[Note]) -> Any:
+        """On the meta device, what the operation gives in fact: positions and masks decide which way a forward goes.
+
+        None where a weight or a floating-point input has a say, whose values nobody knows.
+        """
+        shadows = {id(x): note.shadow for x, note in zip(tensors, notes, strict=True)}
+        if any(shadows.get(id(x)) is None for x in tensors):
+            return None
+
+        def real(x: Any) -> Any:
+            if isinstance(x, torch.device):
+                return torch.device("cpu")
+            return shadows[id(x)] if isinstance(x, Tensor) else x
+
+        return func(*tree_map(real, args), **tree_map(real, kwargs))
+
+
+def _has_mask(indices: Any) -> bool:
+    return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in indices)
+
+
+def _changes_nothing(tensor: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> bool:
+    """Whether `as_strided_` leaves every element in place: only axes of size 1 get other strides."""
+    same = offset in (None, tensor.storage_offset()) and tuple(size) == tuple(tensor.shape)
+    return same and all(n == 1 or old == new for n, old, new in zip(size, tensor.stride(), stride, strict=True))

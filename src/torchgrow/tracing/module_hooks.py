@@ -1,0 +1,118 @@
+"""Hooks on the modules of a model that is traced: which of them is under way, and what it has at hand."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..structure.space import Slot
+from .context import TraceContext
+from .nested import tensors
+from .notes import tensors_among
+from .pending import Pending
+from .rules.registry import (
+    MODULE_RULES,
+    either,
+)
+from .source_line import user_line
+
+
+class ModuleHooks:
+    """The tracer's hooks.
+
+    Args:
+        model: the frame.
+        context: what is known.
+        pending: steps whose labels wait.
+        slots: layers that may hand their input on.
+
+    Attributes:
+        stack: paths of the modules under way.
+        whole: the module under way that has a rule of its own.
+    """
+
+    def __init__(self, model: nn.Module, context: TraceContext, pending: Pending, slots: Sequence[Slot] = ()) -> None:
+        self.model, self.context, self.pending, self.slots = model, context, pending, slots
+        self.module_names = {id(module): name for name, module in context.modules.items()}
+        self.clear()
+
+    def clear(self) -> None:
+        """No module is under way."""
+        self.stack: list[str] = []
+        self.whole: nn.Module | None = None
+        self.entering: dict[int, Tensor] = {}  # inputs of the layers under way that may be left out
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """The tracer's hooks on the model, for a while."""
+        pre = nn.modules.module.register_module_forward_pre_hook(self._enter)
+        post = nn.modules.module.register_module_forward_hook(self._leave, always_call=True)
+        handles: list[Any] = [pre, post]
+        for module in self.model.modules():
+            if type(module) in MODULE_RULES:
+                handles.append(module.register_forward_pre_hook(self._enter_whole))
+                handles.append(module.register_forward_hook(self._leave_whole, with_kwargs=True))
+        for slot in self.slots:
+            first, last = (self.model.get_submodule(slot.modules[k]) for k in (0, -1))
+            handles.append(first.register_forward_pre_hook(partial(self._enter_slot, slot), with_kwargs=True))
+            handles.append(last.register_forward_hook(partial(self._leave_slot, slot)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, module: nn.Module, inputs: Any) -> None:
+        path = self.module_names.get(id(module), type(module).__name__)
+        self.stack.append(path)
+        self._at_hand(path, inputs)
+
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.stack.pop()
+        if output is not None and self.whole is None:
+            self._at_hand(self.stack[-1] if self.stack else "", output)
+
+    def _at_hand(self, path: str, value: Any) -> None:
+        """What is handed to a module, or back to one; it may be without labels yet."""
+        found = [value] if isinstance(value, Tensor) else tensors(value)
+        self.context.visible.setdefault(path, []).extend(self.context.note(x) for x in found)
+
+    def _enter_slot(self, slot: Slot, module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = slot.skip(*args, **kwargs)
+        self.entering[slot.unit] = x[0] if slot.skip.outputs else x
+
+    def _leave_slot(self, slot: Slot, module: nn.Module, args: Any, output: Any) -> None:
+        """Whatever follows a layer that may be left out reads its output or its input: their labels are one."""
+        self.pending.catch_up()
+        self.context.module = self.module_names.get(id(module), type(module).__name__)
+        self.context.op, self.context.line = "left out", user_line()
+        ends = self.entering.pop(slot.unit), output[0] if slot.skip.outputs else output
+        self.pending.obey(partial(either, self.context, *ends), ends, ends)
+
+    def _enter_whole(self, module: nn.Module, inputs: Any) -> None:
+        """Look away until `_leave_whole`: the module has a rule of its own."""
+        if self.whole is None:
+            self.whole = module
+
+    def _leave_whole(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if module is not self.whole:
+            return
+        self.whole = None
+        self.pending.catch_up()
+        self.context.module = self.module_names.get(id(module), type(module).__name__)
+        self.context.op, self.context.line = type(module).__name__, user_line()
+        named = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        given = tensors_among(tree_leaves(named))
+        self.context.used(self.context.notes.get(id(x)) for x in given)
+        rule = partial(MODULE_RULES[type(module)], self.context, module, named, output)
+        with torch.utils._python_dispatch._disable_current_modes():
+            self.pending.obey(
+                rule, [*given, *module.parameters(), *module.buffers()], tensors_among(tree_leaves(output))
+            )

@@ -1,0 +1,121 @@
+"""What the tracer notes of tensors and operations while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from ..structure.space import Frozen
+from .labels import Layer
+from .rules.registry import (
+    RULES,
+    Rule,
+    pointwise,
+)
+
+
+@dataclass(slots=True)
+class Note:
+    """What the tracer knows of a tensor.
+
+    Attributes:
+        tensor: the tensor it is about.
+        layers: its labels; None if no rule has spoken of it.
+        from_input: whether it was computed from the inputs.
+        filled: whether it was made with one value everywhere.
+        deferred: what its use would freeze.
+        shadow: on the meta device, the values of what no weight has touched.
+        name: of a parameter or buffer.
+        used: whether a rule has asked for its labels.
+    """
+
+    tensor: ref[Tensor]
+    layers: tuple[Layer, ...] | None = None
+    from_input: bool = False
+    filled: bool = False
+    deferred: tuple[tuple[Layer, Frozen], ...] = ()
+    shadow: Tensor | None = None
+    name: str = ""
+    used: bool = False
+
+
+BY_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+"""Tags of operations whose results depend on values in what they are or in shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What the tracer knows of an operation."""
+
+    name: str
+    handler: Rule | None
+    mutable: bool
+    by_values: bool
+    arguments: tuple[Any, ...]
+
+    @staticmethod
+    def of(func: Any) -> Operation:
+        """Look an operation up."""
+        name = func._overloadpacket.__name__
+        handler = RULES.get(name) or RULES.get(name.rstrip("_"))
+        twin = getattr(getattr(torch.ops.aten, name.rstrip("_"), None), func._overloadname, func)  # not in place
+        if handler is None and any(torch.Tag.pointwise in f.tags for f in (func, twin)):
+            handler = pointwise
+        by_values = not BY_VALUES.isdisjoint(func.tags) or name == "is_nonzero"
+        return Operation(name, handler, func._schema.is_mutable, by_values, tuple(func._schema.arguments))
+
+    def bind(self, args: Any, kwargs: Any) -> dict[str, Any]:
+        """Arguments by their schema names, defaults included."""
+        named = {}
+        for i, argument in enumerate(self.arguments):
+            if i < len(args):
+                named[argument.name] = args[i]
+            elif argument.name in kwargs:
+                named[argument.name] = kwargs[argument.name]
+            elif argument.has_default_value():
+                named[argument.name] = argument.default_value
+        return named
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """A tensor that an operation is about to write to, and what it holds everywhere as yet."""
+
+    tensor: Tensor
+    value: float
+
+    def shown_by(self, tensor: Tensor) -> bool:
+        """Whether a tensor is this one or a view of it."""
+        return tensor is self.tensor or tensor._base is self.tensor
+
+
+@dataclass(slots=True)
+class Step:
+    """An operation that has run and whose labels have not been looked at yet."""
+
+    operation: Operation
+    func: Any
+    args: Any
+    kwargs: Any
+    out: Any
+    notes: list[Note]  # of its tensor arguments
+    empty: bool  # whether it gave no tensor
+    fresh: Fresh | None
+    module: str
+    line: tuple[str, int] | None
+
+
+def tensors_among(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among values and in lists of them: arguments and results of operations nest in no other way."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_among(value)
+    return found
