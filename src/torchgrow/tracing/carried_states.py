@@ -12,9 +12,7 @@ from .context import TraceContext
 from .labels import Layer
 from .model_call import Carries, carried_inputs
 from .nested import tensors
-from .rules.registry import (
-    placed,
-)
+from .rules.layers import placed
 
 Entering = dict[tuple[int | str, int | str], list[int]]
 """For every (argument, output) that is carried, the indices of the argument's tensors in an example."""

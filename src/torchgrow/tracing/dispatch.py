@@ -17,11 +17,8 @@ from .context import TraceContext
 from .module_hooks import ModuleHooks
 from .notes import Fresh, Note, Operation, Step, tensors_among
 from .pending import Pending
-from .rules.registry import (
-    CONSTANT,
-    FILLED,
-    constant,
-)
+from .rules.movement import constant
+from .rules.registry import CONSTANT, FILLED
 from .shapes import SHAPES, beside
 from .source_line import user_line
 

@@ -17,10 +17,8 @@ from .context import TraceContext
 from .nested import tensors
 from .notes import tensors_among
 from .pending import Pending
-from .rules.registry import (
-    MODULE_RULES,
-    either,
-)
+from .rules.pointwise import either
+from .rules.registry import MODULE_RULES
 from .source_line import user_line
 
 

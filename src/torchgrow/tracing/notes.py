@@ -12,11 +12,8 @@ from torch import Tensor
 
 from ..structure.space import Frozen
 from .labels import Layer
-from .rules.registry import (
-    RULES,
-    Rule,
-    pointwise,
-)
+from .rules.pointwise import pointwise
+from .rules.registry import RULES, Rule
 
 
 @dataclass(slots=True)

@@ -13,12 +13,9 @@ from .context import TraceContext
 from .labels import NOTHING, Layer
 from .notes import Note, Operation, Step, tensors_among
 from .rules.indexing import write_through
-from .rules.registry import (
-    COUNTED,
-    constant,
-    pointwise,
-    unknown,
-)
+from .rules.movement import constant
+from .rules.pointwise import pointwise, unknown
+from .rules.registry import COUNTED
 
 PENDING_BYTES = 2**25
 """How much the results of pending steps may hold; they are kept until their labels have been looked at."""

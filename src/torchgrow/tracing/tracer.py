@@ -29,7 +29,16 @@ from .nested import mapped, put_out, tensors
 from .passes import HIGH, Pass, Steady, fingerprint, passes, running, storages, too_small, twin
 from .pending import Pending
 from .requests import Couples, coupled, frozen_by_name
-from .rules import contractions, parts, reductions, sampling, sequences  # noqa: F401 (importing them registers their rules)
+from .rules import (  # noqa: F401 (importing them registers their rules)
+    contractions,
+    indexing,
+    movement,
+    parts,
+    pointwise,
+    reductions,
+    sampling,
+    sequences,
+)
 
 UNSEEN = (
     "could be read by {name}, which no example used: add one that does, example_inputs=[..., ...], or take that "

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..labels import Layer
-from .registry import Context, aligned, first_tensor, harmonize, on_axis, placed, rule, without_axes
+from .layers import aligned, first_tensor, harmonize, on_axis, placed, without_axes
+from .registry import Context, rule
 
 
 def contract(ctx: Context, produced: Layer | None, weight: Layer | None) -> None:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ..labels import Layer
-from .registry import Context, aligned, combined, harmonize, on_axis, placed, rule, without_axes
+from .layers import aligned, harmonize, on_axis, placed, without_axes
+from .pointwise import combined
+from .registry import Context, rule
 
 Operand = tuple[Tensor, list[Layer]]
 

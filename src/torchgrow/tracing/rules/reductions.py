@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..labels import FIXED, Layer
-from .registry import RULES, Context, first_tensor, harmonize, on_axis, rule, without_axes
+from .layers import first_tensor, harmonize, on_axis, without_axes
+from .registry import RULES, Context, rule
 
 
 def affine(ctx: Context, layer: Layer, weight: Tensor | None, bias: Tensor | None, *statistics: Tensor | None) -> Layer:

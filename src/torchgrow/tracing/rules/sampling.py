@@ -9,7 +9,8 @@ from torch import Tensor
 from ..labels import Layer
 from .contractions import convolution
 from .indexing import met
-from .registry import Context, on_axis, placed, rule, without_axes
+from .layers import on_axis, placed, without_axes
+from .registry import Context, rule
 
 PLACES = "says where values are sampled"
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..labels import Layer
-from .registry import Context, aligned, first_tensor, harmonize, module_rule, on_axis, placed, rule, without_axes
+from .layers import aligned, first_tensor, harmonize, on_axis, placed, without_axes
+from .registry import Context, module_rule, rule
 
 NO_SOURCES: frozenset[Any] = frozenset()
 
