@@ -10,7 +10,7 @@ from torch import nn
 
 from torchgrow import load, save, trace, verify
 from torchgrow.adapters.registry import ADAPTERS, adapted
-from torchgrow.structure.surgery import shrink_
+from torchgrow.structure.shrink import shrink_
 
 timm = pytest.importorskip("timm")
 

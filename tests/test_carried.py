@@ -15,8 +15,9 @@ from growing import STILL, indicators_of, same_indicators, same_parameters, sgd,
 from oracle import Eq6
 from torchgrow import Budget, Grower, Method, Space, StructureError, TraceError, shrink_, trace
 from torchgrow.structure.surgery import recut
+from torchgrow.tracing.prover import TOLERANCE, Prover
 from torchgrow.tracing.tracer import replay
-from torchgrow.tracing.verification import FRACTIONS, TOLERANCE, Prover, prove
+from torchgrow.tracing.verification import FRACTIONS, prove
 
 WORDS, BATCH, STEPS = 11, 3, 4
 

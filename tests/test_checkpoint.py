@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import torchgrow.exchange
 import torchgrow.persistence.folder
-import torchgrow.structure.surgery
+import torchgrow.structure.bank
 from damage import damage, reseal
 from growing import batch, breaking, differences, everything, failing, make, run, sgd, train
 from lookalikes import Prodigy, SlowWeights
@@ -512,7 +512,7 @@ def test_another_optimizer_is_refused(state: dict[str, Any]) -> None:
 
 
 LOADING = [
-    (torchgrow.structure.surgery.Change, "into", 1),
+    (torchgrow.structure.bank.Change, "into", 1),
     (torchgrow.growth.gates.Fold, "factors", 1),
     *[(torchgrow.exchange, "run", call) for call in (0, 1, 5, 20, 40, -40, -20, -1)],
 ]

@@ -17,8 +17,8 @@ from torchgrow.adapters.registry import adapted
 from torchgrow.lab.models import ResNet
 from torchgrow.structure.cost import CostModel, Tally
 from torchgrow.tracing.model_call import call
+from torchgrow.tracing.prover import Prover
 from torchgrow.tracing.tracer import replay
-from torchgrow.tracing.verification import Prover
 
 
 def matrix_times_vector(a: Any, v: Any, **kwargs: Any) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgrow import load, save, trace, verify
-from torchgrow.structure.surgery import shrink_
+from torchgrow.structure.shrink import shrink_
 
 ROWS = (4, 5)
 

@@ -16,7 +16,7 @@ from oracle import Eq6
 from torchgrow import Budget, Grower, Limits, Method, Space, TraceError, load, save, shrink_, trace, verify
 from torchgrow.policies import Default
 from torchgrow.structure.store import Births, Store, gather, scatter_
-from torchgrow.tracing.verification import Prover
+from torchgrow.tracing.prover import Prover
 
 
 class Residual(nn.Module):

@@ -31,9 +31,9 @@ from torchgrow import (
 )
 from torchgrow.adapters.registry import ADAPTERS, adapt_, adaptable, adapted
 from torchgrow.tracing.model_call import call
+from torchgrow.tracing.prover import Prover
 from torchgrow.tracing.rules.registry import MODULE_RULES, RULES
 from torchgrow.tracing.tracer import replay
-from torchgrow.tracing.verification import Prover
 
 DOCS = Path(__file__).parent.parent / "docs" / "extending.md"
 

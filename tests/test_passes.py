@@ -17,8 +17,8 @@ from torch.nn import functional as F
 import zoo
 from torchgrow import Budget, Grower, Space, TraceError, measure, shrink_, trace, verify
 from torchgrow.tracing.passes import Pass, running
+from torchgrow.tracing.prover import Prover
 from torchgrow.tracing.rules.registry import RULES
-from torchgrow.tracing.verification import Prover
 
 
 def halved(space: Space) -> Tensor:

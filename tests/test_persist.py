@@ -18,8 +18,8 @@ import zoo
 from damage import reseal
 from torchgrow import SavedModelError, load, save, shrink_
 from torchgrow.tracing.model_call import call
+from torchgrow.tracing.prover import Prover
 from torchgrow.tracing.tracer import replay
-from torchgrow.tracing.verification import Prover
 
 WEIGHTS, STRUCTURE = "model.safetensors", "structure.json"
 

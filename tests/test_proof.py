@@ -12,8 +12,9 @@ import torchgrow.tracing.verification
 import zoo
 from drawn import zeroed
 from torchgrow import Space, TraceError, shrink_, trace, verify
+from torchgrow.tracing.prover import TOLERANCE, Prover
 from torchgrow.tracing.tracer import replay
-from torchgrow.tracing.verification import TOLERANCE, Prover, prove
+from torchgrow.tracing.verification import prove
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)

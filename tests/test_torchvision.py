@@ -11,8 +11,8 @@ from torchvision import models
 
 from torchgrow import Budget, Grower, Space, shrink_
 from torchgrow.structure.cost import CostModel
+from torchgrow.tracing.prover import TOLERANCE, Prover
 from torchgrow.tracing.tracer import replay
-from torchgrow.tracing.verification import TOLERANCE, Prover
 
 PICTURES, FILM = (2, 3, 32, 32), (1, 3, 2, 32, 32)
 

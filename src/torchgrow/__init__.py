@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from .persistence.checkpoint import load_checkpoint, save_checkpoint
     from .persistence.network import load, save
     from .policies.indicators import PRESETS, Method
+    from .structure.bank import Bank
     from .structure.cost import Cost
     from .structure.limits import Budget, Limits
+    from .structure.shrink import shrink_
     from .structure.space import Frozen, Space
-    from .structure.surgery import Bank, shrink_
     from .tracing.measure import measure
     from .tracing.rules.registry import Context, module_rule, rule
     from .tracing.verification import Report, trace, verify
@@ -65,7 +66,8 @@ _HOMES = {
     "tracing.rules.registry": ["Context", "module_rule", "rule"],
     "structure.space": ["Frozen", "Space"],
     "growth.event": ["Event"],
-    "structure.surgery": ["Bank", "shrink_"],
+    "structure.bank": ["Bank"],
+    "structure.shrink": ["shrink_"],
 }
 
 __all__ = [

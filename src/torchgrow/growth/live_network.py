@@ -15,10 +15,12 @@ from ..errors import StructureError, TorchgrowError
 from ..exchange import Exchange
 from ..onednn_guard import guard_
 from ..policies import Policy
+from ..structure.bank import Bank, Change
+from ..structure.followers import follower_of, stored_alike
 from ..structure.optimizer_slots import Layout
 from ..structure.record import Growth
 from ..structure.space import WHOLE, Space, live_positions
-from ..structure.surgery import Bank, Change, named_tensors
+from ..structure.surgery import named_tensors
 from .gates import Fold, Folding, converted
 from .plan import Plan
 from .watch import Watch
@@ -259,11 +261,11 @@ class LiveNetwork:
         exchange = Exchange()
         exchange.remember(module)
         try:
-            follower = self.bank.follower(module, exchange)
+            follower = follower_of(self.bank, module, exchange)
             guard_(follower.model)
             exchange.append(self.followers, follower)
             exchange.append(self.wrappers, wrapper)
-            if self.bank.sleeps_alike(follower):
+            if stored_alike(self.bank, follower):
                 exchange.append(self.copies, follower)
             exchange.make()
         except BaseException:

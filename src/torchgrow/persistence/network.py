@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +16,16 @@ from torch import Tensor, nn
 from ..adapters.registry import ADAPTERS, adapt_
 from ..errors import SavedModelError, TorchgrowError
 from ..onednn_guard import guard_
-from ..structure.attributes import get, held, put
+from ..structure.attributes import get, put
 from ..structure.record import Record, growths, join, mark_, mark_of, own_tensors, recorded, skip_, skip_of
 from ..structure.space import PassThrough
 from ..structure.store import Index, live_shape
 from ..structure.surgery import materialise_, replace_
 from .beside import may_appear
-from .folder import pack, read_folder, real_folder, storable, unpack, write_folder
+from .counts import check_convolutions, counts_of, read_counts
+from .folder import pack, real_folder, storable, unpack, write_folder
+from .structure_file import FORMAT, STRUCTURE, WEIGHTS, check_names, read_kept, read_structure
 from .wrappers import plain_modules, plain_tensors, unwrapped
-
-FORMAT = 4
-FORMATS = (1, 2, 3, 4)
-"""Format 1 has no checksums; up to 2 no evidence for counts, and none for modules left out without parameters; up to 3
-no list of buffers, so that each must be as in the frame."""
-
-WEIGHTS, STRUCTURE = "model.safetensors", "structure.json"
-
-REPEATS = (1, 2, 3, 4)
-"""How often an axis may hold what an attribute counts: once, or packed projections and gates of recurrent cells."""
-
-CHANNELS = ("in_channels", "out_channels", "groups")
-"""Counts of a convolution, which its weight must fit."""
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -79,7 +69,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         "format": FORMAT,
         "kept": {name: {str(k): where.tolist() for k, where in index.items()} for name, index in kept.items()},
         "frame_shapes": {name: list(record.shapes[name]) for name in kept},
-        "attributes": _counts(modules, record, kept),
+        "attributes": counts_of(modules, record, kept),
         "adapted": [path for path, module in modules.items() if type(module) in ADAPTERS.values()],
         "skipped": {path: _left_out(path, skip, skipped, tensors, record) for path, skip in skipped.items()},
         "extra_state": {path: pack(value, stored, f"the extra state of {path}") for path, value in extra.items()},
@@ -164,102 +154,8 @@ def _has_extra_state(module: nn.Module) -> bool:
     return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
-def _counts(modules: Mapping[str, nn.Module], record: Record, kept: Mapping[str, Index]) -> list[list[Any]]:
-    """Attributes that are lowered, each with an axis that shows why: [module, name, number, *evidence]."""
-    entries: list[list[Any]] = []
-    for (path, name), number in record.attributes.items():
-        whole = record.wholes[path, name]
-        if number == whole:
-            continue
-        if isinstance(modules[path], nn.modules.conv._ConvNd) and name in CHANNELS:
-            entries.append([path, name, number])
-            continue
-        shown = _evidence(path, number, whole, kept, record.shapes)
-        if shown is None and _may_count_pieces(modules[path], name):
-            shown = _piece(path, number, whole, kept, record.shapes)
-        if shown is None:
-            raise SavedModelError(
-                f"{path}.{name} went from {whole} to {number}, which is the count of no axis of the model's tensors "
-                "nor of a piece of one, so it could not be loaded; save the larger model it is part of"
-            )
-        entries.append([path, name, number, *shown])
-    return entries
-
-
 Shown = tuple[str, int, int, int]
 """Evidence for a count: tensor, axis, how often the axis repeats what is counted (0: a piece of it), its start."""
-
-
-def _evidence(
-    path: str, number: int, whole: int, kept: Mapping[str, Index], shapes: Mapping[str, tuple[int, ...]]
-) -> Shown | None:
-    """An axis of a module's own tensors of which `number` of `whole` equal parts are kept."""
-    for tensor, index in kept.items():
-        if tensor.startswith(f"{path}." if path else ""):
-            for axis, positions in index.items():
-                for repeats in REPEATS:
-                    if _counted(positions, shapes[tensor][axis], whole, repeats) == number:
-                        return tensor, axis, repeats, 0
-    return None
-
-
-def _piece(
-    path: str, number: int, whole: int, kept: Mapping[str, Index], shapes: Mapping[str, tuple[int, ...]]
-) -> Shown | None:
-    """A piece of `whole` positions of which `number` are kept, of an axis of the module's own tensors, else of any."""
-    lead = f"{path}." if path else ""
-    for tensor in sorted(kept, key=lambda name: not name.startswith(lead)):
-        for axis, positions in kept[tensor].items():
-            live = torch.zeros(shapes[tensor][axis] + 1, dtype=torch.int64)
-            live[positions + 1] = 1
-            before = live.cumsum(0)
-            starts = torch.nonzero(before[whole:] - before[: len(before) - whole] == number)
-            if whole < len(before) and starts.numel():
-                return tensor, axis, 0, int(starts[0])
-    return None
-
-
-def _may_count_pieces(module: nn.Module, name: str) -> bool:
-    """Whether an attribute is a user's, which may hold the size of what a forward cuts off an axis."""
-    return name.partition("[")[0] in held(module)
-
-
-def _holds(
-    shown: Shown,
-    path: str,
-    module: nn.Module,
-    name: str,
-    number: int,
-    whole: int,
-    kept: Mapping[str, Index],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> bool:
-    """Whether evidence that a record gives is some."""
-    tensor, axis, repeats, start = shown
-    positions = kept.get(tensor, {}).get(axis)
-    if positions is None:
-        return False
-    size = shapes[tensor][axis]
-    if repeats == 0:
-        inside = int(((positions >= start) & (positions < start + whole)).sum())
-        return 0 <= start <= size - whole and inside == number and _may_count_pieces(module, name)
-    own = tensor.startswith(f"{path}." if path else "")
-    return own and repeats in REPEATS and start == 0 and _counted(positions, size, whole, repeats) == number
-
-
-def _counted(positions: Tensor, size: int, whole: int, repeats: int) -> int:
-    """How many of `whole` parts of an axis are kept, each with as many positions as the others; 0 if it has none such.
-
-    Args:
-        positions: int64, those that are kept.
-        size: of the axis in the frame.
-        whole: number of parts in the frame.
-        repeats: how often the parts follow each other along the axis.
-    """
-    if size % (whole * repeats):
-        return 0
-    parts, times = (positions // (size // (whole * repeats)) % whole).unique(return_counts=True)
-    return parts.numel() if bool((times == times[0]).all()) else 0
 
 
 def _left_out(
@@ -280,9 +176,6 @@ def _left_out(
 
 def _has_tensors(path: str, tensors: Mapping[str, Any]) -> bool:
     return any(name.startswith(f"{path}.") for name in tensors)
-
-
-# --- loading ---
 
 
 def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module]) -> nn.Module:
@@ -310,49 +203,96 @@ def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module])
             f"{name}), or with lambda: {name}(...): torchgrow.load cuts a model of its own"
         )
     source = Path(folder)
-    structure, tensors = _read(source)
+    structure, tensors = read_structure(source)
     model = frame_factory()
     if not isinstance(model, nn.Module):
         raise SavedModelError(f"frame_factory must return a torch.nn.Module, got {type(model).__name__}")
     frame = unwrapped(model)
     modules = plain_modules(frame)
-    own = _own_tensors(modules)
-    _check_fresh(modules, own)
-    extra = {path: unpack(value, tensors) for path, value in structure["extra_state"].items()}
-    kept = _kept(source, structure, own)
-    late, dropped = _late(structure, modules, own, tensors)
-    _check_names(source, own.keys() - dropped, tensors.keys() - late)
-    skipped = _skipped(source, structure, modules, own)
-    below = tuple(f"{path}." for path in skipped)
-    free = {name for name in structure["buffers"] if name not in kept and not name.startswith(below)}
-    attributes = _attributes(source, structure, modules, kept, own, below)
-    fixed = {name: tensor for name, tensor in own.items() if name not in dropped}
-    _check_contents(source, fixed, tensors, kept, below, free)
-    _check_convolutions(source, modules, tensors, attributes, below)
-    _check_extra(source, structure, modules, extra)
+    found = _parsed(source, structure, tensors, modules)
     names = {module: path for path, module in frame.named_modules()}
     try:
         adapt_(frame, [names.get(modules[path], path) if path in modules else path for path in structure["adapted"]])
     except TorchgrowError as error:
         raise SavedModelError(f"{source / STRUCTURE} names a module without its adapter: {error}") from error
+    _give(source, found, frame, modules)
+    guard_(frame)
+    return model
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a folder says of a frame, checked.
+
+    Attributes:
+        structure: its record.
+        tensors: contents by name.
+        fixed: tensors of the frame that take some.
+        kept: positions that are left, by tensor and axis.
+        late: names of buffers that only the folder has.
+        dropped: names of those that it lacks.
+        skipped: modules that are left out, and what they do instead.
+        attributes: numbers that follow from kept positions, by module and name.
+        extra: extra states by module.
+    """
+
+    structure: dict[str, Any]
+    tensors: dict[str, Tensor]
+    fixed: dict[str, Tensor]
+    kept: dict[str, Index]
+    late: list[str]
+    dropped: list[str]
+    skipped: dict[str, PassThrough]
+    attributes: dict[tuple[str, str], int]
+    extra: dict[str, Any]
+
+    @property
+    def below(self) -> tuple[str, ...]:
+        """How the names of all that lies in modules left out begin."""
+        return tuple(f"{path}." for path in self.skipped)
+
+
+def _parsed(
+    source: Path, structure: dict[str, Any], tensors: dict[str, Tensor], modules: dict[str, nn.Module]
+) -> _Saved:
+    """Check all that a folder says against the modules of a frame."""
+    own = _own_tensors(modules)
+    _check_fresh(modules, own)
+    extra = {path: unpack(value, tensors) for path, value in structure["extra_state"].items()}
+    kept = read_kept(source, structure, own)
+    late, dropped = _late(structure, modules, own, tensors)
+    check_names(source, own.keys() - dropped, tensors.keys() - late)
+    skipped = _skipped(source, structure, modules, own)
+    below = tuple(f"{path}." for path in skipped)
+    free = {name for name in structure["buffers"] if name not in kept and not name.startswith(below)}
+    attributes = read_counts(source, structure, modules, kept, own, below)
+    fixed = {name: tensor for name, tensor in own.items() if name not in dropped}
+    _check_contents(source, fixed, tensors, kept, below, free)
+    check_convolutions(source, modules, tensors, attributes, below)
+    _check_extra(source, structure, modules, extra)
+    return _Saved(structure, tensors, fixed, kept, late, dropped, skipped, attributes, extra)
+
+
+def _give(source: Path, found: _Saved, frame: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """Make a frame the saved network."""
+    tensors, fixed, kept, attributes = found.tensors, found.fixed, found.kept, found.attributes
     wholes = {(path, name): get(modules[path], name) or 0 for path, name in attributes}
-    shapes = {name: tuple(own[name].shape) for name in own if name in kept or name.startswith(below)}
+    shapes = {name: tuple(x.shape) for name, x in _own_tensors(modules).items()}
+    shapes = {name: shape for name, shape in shapes.items() if name in kept or name.startswith(found.below)}
     bare = {name: tensor for name, tensor in fixed.items() if tensor.is_meta}
     materialise_(frame, bare, lambda name: tensors[name].detach())  # another object: it is exchanged for the frame's
     for name, tensor in fixed.items():
         replace_(tensor, tensors[name].to(tensor.device))
-    for name in (*late, *dropped):
-        _put_buffer(modules, name, tensors.get(name), structure["buffers"][name])
+    for name in (*found.late, *found.dropped):
+        _put_buffer(modules, name, tensors.get(name), found.structure["buffers"][name])
     for (path, name), number in attributes.items():
         put(modules[path], name, number)
-    for path, skip in skipped.items():
+    for path, skip in found.skipped.items():
         skip_(modules[path], [""], {"": skip})
-    blocks = tuple((path, *_left_out_with(structure, path)) for path in skipped)
+    blocks = tuple((path, *_left_out_with(found.structure, path)) for path in found.skipped)
     mark_(modules.items(), Record(shapes, kept, wholes, attributes, blocks))
-    for path, value in extra.items():
+    for path, value in found.extra.items():
         _give_extra(source, path, modules[path], value)
-    guard_(frame)
-    return model
 
 
 def _check_fresh(modules: Mapping[str, nn.Module], own: Mapping[str, Tensor]) -> None:
@@ -398,16 +338,6 @@ def _put_buffer(modules: Mapping[str, nn.Module], name: str, tensor: Tensor | No
         module.register_buffer(own, tensor, persistent=bool(persistent))
 
 
-def _check_names(source: Path, own: AbstractSet[str], tensors: AbstractSet[str]) -> None:
-    """Refuse tensors of another model."""
-    missing, foreign = sorted(own - tensors), sorted(tensors - own)
-    if missing or foreign:
-        raise SavedModelError(
-            f"{source} does not fit the frame: missing {missing[:3]}, foreign {foreign[:3]}; "
-            "frame_factory must build the same full-size model that was grown"
-        )
-
-
 def _skipped(
     source: Path, structure: dict[str, Any], modules: Mapping[str, nn.Module], own: Mapping[str, Tensor]
 ) -> dict[str, PassThrough]:
@@ -435,39 +365,6 @@ def _left_out_with(structure: dict[str, Any], path: str) -> list[str]:
     return [other for other in entries[path][2:] if other in entries]
 
 
-def _attributes(
-    source: Path,
-    structure: dict[str, Any],
-    modules: Mapping[str, nn.Module],
-    kept: Mapping[str, Index],
-    own: Mapping[str, Tensor],
-    below: tuple[str, ...],
-) -> dict[tuple[str, str], int]:
-    """Attributes that are lowered, once each is known to be the frame's and to count what is kept of it."""
-    shapes, found = {name: tuple(tensor.shape) for name, tensor in own.items()}, {}
-    for path, name, number, *shown in structure["attributes"]:
-        module = modules.get(path)
-        whole = get(module, name) if module is not None else None
-        if module is None or whole is None or not 1 <= number <= whole:
-            raise SavedModelError(
-                f"{source / STRUCTURE}: {path}.{name} = {number} does not fit the frame, where it is {whole}"
-            )
-        if number == whole or (structure["format"] < 3 and f"{path}.".startswith(below)):
-            continue  # of a module that is left out, format 2 kept no positions that would show why
-        counts = isinstance(module, nn.modules.conv._ConvNd) and name in CHANNELS  # which its weight must fit
-        if not counts and structure["format"] < 3:
-            counts = _evidence(path, number, whole, kept, shapes) is not None
-        elif not counts and shown:
-            counts = _holds(tuple(shown), path, module, name, number, whole, kept, shapes)
-        if not counts:
-            raise SavedModelError(
-                f"{source / STRUCTURE}: {path}.{name} = {number}, of {whole} in the frame, follows from no kept "
-                "positions; only what counts them can be another number than in the frame"
-            )
-        found[path, name] = number
-    return found
-
-
 def _check_contents(
     source: Path,
     own: Mapping[str, Tensor],
@@ -486,25 +383,6 @@ def _check_contents(
                 f"{source / WEIGHTS}: {name} is {tensors[name].dtype} {tuple(tensors[name].shape)}, but the structure "
                 f"record makes it {full.dtype} {shape} in this frame"
             )
-
-
-def _check_convolutions(
-    source: Path,
-    modules: Mapping[str, nn.Module],
-    tensors: Mapping[str, Tensor],
-    attributes: Mapping[tuple[str, str], int],
-    below: tuple[str, ...],
-) -> None:
-    """Refuse convolutions whose channel counts and groups would not be those of their weight."""
-    for path, layer in modules.items():
-        weight = tensors.get(join(path, "weight"))  # of a tied or parametrized one the shape is checked elsewhere
-        if not isinstance(layer, nn.modules.conv._ConvNd) or f"{path}.".startswith(below) or weight is None:
-            continue
-        into, out, groups = (attributes.get((path, name), getattr(layer, name)) for name in CHANNELS)
-        first, second = weight.shape[:2]
-        counted = (second * groups, first) if layer.transposed else (first, second * groups)
-        if counted != (out, into) or out % groups:
-            raise SavedModelError(f"{source / STRUCTURE}: the channels and groups of {path} do not fit its weight")
 
 
 def _check_extra(
@@ -527,87 +405,3 @@ def _give_extra(source: Path, path: str, module: nn.Module, value: Any) -> None:
             f"{source / STRUCTURE}: {path or 'the model'} ({type(module).__name__}) does not take its extra state: "
             f"{type(error).__name__}: {error}"
         ) from error
-
-
-FIELDS = {
-    "format": int,
-    "kept": dict,
-    "frame_shapes": dict,
-    "attributes": list,
-    "adapted": list,
-    "skipped": dict,
-    "extra_state": dict,
-    "buffers": dict,
-}
-"""Fields of the record, and their types."""
-
-ENTRIES = {
-    "attributes": ([str, str, int], [str, str, int, str, int, int, int]),
-    "skipped": ([str, int], [str, int, str]),
-}
-"""Types of what is in their entries: without evidence, and with that of format 3."""
-
-
-def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Both files, with the record's form checked."""
-    what = "a saved model; save one with torchgrow.save, or take a checkpoint by torchgrow.load_checkpoint"
-    structure, tensors = read_folder(source, (STRUCTURE, WEIGHTS), FORMATS, what)
-    if structure["format"] < 3:
-        structure.setdefault("skipped", {})  # absent before depth
-        structure.setdefault("extra_state", {})
-    if structure["format"] < 4:
-        structure.setdefault("buffers", {})
-    well_formed = structure.keys() == FIELDS.keys()
-    well_formed = well_formed and all(type(structure[name]) is kind for name, kind in FIELDS.items())
-    if well_formed:
-        lists = {"attributes": structure["attributes"], "skipped": list(structure["skipped"].values())}
-        well_formed = (
-            all(isinstance(axes, dict) for axes in structure["kept"].values())
-            and all(type(path) is str for path in structure["adapted"])
-            and all(kept is None or type(kept) is bool for kept in structure["buffers"].values())
-            and all(
-                isinstance(entry, list) and [type(x) for x in entry] in ENTRIES[name]
-                for name, entries in lists.items()
-                for entry in entries
-            )
-            and all(0 <= entry[1] <= 64 for entry in lists["skipped"])
-        )
-    if not well_formed:
-        raise SavedModelError(f"{source / STRUCTURE} is damaged: fields are missing, foreign or of the wrong type")
-    return structure, tensors
-
-
-def _kept(source: Path, structure: dict[str, Any], own: dict[str, Tensor]) -> dict[str, Index]:
-    """Kept positions of every cut tensor, once its name and full shape are known to be the frame's."""
-    for name in structure["kept"]:
-        if name not in own:
-            raise SavedModelError(
-                f"{source / STRUCTURE}: the frame has no tensor {name!r}; is frame_factory the same model?"
-            )
-    if structure["frame_shapes"] != {name: list(own[name].shape) for name in structure["kept"]}:
-        raise SavedModelError(
-            f"{source / STRUCTURE}: the saved model was cut from a frame with other shapes than frame_factory's; "
-            "frame_factory must build the same full-size model that was grown"
-        )
-    return {name: _index(source, name, axes, own[name]) for name, axes in structure["kept"].items()}
-
-
-def _index(source: Path, name: str, axes: dict[str, Any], full: Tensor) -> Index:
-    """Kept positions of one tensor of the frame: strictly rising and in range."""
-    index: Index = {}
-    for key, positions in axes.items():
-        axis = int(key) if key.isascii() and key.isdecimal() and key == str(int(key[:3])) else -1
-        size = full.shape[axis] if 0 <= axis < full.dim() else 0
-        rising = (
-            isinstance(positions, list)
-            and 0 < len(positions) <= size
-            and all(type(p) is int for p in positions)
-            and all(a < b for a, b in zip([-1, *positions], [*positions, size], strict=True))
-        )
-        if not rising:
-            raise SavedModelError(
-                f"{source / STRUCTURE}: kept positions of axis {key} of {name} {tuple(full.shape)} are not "
-                "rising positions in range"
-            )
-        index[axis] = torch.tensor(positions)
-    return dict(sorted(index.items()))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import OptimizerError
-from .optimizer_trial import Slot, form_of, take_trial
+from .optimizer_checks import form_of
+from .optimizer_trial import Slot, take_trial
 
 CORRECTED = frozenset({"exp_avg_sq", "exp_inf"})
 """Optimizer slots that begin at 0 and are corrected for it by the step count: Adam's and its kin's."""

@@ -9,31 +9,33 @@ from __future__ import annotations
 
 import copy
 import math
-import types
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import OptimizerError
-
-WORKS = "use SGD, Adam, AdamW or RMSprop, or another optimizer whose state has the shape of its parameters"
+from .optimizer_checks import attributes_of, check_attributes, check_what_is_new, form_of, refusal
 
 STEPS = 12
 """Of a trial: beyond those after which optimizers with slow weights first make them (5 or 6)."""
 
+
 SIDE = 160
 """Longest axis of a stand-in, beyond the 32 or 128 from which on optimizers factor moments or pack them in 8 bits."""
+
 
 SMALL = (5, 3, 2, 7, 4, 6, 8, 9)
 """Sizes of the axes of a small stand-in, all different, so that no slot has the parameter's shape by chance."""
 
+
 Kind = Literal["number", "copy", "direction", "magnitude", "unknown"]
+
 
 Signature = tuple[int, int, torch.dtype]
 """Number of the group, axes of the parameter (at least 1) and its dtype: those alike have the same kinds of slots."""
@@ -79,7 +81,7 @@ def take_trial(optimizer: torch.optim.Optimizer) -> Trial:
     """
     stands = _stand_ins(optimizer)
     few = [stand for stand in stands if not stand.full]
-    _check_attributes(optimizer)
+    check_attributes(optimizer)
     with _left_alone(optimizer):
         try:
             mapped, small = _first_run(optimizer, few)
@@ -95,9 +97,9 @@ def take_trial(optimizer: torch.optim.Optimizer) -> Trial:
             reason = f"a trial step failed ({type(error).__name__}{f': {error}' if str(error) else ''})"
             if needs:
                 reason = "it needs a closure for every step, and may compute the gradients several times in one"
-            raise _refusal(optimizer, reason) from error
+            raise refusal(optimizer, reason) from error
     forms = _check_layout(optimizer, runs[0])
-    _check_what_is_new(optimizer, runs[0].probe)
+    check_what_is_new(optimizer, runs[0].probe)
     slots: dict[Signature, dict[str, Slot]] = {}
     settings: dict[int, dict[str, Any]] = {}
     for i, stand in enumerate(stands):
@@ -116,9 +118,6 @@ def take_trial(optimizer: torch.optim.Optimizer) -> Trial:
                 found[key] = Slot(kind, sample, form == "flat", late=key not in runs[0].early[i])
             slots |= {(group, stand.dims, stand.dtype): found for group in stand.groups}
     return Trial(slots, settings)
-
-
-# --- stand-ins ---
 
 
 @dataclass(frozen=True)
@@ -182,9 +181,6 @@ def _form_of_settings(group: dict[str, Any]) -> Any:
 
     left_out = ("params", "param_names", "lr", "initial_lr")
     return tuple(sorted((key, repr(form(value))) for key, value in group.items() if key not in left_out))
-
-
-# --- runs ---
 
 
 class _Run:
@@ -274,7 +270,7 @@ class _Run:
             slots = optimizer.state.get(stand.real, {})
             state[own_parameter] = {k: _made_over(v, stand.real, own_parameter) for k, v in slots.items()}
         memo |= {id(optimizer.param_groups): groups, id(optimizer.state): state}
-        for name, value in _attributes(optimizer).items():
+        for name, value in attributes_of(optimizer).items():
             vars(probe)[name] = _copied(value, memo)
         probe.__setstate__({"state": state, "param_groups": groups, "defaults": _copied(optimizer.defaults, memo)})
         return probe
@@ -329,12 +325,6 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return value
 
 
-def _attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's own attributes: no hooks, and no `step` that a schedule has bound to the original."""
-    left_out = ("step", "state", "param_groups", "defaults")
-    return {key: value for key, value in vars(optimizer).items() if "hook" not in key and key not in left_out}
-
-
 @contextmanager
 def _quiet(devices: Iterable[torch.device]) -> Iterator[None]:
     """Without warnings, and with random numbers of its own that are the same every time."""
@@ -374,7 +364,7 @@ def _left_alone(optimizer: torch.optim.Optimizer) -> Iterator[None]:
                 group.clear()
                 group.update(before_it)
             what = f"moved {len(moved)} of the model's weights" if moved else "changed its own state or settings"
-            raise _refusal(optimizer, f"a step of a copy of it {what} (which were put back)")
+            raise refusal(optimizer, f"a step of a copy of it {what} (which were put back)")
 
 
 def _snapshot(entries: dict[str, Any]) -> dict[str, Any]:
@@ -391,9 +381,6 @@ def _same_entries(now: dict[str, Any], before: dict[str, Any]) -> bool:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-# --- what the steps left ---
 
 
 def _kind(base: Tensor, moved: Any, turned: Any, shift: Tensor) -> Kind:
@@ -435,137 +422,9 @@ def _check_layout(optimizer: torch.optim.Optimizer, run: _Run) -> dict[Any, dict
         differing = [k for k in own.keys() | other.keys() if k not in own or k not in other]
         differing += [k for k in own.keys() & other.keys() if not single and own[k] != other[k]]
         if differing:
-            raise _refusal(
+            raise refusal(
                 optimizer,
                 f"what it keeps depends on a parameter's size (for one of shape {stand.shape} "
                 f"{sorted(map(str, differing))[0]!r} is not as for a smaller one), which changes as the model grows",
             )
     return forms
-
-
-def form_of(optimizer: torch.optim.Optimizer, key: Any, value: Any, parameter: Tensor) -> str:
-    """Whether a slot is a "number" for the whole parameter, or "shaped" as it, or has its elements in a "flat" vector.
-
-    Raises:
-        OptimizerError: it is none of these.
-    """
-
-    def refuse(found: str) -> NoReturn:
-        raise _refusal(
-            optimizer,
-            f"it keeps {key!r} {found} for a parameter of shape {tuple(parameter.shape)}, which cannot be re-cut",
-        )
-
-    if isinstance(value, Tensor):
-        if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.is_quantized:
-            refuse(f"as a {type(value).__name__} of layout {value.layout} and shape {tuple(value.shape)}")
-        if value.numel() > 1 and not (value.is_floating_point() or value.is_complex()):
-            refuse(f"as {value.dtype} of shape {tuple(value.shape)}")
-        if value.shape == parameter.shape and parameter.dim():
-            return "shaped"
-        if value.numel() <= 1:
-            return "number"
-        if value.dim() == 1 and value.numel() == parameter.numel():
-            return "flat"
-        refuse(f"of shape {tuple(value.shape)}")
-    if not _plain(value):
-        large = next((leaf for _, leaf in reach(value) if isinstance(leaf, Tensor)), None)
-        refuse(f"as a {type(value).__name__}" + ("" if large is None else f" with tensors ({tuple(large.shape)})"))
-    return "number"
-
-
-def _plain(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.numel() <= 1
-    if isinstance(value, (list, tuple)):
-        return all(map(_plain, value))
-    if isinstance(value, dict):
-        return all(map(_plain, value.values()))
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _check_attributes(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse tensors of a parameter's shape, or of all together, that are kept outside of the state.
-
-    Raises:
-        OptimizerError: there are.
-    """
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    shapes, total = {tuple(p.shape) for p in held}, sum(p.numel() for p in held)
-    own = {id(p) for p in held}
-    for path, leaf in reach(_attributes(optimizer)):
-        stray = isinstance(leaf, Tensor) and id(leaf) not in own and leaf.numel() > 1
-        if stray and (tuple(leaf.shape) in shapes or leaf.numel() == total):
-            _refuse_beside(optimizer, path, leaf)
-
-
-def _check_what_is_new(optimizer: torch.optim.Optimizer, probe: torch.optim.Optimizer) -> None:
-    """Refuse what steps put elsewhere than into the state of a parameter.
-
-    Raises:
-        OptimizerError: they did so.
-    """
-    before = {path for path, _ in reach(_attributes(optimizer))}
-    stands = {id(p) for group in probe.param_groups for p in group["params"]}
-    for path, leaf in reach(_attributes(probe)):
-        if isinstance(leaf, Tensor) and id(leaf) not in stands and leaf.numel() > 1 and path not in before:
-            _refuse_beside(optimizer, path, leaf)
-    for group in probe.param_groups:
-        for name, value in group.items():
-            for path, leaf in reach(value, name) if name != "params" else ():
-                if isinstance(leaf, Tensor) and leaf.numel() > 1:
-                    _refuse_beside(optimizer, f"setting {path}", leaf)
-    for key in probe.state:
-        if not isinstance(key, Tensor):
-            raise _refusal(optimizer, f"it keeps state[{key!r}], which belongs to no parameter")
-
-
-def _refuse_beside(optimizer: torch.optim.Optimizer, path: str, tensor: Tensor) -> NoReturn:
-    raise _refusal(
-        optimizer,
-        f"it keeps {path} of shape {tuple(tensor.shape)} beside its state, where it is not re-cut with the parameters; "
-        "keep it in optimizer.state[parameter]",
-    )
-
-
-def _refusal(optimizer: torch.optim.Optimizer, reason: str) -> OptimizerError:
-    return OptimizerError(f"{type(optimizer).__name__} cannot be served: {reason}; {WORKS}")
-
-
-# --- what objects hold ---
-
-
-def reach(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Tensors and optimizers that an object holds, with their places; modules and functions are not looked into."""
-    todo, seen = [(path, value)], set()
-    while todo:
-        path, value = todo.pop()
-        if id(value) in seen or isinstance(value, (type, nn.Module, types.ModuleType, types.FunctionType)):
-            continue
-        seen.add(id(value))
-        if isinstance(value, Tensor) or is_optimizer(value):
-            yield path, value
-        elif isinstance(value, types.MethodType):
-            todo.append((path, value.__self__))
-        elif isinstance(value, dict):
-            names = (str(key) if isinstance(key, (str, int)) else "..." for key in value)
-            todo += [(f"{path}[{n!r}]" if path else n, item) for n, item in zip(names, value.values(), strict=True)]
-        elif isinstance(value, (list, tuple, set, frozenset)):
-            todo += [(f"{path}[{i}]", item) for i, item in enumerate(value)]
-        else:
-            todo += [(f"{path}.{name}", item) for name, item in (getattr(value, "__dict__", None) or {}).items()]
-
-
-def is_optimizer(value: Any) -> bool:
-    """Whether an object is one, of PyTorch's class or of its kind."""
-    if isinstance(value, torch.optim.Optimizer):
-        return True
-    return not isinstance(value, (dict, list, tuple)) and all(
-        hasattr(type(value), name) or name in getattr(value, "__dict__", {}) for name in ("param_groups", "step")
-    )
-
-
-def inner_optimizers(optimizer: Any) -> list[tuple[str, Any]]:
-    """Other optimizers that an optimizer holds, with the attributes they stand in."""
-    found = reach({k: v for k, v in vars(optimizer).items() if "hook" not in k and k != "step"})
-    return [(path, leaf) for path, leaf in found if is_optimizer(leaf) and leaf is not optimizer]

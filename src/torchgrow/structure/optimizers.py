@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..errors import OptimizerError
+from .optimizer_checks import WORKS, inner_optimizers, is_optimizer
 from .optimizer_slots import Layout
-from .optimizer_trial import WORKS, inner_optimizers, is_optimizer
 
 HANDS_ON = {
     "AcceleratedOptimizer": "optimizer",

@@ -133,15 +133,19 @@ def recurrent(ctx: Context, module: nn.RNNBase, named: dict[str, Any], output: A
     columns = on_axis(ctx.layers(first), 1)
     if columns is not None:
         ctx.count(first, "input_size", columns.symbols.flatten())
-    state = Layer(cells[0] << 1, NO_SOURCES)
+    assert entering is not None
+    _put_out(ctx, named, output, entering, shown[0], Layer(cells[0] << 1, NO_SOURCES))
+
+
+def _put_out(ctx: Context, named: dict[str, Any], output: Any, sequence: Layer, shown: Layer, cell: Layer) -> None:
+    """Label what a recurrent layer puts out: the sequence, and the last states, which may have been given too."""
     given = named.get("hx")
     given = given if isinstance(given, (tuple, list)) else [given]
-    sequence, ends = output
-    put_out = sequence.data if isinstance(sequence, PackedSequence) else sequence
-    assert entering is not None
-    ctx.set_layers(put_out, [placed(entering, put_out.dim(), put_out.dim() - 1)])
+    out, ends = output
+    put_out = out.data if isinstance(out, PackedSequence) else out
+    ctx.set_layers(put_out, [placed(sequence, put_out.dim(), put_out.dim() - 1)])
     for i, end in enumerate(ends if isinstance(ends, tuple) else [ends]):
-        mine = placed(state if i else shown[0], end.dim(), end.dim() - 1)
+        mine = placed(cell if i else shown, end.dim(), end.dim() - 1)
         ctx.set_layers(end, [mine])
         start = given[i] if i < len(given) else None
         if start is not None:

@@ -1,0 +1,389 @@
+"""The bank: everything of a frame at full size; the live model is cut from it and written back to it.
+
+The `Bank` holds every cut tensor and optimizer slot at full size on the host; of a frame on the meta device only what
+ever lived. A change of structure is computed first (`Bank.stage`) and swapped in afterwards (`Bank.commit`) by one call
+into C, all of it or nothing, so the model is always whole. Parameter and optimizer objects keep their identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.registry import adapt_, adaptable
+from ..errors import StructureError
+from ..exchange import Exchange
+from .attributes import replaced
+from .optimizer_slots import Layout, LiveSlot, begun, begun_anew, blank
+from .optimizer_trial import Slot
+from .optimizers import layouts_of
+from .record import LEFT_OUT, RECORD, Growth, Mark, Record, recorded
+from .space import PassThrough, Space, live_positions
+from .store import Births, Index, Store, gather, index_of, is_meta, laid_out, memory_order
+from .surgery import materialise_, named_tensors, replace_
+
+
+@dataclass
+class _Swap:
+    """New contents for a tensor and for its optimizer slots, some of which may be copies of it."""
+
+    tensor: Tensor
+    new: Tensor
+    slots: list[tuple[dict[str, Any], str, Tensor]]
+    copies: frozenset[str] = frozenset()
+
+    def raw_copies(self) -> dict[str, Tensor]:
+        """New contents of the copies, in the tensor's shape; they share memory with the slots."""
+        return {key: part.view_as(self.new) for _, key, part in self.slots if key in self.copies}
+
+    def fold_copies(self, factor: Tensor) -> None:
+        """Multiply the copies as the tensor is."""
+        self.slots = [
+            (state, key, (part.view_as(self.new) * factor).view_as(part) if key in self.copies else part)
+            for state, key, part in self.slots
+        ]
+
+
+class Change:
+    """A change of structure, computed and not yet made.
+
+    Attributes:
+        swaps: by tensor name, what will be written; values may be replaced before the change is made.
+        order: by tensor name, the order of axes in memory, which stays.
+    """
+
+    def __init__(
+        self,
+        bank: Bank,
+        keep: Tensor,
+        swaps: dict[str, _Swap],
+        index: dict[str, Index | None],
+        record: Record,
+        trained: Tensor | None = None,
+        order: dict[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        self.bank, self.keep, self.swaps, self.index, self.record = bank, keep, swaps, index, record
+        self.order = bank.order if order is None else order
+        self.trained = bank.trained if trained is None else trained
+
+    @property
+    def reshapes(self) -> bool:
+        """Whether a tensor will have another shape; to be asked before the change is made."""
+        return any(swap.tensor.shape != swap.new.shape for swap in self.swaps.values())
+
+    def contents(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """What the tensors of those names will hold, as far as they change."""
+        return {name: self.swaps[name].new for name in names if name in self.swaps}
+
+    def into(self, exchange: Exchange) -> None:
+        """Add all that the change writes."""
+        bank, model = self.bank, self.bank.model
+        modules, skipped = dict(model.named_modules()), bank.skipped(self.keep)
+        for parameter in model.parameters():
+            exchange.forget_gradient(parameter)
+        for name, swap in self.swaps.items():
+            exchange.write(swap.tensor, laid_out(swap.new, self.order.get(name, ())))
+            for state, key, value in swap.slots:
+                exchange.put(state, key, value)
+        for path, numbers in self._attributes().items():
+            exchange.fields(modules[path], **replaced(modules[path], numbers))
+        for path in (path for slot in bank.space.slots for path in slot.modules):
+            if path in skipped:  # as `skip_` does
+                exchange.fields(modules[path], **{"forward": skipped[path].forward, LEFT_OUT: True})
+            else:
+                exchange.drop(modules[path].__dict__, "forward")
+                exchange.drop(modules[path].__dict__, LEFT_OUT)
+        for path, module in modules.items():
+            exchange.fields(module, **{RECORD: Mark(self.record, path)})
+        exchange.fields(bank, keep=self.keep, index=self.index, record=self.record)
+        exchange.fields(bank, trained=self.trained, order=self.order)
+
+    def _attributes(self) -> dict[str, dict[str, int]]:
+        """Numbers that the change sets, by module and name; others in the record are of generations before."""
+        numbers, found = self.record.attributes, dict[str, dict[str, int]]()
+        for attribute in self.bank.space.attributes:
+            if (attribute.module, attribute.name) in numbers:
+                number = numbers[attribute.module, attribute.name]
+                found.setdefault(attribute.module, {})[attribute.name] = number
+        return found
+
+
+class Bank:
+    """Everything of a frame at full size, asleep; the live model is cut from it and written back to it.
+
+    Args:
+        model: the frame, at full size.
+        space: its space.
+        optimizer: the user's optimizer, or several, whose state is cut along with the parameters.
+        seed: of initial values, for a frame on the meta device.
+        device: where a frame on the meta device comes to life; nothing of it is there before the first change.
+        layouts: what the optimizers keep, where that is known already.
+        exchange: its `undo` will bring a frame back to the meta device.
+
+    Attributes:
+        keep: bool [n], the units of the live model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        space: Space,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        layouts: Sequence[Layout] | None = None,
+        exchange: Exchange | None = None,
+    ) -> None:
+        exchange = exchange or Exchange()
+        self.model, self.space = model, space
+        self.layouts = tuple(layouts_of(optimizer) if layouts is None else layouts)
+        self.tensors = named_tensors(model)
+        wrong = [n for n, shape in space.shapes.items() if n not in self.tensors or self.tensors[n].shape != shape]
+        if wrong:
+            name = wrong[0]
+            found = tuple(self.tensors[name].shape) if name in self.tensors else "nothing"
+            raise StructureError(
+                f"{name} is {found} but the space was traced with {space.shapes[name]}; the model must be the full "
+                "frame (trace it again, or restore it from its bank first)"
+            )
+        self.names = _all_names(model)
+        self.base = self.record = recorded(model.named_modules())  # of the generations before
+        self.growth: Growth | None = None
+        self.adapted = _adaptable_and_cut(model, space)
+        self.births = Births(model, seed) if is_meta(model) else None
+        adapt_(model, self.adapted)
+        self.full = {name: self._store(name) for name in space.cut_axes}
+        frame = {name: range(self.tensors[name].dim()) for name in space.cut_axes}
+        self.order = {name: memory_order(self.tensors[name], axes) for name, axes in frame.items()}
+        self.slots: dict[tuple[str, str], Store] = {}
+        self.keep = space.everything()
+        self.index: dict[str, Index | None] = {name: {} for name in space.cut_axes}
+        if self.births is not None:
+            self._materialise(self.births, device, exchange)
+            self.keep, self.index = torch.zeros_like(self.keep), dict.fromkeys(space.cut_axes)
+        self.trained = torch.zeros(space.n_units, dtype=torch.bool)  # units for which optimizer slots ever existed
+
+    def stage(
+        self,
+        keep: Tensor,
+        values: Mapping[str, Tensor] | None = None,
+        copies: Mapping[tuple[str, str], Tensor] | None = None,
+    ) -> Change:
+        """Write the live tensors back and compute those for `keep` (bool [n]); nothing live is touched.
+
+        Args:
+            keep: units that shall live.
+            values: what to write back instead of a parameter's own contents (raw values of gated ones).
+            copies: likewise for slots that are copies of one, by name and key.
+        """
+        if self.space.cut_axes and not self.full:
+            raise StructureError("the bank has been emptied: what slept in it is gone, so the structure is final")
+        keep = self.space.check_keep(keep)
+        self.tensors = named_tensors(self.model)  # a forward may have put another object in a buffer's place
+        present = self.space.present(self.keep)
+        newborn = self.space.present(keep) & ~self.trained & ~present
+        past = self.trained & ~present  # asleep, with slots that belong to the step count as it is
+        had_state = keep & False
+        swaps: dict[str, _Swap] = {}
+        index: dict[str, Index | None] = {}
+        order = {name: memory_order(self.tensors[name], axes) for name, axes in self.order.items()}
+        for name in self.space.cut_axes:
+            tensor, old, new = self.tensors[name], self.index[name], index_of(self.space, name, keep)
+            index[name] = new
+            gated = values is not None and name in values
+            if not gated and _same(old, new):
+                continue
+            live = values[name] if values is not None and gated else tensor.detach()
+            self.full[name].write(old, live.cpu())
+            born, slots = _places(self.space, name, new, newborn), []
+            for slot in self.live_slots(name):
+                had_state = present
+                if (name, slot.key) not in self.slots:
+                    self.slots[name, slot.key] = self.empty_slot(name, slot.tensor.dtype, slot.kind)
+                asleep = self.slots[name, slot.key]
+                asleep.write(old, (copies or {}).get((name, slot.key), slot.tensor).cpu())
+                fresh = begun(asleep.read(new), slot.kind, slot.tensor.cpu())
+                fresh = laid_out(fresh, order[name]).to(slot.tensor.device)
+                slots.append((slot.state, slot.key, fresh.flatten() if slot.kind.flat else fresh))
+            if born and not _places(self.space, name, {}, past):  # at full size
+                slots = begun_anew(slots, born)
+            same = frozenset(slot.key for slot in self.live_slots(name) if slot.kind.kind == "copy")
+            part = laid_out(self.full[name].read(new), order[name])
+            swaps[name] = _Swap(tensor, part.to(tensor.device), slots, same)
+        if self.births is not None:
+            self.births.forget()
+        return Change(self, keep, swaps, index, self._record(keep), self.trained | had_state, order)
+
+    def asleep(
+        self, raw: Mapping[str, Tensor], copies: Mapping[tuple[str, str], Tensor]
+    ) -> tuple[dict[str, Store], dict[tuple[str, str], Store]]:
+        """Copies of what sleeps, tensors and optimizer slots, as `stage` would leave them: written back to.
+
+        They do not tell whether a change was computed, and perhaps never made, since the last one.
+
+        Args:
+            raw: as `values` of `stage`.
+            copies: as there.
+        """
+        if not self.full:
+            return {}, {}
+        self.tensors, full = named_tensors(self.model), {}  # as in `stage`
+        slots = {place: store.copy(store.held.dtype) for place, store in self.slots.items()}
+        for name, index in self.index.items():
+            full[name] = self.full[name].copy(self.full[name].held.dtype)
+            full[name].write(index, raw.get(name, self.tensors[name].detach()).cpu().to(full[name].held.dtype))
+            for slot in self.live_slots(name):
+                place = name, slot.key
+                if place not in slots:
+                    slots[place] = self.empty_slot(name, slot.tensor.dtype, slot.kind)
+                slots[place].write(index, copies.get(place, slot.tensor).cpu().to(slots[place].held.dtype))
+        return full, {place: slots[place] for place in sorted(slots)}
+
+    def unchanged(self) -> Change:
+        """The change to what is live already, which only lets go of gradients and of graphs built before."""
+        self.tensors = named_tensors(self.model)  # as in `stage`
+        return Change(self, self.keep, {}, self.index, self.record)
+
+    def stage_contents(self, keep: Tensor, contents: Mapping[str, Tensor]) -> Change:
+        """Compute the change to a structure whose live tensors, by name, shall hold just these contents.
+
+        Nothing is written back: what is live now is lost, and optimizer slots are not the change's business.
+        """
+        keep = self.space.check_keep(keep)
+        index = {name: index_of(self.space, name, keep) for name in self.space.cut_axes}
+        present = named_tensors(self.model)  # a buffer may be another object by now
+        swaps = {
+            name: _Swap(tensor, contents[name].to(tensor.device, copy=True), [])
+            for name, tensor in present.items()
+            if name in contents
+        }
+        order = {name: memory_order(contents[name], axes) for name, axes in self.order.items()}
+        return Change(self, keep, swaps, index, self._record(keep), order=order)
+
+    def commit(self, *changes: Change) -> None:
+        """Make staged changes, of this bank and of others: all of them or none."""
+        exchange = Exchange()
+        for change in changes:
+            change.into(exchange)
+        exchange.make()
+
+    def resize_(self, keep: Tensor) -> None:
+        """Make the live model the one with the units in `keep`; detached ones sleep with all they had."""
+        self.commit(self.stage(keep))
+
+    def recut_(self, keep: Tensor) -> None:
+        """Make the live model the one with the units in `keep`, with what sleeps here; what is live is lost.
+
+        One tensor after the other and without a way back, so it takes no memory beyond frame and bank: for a copy
+        that nobody else holds.
+        """
+        keep = self.space.check_keep(keep)
+        index = {name: index_of(self.space, name, keep) for name in self.space.cut_axes}
+        self.tensors = named_tensors(self.model)
+        for name, asleep in self.full.items():
+            replace_(self.tensors[name], asleep.read(index[name]).to(self.tensors[name].device))
+        self.commit(Change(self, keep, {}, index, self._record(keep)))
+
+    def restore_(self) -> None:
+        """Bring the whole frame back, bit for bit."""
+        self.resize_(self.space.everything())
+
+    def empty(self) -> None:
+        """Forget what sleeps; the live model stays as it is and cannot be changed any more."""
+        self.full, self.slots = {}, {}
+
+    def _store(self, name: str) -> Store:
+        births, tensor, shape = self.births, self.tensors[name].detach(), self.space.shapes[name]  # live, it is smaller
+        if births is None:
+            return Store(lambda: tensor.cpu().clone(), shape, tensor.dtype, whole=True)
+        return Store(lambda: births.full(name), shape, tensor.dtype, whole=False)
+
+    def blank(self) -> dict[str, Store]:
+        """Stores for all tensors that are ever cut, to be filled with what a state says."""
+        return {name: self._store(name) if self.births else self._whole(name) for name in self.space.cut_axes}
+
+    def _whole(self, name: str) -> Store:
+        shape, dtype = self.space.shapes[name], self.tensors[name].dtype
+        return Store(lambda: torch.zeros(shape, dtype=dtype), shape, dtype, whole=True)
+
+    def empty_slot(self, name: str, dtype: torch.dtype, slot: Slot) -> Store:
+        """Where an optimizer slot of a parameter sleeps, as nothing has trained yet: a copy as the weights sleep."""
+        if slot.kind == "copy":
+            return self.full[name].copy(dtype)
+        unborn = blank(slot, self.space.shapes[name], dtype)
+        if self.births is None:
+            return Store(unborn.clone, self.space.shapes[name], dtype, whole=True)
+        return Store(lambda: unborn, self.space.shapes[name], dtype, whole=False)
+
+    def live_slots(self, name: str) -> list[LiveSlot]:
+        """Optimizer slots of a tensor that are cut along with it.
+
+        Raises:
+            OptimizerError: there is one of a layout that cannot be.
+        """
+        tensor = self.tensors[name]
+        layout = next((layout for layout in self.layouts if tensor in layout.optimizer.state), None)
+        return [] if layout is None else layout.of(tensor, len(self.space.shapes[name]))
+
+    def _materialise(self, births: Births, device: torch.device | str, exchange: Exchange) -> None:
+        """Give the model's own tensors a device: nothing yet of those that are cut, the initial value of the others."""
+
+        def born(name: str) -> Tensor:
+            full = births.full(name)
+            return (gather(full, None) if name in self.space.cut_axes else full).to(device)
+
+        materialise_(self.model, self.tensors, born, exchange)
+
+    def skipped(self, keep: Tensor) -> dict[str, PassThrough]:
+        """Modules of the layers that `keep` leaves out, and what they compute instead."""
+        return {path: slot.skip for slot in self.space.slots if not bool(keep[slot.unit]) for path in slot.modules}
+
+    def _record(self, keep: Tensor) -> Record:
+        """The record of a structure, relative to the first frame."""
+        space, names = self.space, self.names
+        attributes = {(a.module, a.name): int(live_positions(a.units, keep).sum()) for a in space.attributes}
+        wholes = {(a.module, a.name): a.units.numel() for a in space.attributes}
+        kept = {name: where for name in space.cut_axes if (where := index_of(space, name, keep, absent=False))}
+        shapes = {alias: space.shapes[name] for name in space.cut_axes for alias in names[name]}
+        everywhere = {alias: where for name, where in kept.items() for alias in names[name]}
+        blocks = tuple(slot.modules for slot in space.slots)
+        return Record(shapes, everywhere, wholes, attributes, blocks, self.growth).on(self.base)
+
+
+def _all_names(model: nn.Module) -> dict[str, list[str]]:
+    """All names of each parameter and buffer, by the first."""
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    first = {id(tensor): name for name, tensor in named_tensors(model).items()}
+    names: dict[str, list[str]] = {}
+    for name, tensor in every:
+        names.setdefault(first[id(tensor)], []).append(name)
+    return names
+
+
+def _adaptable_and_cut(model: nn.Module, space: Space) -> tuple[str, ...]:
+    """Modules that need their adapter: something can go in them or below them."""
+    cut = [name for name, axes in space.cut_axes.items() if axes]
+    return tuple(path for path in adaptable(model) if any(name.startswith(f"{path}." if path else "") for name in cut))
+
+
+def _same(a: Index | None, b: Index | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.keys() == b.keys() and all(torch.equal(a[axis], b[axis]) for axis in a)
+
+
+def _places(space: Space, name: str, index: Index | None, units: Tensor) -> dict[int, Tensor]:
+    """By cut axis of a tensor, which places of the part at `index` hold one of `units`; not those of none."""
+    found = {}
+    for axis in space.cut_axes[name] if index is not None and bool(units.any()) else ():
+        vector = space.unit_of[name, axis]
+        places = (vector >= 0) & units[vector.clamp(min=0)]
+        places = places[index[axis]] if index is not None and axis in index else places
+        if bool(places.any()):
+            found[axis] = places
+    return found

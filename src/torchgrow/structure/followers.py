@@ -1,0 +1,77 @@
+"""Banks of copies that follow a network, such as moving averages of it."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from ..adapters.registry import adapt_
+from ..errors import StructureError
+from ..exchange import Exchange
+from .bank import Bank
+from .record import mark_
+from .store import gather
+
+
+def follower_of(bank: Bank, model: nn.Module, exchange: Exchange) -> Bank:
+    """A bank of another model of the same frame, which `exchange` will bring to the live structure.
+
+    Args:
+        bank: that of the network which it follows.
+        model: the whole frame, with weights of its own, or a copy of the live model; of the latter everything
+            that sleeps starts as it sleeps here.
+        exchange: makes the change.
+
+    Raises:
+        StructureError: its tensors are neither; the message names them.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    frozen = [name for name, tensor in tensors.items() if tensor.is_inference()]
+    if frozen:
+        raise StructureError(
+            f"{frozen[0]} was made under torch.inference_mode(), so that nothing can write into it; make the copy "
+            "outside of it"
+        )
+    shared = [name for name, tensor in tensors.items() if tensor is bank.tensors.get(name)]
+    if shared:
+        raise StructureError(f"{shared[0]} is the network's own; pass a copy.deepcopy(model)")
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    live = {name: tuple(tensor.shape) for name, tensor in bank.tensors.items()}
+    full = {name: bank.space.shapes[name] for name in live}
+    if found == full:
+        other = Bank(model, bank.space)
+        other.stage(bank.keep).into(exchange)
+        return other
+    if found != live:
+        differing = [name for name in {**live, **found} if found.get(name) not in (live.get(name), full.get(name))]
+        differing = differing or [name for name in live if live[name] != full[name]]
+        seen = "; ".join(
+            f"{name} is {found.get(name, 'missing')}, not {full.get(name, 'there')} as in the frame "
+            f"or {live.get(name, 'missing')} as in the live network"
+            for name in differing[:3]
+        )
+        raise StructureError(
+            f"{type(model).__name__} is neither the whole frame nor a copy of the live network: {seen}; "
+            "make it with copy.deepcopy(model)"
+        )
+    adapt_(model, bank.adapted)
+    other = copy.copy(bank)
+    other.model, other.tensors, other.layouts, other.slots = model, tensors, (), {}
+    other.full = {name: asleep.copy(tensors[name].dtype) for name, asleep in bank.full.items()}
+    for name, asleep in other.full.items():
+        asleep.write(bank.index[name], tensors[name].detach().cpu())
+    mark_(model.named_modules(), bank.record)
+    return other
+
+
+def stored_alike(bank: Bank, other: Bank) -> bool:
+    """Whether all parameters of another bank are what this one's are, apart from the live part."""
+    for name in bank.full.keys() & set(bank.space.parameters):
+        index, theirs = bank.index[name], other.full[name].read({})
+        mine = bank.full[name].copy(theirs.dtype)
+        mine.write(index, gather(theirs, index))
+        if not torch.equal(mine.read({}), theirs):
+            return False
+    return True

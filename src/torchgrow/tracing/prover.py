@@ -1,0 +1,319 @@
+"""A randomised float64 copy of a frame, against which subsets of its units are tried."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TraceError
+from ..structure.bank import Bank
+from ..structure.record import skip_
+from ..structure.space import WHOLE, Space, live_positions
+from ..structure.store import Births, is_meta
+from ..structure.surgery import recut
+from .model_call import call, examples_of, fresh
+from .nested import mapped, put_out, tensors
+from .passes import BARE, HIGH, Chance, Pass, Steady, fingerprint, passes, running, storages, too_small, twin, unchanged
+from .size_attributes import Guess, choices
+
+TOLERANCE = 1e-9
+"""Largest relative error in float64 that still counts as equal."""
+
+
+BLOWN_UP, RETRIES = 1e-3, 3
+"""Errors up to this may be rounding (seen: 2e-7 in EfficientNet-B4, 1e-13 on its other subsets); how often to ask."""
+
+
+NOISE = 1_000_003
+"""Length of the block of noise that large parameters repeat; prime, so that their rows differ."""
+
+
+ZERO = 1e-100
+"""What stands for zero where a parameter is zeroed: as good as nothing to a sum, but it can be normalised.
+
+A weight-normalised row of true zeros is 0 / 0, which is no answer to compare with.
+"""
+
+
+class Prover:
+    """A randomised float64 copy of a frame, against which subsets are tried."""
+
+    def __init__(self, model: nn.Module, space: Space, example_inputs: Any, seed: int) -> None:
+        self.space = space
+        self.counting: frozenset[str] = frozenset()  # names of attributes that had to follow
+        self.generator = torch.Generator().manual_seed(seed)
+        self.frame = twin(model)
+        examples = examples_of(example_inputs)
+        if is_meta(model):
+            births = Births(model, seed)
+            self.frame.to_empty(device=_device(examples))
+            for name, tensor in [*self.frame.named_parameters(), *self.frame.named_buffers()]:
+                tensor.detach().copy_(births.full(name))
+        self.frame._apply(_doubled)
+        for module in self.frame.modules():
+            _double_inside({name: value for name, value in vars(module).items() if name not in BARE}, vars(module))
+        self.examples = [mapped(example, lambda x: _doubled(x.detach().clone())) for example in examples]
+        self._randomize()
+        for state in space.carried:  # anything, not the zeros that most examples begin with
+            for example in self.examples:
+                given = tensors(example)[state.input]
+                given.copy_(torch.randn(given.shape, generator=self.generator, dtype=torch.float64))
+        self.small: set[int] = set()  # examples too small for statistics over a batch
+        self.restless = False  # whether a forward writes into the parameters every time
+        try:
+            self.passes = self._settled(storages(model))
+            plain = self._outputs()
+            self.bank = Bank(self.frame, space)
+            gap = _gap(self._outputs(), plain) if self.bank.adapted else 0.0
+        except TraceError:
+            raise
+        except Exception as error:
+            raise TraceError(
+                f"the proof runs in float64, and there the model's forward failed: {type(error).__name__}: {error}; "
+                "take dtypes from the tensors at hand (x.to(weight.dtype)) instead of naming them, and leave out fused "
+                "kernels that know no float64 (in transformers: attn_implementation and experts_implementation 'eager')"
+            ) from error
+        if gap > TOLERANCE:
+            kinds = sorted({type(module).__name__ for module in map(self.frame.get_submodule, self.bank.adapted)})
+            raise TraceError(
+                f"the adapters in place of {', '.join(kinds)} change the model's outputs by {gap:.1e}; an adapter must "
+                "compute what the module it replaces computes (correct the subclass given to torchgrow.adapter)"
+            )
+
+    def _settled(self, original: dict[int, str]) -> list[Pass]:
+        """The passes that run, after one of each: what a forward does at its first call only has been done then.
+
+        Raises:
+            TraceError: the forward reads tensors of the model itself.
+        """
+        waiting, found, wrote = passes(len(self.examples)), [], False
+        while waiting:
+            one = waiting.pop(0)
+            try:
+                with self._running(one, original) as chance:
+                    before = fingerprint(self.frame)
+                    call(self.frame, fresh(self.examples[one.example]))
+                    wrote |= fingerprint(self.frame) != before
+            except TraceError:
+                raise
+            except Exception as error:
+                if one == Pass():
+                    raise
+                if too_small(error) and one.example not in self.small:
+                    self.small.add(one.example)
+                    waiting.insert(0, one)
+                continue
+            found.append(one)
+            if chance.decides and one.draw == HIGH:
+                waiting += one.drawn_anew()
+        if wrote:
+            self._randomize()
+            for one in found:
+                with self._running(one, {}):
+                    before = fingerprint(self.frame)
+                    call(self.frame, fresh(self.examples[one.example]))
+                    self.restless |= fingerprint(self.frame) != before
+            self._randomize()
+        return found
+
+    @contextmanager
+    def _running(self, one: Pass, original: dict[int, str]) -> Iterator[Chance]:
+        """Everything held still that must not differ between two runs."""
+        small = one.training and one.example in self.small
+        with running(self.frame, one, still_norms=small) as chance, _no_fast_path(), Steady(), chance:
+            chance.original = original
+            yield chance
+
+    def _randomize(self) -> None:
+        """Scales and offsets around 1, statistics away from 0 and 1, and weights neither large nor small.
+
+        With twice their variance, as for training, EfficientNet-B6 blows rounding up from 1e-15 to 2e-7.
+        """
+        given = [p.detach() for p in self.frame.parameters() if p.is_floating_point() or p.is_complex()]
+        parameters = [torch.view_as_real(p) if p.is_complex() else p for p in given]
+        length = min(NOISE, sum(p.numel() for p in parameters))
+        block = torch.randn(length, generator=self.generator, dtype=torch.float64)  # repeated: large layers are many
+        start = 0  # go on where the last one ended: no two parameters alike
+        with torch.no_grad():
+            for parameter in parameters:
+                noise, size = block[start : start + parameter.numel()], parameter.numel()
+                if noise.numel() < size:
+                    noise = torch.cat([noise, block.repeat(-(-size // length))])[:size]
+                start = (start + size) % max(1, length)
+                noise = noise.reshape(parameter.shape)
+                fan_in = max(1, parameter[0].numel()) if parameter.dim() > 1 else 1
+                parameter.copy_(noise * fan_in**-0.5 if parameter.dim() > 1 else 1 + noise / 4)
+            for module in self.frame.modules():
+                if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
+                    draw = torch.rand(2, module.num_features, generator=self.generator, dtype=torch.float64)
+                    module.running_mean.copy_(draw[0] - 0.5)
+                    assert module.running_var is not None
+                    module.running_var.copy_(draw[1] + 0.5)
+
+    def draw(self, fraction: float | str, groups: list[int] | None = None) -> Tensor:
+        """A keep vector that drops about `fraction` of the removable units of each group (all groups if None).
+
+        "ends" drops the first and the last one (the first only where that would leave none).
+        """
+        space = self.space
+        keep = space.everything()
+        groups = list(range(space.n_groups)) if groups is None else groups
+        layers = torch.tensor([s.unit for s in space.slots if int(space.group_of[s.unit]) in groups], dtype=torch.int64)
+        for group in groups:
+            units = torch.nonzero((space.group_of == group) & space.removable).flatten()
+            size = int((space.group_of == group).sum())
+            if isinstance(fraction, str):
+                order = torch.tensor([0, -1])
+            else:
+                order = torch.randperm(units.numel(), generator=self.generator)
+                order = order[: max(1, round(fraction * units.numel()))]
+            chosen = order[: min(units.numel(), size - 1)]
+            keep[units[chosen]] = False
+        layers = layers[space.removable[layers]]
+        if layers.numel():
+            order = torch.tensor([0, -1])
+            if not isinstance(fraction, str):
+                order = torch.randperm(layers.numel(), generator=self.generator)
+                order = order[: max(1, round(fraction * layers.numel()))]
+            keep[layers[order]] = False
+        return keep
+
+    def error(self, keep: Tensor) -> tuple[float, str]:
+        """Relative error between compact network and zeroed frame, and what went wrong if the first fails.
+
+        An error that may be rounding, blown up by a deep network, is looked at again on other random weights: a
+        mistake in the structure shows on all of them.
+        """
+        worst, reason = self._error(keep)
+        for _ in range(RETRIES):
+            if not TOLERANCE < worst <= BLOWN_UP:
+                break
+            self._randomize()
+            del self.bank  # before there is another
+            self.bank = Bank(self.frame, self.space)
+            worst, reason = self._error(keep)
+        return worst, reason
+
+    def _error(self, keep: Tensor) -> tuple[float, str]:
+        with torch.no_grad():
+            for name in self.space.parameters:
+                for axis in self.space.cut_axes.get(name, ()):
+                    dead = torch.nonzero(~live_positions(self.space.unit_of[name, axis], keep)).flatten()
+                    self.bank.tensors[name].index_fill_(axis, dead.to(self.bank.tensors[name].device), ZERO)
+            plain = {}  # layers whose gate of 0 is not removal: the frame without them is the reference (Eq 2)
+            for slot in self.space.slots:
+                if not keep[slot.unit] and not slot.residual:
+                    plain.update(dict.fromkeys(slot.modules, slot.skip))
+                elif not keep[slot.unit]:
+                    for name, axis in self.space.fold:
+                        if axis == WHOLE and self.space.slot_of[name] == slot.unit:
+                            self.bank.tensors[name].fill_(ZERO)
+            skip_(self.frame, plain, plain)
+            expected = self._outputs(shown=keep)
+            skip_(self.frame, plain, {})
+        try:
+            self.bank.recut_(keep)
+            found = self._outputs(keep)
+        except Exception as error:
+            return float("inf"), f"the compact network fails: {type(error).__name__}: {str(error).splitlines()[0]}"
+        finally:
+            self.bank.recut_(self.space.everything())
+        worst = _gap(found, expected)
+        return worst, f"the compact network's outputs differ by {worst:.1e}"
+
+    def adopt(self, found: list[Guess], keep: Tensor, *, thorough: bool = False) -> bool:
+        """Let the first choice of attributes follow the surgery that makes `keep` exact; False if none does."""
+        before = self.space
+        for choice in choices(found, self.counting, thorough=thorough):
+            chosen = {(guess.attribute.module, guess.attribute.name): guess.attribute for guess in choice}
+            others = tuple(a for a in before.attributes if (a.module, a.name) not in chosen)
+            self.space = self.bank.space = replace(before, attributes=(*others, *chosen.values()))
+            if self.error(keep)[0] <= TOLERANCE:
+                self.counting |= {guess.attribute.name for guess in choice}
+                return True
+        self.space = self.bank.space = before
+        return False
+
+    def _outputs(self, keep: Tensor | None = None, *, shown: Tensor | None = None) -> list[Tensor]:
+        """All tensors and numbers the network puts out, in all passes, which begin in the same state every time.
+
+        Args:
+            keep: the units of the network: given states are cut as it is.
+            shown: units of which the carried outputs show no others; what a removed one carries on is nobody's
+                business.
+        """
+        found: list[Tensor] = []
+        with unchanged(self.frame):
+            for one in self.passes:
+                example = self.examples[one.example]
+                if keep is not None and self.space.carried:
+                    example = self._cut_states(example, keep)
+                values = [p.detach().clone() for p in self.frame.parameters()] if self.restless else []
+                with self._running(one, {}):
+                    outputs = call(self.frame, fresh(example))
+                    own = [leaf.value.clone() for leaf in put_out(outputs)]  # of a buffer, before it is as it was
+                if shown is not None:
+                    for state in self.space.carried:
+                        own[state.output] = recut(own[state.output], state.units, self.space.everything(), shown)
+                found += own
+                for parameter, value in zip(self.frame.parameters(), values, strict=False):
+                    parameter.data = value
+        found = [part for x in found for part in (x.unbind() if x.is_nested else [x])]
+        found = [x.to_dense() if x.layout != torch.strided else x for x in found]
+        return [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in found]
+
+    def _cut_states(self, example: Any, keep: Tensor) -> Any:
+        """An example with its carried states as the network with the units in `keep` takes them."""
+        units, whole = {state.input: state.units for state in self.space.carried}, self.space.everything()
+        cut = iter([recut(x, units.get(i, {}), whole, keep) for i, x in enumerate(tensors(example))])
+        return mapped(example, lambda x: next(cut))
+
+
+def _gap(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest relative error of outputs; infinite where their number or shapes differ, or there is a NaN."""
+    if len(found) != len(expected) or any(a.shape != b.shape for a, b in zip(found, expected, strict=True)):
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(found, expected, strict=True):
+        if a.numel():
+            gap = float((a.double() - b.double()).abs().max()) / max(float(b.double().abs().max()), 1e-12)
+            worst = max(worst, gap if gap == gap else float("inf"))
+    return worst
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Without the fused encoder layers, which put zeros where they skip padding."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _device(examples: list[Any]) -> torch.device:
+    return tensors(examples[0])[0].device
+
+
+def _doubled(x: Tensor) -> Tensor:
+    """In double precision, real or complex; integers as they are."""
+    return x.to(torch.complex128) if x.is_complex() else x.double() if x.is_floating_point() else x
+
+
+def _double_inside(held: Mapping[str, Any] | list[Any], container: Any) -> None:
+    """Give a container doubled tensors in place of those it holds, in dicts and lists inside too; parameters stay."""
+    for key, value in list(held.items() if isinstance(held, Mapping) else enumerate(held)):
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            container[key] = _doubled(value.detach())
+        elif type(value) is tuple and any(isinstance(x, Tensor) for x in value):
+            entries = list(value)
+            _double_inside(entries, entries)
+            container[key] = tuple(entries)
+        elif type(value) in (dict, list):
+            _double_inside(value, value)
