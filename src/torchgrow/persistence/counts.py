@@ -13,7 +13,6 @@ from ..errors import SavedModelError
 from ..structure.attributes import get, held
 from ..structure.record import Record, join
 from ..structure.store import Index
-from .network import Shown
 from .structure_file import STRUCTURE
 
 REPEATS = (1, 2, 3, 4)
@@ -22,6 +21,9 @@ REPEATS = (1, 2, 3, 4)
 
 CHANNELS = ("in_channels", "out_channels", "groups")
 """Counts of a convolution, which its weight must fit."""
+
+Shown = tuple[str, int, int, int]
+"""Evidence for a count: tensor, axis, how often the axis repeats what is counted (0: a piece of it), its start."""
 
 
 def counts_of(modules: Mapping[str, nn.Module], record: Record, kept: Mapping[str, Index]) -> list[list[Any]]:

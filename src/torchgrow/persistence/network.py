@@ -154,10 +154,6 @@ def _has_extra_state(module: nn.Module) -> bool:
     return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
-Shown = tuple[str, int, int, int]
-"""Evidence for a count: tensor, axis, how often the axis repeats what is counted (0: a piece of it), its start."""
-
-
 def _left_out(
     path: str, skip: PassThrough, skipped: Mapping[str, PassThrough], tensors: Mapping[str, Tensor], record: Record
 ) -> list[Any]:
