@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     from .onednn_guard import guard_
     from .persistence.checkpoint import load_checkpoint, save_checkpoint
     from .persistence.network import load, save
+    from .persistence.portable import portable_, shrink_
     from .policies.indicators import PRESETS, Method
     from .structure.cost import Cost
     from .structure.limits import Budget, Limits
     from .structure.space import Frozen, Space
-    from .structure.surgery import Bank, shrink_
+    from .structure.surgery import Bank
     from .tracing.rules.registry import Context, module_rule, rule
     from .tracing.verification import Report, trace, verify
 
@@ -58,12 +59,13 @@ _HOMES = {
     "policies.indicators": ["PRESETS", "Method"],
     "structure.limits": ["Budget", "Limits"],
     "persistence.network": ["load", "save"],
+    "persistence.portable": ["portable_", "shrink_"],
     "policies": ["policies"],
     "tracing.verification": ["Report", "trace", "verify"],
     "tracing.rules.registry": ["Context", "module_rule", "rule"],
     "structure.space": ["Frozen", "Space"],
     "growth.event": ["Event"],
-    "structure.surgery": ["Bank", "shrink_"],
+    "structure.surgery": ["Bank"],
 }
 
 __all__ = [
@@ -93,6 +95,7 @@ __all__ = [
     "measure",
     "module_rule",
     "policies",
+    "portable_",
     "rule",
     "save",
     "save_checkpoint",

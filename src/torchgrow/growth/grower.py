@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from ..distributed import Ranks
 from ..errors import BudgetError, OptimizerError, StructureError, TorchgrowError
-from ..exchange import Exchange, trainable
+from ..exchange import Exchange, forget_compiled, trainable
 from ..onednn_guard import guard_
+from ..persistence.portable import owned_
 from ..persistence.randomness import random_state
 from ..policies import Policy, View, policy_of
 from ..policies.indicators import Method
@@ -42,13 +43,13 @@ from ..tracing.verification import prove, trace
 from .advice import Course, course, summary, warn_if_trained
 from .event import Event
 from .gates import Fold, Folding, attached, converted
-from .saved import Saved, forget_compiled
+from .loading import Loading
 from .watch import Watch, warn_idle, warn_spread
 
 log = logging.getLogger("torchgrow")
 
 
-class Grower(Saved):
+class Grower(Loading):
     """Grows a model to a budget while you train it.
 
     At construction the model (the frame, the largest it may become) is shrunk in place to a seed of one unit per
@@ -189,6 +190,7 @@ class Grower(Saved):
         self.policy.applied(replace(everything, keep=seed_structure))
         self.policy.state_dict()  # what could not be kept is told now, not at the first checkpoint
         self._change_to(seed_structure, self.policy, self._generator, time.perf_counter(), exchange=exchange)
+        owned_(model, self)
 
     # --- what the user asks for ---
 
@@ -301,6 +303,7 @@ class Grower(Saved):
         except BaseException:
             exchange.undo()
             raise
+        owned_(follower.model, self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """What a run was planned with stays: a new value would be shown, but not followed."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from ..distributed import Ranks
 from ..errors import SavedModelError, StructureError
-from ..exchange import Exchange, trainable
+from ..exchange import Exchange, forget_compiled, trainable
 from ..persistence.beside import (
     check_late,
     check_network,
@@ -396,12 +395,3 @@ def _no_state(given: Any) -> str:
         advice = f"which is in it as state[{inside[0]!r}]" if inside else advice
     found = f"a dict with {sorted(map(str, given))[:3]}" if isinstance(given, dict) else f"a {type(given).__name__}"
     return f"load_state_dict takes what grower.state_dict() returned, got {found}; {advice}. Nothing was changed"
-
-
-def forget_compiled() -> None:
-    """Let Dynamo forget code compiled for the old shapes, which it guards on; it is compiled anew at its next call.
-
-    Left alone, Dynamo gives a function up after 8 recompilations and stays eager from then on, with a warning at most.
-    """
-    if "torch._dynamo" in sys.modules:  # else nothing has been compiled
-        torch.compiler.reset()

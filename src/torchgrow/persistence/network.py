@@ -22,6 +22,7 @@ from ..structure.store import Index, live_shape
 from ..structure.surgery import materialise_, replace_
 from .beside import may_appear
 from .folder import pack, read_folder, real_folder, storable, unpack, write_folder
+from .portable import portable_
 from .structure_record import (
     FORMATS,
     check_convolutions,
@@ -32,7 +33,7 @@ from .structure_record import (
     read_kept,
     read_skipped,
 )
-from .wrappers import plain_modules, plain_tensors, unwrapped
+from .wrappers import plain_modules, stored_tensors, unwrapped
 
 WEIGHTS, STRUCTURE = "model.safetensors", "structure.json"
 
@@ -68,7 +69,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise SavedModelError(f"{target} exists and is not a saved model; choose another folder or remove it")
     model = unwrapped(model)
     modules = plain_modules(model)
-    tensors, record = _own_tensors(modules), recorded(modules.items())
+    tensors, record = stored_tensors(modules), recorded(modules.items())
     skipped = {path: skip for path, module in modules.items() if (skip := skip_of(module)) is not None}
     _check_explained(modules, tensors, record, skipped)
     stored = {name: storable(tensor, name) for name, tensor in tensors.items()}
@@ -83,13 +84,6 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             stacklevel=2,
         )
     write_folder(target, structure, stored, (STRUCTURE, WEIGHTS))
-
-
-def _own_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Parameters and buffers by name; sparse buffers that are not persistent are the frame's to make."""
-    transient = {join(path, name) for path, module in modules.items() for name in module._non_persistent_buffers_set}
-    found = plain_tensors(modules)
-    return {name: x for name, x in found.items() if x.layout == torch.strided or name not in transient}
 
 
 def _listed(module: nn.Module) -> list[tuple[str, bool | None]]:
@@ -190,7 +184,7 @@ def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module])
         raise SavedModelError(f"frame_factory must return a torch.nn.Module, got {type(model).__name__}")
     frame = unwrapped(model)
     modules = plain_modules(frame)
-    own = _own_tensors(modules)
+    own = stored_tensors(modules)
     _check_fresh(modules, own)
     extra = {path: unpack(value, tensors) for path, value in structure["extra_state"].items()}
     kept = read_kept(where, structure, own)
@@ -226,7 +220,7 @@ def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module])
     for path, value in extra.items():
         _give_extra(source, path, modules[path], value)
     guard_(frame)
-    return model
+    return portable_(model)
 
 
 def _check_fresh(modules: Mapping[str, nn.Module], own: Mapping[str, Tensor]) -> None:
