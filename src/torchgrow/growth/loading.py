@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed import Ranks
 from ..errors import StructureError, TorchgrowError
 from ..exchange import Exchange, forget_compiled, trainable
 from ..policies import View
@@ -24,8 +23,6 @@ from .saved import Saved
 
 class Loading(Saved):
     """The part of `Grower` that takes over what `model.load_state_dict(state)` brings."""
-
-    _ranks: Ranks
 
     def _stage(
         self, keep: Tensor, gate: Tensor | None, silent: Tensor | None
@@ -90,7 +87,7 @@ class Loading(Saved):
         history = [*self.history[:-1], last]
         exchange.fields(self, history=history, _before=bank.keep, _ever=self._ever | self.space.present(keep))
         self._note(exchange, history, self.finished)
-        self._ranks.invalidate(exchange)
+        self.ranks.invalidate(exchange)
         exchange.make()
         forget_compiled()
         if self.finished:
@@ -127,7 +124,7 @@ class Loading(Saved):
             exchange.fields(one, full={}, slots={})
         exchange.fields(self, finished=True, _early=True)
         exchange.fields(self._bank.growth, finished=True)
-        self._ranks.invalidate(exchange)
+        self.ranks.invalidate(exchange)
         exchange.make()
         forget_compiled()
         return state
