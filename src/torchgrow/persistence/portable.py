@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..adapters.registry import adapt_
+from ..adapters.registry import ADAPTERS, adapt_, adaptable
 from ..errors import SavedModelError, StructureError, TorchgrowError
 from ..exchange import Exchange, forget_compiled
 from ..onednn_guard import guard_
@@ -104,7 +104,13 @@ def shrink_(model: nn.Module, space: Space, keep: Tensor, optimizer: torch.optim
 
 
 class Owner(Protocol):
-    """What cuts a model while it is loaded: a grower."""
+    """What cuts a model while it is loaded: a grower.
+
+    Attributes:
+        finished: whether nothing sleeps any more.
+    """
+
+    finished: bool
 
     def loaded(
         self, model: nn.Module, record: Record, left_out: Collection[str], contents: Mapping[str, Tensor]
@@ -115,7 +121,8 @@ class Owner(Protocol):
             model: the network or a follower.
             record: the structure, relative to the first frame.
             left_out: names of modules that are left out.
-            contents: what the network's tensors hold until they are loaded, of those that are cut.
+            contents: what the network's tensors hold until they are loaded, of those that are cut; empty while
+                the rest of them sleeps.
         """
 
 
@@ -194,9 +201,11 @@ class Cut:
         attributes: numbers by module and name.
         skipped: modules that are left out.
         adapted: names of modules that need an adapter.
+        owner: the grower of the module, if it has one.
     """
 
     module: nn.Module
+    owner: Owner | None
     record: Record
     contents: dict[str, Tensor]
     attributes: dict[tuple[str, str], int]
@@ -292,6 +301,13 @@ def _plan(module: nn.Module, structure: dict[str, Any], state: Mapping[str, Any]
     below = tuple(f"{path}." for path in skipped)
     lowered = read_attributes(where, structure, modules, kept, frame, below, now.wholes)
     attributes = {**now.wholes, **lowered}
+    adaptable(module)  # imports the adapters of other libraries
+    bare = [path for path in structure["adapted"] if not {type(modules.get(path))} & {*ADAPTERS, *ADAPTERS.values()}]
+    if bare:
+        raise SavedModelError(
+            f"{where} needs an adapter for {bare[0]} ({type(modules.get(bare[0])).__name__}), and there is none here; "
+            "import the one it was saved with, or register it with torchgrow.adapter. Nothing was changed"
+        )
     live = {n: (0,) if n.startswith(below) else live_shape(tuple(x.shape), kept.get(n, {})) for n, x in frame.items()}
     check_convolutions(where, modules, {n: _shaped(live[n], x) for n, x in frame.items()}, attributes, below)
     changing = [name for name, tensor in own.items() if name in kept or name in now.shapes or name.startswith(below)]
@@ -309,8 +325,8 @@ def _plan(module: nn.Module, structure: dict[str, Any], state: Mapping[str, Any]
             )
         given[name] = value
     absent = tuple(f"{path}." for path, one in modules.items() if skip_of(one) is not None)
-    contents = {}
-    for name in changing:
+    owner, contents = _owner(module), {}
+    for name in changing if owner is None or owner.finished else ():  # of a run that lasts, the rest sleeps
         old = None if name.startswith(absent) else now.kept.get(name, {})
         new = None if name.startswith(below) else kept.get(name, {})
         contents[name] = _interim(name, own[name], old, new, live[name], name in given)
@@ -318,7 +334,7 @@ def _plan(module: nn.Module, structure: dict[str, Any], state: Mapping[str, Any]
     shapes = {name: tuple(frame[name].shape) for name in changing}
     blocks = tuple((path, *left_out_with(structure, path)) for path in skipped)
     record = Record({**now.shapes, **shapes}, kept, wholes, attributes, tuple(dict.fromkeys((*now.blocks, *blocks))))
-    return Cut(module, record, contents, attributes, skipped, structure["adapted"])
+    return Cut(module, owner, record, contents, attributes, skipped, structure["adapted"])
 
 
 def _shaped(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -358,9 +374,9 @@ def _interim(
 
 def _make(cut: Cut) -> None:
     """Cut a module, all of it or nothing; of one that grows, its grower does."""
-    module, owner = cut.module, _owner(cut.module)
-    if owner is not None:
-        owner.loaded(module, cut.record, cut.skipped.keys(), cut.contents)
+    module = cut.module
+    if cut.owner is not None:
+        cut.owner.loaded(module, cut.record, cut.skipped.keys(), cut.contents)
         return
     modules = plain_modules(module)
     own, exchange = stored_tensors(modules), Exchange()
@@ -383,10 +399,8 @@ def _make(cut: Cut) -> None:
                 exchange.drop(vars(one), LEFT_OUT)
             exchange.fields(one, **{RECORD: Mark(cut.record, path)})
         exchange.make()
-    except BaseException as error:
+    except BaseException:
         exchange.undo()
-        if isinstance(error, TorchgrowError) and not isinstance(error, SavedModelError):
-            raise SavedModelError(f"the state dict names a module without its adapter: {error}") from error
         raise
     guard_(module)
     forget_compiled()
