@@ -3,34 +3,56 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..distributed import Ranks
 from ..errors import StructureError, TorchgrowError
 from ..exchange import Exchange, forget_compiled, trainable
-from ..policies import View
+from ..policies import Policy, View
+from ..structure.cost import Cost
+from ..structure.limits import Limits
 from ..structure.record import Record
-from ..structure.space import Space
 from ..structure.store import Index
-from ..structure.surgery import Bank, Change
-from .gates import Fold
-from .saved import Saved
+from ..structure.surgery import Bank
+from .event import Event
+from .live_network import LiveNetwork
+from .plan import Plan
+from .run_state import RunState
 
 
-class Loading(Saved):
-    """The part of `Grower` that takes over what `model.load_state_dict(state)` brings."""
+class Running(Protocol):
+    """A run, as far as it is needed here; see `Run`."""
 
-    def _stage(
-        self, keep: Tensor, gate: Tensor | None, silent: Tensor | None
-    ) -> tuple[list[Change], tuple[Fold, list[Tensor], dict[tuple[str, str], Tensor]]]:
-        raise NotImplementedError  # of Grower
+    plan: Plan
+    policy: Policy
+    optimizers: list[torch.optim.Optimizer]
+    state: RunState
+    ranks: Ranks
+    live: LiveNetwork
 
-    def _view(self, number: int) -> View:
-        raise NotImplementedError  # of Grower
+    def state_dict(self) -> dict[str, Any]:
+        """The whole run."""
+
+    def _view(self, number: int) -> View: ...
+
+    def _note(self, exchange: Exchange, history: list[Event], finished: bool) -> None: ...
+
+
+class Loading:
+    """Takes over what `model.load_state_dict(state)` brings, for one run."""
+
+    def __init__(self, run: Running) -> None:
+        self.run = run
+
+    @property
+    def finished(self) -> bool:
+        """Whether the structure is final."""
+        return self.run.state.finished
 
     @trainable()
     def loaded(
@@ -46,7 +68,7 @@ class Loading(Saved):
             model: the network, or a follower.
             record: the structure, relative to the first frame.
             left_out: names of modules that are left out.
-            contents: what tensors hold until they are loaded.
+            contents: what tensors hold until they are loaded, where nothing sleeps.
 
         Raises:
             StructureError: the model is a follower, or the run could not have reached this structure.
@@ -54,89 +76,104 @@ class Loading(Saved):
         Warns:
             UserWarning: the run is over, and the structure is another than the one it ended with.
         """
-        if model is not self.model:
-            raise StructureError(
-                f"the state dict is of another structure, and this {type(model).__name__} follows a network that "
-                "grows: it is cut when the network is. Load the whole run, grower.load_state_dict(state), which brings "
-                "followers along, or load it into a copy that does not follow: torchgrow.portable_(build()). Nothing "
-                "was changed"
-            )
-        bank = self._bank
-        keep = keep_of(self.space, bank, record, left_out)
-        exchange, policy = Exchange(), self.policy.copied()
-        if self.finished:
-            changes = [bank.stage_contents(keep, {**{n: bank.tensors[n].detach() for n in bank.order}, **contents})]
-            changed = [name for name, swap in changes[0].swaps.items() if swap.tensor.shape != swap.new.shape]
-            for optimizer in self.optimizers:
-                for name in changed:
-                    exchange.drop(optimizer.state, bank.tensors[name])
+        run, exchange = self.run, Exchange()
+        live, state, space = run.live, run.state, run.plan.space
+        check_follower(live, model)
+        keep = keep_of(live.bank, record, left_out)
+        policy = run.policy.copied()
+        if state.finished:
+            change_at_end(exchange, live.bank, keep, contents, run.optimizers)
         else:
-            view = self._view(len(self.history) - 1)
-            changes, installed = self._stage(keep, policy.gate, None)
+            view = run._view(len(state.history) - 1)
+            live.change(exchange, keep, policy.gate, first=True, last=False, silent=None)
             policy.applied(replace(view, keep=keep))
-            self._folding.install(exchange, *installed)
-            self._folding.begin(exchange)
-        for change in changes:
-            change.into(exchange)
-        if not self.finished:
-            raw = installed[0].contents
-            self._watch.begin(exchange, {**self._contents(), **changes[0].contents(self._parameters), **raw})
-            exchange.fields(self.policy, **vars(policy))
-        cost = self._costs.cost(keep)
-        last = replace(self.history[-1], params=cost.params, flops=cost.flops, widths=self.space.widths(keep))
-        history = [*self.history[:-1], last]
-        exchange.fields(self, history=history, _before=bank.keep, _ever=self._ever | self.space.present(keep))
-        self._note(exchange, history, self.finished)
-        self.ranks.invalidate(exchange)
+            exchange.fields(run.policy, **vars(policy))
+        cost = run.plan.costs.cost(keep)
+        last = replace(state.history[-1], params=cost.params, flops=cost.flops, widths=space.widths(keep))
+        exchange.fields(state, before=live.keep, ever=state.ever | space.present(keep))
+        history = [*state.history[:-1], last]
+        exchange.fields(state, history=history)
+        run._note(exchange, history, state.finished)
+        run.ranks.invalidate(exchange)
         exchange.make()
         forget_compiled()
-        if self.finished:
-            warnings.warn(
-                f"the run has ended, and {type(model).__name__} now gets another structure by load_state_dict: "
-                f"{cost.params:,} parameters, {cost.flops:,} FLOPs, the budget allows {self.limits}. To compare only "
-                "networks on the budget, choose the best one after the last update",
-                stacklevel=5,
-            )
+        if state.finished:
+            tell_end(model, cost, run.plan.limits)
 
-    @trainable()
     def release(self) -> dict[str, Any]:
-        """Bring the whole frame back, and end this run for another one to go on from its state.
-
-        For loops that make their optimizer anew in the middle of a run: a Grower of the same model and the new
-        optimizer takes the state over by `load_state_dict`.
-
-        Returns:
-            What `state_dict` returns.
-
-        Raises:
-            TorchgrowError: the run is over, and what slept is gone.
-        """
-        if self.finished:
+        """See `Grower.release`."""
+        run = self.run
+        if run.state.finished:
             raise TorchgrowError(
                 "the run is over and the structure final; there is nothing another grower could go on with"
             )
-        state, exchange = self.state_dict(), Exchange()
-        changes, _ = self._stage(self.space.everything(), None, None)
-        for change in changes:
-            change.into(exchange)
-        self._folding.remove(exchange)
-        for one in (self._bank, *self._followers):
-            exchange.fields(one, full={}, slots={})
-        exchange.fields(self, finished=True, _early=True)
-        exchange.fields(self._bank.growth, finished=True)
-        self.ranks.invalidate(exchange)
+        state, exchange = run.state_dict(), Exchange()
+        run.live.change(exchange, run.plan.space.everything(), None, first=True, last=True, silent=None)
+        exchange.fields(run.state, finished=True, early=True)
+        exchange.fields(run.live.bank.growth, finished=True)
+        run.ranks.invalidate(exchange)
         exchange.make()
         forget_compiled()
         return state
 
 
-def keep_of(space: Space, bank: Bank, record: Record, left_out: Collection[str]) -> Tensor:
+def check_follower(live: LiveNetwork, model: nn.Module) -> None:
+    """Refuse a structure for a copy that follows.
+
+    Raises:
+        StructureError: the model is not the network itself.
+    """
+    if model is not live.model:
+        raise StructureError(
+            f"the state dict is of another structure, and this {type(model).__name__} follows a network that "
+            "grows: it is cut when the network is. Load the whole run, grower.load_state_dict(state), which brings "
+            "followers along, or load it into a copy that does not follow: torchgrow.portable_(build()). Nothing "
+            "was changed"
+        )
+
+
+def change_at_end(
+    exchange: Exchange,
+    bank: Bank,
+    keep: Tensor,
+    contents: Mapping[str, Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> None:
+    """Have `exchange` change a structure that is final: nothing sleeps, and optimizer state of what changes is gone.
+
+    Args:
+        exchange: makes it.
+        bank: of the network.
+        keep: bool [n].
+        contents: what tensors hold until they are loaded.
+        optimizers: that train it.
+    """
+    here = {name: bank.tensors[name].detach() for name in bank.order}
+    change = bank.stage_contents(keep, {**here, **contents})
+    for name, swap in change.swaps.items():
+        for optimizer in optimizers if swap.tensor.shape != swap.new.shape else ():
+            exchange.drop(optimizer.state, bank.tensors[name])
+    change.into(exchange)
+
+
+def tell_end(model: nn.Module, cost: Cost, limits: Limits) -> None:
+    """Say that a network that was final is of another structure now."""
+    warnings.warn(
+        f"the run has ended, and {type(model).__name__} now gets another structure by load_state_dict: "
+        f"{cost.params:,} parameters, {cost.flops:,} FLOPs, the budget allows {limits}. To compare only "
+        "networks on the budget, choose the best one after the last update",
+        stacklevel=6,
+    )
+
+
+def keep_of(bank: Bank, record: Record, left_out: Collection[str]) -> Tensor:
     """The units (bool [n]) that a record of the same first frame keeps.
 
     Raises:
         StructureError: it is no structure of this space; the message names a tensor.
     """
-    keep, base = space.everything(), bank.base.kept
+    space, base = bank.space, bank.base.kept
+    keep = space.everything()
     for (name, axis), units in space.unit_of.items():
         where = record.kept.get(name, {}).get(axis)
         if where is None:

@@ -104,13 +104,11 @@ def shrink_(model: nn.Module, space: Space, keep: Tensor, optimizer: torch.optim
 
 
 class Owner(Protocol):
-    """What cuts a model while it is loaded: a grower.
+    """What cuts a model while it is loaded: a run of growth."""
 
-    Attributes:
-        finished: whether nothing sleeps any more.
-    """
-
-    finished: bool
+    @property
+    def finished(self) -> bool:
+        """Whether nothing sleeps any more."""
 
     def loaded(
         self, model: nn.Module, record: Record, left_out: Collection[str], contents: Mapping[str, Tensor]
