@@ -535,3 +535,15 @@ def test_a_structure_that_cannot_be_written_is_told():
     mark.record.attributes[mark.path, "extra"], mark.record.wholes[mark.path, "extra"] = 7, 999
     with pytest.warns(UserWarning, match="holds weights without their structure, since depthwise.extra went from 999"):
         assert KEY not in model.state_dict()
+
+
+def test_only_layers_are_left_out():
+    frame = build()
+    space = torchgrow.trace(frame, IMAGES, depth=True)
+    keep = space.everything()
+    keep[space.slots[0].unit] = False
+    torchgrow.shrink_(frame, space, keep)
+    other, again = portable_(build()), portable_(build())
+    other.load_state_dict(saved(frame))
+    again.load_state_dict(saved(other))
+    same(frame, again)

@@ -159,10 +159,11 @@ def add_structure(module: nn.Module, state: MutableMapping[str, Any], prefix: st
 
 
 def structure_of(module: nn.Module) -> tuple[dict[str, Any], Tensor] | None:
-    """The record of a module, and that as a tensor; None for a module that was never cut."""
+    """The record of a module, and that as a tensor; None for a whole frame that nobody is growing."""
     modules = plain_modules(module)
     marks = [(path, mark) for path, one in modules.items() if (mark := mark_of(one)) is not None]
-    if not marks:
+    cut = any(mark.record.growth or mark.record.kept for _, mark in marks)
+    if not cut and all(skip_of(one) is None for one in modules.values()):
         return None
     known = _written.get(module)
     if known is None or not _same_marks(known[0], marks):
