@@ -158,10 +158,11 @@ def change_at_end(
 
 def tell_end(model: nn.Module, cost: Cost, limits: Limits) -> None:
     """Say that a network that was final is of another structure now."""
+    known = ((cost.params, limits.params, "parameters"), (cost.flops, limits.flops, "FLOPs"))
+    costs = " and ".join(f"{now:,} {what}, of {most:,} in the budget" for now, most, what in known if most is not None)
     warnings.warn(
-        f"the run has ended, and {type(model).__name__} now gets another structure by load_state_dict: "
-        f"{cost.params:,} parameters, {cost.flops:,} FLOPs, the budget allows {limits}. To compare only "
-        "networks on the budget, choose the best one after the last update",
+        f"the run has ended, and {type(model).__name__} now gets another structure by load_state_dict: {costs}. To "
+        "compare only networks on the budget, choose the best one after the last update",
         stacklevel=6,
     )
 
