@@ -16,8 +16,12 @@ from torchgrow.cli import app
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-RUN_ELSEWHERE = {"distributed.md": "test_distributed.py", "extending.md": "test_extending.py"}
-"""Pages with tests of their own: blocks that need several processes, or that checks are woven into."""
+RUN_ELSEWHERE = {
+    "distributed.md": "test_distributed.py",
+    "extending.md": "test_extending.py",
+    "integrations.md": "test_integrations.py",
+}
+"""Pages with tests of their own: blocks that need several processes or frameworks, or that checks are woven into."""
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -17,6 +17,7 @@ from test_depth import Residual, Stages
 from torchgrow import Budget, Grower, Method, StructureError, TorchgrowError, save
 from torchgrow.persistence.network import load
 from torchgrow.structure.store import gather
+from torchgrow.structure.surgery import named_tensors
 
 METHOD = Method(ramp=0.5, align=1, settle=0.0)
 LITERAL = Method.paper()  # units leave and come back
@@ -92,11 +93,11 @@ def test_weights_of_its_own_are_never_touched(dtype: torch.dtype) -> None:
     torch.manual_seed(7)
     teacher = SmallResNet().to(dtype)
     teacher(torch.randn(8, 3, 6, 6, dtype=dtype))
-    before = copy.deepcopy(teacher.state_dict())
+    before = copy.deepcopy(named_tensors(teacher))
     grower = make(LITERAL, updates=12, seed=1)
     grower.follow(teacher)
     for epoch in range(11):
-        for name, tensor in teacher.state_dict().items():
+        for name, tensor in named_tensors(teacher).items():
             assert torch.equal(tensor, gather(before[name], grower.run.live.bank.index.get(name, {}))), name
             assert tensor.dtype == before[name].dtype
         assert teacher.eval()(batch(0)[0].to(dtype)).shape == (8, 4)

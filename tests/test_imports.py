@@ -31,6 +31,11 @@ BEYOND = {
 }  # it shows the core's own counts and answers
 OUTSIDE = {"__main__", "cli"}
 CORE_NEEDS = {"torch", "safetensors", "numpy"}
+FRAMEWORKS = {
+    **{f"adapters.{name}": name for name in ("timm", "torchvision", "ultralytics")},  # loaded when a model is met
+    **{f"integrations.{name}": name for name in ("lightning", "transformers")},  # loaded by whoever uses them
+    "integrations.pretrained": "transformers",
+}
 COMMANDS = [ROOT / f"{name}.py" for name in sorted(OUTSIDE)]
 CORE = sorted(path for path in ROOT.rglob("*.py") if path not in LAB and path not in COMMANDS)
 
@@ -73,8 +78,8 @@ def wrong_in_core(module: str, source: str) -> list[str]:
             parts = inside(target, name)
             if (parts or [name])[0] not in before | ({own} if "." in module else set()):
                 wrong.append(f"{module} imports {'.'.join(parts)}")
-        elif package not in CORE_NEEDS | sys.stdlib_module_names and (own, package) != ("adapters", module[9:]):
-            wrong.append(f"{module} imports {target}")  # adapters.x may import x: it is loaded when a model of x is met
+        elif package not in CORE_NEEDS | {*sys.stdlib_module_names} | {FRAMEWORKS.get(module)}:
+            wrong.append(f"{module} imports {target}")
     return wrong
 
 

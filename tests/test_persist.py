@@ -207,7 +207,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "shapes are a list": (put([], "frame_shapes"), FORM),
     "another frame": (put([8, 3, 3, 3], "frame_shapes", "a.weight"), r"cut from a frame with other shapes"),
-    "an unknown tensor": (put({"0": [0]}, "kept", "z.weight"), r"no tensor 'z\.weight'; is frame_factory the same"),
+    "an unknown tensor": (put({"0": [0]}, "kept", "z.weight"), r"no tensor 'z\.weight'; is the frame built as it was"),
     "negative": (put([-1, 0, 1, 2], "kept", "a.weight", "0"), RISING),
     "duplicate": (put([0, 1, 1, 2], "kept", "a.weight", "0"), RISING),
     "falling": (put([3, 2, 1, 0], "kept", "a.weight", "0"), RISING),
@@ -264,9 +264,9 @@ def test_a_missing_folder_and_a_wrong_factory(folder: Path, tmp_path: Path) -> N
             save(wrong, tmp_path / "net")  # type: ignore[arg-type]
     with pytest.raises(SavedModelError, match=r"frame_factory must return a torch\.nn\.Module, got str"):
         load(folder, lambda: "net")  # type: ignore[arg-type, return-value]
-    with pytest.raises(SavedModelError, match=r"no tensor 'a\.bias'; is frame_factory the same"):
+    with pytest.raises(SavedModelError, match=r"no tensor 'a\.bias'; is the frame built as it was"):
         load(folder, lambda: zoo.build("plain"))
-    with pytest.raises(SavedModelError, match=r"cut from a frame with other shapes than frame_factory's"):
+    with pytest.raises(SavedModelError, match=r"cut from a frame with other shapes than this one's"):
         load(folder, lambda: zoo.build("grouped-2"))
 
 

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from .onednn_guard import guard_
     from .persistence.checkpoint import load_checkpoint, save_checkpoint
     from .persistence.network import load, save
+    from .persistence.portable import portable_, shrink_
     from .policies.indicators import PRESETS, Method
     from .structure.bank import Bank
     from .structure.cost import Cost
     from .structure.limits import Budget, Limits
-    from .structure.shrink import shrink_
     from .structure.space import Frozen, Space
     from .tracing.measure import measure
     from .tracing.rules.registry import Context, module_rule, rule
@@ -60,6 +60,7 @@ _HOMES = {
     "policies.indicators": ["PRESETS", "Method"],
     "structure.limits": ["Budget", "Limits"],
     "persistence.network": ["load", "save"],
+    "persistence.portable": ["portable_", "shrink_"],
     "policies": ["policies"],
     "tracing.measure": ["measure"],
     "tracing.verification": ["Report", "trace", "verify"],
@@ -67,7 +68,6 @@ _HOMES = {
     "structure.space": ["Frozen", "Space"],
     "growth.event": ["Event"],
     "structure.bank": ["Bank"],
-    "structure.shrink": ["shrink_"],
 }
 
 __all__ = [
@@ -97,6 +97,7 @@ __all__ = [
     "measure",
     "module_rule",
     "policies",
+    "portable_",
     "rule",
     "save",
     "save_checkpoint",

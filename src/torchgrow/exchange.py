@@ -8,6 +8,7 @@ them made, and if one of the calls itself fails, all of them are taken back.
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -216,3 +217,12 @@ def _deliver(held: deque[tuple[int, Any]], handlers: Mapping[int, Any]) -> None:
     finally:
         if held:
             _deliver(held, handlers)
+
+
+def forget_compiled() -> None:
+    """Let Dynamo forget code compiled for the old shapes, which it guards on; it is compiled anew at its next call.
+
+    Left alone, Dynamo gives a function up after 8 recompilations and stays eager from then on, with a warning at most.
+    """
+    if "torch._dynamo" in sys.modules:  # else nothing has been compiled
+        torch.compiler.reset()

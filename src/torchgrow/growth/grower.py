@@ -35,13 +35,6 @@ PLANNED = frozenset({"model", "budget", "limits", "updates", "seed", "policy", "
 """Attributes of a grower that stay as they are."""
 
 
-NO_COPY = (
-    "a Grower cannot be copied or pickled: it hangs on the objects of its model and optimizer. To store a run use "
-    "torchgrow.save_checkpoint(folder, grower); to branch off, build model, optimizer and Grower anew and call "
-    "other.load_state_dict(grower.state_dict()); for the network alone copy.deepcopy(grower.model)"
-)
-
-
 class Grower:
     """Grows a model to a budget while you train it.
 
@@ -145,10 +138,8 @@ class Grower:
         """The network for data-parallel training; call it anew after every update: `ddp = grower.wrap()`.
 
         Returns a new DistributedDataParallel, or, where no process group was started, the model itself. Wrappers
-        made before an update raise when they are called after it. Evaluate and save the model, not the wrapper.
-
-        Args:
-            **settings: of DistributedDataParallel, such as `find_unused_parameters`.
+        made before an update raise when they are called after it. Evaluate and save the model, not the wrapper. `settings`
+        are those of DistributedDataParallel, such as `find_unused_parameters`.
 
         Raises:
             TorchgrowError: there are several processes, but no process group, or it was started after the grower.
@@ -171,9 +162,7 @@ class Grower:
             StructureError: it does not fit; the message names tensors and shapes.
             TorchgrowError: the run is over, or it is no module.
         """
-        if self.finished:
-            raise TorchgrowError("the run is over and the structure final; a copy of the network needs no following")
-        self.run.live.follow(module)
+        self.run.follow(module)
 
     @trainable()
     def carry(self, state: Any) -> Any:
@@ -188,8 +177,7 @@ class Grower:
                 axes that no unit lives on (of the batch, say) are free.
 
         Returns:
-            `state`, detached: entries of units that stayed are the same bit for bit, those of units that came are
-            0, those of units that left are gone.
+            `state`, detached: entries of units that stayed are the same bit for bit, of those that came 0.
 
         Raises:
             StructureError: nothing was declared as carried, or the state is not the one of the structure before.
@@ -219,14 +207,22 @@ class Grower:
         copied, so it can be loaded again. Let followers follow before, and load the state of a learning rate
         scheduler after this.
 
-        Args:
-            state: what `state_dict` returned.
-
         Raises:
             SavedModelError: a field is missing, damaged, or does not fit this model, optimizer or grower; the message
                 names it, and nothing was changed.
         """
         self.run.load_state_dict(state)
+
+    @trainable()
+    def release(self) -> dict[str, Any]:
+        """Bring the whole frame back and end this run; returns its state, from which another one can go on.
+
+        For loops that make their optimizer anew in mid-run: a Grower of the same model and the new optimizer loads it.
+
+        Raises:
+            TorchgrowError: the run is over, and what slept is gone.
+        """
+        return self.run.loading.release()
 
     @property
     def history(self) -> list[Event]:
@@ -290,7 +286,7 @@ class Grower:
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         """Neither copied nor pickled: it acts on the very model and optimizer it was given."""
-        raise TorchgrowError(NO_COPY)
+        _refuse_copy()
 
 
 @contextmanager
@@ -335,3 +331,12 @@ def _policy(preset: str | Method, policy: Policy | None, *, layers: bool) -> Pol
         )
     method = preset if isinstance(preset, Method) else Method.named(preset, layers=layers)
     return copy.copy(policy) if policy is not None else policy_of(method)
+
+
+def _refuse_copy() -> NoReturn:
+    """Say what to do instead of copying a grower."""
+    raise TorchgrowError(
+        "a Grower cannot be copied or pickled: it hangs on the objects of its model and optimizer. To store a run "
+        "use torchgrow.save_checkpoint(folder, grower); to branch off, build model, optimizer and Grower anew and "
+        "call other.load_state_dict(grower.state_dict()); for the network alone copy.deepcopy(grower.model)"
+    )

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..distributed import Ranks
 from ..errors import StructureError, TorchgrowError
-from ..exchange import Exchange
+from ..exchange import Exchange, forget_compiled
 from ..onednn_guard import guard_
+from ..persistence.portable import owned_
 from ..persistence.randomness import random_state
 from ..policies import Policy, View
 from ..structure.limits import Budget
@@ -30,6 +31,7 @@ from .attaching import pin_untrained, trained_names
 from .event import Event
 from .live_network import LiveNetwork
 from .live_state import LiveState, state_of
+from .loading import Loading
 from .plan import Plan
 from .run_state import RunState, event_of, read_keep
 from .saved import FORMAT, examine
@@ -91,6 +93,8 @@ class Run:
         policy.applied(replace(view, keep=seed))
         policy.state_dict()  # what could not be kept is told now, not at the first checkpoint
         self._change_to(seed, policy, self.state.generator, time.perf_counter(), exchange=exchange)
+        self.loading = Loading(self)
+        owned_(model, self.loading)
 
     @classmethod
     def begin(cls, asked: Asked, space: Space, example_inputs: Any, exchange: Exchange) -> Run:
@@ -183,6 +187,13 @@ class Run:
         forget_compiled()
         with network.extra_states_set(live):
             exchange.make()
+
+    def follow(self, module: nn.Module) -> None:
+        """See `Grower.follow`."""
+        if self.state.finished:
+            raise TorchgrowError("the run is over and the structure final; a copy of the network needs no following")
+        self.live.follow(module)
+        owned_(self.live.followers[-1].model, self.loading)
 
     # --- how it is done ---
 
@@ -296,12 +307,3 @@ def _give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-def forget_compiled() -> None:
-    """Let Dynamo forget code compiled for the old shapes, which it guards on; it is compiled anew at its next call.
-
-    Left alone, Dynamo gives a function up after 8 recompilations and stays eager from then on, with a warning at most.
-    """
-    if "torch._dynamo" in sys.modules:  # else nothing has been compiled
-        torch.compiler.reset()

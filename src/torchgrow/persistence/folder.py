@@ -81,7 +81,7 @@ def write_folder(
             seal = {tensors_name: _digest_of_file(staging / tensors_name), record_name: digest(record)}
             lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in {**record, SEAL: seal}.items()]
             text = "{\n" + ",\n".join(lines) + "\n}\n"
-            _check_size(text.encode(), "; store less in it, or as tensors")
+            check_size(text.encode(), "; store less in it, or as tensors")
             (staging / record_name).write_text(text)
             (staging / tensors_name).chmod((staging / record_name).stat().st_mode)
             for name in names:
@@ -174,7 +174,7 @@ def _wait_for(handle: int, folder: Path, kind: int) -> None:
             time.sleep(0.01)
 
 
-def _check_size(text: bytes, advice: str = "") -> None:
+def check_size(text: bytes, advice: str = "") -> None:
     """Refuse a record whose text or contents take more memory than any record's.
 
     Raises:
@@ -249,7 +249,7 @@ def read_folder(
         if size > LARGEST_RECORD:
             raise ValueError(f"{size:,} bytes are more than any record has")
         text = (source / record_name).read_bytes()
-        _check_size(text)
+        check_size(text)
         record = json.loads(text)
     except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise SavedModelError(f"{source / record_name} is damaged: {error or 'it takes too much memory'}") from error

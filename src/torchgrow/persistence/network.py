@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.registry import ADAPTERS, adapt_
+from ..adapters.registry import adapt_
 from ..errors import SavedModelError, TorchgrowError
 from ..onednn_guard import guard_
 from ..structure.attributes import get, put
@@ -22,10 +22,21 @@ from ..structure.space import PassThrough
 from ..structure.store import Index, live_shape
 from ..structure.surgery import materialise_, replace_
 from .beside import may_appear
-from .counts import check_convolutions, counts_of, read_counts
-from .folder import pack, real_folder, storable, unpack, write_folder
-from .structure_file import FORMAT, STRUCTURE, WEIGHTS, check_names, read_kept, read_structure
-from .wrappers import plain_modules, plain_tensors, unwrapped
+from .folder import pack, read_folder, real_folder, storable, unpack, write_folder
+from .portable import portable_
+from .structure_record import (
+    FORMATS,
+    check_convolutions,
+    check_form,
+    described,
+    left_out_with,
+    read_attributes,
+    read_kept,
+    read_skipped,
+)
+from .wrappers import plain_modules, stored_tensors, unwrapped
+
+WEIGHTS, STRUCTURE = "model.safetensors", "structure.json"
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -59,22 +70,14 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise SavedModelError(f"{target} exists and is not a saved model; choose another folder or remove it")
     model = unwrapped(model)
     modules = plain_modules(model)
-    tensors, record = _own_tensors(modules), recorded(modules.items())
+    tensors, record = stored_tensors(modules), recorded(modules.items())
     skipped = {path: skip for path, module in modules.items() if (skip := skip_of(module)) is not None}
     _check_explained(modules, tensors, record, skipped)
     stored = {name: storable(tensor, name) for name, tensor in tensors.items()}
-    kept = {name: record.kept[name] for name in tensors if name in record.kept}
     extra = {path: module.get_extra_state() for path, module in modules.items() if _has_extra_state(module)}
-    structure = {
-        "format": FORMAT,
-        "kept": {name: {str(k): where.tolist() for k, where in index.items()} for name, index in kept.items()},
-        "frame_shapes": {name: list(record.shapes[name]) for name in kept},
-        "attributes": counts_of(modules, record, kept),
-        "adapted": [path for path, module in modules.items() if type(module) in ADAPTERS.values()],
-        "skipped": {path: _left_out(path, skip, skipped, tensors, record) for path, skip in skipped.items()},
-        "extra_state": {path: pack(value, stored, f"the extra state of {path}") for path, value in extra.items()},
-        "buffers": {join(path, name): kept for path, module in modules.items() for name, kept in _listed(module)},
-    }
+    packed = {path: pack(value, stored, f"the extra state of {path}") for path, value in extra.items()}
+    buffers = {join(path, name): kept for path, module in modules.items() for name, kept in _listed(module)}
+    structure = described(modules, tensors, record, packed, buffers)
     for growth in growths(model):
         warnings.warn(
             f"{type(model).__name__} is saved before its growth has finished: {growth}; call grower.finish() before "
@@ -82,13 +85,6 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             stacklevel=2,
         )
     write_folder(target, structure, stored, (STRUCTURE, WEIGHTS))
-
-
-def _own_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Parameters and buffers by name; sparse buffers that are not persistent are the frame's to make."""
-    transient = {join(path, name) for path, module in modules.items() for name in module._non_persistent_buffers_set}
-    found = plain_tensors(modules)
-    return {name: x for name, x in found.items() if x.layout == torch.strided or name not in transient}
 
 
 def _listed(module: nn.Module) -> list[tuple[str, bool | None]]:
@@ -154,24 +150,7 @@ def _has_extra_state(module: nn.Module) -> bool:
     return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
-def _left_out(
-    path: str, skip: PassThrough, skipped: Mapping[str, PassThrough], tensors: Mapping[str, Tensor], record: Record
-) -> list[Any]:
-    """What is written of a module left out: what it computes and, if it has no tensors, one of its block that has."""
-    if _has_tensors(path, tensors):
-        return [skip.keyword, skip.outputs]
-    together = {other for block in record.blocks if path in block for other in block}
-    for other in skipped:
-        if other in together and _has_tensors(other, tensors):
-            return [skip.keyword, skip.outputs, other]
-    raise SavedModelError(
-        f"{path} is left out and has no parameters, and the modules it was left out with are not part of the model; "
-        "save the larger model they are in"
-    )
-
-
-def _has_tensors(path: str, tensors: Mapping[str, Any]) -> bool:
-    return any(name.startswith(f"{path}.") for name in tensors)
+# --- loading ---
 
 
 def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module]) -> nn.Module:
@@ -199,7 +178,7 @@ def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module])
             f"{name}), or with lambda: {name}(...): torchgrow.load cuts a model of its own"
         )
     source = Path(folder)
-    structure, tensors = read_structure(source)
+    structure, tensors = _read(source)
     model = frame_factory()
     if not isinstance(model, nn.Module):
         raise SavedModelError(f"frame_factory must return a torch.nn.Module, got {type(model).__name__}")
@@ -213,7 +192,7 @@ def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module])
         raise SavedModelError(f"{source / STRUCTURE} names a module without its adapter: {error}") from error
     _give(source, found, frame, modules)
     guard_(frame)
-    return model
+    return portable_(model)
 
 
 @dataclass(frozen=True)
@@ -223,7 +202,7 @@ class _Saved:
     Attributes:
         structure: its record.
         tensors: contents by name.
-        fixed: tensors of the frame that take some.
+        own: tensors of the frame, by name.
         kept: positions that are left, by tensor and axis.
         late: names of buffers that only the folder has.
         dropped: names of those that it lacks.
@@ -234,7 +213,7 @@ class _Saved:
 
     structure: dict[str, Any]
     tensors: dict[str, Tensor]
-    fixed: dict[str, Tensor]
+    own: dict[str, Tensor]
     kept: dict[str, Index]
     late: list[str]
     dropped: list[str]
@@ -243,38 +222,38 @@ class _Saved:
     extra: dict[str, Any]
 
     @property
-    def below(self) -> tuple[str, ...]:
-        """How the names of all that lies in modules left out begin."""
-        return tuple(f"{path}." for path in self.skipped)
+    def fixed(self) -> dict[str, Tensor]:
+        """Tensors of the frame that take contents."""
+        return {name: tensor for name, tensor in self.own.items() if name not in self.dropped}
 
 
 def _parsed(
     source: Path, structure: dict[str, Any], tensors: dict[str, Tensor], modules: dict[str, nn.Module]
 ) -> _Saved:
     """Check all that a folder says against the modules of a frame."""
-    own = _own_tensors(modules)
+    where, own = str(source / STRUCTURE), stored_tensors(modules)
     _check_fresh(modules, own)
     extra = {path: unpack(value, tensors) for path, value in structure["extra_state"].items()}
-    kept = read_kept(source, structure, own)
+    kept = read_kept(where, structure, own)
     late, dropped = _late(structure, modules, own, tensors)
-    check_names(source, own.keys() - dropped, tensors.keys() - late)
-    skipped = _skipped(source, structure, modules, own)
+    _check_names(source, own.keys() - dropped, tensors.keys() - late)
+    skipped = read_skipped(where, structure, modules, own)
     below = tuple(f"{path}." for path in skipped)
     free = {name for name in structure["buffers"] if name not in kept and not name.startswith(below)}
-    attributes = read_counts(source, structure, modules, kept, own, below)
-    fixed = {name: tensor for name, tensor in own.items() if name not in dropped}
-    _check_contents(source, fixed, tensors, kept, below, free)
-    check_convolutions(source, modules, tensors, attributes, below)
+    attributes = read_attributes(where, structure, modules, kept, own, below)
+    found = _Saved(structure, tensors, own, kept, late, dropped, skipped, attributes, extra)
+    _check_contents(source, found.fixed, tensors, kept, below, free)
+    check_convolutions(where, modules, tensors, attributes, below)
     _check_extra(source, structure, modules, extra)
-    return _Saved(structure, tensors, fixed, kept, late, dropped, skipped, attributes, extra)
+    return found
 
 
 def _give(source: Path, found: _Saved, frame: nn.Module, modules: dict[str, nn.Module]) -> None:
     """Make a frame the saved network."""
-    tensors, fixed, kept, attributes = found.tensors, found.fixed, found.kept, found.attributes
+    own, tensors, fixed, kept, attributes = found.own, found.tensors, found.fixed, found.kept, found.attributes
+    below = tuple(f"{path}." for path in found.skipped)
     wholes = {(path, name): get(modules[path], name) or 0 for path, name in attributes}
-    shapes = {name: tuple(x.shape) for name, x in _own_tensors(modules).items()}
-    shapes = {name: shape for name, shape in shapes.items() if name in kept or name.startswith(found.below)}
+    shapes = {name: tuple(own[name].shape) for name in own if name in kept or name.startswith(below)}
     bare = {name: tensor for name, tensor in fixed.items() if tensor.is_meta}
     materialise_(frame, bare, lambda name: tensors[name].detach())  # another object: it is exchanged for the frame's
     for name, tensor in fixed.items():
@@ -285,7 +264,7 @@ def _give(source: Path, found: _Saved, frame: nn.Module, modules: dict[str, nn.M
         put(modules[path], name, number)
     for path, skip in found.skipped.items():
         skip_(modules[path], [""], {"": skip})
-    blocks = tuple((path, *_left_out_with(found.structure, path)) for path in found.skipped)
+    blocks = tuple((path, *left_out_with(found.structure, path)) for path in found.skipped)
     mark_(modules.items(), Record(shapes, kept, wholes, attributes, blocks))
     for path, value in found.extra.items():
         _give_extra(source, path, modules[path], value)
@@ -334,31 +313,14 @@ def _put_buffer(modules: Mapping[str, nn.Module], name: str, tensor: Tensor | No
         module.register_buffer(own, tensor, persistent=bool(persistent))
 
 
-def _skipped(
-    source: Path, structure: dict[str, Any], modules: Mapping[str, nn.Module], own: Mapping[str, Tensor]
-) -> dict[str, PassThrough]:
-    """Modules that are left out, once they are known to be the frame's, with parameters or beside one that has."""
-    skipped, entries = {}, structure["skipped"]
-    for path, (keyword, outputs, *_) in entries.items():
-        if not path or path not in modules:
-            raise SavedModelError(
-                f"{source / STRUCTURE}: the frame has no module {path!r} to leave out; is frame_factory the same model?"
-            )
-        if not any(_has_tensors(other, own) for other in (path, *_left_out_with(structure, path))):
-            raise SavedModelError(
-                f"{source / STRUCTURE}: {path} ({type(modules[path]).__name__}) has no parameters, and is left out "
-                "with no module that has; only recorded blocks of layers can be"
-            )
-        skipped[path] = PassThrough(keyword, outputs)
-    return skipped
-
-
-def _left_out_with(structure: dict[str, Any], path: str) -> list[str]:
-    """Modules that are left out with one, as far as the record says; in format 2 those beside it."""
-    entries = structure["skipped"]
-    if structure["format"] < 3:
-        return [other for other in entries if other.rpartition(".")[0] == path.rpartition(".")[0]]
-    return [other for other in entries[path][2:] if other in entries]
+def _check_names(source: Path, own: AbstractSet[str], tensors: AbstractSet[str]) -> None:
+    """Refuse tensors of another model."""
+    missing, foreign = sorted(own - tensors), sorted(tensors - own)
+    if missing or foreign:
+        raise SavedModelError(
+            f"{source} does not fit the frame: missing {missing[:3]}, foreign {foreign[:3]}; "
+            "frame_factory must build the same full-size model that was grown"
+        )
 
 
 def _check_contents(
@@ -401,3 +363,16 @@ def _give_extra(source: Path, path: str, module: nn.Module, value: Any) -> None:
             f"{source / STRUCTURE}: {path or 'the model'} ({type(module).__name__}) does not take its extra state: "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Both files, with the record's form checked."""
+    what = "a saved model; save one with torchgrow.save, or take a checkpoint by torchgrow.load_checkpoint"
+    structure, tensors = read_folder(source, (STRUCTURE, WEIGHTS), FORMATS, what)
+    if structure["format"] < 3:
+        structure.setdefault("skipped", {})  # absent before depth
+        structure.setdefault("extra_state", {})
+    if structure["format"] < 4:
+        structure.setdefault("buffers", {})
+    check_form(str(source / STRUCTURE), structure)
+    return structure, tensors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -55,3 +56,10 @@ def plain_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
                     seen.add(id(tensor))
                     found[join(path, name)] = tensor
     return found
+
+
+def stored_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Parameters and buffers by name; sparse buffers that are not persistent are the frame's to make."""
+    transient = {join(path, name) for path, module in modules.items() for name in module._non_persistent_buffers_set}
+    found = plain_tensors(modules)
+    return {name: x for name, x in found.items() if x.layout == torch.strided or name not in transient}

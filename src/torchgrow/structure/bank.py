@@ -21,7 +21,7 @@ from .attributes import replaced
 from .optimizer_slots import Layout, LiveSlot, begun, begun_anew, blank
 from .optimizer_trial import Slot
 from .optimizers import layouts_of
-from .record import LEFT_OUT, RECORD, Growth, Mark, Record, recorded
+from .record import LEFT_OUT, RECORD, Growth, Mark, Record, mark_of, recorded
 from .space import PassThrough, Space, live_positions
 from .store import Births, Index, Store, gather, index_of, is_meta, laid_out, memory_order
 from .surgery import materialise_, named_tensors, replace_
@@ -184,6 +184,12 @@ class Bank:
         if self.space.cut_axes and not self.full:
             raise StructureError("the bank has been emptied: what slept in it is gone, so the structure is final")
         keep = self.space.check_keep(keep)
+        mark = mark_of(self.model)
+        if self.record is not self.base and (mark is None or mark.record is not self.record):
+            raise StructureError(
+                f"{type(self.model).__name__} was cut by somebody else since, as by load_state_dict of another "
+                "structure, so that the bank does not know what lives; build the frame anew and cut it by shrink_"
+            )
         self.tensors = named_tensors(self.model)  # a forward may have put another object in a buffer's place
         present = self.space.present(self.keep)
         newborn = self.space.present(keep) & ~self.trained & ~present
@@ -217,7 +223,7 @@ class Bank:
             swaps[name] = _Swap(tensor, part.to(tensor.device), slots, same)
         if self.births is not None:
             self.births.forget()
-        return Change(self, keep, swaps, index, self._record(keep), self.trained | had_state, order)
+        return Change(self, keep, swaps, index, self.record_of(keep), self.trained | had_state, order)
 
     def asleep(
         self, raw: Mapping[str, Tensor], copies: Mapping[tuple[str, str], Tensor]
@@ -263,7 +269,7 @@ class Bank:
             if name in contents
         }
         order = {name: memory_order(contents[name], axes) for name, axes in self.order.items()}
-        return Change(self, keep, swaps, index, self._record(keep), order=order)
+        return Change(self, keep, swaps, index, self.record_of(keep), order=order)
 
     def commit(self, *changes: Change) -> None:
         """Make staged changes, of this bank and of others: all of them or none."""
@@ -287,7 +293,7 @@ class Bank:
         self.tensors = named_tensors(self.model)
         for name, asleep in self.full.items():
             replace_(self.tensors[name], asleep.read(index[name]).to(self.tensors[name].device))
-        self.commit(Change(self, keep, {}, index, self._record(keep)))
+        self.commit(Change(self, keep, {}, index, self.record_of(keep)))
 
     def restore_(self) -> None:
         """Bring the whole frame back, bit for bit."""
@@ -343,7 +349,7 @@ class Bank:
         """Modules of the layers that `keep` leaves out, and what they compute instead."""
         return {path: slot.skip for slot in self.space.slots if not bool(keep[slot.unit]) for path in slot.modules}
 
-    def _record(self, keep: Tensor) -> Record:
+    def record_of(self, keep: Tensor) -> Record:
         """The record of a structure, relative to the first frame."""
         space, names = self.space, self.names
         attributes = {(a.module, a.name): int(live_positions(a.units, keep).sum()) for a in space.attributes}

@@ -1,0 +1,203 @@
+"""A state dict of another structure is loaded into a network that grows: the run goes on from that structure."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed import Ranks
+from ..errors import StructureError, TorchgrowError
+from ..exchange import Exchange, forget_compiled, trainable
+from ..policies import Policy, View
+from ..structure.bank import Bank
+from ..structure.cost import Cost
+from ..structure.limits import Limits
+from ..structure.record import Record
+from ..structure.store import Index
+from .event import Event
+from .live_network import LiveNetwork
+from .plan import Plan
+from .run_state import RunState
+
+
+class Running(Protocol):
+    """A run, as far as it is needed here; see `Run`."""
+
+    plan: Plan
+    policy: Policy
+    optimizers: list[torch.optim.Optimizer]
+    state: RunState
+    ranks: Ranks
+    live: LiveNetwork
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole run."""
+
+    def _view(self, number: int) -> View: ...
+
+    def _note(self, exchange: Exchange, history: list[Event], finished: bool) -> None: ...
+
+
+class Loading:
+    """Takes over what `model.load_state_dict(state)` brings, for one run."""
+
+    def __init__(self, run: Running) -> None:
+        self.run = run
+
+    @property
+    def finished(self) -> bool:
+        """Whether the structure is final."""
+        return self.run.state.finished
+
+    @trainable()
+    def loaded(
+        self, model: nn.Module, record: Record, left_out: Collection[str], contents: Mapping[str, Tensor]
+    ) -> None:
+        """Cut the network to the structure of a state dict that PyTorch is about to load into it.
+
+        While the run lasts it is as if an update had chosen that structure: optimizer state is carried along, what
+        leaves sleeps, followers follow. After its end nothing sleeps any more, so the optimizer state of what changes
+        begins anew.
+
+        Args:
+            model: the network, or a follower.
+            record: the structure, relative to the first frame.
+            left_out: names of modules that are left out.
+            contents: what tensors hold until they are loaded, where nothing sleeps.
+
+        Raises:
+            StructureError: the model is a follower, or the run could not have reached this structure.
+
+        Warns:
+            UserWarning: the run is over, and the structure is another than the one it ended with.
+        """
+        run, exchange = self.run, Exchange()
+        live, state, space = run.live, run.state, run.plan.space
+        check_follower(live, model)
+        keep = keep_of(live.bank, record, left_out)
+        policy = run.policy.copied()
+        if state.finished:
+            change_at_end(exchange, live.bank, keep, contents, run.optimizers)
+        else:
+            view = run._view(len(state.history) - 1)
+            live.change(exchange, keep, policy.gate, first=True, last=False, silent=None)
+            policy.applied(replace(view, keep=keep))
+            exchange.fields(run.policy, **vars(policy))
+        cost = run.plan.costs.cost(keep)
+        last = replace(state.history[-1], params=cost.params, flops=cost.flops, widths=space.widths(keep))
+        exchange.fields(state, before=live.keep, ever=state.ever | space.present(keep))
+        history = [*state.history[:-1], last]
+        exchange.fields(state, history=history)
+        run._note(exchange, history, state.finished)
+        run.ranks.invalidate(exchange)
+        exchange.make()
+        forget_compiled()
+        if state.finished:
+            tell_end(model, cost, run.plan.limits)
+
+    def release(self) -> dict[str, Any]:
+        """See `Grower.release`."""
+        run = self.run
+        if run.state.finished:
+            raise TorchgrowError(
+                "the run is over and the structure final; there is nothing another grower could go on with"
+            )
+        state, exchange = run.state_dict(), Exchange()
+        run.live.change(exchange, run.plan.space.everything(), None, first=True, last=True, silent=None)
+        exchange.fields(run.state, finished=True, early=True)
+        exchange.fields(run.live.bank.growth, finished=True)
+        run.ranks.invalidate(exchange)
+        exchange.make()
+        forget_compiled()
+        return state
+
+
+def check_follower(live: LiveNetwork, model: nn.Module) -> None:
+    """Refuse a structure for a copy that follows.
+
+    Raises:
+        StructureError: the model is not the network itself.
+    """
+    if model is not live.model:
+        raise StructureError(
+            f"the state dict is of another structure, and this {type(model).__name__} follows a network that "
+            "grows: it is cut when the network is. Load the whole run, grower.load_state_dict(state), which brings "
+            "followers along, or load it into a copy that does not follow: torchgrow.portable_(build()). Nothing "
+            "was changed"
+        )
+
+
+def change_at_end(
+    exchange: Exchange,
+    bank: Bank,
+    keep: Tensor,
+    contents: Mapping[str, Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> None:
+    """Have `exchange` change a structure that is final: nothing sleeps, and optimizer state of what changes is gone.
+
+    Args:
+        exchange: makes it.
+        bank: of the network.
+        keep: bool [n].
+        contents: what tensors hold until they are loaded.
+        optimizers: that train it.
+    """
+    here = {name: bank.tensors[name].detach() for name in bank.order}
+    change = bank.stage_contents(keep, {**here, **contents})
+    for name, swap in change.swaps.items():
+        for optimizer in optimizers if swap.tensor.shape != swap.new.shape else ():
+            exchange.drop(optimizer.state, bank.tensors[name])
+    change.into(exchange)
+
+
+def tell_end(model: nn.Module, cost: Cost, limits: Limits) -> None:
+    """Say that a network that was final is of another structure now."""
+    known = ((cost.params, limits.params, "parameters"), (cost.flops, limits.flops, "FLOPs"))
+    costs = " and ".join(f"{now:,} {what}, of {most:,} in the budget" for now, most, what in known if most is not None)
+    warnings.warn(
+        f"the run has ended, and {type(model).__name__} now gets another structure by load_state_dict: {costs}. To "
+        "compare only networks on the budget, choose the best one after the last update",
+        stacklevel=6,
+    )
+
+
+def keep_of(bank: Bank, record: Record, left_out: Collection[str]) -> Tensor:
+    """The units (bool [n]) that a record of the same first frame keeps.
+
+    Raises:
+        StructureError: it is no structure of this space; the message names a tensor.
+    """
+    space, base = bank.space, bank.base.kept
+    keep = space.everything()
+    for (name, axis), units in space.unit_of.items():
+        where = record.kept.get(name, {}).get(axis)
+        if where is None:
+            continue
+        before = base.get(name, {}).get(axis)
+        live = torch.isin(torch.arange(units.numel()) if before is None else before, where)
+        gone = units[~live]
+        keep[gone[gone >= 0]] = False
+    for slot in space.slots:
+        keep[slot.unit] = not all(path in left_out for path in slot.modules)
+    keep = space.check_keep(keep)
+    here = bank.record_of(keep)
+    strange = [name for name in space.cut_axes if not alike(here.kept.get(name, {}), record.kept.get(name, {}))]
+    strange += sorted(set(left_out) ^ bank.skipped(keep).keys())
+    if strange:
+        raise StructureError(
+            f"the state dict is of a structure that this run cannot have, as {strange[0]} shows: its frame was "
+            "another, or other units could go there (freeze, couple, depth). Construct Grower as in the run that was "
+            "saved, or load it into a model of its own: torchgrow.portable_(build()). Nothing was changed"
+        )
+    return keep
+
+
+def alike(one: Index, other: Index) -> bool:
+    """Whether two indices keep the same positions."""
+    return one.keys() == other.keys() and all(torch.equal(one[axis], other[axis]) for axis in one)

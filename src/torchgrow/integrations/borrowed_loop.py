@@ -1,0 +1,134 @@
+"""One run of growth inside a training loop that belongs to somebody else: what its callbacks have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import TorchgrowError
+from ..growth.grower import Grower
+from ..persistence.portable import KEY, aside, put_aside_
+from ..structure.limits import Budget
+
+
+class BorrowedLoop:
+    """Begins, updates and ends the growth of one model, over any number of calls of `fit` or `train`.
+
+    Args:
+        budget: what the network may cost in the end.
+        updates: planned updates; None for as many as the loop has epochs (or spans of `every_n_steps`).
+        every_n_steps: optimizer steps between two updates; None for one update an epoch.
+        settings: further arguments of `Grower`.
+
+    Attributes:
+        grower: of the run; None before it begins.
+    """
+
+    def __init__(
+        self, budget: Budget, updates: int | None, every_n_steps: int | None, settings: dict[str, Any]
+    ) -> None:
+        if every_n_steps is not None and (type(every_n_steps) is not int or every_n_steps < 1):
+            raise TorchgrowError(
+                f"every_n_steps={every_n_steps!r} must be a whole number >= 1: optimizer steps between two updates"
+            )
+        self.budget, self.updates, self.every_n_steps, self.settings = budget, updates, every_n_steps, settings
+        self.grower: Grower | None = None
+        self.offset = 0  # updates that were made before the loop began to count
+
+    def wait(self, *models: nn.Module) -> None:
+        """Let models that have not begun to grow keep their full size when the loop loads a checkpoint into them."""
+        if self.grower is None:
+            for model in models:
+                put_aside_(model)
+
+    def begin(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        example_inputs: Any,
+        planned: int,
+        followers: Sequence[nn.Module] = (),
+    ) -> dict[str, Any]:
+        """Begin to grow, or go on where the last call of the loop stopped; a run that has ended stays ended.
+
+        Returns:
+            The state dict that the loop has tried to load into the model meanwhile; empty if there was none.
+        """
+        found = aside(model)
+        for follower in followers:
+            aside(follower)
+        before = self.grower
+        state: dict[str, Any] | None = None
+        if before is not None and before.model is model:
+            if before.finished or all(a is b for a, b in zip(before.optimizers, optimizers, strict=False)):
+                return found
+            self.offset += len(before.history) - 1 - self.offset
+            state = before.release()
+        updates = self.updates if before is None else before.updates
+        self.grower = Grower(
+            model,
+            list(optimizers),
+            example_inputs=example_inputs,
+            budget=self.budget,
+            updates=planned if updates is None else updates,
+            **self.settings,
+        )
+        for follower in followers:
+            self.grower.follow(follower)
+        if state is not None:
+            self.grower.load_state_dict(state)
+        return found
+
+    def update(self, due: int) -> bool:
+        """Update if the loop has come to an update that was not made; whether the structure changed.
+
+        Args:
+            due: how many epochs, or spans of `every_n_steps`, the loop has behind it.
+        """
+        grower = self.grower
+        if grower is None or grower.finished or len(grower.history) - 1 >= due + self.offset:
+            return False
+        before = grower.keep
+        grower.update()
+        return not torch.equal(before, grower.keep)
+
+    def end(self) -> None:
+        """Bring the network to its budget."""
+        if self.grower is not None and not self.grower.finished:
+            self.grower.finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The run as plain data; empty before it begins."""
+        return {} if self.grower is None else {"grower": self.grower.state_dict(), "offset": self.offset}
+
+    def check_same(self, found: dict[str, Any], where: str) -> None:
+        """Refuse weights that are not those of the run that was loaded.
+
+        Raises:
+            TorchgrowError: the message names a tensor.
+        """
+        assert self.grower is not None
+        own = self.grower.model.state_dict()
+        other = [n for n, x in own.items() if n in found and not torch.equal(x.cpu(), found[n].to(x.dtype).cpu())]
+        if other:
+            raise TorchgrowError(
+                f"the growth in {where} is not that of the checkpoint the weights are from: "
+                f"{'the structure' if other[0].endswith(KEY) else other[0]} differs. Name the folder it was saved in: "
+                "GrowCallback(..., resume_from=folder)"
+            )
+
+
+def one_process(size: int, loop: str) -> None:
+    """Refuse several processes: the loop wraps the model once, and such a wrapper does not survive an update.
+
+    Raises:
+        TorchgrowError: there are several.
+    """
+    if size > 1:
+        raise TorchgrowError(
+            f"GrowCallback grows in one process, {loop} has {size}: it wraps the model once, and an update makes that "
+            "wrapper invalid. Train on one device, or write the loop yourself with grower.wrap() (docs/distributed.md)"
+        )

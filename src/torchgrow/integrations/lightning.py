@@ -1,0 +1,116 @@
+"""Growing inside Lightning's `Trainer.fit`: `Trainer(callbacks=[GrowCallback(...)])`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from ..errors import TorchgrowError
+from ..persistence.portable import portable_
+from ..structure.limits import Budget
+from .borrowed_loop import BorrowedLoop, one_process
+
+
+class GrowCallback(Callback):
+    """Grows (a part of) a LightningModule to a budget while `Trainer.fit` trains it.
+
+    Updates come at the start of an epoch, when the one before is validated and saved. When `fit` ends, also by
+    EarlyStopping or `max_time`, the network is brought to its budget; after an exception it is not, and another
+    `fit` goes on. A `fit` after the end trains on and grows nothing. Checkpoints hold the whole run, and
+    `fit(ckpt_path=...)` goes on bit for bit. Averages of Lightning's WeightAveraging callbacks follow. To load a
+    checkpoint into a fresh module, call `torchgrow.portable_` on the same part in its constructor.
+
+    Args:
+        budget: what the network may cost in the end.
+        example_inputs: a small batch for tracing, as for `Grower`; it goes to the device of the module.
+        updates: planned updates; None for `max_epochs`, or `max_steps // every_n_steps`.
+        net: name of the part that grows, as in `get_submodule`; "" for the whole module.
+        every_n_steps: optimizer steps between two updates; None for one update an epoch.
+        **settings: further arguments of `Grower`, such as `depth` or `policy`.
+
+    Attributes:
+        grower: the Grower, once `fit` has begun.
+
+    Raises:
+        TorchgrowError: several processes; or a checkpoint holds a grown network, but no run to go on with.
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        example_inputs: Any,
+        *,
+        updates: int | None = None,
+        net: str = "",
+        every_n_steps: int | None = None,
+        **settings: Any,
+    ) -> None:
+        self.loop = BorrowedLoop(budget, updates, every_n_steps, settings)
+        self.example_inputs, self.net = example_inputs, net
+        self._waiting: dict[str, Any] = {}
+
+    @property
+    def grower(self) -> Any:
+        """The Grower, once `fit` has begun."""
+        return self.loop.grower
+
+    def _nets(self, trainer: Trainer, module: LightningModule) -> list[nn.Module]:
+        """What grows, and what follows: the same part of every average."""
+        averages = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
+        return [module.get_submodule(self.net), *(a.module.get_submodule(self.net) for a in averages if a is not None)]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Before a checkpoint is loaded."""
+        nets = self._nets(trainer, pl_module)
+        portable_(nets[0])
+        if stage == "fit":
+            one_process(trainer.world_size, "this Trainer")
+            self.loop.wait(*nets)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Optimizers are there, and not restored as yet."""
+        every, epochs, steps = self.loop.every_n_steps, trainer.max_epochs or 0, trainer.max_steps
+        planned = (steps if steps > 0 else int(trainer.estimated_stepping_batches)) // every if every else epochs
+        net, *averages = self._nets(trainer, pl_module)
+        inputs = trainer.strategy.batch_to_device(self.example_inputs)
+        found = self.loop.begin(net, trainer.optimizers, inputs, max(1, planned), averages)
+        if found and not self._waiting:
+            raise TorchgrowError(
+                "the checkpoint holds a grown network, but no run of GrowCallback to go on with: it was saved without "
+                "this callback or weights only. To train the network as it is, load it before fit, "
+                "MyModule.load_from_checkpoint(path) with torchgrow.portable_ in its constructor, and fit without "
+                "GrowCallback"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Optimizers and schedules are restored."""
+        if self._waiting and self.loop.grower is not None:
+            for optimizer in trainer.optimizers:
+                optimizer.state.clear()  # of the saved structure; the run has it too
+            self.loop.grower.load_state_dict(self._waiting["grower"])
+            self.loop.offset, self._waiting = self._waiting["offset"], {}
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The epoch before is validated and saved."""
+        if self.loop.every_n_steps is None:
+            self.loop.update(trainer.current_epoch)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """The batch before is validated and saved."""
+        if self.loop.every_n_steps is not None:
+            self.loop.update(trainer.global_step // self.loop.every_n_steps)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """However the training ended, unless by an exception."""
+        if not trainer.interrupted:
+            self.loop.end()
+
+    def state_dict(self) -> dict[str, Any]:
+        """For Lightning's checkpoint."""
+        return self.loop.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From Lightning's checkpoint; taken over once the optimizers are there."""
+        self._waiting = state_dict

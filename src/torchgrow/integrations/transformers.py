@@ -1,0 +1,119 @@
+"""Growing inside the Trainer of Hugging Face's transformers: `Trainer(..., callbacks=[GrowCallback(...)])`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from ..errors import TorchgrowError
+from ..persistence.checkpoint import load_checkpoint, save_checkpoint
+from ..structure.limits import Budget
+from .borrowed_loop import BorrowedLoop, one_process
+from .pretrained import from_pretrained
+
+__all__ = ["GrowCallback", "from_pretrained"]
+
+
+class GrowCallback(TrainerCallback):
+    """Grows the model of a Trainer to a budget while `train()` trains it; give it to the Trainer's constructor.
+
+    Updates come at the start of an epoch, when the one before is evaluated and saved; with each that changes the
+    structure the search for the best model begins anew, so that `load_best_model_at_end` and early stopping compare
+    networks of one structure. When `train()` ends, also early, the network is brought to its budget; a `train()` after
+    that trains on and grows nothing. Every checkpoint has a folder `torchgrow` with the whole run, and
+    `train(resume_from_checkpoint=True)` goes on bit for bit. `from_pretrained` of this module loads what the Trainer
+    or `save_pretrained` saved.
+
+    Args:
+        budget: what the network may cost in the end.
+        updates: planned updates; None for the number of epochs, or of spans of `every_n_steps`.
+        every_n_steps: optimizer steps between two updates; None for one update an epoch.
+        example_inputs: as for `Grower`; None for two samples of the training data, without labels.
+        resume_from: the checkpoint that a run goes on from, if it does not lie in the output folder.
+        **settings: further arguments of `Grower`, such as `depth` or `policy`.
+
+    Attributes:
+        grower: the Grower, once `train()` has begun.
+
+    Raises:
+        TorchgrowError: several processes; or the run of a checkpoint is not there, or another.
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        updates: int | None = None,
+        *,
+        every_n_steps: int | None = None,
+        example_inputs: Any = None,
+        resume_from: str | None = None,
+        **settings: Any,
+    ) -> None:
+        self.loop = BorrowedLoop(budget, updates, every_n_steps, settings)
+        self.example_inputs, self.resume_from = example_inputs, resume_from
+
+    @property
+    def grower(self) -> Any:
+        """The Grower, once `train()` has begun."""
+        return self.loop.grower
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Before a checkpoint is loaded."""
+        self.loop.wait(given["model"])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Model and optimizer are there, those of a checkpoint too."""
+        one_process(args.world_size, "this Trainer")
+        optimizer, every = given["optimizer"], self.loop.every_n_steps
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # in accelerate's wrapper, which takes no hooks
+        resumed = state.global_step > 0 and self.loop.grower is None
+        if resumed:
+            optimizer.state.clear()  # of the saved structure; the run has it too
+        planned = state.max_steps // every if every else math.ceil(state.num_train_epochs)
+        inputs = self._example(given["train_dataloader"]) if self.example_inputs is None else self.example_inputs
+        found = self.loop.begin(given["model"], [optimizer], inputs, max(1, planned))
+        if resumed:
+            folder = Path(self.resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}") / "torchgrow"
+            if not folder.is_dir():
+                raise TorchgrowError(
+                    f"training goes on from step {state.global_step}, but {folder} is not there with the run of "
+                    "GrowCallback: name the checkpoint, GrowCallback(..., resume_from=folder), and save without "
+                    "save_only_model"
+                )
+            self.loop.offset = load_checkpoint(folder, self.loop.grower)["offset"]
+            self.loop.check_same(found, str(folder))
+
+    @staticmethod
+    def _example(loader: Any) -> Any:
+        """Two samples of the first batch, without labels; the loop's own random numbers stay as they are."""
+        with torch.random.fork_rng():
+            batch = next(iter(loader))
+        return {name: x[:2] for name, x in batch.items() if name not in ("labels", "label", "label_ids")}
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """The epoch before is evaluated and saved."""
+        if self.loop.every_n_steps is None and self.loop.update(round(state.epoch or 0)):
+            self._search_anew(state)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """The step before is evaluated and saved."""
+        if self.loop.every_n_steps and self.loop.update(state.global_step // self.loop.every_n_steps):
+            self._search_anew(state)
+
+    @staticmethod
+    def _search_anew(state: Any) -> None:
+        state.best_metric, state.best_model_checkpoint, state.best_global_step = None, None, None
+
+    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Beside the Trainer's own checkpoint."""
+        if self.loop.grower is not None and not args.save_only_model:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "torchgrow"
+            save_checkpoint(folder, self.loop.grower, extra={"offset": self.loop.offset}, keep=1)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """However the training ended, unless by an exception; the best model is loaded."""
+        self.loop.end()

@@ -1,0 +1,419 @@
+"""Laws of growing inside other people's loops: resumed bit for bit, on the budget however it ends, grown once.
+
+Needs lightning, transformers and accelerate, each only for its own tests.
+"""
+
+import copy
+import itertools
+import logging
+import re
+import warnings
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import torchgrow
+from torchgrow import Budget, Grower, TorchgrowError, portable_
+from torchgrow.integrations.borrowed_loop import BorrowedLoop, one_process
+
+BUDGET = Budget(params="50%")
+X, Y = torch.randn(64, 6, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 3
+
+
+class KilledError(Exception):
+    pass
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
+
+
+def same(model, other):
+    one, two = model.state_dict(), other.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def on_budget(grower):
+    return grower.finished and 0.8 * grower.limits.params < grower.cost().params <= grower.limits.params
+
+
+# --- what they share; needs no framework ---
+
+
+def test_a_loop_that_begins_twice_grows_once():
+    loop, model = BorrowedLoop(BUDGET, None, None, {}), net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert loop.begin(model, [optimizer], X[:2], 3) == {}
+    first = loop.grower
+    for due in (0, 0, 1):
+        nn.functional.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+        loop.update(due)
+    assert len(first.history) == 2
+    loop.begin(model, [optimizer], X[:2], 3)
+    assert loop.grower is first
+    other = torch.optim.SGD(model.parameters(), lr=0.1)
+    loop.begin(model, [other], X[:2], 3)
+    assert loop.grower is not first
+    assert len(loop.grower.history) == 2
+    other.step()
+    assert loop.update(0) is False
+    loop.update(1)
+    assert len(loop.grower.history) == 3
+    loop.end()
+    final, cost = loop.grower, loop.grower.cost()
+    loop.begin(model, [torch.optim.SGD(model.parameters(), lr=0.1)], X[:2], 3)
+    loop.end()
+    assert loop.grower is final
+    assert final.cost() == cost
+
+
+def test_what_a_loop_refuses():
+    one_process(1, "this loop")
+    with pytest.raises(TorchgrowError, match="this loop has 2: it wraps the model once"):
+        one_process(2, "this loop")
+    with pytest.raises(TorchgrowError, match="every_n_steps=0 must be a whole number >= 1"):
+        BorrowedLoop(BUDGET, None, 0, {})
+
+
+# --- Lightning ---
+
+
+@pytest.fixture
+def lightning():
+    framework = pytest.importorskip("lightning.pytorch")
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        for text in ("treespec", "num_workers", "Be aware that when using", "Checkpoint directory", "logged in the"):
+            warnings.filterwarnings("ignore", message=f".*{text}")
+        yield framework
+
+
+def fit(L, *callbacks, epochs=6, ckpt=None, module=None, **settings):
+    class Task(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = portable_(net())
+
+        def training_step(self, batch, number):
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def validation_step(self, batch, number):
+            self.log("loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters(), lr=2e-3)
+            return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)]
+
+    torch.manual_seed(5)
+    data = DataLoader(TensorDataset(X, Y), batch_size=16, shuffle=False)
+    settings = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, **settings}
+    saves = any(isinstance(one, L.callbacks.ModelCheckpoint) for one in callbacks)
+    trainer = L.Trainer(
+        max_epochs=epochs, accelerator="cpu", callbacks=list(callbacks), enable_checkpointing=saves, **settings
+    )
+    trainer.fit(Task() if module is None else module, data, data, ckpt_path=ckpt)
+    return trainer
+
+
+def lightning_grow(**settings):
+    from torchgrow.integrations.lightning import GrowCallback
+
+    return GrowCallback(BUDGET, X[:2], net="net", **settings)
+
+
+def killer(L, epoch):
+    class Killer(L.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == epoch:
+                raise KilledError
+
+    return Killer()
+
+
+@pytest.mark.parametrize("order", ["alone", "average first", "average last"])
+def test_lightning_goes_on_bit_for_bit(lightning, tmp_path, order):
+    def callbacks():
+        average = [lightning.callbacks.EMAWeightAveraging(decay=0.9)] if order != "alone" else []
+        grow = lightning_grow(updates=6)
+        return grow, [*average, grow] if order == "average first" else [grow, *average]
+
+    grow, used = callbacks()
+    straight = fit(lightning, *used)
+    assert on_budget(grow.grower)
+    with pytest.raises(KilledError):
+        fit(
+            lightning,
+            *callbacks()[1],
+            killer(lightning, 3),
+            lightning.callbacks.ModelCheckpoint(tmp_path, save_last=True),
+        )
+    again, used = callbacks()
+    resumed = fit(lightning, *used, ckpt=tmp_path / "last.ckpt")
+    assert same(straight.lightning_module, resumed.lightning_module)
+    assert again.grower.history[-1].widths == grow.grower.history[-1].widths
+    assert len(again.grower.history) == 7
+
+
+def test_lightning_loads_checkpoints(lightning, tmp_path):
+    checkpoint = lightning.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    trainer = fit(lightning, grow := lightning_grow(), checkpoint)
+    module = trainer.lightning_module
+    loaded = type(module).load_from_checkpoint(tmp_path / "last.ckpt")
+    assert same(loaded, module)
+    fit(lightning, lightning.callbacks.ModelCheckpoint(tmp_path / "plain", save_last=True), module=loaded, epochs=1)
+    with pytest.raises(TorchgrowError, match="no run of GrowCallback to go on with"):
+        fit(lightning, lightning_grow(), ckpt=tmp_path / "plain" / "last.ckpt")
+    assert on_budget(grow.grower)
+
+
+def test_lightning_ends_on_the_budget_and_grows_once(lightning):
+    stop = lightning.callbacks.EarlyStopping("loss", patience=0, min_delta=1.0)
+    grow = lightning_grow(updates=20)
+    trainer = fit(lightning, grow, stop, epochs=20)
+    assert trainer.current_epoch < 5
+    assert on_budget(grow.grower)
+    cost, grower = grow.grower.cost(), grow.grower
+    fit(lightning, grow, module=trainer.lightning_module, epochs=2)
+    assert grow.grower is grower
+    assert grower.cost() == cost
+
+
+def test_lightning_goes_on_after_an_exception(lightning):
+    grow = lightning_grow()
+    with pytest.raises(KilledError):
+        fit(lightning, grow, killer(lightning, 3), module=(module := fit(lightning, epochs=0).lightning_module))
+    assert not grow.grower.finished
+    done = len(grow.grower.history)
+    fit(lightning, grow, module=module)
+    assert on_budget(grow.grower)
+    assert len(grow.grower.history) > done
+
+
+def test_lightning_by_steps(lightning):
+    grow = lightning_grow(every_n_steps=5)
+    fit(lightning, grow)
+    assert grow.grower.updates == 6 * 4 // 5
+    assert on_budget(grow.grower)
+
+
+# --- transformers ---
+
+
+@pytest.fixture
+def transformers():
+    framework = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    framework.logging.set_verbosity_error()
+    framework.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield framework
+
+
+WORDS = torch.randint(50, (64, 12), generator=torch.Generator().manual_seed(1))
+TEXTS = [{"input_ids": w, "attention_mask": torch.ones(12, dtype=torch.long), "labels": w[0] % 3} for w in WORDS]
+
+
+def bert(transformers):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, num_labels=3,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    return transformers.BertForSequenceClassification(config)
+
+
+def trainer(transformers, folder, *callbacks, epochs=6, **settings):
+    settings = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "logging_strategy": "no", **settings}
+    arguments = transformers.TrainingArguments(
+        str(folder),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=16,
+        learning_rate=3e-3,
+        use_cpu=True,
+        **settings,
+    )
+    model = bert(transformers)
+    made = transformers.Trainer(model, arguments, train_dataset=TEXTS, eval_dataset=TEXTS, callbacks=list(callbacks))
+    made.remove_callback(transformers.PrinterCallback)
+    return made
+
+
+def trainer_grow(**settings):
+    from torchgrow.integrations.transformers import GrowCallback
+
+    return GrowCallback(Budget(params="70%"), **settings)
+
+
+def at_step(transformers, step):
+    class Killer(transformers.TrainerCallback):
+        def on_save(self, args, state, control, **given):
+            if state.global_step == step:
+                raise KilledError
+
+    return Killer()
+
+
+@pytest.mark.parametrize(("every", "step"), [(None, 12), (3, 10)])
+def test_trainer_goes_on_bit_for_bit(transformers, tmp_path, every, step):
+    straight = trainer(transformers, tmp_path / "a", grow := trainer_grow(every_n_steps=every))
+    straight.train()
+    assert on_budget(grow.grower)
+    saves = {"save_strategy": "steps", "save_steps": step}
+    with pytest.raises(KilledError):
+        trainer(transformers, tmp_path, trainer_grow(every_n_steps=every), at_step(transformers, step), **saves).train()
+    resumed = trainer(transformers, tmp_path, again := trainer_grow(every_n_steps=every))
+    resumed.train(resume_from_checkpoint=True)
+    assert same(straight.model, resumed.model)
+    assert len(again.grower.history) == len(grow.grower.history)
+
+
+def test_trainer_names_the_folder_of_the_run(transformers, tmp_path):
+    with pytest.raises(KilledError):
+        trainer(transformers, tmp_path / "a", trainer_grow(), at_step(transformers, 8), save_strategy="epoch").train()
+    source = str(tmp_path / "a" / "checkpoint-8")
+    with pytest.raises(TorchgrowError, match=r"is not there with the run of GrowCallback: name the checkpoint"):
+        trainer(transformers, tmp_path / "b", trainer_grow()).train(resume_from_checkpoint=source)
+    with pytest.raises(KilledError):
+        trainer(
+            transformers, tmp_path / "b", trainer_grow(seed=1), at_step(transformers, 8), save_strategy="epoch", seed=7
+        ).train()
+    with pytest.raises(TorchgrowError, match=r"is not that of the checkpoint the weights are from"):
+        trainer(transformers, tmp_path / "b", trainer_grow(seed=1)).train(resume_from_checkpoint=source)
+    right = trainer(transformers, tmp_path / "b", grow := trainer_grow(resume_from=source))
+    right.train(resume_from_checkpoint=source)
+    assert on_budget(grow.grower)
+
+
+def test_trainer_loads_the_best_of_the_last_structure(transformers, tmp_path):
+    found = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    found |= {"metric_for_best_model": "loss", "greater_is_better": True}  # as if the earliest were the best
+    made = trainer(transformers, tmp_path, grow := trainer_grow(updates=4), **found)
+    made.train()
+    assert on_budget(grow.grower)
+    changed = max(e.update for a, e in itertools.pairwise(grow.grower.history) if a.widths != e.widths)
+    assert made.state.best_global_step > 4 * changed
+
+
+def test_trainer_ends_on_the_budget_and_grows_once(transformers, tmp_path):
+    found = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    found |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    stop = transformers.EarlyStoppingCallback(1)
+    made = trainer(transformers, tmp_path, grow := trainer_grow(updates=9), stop, epochs=20, **found)
+    made.train()
+    assert made.state.global_step < 12
+    assert on_budget(grow.grower)
+    cost, grower = grow.grower.cost(), grow.grower
+    made.train()
+    assert grow.grower is grower
+    assert (
+        grower.cost()
+        == cost
+        == torchgrow.measure(made.model, {k: v[None] for k, v in TEXTS[0].items() if k != "labels"})
+    )
+
+
+def test_from_pretrained(transformers, tmp_path):
+    from torchgrow.integrations.pretrained import from_pretrained
+
+    made = trainer(transformers, tmp_path / "run", trainer_grow(), epochs=2)
+    made.train()
+    made.save_model(tmp_path / "small")
+    batch = {"input_ids": WORDS[:2]}
+    right = made.model.eval()(**batch).logits
+    for kind in (transformers.BertForSequenceClassification, transformers.AutoModelForSequenceClassification):
+        assert torch.equal(from_pretrained(kind, tmp_path / "small")(**batch).logits, right)
+    made.model.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    assert torch.equal(from_pretrained(type(made.model), tmp_path / "parts")(**batch).logits, right)
+    with pytest.raises(torchgrow.SavedModelError, match="the frame has no tensor"):
+        from_pretrained(transformers.BertModel, tmp_path / "small")
+    state = load_file(tmp_path / "small" / "model.safetensors")
+    del state["classifier.bias"]
+    save_file(state, tmp_path / "small" / "model.safetensors")
+    with pytest.raises(torchgrow.SavedModelError, match=r"does not fit Bert.*: missing \['classifier.bias'\], foreign"):
+        from_pretrained(type(made.model), tmp_path / "small")
+    with pytest.raises(torchgrow.SavedModelError, match=r"has no model\.safetensors"):
+        from_pretrained(transformers.BertModel, tmp_path)
+
+
+# --- accelerate ---
+
+
+def test_accelerate_saves_and_loads(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+
+    def begin():
+        torch.manual_seed(7)
+        model = net()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        grower = Grower(model, optimizer, example_inputs=X[:2], budget=BUDGET, updates=6)
+        accelerator = accelerate.Accelerator(cpu=True)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        accelerator.register_for_checkpointing(grower)
+        return accelerator, model, optimizer, grower
+
+    def train(accelerator, model, optimizer, grower, epochs):
+        for _ in range(epochs):
+            for number in range(4):
+                optimizer.zero_grad()
+                accelerator.backward(nn.functional.cross_entropy(model(X[number::4]), Y[number::4]))
+                optimizer.step()
+            grower.update()
+
+    straight, broken = begin(), begin()
+    train(*straight, 5)
+    train(*broken, 2)
+    broken[0].save_state(tmp_path)
+    resumed = begin()
+    resumed[0].load_state(tmp_path)
+    assert resumed[3].widths() == broken[3].widths()
+    train(*resumed, 3)
+    assert same(straight[1], resumed[1])
+    frame = portable_(net())
+    frame.load_state_dict(copy.deepcopy(resumed[1].state_dict()))
+    assert same(frame, resumed[1])
+
+
+# --- docs/integrations.md ---
+
+PAGE = Path(__file__).parents[1] / "docs" / "integrations.md"
+SECTIONS = dict(re.findall(r"^## (.*)\n(?:.*\n)*?```python\n((?:.*\n)*?)```", PAGE.read_text(), re.MULTILINE))
+NEEDS = {
+    "Plain PyTorch": "torch",
+    "Lightning": "lightning.pytorch",
+    "Trainer of transformers": "transformers",
+    "accelerate": "accelerate",
+    "timm": "timm",
+}
+
+
+def test_every_section_has_a_block():
+    assert SECTIONS.keys() == NEEDS.keys()
+    assert PAGE.read_text().count("```python") == len(SECTIONS)
+
+
+@pytest.mark.parametrize("section", NEEDS)
+def test_the_page_runs_as_it_stands(section, tmp_path, monkeypatch):
+    for needed in (NEEDS[section], "accelerate" if section == "Trainer of transformers" else "torch"):
+        pytest.importorskip(needed)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names = {"__name__": "__main__"}
+    with warnings.catch_warnings(), redirect_stdout(StringIO()):
+        warnings.simplefilter("ignore")
+        exec(compile(SECTIONS[section], section, "exec"), names)
+    grower = names["grower"] if "grower" in names else names["grow"].grower if "grow" in names else None
+    assert on_budget(grower)
+    small = names.get("small", names.get("frame"))
+    if section in ("Plain PyTorch", "Trainer of transformers"):
+        assert same(small, grower.model)
