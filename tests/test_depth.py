@@ -503,3 +503,24 @@ def test_a_peak_widens_what_is_there_and_no_layer_comes_for_it_alone(lag: float)
     assert layers == sorted(layers), "a layer left"
     assert all(count <= layers[-1] for count, _ in seen)
     assert seen[-1][1] <= limit
+
+
+def test_a_network_whose_layers_were_left_out_grows_again(tmp_path: Any) -> None:
+    """What is gone is gone: it is no block of the new frame, and the record names it still."""
+    first = make(Residual, budget=Budget(params="70%"))
+    while not first.finished:
+        first.update()
+    model, left = first.model, first.depths()["stage"]
+    assert 1 < left < first.full_depths()["stage"]
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    with pytest.warns(UserWarning, match="is a share of the network as it is"):
+        again = Grower(model, optimizer, example_inputs=batch()[0], depth=True, budget=Budget(params="60%"), updates=3)
+    assert again.full_depths() == {"stage": left}
+    while not again.finished:
+        again.update()
+    live = [p.numel() > 0 for name, p in model.named_parameters() if name.endswith("conv1.weight")]
+    assert again.depths() == {"stage": sum(live)}
+    assert again.cost().params == sum(p.numel() for p in model.parameters()) <= (again.limits.params or 0)
+    save(model, tmp_path / "net")
+    loaded = load(tmp_path / "net", lambda: Stages(Residual).double()).eval()
+    assert torch.equal(loaded(batch()[0]), model.eval()(batch()[0]))

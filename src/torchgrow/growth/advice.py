@@ -138,7 +138,7 @@ def trained(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()) 
     if any(_stepped(state) for optimizer in optimizers for state in optimizer.state.values()):
         return "its optimizer has stepped"
     for name, buffer in model.named_buffers():
-        if name.rpartition(".")[2] == "num_batches_tracked" and not buffer.is_meta and int(buffer):
+        if name.rpartition(".")[2] == "num_batches_tracked" and not buffer.is_meta and bool(buffer.any()):
             return f"{name} is {int(buffer)}"
     matrices = [p.detach() for p in model.parameters() if p.dim() > 1 and not p.is_meta and p.is_floating_point()]
     matrices = [p.flatten(1) for p in matrices if p.numel() <= LARGEST_MATRIX]

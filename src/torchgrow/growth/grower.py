@@ -138,8 +138,8 @@ class Grower:
         """The network for data-parallel training; call it anew after every update: `ddp = grower.wrap()`.
 
         Returns a new DistributedDataParallel, or, where no process group was started, the model itself. Wrappers
-        made before an update raise when they are called after it. Evaluate and save the model, not the wrapper. `settings`
-        are those of DistributedDataParallel, such as `find_unused_parameters`.
+        made before an update raise when they are called after it. Evaluate and save the model, not the wrapper.
+        `settings` are DistributedDataParallel's own, such as `find_unused_parameters`.
 
         Raises:
             TorchgrowError: there are several processes, but no process group, or it was started after the grower.
@@ -208,8 +208,7 @@ class Grower:
         scheduler after this.
 
         Raises:
-            SavedModelError: a field is missing, damaged, or does not fit this model, optimizer or grower; the message
-                names it, and nothing was changed.
+            SavedModelError: a field is missing, damaged, or does not fit here; nothing was changed.
         """
         self.run.load_state_dict(state)
 
@@ -226,7 +225,7 @@ class Grower:
 
     @property
     def history(self) -> list[Event]:
-        """What happened: an event for the seed, and one for every update."""
+        """An event for the seed, and one for every update."""
         return self.run.state.history
 
     @property

@@ -18,7 +18,7 @@ from ..policies import Policy
 from ..structure.bank import Bank, Change
 from ..structure.followers import follower_of, stored_alike
 from ..structure.optimizer_slots import Layout
-from ..structure.record import Growth
+from ..structure.record import LEFT_OUT, Growth
 from ..structure.space import WHOLE, Space, live_positions
 from ..structure.surgery import named_tensors
 from .gates import Fold, Folding, converted
@@ -98,12 +98,17 @@ class LiveNetwork:
         return [parameter for bank in self.banks for parameter in bank.model.parameters()]
 
     def depths(self, keep: Tensor) -> dict[str, int]:
-        """Blocks per stage of a structure, those that always stay included; layers named by the user under ""."""
+        """Blocks per stage of a structure, those that always stay included; layers named by the user under "".
+
+        Those that were left out by an earlier run are gone.
+        """
         found: dict[str, int] = {}
+        own = {path for slot in self.space.slots for path in slot.modules}
         for slot in self.space.slots:
-            blocks = len(list(self.model.get_submodule(slot.stage).children())) if slot.stage else 0
+            stage = self.model.get_submodule(slot.stage).named_children() if slot.stage else ()
+            blocks = [name for name, child in stage if f"{slot.stage}.{name}" in own or LEFT_OUT not in vars(child)]
             live = bool(keep[slot.unit])
-            found.setdefault(slot.stage, blocks)
+            found.setdefault(slot.stage, len(blocks))
             found[slot.stage] += int(live) if not slot.stage else int(live) - 1
         return found
 

@@ -150,7 +150,8 @@ class Prover:
                 parameter.copy_(noise * fan_in**-0.5 if parameter.dim() > 1 else 1 + noise / 4)
             for module in self.frame.modules():
                 if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
-                    draw = torch.rand(2, module.num_features, generator=self.generator, dtype=torch.float64)
+                    size = module.running_mean.numel()  # 0 in a layer that was left out before
+                    draw = torch.rand(2, size, generator=self.generator, dtype=torch.float64)
                     module.running_mean.copy_(draw[0] - 0.5)
                     assert module.running_var is not None
                     module.running_var.copy_(draw[1] + 0.5)
