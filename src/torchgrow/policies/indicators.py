@@ -18,9 +18,7 @@ from torch import Tensor
 from ..errors import TorchgrowError
 from ..structure.budget import aligned
 from ..structure.space import Space
-
-SMALLEST_GATE = 1e-6
-"""Gates are kept at or above this, so that a raw weight can always be told from its folded value in float32."""
+from .kit import SMALLEST_GATE
 
 
 @dataclass(frozen=True, kw_only=True)
