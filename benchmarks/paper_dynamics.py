@@ -97,18 +97,34 @@ class Network:
 
 STEPS = 390
 """Of an epoch on CIFAR-10. ImageNet's epochs get as many: 5,004 would take minutes (docs/log.md has one such row)."""
-SMALL, LARGE = 13_570_048 / 49_160_192, 325_400_448 / 568_740_352
-"""MACs of MobileNetV1 0.25x over 0.5x at 128 pixels, and of 0.75x over 1.0x at 224: Table 6 counts in the former."""
+
+
+def cost(model: Callable[[], nn.Module], side: int) -> int:
+    """FLOPs of a frame for one image, by the count of its space."""
+    with torch.device("meta"):
+        frame = model()
+    space = trace(frame, torch.randn(2, 3, side, side))
+    return CostModel(space).cost(space.everything()).flops
+
+
+def mobile(width: float) -> Callable[[], nn.Module]:
+    """MobileNetV1 of a width."""
+    return lambda: MobileNetV1(width)
+
+
+SMALL = cost(mobile(0.25), 128) / cost(mobile(0.5), 128)
+LARGE = cost(mobile(0.75), 224) / cost(mobile(1.0), 224)
+"""Table 6 counts in the cost of networks narrower than the frame."""
 NETWORKS = {
     "VGG-16": Network(VGG16, 32, Budget(params="5.0%"), 160, (80, 120), 0.1, 0.050, 0.1355, 4.95),
     "ResNet-20": Network(ResNet, 32, Budget(params="35.8%"), 160, (80, 120), 0.1, 0.358, 0.502, 2.40),
     "WRN-28-10": Network(WideResNet, 32, Budget(params="9.3%"), 200, (60, 120, 160), 0.2, 0.093, 0.2825, 3.12),
     "ResNet-50": Network(resnet50, 224, Budget(params="61.2%"), 90, (30, 60), 0.1, 0.612, 0.503, 1.9),
     "MobileNetV1, 128": Network(
-        lambda: MobileNetV1(0.5), 128, Budget(flops=0.73 * SMALL), 90, (30, 60), 0.1, None, 0.73 * SMALL, 1.7 / SMALL
+        mobile(0.5), 128, Budget(flops=0.73 * SMALL), 90, (30, 60), 0.1, None, 0.73 * SMALL, 1.7 / SMALL
     ),
     "MobileNetV1, 224": Network(
-        lambda: MobileNetV1(1.0), 224, Budget(flops=0.83 * LARGE), 90, (30, 60), 0.1, None, 0.83 * LARGE, 1.5 / LARGE
+        mobile(1.0), 224, Budget(flops=0.83 * LARGE), 90, (30, 60), 0.1, None, 0.83 * LARGE, 1.5 / LARGE
     ),
 }
 
@@ -292,8 +308,8 @@ def dynamics(space: Space, network: Network, policy: Paper, updates: int, steps:
 
 def fingerprint() -> str:
     """Of the code that decides the dynamics, without its prose: rows of another policy are not taken for this one's."""
-    own = Path(__file__).read_text().partition("# --- the dynamics ---")[2]
-    sources = [own] + [inspect.getsource(inspect.getmodule(part)) for part in (Paper, pace.starts, kit.gap)]
+    modules = [inspect.getsource(inspect.getmodule(part) or part) for part in (Paper, pace.starts, kit.gap)]
+    sources = [*map(inspect.getsource, (Reading, dynamics)), *modules]
     return hashlib.sha256("".join(map(bare, sources)).encode()).hexdigest()[:12]
 
 
@@ -342,7 +358,8 @@ def main() -> None:
             policy = (Paper if settings.keys() <= own else Reading)(**settings)
             start = time.perf_counter()
             row |= dynamics(found[name], NETWORKS[name], policy, updates, steps, seed)
-            row |= {"seconds": time.perf_counter() - start, "environment": here}
+            wanted = {key: getattr(NETWORKS[name], key) for key in ("params", "flops", "saving")}
+            row |= {"paper": wanted, "seconds": time.perf_counter() - start, "environment": here}
             with arguments.results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             paper = NETWORKS[name]
