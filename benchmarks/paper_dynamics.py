@@ -19,7 +19,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +169,6 @@ class Reading(Paper):
         self.lambda_share = self.lambda_share * weight[self.norm]
         if self.flat is not None:
             self.s = torch.full_like(self.s, self.flat)
-            self._set_gates()
         if self.lambdas == "by group":
             place = kit.spread(replace(view, generator=torch.Generator().manual_seed(0)))
             keep_at = lambda share: kit.one_per_group(space, place < share, -place)  # noqa: E731
@@ -201,7 +199,7 @@ class Reading(Paper):
         if self.through == "gate":
             super()._move(view, sensitivity, steps)
             return
-        for _ in range(count := ceil(steps)):
+        for _ in range(count := round(steps)):
             self.velocity = self.momentum * self.velocity + self.penalty * self._removable + self.weight_decay * self.s
             self.s = self.s - self.lr * view.rate * (steps / count) * self.velocity
         self._set_gates()
@@ -212,31 +210,25 @@ READINGS: dict[str, dict[str, Any]] = {
     "present, size^-1/2 (the preset)": {},
     "present, size^-1": {"start": 1.0},
     "present, size^-3/4": {"start": 0.75},
-    "present, size^-1/4": {"start": 0.25},
     "present, s = -2": {"flat": -2.0},
     "present, s = -3": {"flat": -3.0},
     "present, sum / groups": {"norm": "sum / groups"},
     "present, means of groups": {"norm": "means of groups"},
-    "present, sum / groups, s = -2": {"norm": "sum / groups", "flat": -2.0},
     "present, means of groups, s = -2": {"norm": "means of groups", "flat": -2.0},
     "present, no momentum": {"momentum": 0.0},
-    "present, momentum lost at a change": {"forgets": True},
     "present, once an update": {"acts": "updates"},
     "present, straight through": {"through": "identity"},
-    "present, global temperature": {"temperature_rises": "global"},
     "present, rate of s constant": {"follows": False},
     "present, lambda by group": {"lambdas": "by group"},
     "all, size^-1 (the preset before)": {**ALL, "start": 1.0},
     "all, size^-1/2": ALL,
     "all, s = -2": {**ALL, "flat": -2.0},
     "all, sum / groups, size^-1": {**ALL, "norm": "sum / groups", "start": 1.0},
-    "all, sum / groups, size^-1/2": {**ALL, "norm": "sum / groups"},
     "all, sum / groups, s = -2": {**ALL, "norm": "sum / groups", "flat": -2.0},
     "all, means of groups, size^-1": {**ALL, "norm": "means of groups", "start": 1.0},
     "all, means of groups, s = -2": {**ALL, "norm": "means of groups", "flat": -2.0},
     "all, mean, s = -2": {**ALL, "norm": "mean", "flat": -2.0},
     "all, once an update, s = -2": {**ALL, "acts": "updates", "flat": -2.0},
-    "all, no momentum, size^-1/2": {**ALL, "momentum": 0.0},
     "all, straight through, size^-1": {**ALL, "through": "identity", "start": 1.0},
     "all, lambda by group, size^-1/2": {**ALL, "lambdas": "by group"},
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
 from typing import Any, ClassVar
 
 import torch
@@ -59,7 +58,6 @@ class Paper(Policy):
         self._base, self.lambda_share = base, torch.ones_like(self.s)  # of lambda_1, by unit
         self.lambda_share[[slot.unit for slot in space.slots]] = self.layer_lambda_base / (base or 1.0)
         self.gamma = self.heat ** (1 / max(view.updates, 1))
-        self._set_gates()
         return one_per_group(space, none(space), -spread(view))
 
     def step(self, view: View, sensitivity: Tensor) -> None:
@@ -87,7 +85,8 @@ class Paper(Policy):
             rise = torch.ones_like(self.s) if self.temperature_rises == "global" else present.double()
             self.t = self.t + present.long()
             self.exponent = self.exponent + rise * (view.rate if self.temperature_rises == "learning_rate" else 1.0)
-            self._set_gates()
+        self.beta = self.temperature = self.gamma**self.exponent
+        self._set_gates()
         self.pressure = self._base * gap(view, view.keep)
         self.penalty = self.pressure * self.lambda_share * (self.penalised == "all" or present)
 
@@ -108,13 +107,12 @@ class Paper(Policy):
         """Eq 6 and 8: so many steps of SGD on L(m w) + lambda |m|, where dL/ds = beta (1 - m) m dL/dm."""
         assert self.gate is not None
         task = sensitivity / self.gate
-        for _ in range(count := ceil(steps)):
+        for _ in range(count := round(steps)):
             slope = self.beta * (1 - self.gate) * self.gate
             self.velocity = self.momentum * self.velocity + slope * (task + self.penalty) + self.weight_decay * self.s
             self.s = self.s - self.lr * view.rate * (steps / count) * self.velocity
             self._set_gates()
 
     def _set_gates(self) -> None:
-        self.beta = self.temperature = self.gamma**self.exponent
         gate = torch.sigmoid(self.beta * (self.s + self.noise)).clamp(min=SMALLEST_GATE)
         self.gate = torch.where(self._removable, gate, 1.0)
