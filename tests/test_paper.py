@@ -63,7 +63,6 @@ def test_without_pace_they_are_another() -> None:
 
 
 @pytest.mark.parametrize("updates", [20, 40])
-@pytest.mark.parametrize("updates", [20, 40])
 def test_fewer_updates_reach_the_budget_as_early(updates: int) -> None:
     """The budget is first met, within a tenth, by a sixteenth of the run or in the first update but one.
 
