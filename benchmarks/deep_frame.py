@@ -63,9 +63,9 @@ def one(case: str, blocks: int) -> dict[str, Any]:
     )
     row: dict[str, Any] = {"resident": resident(), "most": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     if grower is not None:
-        bank = grower._bank
+        bank = grower.run.live.bank
         tensors["bank"] = nbytes(store.held for store in [*bank.full.values(), *bank.slots.values()])
-        tensors["gates"] = nbytes(grower._folding.raw().values())
+        tensors["gates"] = nbytes(grower.run.live.raw().values())
         row |= {"layers": len(grower.space.slots), "frame_params": grower.frame_cost.params, **vars(grower.cost())}
     return {**row, "tensors": tensors, "bytes": sum(tensors.values())}
 

@@ -49,7 +49,7 @@ NETWORKS = {"plain": plain, "ResNet-14": lambda: ResNet(depth=14, widths=(32, 64
 
 def tensors(grower: Grower) -> dict[str, Tensor]:
     """All that a rank holds."""
-    bank, policy = grower._bank, grower.policy
+    bank, policy = grower.run.live.bank, grower.policy
     names = {parameter: name for name, parameter in grower.model.named_parameters()}
     slots = {
         f"{key} of {names[parameter]}": slot
@@ -62,9 +62,9 @@ def tensors(grower: Grower) -> dict[str, Tensor]:
         **{f"sleeping {name}": tensor for name, tensor in bank.full.items()},
         **{f"sleeping {key} of {name}": tensor for (name, key), tensor in bank.slots.items()},
         **slots,
-        **{f"raw {name}": tensor for name, tensor in grower._folding.raw().items()},
+        **{f"raw {name}": tensor for name, tensor in grower.run.live.raw().items()},
         **{name: value for name, value in policy.state_dict().items() if isinstance(value, torch.Tensor)},
-        "generator": grower._generator.get_state(),
+        "generator": grower.run.state.generator.get_state(),
         "keep": bank.keep,
     }
 

@@ -100,7 +100,7 @@ def measured(case: str, policy: Policy, repeats: int) -> dict[str, Any]:
         ratios.append(taken[0] / taken[1])
         control.append(taken[2] / taken[1])
     low, high = interval(ratios)
-    kept = sum(raw.numel() * raw.element_size() for raw in grower._folding.raw().values())
+    kept = sum(raw.numel() * raw.element_size() for raw in grower.run.live.raw().values())
     own = sum(p.numel() * p.element_size() for p in model.parameters())
     return {
         "case": f"{case}: {type(policy).__name__}",

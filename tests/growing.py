@@ -94,13 +94,13 @@ def everything(grower: Grower, run: bool = True) -> dict[str, Any]:
         state[f"gradient of {name}"] = copy.deepcopy(parameter.grad)
     return {
         **state,
-        "generator": grower._generator.get_state(),
+        "generator": grower.run.state.generator.get_state(),
         "keep": grower.keep.clone(),
         "history": [timeless(event) for event in grower.history],
         "attributes": [{k: v for k, v in vars(m).items() if isinstance(v, int)} for m in grower.model.modules()],
-        "record": dict(grower._bank.record.attributes),
+        "record": dict(grower.run.live.bank.record.attributes),
         "outputs": outputs(grower) if run else None,
-        "raw": {name: raw.clone() for name, raw in grower._folding.raw().items()},
+        "raw": {name: raw.clone() for name, raw in grower.run.live.raw().items()},
     }
 
 

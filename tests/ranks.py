@@ -71,7 +71,7 @@ def train(net: nn.Module, grower: Grower, first: int, steps: int = STEPS, parts:
 
 def tensors(grower: Grower) -> dict[str, Tensor]:
     """All that must be the same on all ranks."""
-    bank = grower._bank
+    bank = grower.run.live.bank
     slots = {
         f"{i} {key}": slot
         for i, state in enumerate(grower.optimizer.state.values())
@@ -83,9 +83,9 @@ def tensors(grower: Grower) -> dict[str, Tensor]:
         **{f"bank {name}": asleep.held for name, asleep in bank.full.items()},
         **{f"bank {name} {key}": asleep.held for (name, key), asleep in bank.slots.items()},
         **{f"slot {name}": slot for name, slot in slots.items()},
-        **{f"raw {name}": tensor for name, tensor in grower._folding.raw().items()},
+        **{f"raw {name}": tensor for name, tensor in grower.run.live.raw().items()},
         **{f"policy {key}": value for key, value in grower.policy.state_dict().items() if isinstance(value, Tensor)},
-        "generator": grower._generator.get_state(),
+        "generator": grower.run.state.generator.get_state(),
         "keep": bank.keep,
     }
     return {name: tensor.detach().clone() for name, tensor in found.items()}
@@ -246,7 +246,7 @@ def one_fails() -> list[Any]:
     net = grower.wrap()
     train(net, grower, 0)
     if rank() == 1:
-        grower._folding._hooks[0]._unfold()
+        grower.run.live.gates._hooks[0]._unfold()
     said = message(grower.update)
     train(net, grower, STEPS)
     grower.update()

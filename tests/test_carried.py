@@ -320,7 +320,7 @@ def test_growing_with_a_carried_state_is_literal_eq6(name: str) -> None:
         full = cut(space, cut(space, full, space.everything(), old & new), old & new, space.everything())
         t += new
         oracle.update(new, 100 ** (1 / updates), t, event.pressure)
-        raw = {**dict(grower.model.named_parameters()), **grower._folding.raw()}
+        raw = {**dict(grower.model.named_parameters()), **grower.run.live.raw()}
         same_parameters(grower, oracle, raw, f"in epoch {epoch}")
         torch.testing.assert_close(state, cut(space, full, space.everything(), new), rtol=1e-9, atol=1e-9)
         changed += event.born + event.detached + event.regrown

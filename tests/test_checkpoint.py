@@ -512,7 +512,7 @@ def test_another_optimizer_is_refused(state: dict[str, Any]) -> None:
 
 LOADING = [
     (torchgrow.structure.surgery.Change, "into", 1),
-    (torchgrow.growth.grower.Fold, "factors", 1),
+    (torchgrow.growth.gates.Fold, "factors", 1),
     *[(torchgrow.exchange, "run", call) for call in (0, 1, 5, 20, 40, -40, -20, -1)],
 ]
 
@@ -540,10 +540,10 @@ def test_a_failed_load_changes_nothing(
 def test_an_unfinished_step_has_no_state_but_can_be_replaced(state: dict[str, Any]) -> None:
     grower = run(make("paper", updates=6), 1)
     train(grower, 6, 1)
-    grower._folding._hooks[0]._unfold()
+    grower.run.live.gates._hooks[0]._unfold()
     with pytest.raises(TrainingError, match=r"the last optimizer\.step\(\) did not finish"):
         grower.state_dict()
-    grower._folding._hooks[0]._unfold()
+    grower.run.live.gates._hooks[0]._unfold()
     grower.load_state_dict(state)
     expected = make("paper", updates=6)
     expected.load_state_dict(state)

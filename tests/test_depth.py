@@ -254,7 +254,7 @@ def test_grows_to_the_budget(block: type[nn.Module], preset: str) -> None:
     for unit in torch.nonzero(space.removable & ~keep).flatten().tolist():
         owner = int(space.owner[unit])
         if owner < 0 or keep[owner]:
-            assert grower._costs.cost(keep | _only(space, unit)).params > limit
+            assert grower.run.plan.costs.cost(keep | _only(space, unit)).params > limit
 
 
 class WithLayers(Eq6):
@@ -311,7 +311,7 @@ def test_grows_like_eq_6(block: type[nn.Module], kind: str) -> None:
         seen.add(tuple(grower.keep[[slot.unit for slot in grower.space.slots]].tolist()))
         grower.update()
         oracle.update(grower.keep, indicators.gamma, indicators.t)
-        raw = {**dict(grower.model.named_parameters()), **grower._folding.raw()}
+        raw = {**dict(grower.model.named_parameters()), **grower.run.live.raw()}
         same_parameters(grower, oracle, raw, f"after epoch {epoch}")
     assert kind != "sgd" or len(seen) > 1
 
@@ -385,7 +385,7 @@ def test_a_frame_on_the_meta_device_grows_as_a_real_one_does(block: type[nn.Modu
                 preset=Method(draws="independent"),
             )
         )
-    assert sum(store.held.numel() for store in growers[1]._bank.full.values()) == 0
+    assert sum(store.held.numel() for store in growers[1].run.live.bank.full.values()) == 0
     assert {p.dtype for p in meta.parameters()} == {torch.float64}
     detached = 0
     for epoch in range(8):

@@ -45,7 +45,7 @@ class Pair:
         """Folded and raw weights, buffers, optimizer slots, indicators and their velocity agree."""
         grower, oracle = self.grower, self.oracle
         full: dict[str, Tensor] = {**oracle.parameters, **oracle.held}
-        raw = {**dict(self.live.named_parameters()), **grower._folding.raw()}
+        raw = {**dict(self.live.named_parameters()), **grower.run.live.raw()}
         for name, parameter in self.live.named_parameters():
             close(parameter, oracle.live(full, name), name, tolerance)
             close(raw[name], oracle.live(oracle.parameters, name), f"raw {name}", tolerance)
@@ -78,8 +78,8 @@ def make_pair(make: Make, penalty: float = 0.0, model: nn.Module | None = None) 
     keep = grower.keep | ~space.removable | (torch.rand(space.n_units, generator=generator) < 0.6)
     indicators.s = torch.randn(space.n_units, generator=generator, dtype=torch.float64)
     for _ in range(3):  # present and absent units have temperatures of their own
-        grower.policy.applied(replace(grower._view(1), keep=keep))
-    grower._change_to(keep, grower.policy, grower._generator, time.perf_counter())
+        grower.policy.applied(replace(grower.run._view(1), keep=keep))
+    grower.run._change_to(keep, grower.policy, grower.run.state.generator, time.perf_counter())
     grower.policy.penalty = penalty
     assert not bool(keep.all())
     assert bool((indicators.gate[space.removable] < 0.2).any())
@@ -320,7 +320,7 @@ def test_after_the_end_copies_do_not_pull_the_weights_back(make: Make) -> None:
         grower.optimizer.step()
         grower.optimizer.zero_grad()
         grower.update() if number < 2 else grower.finish()
-    fold = grower._folding.fold
+    fold = grower.run.live.gates.fold
     assert fold is not None
     folded = silent = 0
     for p, factor in zip(fold.parameters, fold.factors(indicators_of(grower).gate), strict=True):
@@ -360,7 +360,7 @@ def test_the_indicators_rate_is_the_share_of_the_full_rate_whenever_the_schedule
     schedule = schedule or CYCLES[name](optimizer)
     full = 0.5 if name.endswith("elsewhere") else 0.05
     for _ in range(11):
-        assert grower._rate() == pytest.approx(optimizer.param_groups[0]["lr"] / full)
+        assert grower.run.rate() == pytest.approx(optimizer.param_groups[0]["lr"] / full)
         optimizer.step()
         schedule.step()
 
@@ -373,16 +373,16 @@ def test_a_group_with_a_rate_of_its_own_keeps_it_as_the_full_one() -> None:
     optimizer = torch.optim.SGD([{"params": wide, "lr": 0.001}, {"params": rest}], 0.05)
     torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=9)
     grower = Grower(model, optimizer, example_inputs=batch(0)[0], budget=Budget(params="50%"), updates=4)
-    assert grower._rate() == pytest.approx(0.1)
+    assert grower.run.rate() == pytest.approx(0.1)
 
 
 def test_a_rate_that_rises_beyond_the_first_carries_the_indicators_no_further() -> None:
     pair = make_pair(OPTIMIZERS["sgd"])
     group = pair.grower.optimizer.param_groups[0]
     group["lr"] = 5.0
-    assert pair.grower._rate() == 1.0
+    assert pair.grower.run.rate() == 1.0
     group["lr"] = 0.5
-    assert pair.grower._rate() == pytest.approx(0.1)
+    assert pair.grower.run.rate() == pytest.approx(0.1)
 
 
 def everything(pair: Pair) -> dict[str, Tensor]:
@@ -534,7 +534,7 @@ def test_edits_of_gated_parameters_are_kept(how: str) -> None:
         pair.live.load_state_dict(other)
     elif how == "diverged":
         pair.live.bn1.weight.data.fill_(float("nan"))
-        pair.grower._folding.raw()
+        pair.grower.run.live.raw()
         pair.live.load_state_dict(other)
     else:
         for name, parameter in pair.live.named_parameters():
@@ -574,14 +574,14 @@ def test_small_gates_keep_the_raw_weight() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     x = torch.randn(4, 3, 6, 6)
     grower = Grower(model, optimizer, example_inputs=x, budget=Budget(params="50%"), updates=10, preset="paper")
-    before = {name: raw.clone() for name, raw in grower._folding.raw().items()}
+    before = {name: raw.clone() for name, raw in grower.run.live.raw().items()}
     indicators_of(grower).s = indicators_of(grower).s - 200
     indicators_of(grower).velocity.zero_()
     for _ in range(50):
         model(x).sum().backward()
         optimizer.step()
     assert float(indicators_of(grower).gate.min()) == 1e-6
-    assert all(torch.equal(before[name], raw) for name, raw in grower._folding.raw().items())
+    assert all(torch.equal(before[name], raw) for name, raw in grower.run.live.raw().items())
 
 
 def test_gates_of_complex_weights_get_the_gradient_of_what_they_scale() -> None:

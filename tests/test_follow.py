@@ -36,20 +36,20 @@ class Literal:
 
     def step(self, weight: float = DECAY) -> None:
         for name, parameter in self.grower.model.named_parameters():
-            index = self.grower._bank.index.get(name, {})
+            index = self.grower.run.live.bank.index.get(name, {})
             old = gather(self.full[name], index)
             torchgrow.structure.store.scatter_(self.full[name], index, old * weight + (1 - weight) * parameter.detach())
 
     def update(self) -> None:
         for name, parameter in self.grower.model.named_parameters():
-            index = self.grower._bank.index.get(name, {})
+            index = self.grower.run.live.bank.index.get(name, {})
             old = gather(self.full[name], index)
             new = torch.where(old.isnan(), parameter.detach(), old)
             torchgrow.structure.store.scatter_(self.full[name], index, new)
 
     def compare(self, average: nn.Module) -> None:
         for name, parameter in average.named_parameters():
-            expected = gather(self.full[name], self.grower._bank.index.get(name, {}))
+            expected = gather(self.full[name], self.grower.run.live.bank.index.get(name, {}))
             torch.testing.assert_close(parameter.detach(), expected, rtol=1e-12, atol=1e-12, msg=name)
 
 
@@ -97,7 +97,7 @@ def test_weights_of_its_own_are_never_touched(dtype: torch.dtype) -> None:
     grower.follow(teacher)
     for epoch in range(11):
         for name, tensor in teacher.state_dict().items():
-            assert torch.equal(tensor, gather(before[name], grower._bank.index.get(name, {}))), name
+            assert torch.equal(tensor, gather(before[name], grower.run.live.bank.index.get(name, {}))), name
             assert tensor.dtype == before[name].dtype
         assert teacher.eval()(batch(0)[0].to(dtype)).shape == (8, 4)
         assert teacher.conv2.in_channels == grower.model.conv2.in_channels  # type: ignore[union-attr]
@@ -166,7 +166,7 @@ def test_a_follower_that_fails_to_be_cut_is_as_it_was(call: int, whole: bool, mo
             grower.follow(other)
     after = {**other.state_dict(), "channels": other.conv2.in_channels, "names": sorted(vars(other))}
     assert differences(before, after) == []
-    assert grower._followers == grower._copies == []
+    assert grower.run.live.followers == grower.run.live.copies == []
     grower.follow(other)
     grower.update()
     assert other.conv2.in_channels == grower.model.conv2.in_channels
@@ -206,7 +206,7 @@ def test_refused(module: nn.Module, text: str) -> None:
     grower = make()
     with pytest.raises(StructureError, match=text):
         grower.follow(module)
-    assert grower._followers == []
+    assert grower.run.live.followers == []
 
 
 def test_an_average_that_does_not_follow_is_told_of_at_the_first_update() -> None:
@@ -246,7 +246,7 @@ def test_the_network_itself_is_refused_and_a_copy_twice() -> None:
     for again in (twice, around):
         with pytest.raises(StructureError, match=r"conv1\.weight of .* follows already; call follow once"):
             grower.follow(again)
-    assert len(grower._followers) == 1
+    assert len(grower.run.live.followers) == 1
     with pytest.raises(StructureError, match=r"conv1\.weight is the network's own; pass a copy\.deepcopy\(model\)"):
         grower.follow(grower.model)
 

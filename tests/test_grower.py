@@ -65,7 +65,7 @@ def test_growing_is_literal_eq6(preset: str) -> None:
         event = grower.update()
         t += grower.keep
         oracle.update(grower.keep, 100 ** (1 / 12), t, 0.0 if preset == "paper" else event.pressure)
-        raw = {**dict(grower.model.named_parameters()), **grower._folding.raw()} if epoch < 11 else {}
+        raw = {**dict(grower.model.named_parameters()), **grower.run.live.raw()} if epoch < 11 else {}
         same_parameters(grower, oracle, raw, f"in epoch {epoch}")
         changed += event.born + event.detached + event.regrown
     assert changed > 10
@@ -270,7 +270,7 @@ def test_an_update_that_changes_nothing_writes_nothing(preset: str, monkeypatch:
     """It ends bit for bit as if all had been computed anew, and old graphs and gradients are gone all the same."""
     staged = make(preset, updates=8)
     with monkeypatch.context() as patch:
-        patch.setattr(staged._folding, "folded_with", lambda gate: False)
+        patch.setattr(staged.run.live.gates, "folded_with", lambda gate: False)
         run(staged, 8)
     grower, still = make(preset, updates=8), 0
     for epoch in range(8):
@@ -321,7 +321,7 @@ def test_gradients_of_before_the_update_are_not_used_after_it() -> None:
     grower.optimizer.step()
     for name, parameter in grower.model.named_parameters():
         assert parameter.grad is None
-        if name not in grower._gated:  # gated ones move with their indicators
+        if name not in grower.run.live.gated:  # gated ones move with their indicators
             assert torch.equal(before[name], parameter)
 
 
@@ -498,7 +498,7 @@ def test_paper_to_the_letter(budget: Budget) -> None:
         train(grower, 2 * epoch)
         expected = torch.sigmoid(100 ** (t / 12) * indicators.s)
         twin = torch.Generator()
-        twin.set_state(grower._generator.get_state())
+        twin.set_state(grower.run.state.generator.get_state())
         q = (torch.rand(space.n_units, generator=twin, dtype=torch.float64) < expected) | ~space.removable
         grower.update()
         if epoch < 10:  # then it is brought to the budget

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchgrow.exchange
-import torchgrow.growth.grower
+import torchgrow.growth.live_network
+import torchgrow.growth.run_state
+import torchgrow.structure.cost
 import torchgrow.structure.store
 from growing import breaking, differences, everything, failing, make, run, sgd, train
 from oracle import TwoLayers
@@ -40,12 +42,12 @@ PLACES = [
     *[(torchgrow.exchange, "run", call) for call in (0, 1, 2, 9, 40, -40, -10, -1)],
     *[(torchgrow.structure.store, "scatter_", call) for call in (1, 5)],
     *[(torchgrow.structure.store, "gather", call) for call in (1, 7)],
-    (torchgrow.growth.saved, "Fold", 1),
-    (torchgrow.growth.grower, "Event", 1),
+    (torchgrow.growth.live_network, "Fold", 1),
+    (torchgrow.growth.run_state, "Event", 1),
     (Bank, "stage", 1),
     (torchgrow.exchange.Exchange, "make", 1),
     (Fold, "factors", 1),
-    (torchgrow.growth.grower.CostModel, "cost", 1),
+    (torchgrow.structure.cost.CostModel, "cost", 1),
     (torchgrow.policies.Policy, "copied", 1),
 ]
 
@@ -124,7 +126,7 @@ def test_ctrl_c_in_finish_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_grower_that_fails_to_start_leaves_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchgrow.growth.saved, "Fold", failing(MemoryError(), 1, Fold))
+    monkeypatch.setattr(torchgrow.growth.live_network, "Fold", failing(MemoryError(), 1, Fold))
     made: list[torch.optim.Optimizer] = []
     with pytest.raises(MemoryError):
         make(optimizer=lambda m: made.append(sgd(m)) or made[0])  # type: ignore[func-returns-value]

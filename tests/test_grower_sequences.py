@@ -60,7 +60,7 @@ def test_growing_is_literal_eq6(name: str, preset: str) -> None:
         event = grower.update()
         t += grower.keep
         oracle.update(grower.keep, 100 ** (1 / EPOCHS), t, 0.0 if preset == "paper" else event.pressure)
-        raw = {**dict(model.named_parameters()), **grower._folding.raw()}
+        raw = {**dict(model.named_parameters()), **grower.run.live.raw()}
         same_parameters(grower, oracle, raw, f"in epoch {epoch}")
         changed += event.born + event.detached + event.regrown
     assert changed > 0, "nothing ever changed, so nothing was compared"

@@ -177,9 +177,9 @@ def test_without_gates_nothing_is_folded() -> None:
     """No second copy of any weight, and nothing but counting in a step."""
     grower = run(grown(Random()), 3)
     assert grower.policy.gate is None
-    assert grower._folding.raw() == {}
-    assert grower._folding.fold is not None
-    assert grower._folding.fold.names == []
+    assert grower.run.live.raw() == {}
+    assert grower.run.live.gates.fold is not None
+    assert grower.run.live.gates.fold.names == []
     assert grower.state_dict()["raw"] == {}
 
 

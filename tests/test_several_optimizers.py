@@ -84,7 +84,7 @@ def test_several_optimizers_are_literal_eq6(split: Split, first_steps: int, back
             live, literal = F.cross_entropy(grower.model(x), target), F.cross_entropy(oracle(x), target)
             step_both(grower, oracle, live, literal, 0.0)
         same_indicators(grower, oracle)
-        raw = {**dict(grower.model.named_parameters()), **grower._folding.raw()}
+        raw = {**dict(grower.model.named_parameters()), **grower.run.live.raw()}
         same_parameters(grower, oracle, raw, f"in epoch {epoch}")
         if epoch == first_steps > 0:
             break
@@ -114,9 +114,9 @@ def test_indicators_wait_for_every_optimizer_that_holds_gates() -> None:
     assert not torch.equal(indicators_of(grower).gate, gate)
     assert len(gradients) == 1
     assert int((gradients[0] != 0).sum()) >= 4  # units of both
-    fold = grower._folding.fold
+    fold = grower.run.live.gates.fold
     assert fold is not None
-    grower._folding.raw()
+    grower.run.live.raw()
     for parameter, raw, factor in zip(fold.parameters, fold.raw, fold.factors(indicators_of(grower).gate), strict=True):
         assert torch.equal(parameter, raw * factor)  # the first one's weights are folded with the new gates too
 

@@ -69,7 +69,7 @@ class Run:
         return {
             "state": _flat(state),
             "followed": followed,
-            "left out": sorted(grower._bank.skipped(grower.keep)),
+            "left out": sorted(grower.run.live.bank.skipped(grower.keep)),
         }
 
 

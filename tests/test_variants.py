@@ -63,7 +63,7 @@ def pair(method: Method, updates: int = 20) -> tuple[Grower, Variant]:
 
 
 def both(grower: Grower, oracle: Variant, epoch: int, steps: int = 3) -> None:
-    oracle.generator.set_state(grower._generator.get_state())
+    oracle.generator.set_state(grower.run.state.generator.get_state())
     for step in range(3 * epoch, 3 * epoch + steps):
         x, target = batch(step)
         grower.optimizer.zero_grad()
@@ -80,7 +80,7 @@ def test_relaxations(relaxation: str, gates: bool) -> None:
         both(grower, oracle, epoch)
         if gates:
             same_indicators(grower, oracle)
-        raw = {**dict(grower.model.named_parameters()), **grower._folding.raw()}
+        raw = {**dict(grower.model.named_parameters()), **grower.run.live.raw()}
         same_parameters(grower, oracle, raw, f"in epoch {epoch}")
         grower.update()
         oracle.update(grower.keep, indicators_of(grower).gamma, indicators_of(grower).exponent)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from .growth.event import Event
-    from .growth.grower import Grower, measure
+    from .growth.grower import Grower
     from .onednn_guard import guard_
     from .persistence.checkpoint import load_checkpoint, save_checkpoint
     from .persistence.network import load, save
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .structure.limits import Budget, Limits
     from .structure.space import Frozen, Space
     from .structure.surgery import Bank, shrink_
+    from .tracing.measure import measure
     from .tracing.rules.registry import Context, module_rule, rule
     from .tracing.verification import Report, trace, verify
 
@@ -53,12 +54,13 @@ _HOMES = {
         "TraceError",
         "TrainingError",
     ],
-    "growth.grower": ["Grower", "measure"],
+    "growth.grower": ["Grower"],
     "onednn_guard": ["guard_"],
     "policies.indicators": ["PRESETS", "Method"],
     "structure.limits": ["Budget", "Limits"],
     "persistence.network": ["load", "save"],
     "policies": ["policies"],
+    "tracing.measure": ["measure"],
     "tracing.verification": ["Report", "trace", "verify"],
     "tracing.rules.registry": ["Context", "module_rule", "rule"],
     "structure.space": ["Frozen", "Space"],

@@ -73,7 +73,7 @@ def test_heads_and_neurons_grow_as_eq6_says(name: str) -> None:
             step_both(grower, oracle, loss(grower.model(x)), loss(oracle(x)), 0.0)
         same_indicators(grower, oracle)
         changed += update_both(grower, oracle, t)
-        raw = {**dict(grower.model.named_parameters()), **grower._folding.raw()}
+        raw = {**dict(grower.model.named_parameters()), **grower.run.live.raw()}
         same_parameters(grower, oracle, raw, f"in epoch {epoch}")
     assert changed > 0
 
@@ -99,7 +99,7 @@ def test_adamw_warm_up_and_weight_decay_see_raw_weights(name: str) -> None:
         for schedule in schedules:
             schedule.step()
     same_indicators(grower, oracle)
-    raw = {**dict(grower.model.named_parameters()), **grower._folding.raw()}
+    raw = {**dict(grower.model.named_parameters()), **grower.run.live.raw()}
     same_parameters(grower, oracle, raw, "after ten steps")
 
 

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..structure.cost import Cost
+from ..structure.cost import Cost, CostModel
 from ..structure.limits import Budget, Limits
-from ..structure.space import Frozen
 
 OUTLIER = 1.25
 """Largest singular value over what independent random entries of that size and spread give. Fresh networks of
@@ -84,18 +83,20 @@ def course(seed: Tensor, planned: Sequence[Tensor] | None, frame: Cost, limits: 
     )
 
 
-def summary(
-    name: str,
-    budget: Budget,
-    way: Course,
-    now: Cost,
-    frame: Cost,
-    widths: dict[str, int],
-    full: dict[str, int],
-    frozen: Sequence[Frozen],
-    done: int,
-) -> str:
-    """A run on one screen: what it starts from and ends at, what grows, and what keeps its size and why."""
+def summary(name: str, budget: Budget, way: Course, costs: CostModel, keep: Tensor, done: int) -> str:
+    """A run on one screen: what it starts from and ends at, what grows, and what keeps its size and why.
+
+    Args:
+        name: of the model.
+        budget: as it was given.
+        way: how the cost goes over the run.
+        costs: of the space.
+        keep: bool [n], the live units.
+        done: updates so far.
+    """
+    space = costs.space
+    now, frame = costs.cost(keep), costs.cost(space.everything())
+    widths, full = space.widths(keep), space.widths(space.everything())
     lines = [
         f"{name}: {frame.params:,} parameters, {frame.flops:,} FLOPs a sample (2 x MACs); budget {budget}",
         f"  goes   {way}",
@@ -105,7 +106,7 @@ def summary(
     ]
     lines += [f"         {group}: {widths.get(group, 0)} of {count}" for group, count in list(full.items())[:_MOST]]
     lines += [f"         and {len(full) - _MOST} more groups: see widths()"] * (len(full) > _MOST)
-    reasons = list(dict.fromkeys(map(str, frozen)))
+    reasons = list(dict.fromkeys(map(str, space.frozen)))
     lines += [f"  stays  {reason}" for reason in reasons[:_MOST]]
     lines += [f"         and for {len(reasons) - _MOST} more reasons: see space.frozen"] * (len(reasons) > _MOST)
     return "\n".join(lines)

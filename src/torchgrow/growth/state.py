@@ -16,9 +16,6 @@ from ..policies.policy import Policy
 from ..structure.space import Space
 from ..structure.store import Store
 
-FORMAT = 2
-"""Of `Grower.state_dict()`."""
-
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies that nothing writes to, with the same order of elements in memory."""

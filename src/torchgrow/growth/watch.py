@@ -100,14 +100,14 @@ def warn_idle(optimizers: Sequence[torch.optim.Optimizer], taken: Sequence[int],
             "no optimizer that Grower was given took a step since the last update. Is a copy of the network trained "
             "(one made by deepcopy or by a wrapper), or was optimizer.step() forgotten? Where a GradScaler skipped "
             "every step because gradients overflowed, this is nothing to worry about",
-            stacklevel=3,
+            stacklevel=4,
         )
     elif not moved and not all(taken):
         still = [f"{type(o).__name__} (number {i})" for i, o in enumerate(optimizers) if not taken[i]]
         warnings.warn(
             f"the indicators did not move since the last update: they wait for a step of {', '.join(still)} of the "
             "list that Grower was given. Step all of them between two updates",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -138,7 +138,7 @@ def warn_spread(model: nn.Module, space: Space) -> None:
                     f"all {values.shape[axis]} units of {name} (axis {axis}) are alike in another "
                     f"{type(model).__name__} of the frame's size: PyTorch averages other sizes by broadcasting, "
                     "without an error. Call grower.follow(average) right after Grower(...), before its first update",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
                 return
 

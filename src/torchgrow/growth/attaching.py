@@ -1,0 +1,75 @@
+"""What is looked at before a model grows: whether it may, what of it is trained, what its budget is a share of."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..errors import OptimizerError, StructureError
+from ..structure.cost import Cost
+from ..structure.limits import Budget
+from ..structure.record import growths, recorded
+from ..structure.space import Frozen, Space
+from .gates import attached
+
+
+def check_free(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Refuse a model and optimizers that another grower has not finished with.
+
+    Raises:
+        StructureError: the model, a part of it or a model around it is growing.
+        OptimizerError: an optimizer trains a network that is growing.
+    """
+    advice = (
+        "go on with the grower that is there, or end it with grower.finish() before another one begins. To begin anew, "
+        "build model and optimizer anew (in a notebook: run their cell again too)"
+    )
+    for growth in growths(model):
+        raise StructureError(f"{type(model).__name__} is growing already: {growth}; {advice}")
+    for optimizer in optimizers:
+        if attached(optimizer):
+            raise OptimizerError(f"{type(optimizer).__name__} already trains a network that is growing; {advice}")
+
+
+def tell_share(model: nn.Module, budget: Budget, cost: Cost) -> None:
+    """Warn of a share of a network that was itself cut from a larger one."""
+    shares = [x for x in (budget.params, budget.flops) if isinstance(x, float) or (isinstance(x, str) and "%" in x)]
+    cut = recorded(model.named_modules())
+    if shares and any(cut.kept.values()):
+        first = sum(math.prod(cut.shapes.get(name, p.shape)) for name, p in model.named_parameters())
+        warnings.warn(
+            f"the budget {shares[0]} is a share of the network as it is, {cost.params:,} parameters, which was cut "
+            f"from a frame of {first:,} before; for a share of that frame give a number, such as Budget(params=...)",
+            stacklevel=5,
+        )
+
+
+def trained_names(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> set[str]:
+    """Names of the trainable parameters that the optimizers hold."""
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    return {name for name, p in model.named_parameters() if id(p) in held and p.requires_grad}
+
+
+def pin_untrained(space: Space, trained: set[str]) -> Space:
+    """Pin units whose gate would have no place, or a place that is not trained: no gradient could reach it."""
+    gated = torch.zeros(space.n_units, dtype=torch.bool)
+    for (name, axis), vector in space.fold.items():
+        units = vector[vector >= 0].unique()
+        gated[units] = True
+        if name not in trained:
+            units = units[space.removable[units]]
+            reason = "the unit's gate would sit on a parameter that the optimizer does not train"
+            if units.numel():
+                space = space.freeze(
+                    units.tolist(), Frozen("gate", name.rpartition(".")[0], "", reason, ((name, axis),))
+                )
+    bare = torch.nonzero(~gated & space.removable).flatten().tolist()
+    if bare:
+        reason = f"{len(bare)} units have no place where a gate of 0 equals removal"
+        names = {space.group_names[int(space.group_of[u])] for u in bare}
+        space = space.freeze(bare, Frozen("gate", ", ".join(sorted(names)[:3]), "", reason, ()))
+    return space

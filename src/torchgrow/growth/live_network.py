@@ -1,0 +1,286 @@
+"""The live network: cut from its frame, with its gates folded in, and with the copies that follow it.
+
+A change of structure is computed first and written afterwards by one `Exchange`, all of it or nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import StructureError, TorchgrowError
+from ..exchange import Exchange
+from ..onednn_guard import guard_
+from ..policies import Policy
+from ..structure.optimizer_slots import Layout
+from ..structure.record import Growth
+from ..structure.space import WHOLE, Space, live_positions
+from ..structure.surgery import Bank, Change, named_tensors
+from .gates import Fold, Folding, converted
+from .plan import Plan
+from .watch import Watch
+
+
+class LiveNetwork:
+    """A model that grows, the storage for what is not live, its gates, and the copies that follow it.
+
+    Args:
+        model: the frame, at full size; `change` cuts it.
+        plan: of the run.
+        layouts: of the optimizers that train it.
+        policy: whose gates are folded in, and which is told of steps; the run changes this very object.
+        on_step: called after optimizer steps with m dL/dm, float64 [n].
+        device: where a frame on the meta device comes to life.
+        exchange: its `undo` will bring the model back.
+
+    Attributes:
+        bank: storage for everything at full size.
+        parameters: of the model, by name; the objects stay the same throughout.
+        gates: what is folded into the weights around every optimizer step.
+        followers: the banks of the copies.
+        wrappers: the copies as they were given, which may be wrappers around a model.
+        copies: those of the followers that began with the frame's own weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        layouts: Sequence[Layout],
+        policy: Policy,
+        on_step: Callable[[Tensor], None],
+        device: torch.device,
+        exchange: Exchange,
+    ) -> None:
+        space = plan.space
+        self.model, self.space, self.policy = model, space, policy
+        self.bank = Bank(model, space, seed=plan.seed, device=device, layouts=layouts, exchange=exchange)
+        self.bank.growth = Growth(plan.updates)
+        self.parameters = dict(model.named_parameters())
+        self.watch = Watch(space, [layout.optimizer for layout in layouts], self.parameters)
+        cut = {n: t for n, t in named_tensors(model).items() if n in self.parameters or n in space.cut_axes}
+        self._kinds = {name: (tensor.dtype, tensor.device) for name, tensor in cut.items()}
+        self.gated = sorted({name for name, _ in space.fold})
+        self.gates = Folding(layouts, on_step, lambda: policy.gate)
+        self.followers: list[Bank] = []
+        self.wrappers: list[nn.Module] = []
+        self.copies: list[Bank] = []
+
+    @property
+    def keep(self) -> Tensor:
+        """The live units, bool [n]; not a copy."""
+        return self.bank.keep
+
+    @property
+    def banks(self) -> tuple[Bank, ...]:
+        """That of the model, and those of its followers."""
+        return (self.bank, *self.followers)
+
+    def raw(self) -> dict[str, Tensor]:
+        """Raw contents of the gated parameters, by name; see `Folding.raw`."""
+        return self.gates.raw()
+
+    def contents(self) -> dict[str, Tensor]:
+        """Contents of all parameters, raw where they are gated."""
+        return {**self.parameters, **self.raw()}
+
+    def buffers(self) -> list[Tensor]:
+        """Of the model and its followers."""
+        return [buffer for bank in self.banks for buffer in bank.model.buffers()]
+
+    def all_parameters(self) -> list[Tensor]:
+        """Of the model and its followers."""
+        return [parameter for bank in self.banks for parameter in bank.model.parameters()]
+
+    def depths(self, keep: Tensor) -> dict[str, int]:
+        """Blocks per stage of a structure, those that always stay included; layers named by the user under ""."""
+        found: dict[str, int] = {}
+        for slot in self.space.slots:
+            blocks = len(list(self.model.get_submodule(slot.stage).children())) if slot.stage else 0
+            live = bool(keep[slot.unit])
+            found.setdefault(slot.stage, blocks)
+            found[slot.stage] += int(live) if not slot.stage else int(live) - 1
+        return found
+
+    def fold(self, keep: Tensor, raw: Mapping[str, Tensor], gate: Tensor | None) -> Fold:
+        """Where the units of a structure live, and what is folded there; nowhere if the policy does not ask."""
+        asked = gate is not None or self.policy.sensitive
+        space = self.space if asked else replace(self.space, fold={})
+        return Fold(space, self.parameters if asked else {}, keep, raw, gated=gate is not None)
+
+    # --- is it as it was left? ---
+
+    def check(self) -> None:
+        """The optimizer trains, and the bank writes into, the parameter objects that were there at the start.
+
+        Raises:
+            StructureError: a tensor was exchanged or converted, or one of a follower; the message names it.
+        """
+        now = dict(self.model.named_parameters())
+        for name, parameter in self.parameters.items():
+            if now.get(name) is not parameter:
+                found = "sharded (fully_shard)" if hasattr(now.get(name), "device_mesh") else "exchanged or taken out"
+                raise StructureError(
+                    f"{name} is not the parameter any more that Grower was given: it was {found} since. "
+                    "Write into the objects that are there (load_state_dict without assign=True), and use DDP instead "
+                    "of fully_shard"
+                )
+        tensors = named_tensors(self.model)
+        for name, (dtype, device) in self._kinds.items():
+            tensor = tensors.get(name)
+            if tensor is not None and (tensor.dtype, tensor.device) != (dtype, device):
+                raise StructureError(converted(name, tensor, dtype, device))
+            if tensor is not None and tensor.is_inference():
+                raise StructureError(
+                    f"{name} was made under torch.inference_mode() since Grower was given the model, so that it cannot "
+                    "be cut; run the forward that makes it under torch.no_grad()"
+                )
+        for follower in self.followers:
+            own = named_tensors(follower.model)
+            for name in follower.index:
+                here, there = tuple(tensors[name].shape), tuple(own[name].shape) if name in own else None
+                if here != there:
+                    raise StructureError(
+                        f"{name} of a follower is {there or 'missing'}, not {here} as in the network: it was exchanged "
+                        "or taken out since follow(). Write into the objects that are there. Nothing was changed"
+                    )
+
+    def check_trained(self) -> None:
+        """The optimizers that were given train the network, and no other.
+
+        Raises:
+            TrainingError: the last step did not finish, or another optimizer trains it.
+        """
+        self.check()
+        self.gates.recover()
+        self.watch.check_trained(self.contents(), self.gates.taken)
+
+    # --- a change of structure ---
+
+    def change(
+        self, exchange: Exchange, keep: Tensor, gate: Tensor | None, *, first: bool, last: bool, silent: Tensor | None
+    ) -> bool:
+        """Have `exchange` make `keep` the live structure of the model and its followers; nothing is written before.
+
+        Args:
+            exchange: makes it.
+            keep: bool [n].
+            gate: that the weights shall be folded with, float64 [n], or None.
+            first: of the run, so that everything is written even if it seems the same.
+            last: the hooks come off and the banks are emptied.
+            silent: bool [n], units that enter with gated weights of 0.
+
+        Returns:
+            Whether a tensor will have another shape.
+        """
+        stays = not first and torch.equal(keep, self.keep) and self.gates.folded_with(gate)
+        changes, installed = ([self.bank.unchanged()], None) if stays else self._stage(keep, gate, silent)
+        reshapes = changes[0].reshapes
+        for change in changes:
+            change.into(exchange)
+        raw = {}
+        if installed is not None:
+            self.gates.install(exchange, *installed)
+            raw = installed[0].contents
+        self.gates.begin(exchange)
+        self.watch.begin(exchange, {**self.contents(), **changes[0].contents(self.parameters), **raw})
+        if last:
+            self.gates.remove(exchange)
+            for bank in self.banks:
+                exchange.fields(bank, full={}, slots={})
+        else:
+            self.gates.attach(exchange)
+        return reshapes
+
+    def _stage(
+        self, keep: Tensor, gate: Tensor | None, silent: Tensor | None
+    ) -> tuple[list[Change], tuple[Fold, list[Tensor], dict[tuple[str, str], Tensor]]]:
+        """The changes of the network and its followers, not made as yet, and what `Folding.install` needs."""
+        bank = self.bank
+        raw = self.raw() or {name: self.parameters[name].detach() for name in self.gated}
+        change = bank.stage(keep, raw, self.gates.raw_copies())
+        fresh = {name: change.swaps[name].new for name in self.gated if not self.space.absent(name, keep)}
+        if silent is not None:
+            _silence(self.space, fresh, keep, silent)
+            for name in fresh:
+                for part in change.swaps[name].raw_copies().values():
+                    _silence(self.space, {name: part}, keep, silent)
+        fold = self.fold(keep, fresh, gate)
+        factors = fold.factors(gate)
+        folded = fold.folded(factors)
+        followed = self._followed(keep, fresh, folded)
+        copies: dict[tuple[str, str], Tensor] = {}
+        for (name, contents), factor in zip(folded.items(), factors, strict=True):
+            swap = change.swaps[name]
+            copies |= {(name, key): part.clone() for key, part in swap.raw_copies().items()}
+            swap.new = contents
+            swap.fold_copies(factor)
+        return [change, *followed], (fold, factors, copies)
+
+    def _followed(self, keep: Tensor, raw: Mapping[str, Tensor], folded: Mapping[str, Tensor]) -> list[Change]:
+        """The change to `keep` of every follower; where a copy still holds what the bank holds, it gets that folded."""
+        changes = []
+        for follower in self.followers:
+            change = follower.stage(keep)
+            for name in change.swaps.keys() & folded.keys() if follower in self.copies else ():
+                own, value = change.swaps[name].new, folded[name].to(change.swaps[name].new)
+                change.swaps[name].new = torch.where(own == raw[name].to(own), value, own)
+            changes.append(change)
+        return changes
+
+    # --- copies that follow ---
+
+    def follow(self, module: nn.Module) -> None:
+        """Take a copy along from now on; see `Grower.follow`.
+
+        Raises:
+            StructureError: it does not fit.
+            TorchgrowError: it is no module.
+        """
+        if not isinstance(module, nn.Module):
+            raise TorchgrowError(
+                "follow takes a torch.nn.Module with weights of its own, such as copy.deepcopy(model) or "
+                f"torch.optim.swa_utils.AveragedModel(model), got {type(module).__name__}; an average kept as a "
+                "list of tensors cannot be cut along"
+            )
+        wrapper, inner = module, getattr(module, "module", None)
+        if isinstance(inner, nn.Module) and not module.state_dict().keys() & self.bank.tensors.keys():
+            module = inner
+        own = {id(tensor): name for name, tensor in named_tensors(module).items()}
+        for follower in self.followers:
+            for tensor in named_tensors(follower.model).values():
+                if id(tensor) in own:
+                    raise StructureError(
+                        f"{own[id(tensor)]} of {type(module).__name__} follows already; call follow once for every copy"
+                    )
+        exchange = Exchange()
+        exchange.remember(module)
+        try:
+            follower = self.bank.follower(module, exchange)
+            guard_(follower.model)
+            exchange.append(self.followers, follower)
+            exchange.append(self.wrappers, wrapper)
+            if self.bank.sleeps_alike(follower):
+                exchange.append(self.copies, follower)
+            exchange.make()
+        except BaseException:
+            exchange.undo()
+            raise
+
+
+def _silence(space: Space, raw: Mapping[str, Tensor], keep: Tensor, silent: Tensor) -> None:
+    """Zero the gated raw weights of the units in `silent` (bool [n])."""
+    for (name, axis), vector in space.fold.items():
+        if name not in raw:
+            continue
+        if axis == WHOLE:
+            if bool(silent[vector]):
+                raw[name].zero_()
+            continue
+        live = vector[live_positions(space.unit_of[name, axis], keep)]
+        positions = torch.nonzero((live >= 0) & silent[live.clamp(min=0)]).flatten()
+        if positions.numel():
+            raw[name].index_fill_(axis, positions.to(raw[name].device), 0)

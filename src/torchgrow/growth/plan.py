@@ -1,0 +1,98 @@
+"""What a run is planned with, and does not change: the space, what its networks cost, the budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TorchgrowError
+from ..policies import Policy, View
+from ..policies.kit import one_per_group
+from ..structure.budget import check_feasible, fit
+from ..structure.cost import Cost, CostModel
+from ..structure.limits import Budget, Limits
+from ..structure.space import Space
+from .attaching import tell_share
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is planned with.
+
+    Attributes:
+        space: the units of the frame, n of them.
+        costs: of all its networks.
+        frame_cost: of the frame.
+        budget: as it was given.
+        limits: the same in numbers.
+        updates: how many there will be.
+        seed: of all draws.
+    """
+
+    space: Space
+    costs: CostModel
+    frame_cost: Cost
+    budget: Budget
+    limits: Limits
+    updates: int
+    seed: int
+
+    @classmethod
+    def of(cls, model: nn.Module, space: Space, budget: Budget, updates: int, seed: int) -> Plan:
+        """The plan for a model of this space.
+
+        Raises:
+            BudgetError: the budget is out of reach; the message names the feasible range.
+        """
+        costs = CostModel(space)
+        frame_cost = costs.cost(space.everything())
+        tell_share(model, budget, frame_cost)
+        limits = budget.limits(frame_cost)
+        check_feasible(budget, limits, costs)
+        return cls(space, costs, frame_cost, budget, limits, updates, seed)
+
+    @cached_property
+    def limit_tensor(self) -> Tensor:
+        """The limits as policies see them, int64 [2]."""
+        return self.limits.tensor()
+
+    def view(self, number: int, keep: Tensor, rate: float, generator: torch.Generator) -> View:
+        """The run as a policy sees it at an update."""
+        return View(self.space, self.costs, self.limit_tensor, number, self.updates, keep, rate, generator)
+
+    def legal(self, keep: Any, policy: Policy, asked: str) -> Tensor:
+        """A structure as a policy wants it, with what cannot be removed and one unit of every group.
+
+        Raises:
+            TorchgrowError: it is no structure; the message names the policy.
+        """
+        n = self.space.n_units
+        if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != (n,):
+            found = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
+            raise TorchgrowError(
+                f"{type(policy).__name__}.{asked} returned {found} for a structure, it must be a bool tensor of "
+                f"{n} units, True where one lives; nothing was changed"
+            )
+        return one_per_group(self.space, keep.cpu(), torch.zeros(n))
+
+    def fitted(self, keep: Tensor, policy: Policy, view: View) -> Tensor:
+        """The nearest structure exactly at the budget."""
+        multiples = policy.multiples
+        ones = torch.ones(self.space.n_groups, dtype=torch.int64)
+        score = policy.score(view)
+        return fit(self.space, self.costs, keep, score, self.limits, ones if multiples is None else multiples)
+
+    def settings(self, policy: Policy) -> dict[str, Any]:
+        """What a state must share with the run that loads it."""
+        return {
+            "updates": self.updates,
+            "seed": self.seed,
+            "params": self.limits.params,
+            "flops": self.limits.flops,
+            "policy": type(policy).__name__,
+            **{f"policy.{name}": value for name, value in policy.settings().items()},
+        }

@@ -1,0 +1,307 @@
+"""The order of things (Algorithm 1): measure, press, draw, cut, count."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed import Ranks
+from ..errors import StructureError, TorchgrowError
+from ..exchange import Exchange
+from ..onednn_guard import guard_
+from ..persistence.randomness import random_state
+from ..policies import Policy, View
+from ..structure.limits import Budget
+from ..structure.optimizer_slots import Layout
+from ..structure.optimizers import check_optimizers, first_rate, peak_rate, present_rate, untrained_hint
+from ..structure.space import Space
+from ..tracing.model_call import examples_of
+from ..tracing.nested import tensors
+from .advice import Course, course, warn_if_trained
+from .attaching import pin_untrained, trained_names
+from .event import Event
+from .live_network import LiveNetwork
+from .live_state import LiveState, state_of
+from .plan import Plan
+from .run_state import RunState, event_of, read_keep
+from .saved import FORMAT, examine
+from .state import fingerprint, read_policy
+from .watch import warn_idle, warn_spread
+
+log = logging.getLogger("torchgrow")
+
+
+class Asked(Protocol):
+    """What a run is asked for: a `Grower`."""
+
+    model: nn.Module
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    budget: Budget
+    updates: int
+    seed: int
+    policy: Policy
+
+
+class Run:
+    """A run: the live network, how far it has come, and the policy that decides, on all ranks alike.
+
+    Args:
+        model: the frame, which is brought to its seed.
+        plan: what the run is planned with.
+        policy: decides which units live; its attributes change in place.
+        layouts: of the optimizers that train the model.
+        device: where a frame on the meta device comes to life.
+        exchange: its `undo` takes all of it back.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        policy: Policy,
+        layouts: Sequence[Layout],
+        device: torch.device,
+        exchange: Exchange,
+    ) -> None:
+        space, self.plan, self.policy = plan.space, plan, policy
+        self.optimizers = [layout.optimizer for layout in layouts]
+        self.state = RunState(
+            generator=torch.Generator().manual_seed(plan.seed),
+            before=space.everything(),
+            ever=torch.zeros(space.n_units, dtype=torch.bool),
+            initial_lr=first_rate(self.optimizers[0]),
+            history=[],
+        )
+        view = plan.view(0, space.everything(), 1.0, self.state.generator)
+        seed = plan.legal(policy.seed(view), policy, "seed")
+        self.ranks = Ranks()
+        self.ranks.agree(lambda: self._decided(None, policy, self.state.generator))
+        self.ranks.share([tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta])
+        self.live = LiveNetwork(model, plan, layouts, policy, self._step, device, exchange)
+        self.seed_cost = plan.costs.both(plan.costs.live(seed))
+        log.info("%s goes %s", type(model).__name__, self.course())
+        policy.applied(replace(view, keep=seed))
+        policy.state_dict()  # what could not be kept is told now, not at the first checkpoint
+        self._change_to(seed, policy, self.state.generator, time.perf_counter(), exchange=exchange)
+
+    @classmethod
+    def begin(cls, asked: Asked, space: Space, example_inputs: Any, exchange: Exchange) -> Run:
+        """Shrink a model to its seed.
+
+        Args:
+            asked: for what, and with which optimizers and policy.
+            space: of the model.
+            example_inputs: for the device.
+            exchange: its `undo` takes all of it back.
+
+        Raises:
+            OptimizerError: an optimizer cannot be served.
+            BudgetError: the budget is out of reach.
+            StructureError: every unit is frozen.
+        """
+        model, optimizers = asked.model, asked.optimizers
+        layouts = check_optimizers(optimizers, model)
+        space = pin_untrained(space, trained_names(model, optimizers))
+        if not bool(space.removable.any()):
+            reasons = "; ".join(str(frozen) for frozen in space.frozen[:5]) or "the model has no units"
+            raise StructureError(f"nothing can grow here, because {reasons}{untrained_hint(optimizers, model)}")
+        plan = Plan.of(model, space, asked.budget, asked.updates, asked.seed)
+        warn_if_trained(model, optimizers)
+        guard_(model)
+        device = tensors(examples_of(example_inputs)[0])[0].device
+        return cls(model, plan, asked.policy, layouts, device, exchange)
+
+    def course(self) -> Course:
+        """How the cost goes over the run."""
+        plan, policy = self.plan, self.policy
+        costs = [policy.planned(self._view(number)) for number in range(plan.updates + 1)]
+        planned = [cost for cost in costs if cost is not None]
+        return course(self.seed_cost, planned, plan.frame_cost, plan.limits, policy.final(plan.updates))
+
+    def update(self) -> Event:
+        """See `Grower.update`."""
+        number, state, updates = len(self.state.history), self.state, self.plan.updates
+        if state.finished:
+            raise TorchgrowError(
+                f"the run is over: finish() was called after {number - 2} of {updates} updates; call it only when "
+                "no update follows"
+                if state.early
+                else f"the run is over: update() was called {updates} times; for a longer run construct "
+                f"Grower(..., updates={updates + 1}) or with more"
+            )
+        live = self.live
+        with self.ranks.together(live.buffers(), random_state):
+            live.check_trained()
+            warn_idle(self.optimizers, live.gates.taken, live.gates.moved or not live.gates.listens)
+            if number == 1:
+                warn_spread(live.model, live.space)
+            return self._finish() if number >= updates else self._update(number)
+
+    def finish(self) -> Event:
+        """See `Grower.finish`."""
+        if self.state.finished:
+            raise TorchgrowError(
+                "finish() was called before; the network is final, save it with torchgrow.save(model, folder)"
+            )
+        with self.ranks.together(self.live.buffers(), random_state):
+            self.live.check_trained()
+            return self._finish(early=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Grower.state_dict`."""
+        return {
+            "format": FORMAT,
+            "frame": fingerprint(self.live.space, self.live.bank.tensors),
+            "settings": self.plan.settings(self.policy),
+            "policy": self.policy.state_dict(),
+            **self.state.state_dict(),
+            **state_of(self.live, self.state.finished),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Grower.load_state_dict`."""
+        live, plan = self.live, self.plan
+        saved = examine(state, fingerprint(live.space, live.bank.tensors), plan.settings(self.policy))
+        keep = read_keep(saved["keep"], plan.space)
+        here = RunState.read(saved, plan.costs, keep, plan.updates)
+        network = LiveState.read(saved, live, keep, here.finished)
+        policy = read_policy(saved["policy"], self.policy, len(here.history))
+        exchange = Exchange()
+        network.into(exchange, live, policy)
+        exchange.fields(self.policy, **vars(policy))
+        self.state.take_over(exchange, here)
+        self._note(exchange, here.history, here.finished)
+        self.ranks.invalidate(exchange)
+        forget_compiled()
+        with network.extra_states_set(live):
+            exchange.make()
+
+    # --- how it is done ---
+
+    def _view(self, number: int) -> View:
+        """The run as the policy sees it at an update."""
+        keep = self.live.keep if self.state.history else self.plan.space.everything()
+        return self.plan.view(number, keep, self.rate(), self.state.generator)
+
+    def rate(self) -> float:
+        """Present over full learning rate of the weights, never above 1.
+
+        Full is the peak of a one-cycle schedule, else the first rate or the highest since: where the first is low the
+        indicators' own would be carried many times beyond what it is made for.
+        """
+        rate = present_rate(self.optimizers[0])
+        self.state.initial_lr = max(self.state.initial_lr, rate)
+        full = peak_rate(self.optimizers[0]) or self.state.initial_lr
+        return min(1.0, rate / full) if full else 1.0
+
+    def _step(self, sensitivity: Tensor) -> None:
+        """After every optimizer step: the policy is told."""
+        self.policy.step(self._view(len(self.state.history) - 1), sensitivity)
+
+    def _update(self, number: int) -> Event:
+        start = time.perf_counter()
+        generator = torch.Generator()
+        generator.set_state(self.state.generator.get_state())
+        policy, view = self.policy.copied(), replace(self._view(number), generator=generator)
+        wanted = policy.update(view)
+        if not isinstance(wanted, tuple) or len(wanted) != 2:
+            raise TorchgrowError(
+                f"{type(policy).__name__}.update returned {type(wanted).__name__}, it must return the structure wanted "
+                "(bool [n]) and whether it shall be brought exactly to the budget, as in `return keep, False`"
+            )
+        keep = self.plan.legal(wanted[0], policy, "update")
+        if wanted[1] or number >= self.plan.updates - 1:
+            keep = self.plan.fitted(keep, policy, view)
+        policy.applied(replace(view, keep=keep))
+        return self._change_to(keep, policy, generator, start)
+
+    def _finish(self, early: bool = False) -> Event:
+        start, old = time.perf_counter(), self.live.keep
+        keep = self.plan.fitted(old, self.policy, self._view(len(self.state.history) - 1))
+        generator, silent = self.state.generator, keep & ~old
+        return self._change_to(keep, self.policy, generator, start, silent=silent, last=True, early=early)
+
+    def _change_to(
+        self,
+        keep: Tensor,
+        policy: Policy,
+        generator: torch.Generator,
+        start: float,
+        *,
+        silent: Tensor | None = None,
+        last: bool = False,
+        early: bool = False,
+        exchange: Exchange | None = None,
+    ) -> Event:
+        """Make `keep` the live structure, with the policy and generator that chose it, all or nothing; record it."""
+        self.live.check()
+        state, exchange, previous = self.state, exchange or Exchange(), self.live.keep
+        reshapes = self.live.change(exchange, keep, policy.gate, first=not state.history, last=last, silent=silent)
+        event = event_of(self.plan.costs, state, keep, previous if state.history else keep, policy, start)
+        if last:
+            exchange.fields(state, finished=True, early=early)
+        exchange.fields(self.policy, **vars(policy))
+        ever = state.ever | self.plan.space.present(keep)
+        exchange.fields(state, before=previous, ever=ever, generator=generator)
+        exchange.append(state.history, event)
+        self._note(exchange, [*state.history, event], last)
+        self.ranks.invalidate(exchange)
+        exchange.call(torch.clear_autocast_cache)  # casts of weights as they were, if a context is open
+        if reshapes:
+            forget_compiled()
+        self.ranks.agree(lambda: self._decided(keep, policy, generator))
+        exchange.make()
+        if reshapes:
+            _give_back()
+        return event
+
+    def _note(self, exchange: Exchange, history: list[Event], finished: bool) -> None:
+        """Have `exchange` write on the network how far the run has come, for `save` and for another grower to see."""
+        growth, last, limits = self.live.bank.growth, history[-1], self.plan.limits
+        costs = (("parameters", last.params, limits.params), ("FLOPs", last.flops, limits.flops))
+        known = tuple((what, now, most) for what, now, most in costs if most is not None)
+        exchange.fields(growth, done=len(history) - 1, finished=finished, limits=known)
+
+    def _decided(
+        self, keep: Tensor | None, policy: Policy, generator: torch.Generator
+    ) -> dict[str, list[Tensor | str]]:
+        """What must be the same on all ranks: before anything else (keep None), and at every update."""
+        plan, settings = self.plan, policy.settings()
+        limits, updates, shapes = plan.limits, plan.updates, sorted(plan.space.shapes.items())
+        weights: list[Tensor | str] = []
+        if keep is not None:
+            weights += self.live.all_parameters()
+            for optimizer in self.optimizers:
+                weights += [slot for p in optimizer.state.values() for slot in p.values() if isinstance(slot, Tensor)]
+        return {
+            "calls": [f"{len(self.state.history) if keep is not None else 'start'}"],
+            "settings": [f"{limits} {updates} {type(policy).__name__} {settings} {shapes} {len(self.optimizers)}"],
+            "draws": [generator.get_state()],
+            "policy": [v if isinstance(v, Tensor) else f"{key} {v}" for key, v in sorted(policy.state_dict().items())],
+            "weights": weights,
+            "structure": [] if keep is None else [keep],
+        }
+
+
+def _give_back() -> None:
+    """Let glibc return the memory that is free: between blocks of ever other sizes it keeps more with every update."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def forget_compiled() -> None:
+    """Let Dynamo forget code compiled for the old shapes, which it guards on; it is compiled anew at its next call.
+
+    Left alone, Dynamo gives a function up after 8 recompilations and stays eager from then on, with a warning at most.
+    """
+    if "torch._dynamo" in sys.modules:  # else nothing has been compiled
+        torch.compiler.reset()

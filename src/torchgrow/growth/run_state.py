@@ -1,0 +1,140 @@
+"""How far a run has come, apart from its weights: saved, examined and taken over as one."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SavedModelError, StructureError
+from ..exchange import Exchange
+from ..persistence.plain_data import Field
+from ..policies import Policy
+from ..structure.cost import CostModel
+from ..structure.space import Space
+from .event import Event, read_event
+
+
+@dataclass
+class RunState:
+    """Everything that a run changes beside network, policy and optimizers.
+
+    Attributes:
+        generator: of all draws.
+        before: bool [n], the structure before the last change.
+        ever: bool [n], units that were present at some time.
+        initial_lr: highest learning rate at the start of the run or since.
+        history: an event for the seed and one for every update.
+        finished: whether the structure is final.
+        early: whether `finish()` ended the run, before `update()` could.
+    """
+
+    generator: torch.Generator
+    before: Tensor
+    ever: Tensor
+    initial_lr: float
+    history: list[Event]
+    finished: bool = False
+    early: bool = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it as plain data, copied."""
+        return {
+            "generator": self.generator.get_state(),
+            "before": self.before.clone(),
+            "ever": self.ever.clone(),
+            "initial_lr": self.initial_lr,
+            "history": [asdict(event) for event in self.history],
+            "finished": self.finished,
+            "early": self.early,
+        }
+
+    @classmethod
+    def read(cls, saved: dict[str, Field], costs: CostModel, keep: Tensor, updates: int) -> RunState:
+        """What `state_dict` gave away, checked.
+
+        Args:
+            saved: fields of a state.
+            costs: of the space.
+            keep: bool [n], the structure of the state, which the last event must describe.
+            updates: of the run.
+
+        Raises:
+            SavedModelError: a field is damaged; the message names it.
+        """
+        finished, units = saved["finished"].flag(), (costs.space.n_units,)
+        before, ever = (saved[name].tensor(units, torch.bool).cpu().clone() for name in ("before", "ever"))
+        history = _read_history(saved["history"], costs, keep, updates, finished)
+        return cls(
+            generator=torch.Generator().set_state(saved["generator"].generator()),
+            before=before,
+            ever=ever,
+            initial_lr=saved["initial_lr"].number(low=0),
+            history=history,
+            finished=finished,
+            early=saved["early"].flag() if saved["early"].value is not None else len(history) <= updates,
+        )
+
+    def take_over(self, exchange: Exchange, other: RunState) -> None:
+        """Have `exchange` make this the other."""
+        exchange.fields(self, **{field.name: getattr(other, field.name) for field in fields(other)})
+
+
+def event_of(costs: CostModel, state: RunState, keep: Tensor, old: Tensor, policy: Policy, start: float) -> Event:
+    """What a change of structure is.
+
+    Args:
+        costs: of the space.
+        state: of the run before it.
+        keep: bool [n], the structure that comes.
+        old: bool [n], the one that was.
+        policy: that decided.
+        start: when it began to, `time.perf_counter()`.
+    """
+    space, cost = costs.space, costs.cost(keep)
+    here, before = space.present(keep), space.present(old)
+    born, back = here & ~state.ever, here & ~before & state.ever
+    temperature = {}
+    if policy.temperature is not None:
+        sums = torch.zeros(space.n_groups, dtype=torch.float64).index_add_(0, space.group_of, policy.temperature)
+        temperature = dict(zip(space.group_names, (sums / costs.sizes).tolist(), strict=True))
+    return Event(
+        update=len(state.history),
+        params=cost.params,
+        flops=cost.flops,
+        widths=space.widths(keep),
+        pressure=float(policy.pressure),
+        temperature=temperature,
+        born=int((born & space.removable).sum()),
+        regrown=int(back.sum()),
+        detached=int((before & ~here).sum()),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def read_keep(field: Field, space: Space) -> Tensor:
+    """The structure of a state, bool [n].
+
+    Raises:
+        SavedModelError: it is none of the space.
+    """
+    keep = field.tensor((space.n_units,), torch.bool).cpu().clone()
+    try:
+        return space.check_keep(keep)
+    except StructureError as error:
+        raise SavedModelError(f"the state's structure is damaged: {error}") from error
+
+
+def _read_history(field: Field, costs: CostModel, keep: Tensor, updates: int, finished: bool) -> list[Event]:
+    """Events of a saved run, of which the last one must describe the structure `keep`."""
+    history = [read_event(entry) for entry in field.items()]
+    cost, widths = costs.cost(keep), costs.space.widths(keep)
+    numbered = [event.update for event in history] == list(range(len(history)))
+    last = history[-1] if history else None
+    fits = last is not None and (last.params, last.flops, last.widths) == (cost.params, cost.flops, widths)
+    if not fits or not numbered or len(history) > updates + finished:
+        field.refuse(f"events 0 to at most {updates}, the last one of the structure {widths}")
+    return history
