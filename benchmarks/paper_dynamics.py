@@ -216,7 +216,8 @@ READINGS: dict[str, dict[str, Any]] = {
     "present, means of groups": {"norm": "means of groups"},
     "present, means of groups, s = -2": {"norm": "means of groups", "flat": -2.0},
     "present, no momentum": {"momentum": 0.0},
-    "present, once an update": {"acts": "updates"},
+    "present, once an update": {"acts": "updates", "paced": False},
+    "present, momentum lost at a change": {"forgets": True},
     "present, straight through": {"through": "identity"},
     "present, rate of s constant": {"follows": False},
     "present, lambda by group": {"lambdas": "by group"},
@@ -228,7 +229,7 @@ READINGS: dict[str, dict[str, Any]] = {
     "all, means of groups, size^-1": {**ALL, "norm": "means of groups", "start": 1.0},
     "all, means of groups, s = -2": {**ALL, "norm": "means of groups", "flat": -2.0},
     "all, mean, s = -2": {**ALL, "norm": "mean", "flat": -2.0},
-    "all, once an update, s = -2": {**ALL, "acts": "updates", "flat": -2.0},
+    "all, once an update, s = -2": {**ALL, "acts": "updates", "paced": False, "flat": -2.0},
     "all, straight through, size^-1": {**ALL, "through": "identity", "start": 1.0},
     "all, lambda by group, size^-1/2": {**ALL, "lambdas": "by group"},
 }

@@ -66,17 +66,17 @@ def dynamics(rows: list[Row]) -> str:
     epochs = ", ".join(found[0]["after"])
     return (
         "Budget dynamics of the policy `Paper` without any training, on the networks' real spaces and costs, with the "
-        "paper's budgets, epochs and learning rates: parameters kept in % / FLOPs kept in % (of MACs, which the paper "
-        "calls FLOPs, the same share) / saving, dense over mean FLOPs in training. *at*: the cost of the last draw over "
-        "the budget, before it is brought to it exactly, where it is a fifth off. Distance: the mean |ln| of FLOPs, "
-        "saving and that cost beside the paper's, over "
-        f"{', '.join(network for network in networks if network in common)}. *present* and *all*: whose gates the L1 norm "
-        "sums. *size^-1/2* and the like: the share of each group expected at the first draw; *s = -2*: all units alike. "
-        "What is not said is as in the paper's equations. ImageNet's epochs have 390 steps here.\n\n"
+        "paper's budgets, epochs and learning rates. In every cell: parameters kept in % / FLOPs kept in % (of MACs, "
+        "which the paper calls FLOPs, the same share) / saving, dense over mean FLOPs in training; *at*: the cost of "
+        "the last draw over the budget, before it is brought to it exactly, where it is a fifth off. Distance: the mean |ln| "
+        "of FLOPs, saving and that cost beside the paper's, over "
+        f"{', '.join(network for network in networks if network in common)}. *present*, *all*: whose gates the "
+        "L1 norm sums. *size^-1/2* and the like: the share of each group expected at the first draw; *s = -2*: all units "
+        "alike. What is not said is as in the paper's equations. ImageNet's epochs have 390 steps here.\n\n"
         f"Command: `python benchmarks/paper_dynamics.py`. Measured on {machine(found)}.\n\n"
         + grid(["reading", *networks, "distance"], short)
-        + f"\n\nShare of the parameters in % after epochs {epochs}; the largest swing of a group's width from one epoch "
-        "to the next after epoch 30, as a share of the group; and where the last draw landed.\n\n"
+        + f"\n\nShare of the parameters in % after epochs {epochs}; the largest swing of a group's width from one "
+        "epoch to the next after epoch 30, as a share of the group; and where the last draw landed.\n\n"
         + grid(["reading and network", "parameters, %", "swing", "landed"], every)
     )
 
