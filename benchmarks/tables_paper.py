@@ -5,6 +5,9 @@ from collections import defaultdict
 
 from torchgrow.lab.pages import Row, grid, machine
 
+SCHEDULED = ("paced", "constants as they are")
+"""Rows of ResNet-20 in fewer steps and updates."""
+
 
 def distance(found: list[Row]) -> float:
     """How far rows of one reading are from the paper: the mean over them of three logarithms.
@@ -33,7 +36,7 @@ def latest(found: list[Row]) -> list[Row]:
 
 def dynamics(rows: list[Row]) -> str:
     """Every reading beside the paper, the nearest first."""
-    found = [row for row in latest(rows) if row["settings"].keys() != {"paced"}]
+    found = [row for row in latest(rows) if row["reading"] not in SCHEDULED]
     if not found:
         return "Not measured yet."
     readings: dict[str, list[Row]] = defaultdict(list)
@@ -68,10 +71,10 @@ def dynamics(rows: list[Row]) -> str:
         "Budget dynamics of the policy `Paper` without any training, on the networks' real spaces and costs, with the "
         "paper's budgets, epochs and learning rates. In every cell: parameters kept in % / FLOPs kept in % (of MACs, "
         "which the paper calls FLOPs, the same share) / saving, dense over mean FLOPs in training; *at*: the cost of "
-        "the last draw over the budget, before it is brought to it exactly, where it is a fifth off. Distance: the mean |ln| "
-        "of FLOPs, saving and that cost beside the paper's, over "
-        f"{', '.join(network for network in networks if network in common)}. *present*, *all*: whose gates the "
-        "L1 norm sums. *size^-1/2* and the like: the share of each group expected at the first draw; *s = -2*: all units "
+        "the last draw over the budget, before it is brought to it exactly, where it is a fifth off. Distance: the "
+        "mean |ln| of FLOPs, saving and that cost beside the paper's, over "
+        f"{', '.join(network for network in networks if network in common)}. *present*, *all*: whose gates the norm "
+        "sums. *size^-1/2* and the like: the share of each group expected at the first draw; *s = -2*: all units "
         "alike. What is not said is as in the paper's equations. ImageNet's epochs have 390 steps here.\n\n"
         f"Command: `python benchmarks/paper_dynamics.py`. Measured on {machine(found)}.\n\n"
         + grid(["reading", *networks, "distance"], short)
@@ -83,7 +86,7 @@ def dynamics(rows: list[Row]) -> str:
 
 def schedules(rows: list[Row]) -> str:
     """ResNet-20 in fewer steps and updates, at the paper's pace and with its constants as they are."""
-    found = [row for row in latest(rows) if row["settings"].keys() == {"paced"}]
+    found = [row for row in latest(rows) if row["reading"] in SCHEDULED]
     if not found:
         return "Not measured yet."
     body = [

@@ -93,7 +93,7 @@ class Job:
             if not method.literal:
                 del growing["penalised"], growing["start"], growing["paced"]
             config["growing"] = growing
-            if growing["draws"] == "ranked" or (method.literal and method.paced):
+            if growing["draws"] == "ranked" or method.updates:
                 config["updates_per_epoch"] = replace(self.recipe, preset=base.preset()).updates_an_epoch()
         else:
             config |= {"depth": False, "meta": False}

@@ -21,7 +21,6 @@ from torchgrow.lab.attention import GPT, ViT
 from torchgrow.lab.names import DATASETS, OPTIMIZERS, PRECISIONS, SCALES, SCHEDULES, SIZES
 from torchgrow.lab.recurrent import LSTM
 from torchgrow.lab.user_files import explained, is_file, made_in
-from torchgrow.policies import pace
 
 DEEP = "default:layer_lag=16"
 """For frames deeper than one would pick: their layers come late."""
@@ -152,8 +151,8 @@ class Recipe:
     def updates_an_epoch(self) -> int:
         """How often the grower updates in each epoch."""
         method = Method.named(self.preset)
-        paced = ceil(pace.UPDATES / self.epochs) if method.literal and method.paced else 1
-        return self.updates_per_epoch or (12 if method.draws == "ranked" else paced)
+        often = 12 if method.draws == "ranked" else ceil((method.updates or 1) / self.epochs)
+        return self.updates_per_epoch or often
 
     def milestones_in_epochs(self) -> list[int]:
         """The epochs after which the learning rate drops; the one place where fractions become epochs."""

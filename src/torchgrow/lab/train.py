@@ -198,7 +198,7 @@ def far_from_paper(recipe: Recipe, steps: int) -> str:
     """
     total = steps * recipe.epochs
     method = Method.named(recipe.preset, layers=recipe.depth)
-    if method.controller != "pressure" or (method.literal and method.paced) or 2 * total >= PAPER_STEPS:
+    if method.controller != "pressure" or method.updates or 2 * total >= PAPER_STEPS:
         return ""
     return (
         f"Warning: preset {recipe.preset!r} takes the paper's constants literally; they belong to {PAPER_STEPS:,} "

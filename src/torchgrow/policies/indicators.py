@@ -19,6 +19,7 @@ from ..errors import TorchgrowError
 from ..structure.budget import aligned
 from ..structure.space import Space
 from .kit import SMALLEST_GATE
+from .pace import UPDATES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +150,11 @@ class Method:
     def literal(self) -> bool:
         """Whether it is the paper's own way, by the policy `Paper`."""
         return self.controller == "pressure" and self.draws == "independent" and self.gates
+
+    @property
+    def updates(self) -> int | None:
+        """In how many updates a run of any length keeps to its course; None where any number will do."""
+        return UPDATES if self.literal and self.paced else None
 
     @classmethod
     def default(cls) -> Method:
