@@ -317,7 +317,7 @@ def bare(source: str) -> str:
 
 
 def as_the_paper(network: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with its constants as they are: with 90 updates, fewer than the 160 of CIFAR-10, pace would scale draws."""
+    """Settings with its constants as they are: with ImageNet's 90 updates, pace would scale the draws."""
     return settings if NETWORKS[network].epochs >= pace.UPDATES else {"paced": False, **settings}
 
 

@@ -10,7 +10,8 @@ In units of progress (0 to 1 over a run of T updates with S steps each) the cour
 - draws: one stands for d = 160 / T of the paper's, so that at the start a unit comes with probability 1 - (1 - m)^d.
 
 With 160 updates the course is the same in any number of steps; with fewer it is as good as so few draws allow.
-Longer runs keep the constants (k = d = 1), as the paper's own do: 200 epochs on CIFAR-10, 5,004 steps on ImageNet.
+Longer runs keep the constants (k = d = 1), as the paper's own of 200 epochs do. Its runs on ImageNet, of 90 updates,
+have the same constants too: for these take `paced=False`.
 """
 
 from __future__ import annotations
