@@ -95,7 +95,7 @@ class Network:
 
 
 STEPS = 390
-"""Of an epoch on CIFAR-10. ImageNet's epochs get as many: 5,004 would take minutes (docs/log.md has one such row)."""
+"""Of an epoch on CIFAR-10. ImageNet's epochs get as many, for seconds a run; `--steps 5004` gives it its own."""
 
 
 def cost(model: Callable[[], nn.Module], side: int) -> int:
