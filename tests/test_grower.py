@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from growing import (
+    LITERAL,
     STILL,
     batch,
     differences,
@@ -45,7 +46,7 @@ from torchgrow import (
 @pytest.mark.parametrize("preset", ["paper", "plan"])
 def test_growing_is_literal_eq6(preset: str) -> None:
     """SGD in float64, the oracle following the structure event by event: detached units come back as they left."""
-    method = Method.paper() if preset == "paper" else Method(ramp=0.5, align=1, settle=0.0)
+    method = LITERAL if preset == "paper" else Method(ramp=0.5, align=1, settle=0.0)
     grower = make(method, updates=12, seed=1)
     torch.manual_seed(0)
     frame = SmallResNet().double()
