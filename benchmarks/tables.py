@@ -14,6 +14,7 @@ from torchgrow.lab.results import draw, draw_sizes
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tables_models import conformance, exactness, random_networks, training_networks
+from tables_paper import dynamics, schedules
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "results.md"
@@ -270,6 +271,8 @@ def page() -> str:
         "## In short\n\n" + summary(COMPARISONS),
         "## Methods side by side\n\n" + comparisons(COMPARISONS, PICTURES.name),
         "## Layers and channels\n\n" + depth(),
+        "## The paper's tables, without training\n\n" + dynamics(rows("paper-dynamics.jsonl")),
+        "## The paper's course in fewer steps\n\n" + schedules(rows("paper-dynamics.jsonl")),
         "## Exactness\n\n" + exactness(rows("exactness.jsonl")),
         "## Models people use\n\n" + conformance(rows("conformance.jsonl")),
         "## Random networks\n\n" + random_networks(rows("random-networks.jsonl")),

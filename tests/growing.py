@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from torchgrow.structure.cost import CostModel
 
 STILL = Method(controller="pressure", draws="independent", lambda_base=0.0, heat=1.0, align=1, settle=0.0)
 """No pressure and a constant temperature: an update changes the structure and nothing else."""
+
+
+LITERAL = replace(Method.paper(), penalised="all", paced=False)
+"""The paper's settings with one lambda for all units, where one step of Eq 6 is one step."""
 
 
 def indicators_of(grower: Grower) -> Any:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from growing import (
+    LITERAL,
     STILL,
     batch,
     differences,
@@ -38,6 +39,7 @@ from torchgrow import (
     measure,
     shrink_,
 )
+from torchgrow.policies import Paper, kit
 
 # --- Law 3 across updates ---
 
@@ -45,7 +47,7 @@ from torchgrow import (
 @pytest.mark.parametrize("preset", ["paper", "plan"])
 def test_growing_is_literal_eq6(preset: str) -> None:
     """SGD in float64, the oracle following the structure event by event: detached units come back as they left."""
-    method = Method.paper() if preset == "paper" else Method(ramp=0.5, align=1, settle=0.0)
+    method = LITERAL if preset == "paper" else Method(ramp=0.5, align=1, settle=0.0)
     grower = make(method, updates=12, seed=1)
     torch.manual_seed(0)
     frame = SmallResNet().double()
@@ -477,15 +479,16 @@ def test_it_grows_beyond_the_budget_and_back_as_planned(budget: Budget, prune: s
 @pytest.mark.parametrize(
     "budget", [Budget(params="50%"), Budget(flops="30%"), Budget(params="50%", flops="20%")], ids=str
 )
-def test_paper_to_the_letter(budget: Budget) -> None:
+@pytest.mark.parametrize(("penalised", "start"), [("present", 0.5), ("all", 1.0)])
+def test_paper_to_the_letter(budget: Budget, penalised: str, start: float) -> None:
     """Eq 4: lambda = lambda^base (u - u_G). Eq 7: beta = gamma^t_s. q ~ Bernoulli(sigma(beta s)), anew every time."""
-    grower = make("paper", budget, updates=12)
+    grower = make(policy=Paper(penalised=penalised, start=start, paced=False), budget=budget, updates=12)
     frame = grower.frame_cost
     t = torch.zeros(grower.space.n_units)
     indicators, space = indicators_of(grower), grower.space
-    assert float(torch.sigmoid(indicators.s).sum()) == pytest.approx(
-        len(grower.widths()) + (~space.removable).sum() / 2
-    )
+    for pool in kit.pools(space):
+        expected = float(torch.sigmoid(indicators.s[pool]).sum())
+        assert expected == pytest.approx(pool.numel() * min(0.5, pool.numel() ** -start))
     for epoch in range(11):
         event = grower.history[-1]
         gaps = []
@@ -494,7 +497,8 @@ def test_paper_to_the_letter(budget: Budget) -> None:
         if grower.limits.flops is not None:
             gaps.append((1 - grower.limits.flops / frame.flops) - (1 - event.flops / frame.flops))
         assert event.pressure == pytest.approx(0.5 * max(gaps), rel=1e-12)
-        assert bool((grower.policy.penalty == event.pressure).all())
+        counted = grower.keep if penalised == "present" else torch.ones_like(grower.keep)
+        assert torch.equal(grower.policy.penalty, event.pressure * counted.double())  # type: ignore[attr-defined]
         train(grower, 2 * epoch)
         expected = torch.sigmoid(100 ** (t / 12) * indicators.s)
         twin = torch.Generator()

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import zoo
-from growing import indicators_of, same_indicators, same_parameters, sgd, step_both
+from growing import LITERAL, indicators_of, same_indicators, same_parameters, sgd, step_both
 from oracle import Eq6
 from torchgrow import Budget, Grower, Method
 
@@ -33,7 +33,7 @@ def double(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("preset", ["paper", "plan"])
 @pytest.mark.parametrize("name", NAMES)
 def test_growing_is_literal_eq6(name: str, preset: str) -> None:
-    method = Method.paper() if preset == "paper" else Method(ramp=0.5, align=1, settle=0.0)
+    method = LITERAL if preset == "paper" else Method(ramp=0.5, align=1, settle=0.0)
     model, frame = zoo.build(name).double(), zoo.build(name).double()
     grower = Grower(
         model,

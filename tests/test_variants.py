@@ -17,7 +17,7 @@ from torchgrow.structure.budget import fit
 from torchgrow.structure.cost import CostModel
 from torchgrow.structure.limits import Limits
 
-WARM = replace(STILL, heat=50.0, lambda_base=1.0)
+WARM = replace(STILL, heat=50.0, lambda_base=1.0, penalised="all", paced=False)  # one step of Eq 6 is one step
 
 
 class Variant(Eq6):

@@ -165,7 +165,19 @@ CASES: dict[str, Case] = {
     ),
 }
 
-EARLY = {"adamw": 4}
+PAPERS = ("paper", "gumbel", "global", "nas", "layers, paper", "lstm, carried", "adamw", "two optimizers")
+FIRST = "penalised=all,start=1,paced=False"
+"""How the paper was read first: the L1 norm over all units, one unit expected per group, constants as they are."""
+
+for _name in PAPERS:
+    *_parts, _settings = CASES[_name]
+    _preset = _settings["preset"]
+    CASES[f"{_name}, first reading"] = (
+        *_parts,
+        {**_settings, "preset": f"{_preset}{',' if ':' in _preset else ':'}{FIRST}"},
+    )
+
+EARLY = {"adamw": 4, "adamw, first reading": 4}
 """Runs that end before their time, by `finish`."""
 
 

@@ -108,19 +108,21 @@ def test_another_way_to_grow_reuses_no_row_but_the_twins(compared, no_training):
         run(out, "default:peak=1")
 
 
-def without_layers(method):
-    """What a row says of a method where layers do not grow."""
-    return {field: value for field, value in asdict(method).items() if field != "layer_lag"}
+def decided(method):
+    """What a row says of a method where layers do not grow: the fields that decide something."""
+    no_say = {"layer_lag"} if method.literal else {"layer_lag", "penalised", "start", "paced"}
+    return {field: value for field, value in asdict(method).items() if field not in no_say}
 
 
 def test_every_preset_grows_by_its_own_calendar(tmp_path):
-    """Presets that draw anew update once an epoch, the default twelve times."""
+    """The default updates twelve times in an epoch, the paper 160 times in a run, what draws anew otherwise once."""
     rows = run(tmp_path, "default paper global random nas")
     assert [row["method"] for row in rows] == ["default", "paper", "global", "random", "nas"]
     for row in rows:
         assert row["params"] <= 0.2 * row["dense_params"], row["method"]
-        assert row["config"]["growing"] == without_layers(Method.named(row["method"]))
-        assert row["config"]["updates_per_epoch"] == (12 if row["method"] == "default" else None)
+        assert row["config"]["growing"] == decided(Method.named(row["method"]))
+        often = {"default": 12, "random": None}.get(row["method"], 160 // RECIPE.epochs)
+        assert row["config"]["updates_per_epoch"] == often
     assert len({row["config_hash"] for row in rows}) == 5
 
 
@@ -129,14 +131,15 @@ def test_default_is_the_recipes_own_way_to_grow(tmp_path, compared, no_training)
         return Job(method=method, recipe=recipe, data=(1,)).config()["growing"]
 
     own = replace(RECIPE, preset="default:hold=0.3,prune=worth")
-    assert growing("default") == without_layers(Method.default())
-    assert growing("default", own) == without_layers(Method.named("default:hold=0.3,prune=worth"))
-    assert growing("default:hold=0.2", own) == without_layers(Method.named("default:hold=0.2,prune=worth"))
+    assert growing("default") == decided(Method.default())
+    assert growing("default", own) == decided(Method.named("default:hold=0.3,prune=worth"))
+    assert growing("default:hold=0.2", own) == decided(Method.named("default:hold=0.2,prune=worth"))
     assert growing("direct", own) == growing("default", own)
-    assert growing("paper", own) == without_layers(Method.paper())
+    assert growing("paper", own) == decided(Method.paper())
     with pytest.raises(AssertionError, match="something was trained"):
         run(compared[0], "default", own)
-    assert growing("default", replace(RECIPE, depth=True)) == asdict(Method.default())
+    deep = {**decided(Method.default()), "layer_lag": 3.0}
+    assert growing("default", replace(RECIPE, depth=True)) == deep
 
 
 def test_what_decides_nothing_is_not_part_of_a_row(compared, no_training):

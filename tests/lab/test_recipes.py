@@ -80,7 +80,9 @@ def test_a_bad_preset_is_named():
     with pytest.raises(TorchgrowError, match="recipe 'digits': preset 'papre' is unknown; use one of"):
         replace(get("digits"), preset="papre")
     assert replace(get("digits"), preset="default:peak=1").updates_an_epoch() == 12
-    assert replace(get("digits"), preset="paper").updates_an_epoch() == 1  # as published
+    assert replace(get("digits"), preset="paper", epochs=160).updates_an_epoch() == 1  # as published
+    assert replace(get("digits"), preset="paper", epochs=20).updates_an_epoch() == 8
+    assert replace(get("digits"), preset="paper:paced=False", epochs=20).updates_an_epoch() == 1
     assert replace(get("digits"), preset="random", updates_per_epoch=3).updates_an_epoch() == 3
 
 

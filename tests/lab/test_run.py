@@ -206,8 +206,9 @@ def test_the_paper_preset_runs(tmp_path):
 
 
 def test_the_papers_preset_on_a_short_schedule_is_warned_of():
-    paper = replace(TINY, preset="paper")
+    paper = replace(TINY, preset="paper:paced=False")
     assert train.far_from_paper(TINY, 4) == ""
+    assert train.far_from_paper(replace(TINY, preset="paper"), 4) == "", "at the paper's pace"
     assert "belong to 62,400 steps. With the 16 of this run" in train.far_from_paper(paper, 4)
     assert train.far_from_paper(replace(paper, epochs=160), 390) == ""
 

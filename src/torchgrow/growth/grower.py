@@ -53,7 +53,7 @@ class Grower:
         budget: what the final network may cost; it is never above and no removable unit still fits under it.
         updates: T, the number of updates in the run. The structure is final from update T-1 on.
         preset: how it grows, by name: "default" (evenly beyond the budget, then the least important units of every
-            group go), "paper" (literal), "global" (with one temperature for all), "nas" (its settings for architecture
+            group go), "paper" (its own), "global" (with one temperature for all), "nas" (its settings for architecture
             search), "random" (its baseline); with other values behind a colon ("default:peak=1").
         policy: how it grows, as an object in place of a name: `torchgrow.policies.Paper(lambda_base=0.3)`, or a
             `torchgrow.policies.Policy` of your own. The grower works on a copy, `grower.policy`.

@@ -89,8 +89,11 @@ class Job:
             growing = asdict(Method.named(base.preset(), layers=bool(self.recipe.depth)))
             if not self.recipe.depth:
                 del growing["layer_lag"]  # decides nothing; rows from before there was such a thing stay good
+            method = Method.named(base.preset())
+            if not method.literal:
+                del growing["penalised"], growing["start"], growing["paced"]
             config["growing"] = growing
-            if growing["draws"] == "ranked":
+            if growing["draws"] == "ranked" or method.updates:
                 config["updates_per_epoch"] = replace(self.recipe, preset=base.preset()).updates_an_epoch()
         else:
             config |= {"depth": False, "meta": False}

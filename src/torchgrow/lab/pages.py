@@ -67,6 +67,8 @@ def label(row: Row) -> str:
     now = asdict(Method.named(job.preset(), layers=depth))
     if depth:
         then = {"layer_lag": 1.0, **then}  # before there was such a thing, layers came as channels did
+    if then["controller"] == "pressure":  # before there was a choice
+        then = {"penalised": "all", "start": 1.0, "paced": False, **then}
     now["updates_per_epoch"] = replace(recipe, preset=job.preset()).updates_an_epoch()
     often = row["config"]["updates_per_epoch"] or (4 if then["draws"] == "ranked" else 1)  # as it was once
     then = {**then, "updates_per_epoch": often}

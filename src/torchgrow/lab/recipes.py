@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ class Recipe:
         then: more of them once the structure is final, with the schedule anew (fine-tuning; the train phase after
             the grow phase, where an architecture is searched). Networks that do not grow train on just so.
         updates_per_epoch: how often the grower updates in each, the last time at its end; at most once a step.
-            None: 12 times where the preset changes little at a time, once where units are drawn anew.
+            None: 12 times where the preset changes little at a time, 160 times in all where the preset is the paper's
+            at its own pace, which is that often; once in an epoch where units are drawn anew otherwise.
         batch_size: images, or sequences of words, a step.
         steps: words a sequence, of a text.
         side: height and width that images of a folder are resized to, in pixels.
@@ -148,8 +150,9 @@ class Recipe:
 
     def updates_an_epoch(self) -> int:
         """How often the grower updates in each epoch."""
-        ranked = Method.named(self.preset).draws == "ranked"
-        return self.updates_per_epoch or (12 if ranked else 1)
+        method = Method.named(self.preset)
+        often = 12 if method.draws == "ranked" else ceil((method.updates or 1) / self.epochs)
+        return self.updates_per_epoch or often
 
     def milestones_in_epochs(self) -> list[int]:
         """The epochs after which the learning rate drops; the one place where fractions become epochs."""

@@ -190,20 +190,21 @@ PAPER_STEPS = 62_400
 
 
 def far_from_paper(recipe: Recipe, steps: int) -> str:
-    """A warning where the paper's literal controller runs on a schedule far shorter than its own, else "".
+    """A warning where the paper's constants are taken literally on a schedule far shorter than its own, else "".
 
     Args:
         recipe: its preset decides.
         steps: of an epoch.
     """
     total = steps * recipe.epochs
-    if Method.named(recipe.preset, layers=recipe.depth).controller != "pressure" or 2 * total >= PAPER_STEPS:
+    method = Method.named(recipe.preset, layers=recipe.depth)
+    if method.controller != "pressure" or method.updates or 2 * total >= PAPER_STEPS:
         return ""
     return (
         f"Warning: preset {recipe.preset!r} takes the paper's constants literally; they belong to {PAPER_STEPS:,} "
         f"steps. With the {total:,} of this run it was seen to swing and to end far below other networks "
         "(docs/results.md). "
-        "Use preset default, or as many steps (--scale full)."
+        "Use preset default or paper, which goes at the paper's pace, or as many steps (--scale full)."
     )
 
 

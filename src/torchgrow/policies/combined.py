@@ -137,10 +137,13 @@ def policy_of(method: Method) -> Policy:
     from .paper import Paper
     from .random import Random
 
-    if method.controller == "pressure" and method.draws == "independent" and method.gates:
+    if method.literal:
         return Paper(
             lambda_base=method.lambda_base,
             layer_lambda_base=method.layer_lambda_base,
+            penalised=method.penalised,
+            start=method.start,
+            paced=method.paced,
             heat=method.heat,
             temperature_rises=method.temperature,
             relaxation=method.relaxation,

@@ -18,9 +18,8 @@ from torch import Tensor
 from ..errors import TorchgrowError
 from ..structure.budget import aligned
 from ..structure.space import Space
-
-SMALLEST_GATE = 1e-6
-"""Gates are kept at or above this, so that a raw weight can always be told from its folded value in float32."""
+from .kit import SMALLEST_GATE
+from .pace import UPDATES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +35,9 @@ class Method:
             first and no present unit goes for an absent one.
         lambda_base: lambda_1^base of Eq 4 (controller "pressure" only).
         layer_lambda_base: lambda_2^base, the same for layers.
+        penalised: whose gates the penalty counts: "present" or "all"; only for `Paper`, as `start` and `paced` are.
+        start: at first m = size^-start in a group of that size.
+        paced: whether a short run goes through the paper's course faster.
         layer_lag: by how much layers come after channels: where every group has the share p of its units, every stage
             has the share p^layer_lag of its layers (1: alike; draws "ranked" only). 3 suits a frame that is as deep as
             networks one would train, 16 a frame far deeper than that.
@@ -68,6 +70,9 @@ class Method:
     draws: str = "persistent"
     lambda_base: float = 0.5
     layer_lambda_base: float = 0.1
+    penalised: str = "present"
+    start: float = 0.5
+    paced: bool = True
     layer_lag: float = 1.0
     ramp: float = 0.1
     peak: float = 1.0
@@ -92,6 +97,8 @@ class Method:
             ("relaxation", self.relaxation, ("sigmoid", "gumbel")),
             ("prune", self.prune, ("alike", "worth")),
             ("gates", self.gates, (True, False)),
+            ("penalised", self.penalised, ("present", "all")),
+            ("paced", self.paced, (True, False)),
         ):
             if value not in choices:
                 raise TorchgrowError(f"Method.{name}={value!r} is unknown; use one of {choices}")
@@ -105,6 +112,7 @@ class Method:
             ("lr", 0, 1e3),
             ("align", 1, 4096),
             ("layer_lag", 1, 1e3),
+            ("start", 0, 10),
         ):
             if not low <= getattr(self, name) <= high:
                 raise TorchgrowError(f"Method.{name}={getattr(self, name)!r} must lie in [{low}, {high}]")
@@ -137,6 +145,16 @@ class Method:
                     f"{name}:peak=1,gates=True (fields: {', '.join(kinds)})"
                 ) from None
         return replace(base, **changed)
+
+    @property
+    def literal(self) -> bool:
+        """Whether it is the paper's own way, by the policy `Paper`."""
+        return self.controller == "pressure" and self.draws == "independent" and self.gates
+
+    @property
+    def updates(self) -> int | None:
+        """In how many updates a run of any length keeps to its course; None where any number will do."""
+        return UPDATES if self.literal and self.paced else None
 
     @classmethod
     def default(cls) -> Method:

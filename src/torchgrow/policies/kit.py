@@ -13,10 +13,12 @@ from ..structure.space import Space
 from .policy import View
 
 __all__ = [
+    "SMALLEST_GATE",
     "aligned",
     "deal",
     "fit",
     "gap",
+    "gumbel",
     "largest_share",
     "one_per_group",
     "pools",
@@ -25,6 +27,9 @@ __all__ = [
     "spread",
     "trapezoid",
 ]
+
+SMALLEST_GATE = 1e-6
+"""Gates are kept at or above this, so that a raw weight can always be told from its folded value in float32."""
 
 
 def pools(space: Space) -> list[Tensor]:
@@ -111,7 +116,7 @@ def largest_share(view: View, ranks: Tensor, keep_at: Callable[[float], Tensor],
         keep_at: structure by share; a larger share never drops a unit.
         allowed: parameters and FLOPs.
     """
-    above = torch.nextafter(ranks.unique(), torch.tensor(2.0, dtype=torch.float64))
+    above = torch.nextafter(ranks.unique(), torch.tensor(torch.inf, dtype=torch.float64))
     shares = [0.0, *above.tolist()]
     low, high = 0, len(shares)
     while high - low > 1:
@@ -132,3 +137,10 @@ def gap(view: View, keep: Tensor) -> float:
     unlimited = torch.iinfo(torch.int64).max
     costs = zip(view.limits.tolist(), frame, now, strict=True)
     return max(present / full - limit / full for limit, full, present in costs if limit < unlimited and full)
+
+
+def gumbel(view: View) -> Tensor:
+    """The difference of two Gumbel variables for every unit, float64 [n], drawn anew."""
+    uniform = torch.rand(2, view.space.n_units, generator=view.generator, dtype=torch.float64)
+    drawn = -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12)))
+    return drawn[1] - drawn[0]
