@@ -28,7 +28,7 @@ from torch import nn
 
 from torchgrow import Bank, Budget, trace
 from torchgrow.lab import data as lab_data
-from torchgrow.lab import recipes
+from torchgrow.lab import names, recipes
 from torchgrow.lab.models import ResNet
 from torchgrow.lab.run import environment
 from torchgrow.lab.train import Epoch, evaluate, fit, make_grower, make_optimizer
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--subset", type=int, default=10_000)
-    parser.add_argument("--precision", choices=recipes.PRECISIONS, default="float32")
+    parser.add_argument("--precision", choices=names.PRECISIONS, default="float32")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()

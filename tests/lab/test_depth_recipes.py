@@ -16,7 +16,8 @@ import torchgrow
 from torchgrow import Budget, TorchgrowError, measure, trace
 from torchgrow.lab import data, run
 from torchgrow.lab.models import ResNet, Staged
-from torchgrow.lab.recipes import RECIPES, SCALES, get, with_scale
+from torchgrow.lab.names import SCALES
+from torchgrow.lab.recipes import RECIPES, get, with_scale
 
 DEEP = partial(ResNet, depth=20, widths=(4, 8, 16), in_channels=1, shortcut="B")
 

@@ -10,7 +10,8 @@ import torch
 from torchgrow import TorchgrowError
 from torchgrow.lab import models, recipes
 from torchgrow.lab.models import PadShortcut
-from torchgrow.lab.recipes import RECIPES, SIZES, get, with_shortcut, with_size
+from torchgrow.lab.names import SIZES
+from torchgrow.lab.recipes import RECIPES, get, with_shortcut, with_size
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -115,9 +116,9 @@ def test_shortcut_variant_refuses_what_has_none():
 def test_a_record_from_before_there_were_layouts_is_read():
     record = replace(get("digits"), seed=3).as_json()
     del record["channels_last"]
-    assert recipes.Recipe.from_json(record).as_json() == replace(get("digits"), seed=3).as_json()
+    assert recipes.from_json(record).as_json() == replace(get("digits"), seed=3).as_json()
     with pytest.raises(TorchgrowError, match="not the record of a recipe: KeyError"):
-        recipes.Recipe.from_json({key: value for key, value in record.items() if key != "lr"})
+        recipes.from_json({key: value for key, value in record.items() if key != "lr"})
 
 
 @pytest.mark.parametrize(("epochs", "expected"), [(160, [80, 120]), (20, [10, 15]), (2, [1, 2])])

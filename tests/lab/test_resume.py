@@ -17,7 +17,7 @@ import torchgrow.exchange
 from torchgrow import Budget, TorchgrowError
 from torchgrow.lab import checkpoints, run, train
 from torchgrow.lab.models import ResNet
-from torchgrow.lab.recipes import RECIPES, Recipe, get, with_shortcut
+from torchgrow.lab.recipes import RECIPES, from_json, get, with_shortcut
 
 BUILD = partial(ResNet, depth=8, widths=(4, 8, 16), in_channels=1)
 TINY = replace(
@@ -234,7 +234,7 @@ def test_another_machine_is_noted(tmp_path, monkeypatch):
 def test_a_recipe_survives_its_record(name):
     recipe = get(name)
     for variant in (recipe, replace(recipe, budget=Budget(params=100_000, flops="41.5%"), threads=2, subset=64)):
-        again = Recipe.from_json(json.loads(json.dumps(variant.as_json())))
+        again = from_json(json.loads(json.dumps(variant.as_json())))
         assert again.as_json() == variant.as_json()
         assert again.budget.limits(torchgrow.Cost(10**7, 10**9)) == variant.budget.limits(torchgrow.Cost(10**7, 10**9))
     assert sum(p.numel() for p in again.build(0.5).parameters()) == sum(
@@ -243,10 +243,10 @@ def test_a_recipe_survives_its_record(name):
 
 
 def test_variants_of_the_network_survive():
-    recipe = Recipe.from_json(json.loads(json.dumps(TINY.as_json())))
+    recipe = from_json(json.loads(json.dumps(TINY.as_json())))
     assert str(recipe.build()) == str(BUILD())
     shortcut = with_shortcut(get("resnet20-cifar10"), "B")
-    assert str(Recipe.from_json(shortcut.as_json()).build()) == str(shortcut.build())
+    assert str(from_json(shortcut.as_json()).build()) == str(shortcut.build())
 
 
 @pytest.mark.parametrize(
@@ -262,4 +262,4 @@ def test_variants_of_the_network_survive():
 )
 def test_what_is_not_the_record_of_a_recipe(field, value, message):
     with pytest.raises(TorchgrowError, match=message):
-        Recipe.from_json({**get("digits").as_json(), field: value})
+        from_json({**get("digits").as_json(), field: value})

@@ -24,7 +24,7 @@ from torchgrow.lab.devices import chosen
 from torchgrow.lab.display import Display, short
 from torchgrow.lab.environment import environment
 from torchgrow.lab.metrics import metric_of
-from torchgrow.lab.recipes import Recipe
+from torchgrow.lab.recipes import Recipe, from_json
 from torchgrow.lab.report import label
 from torchgrow.lab.results import verdict
 from torchgrow.lab.run_folder import Onlooker, RunFolder, default_out
@@ -178,7 +178,7 @@ def _resume(run: Path, console: Console, folder: Path | None, device: str) -> Pa
     run_folder = RunFolder(target, resume=True) if first else Onlooker(target)
     config, before = run_folder.read_json("config.json"), run_folder.read_json("environment.json")
     here = environment(chosen(device))
-    recipe, how = Recipe.from_json(config), config.get("run")
+    recipe, how = from_json(config), config.get("run")
     if not isinstance(how, dict) or how.keys() != {"data", "beside", "checkpoint_every"}:
         raise TorchgrowError(f"{run_folder.path / 'config.json'} does not say how the run was started; start it anew")
     if type(before.get("threads")) is int and before["threads"] > 0:
