@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,9 @@ from rich.console import Console
 from torch import nn
 
 from torchgrow import Budget, Method, TorchgrowError
-from torchgrow.lab import compare as module
-from torchgrow.lab import models, recipes
+from torchgrow.lab import models, recipes, run_folder
 from torchgrow.lab.baselines import initialised
-from torchgrow.lab.compare import Job, Rows, compare, recorded
+from torchgrow.lab.compare import Job, Rows, compare, comparison, pruning, recorded, training
 from torchgrow.lab.data import load
 from torchgrow.lab.metrics import ACCURACY, PERPLEXITY
 from torchgrow.lab.results import difference, draw, sweeps, verdict
@@ -53,7 +53,7 @@ def no_training(monkeypatch):
     def fit(*arguments, **keywords):
         raise AssertionError("something was trained")
 
-    monkeypatch.setattr(module, "fit", fit)
+    monkeypatch.setattr(training, "fit", fit)
 
 
 @pytest.fixture(scope="module")
@@ -152,14 +152,14 @@ def test_what_decides_nothing_is_not_part_of_a_row(compared, no_training):
 
 def test_images_lie_as_asked_and_thin_convolutions_are_guarded(tmp_path, monkeypatch):
     seen = []
-    real = module.fit
+    real = training.fit
 
     def fit(name, model, optimizer, data, recipe, **more):
         yield from real(name, model, optimizer, data, recipe, **more)
         guarded = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m._forward_pre_hooks]
         seen.append((data.channels_last, [tuple(conv.kernel_size) for conv in guarded]))
 
-    monkeypatch.setattr(module, "fit", fit)
+    monkeypatch.setattr(training, "fit", fit)
     recipe = recipes.with_shortcut(replace(RECIPE, channels_last=True), "B")
     (row,) = run(tmp_path, "uniform", recipe)
     assert row["config"]["channels_last"]
@@ -174,8 +174,8 @@ def test_a_text_has_no_layout(tmp_path):
 
 def test_seconds_are_compared_on_one_machine_only(tmp_path, monkeypatch):
     run(tmp_path, "dense")
-    real = module.environment()
-    monkeypatch.setattr(module, "environment", lambda device=None: {**real, "cpu": "another"})
+    real = comparison.environment()
+    monkeypatch.setattr(comparison, "environment", lambda device=None: {**real, "cpu": "another"})
     dense, uniform = run(tmp_path, "dense uniform")
     assert dense["dense_seconds"] == dense["seconds"]
     assert uniform["dense_seconds"] is None
@@ -194,7 +194,7 @@ def test_dense_has_no_budget(tmp_path):
 @pytest.mark.parametrize("stop", [1, 3, 5])
 def test_a_stopped_comparison_goes_on_as_if_it_never_had_been(tmp_path, monkeypatch, stop, compared):
     _, unbroken = compared
-    real, count = module.fit, [0]
+    real, count = training.fit, [0]
 
     def fit(*arguments, **keywords):
         for epoch in real(*arguments, **keywords):
@@ -203,10 +203,10 @@ def test_a_stopped_comparison_goes_on_as_if_it_never_had_been(tmp_path, monkeypa
             if count[0] == stop:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "fit", fit)
+    monkeypatch.setattr(training, "fit", fit)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, "default uniform uniform-flops direct")
-    monkeypatch.setattr(module, "fit", real)
+    monkeypatch.setattr(training, "fit", real)
     resumed = run(tmp_path, "default uniform uniform-flops direct")
     assert sorted(map(str, timeless(resumed))) == sorted(map(str, timeless(unbroken)))
 
@@ -236,14 +236,14 @@ def test_half_a_line_is_no_row(tmp_path):
 
 def test_only_one_process_at_a_file(tmp_path):
     (tmp_path / ".digits").mkdir()
-    handle = module.lock(tmp_path / ".digits")
+    handle = run_folder.lock(tmp_path / ".digits")
     with pytest.raises(TorchgrowError, match="another process is running in"):
         run(tmp_path)
-    module.os.close(handle)
+    os.close(handle)
 
 
 def test_a_peer_that_is_not_there_is_left_out_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_peer", lambda: None)
+    monkeypatch.setattr(pruning, "installed", lambda: None)
     console = Console(record=True, width=200)
     rows = compare(RECIPE, methods=["l1", "dense"], seeds=[0], console=console, out=tmp_path)
     assert [row["method"] for row in rows] == ["dense"]
@@ -252,10 +252,10 @@ def test_a_peer_that_is_not_there_is_left_out_by_name(tmp_path, monkeypatch):
 
 def test_a_peer_that_fails_says_how(tmp_path, monkeypatch, compared):
     def fail(*arguments):
-        raise module._PeerError("ValueError: no such shortcut")
+        raise pruning.PruningError("ValueError: no such shortcut")
 
-    monkeypatch.setattr(module, "_peer", lambda: "1.6.1")
-    monkeypatch.setattr(module, "_pruned", fail)
+    monkeypatch.setattr(pruning, "installed", lambda: "1.6.1")
+    monkeypatch.setattr(training, "l1_pruned", fail)
     console = Console(record=True, width=200)
     rows = compare(RECIPE, methods=["l1", "uniform"], seeds=[0], console=console, out=tmp_path)
     assert {row["method"]: row.get("error") for row in rows} == {
