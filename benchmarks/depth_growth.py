@@ -29,9 +29,10 @@ from torch import nn
 from torchgrow import Bank, Budget, trace
 from torchgrow.lab import data as lab_data
 from torchgrow.lab import names, recipes
+from torchgrow.lab.from_recipe import make_grower, make_optimizer
 from torchgrow.lab.models import ResNet
 from torchgrow.lab.run import environment
-from torchgrow.lab.train import Epoch, evaluate, fit, make_grower, make_optimizer
+from torchgrow.lab.train import Epoch, evaluate, fit
 from torchgrow.structure.cost import Cost, CostModel
 
 RESULTS = Path(__file__).parent.parent / "results" / "depth-growth.jsonl"

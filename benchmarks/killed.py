@@ -34,7 +34,7 @@ import torchgrow
 import torchgrow.exchange
 import torchgrow.persistence.folder
 from torchgrow import Grower
-from torchgrow.lab import run, train
+from torchgrow.lab import from_recipe, run, train
 from torchgrow.lab.models import ResNet
 from torchgrow.lab.recipes import get
 from torchgrow.lab.run import environment
@@ -95,7 +95,7 @@ def child(out: Path, state: Path, aim: str, call: int) -> None:
         save(model, folder)
 
     torchgrow.save = save_both
-    train.Grower = Recorded  # type: ignore[misc]
+    from_recipe.Grower = Recorded  # type: ignore[misc]
     within("update", Recorded, "update")
     within("checkpoint", run.Checkpoints, "save")
     within("evaluation", train, "evaluate")

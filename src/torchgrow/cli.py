@@ -6,7 +6,7 @@ PyTorch takes seconds to import, so a command imports what it needs once its arg
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from importlib.metadata import version as installed
@@ -157,13 +157,9 @@ def run(
             given = [*edits.values(), out, budget, shortcut, size, scale, checkpoint_every, beside]
             if any(value is not None for value in given) or download or not twins or recipe != "digits":
                 raise TorchgrowError(f"a resumed run takes everything from its folder: torchgrow run --resume {resume}")
-            _check_device(device)
-            from torchgrow.lab import run as lab_run
-
-            lab_run.resume(resume, console=_console(), folder=data, device=device)
+            _resume(resume, data, device)
             return
-        if beside is not None and not twins:
-            raise TorchgrowError("--beside names networks to train and --no-twins wants none; leave one of them out")
+        others = _others(beside, twins)
         edits["budget"] = Budget.read(budget) if budget else None
         chosen = _variant(recipe, edits, size=size, scale=scale, shortcut=shortcut, device=device)
         from torchgrow.lab import run as lab_run
@@ -174,10 +170,24 @@ def run(
             out=out,
             folder=data,
             download=download,
-            beside=("dense uniform" if beside is None else beside).split() if twins else (),
+            beside=others,
             every=checkpoint_every,
             device=device,
         )
+
+
+def _others(beside: str | None, twins: bool) -> Sequence[str]:
+    """The networks to train beside the grown one."""
+    if beside is not None and not twins:
+        raise TorchgrowError("--beside names networks to train and --no-twins wants none; leave one of them out")
+    return ("dense uniform" if beside is None else beside).split() if twins else ()
+
+
+def _resume(run: Path, data: Path | None, device: str) -> None:
+    _check_device(device)
+    from torchgrow.lab import run as lab_run
+
+    lab_run.resume(run, console=_console(), folder=data, device=device)
 
 
 def _check_device(device: str) -> None:

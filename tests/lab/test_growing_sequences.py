@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from growing import indicators_of, same_indicators, same_parameters, sgd, step_both
 from oracle import Eq6
 from torchgrow import Budget, Grower, Method, measure
-from torchgrow.lab import train
+from torchgrow.lab import from_recipe
 from torchgrow.lab.attention import GPT, ViT
 from torchgrow.lab.recipes import get
 
@@ -44,7 +44,7 @@ def loss(out: Tensor) -> Tensor:
 def pair(name: str, optimizer: str, updates: int = 8) -> tuple[Grower, Eq6]:
     """A live network and Eq 6 written out, from the same weights, with the recipe's optimizer or plain SGD."""
     recipe = replace(get(name), lr=0.01)
-    made = sgd if optimizer == "sgd" else lambda model: train.make_optimizer(model, recipe)
+    made = sgd if optimizer == "sgd" else lambda model: from_recipe.make_optimizer(model, recipe)
     model, frame = build(name), build(name)
     budget = Budget(params="90%")
     grower = Grower(
@@ -85,7 +85,7 @@ def test_adamw_warm_up_and_weight_decay_see_raw_weights(name: str) -> None:
     t = torch.zeros(grower.space.n_units, dtype=torch.int64)
     assert update_both(grower, oracle, t) + update_both(grower, oracle, t) > 0
     recipe = replace(get(name), lr=0.01, epochs=2)
-    schedules = [train.make_schedule(optimizer, recipe, 5) for optimizer in (grower.optimizer, oracle.optimizer)]
+    schedules = [from_recipe.make_schedule(optimizer, recipe, 5) for optimizer in (grower.optimizer, oracle.optimizer)]
     for step in range(10):
         x = inputs(name, step)
         grower.optimizer.zero_grad()

@@ -14,7 +14,7 @@ from torch import nn
 
 import torchgrow
 from torchgrow import Budget, TorchgrowError
-from torchgrow.lab import data, run, train
+from torchgrow.lab import data, from_recipe, run, train
 from torchgrow.lab import environment as env_room
 from torchgrow.lab.baselines import uniform_width
 from torchgrow.lab.display import Display, short
@@ -190,10 +190,10 @@ def test_updates_within_an_epoch_say_when_they_came(tmp_path):
 def test_where_it_trains(monkeypatch):
     """Model, data and what a grower brings to life are where the device says; the bank sleeps on the CPU."""
     device = torch.device("meta")
-    recipe, images = train.with_data(TINY, quiet(), None, device=device)
-    model = train.make_network(recipe.build, 1.0, device)
+    recipe, images = from_recipe.with_data(TINY, quiet(), None, device=device)
+    model = from_recipe.make_network(recipe.build, 1.0, device)
     assert {p.device for p in model.parameters()} == {images.example().device} == {device} == {images.device}
-    here = train.make_network(recipe.build, 1.0, torch.device("cpu"), meta=True)
+    here = from_recipe.make_network(recipe.build, 1.0, torch.device("cpu"), meta=True)
     assert {p.device for p in here.parameters()} == {device}
     batch, labels = next(images.train_batches(batch_size=4, shift=1, mirror=True, generator=torch.Generator()))
     assert batch.device == labels.device == device
@@ -207,9 +207,9 @@ def test_the_paper_preset_runs(tmp_path):
 
 def test_the_papers_preset_on_a_short_schedule_is_warned_of():
     paper = replace(TINY, preset="paper")
-    assert train.far_from_paper(TINY, 4) == ""
-    assert "belong to 62,400 steps. With the 16 of this run" in train.far_from_paper(paper, 4)
-    assert train.far_from_paper(replace(paper, epochs=160), 390) == ""
+    assert from_recipe.far_from_paper(TINY, 4) == ""
+    assert "belong to 62,400 steps. With the 16 of this run" in from_recipe.far_from_paper(paper, 4)
+    assert from_recipe.far_from_paper(replace(paper, epochs=160), 390) == ""
 
 
 # --- folders
@@ -320,7 +320,7 @@ def test_evaluation_comes_before_the_update():
 
     digits = data.load("digits", subset=64)
     recipe = replace(TINY, epochs=2, batch_size=64)
-    epochs = train.fit("x", model, train.make_optimizer(model, recipe), digits, recipe, grower=Grower())
+    epochs = train.fit("x", model, from_recipe.make_optimizer(model, recipe), digits, recipe, grower=Grower())
     assert len(list(epochs)) == 2
     assert notes == ["train", "evaluate", "update"] * 2
 
@@ -337,7 +337,7 @@ def test_seconds_leave_evaluation_out(monkeypatch):
     monkeypatch.setattr(train, "evaluate", slow)
     digits = data.load("digits", subset=64)
     model = Spy([])
-    epochs = list(train.fit("x", model, train.make_optimizer(model, TINY), digits, TINY))
+    epochs = list(train.fit("x", model, from_recipe.make_optimizer(model, TINY), digits, TINY))
     assert [epoch.seconds for epoch in epochs] == [0.0] * 4
 
 
@@ -347,7 +347,7 @@ def test_dense_runs_repeat_exactly():
     def losses():
         torch.manual_seed(0)
         model = BUILD()
-        return [epoch.loss for epoch in train.fit("x", model, train.make_optimizer(model, TINY), digits, TINY)]
+        return [epoch.loss for epoch in train.fit("x", model, from_recipe.make_optimizer(model, TINY), digits, TINY)]
 
     assert losses() == losses()
 

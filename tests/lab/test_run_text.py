@@ -13,7 +13,7 @@ from torch import nn
 
 import torchgrow
 from torchgrow import Budget, Grower, TorchgrowError, measure
-from torchgrow.lab import report, run, train
+from torchgrow.lab import from_recipe, report, run, train
 from torchgrow.lab.attention import GPT, ViT
 from torchgrow.lab.baselines import twin_width
 from torchgrow.lab.data import load
@@ -99,8 +99,8 @@ def test_training_flops_follow_every_update(folder):
     data, recipe = load("text", folder=folder, steps=5), TINY.with_words(9)
     torch.manual_seed(0)
     model = recipe.build()
-    optimizer = train.make_optimizer(model, recipe)
-    grower = train.make_grower(model, optimizer, data, recipe)
+    optimizer = from_recipe.make_optimizer(model, recipe)
+    grower = from_recipe.make_grower(model, optimizer, data, recipe)
     steps = data.train_steps(4, shuffled=False)
     epochs = list(train.fit("grown", model, optimizer, data, recipe, grower=grower))
     ends = [0, *(steps * part // 3 for part in (1, 2)), steps]
@@ -120,8 +120,8 @@ def test_the_last_update_is_the_last_one(folder, updates):
     """However often it updates in an epoch of 24 steps, growth is over when training is, not before and not after."""
     data, recipe = load("text", folder=folder, steps=5, subset=500), replace(TINY, updates_per_epoch=updates)
     model = recipe.with_words(9).build()
-    optimizer = train.make_optimizer(model, recipe)
-    grower = train.make_grower(model, optimizer, data, recipe)
+    optimizer = from_recipe.make_optimizer(model, recipe)
+    grower = from_recipe.make_grower(model, optimizer, data, recipe)
     for epoch in train.fit("grown", model, optimizer, data, recipe, grower=grower):
         assert grower.finished == (epoch.epoch == recipe.epochs)
     assert len(grower.history) == 1 + 3 * min(updates, 24)
@@ -137,8 +137,8 @@ def test_the_state_goes_over_an_update_within_an_epoch_and_starts_anew_with_it(f
     )
     data, recipe = load("text", folder=folder, steps=5), TINY.with_words(9)
     model = recipe.build()
-    optimizer = train.make_optimizer(model, recipe)
-    grower = train.make_grower(model, optimizer, data, recipe)
+    optimizer = from_recipe.make_optimizer(model, recipe)
+    grower = from_recipe.make_grower(model, optimizer, data, recipe)
     began.clear()
     list(train.fit("grown", model, optimizer, data, recipe, grower=grower))
     assert len(carried) == 3 * 2, "two updates within each of three epochs"
@@ -174,7 +174,7 @@ def test_gradients_are_clipped(folder):
     data, recipe = load("text", folder=folder, steps=5), replace(TINY, clip=1e-3, lr=1.0, momentum=0.0).with_words(9)
     model = recipe.build()
     before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
-    next(train.fit("x", model, train.make_optimizer(model, replace(recipe, epochs=2)), data, recipe))
+    next(train.fit("x", model, from_recipe.make_optimizer(model, replace(recipe, epochs=2)), data, recipe))
     moved = (torch.cat([p.detach().flatten() for p in model.parameters()]) - before).norm()
     assert 0 < moved <= 1e-3 * data.train_steps(4, shuffled=False) * (1 + 1e-4)
 
@@ -200,7 +200,7 @@ def test_vit_runs(tmp_path, cifar_folder):
 
 def test_adamw_decays_matrices_only():
     model = GPT(words=11, features=8, layers=1, heads=2, head=4, neurons=6, context=5)
-    optimizer = train.make_optimizer(model, TINY_GPT)
+    optimizer = from_recipe.make_optimizer(model, TINY_GPT)
     names = {id(p): name for name, p in model.named_parameters()}
     decayed, plain = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
@@ -215,7 +215,7 @@ def test_adamw_decays_matrices_only():
 def rates_of(recipe: Recipe, steps: int) -> list[float]:
     """The learning rate of every step of a run, and the one after the last."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule, rates = train.make_schedule(optimizer, recipe, steps), []
+    schedule, rates = from_recipe.make_schedule(optimizer, recipe, steps), []
     for _ in range(steps * (recipe.epochs + recipe.then)):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()

@@ -23,23 +23,21 @@ from torchgrow.lab.data import Data
 from torchgrow.lab.devices import chosen
 from torchgrow.lab.display import Display, short
 from torchgrow.lab.environment import environment
+from torchgrow.lab.from_recipe import (
+    extent,
+    far_from_paper,
+    make_grower,
+    make_network,
+    make_optimizer,
+    with_data,
+)
 from torchgrow.lab.metrics import metric_of
 from torchgrow.lab.recipes import Recipe, from_json
 from torchgrow.lab.report import label
 from torchgrow.lab.results import verdict
 from torchgrow.lab.run_folder import Onlooker, RunFolder, default_out
 from torchgrow.lab.text import TextData
-from torchgrow.lab.train import (
-    Epoch,
-    evaluate,
-    extent,
-    far_from_paper,
-    fit,
-    make_grower,
-    make_network,
-    make_optimizer,
-    with_data,
-)
+from torchgrow.lab.train import Epoch, evaluate, fit
 
 TWINS = ("dense", "uniform")
 

@@ -20,12 +20,12 @@ from torchgrow.lab.compare.training import NETWORK, Bench, train
 from torchgrow.lab.data import Data
 from torchgrow.lab.devices import chosen as chosen_device
 from torchgrow.lab.environment import environment
+from torchgrow.lab.from_recipe import with_data
 from torchgrow.lab.names import FIXED
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.results import draw, tables
 from torchgrow.lab.run_folder import lock
 from torchgrow.lab.text import TextData
-from torchgrow.lab.train import with_data
 
 RESULTS = Path("results/compare")
 """Where results files are, unless said otherwise."""

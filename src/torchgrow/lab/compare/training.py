@@ -22,10 +22,11 @@ from torchgrow.lab.compare.progress_bars import Bars
 from torchgrow.lab.compare.pruning import PruningError, l1_pruned
 from torchgrow.lab.compare.results_file import Rows
 from torchgrow.lab.data import Data
+from torchgrow.lab.from_recipe import extent, far_from_paper, make_grower, make_network, make_optimizer
 from torchgrow.lab.names import FIXED
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.text import TextData
-from torchgrow.lab.train import Epoch, evaluate, extent, far_from_paper, fit, make_grower, make_network, make_optimizer
+from torchgrow.lab.train import Epoch, evaluate, fit
 
 NETWORK, EPOCHS = "network", "epochs.json"
 """What is left of a network, beside its checkpoints."""
