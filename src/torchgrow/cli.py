@@ -45,6 +45,8 @@ _PRESET_HELP = (
     "Default: the recipe's."
 )
 _RECIPE_HELP = "One of those that `torchgrow list` shows, or path/to/file.py:function that returns a Recipe."
+_DATA_HELP = "Folder with the data. Default: data/cifar10; for text, Python's manual."
+_RESUME_HELP = "Continue this run folder where it was stopped; takes --data and --device, nothing else."
 _BESIDE_HELP = (
     "Networks to train beside the grown one, with spaces between: dense, uniform (the grown one's size), "
     "uniform=50% (of the dense one's parameters), direct (the grown one's structure from scratch)."
@@ -117,10 +119,7 @@ def main(
 def run(
     recipe: Annotated[str, typer.Argument(help=_RECIPE_HELP)] = "digits",
     out: Annotated[Path | None, typer.Option(help="Run folder to write. Default: a new one in runs/.")] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Folder with the data. Default: data/cifar10; for text, Python's manual."),
-    ] = None,
+    data: Annotated[Path | None, typer.Option(help=_DATA_HELP)] = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data if it is not there.")] = False,
     subset: Subset = None,
     epochs: Epochs = None,
@@ -143,10 +142,7 @@ def run(
     checkpoint_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between checkpoints within an epoch. Default: one at its end.")
     ] = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(help="Continue this run folder where it was stopped; takes --data and --device, nothing else."),
-    ] = None,
+    resume: Annotated[Path | None, typer.Option(help=_RESUME_HELP)] = None,
 ) -> None:
     """Grow a network by a recipe and compare it with dense and uniformly narrowed ones."""
     with _clean_exit(Console(stderr=True)):
