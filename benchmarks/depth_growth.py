@@ -29,9 +29,9 @@ from torch import nn
 from torchgrow import Bank, Budget, trace
 from torchgrow.lab import data as lab_data
 from torchgrow.lab import names, recipes
+from torchgrow.lab.environment import environment
 from torchgrow.lab.from_recipe import make_grower, make_optimizer
 from torchgrow.lab.models import ResNet
-from torchgrow.lab.run import environment
 from torchgrow.lab.train import Epoch, evaluate, fit
 from torchgrow.structure.cost import Cost, CostModel
 
@@ -95,7 +95,7 @@ class Periodic:
                 self.bank.resize_(self.keep)
                 self.turns.append(stage)
                 born = 1
-        self.pressure, self.temperature = 0.0, {}
+        self.pressure, self.temperature = 0.0, dict[str, float]()
         self.born, self.regrown, self.detached = born, 0, 0
         return self
 
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    data = lab_data.load("cifar10", folder=arguments.data, subset=arguments.subset)
+    data = lab_data.load_images("cifar10", folder=arguments.data, subset=arguments.subset)
     assert isinstance(data, lab_data.ImageData)
     hand_picked = sum(p.numel() for p in ResNet(depth=20, shortcut="B").parameters())
     arguments.results.parent.mkdir(exist_ok=True)

@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+from collections.abc import Mapping
 from importlib import import_module
 
 import pytest
@@ -28,7 +29,7 @@ POOLED = {"kernel_q": (3, 3), "kernel_kv": (3, 3), "stride_q": (1, 1), "stride_k
 USUAL = {"dim": 12, "num_heads": 3}
 
 # Where in timm; what it is built with; what it is given. All have 3 heads, or 3 channels in a single one.
-CASES: list[tuple[str, dict[str, object], tuple[object, ...]]] = [
+CASES: list[tuple[str, Mapping[str, object], tuple[object, ...]]] = [
     ("layers.attention_pool.AttentionPoolLatent", {"in_features": 12, "num_heads": 3}, (FOUR,)),
     ("models.beit.Attention", {**USUAL, "qkv_bias": True}, (FOUR,)),
     ("models.cait.ClassAttn", USUAL, (FOUR,)),

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ def plain() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
 
 
-def grow(model: nn.Module, **more: object) -> Grower:
-    settings = {"budget": Budget(params="30%"), "updates": 20, **more}
+def grow(model: nn.Module, **more: Any) -> Grower:
+    settings: dict[str, Any] = {"budget": Budget(params="30%"), "updates": 20, **more}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     return Grower(model, optimizer, example_inputs=X, **settings)
 
@@ -49,7 +50,10 @@ def test_the_course_is_what_happens():
         grower.update()
         costs.append(grower.cost().params)
     assert course.seed == costs[0]
-    assert course.end == grower.limits.params >= costs[-1] > 0.9 * course.end
+    assert course.end == grower.limits.params
+    assert course.end >= costs[-1] > 0.9 * course.end
+    assert course.peak is not None
+    assert course.full_size is not None
     assert course.peak == int(1.5 * course.end) >= max(costs) > 0.9 * course.peak
     assert len(set(costs[course.settled + 1 :])) == 1
     assert max(costs[: course.full_size + 2]) == max(costs)
@@ -58,6 +62,7 @@ def test_the_course_is_what_happens():
 def test_the_course_in_words():
     grower = grow(plain(), preset="default:peak=1.5,ramp=0.2,hold=0.5,settle=0.3")
     course, frame = grower.course(), grower.frame_cost.params
+    assert course.peak is not None
     seed, peak, end = (f"{100 * cost / frame:.3g} %" for cost in (course.seed, course.peak, course.end))
     assert str(course) == (
         f"from {seed} of the parameters to {end} by way of {peak}, at its largest after 4 of 20 updates, final after 14"

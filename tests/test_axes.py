@@ -76,7 +76,7 @@ class Masks(nn.Module):
     def __init__(self, sources: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.sources = sources
-        self.encoder, self.hidden, self.masks = nn.Conv1d(1, 6, 4, 2, bias=False), nn.Conv1d(6, 5, 1), None
+        self.encoder, self.hidden = nn.Conv1d(1, 6, 4, 2, bias=False), nn.Conv1d(6, 5, 1)
         self.masks, self.decoder = nn.Conv1d(5, 12, 1), nn.ConvTranspose1d(6, 1, 4, 2)
 
     def forward(self, wave):

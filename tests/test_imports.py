@@ -72,7 +72,7 @@ def wrong_in_core(module: str, source: str) -> list[str]:
         package = target.partition(".")[0]
         if package == "torchgrow":
             parts = inside(target, name)
-            if (parts or [name])[0] not in before | ({own} if "." in module else set()):
+            if (parts[0] if parts else name) not in before | ({own} if "." in module else set()):
                 wrong.append(f"{module} imports {'.'.join(parts)}")
         elif package not in CORE_NEEDS | sys.stdlib_module_names and (own, package) != ("adapters", module[9:]):
             wrong.append(f"{module} imports {target}")  # adapters.x may import x: it is loaded when a model of x is met

@@ -101,6 +101,7 @@ class Gated(nn.Module):
         self.head_dim, self.num_key_value_groups = 3, 2
         self.q, self.k, self.v, self.o = nn.Linear(5, 24), nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(12, 5)
         self.q_scale, self.k_scale = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+        self.angle: torch.Tensor
         self.register_buffer("angle", torch.tensor([0.3]))
 
     def forward(self, x):

@@ -85,8 +85,8 @@ class Package:
                 found = [text for value, f in values for text in self._texts(value, f, deep)]
                 return [text for text in found if text] or [ANY]
             case ast.Name(id=name) if deep and function is not None:
-                values = self._passed(name, function) + [(v, function) for v in self._assigned(name, function)]
-                found = [text for value, f in values for text in self._texts(value, f, deep - 1)]
+                given = [*self._passed(name, function), *((v, function) for v in self._assigned(name, function))]
+                found = [text for value, f in given for text in self._texts(value, f, deep - 1)]
                 return [text for text in found if letters(text)] or [ANY]
         return [ANY]
 

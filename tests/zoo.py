@@ -67,7 +67,7 @@ class Concat(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.bn, self.c, self.fc = c3(3, 4), nn.Conv2d(3, 5, 1), nn.BatchNorm2d(9), c3(9, 6), None
+        self.a, self.b, self.bn, self.c = c3(3, 4), nn.Conv2d(3, 5, 1), nn.BatchNorm2d(9), c3(9, 6)
         self.fc = nn.Linear(6, 4)
 
     def forward(self, x):
@@ -198,6 +198,8 @@ class BufferPad(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.a, self.b, self.fc = c3(3, 4), c3(4, 6), c3(6, 8), nn.Linear(8, 4)
+        self.before: Tensor
+        self.after: Tensor
         self.register_buffer("before", torch.zeros(1, 2, 1, 1))
         self.register_buffer("after", torch.zeros(1, 2, 1, 1))
 
@@ -380,6 +382,7 @@ class Buffers(nn.Module):
         self.a, self.b, self.fc = c3(3, 6), c3(6, 5), nn.Linear(5, 4)
         self.register_buffer("mean", torch.arange(6.0).reshape(6, 1, 1))
         self.register_buffer("mask", torch.arange(1.0, 7).reshape(1, 6, 1, 1))
+        self.calls: Tensor
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self.register_buffer("last", torch.zeros(1))
 
@@ -471,7 +474,7 @@ class Unpooled(nn.Module):
     def forward(self, x):
         y, places = F.max_pool2d(F.pad(F.relu(self.a(x)), (0, 2, 2, 0)), 2, return_indices=True)
         y = self.b(F.pad(F.pad(y, (1, 1, 1, 1), value=1.0), (1, 1, 1, 1), mode="reflect"))
-        return head(F.relu(self.c(F.max_unpool2d(y, places, 2))), self.fc)
+        return head(F.relu(self.c(F.max_unpool2d(y, places, [2]))), self.fc)
 
 
 ZOO: dict[str, Callable[[], nn.Module]] = {
@@ -518,7 +521,7 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def build(name: str, seed: int = 0) -> nn.Module:
+def build(name: str, seed: int = 0) -> Any:
     """A zoo model with weights that depend on the seed alone."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -4,14 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class Language(nn.Module):
     """tokens -> embedding(11, 6) -> recurrent layer(6, 5) -> linear(11)"""
 
-    def __init__(self, kind: type[nn.RNNBase], **kwargs: Any) -> None:
+    def __init__(self, kind: Callable[..., nn.RNNBase], **kwargs: Any) -> None:
         super().__init__()
         self.embed, self.rnn = nn.Embedding(11, 6), kind(6, 5, **kwargs)
         width = (kwargs.get("proj_size") or 5) * (2 if kwargs.get("bidirectional") else 1)
@@ -50,7 +50,7 @@ class States(nn.Module):
 class Cell(nn.Module):
     """three steps of a recurrent cell(6, 5) from zeros -> linear(5, 3)"""
 
-    def __init__(self, kind: type[nn.RNNCellBase]) -> None:
+    def __init__(self, kind: Callable[..., nn.RNNCellBase]) -> None:
         super().__init__()
         self.cell, self.out = kind(6, 5), nn.Linear(5, 3)
 
@@ -68,6 +68,7 @@ class Heads(nn.Module):
         super().__init__()
         self.kv, self.fused = kv, fused
         self.q, self.k, self.v, self.o = nn.Linear(6, 12), nn.Linear(6, 3 * kv), nn.Linear(6, 3 * kv), nn.Linear(12, 6)
+        self.angle: Tensor | None
         self.register_buffer("angle", torch.tensor([0.1, 0.2, 0.3]) if rotary else None)
 
     def forward(self, x):

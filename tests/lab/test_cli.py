@@ -306,7 +306,7 @@ def test_a_recipe_in_a_file(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     config = json.loads((tmp_path / "runs" / "mine" / "config.json").read_text())
     assert (config["source"], config["model"], config["budget"]) == ("own.py:mine", "Net", "params <= 50%")
-    assert recipes.from_json(config).build.func.__name__ == "Net"
+    assert recipes.from_json(config).as_json()["model"] == "Net"
     done = invoke("compare", "own.py:mine", "--methods", "uniform", "--seeds", "1")
     assert done.exit_code == 0, done.output
     assert len((tmp_path / "results" / "compare" / "mine.jsonl").read_text().splitlines()) == 1

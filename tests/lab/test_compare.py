@@ -6,6 +6,7 @@ import os
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from rich.console import Console
 from torch import nn
 
 from torchgrow import Budget, Method, TorchgrowError
-from torchgrow.lab import models, recipes, run_folder
+from torchgrow.lab import models, recipes, run_folder, train
 from torchgrow.lab.baselines import initialised
-from torchgrow.lab.compare import Job, Rows, compare, comparison, pruning, recorded, training
-from torchgrow.lab.data import load
+from torchgrow.lab.compare import Job, Rows, compare, pruning, recorded, training
+from torchgrow.lab.data import load_images
+from torchgrow.lab.environment import environment
 from torchgrow.lab.metrics import ACCURACY, PERPLEXITY
 from torchgrow.lab.results import difference, draw, sweeps, verdict
 
@@ -53,7 +55,7 @@ def no_training(monkeypatch):
     def fit(*arguments, **keywords):
         raise AssertionError("something was trained")
 
-    monkeypatch.setattr(training, "fit", fit)
+    monkeypatch.setattr("torchgrow.lab.compare.training.fit", fit)
 
 
 @pytest.fixture(scope="module")
@@ -152,14 +154,14 @@ def test_what_decides_nothing_is_not_part_of_a_row(compared, no_training):
 
 def test_images_lie_as_asked_and_thin_convolutions_are_guarded(tmp_path, monkeypatch):
     seen = []
-    real = training.fit
+    real = train.fit
 
     def fit(name, model, optimizer, data, recipe, **more):
         yield from real(name, model, optimizer, data, recipe, **more)
         guarded = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m._forward_pre_hooks]
         seen.append((data.channels_last, [tuple(conv.kernel_size) for conv in guarded]))
 
-    monkeypatch.setattr(training, "fit", fit)
+    monkeypatch.setattr("torchgrow.lab.compare.training.fit", fit)
     recipe = recipes.with_shortcut(replace(RECIPE, channels_last=True), "B")
     (row,) = run(tmp_path, "uniform", recipe)
     assert row["config"]["channels_last"]
@@ -174,8 +176,8 @@ def test_a_text_has_no_layout(tmp_path):
 
 def test_seconds_are_compared_on_one_machine_only(tmp_path, monkeypatch):
     run(tmp_path, "dense")
-    real = comparison.environment()
-    monkeypatch.setattr(comparison, "environment", lambda device=None: {**real, "cpu": "another"})
+    real = environment()
+    monkeypatch.setattr("torchgrow.lab.compare.comparison.environment", lambda device=None: {**real, "cpu": "another"})
     dense, uniform = run(tmp_path, "dense uniform")
     assert dense["dense_seconds"] == dense["seconds"]
     assert uniform["dense_seconds"] is None
@@ -194,7 +196,7 @@ def test_dense_has_no_budget(tmp_path):
 @pytest.mark.parametrize("stop", [1, 3, 5])
 def test_a_stopped_comparison_goes_on_as_if_it_never_had_been(tmp_path, monkeypatch, stop, compared):
     _, unbroken = compared
-    real, count = training.fit, [0]
+    real, count = train.fit, [0]
 
     def fit(*arguments, **keywords):
         for epoch in real(*arguments, **keywords):
@@ -203,10 +205,10 @@ def test_a_stopped_comparison_goes_on_as_if_it_never_had_been(tmp_path, monkeypa
             if count[0] == stop:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "fit", fit)
+    monkeypatch.setattr("torchgrow.lab.compare.training.fit", fit)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, "default uniform uniform-flops direct")
-    monkeypatch.setattr(training, "fit", real)
+    monkeypatch.setattr("torchgrow.lab.compare.training.fit", train.fit)
     resumed = run(tmp_path, "default uniform uniform-flops direct")
     assert sorted(map(str, timeless(resumed))) == sorted(map(str, timeless(unbroken)))
 
@@ -293,10 +295,11 @@ def test_initialised_forgets_and_fits_the_present_size():
     initialised(model)
     for name, parameter in model.named_parameters():
         assert not bool((parameter == 7).any()), name
-    for module_ in model.modules():
-        if isinstance(module_, nn.BatchNorm2d):
-            assert bool((module_.running_var == 1).all())
-    conv = model.layer3[0].conv2.weight
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_var is not None
+            assert torch.equal(module.running_var, torch.ones_like(module.running_var))
+    conv = model.get_parameter("layer3.0.conv2.weight")
     assert float(conv.detach().std()) == pytest.approx(math.sqrt(2 / (9 * 16)), rel=0.1)  # He, fan-out
 
 
@@ -309,8 +312,8 @@ def known(images):
 )
 def test_held_out_images_are_training_images(subset, trained, judged):
     """Those that a subset leaves over, if they are enough."""
-    whole, split = load("digits"), load("digits", subset=subset, held_out=True)
-    cut = load("digits", subset=subset or len(whole.train))
+    whole, split = load_images("digits"), load_images("digits", subset=subset, held_out=True)
+    cut = load_images("digits", subset=subset or len(whole.train))
     assert (len(split.train), len(split.test)) == (trained, judged)
     assert torch.equal(split.train.pixels, cut.train.pixels[:trained])
     assert known(split.test) <= known(whole.train)
@@ -338,12 +341,12 @@ def test_differences_are_paired():
 
 def drawn(rows, path, monkeypatch):
     """What `draw` puts into its panels: title -> label -> points."""
-    seen = {}
+    seen: list[Any] = []
     real = Figure.add_subplot
 
     def add_subplot(self, *arguments, **keywords):
         ax = real(self, *arguments, **keywords)
-        seen[len(seen)] = ax
+        seen.append(ax)
         return ax
 
     monkeypatch.setattr(Figure, "add_subplot", add_subplot)
@@ -352,7 +355,7 @@ def drawn(rows, path, monkeypatch):
         ax.get_title(): {
             container.get_label(): list(zip(*container[0].get_data(), strict=True)) for container in ax.containers
         }
-        for ax in seen.values()
+        for ax in seen
     }
 
 
@@ -441,7 +444,7 @@ def test_a_lower_perplexity_is_better():
 
 def test_what_is_known_of_a_recipe_is_what_has_its_settings(compared):
     out, rows = compared
-    data = load("digits", subset=128)
+    data = load_images("digits", subset=128)
     assert recorded(RECIPE, data, ["default", "uniform"], out) == [
         r for r in rows if r["method"] in ("default", "uniform")
     ]

@@ -3,6 +3,7 @@
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,7 +27,7 @@ def as_nchw(pixels) -> torch.Tensor:
 
 
 def test_digits_have_a_fixed_split():
-    first, second = data.load("digits"), data.load("digits")
+    first, second = data.load_images("digits"), data.load_images("digits")
     assert (len(first.train), len(first.test)) == (1437, 360)
     assert first.train.pixels.shape == (1437, 1, 8, 8)
     assert first.train.pixels.dtype == torch.uint8
@@ -36,7 +37,7 @@ def test_digits_have_a_fixed_split():
 
 
 def test_digits_are_normalised_by_the_training_images():
-    digits = data.load("digits")
+    digits = data.load_images("digits")
     x = digits.normalise(digits.train.pixels)
     assert abs(x.mean().item()) < 1e-4
     assert abs(x.std().item() - 1) < 1e-4
@@ -46,16 +47,16 @@ def test_digits_are_normalised_by_the_training_images():
 
 
 def test_a_subset_is_the_same_draw_every_time_and_cuts_no_test_images():
-    full, part, smaller = data.load("digits"), data.load("digits", subset=100), data.load("digits", subset=50)
+    full, part, smaller = (data.load_images("digits", subset=subset) for subset in (None, 100, 50))
     assert (len(part.train), len(part.test)) == (100, len(full.test))
-    assert torch.equal(part.train.pixels, data.load("digits", subset=100).train.pixels)
+    assert torch.equal(part.train.pixels, data.load_images("digits", subset=100).train.pixels)
     assert torch.equal(part.train.pixels[:50], smaller.train.pixels)
 
 
 @pytest.mark.parametrize("subset", [0, -1, 1438])
 def test_a_subset_out_of_range_is_refused(subset):
     with pytest.raises(TorchgrowError, match="1 to 1437 of the training images of digits"):
-        data.load("digits", subset=subset)
+        data.load_images("digits", subset=subset)
 
 
 def test_unknown_data_set():
@@ -67,7 +68,7 @@ def test_unknown_data_set():
 
 
 def test_parquet(cifar_folder):
-    loaded = data.load("cifar10", folder=cifar_folder)
+    loaded = data.load_images("cifar10", folder=cifar_folder)
     pixels, labels = images(40, 0)
     assert torch.equal(loaded.train.pixels, as_nchw(pixels))
     assert loaded.train.labels.tolist() == labels
@@ -83,7 +84,7 @@ def test_sharded_parquet_with_hugging_face_names(tmp_path, inner):
         path = tmp_path / inner / f"train-0000{shard}-of-00003.parquet"
         write_parquet(path, pixels[part], labels[part], column="image")
     write_parquet(tmp_path / inner / "test-00000-of-00001.parquet", *images(10, 1), column="image")
-    loaded = data.load("cifar10", folder=tmp_path)
+    loaded = data.load_images("cifar10", folder=tmp_path)
     assert torch.equal(loaded.train.pixels, as_nchw(pixels))
     assert loaded.train.labels.tolist() == labels
 
@@ -91,7 +92,7 @@ def test_sharded_parquet_with_hugging_face_names(tmp_path, inner):
 @pytest.mark.parametrize("inner", [".", "cifar-10-batches-py"])
 def test_torchvision_batches(tmp_path, inner):
     written = write_batches(tmp_path)
-    loaded = data.load("cifar10", folder=tmp_path / inner)
+    loaded = data.load_images("cifar10", folder=tmp_path / inner)
     assert torch.equal(loaded.train.pixels, as_nchw(written["train"]))
     assert torch.equal(loaded.test.pixels, as_nchw(written["test"]))
     assert loaded.test.labels.tolist() == [0, 1, 2, 3, 4, 5]
@@ -102,7 +103,7 @@ def test_a_batch_that_would_run_code_is_refused(tmp_path):
     trap = b"cos\nsystem\n(S'touch pwned'\ntR."
     (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(trap)
     with pytest.raises(TorchgrowError, match=r"test_batch is not a batch of CIFAR-10: it refers to os\.system"):
-        data.load("cifar10", folder=tmp_path)
+        data.load_images("cifar10", folder=tmp_path)
     assert not Path("pwned").exists()
 
 
@@ -113,7 +114,7 @@ WORKS = r"What works: .*cifar-10-batches-py.*parquet.*--download"
 
 def refused(folder: Path, text: str) -> None:
     with pytest.raises(TorchgrowError, match=text) as caught:
-        data.load("cifar10", folder=folder)
+        data.load_images("cifar10", folder=folder)
     assert str(folder) in str(caught.value)
 
 
@@ -124,7 +125,7 @@ def test_missing_folder(tmp_path):
 def test_no_folder_given_names_the_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(TorchgrowError, match="no CIFAR-10 in data/cifar10"):
-        data.load("cifar10")
+        data.load_images("cifar10")
 
 
 def test_empty_folder(tmp_path):
@@ -198,22 +199,22 @@ def test_download_that_fails(tmp_path, monkeypatch):
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10", no_network)
     with pytest.raises(TorchgrowError, match=r"could not be downloaded into .*: no network"):
-        data.load("cifar10", folder=tmp_path / "new", download=True)
+        data.load_images("cifar10", folder=tmp_path / "new", download=True)
 
 
 def test_download_fills_the_folder_only_when_asked(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.CIFAR10", lambda root, download: write_batches(Path(root)))
     with pytest.raises(TorchgrowError):
-        data.load("cifar10", folder=tmp_path / "new")
-    assert len(data.load("cifar10", folder=tmp_path / "new", download=True).test) == 6
+        data.load_images("cifar10", folder=tmp_path / "new")
+    assert len(data.load_images("cifar10", folder=tmp_path / "new", download=True).test) == 6
 
 
 # --- batches
 
 
 def test_train_batches_are_full_contiguous_and_repeatable():
-    digits = data.load("digits", subset=100)
-    draw = {"batch_size": 32, "shift": 1, "mirror": True}
+    digits = data.load_images("digits", subset=100)
+    draw: dict[str, Any] = {"batch_size": 32, "shift": 1, "mirror": True}
     first = list(digits.train_batches(**draw, generator=generator()))
     second = list(digits.train_batches(**draw, generator=generator()))
     assert [len(labels) for _, labels in first] == [32, 32, 32]
@@ -226,7 +227,7 @@ def test_cifar_batches_are_channels_last_only_where_that_is_asked_for(cifar_fold
         drawn = loaded.train_batches(batch_size=8, shift=4, mirror=True, generator=generator())
         return [x for x, _ in (*drawn, *loaded.test_batches())]
 
-    loaded = data.load("cifar10", folder=cifar_folder)
+    loaded = data.load_images("cifar10", folder=cifar_folder)
     for x, other in zip(batches(loaded), batches(replace(loaded, channels_last=True)), strict=True):
         assert x.is_contiguous()
         assert not x.is_contiguous(memory_format=torch.channels_last)
@@ -235,14 +236,14 @@ def test_cifar_batches_are_channels_last_only_where_that_is_asked_for(cifar_fold
 
 
 def test_a_set_smaller_than_a_batch_is_one_batch():
-    digits = data.load("digits", subset=10)
+    digits = data.load_images("digits", subset=10)
     batches = digits.train_batches(batch_size=64, shift=0, mirror=False, generator=generator())
     assert [len(labels) for _, labels in batches] == [10]
     assert data.train_steps(10, 64) == 1
 
 
 def test_plain_batches_hold_every_image_once():
-    digits = data.load("digits", subset=64)
+    digits = data.load_images("digits", subset=64)
     batches = digits.train_batches(batch_size=16, shift=0, mirror=False, generator=generator())
     x = torch.cat([x for x, _ in batches])
     expected = digits.normalise(digits.train.pixels)
@@ -250,7 +251,7 @@ def test_plain_batches_hold_every_image_once():
 
 
 def test_test_batches_keep_the_order():
-    digits = data.load("digits")
+    digits = data.load_images("digits")
     batches = list(digits.test_batches(batch_size=100))
     assert [len(labels) for _, labels in batches] == [100, 100, 100, 60]
     assert torch.equal(torch.cat([y for _, y in batches]), digits.test.labels)

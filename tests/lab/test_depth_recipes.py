@@ -15,6 +15,7 @@ from rich.console import Console
 import torchgrow
 from torchgrow import Budget, TorchgrowError, measure, trace
 from torchgrow.lab import data, run
+from torchgrow.lab.from_recipe import with_data
 from torchgrow.lab.models import ResNet, Staged
 from torchgrow.lab.names import SCALES
 from torchgrow.lab.recipes import RECIPES, get, with_scale
@@ -53,7 +54,7 @@ def test_a_plain_and_a_residual_layer_of_the_same_width():
     with pytest.raises(TorchgrowError, match=r"every stage has units and a width.*got \(2, 0\) and \(4, 8\)"):
         Staged(units=(2, 0), widths=(4, 8))
     with pytest.raises(TorchgrowError, match="a unit is one of basic, bottleneck, plain"):
-        Staged(unit="dense")
+        Staged(unit="dense")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,7 @@ def pictures(folder: Path, classes: tuple[str, ...] = ("cat", "dog"), each: int 
 
 
 def test_a_folder_of_images(tmp_path):
-    found = data.load("imagefolder", folder=pictures(tmp_path), side=16)
+    found = data.load_images("imagefolder", folder=pictures(tmp_path), side=16)
     assert found.train.pixels.shape == (6, 3, 16, 16)
     assert found.test.labels.tolist() == [0, 0, 0, 1, 1, 1]
     recipe = replace(
@@ -144,14 +145,15 @@ def test_a_folder_of_images(tmp_path):
 def test_images_held_out_of_a_folder_are_of_every_class(tmp_path):
     """They come class by class, and the last class must not be all that is held out."""
     folder = pictures(tmp_path, classes=("cat", "dog", "hen"), each=20)
-    split = data.load("imagefolder", folder=folder, side=8, held_out=True)
+    split = data.load_images("imagefolder", folder=folder, side=8, held_out=True)
     assert (len(split.train), len(split.test)) == (48, 12)
     assert split.train.labels.unique().tolist() == split.test.labels.unique().tolist() == [0, 1, 2]
 
 
 def test_a_subset_without_some_class_still_has_an_output_for_it(tmp_path):
     recipe = replace(get("resnet18-imagenette"), subset=1, side=8)
-    recipe, found = run.with_data(recipe, Console(quiet=True), pictures(tmp_path))
+    recipe, found = with_data(recipe, Console(quiet=True), pictures(tmp_path))
+    assert isinstance(found, data.ImageData)
     assert found.train.labels.tolist() == [0]
     assert recipe.as_json()["model_arguments"]["classes"] == 2
 

@@ -1,10 +1,12 @@
 """`torchgrow inspect`: shares are those of really shrunk networks, JSON and tree agree, every error says the fix."""
 
 import json
+import os
 import re
 import sys
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -16,8 +18,8 @@ import zoo
 from torchgrow import Budget, Frozen, TorchgrowError, measure, shrink_, trace
 from torchgrow.cli import app
 from torchgrow.lab import inspect, recipes, sources
-from torchgrow.lab.data import DATASETS
 from torchgrow.lab.models import ResNet
+from torchgrow.lab.names import DATASETS
 from torchgrow.lab.recurrent import LSTM
 
 NETS = """
@@ -153,7 +155,7 @@ def test_modules_kept_whole_stand_in_order():
 
 
 def test_the_second_proof_is_run_unless_left_out(monkeypatch):
-    stages = []
+    stages: list[str] = []
     model, inputs = zoo.Plain(), torch.randn(2, 3, 8, 8)
     seen = inspect.inspect(model, inputs, tell=stages.append)
     assert seen.exact is True
@@ -330,7 +332,7 @@ def test_a_recurrent_recipe_is_inspected_with_the_state_it_carries():
     model, (words, state) = sources.load("lstm-ptb", [(2, 3)])
     small = LSTM(words=7, embedding=4, hidden=(3, 5))
     seen = inspect.inspect(small, (words % 7, small.start(2)))
-    assert (words.shape, len(state)) == ((2, 3), len(model.layers))
+    assert (words.shape, len(state)) == ((2, 3), len([*model.get_submodule("layers").children()]))
     assert [(part.units, part.removable) for part in seen.parts if part.removable] == [(4, 3), (3, 2), (5, 4)]
     assert seen.exact
     with pytest.raises(TorchgrowError, match="lstm-ptb takes one --input, the shape of its words; got 2"):
@@ -346,7 +348,7 @@ def test_sizes_that_torchvision_states():
 def test_timm_and_transformers(monkeypatch):
     def create(name, pretrained):
         assert (name, pretrained) == ("tiny", False)
-        model = zoo.Plain()
+        model: Any = zoo.Plain()
         model.default_cfg = {"input_size": (3, 10, 10)}
         return model
 
@@ -404,7 +406,7 @@ def test_timm_and_transformers(monkeypatch):
 
 
 def test_models_too_large_for_memory_are_not_built(monkeypatch):
-    monkeypatch.setattr(sources.os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 100)
+    monkeypatch.setattr(os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 100)
     with pytest.raises(TorchgrowError, match=r"has 1,235,496 parameters, .* needs about 0 GB of memory"):
         sources.load("torchvision:squeezenet1_1")
 

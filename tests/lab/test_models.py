@@ -1,6 +1,8 @@
 """The lab's networks: published sizes, and no channel count that surgery could not follow."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torchgrow.lab.attention import GPT, ViT
 from torchgrow.lab.models import VGG16, PadShortcut, ResNet, Staged, WideResNet, scaled
 from torchgrow.lab.recurrent import LSTM
 
-TINY = {
+TINY: dict[str, Callable[..., Any]] = {
     "lstm": lambda width=1.0: LSTM(width, words=11, embedding=6, hidden=(8, 5)),
     "gpt": lambda width=1.0: GPT(width, words=11, features=8, layers=1, heads=3, head=2, neurons=7, context=6),
     "vit": lambda width=1.0: ViT(width, size=8, features=8, layers=1, heads=3, head=2, neurons=7),
@@ -66,7 +68,7 @@ def test_resnet_takes_grey_images_of_eight_pixels(shortcut):
 
 
 def test_widths_scale_every_stage():
-    model = ResNet(0.5, depth=8, widths=(16, 30, 64))
+    model: Any = ResNet(0.5, depth=8, widths=(16, 30, 64))
     assert [model.conv1.out_channels, model.layer2[0].conv1.out_channels, model.fc.in_features] == [8, 15, 32]
 
 
@@ -106,7 +108,10 @@ def test_same_seed_same_weights():
         (lambda: ResNet(depth=18), r"6n \+ 2 layers \(8, 14, 20, ...\), not 18"),
         (lambda: ResNet(widths=(16, 32)), r"three positive channel counts such as \(16, 32, 64\), got \(16, 32\)"),
         (lambda: ResNet(widths=(0, 32, 64)), "three positive channel counts"),
-        (lambda: ResNet(shortcut="C"), 'shortcut is "A" .* or "B" .*, got \'C\''),
+        (
+            lambda: ResNet(shortcut="C"),  # type: ignore[arg-type]
+            'shortcut is "A" .* or "B" .*, got \'C\'',
+        ),
         (
             lambda: ResNet(widths=(32, 16, 16)),
             'cannot go from 32 to 16; use widths that do not shrink, or shortcut="B"',

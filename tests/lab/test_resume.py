@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 import torchgrow.exchange
 from torchgrow import Budget, TorchgrowError
-from torchgrow.lab import checkpoints, run, train
+from torchgrow.lab import checkpoints, report, run
 from torchgrow.lab.models import ResNet
 from torchgrow.lab.recipes import RECIPES, from_json, get, with_shortcut
+from torchgrow.lab.run_folder import RunFolder
 
 BUILD = partial(ResNet, depth=8, widths=(4, 8, 16), in_channels=1)
 TINY = replace(
@@ -84,13 +86,13 @@ def stopping(monkeypatch, owner, name, call):
 # 4 steps an epoch, 2 epochs: a checkpoint after 3 steps and after each epoch.
 MOMENTS = [
     # before there is any checkpoint; the grown network is done, its result is not
-    ((train.F, "cross_entropy", 2), (run, "evaluate", 1)),
+    ((F, "cross_entropy", 2), (run, "evaluate", 1)),
     # in mid-epoch; its result is there, the network is not saved
-    ((train.F, "cross_entropy", 7), (torchgrow, "save", 1)),
+    ((F, "cross_entropy", 7), (torchgrow, "save", 1)),
     # trained and updated, not recorded; recorded in the dense twin, no checkpoint
-    ((run.RunFolder, "append", 2), (checkpoints, "save_checkpoint", 4)),
+    ((RunFolder, "append", 2), (checkpoints, "save_checkpoint", 4)),
     # recorded, no checkpoint; at the very end
-    ((checkpoints, "save_checkpoint", 2), (run.report, "draw", 1)),
+    ((checkpoints, "save_checkpoint", 2), (report, "draw", 1)),
 ]
 
 
@@ -132,7 +134,7 @@ def forked(work, kill_at):
         process = os.fork()
     if process == 0:
         try:
-            torchgrow.Grower.update = watched
+            torchgrow.Grower.update = watched  # type: ignore[method-assign]
             setattr(owner, name, wrapper)
             work()
         finally:
@@ -151,7 +153,7 @@ KILLS = [
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, unbroken):
     """Killed four times over, in the worst of moments."""
-    killed = Counter()
+    killed = Counter[int]()
     for kill_at in KILLS:
         killed[forked(partial(start_or_resume, tmp_path / "out"), kill_at)] += 1
     assert killed == {signal.SIGKILL: len(KILLS)}
@@ -164,7 +166,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, unbroken):
 
 def stopped(out, monkeypatch):
     with monkeypatch.context() as patch:
-        stopping(patch, run.RunFolder, "append", 2)
+        stopping(patch, RunFolder, "append", 2)
         with pytest.raises(Stop):
             start(out, beside=())
     return out.with_name(out.name + ".partial")
@@ -183,7 +185,7 @@ def test_a_finished_run_and_no_run_at_all(tmp_path):
 
 def test_two_processes_at_one_run(tmp_path, monkeypatch):
     partial_folder = stopped(tmp_path / "out", monkeypatch)
-    first = run.RunFolder(tmp_path / "out", resume=True)
+    first = RunFolder(tmp_path / "out", resume=True)
     with pytest.raises(TorchgrowError, match=r"another process is running in .*out\.partial; wait for it, or stop"):
         run.resume(partial_folder, console=quiet())
     os.close(first._lock)
@@ -214,7 +216,7 @@ def test_a_checkpoint_of_something_else(tmp_path, monkeypatch):
     with pytest.raises(TorchgrowError, match=r"was saved without a grower; load it without one"):
         run.resume(tmp_path / "out", console=quiet())
     with pytest.raises(TorchgrowError, match=r"a checkpoint's progress has epoch='2': it is damaged"):
-        checkpoints.Progress(epoch="2")
+        checkpoints.Progress(epoch="2")  # type: ignore[arg-type]
 
 
 def test_another_machine_is_noted(tmp_path, monkeypatch):

@@ -4,8 +4,11 @@ import io
 import itertools
 import json
 import math
+import subprocess
+import time
 from dataclasses import replace
 from functools import partial
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,9 +16,8 @@ from rich.console import Console
 from torch import nn
 
 import torchgrow
-from torchgrow import Budget, TorchgrowError
+from torchgrow import Budget, Event, TorchgrowError
 from torchgrow.lab import data, from_recipe, run, train
-from torchgrow.lab import environment as env_room
 from torchgrow.lab.baselines import uniform_width
 from torchgrow.lab.display import Display, short
 from torchgrow.lab.environment import environment
@@ -113,7 +115,7 @@ def test_results_are_of_the_networks_as_delivered(finished):
 def test_the_saved_network_loads_and_is_the_one_measured(finished):
     folder, _ = finished
     model = torchgrow.load(folder / "network", BUILD)
-    digits = data.load("digits")
+    digits = data.load_images("digits")
     grown = json.loads((folder / "results.json").read_text())["grown"]
     assert train.evaluate(model, digits)[0] == grown["accuracy"]
     assert sum(p.numel() for p in model.parameters()) == grown["params"]
@@ -191,6 +193,7 @@ def test_where_it_trains(monkeypatch):
     """Model, data and what a grower brings to life are where the device says; the bank sleeps on the CPU."""
     device = torch.device("meta")
     recipe, images = from_recipe.with_data(TINY, quiet(), None, device=device)
+    assert isinstance(images, data.ImageData)
     model = from_recipe.make_network(recipe.build, 1.0, device)
     assert {p.device for p in model.parameters()} == {images.example().device} == {device} == {images.device}
     here = from_recipe.make_network(recipe.build, 1.0, torch.device("cpu"), meta=True)
@@ -301,7 +304,7 @@ class Spy(nn.Module):
 
 
 def test_evaluation_comes_before_the_update():
-    notes = []
+    notes: list[str] = []
     model = Spy(notes)
 
     class Grower:
@@ -316,18 +319,20 @@ def test_evaluation_comes_before_the_update():
 
         def update(self):
             notes.append("update")
-            return Epoch(**dict.fromkeys(Epoch.__dataclass_fields__, 0))
+            return Event(**dict.fromkeys(Event.__dataclass_fields__, cast("Any", 0)))
 
-    digits = data.load("digits", subset=64)
+    digits = data.load_images("digits", subset=64)
     recipe = replace(TINY, epochs=2, batch_size=64)
-    epochs = train.fit("x", model, from_recipe.make_optimizer(model, recipe), digits, recipe, grower=Grower())
+    epochs = train.fit(
+        "x", model, from_recipe.make_optimizer(model, recipe), digits, recipe, grower=cast("Any", Grower())
+    )
     assert len(list(epochs)) == 2
     assert notes == ["train", "evaluate", "update"] * 2
 
 
 def test_seconds_leave_evaluation_out(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     real = train.evaluate
 
     def slow(model, images):
@@ -335,14 +340,14 @@ def test_seconds_leave_evaluation_out(monkeypatch):
         return real(model, images)
 
     monkeypatch.setattr(train, "evaluate", slow)
-    digits = data.load("digits", subset=64)
+    digits = data.load_images("digits", subset=64)
     model = Spy([])
     epochs = list(train.fit("x", model, from_recipe.make_optimizer(model, TINY), digits, TINY))
     assert [epoch.seconds for epoch in epochs] == [0.0] * 4
 
 
 def test_dense_runs_repeat_exactly():
-    digits = data.load("digits", subset=64)
+    digits = data.load_images("digits", subset=64)
 
     def losses():
         torch.manual_seed(0)
@@ -386,7 +391,7 @@ def test_environment_outside_git(monkeypatch):
     def no_git(*arguments, **keywords):
         raise FileNotFoundError("git")
 
-    monkeypatch.setattr(env_room.subprocess, "run", no_git)
+    monkeypatch.setattr(subprocess, "run", no_git)
     assert environment()["commit"] is None
 
 
@@ -394,7 +399,7 @@ def test_commit_of_a_foreign_repository_is_not_ours(monkeypatch):
     class Done:
         stdout = "/somewhere/else\n"
 
-    monkeypatch.setattr(env_room.subprocess, "run", lambda *arguments, **keywords: Done())
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **keywords: Done())
     assert environment()["commit"] is None
 
 

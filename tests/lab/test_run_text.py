@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +17,11 @@ from torchgrow import Budget, Grower, TorchgrowError, measure
 from torchgrow.lab import from_recipe, report, run, train
 from torchgrow.lab.attention import GPT, ViT
 from torchgrow.lab.baselines import twin_width
-from torchgrow.lab.data import load
 from torchgrow.lab.display import Display
 from torchgrow.lab.metrics import ACCURACY, PERPLEXITY, metric_of
 from torchgrow.lab.recipes import Recipe, get
 from torchgrow.lab.recurrent import LSTM
-from torchgrow.lab.text import TextData
+from torchgrow.lab.text import TextData, load_text
 
 BUILD = partial(LSTM, embedding=6, hidden=(16, 8), init=0.3)
 TINY = replace(
@@ -84,7 +84,7 @@ def test_a_run_on_text(finished, folder):
     config = json.loads((out / "config.json").read_text())
     assert (config["text"], config["model_arguments"]["words"]) == (str(folder), 9)
     model = torchgrow.load(out / "network", partial(BUILD, words=9))
-    data = load("text", folder=folder, steps=5)
+    data = load_text(folder=folder, steps=5)
     assert train.evaluate(model, data, "test")[0] == results["grown"]["test_perplexity"]
     assert f"Text: {folder}; 968 words to train on, a vocabulary of 9" in shown.replace("\n", "")
     assert "grown       epoch   1/3  loss" in shown
@@ -96,7 +96,7 @@ def test_a_run_on_text(finished, folder):
 
 def test_training_flops_follow_every_update(folder):
     """Worked out update by update, with three updates an epoch and 4 sequences a step."""
-    data, recipe = load("text", folder=folder, steps=5), TINY.with_words(9)
+    data, recipe = load_text(folder=folder, steps=5), TINY.with_words(9)
     torch.manual_seed(0)
     model = recipe.build()
     optimizer = from_recipe.make_optimizer(model, recipe)
@@ -118,7 +118,7 @@ def test_training_flops_follow_every_update(folder):
 @pytest.mark.parametrize("updates", [1, 7, 50])
 def test_the_last_update_is_the_last_one(folder, updates):
     """However often it updates in an epoch of 24 steps, growth is over when training is, not before and not after."""
-    data, recipe = load("text", folder=folder, steps=5, subset=500), replace(TINY, updates_per_epoch=updates)
+    data, recipe = load_text(folder=folder, steps=5, subset=500), replace(TINY, updates_per_epoch=updates)
     model = recipe.with_words(9).build()
     optimizer = from_recipe.make_optimizer(model, recipe)
     grower = from_recipe.make_grower(model, optimizer, data, recipe)
@@ -128,14 +128,21 @@ def test_the_last_update_is_the_last_one(folder, updates):
 
 
 def test_the_state_goes_over_an_update_within_an_epoch_and_starts_anew_with_it(folder, monkeypatch):
-    carried, began = [], []
-    real = Grower.carry
-    monkeypatch.setattr(Grower, "carry", lambda self, state: carried.append(state) or real(self, state))
-    forward = LSTM.forward
-    monkeypatch.setattr(
-        LSTM, "forward", lambda self, x, state=None: began.append(state is None) or forward(self, x, state)
-    )
-    data, recipe = load("text", folder=folder, steps=5), TINY.with_words(9)
+    carried: list[object] = []
+    began: list[bool] = []
+    real, forward = Grower.carry, LSTM.forward
+
+    def carry(self, state):
+        carried.append(state)
+        return real(self, state)
+
+    def stepped(self, x, state=None):
+        began.append(state is None)
+        return forward(self, x, state)
+
+    monkeypatch.setattr(Grower, "carry", carry)
+    monkeypatch.setattr(LSTM, "forward", stepped)
+    data, recipe = load_text(folder=folder, steps=5), TINY.with_words(9)
     model = recipe.build()
     optimizer = from_recipe.make_optimizer(model, recipe)
     grower = from_recipe.make_grower(model, optimizer, data, recipe)
@@ -147,7 +154,7 @@ def test_the_state_goes_over_an_update_within_an_epoch_and_starts_anew_with_it(f
 
 def test_the_uniform_twin_of_a_flops_budget_is_the_widest_within_it(folder):
     """With parameters to spare: a twin by parameters would be as wide as the frame."""
-    data, recipe = load("text", folder=folder, steps=5), TINY.with_words(9)
+    data, recipe = load_text(folder=folder, steps=5), TINY.with_words(9)
 
     def flops(width):
         return measure(recipe.build(width), data.example()).flops
@@ -159,7 +166,7 @@ def test_the_uniform_twin_of_a_flops_budget_is_the_widest_within_it(folder):
 
 
 def test_evaluation_is_the_plain_mean_over_all_words(folder):
-    data = load("text", folder=folder, steps=5)
+    data = load_text(folder=folder, steps=5)
     model = BUILD(words=9).eval()
     perplexity, loss = train.evaluate(model, data)
     columns = 20
@@ -171,7 +178,7 @@ def test_evaluation_is_the_plain_mean_over_all_words(folder):
 
 
 def test_gradients_are_clipped(folder):
-    data, recipe = load("text", folder=folder, steps=5), replace(TINY, clip=1e-3, lr=1.0, momentum=0.0).with_words(9)
+    data, recipe = load_text(folder=folder, steps=5), replace(TINY, clip=1e-3, lr=1.0, momentum=0.0).with_words(9)
     model = recipe.build()
     before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
     next(train.fit("x", model, from_recipe.make_optimizer(model, replace(recipe, epochs=2)), data, recipe))
@@ -272,8 +279,10 @@ def test_the_live_panel_shows_perplexity():
     display = Display(console)
     cost = measure(BUILD(words=9), torch.zeros(2, 5, dtype=torch.int64))
     display.start("dense", epochs=3, frame=cost, limits={}, full={})
-    fields = {"network": "dense", "epoch": 1, "loss": 0.3, "test_loss": 4.0, "perplexity": math.exp(4.0)}
-    display.epoch(train.Epoch(**fields, params=1, flops=1, training_flops=1, seconds=1.0, lr=1.0))
+    scores: dict[str, Any] = {"loss": 0.3, "test_loss": 4.0, "perplexity": math.exp(4.0)}
+    display.epoch(
+        train.Epoch(network="dense", epoch=1, **scores, params=1, flops=1, training_flops=1, seconds=1.0, lr=1.0)
+    )
     console.print(display._render())
     assert "perplexity 54.60  loss 0.300" in console.export_text()
 

@@ -19,6 +19,8 @@ RECIPE = recipes.get("resnet20-cifar10")
 def tables(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(PATH.parent)
     spec = importlib.util.spec_from_file_location("tables", PATH)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "ROOT", tmp_path)

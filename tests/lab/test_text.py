@@ -67,12 +67,14 @@ def test_val_and_dev_mean_valid(tmp_path):
 
 
 def test_the_manual_needs_no_download():
-    data = load("text", steps=20, subset=1000)
+    data, again = load("text", steps=20, subset=1000), load("text", steps=20, subset=1000)
+    assert isinstance(data, TextData)
+    assert isinstance(again, TextData)
     assert (len(data.train), data.steps) == (1000, 20)
     assert len(data.valid) > 5000 < len(data.test)
     assert 1000 < len(data.vocabulary) <= MOST_WORDS
     assert read(data, "train").startswith('the " assert " statement <eos>')
-    assert torch.equal(data.train, load("text", steps=20, subset=1000).train)
+    assert torch.equal(data.train, again.train)
 
 
 @pytest.mark.parametrize(
