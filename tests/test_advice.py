@@ -39,7 +39,7 @@ def fit(model: nn.Module, steps: int) -> torch.optim.Optimizer:
     return optimizer
 
 
-def test_the_course_is_what_happens():
+def test_the_course_is_what_happens() -> None:
     """Seed, peak and end of the course are costs that the run has; it is at its largest and settles when it says."""
     grower = grow(plain(), preset="default:peak=1.5,ramp=0.2,hold=0.5,settle=0.3")
     course, costs = grower.course(), [grower.cost().params]
@@ -59,7 +59,7 @@ def test_the_course_is_what_happens():
     assert max(costs[: course.full_size + 2]) == max(costs)
 
 
-def test_the_course_in_words():
+def test_the_course_in_words() -> None:
     grower = grow(plain(), preset="default:peak=1.5,ramp=0.2,hold=0.5,settle=0.3")
     course, frame = grower.course(), grower.frame_cost.params
     assert course.peak is not None
@@ -72,13 +72,13 @@ def test_the_course_in_words():
     assert "on no planned way; the structure is final after" in str(grow(plain(), preset="paper").course())
 
 
-def test_the_start_is_logged(caplog):
+def test_the_start_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "torchgrow"):
         grower = grow(plain())
     assert caplog.messages == [f"Sequential goes {grower.course()}"]
 
 
-def test_a_summary_names_what_grows_and_what_stays():
+def test_a_summary_names_what_grows_and_what_stays() -> None:
     grower = grow(plain())
     text = grower.summary()
     assert "budget params <= 30%" in text
@@ -89,7 +89,7 @@ def test_a_summary_names_what_grows_and_what_stays():
     assert "after 0 updates" in text
 
 
-def test_a_grower_shows_where_it_stands():
+def test_a_grower_shows_where_it_stands() -> None:
     grower = grow(plain())
     now = grower.cost().params
     share = f"{now / grower.frame_cost.params:.2%}"
@@ -99,7 +99,7 @@ def test_a_grower_shows_where_it_stands():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_fresh_networks_do_not_look_trained(seed):
+def test_fresh_networks_do_not_look_trained(seed: int) -> None:
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3),
@@ -120,7 +120,7 @@ def test_fresh_networks_do_not_look_trained(seed):
     assert trained(model) == ""
 
 
-def test_trained_networks_are_told():
+def test_trained_networks_are_told() -> None:
     """By their weights alone, by batch norm's count, by the optimizer's state."""
     model = plain()
     optimizer = fit(model, 200)
@@ -134,7 +134,7 @@ def test_trained_networks_are_told():
     assert trained(norm) == "0.num_batches_tracked is 1"
 
 
-def test_what_the_warning_advises_works():
+def test_what_the_warning_advises_works() -> None:
     """The preset that it names begins with all of the network."""
     model = plain()
     fit(model, 200)

@@ -35,7 +35,7 @@ class Stack(nn.Module):
         if tied:
             self.out.weight = self.embed.weight
 
-    def forward(self, x, states):
+    def forward(self, x: Tensor, states: Any) -> Any:
         y, new = self.embed(x), []
         for rnn, state in zip(self.rnns, states, strict=True):
             y, state = rnn(self.drop(y), state)
@@ -54,7 +54,7 @@ class Cells(nn.Module):
         super().__init__()
         self.embed, self.cell, self.out = nn.Embedding(WORDS, 5), nn.LSTMCell(5, 4), nn.Linear(4, WORDS)
 
-    def forward(self, x, state):
+    def forward(self, x: Tensor, state: Any) -> Any:
         seen = []
         for step in self.embed(x).unbind(1):
             state = self.cell(step, state)
@@ -73,7 +73,7 @@ class ByHand(nn.Module):
         self.embed, self.w, self.u = nn.Embedding(WORDS, 5), nn.Linear(5, 4), nn.Linear(4, 4, bias=False)
         self.out = nn.Linear(4, WORDS)
 
-    def forward(self, x, state):
+    def forward(self, x: Tensor, state: Any) -> Any:
         h, steps = state["h"], state["steps"]
         seen = []
         for step in self.embed(x).unbind(1):
@@ -93,7 +93,7 @@ class OneStep(nn.Module):
         self.embed, self.w, self.u = nn.Embedding(WORDS, 5), nn.Linear(5, 4), nn.Linear(4, 4, bias=False)
         self.out = nn.Linear(4, WORDS)
 
-    def forward(self, x, state):
+    def forward(self, x: Tensor, state: Any) -> Any:
         h = self.w(self.embed(x[:, 0])) + torch.tanh(self.u(state))
         return self.out(h), h
 
@@ -223,7 +223,7 @@ def test_a_state_that_is_not_declared_freezes_its_layer_and_says_how_to_declare_
 
 def test_what_is_also_a_plain_output_stays() -> None:
     class Both(Cells):
-        def forward(self, x, state):
+        def forward(self, x: Tensor, state: Any) -> Any:
             scores, state = super().forward(x, state)
             return scores, state, state[0]
 
@@ -237,7 +237,7 @@ def test_a_state_that_comes_back_as_something_else_stays() -> None:
     """h comes back as four numbers of its own: as many as the hidden units, and none of them can go."""
 
     class Reset(OneStep):
-        def forward(self, x, state):
+        def forward(self, x: Tensor, state: Any) -> Any:
             return super().forward(x, state)[0], state.new_zeros(len(state), 4)
 
     model = Reset().double()

@@ -25,7 +25,7 @@ class Cut(nn.Module):
         self.a, self.o = nn.Linear(5, total), nn.Linear(total, 3)
         self.p = nn.ModuleList(nn.Linear(size, size) for size in wide)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         parts = self.cut(self, torch.relu(self.a(x)))
         return self.o(torch.cat([p(part) for p, part in zip(self.p, parts, strict=True)], 1))
 

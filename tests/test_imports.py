@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -116,30 +117,30 @@ def wrong_outside(source: str, beyond: AbstractSet[str] = frozenset()) -> list[s
     return wrong
 
 
-def test_every_core_file_has_its_place_in_the_order():
+def test_every_core_file_has_its_place_in_the_order() -> None:
     assert {dotted(path).split(".")[0] for path in CORE} <= set(ORDER)
 
 
 @pytest.mark.parametrize("path", CORE, ids=dotted)
-def test_core_imports_only_what_stands_above(path):
+def test_core_imports_only_what_stands_above(path: Any) -> None:
     assert wrong_in_core(dotted(path), path.read_text()) == []
 
 
-def test_no_modules_import_each_other():
+def test_no_modules_import_each_other() -> None:
     assert circles({dotted(path): path.read_text() for path in [*CORE, *LAB] if dotted(path) != "__init__"}) == set()
 
 
 @pytest.mark.parametrize("path", [*LAB, *COMMANDS], ids=lambda p: p.stem)
-def test_lab_and_command_line_use_public_names(path):
+def test_lab_and_command_line_use_public_names(path: Any) -> None:
     assert wrong_outside(path.read_text(), BEYOND.get(path.stem, frozenset())) == []
 
 
 @pytest.mark.parametrize("path", LAB, ids=dotted)
-def test_lab_has_an_order_too(path):
+def test_lab_has_an_order_too(path: Any) -> None:
     assert wrong_in_lab(dotted(path), path.read_text()) == []
 
 
-def test_the_rules_see_violations():
+def test_the_rules_see_violations() -> None:
     space = "structure.space"
     assert wrong_in_core(space, "from torchgrow.growth.grower import Grower") == [f"{space} imports growth.grower"]
     assert wrong_in_core(space, "from ..growth import gates\nfrom .. import growth") == [
@@ -173,7 +174,7 @@ def test_the_rules_see_violations():
     assert wrong_outside("from torchgrow import Grower\nfrom torchgrow.lab import data") == []
 
 
-def test_public_names_exist():
+def test_public_names_exist() -> None:
     assert [name for name in torchgrow.__all__ if not hasattr(torchgrow, name)] == []
 
 
@@ -188,7 +189,7 @@ def run_blocked(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", BLOCK + code], capture_output=True, text=True, timeout=120)
 
 
-def test_core_imports_without_the_lab():
+def test_core_imports_without_the_lab() -> None:
     done = run_blocked("import torchgrow; torchgrow.Grower")
     assert done.returncode == 0, done.stderr
 
@@ -205,20 +206,20 @@ print(sorted(beyond), "torch._dynamo" in sys.modules, "torch._inductor" in sys.m
 """
 
 
-def test_the_core_loads_torch_safetensors_numpy_and_nothing_else():
+def test_the_core_loads_torch_safetensors_numpy_and_nothing_else() -> None:
     """Not even where other packages are there to be had; and not torch's compiler, which takes seconds to load."""
     done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, timeout=120)
     assert done.stdout == "[] False False\n", done.stdout + done.stderr
 
 
-def test_command_line_without_the_lab_says_what_to_install():
+def test_command_line_without_the_lab_says_what_to_install() -> None:
     done = run_blocked("from torchgrow.__main__ import main; main()")
     assert done.returncode == 1
     assert "pip install 'torchgrow[lab]'" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_every_public_name_has_one_home():
+def test_every_public_name_has_one_home() -> None:
     """The three lists of `torchgrow/__init__.py` agree: what is loaded late, what type checkers see, what is public."""
     homes = [name for names in torchgrow._HOMES.values() for name in names]
     tree = ast.parse((ROOT / "__init__.py").read_text())
@@ -234,7 +235,7 @@ def test_every_public_name_has_one_home():
         torchgrow.Growr  # noqa: B018
 
 
-def test_budgets_and_errors_need_no_pytorch():
+def test_budgets_and_errors_need_no_pytorch() -> None:
     code = "import sys, torchgrow; torchgrow.Budget(params='36%'); torchgrow.BudgetError; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "False\n", done.stderr

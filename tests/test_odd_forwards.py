@@ -26,12 +26,12 @@ class Odd(nn.Module):
 
 class Square(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return x * x
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Any) -> Any:
         return 2 * ctx.saved_tensors[0] * gradient
 
 

@@ -33,7 +33,7 @@ def cut(model: nn.Module, x: torch.Tensor) -> nn.Module:
     return model
 
 
-def test_positions_are_read_off_and_a_right_cut_is_exact(peers, monkeypatch) -> None:
+def test_positions_are_read_off_and_a_right_cut_is_exact(peers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = SmallResNet(), torch.randn(2, 3, 8, 8)
     monkeypatch.setitem(peers.PEERS, "mine", cut)
     row = peers.peer("mine", copy.deepcopy(model), x)
@@ -43,7 +43,7 @@ def test_positions_are_read_off_and_a_right_cut_is_exact(peers, monkeypatch) -> 
     assert row["training"] < 1e-9
 
 
-def test_a_norm_over_fewer_features_is_not_exact(peers, monkeypatch) -> None:
+def test_a_norm_over_fewer_features_is_not_exact(peers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def thinner(model: Any, x: torch.Tensor) -> nn.Module:
         first, norm, last = model
         rows = torch.arange(5)
@@ -60,7 +60,7 @@ def test_a_norm_over_fewer_features_is_not_exact(peers, monkeypatch) -> None:
     assert row["evaluation"] > 1e-3
 
 
-def test_what_crashes_and_what_mixes_entries_is_said(peers, monkeypatch) -> None:
+def test_what_crashes_and_what_mixes_entries_is_said(peers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def mixed(model: Any, x: torch.Tensor) -> nn.Module:
         model.weight.data = model.weight.data[:2] + 0.5
         return model

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import torchgrow.tracing.verification
 import zoo
@@ -91,7 +91,7 @@ def test_a_size_fixed_in_the_forward_is_found_by_the_proof() -> None:
             super().__init__()
             self.a, self.f, self.g = zoo.c3(3, 6), nn.Linear(6, 5), nn.Linear(5, 2)
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             return self.g(torch.relu(self.f(self.a(x).reshape(len(x), 6, -1).mean(2))))
 
     report = verify(Fixed(), zoo.inputs("plain"))
@@ -144,7 +144,7 @@ def test_a_dtype_named_in_the_forward_is_explained() -> None:
             super().__init__()
             self.a, self.b = zoo.c3(3, 6), zoo.c3(6, 2)
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             return self.b(self.a(x).float())
 
     with pytest.raises(TraceError, match=r"float64.* failed: RuntimeError.*take dtypes from the tensors"):
@@ -189,7 +189,7 @@ class Random(nn.Module):
             width = width + out if kind == "concat" else out
         self.fc = nn.Linear(width, 2)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         for kind, layer in zip(self.kinds, self.layers, strict=True):
             y = torch.relu(layer(x))
             x = x + y if kind == "residual" else torch.cat([x, y], 1) if kind == "concat" else y

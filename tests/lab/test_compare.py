@@ -3,10 +3,11 @@
 import json
 import math
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torchgrow.lab.compare import Job, Rows, compare, pruning, recorded, trainin
 from torchgrow.lab.data import load_images
 from torchgrow.lab.environment import environment
 from torchgrow.lab.metrics import ACCURACY, PERPLEXITY
+from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.results import difference, draw, sweeps, verdict
 
 RECIPE = replace(
@@ -37,12 +39,18 @@ RECIPE = replace(
 )
 QUIET = Console(quiet=True)
 
+Row = dict[str, Any]
+Compared = tuple[Path, list[Row]]
+"""A folder of results, and its rows."""
 
-def run(out, methods="dense uniform default", recipe=RECIPE, seeds=(0,), **more):
+
+def run(
+    out: Path, methods: str = "dense uniform default", recipe: Recipe = RECIPE, seeds: Sequence[int] = (0,), **more: Any
+) -> list[Row]:
     return compare(recipe, methods=methods.split(), seeds=seeds, console=QUIET, out=out, **more)
 
 
-def timeless(rows):
+def timeless(rows: list[Row]) -> list[Row]:
     """Rows without what differs from run to run: seconds, and what trained beside."""
     kept = [{k: v for k, v in row.items() if k not in ("seconds", "dense_seconds", "together")} for row in rows]
     for row in kept:
@@ -51,20 +59,20 @@ def timeless(rows):
 
 
 @pytest.fixture
-def no_training(monkeypatch):
-    def fit(*arguments, **keywords):
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fit(*arguments: Any, **keywords: Any) -> None:
         raise AssertionError("something was trained")
 
     monkeypatch.setattr("torchgrow.lab.compare.training.fit", fit)
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory):
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("compare")
     return out, run(out, "default uniform uniform-flops direct")
 
 
-def test_rows_say_what_it_came_to_and_cost(compared):
+def test_rows_say_what_it_came_to_and_cost(compared: Compared) -> None:
     out, rows = compared
     assert rows == [json.loads(line) for line in (out / "digits.jsonl").read_text().splitlines()]
     assert (out / "digits.png").read_bytes().startswith(b"\x89PNG")
@@ -86,7 +94,7 @@ def test_rows_say_what_it_came_to_and_cost(compared):
     assert "growing" not in by_method["uniform"]["config"]
 
 
-def test_nothing_is_trained_twice(compared, no_training):
+def test_nothing_is_trained_twice(compared: Compared, no_training: None) -> None:
     out, rows = compared
     assert run(out, "direct uniform default uniform-flops") == rows
     assert run(out, "uniform") == [row for row in rows if row["method"] == "uniform"]
@@ -96,26 +104,26 @@ def test_nothing_is_trained_twice(compared, no_training):
     "change",
     [{"lr": 0.05}, {"epochs": 3}, {"budget": Budget(params="30%")}, {"seed": 1}, {"subset": 96}, {"batch_size": 16}],
 )
-def test_another_recipe_reuses_no_row(compared, change, no_training):
+def test_another_recipe_reuses_no_row(compared: Compared, change: dict[str, Any], no_training: None) -> None:
     out, _ = compared
     seeds = (change.pop("seed", 0),)
     with pytest.raises(AssertionError, match="something was trained"):
         run(out, "uniform", replace(RECIPE, **change), seeds)
 
 
-def test_another_way_to_grow_reuses_no_row_but_the_twins(compared, no_training):
+def test_another_way_to_grow_reuses_no_row_but_the_twins(compared: Compared, no_training: None) -> None:
     out, _ = compared
     run(out, "uniform", replace(RECIPE, preset="paper"))
     with pytest.raises(AssertionError, match="something was trained"):
         run(out, "default:peak=1")
 
 
-def without_layers(method):
+def without_layers(method: Method) -> dict[str, Any]:
     """What a row says of a method where layers do not grow."""
     return {field: value for field, value in asdict(method).items() if field != "layer_lag"}
 
 
-def test_every_preset_grows_by_its_own_calendar(tmp_path):
+def test_every_preset_grows_by_its_own_calendar(tmp_path: Path) -> None:
     """Presets that draw anew update once an epoch, the default twelve times."""
     rows = run(tmp_path, "default paper global random nas")
     assert [row["method"] for row in rows] == ["default", "paper", "global", "random", "nas"]
@@ -126,8 +134,8 @@ def test_every_preset_grows_by_its_own_calendar(tmp_path):
     assert len({row["config_hash"] for row in rows}) == 5
 
 
-def test_default_is_the_recipes_own_way_to_grow(tmp_path, compared, no_training):
-    def growing(method, recipe=RECIPE):
+def test_default_is_the_recipes_own_way_to_grow(tmp_path: Path, compared: Compared, no_training: None) -> None:
+    def growing(method: str, recipe: Recipe = RECIPE) -> dict[str, Any]:
         return Job(method=method, recipe=recipe, data=(1,)).config()["growing"]
 
     own = replace(RECIPE, preset="default:hold=0.3,prune=worth")
@@ -141,7 +149,7 @@ def test_default_is_the_recipes_own_way_to_grow(tmp_path, compared, no_training)
     assert growing("default", replace(RECIPE, depth=True)) == asdict(Method.default())
 
 
-def test_what_decides_nothing_is_not_part_of_a_row(compared, no_training):
+def test_what_decides_nothing_is_not_part_of_a_row(compared: Compared, no_training: None) -> None:
     """Whether layers grow concerns networks that grow; the layout of images, those that ask for it."""
     out, rows = compared
     deep = replace(RECIPE, depth=True)
@@ -152,11 +160,11 @@ def test_what_decides_nothing_is_not_part_of_a_row(compared, no_training):
             run(out, method, changed)
 
 
-def test_images_lie_as_asked_and_thin_convolutions_are_guarded(tmp_path, monkeypatch):
+def test_images_lie_as_asked_and_thin_convolutions_are_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     real = train.fit
 
-    def fit(name, model, optimizer, data, recipe, **more):
+    def fit(name: str, model: Any, optimizer: Any, data: Any, recipe: Any, **more: Any) -> Iterator[Any]:
         yield from real(name, model, optimizer, data, recipe, **more)
         guarded = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m._forward_pre_hooks]
         seen.append((data.channels_last, [tuple(conv.kernel_size) for conv in guarded]))
@@ -168,13 +176,13 @@ def test_images_lie_as_asked_and_thin_convolutions_are_guarded(tmp_path, monkeyp
     assert seen == [(True, [(1, 1), (1, 1)])]  # the strided shortcuts
 
 
-def test_a_text_has_no_layout(tmp_path):
+def test_a_text_has_no_layout(tmp_path: Path) -> None:
     with pytest.raises(TorchgrowError, match="a text has no channels; leave --channels-last out"):
         run(tmp_path, "uniform", replace(recipes.get("lstm-ptb"), channels_last=True))
     assert not list(tmp_path.iterdir())
 
 
-def test_seconds_are_compared_on_one_machine_only(tmp_path, monkeypatch):
+def test_seconds_are_compared_on_one_machine_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path, "dense")
     real = environment()
     monkeypatch.setattr("torchgrow.lab.compare.comparison.environment", lambda device=None: {**real, "cpu": "another"})
@@ -183,7 +191,7 @@ def test_seconds_are_compared_on_one_machine_only(tmp_path, monkeypatch):
     assert uniform["dense_seconds"] is None
 
 
-def test_dense_has_no_budget(tmp_path):
+def test_dense_has_no_budget(tmp_path: Path) -> None:
     (before,) = run(tmp_path, "dense")
     assert before["budget"] is None
     assert before["dense_seconds"] == before["seconds"]
@@ -194,11 +202,13 @@ def test_dense_has_no_budget(tmp_path):
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5])
-def test_a_stopped_comparison_goes_on_as_if_it_never_had_been(tmp_path, monkeypatch, stop, compared):
+def test_a_stopped_comparison_goes_on_as_if_it_never_had_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, compared: Compared
+) -> None:
     _, unbroken = compared
     real, count = train.fit, [0]
 
-    def fit(*arguments, **keywords):
+    def fit(*arguments: Any, **keywords: Any) -> Iterator[Any]:
         for epoch in real(*arguments, **keywords):
             yield epoch
             count[0] += 1
@@ -213,7 +223,9 @@ def test_a_stopped_comparison_goes_on_as_if_it_never_had_been(tmp_path, monkeypa
     assert sorted(map(str, timeless(resumed))) == sorted(map(str, timeless(unbroken)))
 
 
-def test_what_a_network_needs_of_another_is_made_again(compared, tmp_path, monkeypatch):
+def test_what_a_network_needs_of_another_is_made_again(
+    compared: Compared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A results file without the networks, as in a fresh clone."""
     rows = compared[1]
     kept = [row for row in rows if row["method"] != "direct"]
@@ -223,7 +235,7 @@ def test_what_a_network_needs_of_another_is_made_again(compared, tmp_path, monke
     assert timeless(again[-1:]) == timeless([row for row in rows if row["method"] == "direct"])
 
 
-def test_half_a_line_is_no_row(tmp_path):
+def test_half_a_line_is_no_row(tmp_path: Path) -> None:
     rows = Rows(tmp_path / "r.jsonl")
     rows.append({"a": 1})
     with rows.path.open("a") as file:
@@ -236,7 +248,7 @@ def test_half_a_line_is_no_row(tmp_path):
         rows.read()
 
 
-def test_only_one_process_at_a_file(tmp_path):
+def test_only_one_process_at_a_file(tmp_path: Path) -> None:
     (tmp_path / ".digits").mkdir()
     handle = run_folder.lock(tmp_path / ".digits")
     with pytest.raises(TorchgrowError, match="another process is running in"):
@@ -244,7 +256,7 @@ def test_only_one_process_at_a_file(tmp_path):
     os.close(handle)
 
 
-def test_a_peer_that_is_not_there_is_left_out_by_name(tmp_path, monkeypatch):
+def test_a_peer_that_is_not_there_is_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pruning, "installed", lambda: None)
     console = Console(record=True, width=200)
     rows = compare(RECIPE, methods=["l1", "dense"], seeds=[0], console=console, out=tmp_path)
@@ -252,8 +264,8 @@ def test_a_peer_that_is_not_there_is_left_out_by_name(tmp_path, monkeypatch):
     assert "l1 is left out: Torch-Pruning is not installed (pip install torch-pruning==1.6.1)" in console.export_text()
 
 
-def test_a_peer_that_fails_says_how(tmp_path, monkeypatch, compared):
-    def fail(*arguments):
+def test_a_peer_that_fails_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compared: Compared) -> None:
+    def fail(*arguments: Any) -> NoReturn:
         raise pruning.PruningError("ValueError: no such shortcut")
 
     monkeypatch.setattr(pruning, "installed", lambda: "1.6.1")
@@ -268,7 +280,7 @@ def test_a_peer_that_fails_says_how(tmp_path, monkeypatch, compared):
     assert "l1, seed 0, failed: ValueError: no such shortcut" in console.export_text()
 
 
-def test_l1_really_prunes(tmp_path):
+def test_l1_really_prunes(tmp_path: Path) -> None:
     pytest.importorskip("torch_pruning")
     recipe = recipes.with_shortcut(RECIPE, "B")
     rows = {row["method"]: row for row in run(tmp_path, "l1 dense", recipe)}
@@ -279,7 +291,7 @@ def test_l1_really_prunes(tmp_path):
     assert len(l1["epochs"]) == 2
 
 
-def test_unknown_methods(tmp_path):
+def test_unknown_methods(tmp_path: Path) -> None:
     with pytest.raises(
         TorchgrowError, match=r"preset 'fast' is unknown; use one of .*; or compare with dense, uniform"
     ):
@@ -287,7 +299,7 @@ def test_unknown_methods(tmp_path):
     assert not (tmp_path / "digits.jsonl").exists()
 
 
-def test_initialised_forgets_and_fits_the_present_size():
+def test_initialised_forgets_and_fits_the_present_size() -> None:
     model = models.ResNet(depth=8, widths=(4, 8, 16))
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -303,14 +315,14 @@ def test_initialised_forgets_and_fits_the_present_size():
     assert float(conv.detach().std()) == pytest.approx(math.sqrt(2 / (9 * 16)), rel=0.1)  # He, fan-out
 
 
-def known(images):
+def known(images: Any) -> Any:
     return {pixels.numpy().tobytes() for pixels in images.pixels}
 
 
 @pytest.mark.parametrize(
     ("subset", "trained", "judged"), [(None, 1150, 287), (400, 400, 1037), (1300, 1040, 260), (1437, 1150, 287)]
 )
-def test_held_out_images_are_training_images(subset, trained, judged):
+def test_held_out_images_are_training_images(subset: int | None, trained: int, judged: int) -> None:
     """Those that a subset leaves over, if they are enough."""
     whole, split = load_images("digits"), load_images("digits", subset=subset, held_out=True)
     cut = load_images("digits", subset=subset or len(whole.train))
@@ -320,13 +332,13 @@ def test_held_out_images_are_training_images(subset, trained, judged):
     assert not known(split.test) & (known(split.train) | known(whole.test))
 
 
-def test_validation_judges_by_training_images(tmp_path, compared):
+def test_validation_judges_by_training_images(tmp_path: Path, compared: Compared) -> None:
     (row,) = run(tmp_path, "uniform", validate=True)
     assert row["config"]["samples"] == [128, 1309]
     assert row["config_hash"] not in [other["config_hash"] for other in compared[1]]
 
 
-def test_differences_are_paired():
+def test_differences_are_paired() -> None:
     rows = [
         {"method": method, "seed": seed, "accuracy": value, "perplexity": None}
         for method, values in {"a": [3.0, 5.0, 8.0], "b": [1.0, 4.0, 6.0]}.items()
@@ -339,12 +351,12 @@ def test_differences_are_paired():
     assert math.isnan(difference(rows[:1] + rows[3:4], "a", "b")[1])
 
 
-def drawn(rows, path, monkeypatch):
+def drawn(rows: list[Row], path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What `draw` puts into its panels: title -> label -> points."""
     seen: list[Any] = []
     real = Figure.add_subplot
 
-    def add_subplot(self, *arguments, **keywords):
+    def add_subplot(self: Figure, *arguments: Any, **keywords: Any) -> Any:
         ax = real(self, *arguments, **keywords)
         seen.append(ax)
         return ax
@@ -359,8 +371,10 @@ def drawn(rows, path, monkeypatch):
     }
 
 
-def test_pictures_show_the_plane_of_every_budget_and_the_score_along_them(tmp_path, monkeypatch):
-    def row(method, budget, score, params, training):
+def test_pictures_show_the_plane_of_every_budget_and_the_score_along_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(method: str, budget: str | None, score: float, params: int, training: float) -> Row:
         costs = {"params": params, "dense_params": 100, "flops": 1, "dense_flops": 10}
         return {"method": method, "budget": budget, "accuracy": score, **costs} | {
             "train_flops": training,
@@ -389,7 +403,7 @@ def test_pictures_show_the_plane_of_every_budget_and_the_score_along_them(tmp_pa
 # --- in plain sentences
 
 
-def rows_of(**scores):
+def rows_of(**scores: Any) -> list[Row]:
     return [
         {"method": method, "seed": seed, "accuracy": score, "budget": "params <= 8%"}
         for method, values in scores.items()
@@ -430,11 +444,11 @@ UNIFORM = [97.0, 97.5, 96.5, 97.0]
         ),
     ],
 )
-def test_the_verdict_follows_from_the_numbers(scores, text):
+def test_the_verdict_follows_from_the_numbers(scores: Any, text: str) -> None:
     assert text in " ".join(verdict(rows_of(**scores), ACCURACY, "file.jsonl"))
 
 
-def test_a_lower_perplexity_is_better():
+def test_a_lower_perplexity_is_better() -> None:
     rows = [
         {**row, "perplexity": row.pop("accuracy")}
         for row in rows_of(default=[90.0, 91.0, 89.5], uniform=[95.0, 96.0, 94.0])
@@ -442,7 +456,7 @@ def test_a_lower_perplexity_is_better():
     assert "So growing is better" in verdict(rows, PERPLEXITY, "file.jsonl")[-1]
 
 
-def test_what_is_known_of_a_recipe_is_what_has_its_settings(compared):
+def test_what_is_known_of_a_recipe_is_what_has_its_settings(compared: Compared) -> None:
     out, rows = compared
     data = load_images("digits", subset=128)
     assert recorded(RECIPE, data, ["default", "uniform"], out) == [
@@ -453,7 +467,7 @@ def test_what_is_known_of_a_recipe_is_what_has_its_settings(compared):
     assert recorded(RECIPE, data, ["default"], out / "nowhere") == []
 
 
-def test_rows_of_before_are_still_good():
+def test_rows_of_before_are_still_good() -> None:
     """The settings of committed rows and of the same comparison today have the same fields."""
     path = Path(__file__).parents[2] / "results" / "compare" / "resnet20-cifar10.jsonl"
     row = json.loads(path.read_text().splitlines()[-1])

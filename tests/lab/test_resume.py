@@ -5,9 +5,11 @@ import os
 import signal
 import warnings
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -37,19 +39,19 @@ TINY = replace(
 )
 
 
-def quiet():
+def quiet() -> Any:
     return Console(quiet=True)
 
 
-def start(out, beside=run.TWINS):
+def start(out: Path, beside: Sequence[str] = run.TWINS) -> Path:
     return run.run(TINY, console=quiet(), out=out, beside=beside, every=3)
 
 
-def start_or_resume(out):
+def start_or_resume(out: Path) -> Path:
     return run.resume(out, console=quiet()) if out.with_name(out.name + ".partial").exists() else start(out)
 
 
-def end(folder):
+def end(folder: Path) -> Any:
     """All that a run leaves but for the seconds it took."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     results = json.loads((folder / "results.json").read_text())
@@ -61,7 +63,7 @@ def end(folder):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return end(start(tmp_path_factory.mktemp("unbroken") / "out"))
 
 
@@ -69,11 +71,11 @@ class Stop(BaseException):
     """What no code expects."""
 
 
-def stopping(monkeypatch, owner, name, call):
+def stopping(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
     """Let a function raise at one of its calls."""
     original, count = getattr(owner, name), 0
 
-    def wrapper(*arguments, **keywords):
+    def wrapper(*arguments: Any, **keywords: Any) -> Any:
         nonlocal count
         count += 1
         if count == call:
@@ -97,7 +99,9 @@ MOMENTS = [
 
 
 @pytest.mark.parametrize("moments", MOMENTS, ids=lambda moments: " and ".join(name for _, name, _ in moments))
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(moments, tmp_path, monkeypatch, unbroken):
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+    moments: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Any
+) -> None:
     for moment in moments:
         with monkeypatch.context() as patch:
             stopping(patch, *moment)
@@ -110,19 +114,19 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(moments, tmp_path, monkeypa
     assert not (tmp_path / "out" / "stopped.txt").exists()
 
 
-def forked(work, kill_at):
+def forked(work: Callable[[], object], kill_at: tuple[Any, str, int, str]) -> int:
     """Run in a process of its own, which kills itself (SIGKILL) at a call of a function; returns its exit status."""
     owner, name, call, where = kill_at
     original, count, updating, update = getattr(owner, name), 0, False, torchgrow.Grower.update
 
-    def watched(grower):
+    def watched(grower: torchgrow.Grower) -> torchgrow.Event:
         nonlocal updating
         updating = True
         event = update(grower)
         updating = False
         return event
 
-    def wrapper(*arguments, **keywords):
+    def wrapper(*arguments: Any, **keywords: Any) -> Any:
         nonlocal count
         count += updating or where == "anywhere"
         if count == call:
@@ -134,7 +138,7 @@ def forked(work, kill_at):
         process = os.fork()
     if process == 0:
         try:
-            torchgrow.Grower.update = watched  # type: ignore[method-assign]
+            torchgrow.Grower.update = watched  # type: ignore[method-assign, assignment]
             setattr(owner, name, wrapper)
             work()
         finally:
@@ -151,7 +155,7 @@ KILLS = [
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, unbroken):
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path, unbroken: Any) -> None:
     """Killed four times over, in the worst of moments."""
     killed = Counter[int]()
     for kill_at in KILLS:
@@ -164,7 +168,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, unbroken):
 # --- what cannot go on
 
 
-def stopped(out, monkeypatch):
+def stopped(out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with monkeypatch.context() as patch:
         stopping(patch, RunFolder, "append", 2)
         with pytest.raises(Stop):
@@ -172,7 +176,7 @@ def stopped(out, monkeypatch):
     return out.with_name(out.name + ".partial")
 
 
-def test_a_finished_run_and_no_run_at_all(tmp_path):
+def test_a_finished_run_and_no_run_at_all(tmp_path: Path) -> None:
     (tmp_path / "done").mkdir()
     with pytest.raises(TorchgrowError, match=r"done is finished; there is nothing to go on with"):
         run.resume(tmp_path / "done", console=quiet())
@@ -183,7 +187,7 @@ def test_a_finished_run_and_no_run_at_all(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["done"]
 
 
-def test_two_processes_at_one_run(tmp_path, monkeypatch):
+def test_two_processes_at_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     partial_folder = stopped(tmp_path / "out", monkeypatch)
     first = RunFolder(tmp_path / "out", resume=True)
     with pytest.raises(TorchgrowError, match=r"another process is running in .*out\.partial; wait for it, or stop"):
@@ -203,14 +207,16 @@ def test_two_processes_at_one_run(tmp_path, monkeypatch):
         ("results.json", "null", r"results\.json is damaged"),
     ],
 )
-def test_damaged_records_say_so(name, text, message, tmp_path, monkeypatch):
+def test_damaged_records_say_so(
+    name: str, text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     partial_folder = stopped(tmp_path / "out", monkeypatch)
     (partial_folder / name).write_text(text)
     with pytest.raises(TorchgrowError, match=message):
         run.resume(tmp_path / "out", console=quiet())
 
 
-def test_a_checkpoint_of_something_else(tmp_path, monkeypatch):
+def test_a_checkpoint_of_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     partial_folder = stopped(tmp_path / "out", monkeypatch)
     torchgrow.save_checkpoint(partial_folder / "checkpoints" / "grown", extra={"epoch": 1})
     with pytest.raises(TorchgrowError, match=r"was saved without a grower; load it without one"):
@@ -219,7 +225,7 @@ def test_a_checkpoint_of_something_else(tmp_path, monkeypatch):
         checkpoints.Progress(epoch="2")  # type: ignore[arg-type]
 
 
-def test_another_machine_is_noted(tmp_path, monkeypatch):
+def test_another_machine_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     partial_folder = stopped(tmp_path / "out", monkeypatch)
     environment = json.loads((partial_folder / "environment.json").read_text())
     (partial_folder / "environment.json").write_text(json.dumps({**environment, "torch": "1.0"}))
@@ -233,7 +239,7 @@ def test_another_machine_is_noted(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_survives_its_record(name):
+def test_a_recipe_survives_its_record(name: str) -> None:
     recipe = get(name)
     for variant in (recipe, replace(recipe, budget=Budget(params=100_000, flops="41.5%"), threads=2, subset=64)):
         again = from_json(json.loads(json.dumps(variant.as_json())))
@@ -244,7 +250,7 @@ def test_a_recipe_survives_its_record(name):
     )
 
 
-def test_variants_of_the_network_survive():
+def test_variants_of_the_network_survive() -> None:
     recipe = from_json(json.loads(json.dumps(TINY.as_json())))
     assert str(recipe.build()) == str(BUILD())
     shortcut = with_shortcut(get("resnet20-cifar10"), "B")
@@ -262,6 +268,6 @@ def test_variants_of_the_network_survive():
         ("model_arguments", [1], r"not the record of a recipe"),
     ],
 )
-def test_what_is_not_the_record_of_a_recipe(field, value, message):
+def test_what_is_not_the_record_of_a_recipe(field: str, value: Any, message: str) -> None:
     with pytest.raises(TorchgrowError, match=message):
         from_json({**get("digits").as_json(), field: value})

@@ -5,12 +5,13 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 import torchgrow
 from torchgrow import Budget, Grower, TorchgrowError, measure
@@ -46,7 +47,7 @@ TINY_GPT = replace(
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Any:
     """Three short texts in which every word follows from the one before."""
     place = tmp_path / "text"
     place.mkdir()
@@ -56,14 +57,14 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def finished(tmp_path, folder):
+def finished(tmp_path: Path, folder: Path) -> Any:
     console = Console(record=True, width=80, file=io.StringIO())
     out = run.run(TINY, console=console, out=tmp_path / "out", folder=folder)
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return out, records, console.export_text()
 
 
-def test_a_run_on_text(finished, folder):
+def test_a_run_on_text(finished: Any, folder: Path) -> None:
     out, records, shown = finished
     assert {path.name for path in out.iterdir() if path.suffix == ".png"} == {
         "size.png", "cost.png", "perplexity.png", "widths.png",
@@ -94,7 +95,7 @@ def test_a_run_on_text(finished, folder):
     assert "%  " not in shown.partition("network")[0], "perplexity is no share"
 
 
-def test_training_flops_follow_every_update(folder):
+def test_training_flops_follow_every_update(folder: Path) -> None:
     """Worked out update by update, with three updates an epoch and 4 sequences a step."""
     data, recipe = load_text(folder=folder, steps=5), TINY.with_words(9)
     torch.manual_seed(0)
@@ -116,7 +117,7 @@ def test_training_flops_follow_every_update(folder):
 
 
 @pytest.mark.parametrize("updates", [1, 7, 50])
-def test_the_last_update_is_the_last_one(folder, updates):
+def test_the_last_update_is_the_last_one(folder: Path, updates: int) -> None:
     """However often it updates in an epoch of 24 steps, growth is over when training is, not before and not after."""
     data, recipe = load_text(folder=folder, steps=5, subset=500), replace(TINY, updates_per_epoch=updates)
     model = recipe.with_words(9).build()
@@ -127,16 +128,18 @@ def test_the_last_update_is_the_last_one(folder, updates):
     assert len(grower.history) == 1 + 3 * min(updates, 24)
 
 
-def test_the_state_goes_over_an_update_within_an_epoch_and_starts_anew_with_it(folder, monkeypatch):
+def test_the_state_goes_over_an_update_within_an_epoch_and_starts_anew_with_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     carried: list[object] = []
     began: list[bool] = []
     real, forward = Grower.carry, LSTM.forward
 
-    def carry(self, state):
+    def carry(self: Grower, state: Any) -> Any:
         carried.append(state)
         return real(self, state)
 
-    def stepped(self, x, state=None):
+    def stepped(self: LSTM, x: Tensor, state: Any = None) -> Any:
         began.append(state is None)
         return forward(self, x, state)
 
@@ -152,11 +155,11 @@ def test_the_state_goes_over_an_update_within_an_epoch_and_starts_anew_with_it(f
     assert began.count(True) == 3 * 2, "once for training and once for evaluation, in each epoch"
 
 
-def test_the_uniform_twin_of_a_flops_budget_is_the_widest_within_it(folder):
+def test_the_uniform_twin_of_a_flops_budget_is_the_widest_within_it(folder: Path) -> None:
     """With parameters to spare: a twin by parameters would be as wide as the frame."""
     data, recipe = load_text(folder=folder, steps=5), TINY.with_words(9)
 
-    def flops(width):
+    def flops(width: float) -> Any:
         return measure(recipe.build(width), data.example()).flops
 
     limit = flops(1.0) // 2
@@ -165,7 +168,7 @@ def test_the_uniform_twin_of_a_flops_budget_is_the_widest_within_it(folder):
     assert twin_width(replace(recipe, budget=Budget(params="50%")), data, params=10**9, flops=limit) == 1.0
 
 
-def test_evaluation_is_the_plain_mean_over_all_words(folder):
+def test_evaluation_is_the_plain_mean_over_all_words(folder: Path) -> None:
     data = load_text(folder=folder, steps=5)
     model = BUILD(words=9).eval()
     perplexity, loss = train.evaluate(model, data)
@@ -177,7 +180,7 @@ def test_evaluation_is_the_plain_mean_over_all_words(folder):
     assert perplexity == math.exp(loss)
 
 
-def test_gradients_are_clipped(folder):
+def test_gradients_are_clipped(folder: Path) -> None:
     data, recipe = load_text(folder=folder, steps=5), replace(TINY, clip=1e-3, lr=1.0, momentum=0.0).with_words(9)
     model = recipe.build()
     before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
@@ -186,14 +189,14 @@ def test_gradients_are_clipped(folder):
     assert 0 < moved <= 1e-3 * data.train_steps(4, shuffled=False) * (1 + 1e-4)
 
 
-def test_gpt_runs_in_another_order_each_epoch_without_a_state(folder, tmp_path):
+def test_gpt_runs_in_another_order_each_epoch_without_a_state(folder: Path, tmp_path: Path) -> None:
     out = run.run(TINY_GPT, console=Console(quiet=True), out=tmp_path / "gpt", folder=folder)
     results = json.loads((out / "results.json").read_text())
     assert results["grown"]["flops"] <= json.loads((out / "frame.json").read_text())["limits"]["flops"]
     assert results["uniform"]["flops"] <= results["grown"]["flops"] < results["dense"]["flops"]
 
 
-def test_vit_runs(tmp_path, cifar_folder):
+def test_vit_runs(tmp_path: Path, cifar_folder: Path) -> None:
     recipe = replace(
         get("vit-cifar10"),
         build=partial(ViT, features=8, layers=1, heads=3, head=4, neurons=16),
@@ -205,7 +208,7 @@ def test_vit_runs(tmp_path, cifar_folder):
     assert (out / "accuracy.png").exists()
 
 
-def test_adamw_decays_matrices_only():
+def test_adamw_decays_matrices_only() -> None:
     model = GPT(words=11, features=8, layers=1, heads=2, head=4, neurons=6, context=5)
     optimizer = from_recipe.make_optimizer(model, TINY_GPT)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -230,7 +233,7 @@ def rates_of(recipe: Recipe, steps: int) -> list[float]:
     return [*rates, optimizer.param_groups[0]["lr"]]
 
 
-def test_a_cosine_rises_and_falls():
+def test_a_cosine_rises_and_falls() -> None:
     """4 of 20 steps up to the full rate in equal steps, then down half a cosine, to 0 after the last."""
     rates = rates_of(replace(TINY_GPT, epochs=2, warmup=0.2, lr=1.0), 10)
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
@@ -239,14 +242,14 @@ def test_a_cosine_rises_and_falls():
     assert rates[-1] == pytest.approx(0)
 
 
-def test_a_linear_rate_falls_in_equal_steps():
+def test_a_linear_rate_falls_in_equal_steps() -> None:
     """Up as a cosine's, then down to 0 in 16 equal steps."""
     rates = rates_of(replace(TINY_GPT, epochs=2, warmup=0.2, lr=1.0, schedule="linear"), 10)
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert rates[4:] == pytest.approx([1 - step / 16 for step in range(17)])
 
 
-def test_a_wsd_rate_stays_then_falls():
+def test_a_wsd_rate_stays_then_falls() -> None:
     """Up, constant until 6 of 20 steps are left, then down to 0 in 6 equal steps; anew for the phase after growth."""
     recipe = replace(TINY_GPT, epochs=2, warmup=0.2, lr=1.0, schedule="wsd", decay=0.3)
     expected = [0.2, 0.4, 0.6, 0.8, *[1.0] * 10, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]
@@ -254,7 +257,7 @@ def test_a_wsd_rate_stays_then_falls():
     assert rates_of(replace(recipe, then=2), 10) == pytest.approx([*expected[:-1], *expected])
 
 
-def test_a_text_too_short_says_so(folder, tmp_path):
+def test_a_text_too_short_says_so(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TorchgrowError, match="968 words, too few for one batch of 200 samples of 5 words"):
         run.run(replace(TINY, batch_size=200), console=Console(quiet=True), out=tmp_path / "out", folder=folder)
 
@@ -262,19 +265,19 @@ def test_a_text_too_short_says_so(folder, tmp_path):
 # --- perplexity is lower when better
 
 
-def test_pictures_show_the_low_end_of_perplexity():
+def test_pictures_show_the_low_end_of_perplexity() -> None:
     """The first epochs are cut off at the top, never the best value at the bottom."""
     low, high = report._span_of_perplexity([900.0, 130.0, 120.0, 115.0, 110.0])
     assert low < 110 < 130 < high < 900
 
 
-def test_metrics_as_they_are_written():
+def test_metrics_as_they_are_written() -> None:
     assert (PERPLEXITY.show(82.574), ACCURACY.show(91.3)) == ("82.57", "91.30 %")
     assert metric_of({"accuracy": None, "perplexity": 3.0}) is PERPLEXITY
     assert metric_of({"accuracy": 3.0}) is ACCURACY, "records of before there was a perplexity"
 
 
-def test_the_live_panel_shows_perplexity():
+def test_the_live_panel_shows_perplexity() -> None:
     console = Console(force_terminal=True, width=100, record=True, file=io.StringIO())
     display = Display(console)
     cost = measure(BUILD(words=9), torch.zeros(2, 5, dtype=torch.int64))
@@ -287,5 +290,5 @@ def test_the_live_panel_shows_perplexity():
     assert "perplexity 54.60  loss 0.300" in console.export_text()
 
 
-def test_text_data_is_judged_by_perplexity():
+def test_text_data_is_judged_by_perplexity() -> None:
     assert TextData.metric is PERPLEXITY
