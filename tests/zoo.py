@@ -474,7 +474,7 @@ class Unpooled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y, places = F.max_pool2d(F.pad(F.relu(self.a(x)), (0, 2, 2, 0)), 2, return_indices=True)
         y = self.b(F.pad(F.pad(y, (1, 1, 1, 1), value=1.0), (1, 1, 1, 1), mode="reflect"))
-        return head(F.relu(self.c(F.max_unpool2d(y, places, [2]))), self.fc)
+        return head(F.relu(self.c(F.max_unpool2d(y, places, 2))), self.fc)  # type: ignore[arg-type]
 
 
 ZOO: dict[str, Callable[[], nn.Module]] = {
