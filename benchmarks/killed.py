@@ -43,7 +43,7 @@ from torchgrow.persistence.folder import pack
 
 RESULTS = Path(__file__).parent.parent / "results" / "killed.jsonl"
 BUILD = partial(ResNet, depth=8, widths=(8, 16, 32), in_channels=1)
-RECIPE = replace(get("digits"), build=BUILD, epochs=8, subset=640)  # 10 steps an epoch
+RECIPE = replace(get("digits"), build=BUILD, depth=False, epochs=8, subset=640)  # 10 steps an epoch
 EVERY = 4
 
 
