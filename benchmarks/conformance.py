@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from torchgrow import TorchgrowError, trace
-from torchgrow.lab.run import environment
+from torchgrow.lab.environment import environment
 from torchgrow.structure.cost import CostModel
 from torchgrow.tracing.tracer import replay
 

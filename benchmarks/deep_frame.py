@@ -21,8 +21,8 @@ from rich.console import Console
 from torch import nn
 
 from torchgrow import Budget, Grower
+from torchgrow.lab.environment import environment
 from torchgrow.lab.models import ResNet
-from torchgrow.lab.run import environment
 
 RESULTS = Path(__file__).parent.parent / "results" / "deep-frame.jsonl"
 

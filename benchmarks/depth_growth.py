@@ -28,10 +28,11 @@ from torch import nn
 
 from torchgrow import Bank, Budget, trace
 from torchgrow.lab import data as lab_data
-from torchgrow.lab import recipes
+from torchgrow.lab import names, recipes
+from torchgrow.lab.environment import environment
+from torchgrow.lab.from_recipe import make_grower, make_optimizer
 from torchgrow.lab.models import ResNet
-from torchgrow.lab.run import environment
-from torchgrow.lab.train import Epoch, evaluate, fit, make_grower, make_optimizer
+from torchgrow.lab.train import Epoch, evaluate, fit
 from torchgrow.structure.cost import Cost, CostModel
 
 RESULTS = Path(__file__).parent.parent / "results" / "depth-growth.jsonl"
@@ -94,7 +95,7 @@ class Periodic:
                 self.bank.resize_(self.keep)
                 self.turns.append(stage)
                 born = 1
-        self.pressure, self.temperature = 0.0, {}
+        self.pressure, self.temperature = 0.0, dict[str, float]()
         self.born, self.regrown, self.detached = born, 0, 0
         return self
 
@@ -124,11 +125,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--subset", type=int, default=10_000)
-    parser.add_argument("--precision", choices=recipes.PRECISIONS, default="float32")
+    parser.add_argument("--precision", choices=names.PRECISIONS, default="float32")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    data = lab_data.load("cifar10", folder=arguments.data, subset=arguments.subset)
+    data = lab_data.load_images("cifar10", folder=arguments.data, subset=arguments.subset)
     assert isinstance(data, lab_data.ImageData)
     hand_picked = sum(p.numel() for p in ResNet(depth=20, shortcut="B").parameters())
     arguments.results.parent.mkdir(exist_ok=True)

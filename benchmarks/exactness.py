@@ -19,8 +19,8 @@ from rich.console import Console
 from torch import nn
 
 import torchgrow
+from torchgrow.lab.environment import environment
 from torchgrow.lab.models import VGG16, ResNet, WideResNet
-from torchgrow.lab.run import environment
 from torchgrow.tracing.verification import TOLERANCE, Prover
 
 RESULTS = Path(__file__).parent.parent / "results" / "exactness.jsonl"

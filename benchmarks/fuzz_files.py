@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.progress import track
 
 from torchgrow import Budget, Grower, TorchgrowError, load, load_checkpoint, save, save_checkpoint
+from torchgrow.lab.environment import environment
 from torchgrow.lab.models import ResNet
-from torchgrow.lab.run import environment
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))

@@ -34,15 +34,16 @@ import torchgrow
 import torchgrow.exchange
 import torchgrow.persistence.folder
 from torchgrow import Grower
-from torchgrow.lab import run, train
+from torchgrow.lab import from_recipe, run, train
+from torchgrow.lab.checkpoints import Checkpoints
+from torchgrow.lab.environment import environment
 from torchgrow.lab.models import ResNet
 from torchgrow.lab.recipes import get
-from torchgrow.lab.run import environment
 from torchgrow.persistence.folder import pack
 
 RESULTS = Path(__file__).parent.parent / "results" / "killed.jsonl"
 BUILD = partial(ResNet, depth=8, widths=(8, 16, 32), in_channels=1)
-RECIPE = replace(get("digits"), build=BUILD, epochs=8, subset=640)  # 10 steps an epoch
+RECIPE = replace(get("digits"), build=BUILD, depth=False, epochs=8, subset=640)  # 10 steps an epoch
 EVERY = 4
 
 
@@ -95,9 +96,9 @@ def child(out: Path, state: Path, aim: str, call: int) -> None:
         save(model, folder)
 
     torchgrow.save = save_both
-    train.Grower = Recorded  # type: ignore[misc]
+    vars(from_recipe)["Grower"] = Recorded
     within("update", Recorded, "update")
-    within("checkpoint", run.Checkpoints, "save")
+    within("checkpoint", Checkpoints, "save")
     within("evaluation", train, "evaluate")
     if aim == "update":
         deadly(torchgrow.exchange, "writes")
@@ -116,7 +117,7 @@ def child(out: Path, state: Path, aim: str, call: int) -> None:
         phase.write(b"training\n")  # from here on the parent may kill
         yield from real(*arguments, **keywords)
 
-    run.fit = fit  # type: ignore[assignment]
+    vars(run)["fit"] = fit
     if out.with_name(out.name + ".partial").exists():
         run.resume(out, console=console)
     elif not out.exists():  # it may have been killed right after its very end

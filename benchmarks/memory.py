@@ -26,7 +26,7 @@ from rich.progress import track
 from torchvision.models import resnet50
 
 from torchgrow import Budget, Grower, Method
-from torchgrow.lab.run import environment
+from torchgrow.lab.environment import environment
 
 RESULTS = Path(__file__).parent.parent / "results" / "memory.jsonl"
 EVENT = 0.01  # megabytes; an event of the history takes some kilobytes, and is meant to stay

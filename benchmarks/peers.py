@@ -53,6 +53,7 @@ def randomize_(model: nn.Module, seed: int = 0) -> None:
             p.copy_(noise * max(1, p[0].numel()) ** -0.5 if p.dim() > 1 else 1 + noise / 4)
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
+                assert module.running_var is not None
                 draw = torch.rand(2, module.num_features, generator=generator, dtype=torch.float64)
                 module.running_mean.copy_(draw[0] - 0.5)
                 module.running_var.copy_(draw[1] + 0.5)
@@ -166,7 +167,8 @@ def torch_pruning(model: nn.Module, example: Any) -> nn.Module:
     import torch_pruning as tp
 
     inputs = example if not isinstance(example, tuple) else list(example)
-    spared = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
+    spared: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    spared = spared[-1:]
     try:
         given = [place[0] for f in replay(model, example).frozen if f.op == "output" for place in f.places]
         spared += [model.get_submodule(name.rpartition(".")[0]) for name in given]
@@ -186,9 +188,9 @@ def kirigami(model: nn.Module, example: Any) -> nn.Module:
     from torch_kirigami import AxisRef, DependencyGraph
     from torch_kirigami.pruning import Pruner
 
-    given = {"kwargs": example} if isinstance(example, dict) else {}
     args = example if isinstance(example, tuple) else (example,)
-    graph = DependencyGraph.build(model, **(given or {"args": args}))
+    given: dict[str, Any] = {"kwargs": example} if isinstance(example, dict) else {"args": args}
+    graph = DependencyGraph.build(model, **given)
     pruner = Pruner(model, graph=graph)
     chosen = []
     for name, parameter in model.named_parameters():

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from torchgrow import TorchgrowError, trace
-from torchgrow.lab.run import environment
+from torchgrow.lab.environment import environment
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))

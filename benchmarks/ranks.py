@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from torchgrow import Budget, Grower, Method
 from torchgrow.lab import data, processes
+from torchgrow.lab.environment import environment
 from torchgrow.lab.models import ResNet
-from torchgrow.lab.run import environment
 
 RESULTS = Path(__file__).parent.parent / "results" / "ranks.jsonl"
 TARGET = 1e-9  # largest difference to one process, relative to a tensor's largest entry (or 1)
@@ -73,7 +73,7 @@ def train(network: str, epochs: int, folder: Path) -> None:
     """One process's part; leaves its hashes and, on rank 0, the tensors, an entry per update."""
     torch.set_num_threads(1)
     torch.manual_seed(processes.rank())  # rank 0's weights count
-    images = data.load("digits")
+    images = data.load_images("digits")
     model = NETWORKS[network]().double()
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     updates = epochs * (len(images.train) // BATCH) // EVERY

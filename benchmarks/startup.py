@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from step_overhead import interval
 
-from torchgrow.lab.run import environment
+from torchgrow.lab.environment import environment
 
 RESULTS = Path(__file__).parent.parent / "results" / "startup.jsonl"
 CASES = {

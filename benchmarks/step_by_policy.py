@@ -27,8 +27,8 @@ from step_overhead import interval
 from torch import Tensor, nn
 
 from torchgrow import Budget, Grower
+from torchgrow.lab.environment import environment
 from torchgrow.lab.models import ResNet
-from torchgrow.lab.run import environment
 from torchgrow.policies import Default, Paper, Policy, Random
 
 RESULTS = Path(__file__).parent.parent / "results" / "step-by-policy.jsonl"

@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from torchgrow import measure
+from torchgrow.lab.environment import environment
 from torchgrow.lab.models import ResNet
-from torchgrow.lab.run import environment
 
 RESULTS = Path(__file__).parent.parent / "results" / "step-by-width.jsonl"
 FULL = (16, 32, 64)

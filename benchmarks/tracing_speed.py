@@ -32,7 +32,7 @@ from step_overhead import interval
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchgrow.lab.run import environment
+from torchgrow.lab.environment import environment
 from torchgrow.tracing.tracer import replay
 
 RESULTS = Path(__file__).parent.parent / "results" / "tracing-speed.jsonl"

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import torchgrow
 from torchgrow import Budget, BudgetError, Grower, StructureError, TorchgrowError
-from torchgrow.lab.run import environment
+from torchgrow.lab.environment import environment
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))

@@ -25,8 +25,8 @@ from torch import nn
 from torchvision.models import resnet50
 
 from torchgrow import Budget, Grower, Method
+from torchgrow.lab.environment import environment
 from torchgrow.lab.models import ResNet
-from torchgrow.lab.run import environment
 
 RESULTS = Path(__file__).parent.parent / "results" / "update-cost.jsonl"
 RISING = Method(ramp=1.0, settle=0.0)

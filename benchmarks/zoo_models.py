@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ PIXELS = {"inception_v3": 80, "maxvit_t": 224, "alexnet": 64, "squeezenet": 64}
 def torchvision_models() -> dict[str, Factory]:
     """All classification models of torchvision."""
     names = torchvision.models.list_models(module=torchvision.models)
-    return {name: lambda name=name: _classifier(name) for name in names}
+    return {name: partial(_classifier, name) for name in names}
 
 
 def _classifier(name: str) -> tuple[nn.Module, Any]:
@@ -37,21 +38,21 @@ def _classifier(name: str) -> tuple[nn.Module, Any]:
 def other_vision() -> dict[str, Factory]:
     """Segmentation, video, and the backbones of detectors."""
     segmentation = torchvision.models.list_models(module=torchvision.models.segmentation)
-    found: dict[str, Factory] = {
-        name: lambda name=name: (
-            torchvision.models.get_model(name, weights=None, weights_backbone=None),
-            torch.randn(2, 3, 64, 64),
-        )
-        for name in segmentation
-    }
+    found: dict[str, Factory] = {name: partial(_segmenter, name) for name in segmentation}
     for name in ("r3d_18", "mc3_18", "r2plus1d_18", "s3d", "mvit_v1_b", "mvit_v2_s", "swin3d_t"):
-        found[name] = lambda name=name: _video(name)
+        found[name] = partial(_video, name)
     for name in ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_fpn"):
-        found[f"{name}.backbone"] = lambda name=name: (
-            torchvision.models.get_model(name, weights=None, weights_backbone=None).backbone,
-            torch.randn(2, 3, 64, 64),
-        )
+        found[f"{name}.backbone"] = partial(_backbone, name)
     return found
+
+
+def _segmenter(name: str) -> tuple[nn.Module, Any]:
+    return torchvision.models.get_model(name, weights=None, weights_backbone=None), torch.randn(2, 3, 64, 64)
+
+
+def _backbone(name: str) -> tuple[nn.Module, Any]:
+    model, image = _segmenter(name)
+    return model.get_submodule("backbone"), image
 
 
 def _video(name: str) -> tuple[nn.Module, Any]:
@@ -83,7 +84,7 @@ def timm_models() -> dict[str, Factory]:
     """One small member of each of timm's families."""
     import timm  # noqa: F401 (once, for all the processes that are forked)
 
-    return {f"timm:{name}": lambda name=name: _timm(name) for name in TIMM}
+    return {f"timm:{name}": partial(_timm, name) for name in TIMM}
 
 
 def _timm(name: str) -> tuple[nn.Module, Any]:
@@ -176,14 +177,18 @@ def transformers_models() -> dict[str, Factory]:
             {"input_features": torch.randn(2, 8, 32), "decoder_input_ids": tokens, "use_cache": False},
         ),
     }  # fmt: skip
-    return {f"hf:{name}": lambda row=row: (row[0](row[1]), row[2]) for name, row in made.items()}
+    return {f"hf:{name}": partial(_hugging_face, *row) for name, row in made.items()}
+
+
+def _hugging_face(build: Callable[[Any], nn.Module], config: Any, example: Any) -> tuple[nn.Module, Any]:
+    return build(config), example
 
 
 def ultralytics_models() -> dict[str, Factory]:
     """Detectors and a segmenter from their yaml files, 80 classes, nothing downloaded."""
     import ultralytics.nn.tasks  # noqa: F401 (once, for all the processes that are forked)
 
-    return {f"ultralytics:{name}": lambda name=name: _ultralytics(name) for name in ULTRALYTICS}
+    return {f"ultralytics:{name}": partial(_ultralytics, name) for name in ULTRALYTICS}
 
 
 ULTRALYTICS = ["yolov8n", "yolov8n-seg", "yolo11n", "rtdetr-l"]

@@ -105,12 +105,12 @@ def damage(folder: Path, names: tuple[str, str], draw: random.Random) -> str:
         (folder / record_name).write_text(json.dumps(record))
         reseal(folder, record_name, tensors_name)
     elif how == "header":
-        data = (folder / tensors_name).read_bytes()
-        length = int.from_bytes(data[:8], "little")
+        whole = (folder / tensors_name).read_bytes()
+        length = int.from_bytes(whole[:8], "little")
         start = 8 + length
-        header = json.dumps(mutate(json.loads(data[8 : 8 + length]), draw)).encode()
+        header = json.dumps(mutate(json.loads(whole[8 : 8 + length]), draw)).encode()
         length = draw.choice([len(header)] * 8 + [0, 2**63, len(header) + 10**6])
-        (folder / tensors_name).write_bytes(length.to_bytes(8, "little") + header + data[start:])
+        (folder / tensors_name).write_bytes(length.to_bytes(8, "little") + header + whole[start:])
         reseal(folder, record_name, tensors_name)
     elif how == "missing":
         path.unlink()

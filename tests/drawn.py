@@ -279,7 +279,8 @@ class Drawn(nn.Module):
         heads, width = [(2, 6), (4, 8), (3, 6)][number % 3]
         embed, layer = nn.Linear(self.width, width), nn.MultiheadAttention(width, heads, batch_first=True)
         self.books.new(width), self.books.new(heads)
-        after, out = self.books.new(width), nn.Linear(width, 3)
+        after = self.books.new(width)
+        out: nn.Module = nn.Linear(width, 3)
         if number // 3 % 2:  # a norm over the features
             self.books.freeze(after)
             out = nn.Sequential(nn.LayerNorm(width), out)
@@ -322,7 +323,7 @@ def randomize(model: nn.Module) -> None:
     for parameter in model.parameters():
         nn.init.normal_(parameter, 0.5 if parameter.dim() == 1 else 0.0, 0.5)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
             nn.init.uniform_(module.running_mean, -1, 1)
             nn.init.uniform_(module.running_var, 0.5, 2)
 

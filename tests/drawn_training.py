@@ -45,6 +45,8 @@ class Step(nn.Module):
 class Centred(nn.Module):
     """Without the mean of the batch; in evaluation, without the running mean, which training writes in place."""
 
+    mean: Tensor
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.linspace(-0.5, 0.5, width).view(width, 1, 1))
@@ -318,7 +320,8 @@ class Trained(drawn.Drawn):
     def penalty(self, number: int) -> nn.Module:
         """A loss on the activations, of training alone: the mean and the sum count every channel."""
         self.books.freeze(self.labels)
-        size = [torch.mean, torch.sum][number % 2]
+        means: list[Callable[[Tensor], Tensor]] = [torch.mean, torch.sum]
+        size = means[number % 2]
 
         def function(x: Tensor, notes: Notes, training: bool) -> Tensor:
             if training:

@@ -240,7 +240,7 @@ class Reaching(Own):
 class Sharp(Own):
     """Needs a closure, and says so with a bare assertion."""
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         assert closure is not None
         closure()
 
@@ -262,9 +262,9 @@ class AcceleratedOptimizer(Optimizer):
     def __init__(self, inner: Optimizer) -> None:
         self.optimizer = inner
 
-    param_groups = property(lambda self: self.optimizer.param_groups)  # type: ignore[assignment]
-    state = property(lambda self: self.optimizer.state)  # type: ignore[assignment]
-    defaults = property(lambda self: self.optimizer.defaults)  # type: ignore[assignment]
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    state = property(lambda self: self.optimizer.state)
+    defaults = property(lambda self: self.optimizer.defaults)
 
     def step(self, closure: Any = None) -> Any:
         return self.optimizer.step(closure)

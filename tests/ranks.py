@@ -62,8 +62,9 @@ def train(net: nn.Module, grower: Grower, first: int, steps: int = STEPS, parts:
         grower.optimizer.zero_grad()
         for part in range(parts):
             x, target = shard(parts * step + part)
-            last = part == parts - 1 or not isinstance(net, nn.parallel.DistributedDataParallel)
-            quiet: AbstractContextManager[None] = nullcontext() if last else net.no_sync()
+            quiet: AbstractContextManager[None] = nullcontext()
+            if part < parts - 1 and isinstance(net, nn.parallel.DistributedDataParallel):
+                quiet = net.no_sync()
             with quiet:
                 (F.cross_entropy(net(x), target) / parts).backward()
         grower.optimizer.step()

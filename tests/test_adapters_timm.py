@@ -2,15 +2,18 @@
 
 import inspect
 import pickle
+from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torchgrow.structure.shrink import shrink_
 
 from torchgrow import load, save, trace, verify
 from torchgrow.adapters.registry import ADAPTERS, adapted
-from torchgrow.structure.shrink import shrink_
 
 timm = pytest.importorskip("timm")
 
@@ -28,7 +31,7 @@ POOLED = {"kernel_q": (3, 3), "kernel_kv": (3, 3), "stride_q": (1, 1), "stride_k
 USUAL = {"dim": 12, "num_heads": 3}
 
 # Where in timm; what it is built with; what it is given. All have 3 heads, or 3 channels in a single one.
-CASES: list[tuple[str, dict[str, object], tuple[object, ...]]] = [
+CASES: list[tuple[str, Mapping[str, object], tuple[object, ...]]] = [
     ("layers.attention_pool.AttentionPoolLatent", {"in_features": 12, "num_heads": 3}, (FOUR,)),
     ("models.beit.Attention", {**USUAL, "qkv_bias": True}, (FOUR,)),
     ("models.cait.ClassAttn", USUAL, (FOUR,)),
@@ -72,7 +75,7 @@ CASES: list[tuple[str, dict[str, object], tuple[object, ...]]] = [
 
 
 @pytest.mark.parametrize(("path", "build", "inputs"), CASES, ids=lambda value: value if isinstance(value, str) else "")
-def test_attention_computes_the_same_and_loses_heads(path, build, inputs):
+def test_attention_computes_the_same_and_loses_heads(path: Any, build: Any, inputs: Any) -> None:
     module, _, name = path.rpartition(".")
     kind = getattr(import_module(f"timm.{module}"), name)
     torch.manual_seed(0)
@@ -90,7 +93,7 @@ def test_attention_computes_the_same_and_loses_heads(path, build, inputs):
     assert 3 in report.groups.values(), report
 
 
-def test_parts_of_a_mixed_convolution_become_narrower():
+def test_parts_of_a_mixed_convolution_become_narrower() -> None:
     from timm.layers import MixedConv2d
 
     model = nn.Sequential(nn.Conv2d(3, 6, 1), MixedConv2d(6, 6, [1, 3], depthwise=True), nn.Conv2d(6, 2, 1))
@@ -99,7 +102,7 @@ def test_parts_of_a_mixed_convolution_become_narrower():
     assert report.groups == {"0": 3}  # a channel of every part
 
 
-def test_paths_of_a_selective_kernel_become_narrower():
+def test_paths_of_a_selective_kernel_become_narrower() -> None:
     from timm.layers import SelectiveKernel
 
     kernel = SelectiveKernel(8, 8, split_input=True, rd_channels=8, rd_divisor=1)
@@ -108,7 +111,7 @@ def test_paths_of_a_selective_kernel_become_narrower():
     assert report.groups["0"] == 4  # a channel of every path
 
 
-def test_a_blur_that_takes_its_groups_from_the_input():
+def test_a_blur_that_takes_its_groups_from_the_input() -> None:
     from timm.layers import BlurPool2d
 
     report = verify(nn.Sequential(nn.Conv2d(3, 8, 1), BlurPool2d(8), nn.Conv2d(8, 2, 1)), tokens(2, 3, 6, 6), trials=2)
@@ -116,7 +119,7 @@ def test_a_blur_that_takes_its_groups_from_the_input():
     assert report.groups == {"0": 8}
 
 
-def test_every_class_of_this_release_is_adapted_once():
+def test_every_class_of_this_release_is_adapted_once() -> None:
     from torchgrow import adapters_timm
 
     classes = adapters_timm.CLASSES
@@ -128,10 +131,10 @@ def test_every_class_of_this_release_is_adapted_once():
         assert inspect.getsourcefile(subclass.forward) == inspect.getsourcefile(kind.forward)
 
 
-def test_what_was_adapted_and_cut_is_saved_and_loaded(tmp_path):
+def test_what_was_adapted_and_cut_is_saved_and_loaded(tmp_path: Path) -> None:
     from timm.models.eva import EvaAttention
 
-    def build():
+    def build() -> Any:
         return nn.Sequential(nn.Linear(6, 12), EvaAttention(12, num_heads=3, scale_norm=False), nn.Linear(12, 2))
 
     model, x = build().eval(), tokens(2, 5, 6)

@@ -1,5 +1,7 @@
 """The adapter for ultralytics: the same outputs at full width, and heads that can go."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -30,7 +32,7 @@ PICTURE = torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     ],
     ids=["several heads", "one head", "block", "c2psa"],
 )
-def test_attention_computes_the_same_and_loses_heads(inner, groups):
+def test_attention_computes_the_same_and_loses_heads(inner: Any, groups: Any) -> None:
     torch.manual_seed(0)
     module = inner()
     model = nn.Sequential(nn.Conv2d(3, groups["0"], 1), module, nn.Conv2d(groups["0"], 5, 1)).eval()

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ def plain() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
 
 
-def grow(model: nn.Module, **more: object) -> Grower:
-    settings = {"budget": Budget(params="30%"), "updates": 20, **more}
+def grow(model: nn.Module, **more: Any) -> Grower:
+    settings: dict[str, Any] = {"budget": Budget(params="30%"), "updates": 20, **more}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     return Grower(model, optimizer, example_inputs=X, **settings)
 
@@ -38,7 +39,7 @@ def fit(model: nn.Module, steps: int) -> torch.optim.Optimizer:
     return optimizer
 
 
-def test_the_course_is_what_happens():
+def test_the_course_is_what_happens() -> None:
     """Seed, peak and end of the course are costs that the run has; it is at its largest and settles when it says."""
     grower = grow(plain(), preset="default:peak=1.5,ramp=0.2,hold=0.5,settle=0.3")
     course, costs = grower.course(), [grower.cost().params]
@@ -49,15 +50,19 @@ def test_the_course_is_what_happens():
         grower.update()
         costs.append(grower.cost().params)
     assert course.seed == costs[0]
-    assert course.end == grower.limits.params >= costs[-1] > 0.9 * course.end
+    assert course.end == grower.limits.params
+    assert course.end >= costs[-1] > 0.9 * course.end
+    assert course.peak is not None
+    assert course.full_size is not None
     assert course.peak == int(1.5 * course.end) >= max(costs) > 0.9 * course.peak
     assert len(set(costs[course.settled + 1 :])) == 1
     assert max(costs[: course.full_size + 2]) == max(costs)
 
 
-def test_the_course_in_words():
+def test_the_course_in_words() -> None:
     grower = grow(plain(), preset="default:peak=1.5,ramp=0.2,hold=0.5,settle=0.3")
     course, frame = grower.course(), grower.frame_cost.params
+    assert course.peak is not None
     seed, peak, end = (f"{100 * cost / frame:.3g} %" for cost in (course.seed, course.peak, course.end))
     assert str(course) == (
         f"from {seed} of the parameters to {end} by way of {peak}, at its largest after 4 of 20 updates, final after 14"
@@ -67,13 +72,13 @@ def test_the_course_in_words():
     assert "on no planned way; the structure is final after" in str(grow(plain(), preset="paper").course())
 
 
-def test_the_start_is_logged(caplog):
+def test_the_start_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "torchgrow"):
         grower = grow(plain())
     assert caplog.messages == [f"Sequential goes {grower.course()}"]
 
 
-def test_a_summary_names_what_grows_and_what_stays():
+def test_a_summary_names_what_grows_and_what_stays() -> None:
     grower = grow(plain())
     text = grower.summary()
     assert "budget params <= 30%" in text
@@ -84,7 +89,7 @@ def test_a_summary_names_what_grows_and_what_stays():
     assert "after 0 updates" in text
 
 
-def test_a_grower_shows_where_it_stands():
+def test_a_grower_shows_where_it_stands() -> None:
     grower = grow(plain())
     now = grower.cost().params
     share = f"{now / grower.frame_cost.params:.2%}"
@@ -94,7 +99,7 @@ def test_a_grower_shows_where_it_stands():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_fresh_networks_do_not_look_trained(seed):
+def test_fresh_networks_do_not_look_trained(seed: int) -> None:
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3),
@@ -115,7 +120,7 @@ def test_fresh_networks_do_not_look_trained(seed):
     assert trained(model) == ""
 
 
-def test_trained_networks_are_told():
+def test_trained_networks_are_told() -> None:
     """By their weights alone, by batch norm's count, by the optimizer's state."""
     model = plain()
     optimizer = fit(model, 200)
@@ -129,7 +134,7 @@ def test_trained_networks_are_told():
     assert trained(norm) == "0.num_batches_tracked is 1"
 
 
-def test_what_the_warning_advises_works():
+def test_what_the_warning_advises_works() -> None:
     """The preset that it names begins with all of the network."""
     model = plain()
     fit(model, 200)

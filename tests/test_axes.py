@@ -27,7 +27,7 @@ class Upsampled(nn.Module):
         self.norm = nn.BatchNorm2d(4) if norm else nn.Identity()
         self.out = nn.Conv2d(7 if image else 10, 4, 1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         a = F.relu(self.a(x))
         parts = [self.norm(F.pixel_shuffle(self.up(F.relu(self.down(a))), 2)), x if self.image else a]
         return self.out(torch.cat(parts if self.last else parts[::-1], 1))
@@ -40,7 +40,7 @@ class TwoShuffled(nn.Module):
         super().__init__()
         self.a, self.b, self.out = nn.Conv2d(3, 20, 1), nn.Conv2d(3, 24, 1), c3(11, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.out(F.relu(torch.cat([F.pixel_shuffle(self.a(x), 2), F.pixel_shuffle(self.b(x), 2)], 1)))
 
 
@@ -51,7 +51,7 @@ class ShuffledByHand(nn.Module):
         super().__init__()
         self.a, self.up, self.out = c3(3, 6), nn.Conv2d(6, 24, 1), c3(6, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         a = F.relu(self.a(x))
         n, _, h, w = a.shape
         y = self.up(a).view(n, 2, 2, -1, h, w).permute(0, 3, 4, 1, 5, 2).reshape(n, -1, 2 * h, 2 * w)
@@ -65,7 +65,7 @@ class DownAndUp(nn.Module):
         super().__init__()
         self.a, self.b, self.c, self.out = c3(3, 4), nn.Conv2d(16, 6, 1), nn.Conv2d(6, 16, 1), c3(4, 3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         a = F.relu(self.a(x))
         return self.out(a + F.pixel_shuffle(self.c(F.relu(self.b(F.pixel_unshuffle(a, 2)))), 2))
 
@@ -76,10 +76,10 @@ class Masks(nn.Module):
     def __init__(self, sources: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.sources = sources
-        self.encoder, self.hidden, self.masks = nn.Conv1d(1, 6, 4, 2, bias=False), nn.Conv1d(6, 5, 1), None
+        self.encoder, self.hidden = nn.Conv1d(1, 6, 4, 2, bias=False), nn.Conv1d(6, 5, 1)
         self.masks, self.decoder = nn.Conv1d(5, 12, 1), nn.ConvTranspose1d(6, 1, 4, 2)
 
-    def forward(self, wave):
+    def forward(self, wave: Tensor) -> Tensor:
         f = F.relu(self.encoder(wave))
         parts = self.sources(torch.sigmoid(self.masks(F.relu(self.hidden(f))))) * f[:, None]
         n, sources, channels, steps = parts.shape
@@ -95,7 +95,7 @@ class Restored(nn.Module):
         self.a, self.qkv, self.wide = c3(3, 8), nn.Conv2d(8, 24, 1), c3(24, 24, groups=24)
         self.o, self.out = nn.Conv2d(8, 8, 1), c3(8, 3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = self.a(x)
         n, _, h, w = y.shape
         q, k, v = (t.reshape(n, self.heads, -1, h * w) for t in self.wide(self.qkv(y)).chunk(3, 1))
@@ -138,7 +138,7 @@ class Queries(nn.Module):
         self.attend = attend
         self.q, self.k, self.v, self.o = nn.Linear(6, 12), nn.Linear(6, 3), nn.Linear(6, 3), nn.Linear(12, 6)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         q = self.q(x).unflatten(-1, (-1, 3)).transpose(1, 2)
         return x + self.o(self.attend(q, self.k(x)[:, None], self.v(x)[:, None]).transpose(1, 2).flatten(2))
 
@@ -207,7 +207,7 @@ class FixedKeyBias(nn.Module):
         self.zeros, self.qkv, self.o = zeros, nn.Linear(5, 18, bias=False), nn.Linear(6, 5)
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(6)), nn.Parameter(torch.zeros(6))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         bias = torch.cat((self.q_bias, self.zeros(self.v_bias), self.v_bias))
         q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, -1, 2)).permute(2, 0, 3, 1, 4)
         return x + self.o(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
@@ -228,7 +228,7 @@ def test_a_constant_like_one_tensor_ties_it_to_what_it_meets() -> None:
             super().__init__()
             self.a, self.b, self.c, self.d = nn.Linear(3, 6), nn.Linear(3, 6), nn.Linear(6, 2), nn.Linear(6, 2)
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             a, b = self.a(x), self.b(x)
             return self.c(b * torch.ones_like(a)) + self.d(a)
 
@@ -247,7 +247,7 @@ def test_what_follows_an_axis_of_no_parameter_is_no_unit() -> None:
             super().__init__()
             self.a, self.b = nn.Linear(3, 4), nn.Linear(5, 2)
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             return self.b(self.a(x)[..., None].expand(-1, -1, 5)).flatten(1)
 
     space = replay(Shown(), torch.randn(4, 3))

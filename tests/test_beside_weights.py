@@ -15,6 +15,8 @@ from torchgrow import Budget, Grower, SavedModelError, load, load_checkpoint, sa
 class Keeps(nn.Module):
     """Two linear maps; a buffer that grows with the longest sequence, one that appears late, and a number."""
 
+    places: Tensor
+
     def __init__(self, number: Any = 1.0) -> None:
         super().__init__()
         self.into, self.out = nn.Linear(6, 32), nn.Linear(32, 6)
@@ -47,12 +49,13 @@ def begun(number: Any = 1.0) -> tuple[Grower, AveragedModel]:
 
 
 def epoch(grower: Grower, average: AveragedModel, number: int) -> None:
+    model: Any = grower.model
     x = torch.randn(2, 4 if number == 0 else 9, 6, generator=torch.Generator().manual_seed(number))
     average.eval()(x)  # its buffers grow as the network's do, or PyTorch cannot copy these
     for _ in range(3):
         grower.optimizer.zero_grad()
         grower.model(x).square().mean().backward()
-        grower.model.number *= 0.9
+        model.number *= 0.9
         grower.optimizer.step()
         average.update_parameters(grower.model)
     grower.update()

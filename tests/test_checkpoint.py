@@ -131,7 +131,7 @@ def test_edits_not_yet_seen_by_the_grower_come_back(tmp_path: Path) -> None:
     """Somebody wrote into a gated weight between steps: raw and folded contents both survive as they are."""
     grower = run(make(), 3)
     with torch.no_grad():
-        grower.model.bn2.weight.mul_(1.5)  # type: ignore[union-attr]
+        grower.model.get_parameter("bn2.weight").mul_(1.5)
     save_checkpoint(tmp_path, grower)
     again = make()
     load_checkpoint(tmp_path, again)
@@ -162,7 +162,7 @@ class WithDropout(nn.Module):
         super().__init__()
         self.a, self.b, self.fc = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 24, 3), nn.Linear(24, 4)
         self.register_buffer("last", torch.zeros(1))
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.b(F.dropout(F.relu(self.a(x)), 0.3, self.training)))
@@ -587,8 +587,10 @@ for step in range(25):
 def test_processes_that_write_to_one_folder_take_turns(tmp_path: Path) -> None:
     """Each checkpoint has a number of its own, stays whole, and is there to be read without a warning."""
     command = [sys.executable, "-W", "error::UserWarning", "-c", WRITER, str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    writers: list[Any] = [subprocess.Popen([*command, str(who)], **pipes) for who in range(2)]
+    pipe = subprocess.PIPE
+    writers: list[Any] = [
+        subprocess.Popen([*command, str(who)], stdin=pipe, stdout=pipe, stderr=pipe, text=True) for who in range(2)
+    ]
     assert [writer.stdout.readline() for writer in writers] == ["ready\n"] * 2
     for writer in writers:
         writer.stdin.write("\n")
@@ -828,6 +830,7 @@ def test_everything_plain_survives_the_packing() -> None:
     from collections import Counter
 
     shared = torch.arange(6.0).reshape(2, 3)
+    expanded = torch.ones(1).expand(4)
     value = {
         "numbers": [0, -1, 10**30, 0.1, -0.0, 1e-300, float("inf"), -float("inf"), True, None, "text", "\ud800é\n"],
         "tuple": ((), (1, [2, (3,)])),
@@ -838,7 +841,7 @@ def test_everything_plain_survives_the_packing() -> None:
         "a": {"b": torch.zeros(1)},
         "nhwc": torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
         "thin": torch.randn(4, 1, 1, 1).to(memory_format=torch.channels_last),
-        "expanded": torch.ones(1).expand(4),
+        "expanded": expanded,
         "half": torch.ones(3, dtype=torch.bfloat16),
     }
     tensors: dict[str, Tensor] = {}
@@ -853,7 +856,7 @@ def test_everything_plain_survives_the_packing() -> None:
         if isinstance(a, Tensor):
             assert torch.equal(a, b)
             assert a.dtype == b.dtype
-            assert a.stride() == b.stride() or a.data_ptr() == value["expanded"].data_ptr()
+            assert a.stride() == b.stride() or a.data_ptr() == expanded.data_ptr()
         else:
             assert a == b
             assert str(a) == str(b)  # -0.0

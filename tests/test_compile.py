@@ -10,7 +10,7 @@ import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import torchgrow.growth.run
+import torchgrow.exchange
 from growing import batch, differences, indicators_of, make, sgd
 from oracle import SmallResNet, TwoLayers
 from torchgrow import Budget, Grower, Method, trace
@@ -126,7 +126,7 @@ def test_other_compiled_functions_go_on() -> None:
 def test_nothing_is_loaded_where_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch._dynamo")
     monkeypatch.setattr(torch.compiler, "reset", lambda: pytest.fail("loads the compiler"))
-    torchgrow.growth.run.forget_compiled()
+    torchgrow.exchange.forget_compiled()
 
 
 def test_tracing_leaves_a_compiled_model_compiled() -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchgrow.structure.shrink import shrink_
 
 from torchgrow import load, save, trace, verify
-from torchgrow.structure.shrink import shrink_
 
 ROWS = (4, 5)
 
@@ -25,7 +25,7 @@ class Cut(nn.Module):
         self.a, self.o = nn.Linear(5, total), nn.Linear(total, 3)
         self.p = nn.ModuleList(nn.Linear(size, size) for size in wide)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         parts = self.cut(self, torch.relu(self.a(x)))
         return self.o(torch.cat([p(part) for p, part in zip(self.p, parts, strict=True)], 1))
 

@@ -266,7 +266,7 @@ class WithLayers(Eq6):
             module = self.frame.get_submodule(slot.modules[0])
             module.__dict__.pop("forward", None)
             if not self.q[slot.unit]:
-                module.forward = lambda x: x  # type: ignore[method-assign]
+                module.forward = lambda x: x
         return super().__call__(x)
 
     def absent(self, name: str) -> Tensor:
@@ -297,7 +297,8 @@ def test_grows_like_eq_6(block: type[nn.Module], kind: str) -> None:
         frame, OPTIMIZERS[kind](frame.parameters()), grower.space, method,
         s=indicators.s, q=grower.keep, beta=indicators.beta,
     )  # fmt: skip
-    share = grower.policy.lambda_share
+    policy: Any = grower.policy
+    share = policy.lambda_share
     assert {round(float(x), 9) for x in share} == {1.0, 0.1}
     seen = set()
     for epoch in range(3 if kind == "sgd" else 1):  # what is born is the one difference Adam's second moments make
@@ -306,7 +307,7 @@ def test_grows_like_eq_6(block: type[nn.Module], kind: str) -> None:
             grower.optimizer.zero_grad()
             live, literal = F.cross_entropy(grower.model(x), target), F.cross_entropy(oracle(x), target)
             every = torch.sigmoid(oracle.beta * oracle.s)[grower.space.removable]
-            extra = (grower.policy.penalty[grower.space.removable] * every).sum()
+            extra = (policy.penalty[grower.space.removable] * every).sum()
             extra.backward()
             step_both(grower, oracle, live, literal, 0.0)
         same_indicators(grower, oracle)

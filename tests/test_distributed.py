@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torchgrow import Budget, Grower, TorchgrowError, TraceError, load
 from torchgrow.distributed import _hash
 
 DOCS = Path(__file__).parent.parent / "docs" / "distributed.md"
-SCENARIOS = [
+SCENARIOS: list[Callable[..., Any]] = [
     ranks.plain,
     ranks.with_batch_norm,
     ranks.layers,
@@ -226,23 +227,24 @@ def test_a_group_of_one(group_of_one: None) -> None:
 
 
 def test_wrapped_or_sharded_models_are_refused(group_of_one: None) -> None:
-    x, arguments = torch.randn(2, 5), {"budget": Budget(params="50%"), "updates": 3}
+    x = torch.randn(2, 5)
+    arguments: dict[str, Any] = {"budget": Budget(params="50%"), "updates": 3}
     model = TwoLayers()
     ddp = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(
         TraceError, match=r"wrapped in DistributedDataParallel; pass model\.module, .* grower\.wrap\(\)"
     ):
-        Grower(ddp, optimizer, example_inputs=x, **arguments)  # type: ignore[arg-type]
+        Grower(ddp, optimizer, example_inputs=x, **arguments)
     from torch.distributed.fsdp import fully_shard
 
     flat = type("FullyShardedDataParallel", (nn.Sequential,), {})(TwoLayers())
     with pytest.raises(TraceError, match=r"the model is sharded over processes \(FSDP\); use DDP"):
         Grower(flat, torch.optim.SGD(flat.parameters(), 0.1), example_inputs=x, **arguments)
-    sharded = fully_shard(TwoLayers())
+    sharded: Any = fully_shard(TwoLayers())
     optimizer = torch.optim.SGD(sharded.parameters(), 0.1)
     with pytest.raises(TraceError, match=r"fc1\.weight is sharded over processes \(FSDP2, fully_shard\).* use DDP"):
-        Grower(sharded, optimizer, example_inputs=x, **arguments)  # type: ignore[arg-type]
+        Grower(sharded, optimizer, example_inputs=x, **arguments)
 
 
 def test_sharded_afterwards(group_of_one: None) -> None:

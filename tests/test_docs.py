@@ -29,7 +29,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
-def test_python_blocks_run(page, tmp_path, monkeypatch):
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, in one namespace; what a `text` block after them shows is what they print."""
     if page.name in RUN_ELSEWHERE:
         assert page.name in (ROOT / "tests" / RUN_ELSEWHERE[page.name]).read_text()
@@ -52,7 +52,7 @@ def commands() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("page", "line"), commands(), ids=lambda x: x)
-def test_commands_are_read(page, line, monkeypatch, tmp_path):
+def test_commands_are_read(page: Path, line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Options and recipes of every command exist; what it would train is not trained here."""
     words = shlex.split(line, comments=True)
     if words[0] in ("./demo", "./check"):

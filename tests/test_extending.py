@@ -152,7 +152,7 @@ def test_adapted_attention_computes_the_same(
     case: str, build: dict[str, object], call: dict[str, object], training: bool
 ) -> None:
     torch.manual_seed(0)
-    module = nn.MultiheadAttention(6, 3, **{"batch_first": True, **build}).train(training)  # type: ignore[arg-type]
+    module = nn.MultiheadAttention(6, 3, **{"batch_first": True, **build}).train(training)
     for parameter in module.parameters():
         nn.init.normal_(parameter)
     q, k = torch.randn(2, 4, 6), torch.randn(2, 4, 6)
@@ -247,7 +247,7 @@ def test_only_what_can_be_cut_is_adapted() -> None:
     model, example = zoo.build("multihead"), zoo.inputs("multihead")
     space = trace(model, example, freeze=["attention"])
     shrink_(model, space, space.everything())
-    assert type(model.attention) is nn.MultiheadAttention  # type: ignore[comparison-overlap]
+    assert type(model.attention) is nn.MultiheadAttention
 
 
 def test_an_adapter_that_computes_something_else_is_refused() -> None:

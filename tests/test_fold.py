@@ -37,7 +37,7 @@ def loss_of(outputs: Tensor, target: Tensor) -> Tensor:
 class Pair:
     """A live network and its oracle, of equal structure, with some units present and gates of every size."""
 
-    live: nn.Module
+    live: Any
     grower: Grower
     oracle: Eq6
 
@@ -80,7 +80,8 @@ def make_pair(make: Make, penalty: float = 0.0, model: nn.Module | None = None) 
     for _ in range(3):  # present and absent units have temperatures of their own
         grower.policy.applied(replace(grower.run._view(1), keep=keep))
     grower.run._change_to(keep, grower.policy, grower.run.state.generator, time.perf_counter())
-    grower.policy.penalty = penalty
+    policy: Any = grower.policy
+    policy.penalty = penalty
     assert not bool(keep.all())
     assert bool((indicators.gate[space.removable] < 0.2).any())
     oracle = Eq6(frame, make(frame), space, METHOD, s=indicators.s, q=keep, beta=indicators.beta)
@@ -146,7 +147,8 @@ def test_several_groups_and_parameters_left_out() -> None:
         m.conv1.weight.requires_grad_(False)
         decayed = [p for n, p in m.named_parameters() if p.dim() > 1 and p.requires_grad and n != "fc2.weight"]
         rest = [p for n, p in m.named_parameters() if p.dim() == 1 and not n.startswith("fc1")]
-        return torch.optim.SGD([{"params": decayed, "weight_decay": 1e-2, "lr": 0.02}, {"params": rest}], 0.05, 0.9)
+        groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": 1e-2, "lr": 0.02}, {"params": rest}]
+        return torch.optim.SGD(groups, 0.05, 0.9)
 
     pair = make_pair(make)
     assert not pair.grower.space.removable[pair.grower.space.unit_of["fc1.bias", 0]].any()
@@ -176,7 +178,7 @@ def test_closures(by_keyword: bool) -> None:
         literal.backward()
         pair.oracle.step()
         assert live is not None
-        assert abs(live.item() - literal.item()) <= 1e-9  # type: ignore[attr-defined]
+        assert abs(live.item() - literal.item()) <= 1e-9
     pair.compare()
 
 
@@ -354,7 +356,8 @@ def test_the_indicators_rate_is_the_share_of_the_full_rate_whenever_the_schedule
     model = SmallResNet().double()
     wide = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.SGD([{"params": wide}, {"params": rest, "lr": 0.01}], 0.05, momentum=0.9)
+    groups: list[dict[str, Any]] = [{"params": wide}, {"params": rest, "lr": 0.01}]
+    optimizer = torch.optim.SGD(groups, 0.05, momentum=0.9)
     schedule = CYCLES[name](optimizer) if early else None
     grower = Grower(model, optimizer, example_inputs=batch(0)[0], budget=Budget(params="50%"), updates=4)
     schedule = schedule or CYCLES[name](optimizer)
@@ -370,7 +373,8 @@ def test_a_group_with_a_rate_of_its_own_keeps_it_as_the_full_one() -> None:
     model = SmallResNet().double()
     wide = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.SGD([{"params": wide, "lr": 0.001}, {"params": rest}], 0.05)
+    groups: list[dict[str, Any]] = [{"params": wide, "lr": 0.001}, {"params": rest}]
+    optimizer = torch.optim.SGD(groups, 0.05)
     torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=9)
     grower = Grower(model, optimizer, example_inputs=batch(0)[0], budget=Budget(params="50%"), updates=4)
     assert grower.run.rate() == pytest.approx(0.1)
@@ -424,7 +428,7 @@ def test_fused_optimizer_under_a_scaler(name: str) -> None:
         if step == 5:
             before = everything(scaled)
             keep = {n: p.grad.clone() for n, p in scaled.live.named_parameters() if p.grad is not None}
-            scaled.live.bn1.weight.grad.fill_(float("inf"))  # type: ignore[union-attr, operator]
+            scaled.live.bn1.weight.grad.fill_(float("inf"))
             Scaled(1024.0, 1.0).step(scaled.grower.optimizer)
             assert same(before, everything(scaled))
             for n, p in scaled.live.named_parameters():
@@ -448,7 +452,7 @@ def test_grad_scaler_with_an_unfused_optimizer() -> None:
         scaler.scale(loss).backward()
         if step == 4:
             before = everything(pair)
-            pair.live.fc2.weight.grad.fill_(float("inf"))  # type: ignore[union-attr, operator]
+            pair.live.fc2.weight.grad.fill_(float("inf"))
             scaler.step(pair.grower.optimizer)
             scaler.update()
             assert same(before, everything(pair))
@@ -473,13 +477,13 @@ def test_bad_gradients_change_nothing(bad: float, closure: bool) -> None:
     x, target = batch(3)
     pair.grower.optimizer.zero_grad()
     loss_of(pair.live(x), target).backward()
-    good = pair.live.bn2.weight.grad.clone()  # type: ignore[union-attr, operator]
-    pair.live.bn2.weight.grad[0] = bad  # type: ignore[union-attr, index]
+    good = pair.live.bn2.weight.grad.clone()
+    pair.live.bn2.weight.grad[0] = bad
     before = everything(pair)
     with pytest.raises(TrainingError, match=r"gradients of bn2\.weight are NaN or infinite; nothing was changed"):
         pair.grower.optimizer.step((lambda: 0.0) if closure else None)
     assert same(before, everything(pair))
-    pair.live.bn2.weight.grad = good  # type: ignore[union-attr]
+    pair.live.bn2.weight.grad = good
     pair.grower.optimizer.step()
     loss_of(pair.oracle(x), target).backward()
     pair.oracle.step()
@@ -609,4 +613,5 @@ def test_gates_of_complex_weights_get_the_gradient_of_what_they_scale() -> None:
     model(x).square().sum().backward()
     found = fold.gate_gradient([parameter.grad for parameter in fold.parameters])
     assert space.n_units == 6
+    assert gate.grad is not None
     assert torch.allclose(found, (gate.grad * gate).detach())

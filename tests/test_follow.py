@@ -159,7 +159,7 @@ def test_a_follower_that_fails_to_be_cut_is_as_it_was(call: int, whole: bool, mo
     """The whole frame or a copy of the live network: shapes, contents, attributes; and it does not follow."""
     frame = SmallResNet().double()
     grower = run(make(), 3)
-    other = frame if whole else copy.deepcopy(grower.model)
+    other: Any = frame if whole else copy.deepcopy(grower.model)
     before = copy.deepcopy({**other.state_dict(), "channels": other.conv2.in_channels, "names": sorted(vars(other))})
     with monkeypatch.context() as patch:
         patch.setattr(torchgrow.exchange, "run", breaking(call, MemoryError("none left")))
@@ -170,12 +170,13 @@ def test_a_follower_that_fails_to_be_cut_is_as_it_was(call: int, whole: bool, mo
     assert grower.run.live.followers == grower.run.live.copies == []
     grower.follow(other)
     grower.update()
-    assert other.conv2.in_channels == grower.model.conv2.in_channels
+    live: Any = grower.model
+    assert other.conv2.in_channels == live.conv2.in_channels
 
 
 def test_a_follower_whose_parameter_was_exchanged_is_told() -> None:
     grower = run(make(), 3)
-    other = copy.deepcopy(grower.model)
+    other: Any = copy.deepcopy(grower.model)
     grower.follow(other)
     train(grower, 6)
     before = everything(grower)
@@ -233,7 +234,8 @@ def test_an_average_that_does_not_follow_is_told_of_at_the_first_update() -> Non
 
 
 def test_the_look_for_spoilt_averages_passes_over_layers_that_are_left_out() -> None:
-    model, arguments = Stages(Residual).double(), {"example_inputs": batch(0)[0], "budget": Budget(params="50%")}
+    model = Stages(Residual).double()
+    arguments: dict[str, Any] = {"example_inputs": batch(0)[0], "budget": Budget(params="50%")}
     grower = Grower(model, sgd(model), updates=3, depth=True, **arguments)
     assert any(not p.numel() for p in model.parameters())
     run(grower, 1)

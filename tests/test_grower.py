@@ -4,6 +4,7 @@ import copy
 import math
 import re
 from dataclasses import replace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -248,6 +249,7 @@ def test_a_live_loss_does_not_disturb_the_next_backward(set_to_none: bool) -> No
         F.cross_entropy(model(x), target).backward()
     for (name, a), b in zip(grower.model.named_parameters(), twin.parameters(), strict=True):
         assert a.grad is not None
+        assert b.grad is not None
         assert torch.equal(a.grad, b.grad), name
     grower.optimizer.step()
     with pytest.raises(RuntimeError):
@@ -331,10 +333,9 @@ def test_user_hooks_survive() -> None:
     grower = make(STILL, Budget(params="100%"))
     seen: list[tuple[int, ...]] = []
     accumulated: list[tuple[int, ...]] = []
-    grower.model.conv2.weight.register_hook(lambda g: seen.append(tuple(g.shape)))  # type: ignore[union-attr]
-    grower.model.conv2.weight.register_post_accumulate_grad_hook(  # type: ignore[union-attr]
-        lambda p: accumulated.append(tuple(p.grad.shape))
-    )
+    weight = grower.model.get_parameter("conv2.weight")
+    weight.register_hook(lambda g: seen.append(tuple(g.shape)))
+    weight.register_post_accumulate_grad_hook(lambda p: accumulated.append(tuple(p.grad.shape)))
     train(grower, steps=1)
     grow_to(grower, grower.space.everything())
     train(grower, steps=1)
@@ -498,7 +499,8 @@ def test_paper_to_the_letter(budget: Budget, penalised: str, start: float) -> No
             gaps.append((1 - grower.limits.flops / frame.flops) - (1 - event.flops / frame.flops))
         assert event.pressure == pytest.approx(0.5 * max(gaps), rel=1e-12)
         counted = grower.keep if penalised == "present" else torch.ones_like(grower.keep)
-        assert torch.equal(grower.policy.penalty, event.pressure * counted.double())  # type: ignore[attr-defined]
+        policy: Any = grower.policy
+        assert torch.equal(policy.penalty, event.pressure * counted.double())
         train(grower, 2 * epoch)
         expected = torch.sigmoid(100 ** (t / 12) * indicators.s)
         twin = torch.Generator()

@@ -138,7 +138,7 @@ def test_a_frame_without_values_can_be_tried_again_after_a_failed_trace(monkeypa
     """What failed inside the trace holds weak references to the parameters, which would forbid their exchange."""
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 2))
-    arguments = {"example_inputs": torch.randn(2, 5), "budget": Budget(params="50%"), "updates": 3}
+    arguments: dict[str, Any] = {"example_inputs": torch.randn(2, 5), "budget": Budget(params="50%"), "updates": 3}
     with monkeypatch.context() as patch:
         patch.setattr(F, "relu", failing(KeyboardInterrupt(), 1, F.relu))
         with pytest.raises(KeyboardInterrupt):
@@ -228,7 +228,7 @@ def test_infeasible_budgets_name_the_range(budget: Budget, message: str) -> None
 )
 def test_bad_arguments(change: dict[str, Any], message: str) -> None:
     model = TwoLayers()
-    arguments = {"example_inputs": torch.randn(2, 5), "budget": Budget(params="50%"), "updates": 3}
+    arguments: dict[str, Any] = {"example_inputs": torch.randn(2, 5), "budget": Budget(params="50%"), "updates": 3}
     with pytest.raises(TorchgrowError, match=message):
         Grower(model, sgd(model), **{**arguments, **change})
     assert model.fc1.weight.shape == (12, 5)

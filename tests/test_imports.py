@@ -6,13 +6,14 @@ import sys
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import torchgrow
 
 ROOT = Path(torchgrow.__file__).parent
-LAB = sorted(ROOT.glob("lab/*.py"))
+LAB = sorted(ROOT.glob("lab/**/*.py"))
 
 # Each may import only what stands before it, and packages what is in themselves.
 ORDER = [
@@ -23,8 +24,8 @@ APART = {"tracing": "persistence"}
 """Packages that stand before, and are no business of theirs."""
 LAB_ORDER = [
     "__init__", "names", "user_files", "devices", "processes", "environment", "metrics", "models", "recurrent",
-    "attention", "text", "data", "recipes", "checkpoints", "train", "baselines", "display", "report", "run_folder",
-    "results", "compare", "pages", "run", "sources", "inspect",
+    "attention", "text", "data", "recipes", "from_recipe", "checkpoints", "train", "baselines", "display", "report",
+    "run_folder", "results", "compare", "pages", "run", "sources", "inspect",
 ]  # fmt: skip
 BEYOND = {
     "inspect": {"torchgrow.structure.budget", "torchgrow.structure.cost"}
@@ -64,7 +65,8 @@ def imports(source: str, module: str = "__init__") -> Iterator[tuple[str, str | 
 def inside(module: str, name: str | None) -> list[str]:
     """The parts of an imported name below torchgrow: of "torchgrow.growth", "grower" they are "growth", "grower"."""
     parts = module.split(".")[1:]
-    return [*parts, name] if name and (ROOT.joinpath(*parts) / f"{name}.py").exists() else parts
+    target = ROOT.joinpath(*parts, name or "")
+    return [*parts, name] if name and (target.with_suffix(".py").exists() or target.is_dir()) else parts
 
 
 def wrong_in_core(module: str, source: str) -> list[str]:
@@ -76,19 +78,29 @@ def wrong_in_core(module: str, source: str) -> list[str]:
         package = target.partition(".")[0]
         if package == "torchgrow":
             parts = inside(target, name)
-            if (parts or [name])[0] not in before | ({own} if "." in module else set()):
+            if (parts[0] if parts else name) not in before | ({own} if "." in module else set()):
                 wrong.append(f"{module} imports {'.'.join(parts)}")
         elif package not in CORE_NEEDS | {*sys.stdlib_module_names} | {FRAMEWORKS.get(module)}:
             wrong.append(f"{module} imports {target}")
     return wrong
 
 
+def wrong_in_lab(module: str, source: str) -> list[str]:
+    """Modules of the lab that one of them may not import."""
+    own = module.split(".")[1]
+    fine = {*LAB_ORDER[: LAB_ORDER.index(own)]} | ({own} if module.count(".") > 1 else set())
+    used = [inside(*one)[:3] for one in imports(source, module) if one[0].startswith("torchgrow.lab")]
+    return [f"{module} imports {'.'.join(parts)}" for parts in used if (parts[1:] or ["__init__"])[0] not in fine]
+
+
 def circles(files: Mapping[str, str]) -> set[str]:
     """Modules that import each other, by whatever way, or themselves; files: sources by dotted name."""
     uses = {
-        name: {".".join(inside(*one)) for one in imports(source, name) if one[0].startswith("torchgrow")} & files.keys()
+        name: {".".join(inside(*one)) for one in imports(source, name) if one[0].startswith("torchgrow")}
         for name, source in files.items()
     }
+    packages = {name.removesuffix(".__init__"): name for name in files}
+    uses = {name: {packages.get(one, one) for one in used} & files.keys() for name, used in uses.items()}
     while True:
         free = {name for name, used in uses.items() if not used & uses.keys()}
         if not free:
@@ -110,39 +122,35 @@ def wrong_outside(source: str, beyond: AbstractSet[str] = frozenset()) -> list[s
     return wrong
 
 
-def test_every_core_file_has_its_place_in_the_order():
+def test_every_core_file_has_its_place_in_the_order() -> None:
     assert {dotted(path).split(".")[0] for path in CORE} <= set(ORDER)
 
 
 @pytest.mark.parametrize("path", CORE, ids=dotted)
-def test_core_imports_only_what_stands_above(path):
+def test_core_imports_only_what_stands_above(path: Any) -> None:
     assert wrong_in_core(dotted(path), path.read_text()) == []
 
 
-def test_no_modules_import_each_other():
-    assert circles({dotted(path): path.read_text() for path in CORE if dotted(path) != "__init__"}) == set()
+def test_no_modules_import_each_other() -> None:
+    assert circles({dotted(path): path.read_text() for path in [*CORE, *LAB] if dotted(path) != "__init__"}) == set()
 
 
 @pytest.mark.parametrize("path", [*LAB, *COMMANDS], ids=lambda p: p.stem)
-def test_lab_and_command_line_use_public_names(path):
+def test_lab_and_command_line_use_public_names(path: Any) -> None:
     assert wrong_outside(path.read_text(), BEYOND.get(path.stem, frozenset())) == []
 
 
-@pytest.mark.parametrize("path", LAB, ids=lambda p: p.stem)
-def test_lab_has_an_order_too(path):
-    used = set()
-    for module, name in imports(path.read_text()):
-        if module.startswith("torchgrow.lab"):
-            used.add(module.split(".")[2] if module.count(".") > 1 else name)
-    assert used <= set(LAB_ORDER[: LAB_ORDER.index(path.stem)])
+@pytest.mark.parametrize("path", LAB, ids=dotted)
+def test_lab_has_an_order_too(path: Any) -> None:
+    assert wrong_in_lab(dotted(path), path.read_text()) == []
 
 
-def test_the_rules_see_violations():
+def test_the_rules_see_violations() -> None:
     space = "structure.space"
     assert wrong_in_core(space, "from torchgrow.growth.grower import Grower") == [f"{space} imports growth.grower"]
     assert wrong_in_core(space, "from ..growth import gates\nfrom .. import growth") == [
         f"{space} imports growth.gates",
-        f"{space} imports ",
+        f"{space} imports growth",
     ]
     assert wrong_in_core(space, "from .store import gather\nfrom ..adapters.torch import F") == []
     assert wrong_in_core("tracing.labels", "from ..persistence.folder import pack") != []
@@ -150,7 +158,15 @@ def test_the_rules_see_violations():
     assert wrong_in_core("adapters.timm", "import timm.layers") == []
     assert wrong_in_core("adapters.timm", "import torchvision") != []
     assert wrong_in_core("growth.grower", "import math, torch\nfrom torchgrow.structure.space import Space") == []
+    assert wrong_in_lab("lab.text", "from torchgrow.lab import names\nfrom torchgrow.lab.metrics import METRICS") == []
+    assert wrong_in_lab("lab.text", "from torchgrow.lab import recipes, run") == [
+        "lab.text imports lab.recipes",
+        "lab.text imports lab.run",
+    ]
+    assert wrong_in_lab("lab.recipes.images", "from torchgrow.lab.recipes.recipe import Recipe") == []
+    assert wrong_in_lab("lab.recipes.images", "from torchgrow.lab.train import fit") != []
     assert circles({"a.x": "from .y import f", "a.y": "from . import z", "a.z": "import os"}) == set()
+    assert circles({"a.__init__": "from .x import f", "a.x": "from torchgrow.a import f"}) == {"a.__init__", "a.x"}
     assert circles({"structure.space": "from .store import f", "structure.store": "from .space import g"}) == {
         "structure.space",
         "structure.store",
@@ -163,7 +179,7 @@ def test_the_rules_see_violations():
     assert wrong_outside("from torchgrow import Grower\nfrom torchgrow.lab import data") == []
 
 
-def test_public_names_exist():
+def test_public_names_exist() -> None:
     assert [name for name in torchgrow.__all__ if not hasattr(torchgrow, name)] == []
 
 
@@ -178,7 +194,7 @@ def run_blocked(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", BLOCK + code], capture_output=True, text=True, timeout=120)
 
 
-def test_core_imports_without_the_lab():
+def test_core_imports_without_the_lab() -> None:
     done = run_blocked("import torchgrow; torchgrow.Grower")
     assert done.returncode == 0, done.stderr
 
@@ -195,20 +211,20 @@ print(sorted(beyond), "torch._dynamo" in sys.modules, "torch._inductor" in sys.m
 """
 
 
-def test_the_core_loads_torch_safetensors_numpy_and_nothing_else():
+def test_the_core_loads_torch_safetensors_numpy_and_nothing_else() -> None:
     """Not even where other packages are there to be had; and not torch's compiler, which takes seconds to load."""
     done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, timeout=120)
     assert done.stdout == "[] False False\n", done.stdout + done.stderr
 
 
-def test_command_line_without_the_lab_says_what_to_install():
+def test_command_line_without_the_lab_says_what_to_install() -> None:
     done = run_blocked("from torchgrow.__main__ import main; main()")
     assert done.returncode == 1
     assert "pip install 'torchgrow[lab]'" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_every_public_name_has_one_home():
+def test_every_public_name_has_one_home() -> None:
     """The three lists of `torchgrow/__init__.py` agree: what is loaded late, what type checkers see, what is public."""
     homes = [name for names in torchgrow._HOMES.values() for name in names]
     tree = ast.parse((ROOT / "__init__.py").read_text())
@@ -224,7 +240,7 @@ def test_every_public_name_has_one_home():
         torchgrow.Growr  # noqa: B018
 
 
-def test_budgets_and_errors_need_no_pytorch():
+def test_budgets_and_errors_need_no_pytorch() -> None:
     code = "import sys, torchgrow; torchgrow.Budget(params='36%'); torchgrow.BudgetError; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "False\n", done.stderr

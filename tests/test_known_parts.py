@@ -1,10 +1,11 @@
 """Known networks in small whose sizes are attributes: parts of projections, heads, groups of heads and their states."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchgrow import verify
@@ -20,7 +21,7 @@ class PartialConv(nn.Module):
         self.conv3, self.up, self.bn = c3(2, 2, bias=False), nn.Conv2d(8, 12, 1, bias=False), nn.BatchNorm2d(12)
         self.down = nn.Conv2d(12, 8, 1, bias=False)
 
-    def forward(self, s):
+    def forward(self, s: Any) -> Tensor:
         if self.sliced:
             first, rest = s[:, : self.dim_conv3], s[:, self.dim_conv3 :]
         else:
@@ -36,7 +37,7 @@ class Faster(nn.Module):
         self.stem, self.out = c3(3, 8), nn.Conv2d(8, 4, 1)
         self.blocks = nn.Sequential(PartialConv(sliced), PartialConv(sliced))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.out(self.blocks(self.stem(x)))
 
 
@@ -53,7 +54,7 @@ class StateSpace(nn.Module):
         self.rate, self.skip, self.scale = (nn.Parameter(torch.ones(n)) for n in (heads, heads, heads * width))
         self.out_proj = nn.Linear(self.intermediate_size, 5, bias=False)
 
-    def forward(self, u):
+    def forward(self, u: Any) -> Tensor:
         n, length, _ = u.shape
         gate, mixed, step = self.in_proj(u).split([self.intermediate_size, self.conv_dim, self.num_heads], -1)
         mixed = F.silu(self.conv(mixed.transpose(1, 2))[..., :length].transpose(1, 2))
@@ -85,7 +86,7 @@ class BigCode(nn.Module):
         self.embed_dim, self.num_heads, self.head_dim, self.kv_dim = 12, 4, 3, 3
         self.c_attn, self.c_proj, self.up = nn.Linear(12, 18), nn.Linear(12, 12), nn.Linear(5, 12)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = F.layer_norm(self.up(x), (12,))
         q, k, v = self.c_attn(x).unsqueeze(1).split((self.embed_dim, self.kv_dim, self.kv_dim), dim=3)
         q = q.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
@@ -101,9 +102,10 @@ class Gated(nn.Module):
         self.head_dim, self.num_key_value_groups = 3, 2
         self.q, self.k, self.v, self.o = nn.Linear(5, 24), nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(12, 5)
         self.q_scale, self.k_scale = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+        self.angle: torch.Tensor
         self.register_buffer("angle", torch.tensor([0.3]))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         shape = (*x.shape[:-1], -1, self.head_dim)
         q, gate = torch.chunk(self.q(x).view(*x.shape[:-1], -1, self.head_dim * 2), 2, dim=-1)
         k, v = self.k(x).view(shape).transpose(1, 2), self.v(x).view(shape).transpose(1, 2)
@@ -118,7 +120,7 @@ class Gated(nn.Module):
         y = ((q @ k.transpose(2, 3) * self.head_dim**-0.5).softmax(-1) @ v).transpose(1, 2)
         return x + self.o(y.reshape(*x.shape[:-1], -1) * torch.sigmoid(gate.reshape(*x.shape[:-1], -1)))
 
-    def turned(self, t, cos, sin):
+    def turned(self, t: Any, cos: Any, sin: Any) -> Any:
         """The first two of a head's three turned, the last as it is."""
         a, b, rest = t[..., :1], t[..., 1:2], t[..., 2:]
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
@@ -133,7 +135,7 @@ class Delta(nn.Module):
         self.key_dim, self.value_dim = 6, 6
         self.qkv, self.beta, self.o = nn.Linear(5, 18), nn.Linear(5, 3), nn.Linear(6, 5)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         mixed = F.silu(self.qkv(x))
         q = mixed[..., : self.key_dim]
         k, v = mixed[..., self.key_dim : 2 * self.key_dim], mixed[..., 2 * self.key_dim :]
@@ -155,7 +157,7 @@ class Positions(nn.Module):
         self.qkv, self.pe = nn.Conv2d(3, heads * (2 * key + value), 1), c3(dim, dim, groups=dim)
         self.proj = nn.Conv2d(dim, 4, 1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         n, _, h, w = x.shape
         joined = self.qkv(x).view(n, self.num_heads, self.key_dim * 2 + self.head_dim, h * w)
         q, k, v = joined.split([self.key_dim, self.key_dim, self.head_dim], dim=2)

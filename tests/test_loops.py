@@ -89,7 +89,9 @@ def test_grad_scaler_across_updates(name: str) -> None:
         scaler.scale(F.cross_entropy(scaled.model(x), target)).backward()
         if overflow:
             before = everything(scaled)
-            scaled.model.fc2.weight.grad[0, 0] = float("inf")  # type: ignore[union-attr, index]
+            gradient = scaled.model.get_parameter("fc2.weight").grad
+            assert gradient is not None
+            gradient[0, 0] = float("inf")
         scaler.step(scaled.optimizer)
         scaler.update()
         if overflow:
@@ -291,10 +293,10 @@ def test_channels_last_weights_stay_so(late: bool) -> None:
     torch.manual_seed(0)
     model = SmallResNet().double()
     if not late:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
     grower = grow(model, preset="default:ramp=0.5,peak=1,settle=0")
     if late:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
     for epoch in range(4):
         train(grower, 2 * epoch)
         grower.update()

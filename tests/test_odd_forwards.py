@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,12 +26,12 @@ class Odd(nn.Module):
 
 class Square(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return x * x
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Any) -> Any:
         return 2 * ctx.saved_tensors[0] * gradient
 
 
@@ -105,7 +106,7 @@ ANSWERS = [
     (as_complex, 10),
     (turned_in_place, 10),
     (turned_in_place_square, 10),
-    (torch.func.vmap(lambda y: y.relu()), 10),
+    (torch.func.vmap(torch.relu), 10),
 ]
 
 
@@ -123,7 +124,7 @@ class Holding(Odd):
     def __init__(self) -> None:
         super().__init__(lambda y: y)
         self.turn = torch.randn(3, 3)
-        self.held = {"more": [torch.randn(3, 3), (torch.randn(3, 3), 2)]}
+        self.held: dict[str, Any] = {"more": [torch.randn(3, 3), (torch.randn(3, 3), 2)]}
 
     def forward(self, x: Tensor) -> Tensor:
         for matrix in (self.turn, self.held["more"][0], self.held["more"][1][0]):
@@ -253,6 +254,7 @@ def test_complex_buffers_pass() -> None:
     class Complex(Odd):
         def __init__(self) -> None:
             super().__init__(F.relu)
+            self.turn: Tensor
             self.register_buffer("turn", torch.polar(torch.ones(3), torch.arange(3.0)))
 
         def forward(self, x: Tensor) -> Tensor:

@@ -31,9 +31,10 @@ class Slotted:
 
 class Under(Slotted):
     __slots__ = ("more",)
+    more: dict[str, Tensor]
 
 
-class Dictionary(dict):
+class Dictionary(dict[str, Any]):
     pass
 
 
@@ -155,7 +156,7 @@ def test_where_a_frozen_output_lies_is_said() -> None:
 
 def test_inputs_in_objects_are_followed_and_proven() -> None:
     class Wrapped(Net):
-        def forward(self, batch: Features) -> Tensor:
+        def forward(self, batch: Any) -> Tensor:
             y, _ = super().forward(batch.one["x"])
             return y * batch.two
 

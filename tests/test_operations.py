@@ -84,7 +84,7 @@ def per_channel_fake_quantize(x: Tensor) -> Tensor:
     return torch.fake_quantize_per_channel_affine(x, scale, torch.zeros_like(scale, dtype=torch.int32), 1, -128, 127)
 
 
-MAPS: list[Callable[[Tensor], Tensor]] = [
+MAPS: list[Callable[[Tensor], Any]] = [
     lambda x: x.max(-1)[0][..., None],
     lambda x: x.min(-1, keepdim=True).values,
     lambda x: x.median(3, keepdim=True).values + x.nanmedian(2, keepdim=True).values,
@@ -93,7 +93,7 @@ MAPS: list[Callable[[Tensor], Tensor]] = [
     lambda x: x.topk(3, 2)[0],
     lambda x: x.cummax(2)[0] + x.cummin(3)[0] + x.cumsum(2) + x.cumprod(3),
     lambda x: torch.logcumsumexp(x, 2).cumsum_(3).sigmoid_(),
-    lambda x: sum(torch.aminmax(x, dim=3, keepdim=True)),  # type: ignore[arg-type]
+    lambda x: sum(torch.aminmax(x, dim=3, keepdim=True)),
     lambda x: x.argmax(-1, keepdim=True).to(x.dtype) + x.argsort(-1).to(x.dtype),
     places_of,
     lambda x: F.grid_sample(x, grid(x), align_corners=False),

@@ -66,7 +66,8 @@ def test_refused_by_name(name: str, scheduled: bool, used: bool) -> None:
 def test_the_trial_leaves_everything_alone(scheduled: bool) -> None:
     """With gradients waiting and hooks of the user's: no weight, slot, hook or flag of the original moves."""
     model = TwoLayers()
-    optimizer = torch.optim.Adam([{"params": model.fc1.parameters()}, {"params": model.fc2.parameters(), "lr": 0.1}])
+    groups: list[dict[str, Any]] = [{"params": model.fc1.parameters()}, {"params": model.fc2.parameters(), "lr": 0.1}]
+    optimizer = torch.optim.Adam(groups)
     if scheduled:
         torch.optim.lr_scheduler.StepLR(optimizer, 1)
     stepped(optimizer, model)

@@ -33,7 +33,7 @@ def halved(space: Space) -> Tensor:
 class Training(nn.Module):
     """h = relu(a(3, 6)); y = b(6, 4)(h) -> c(4, 2); in training something more is made of h"""
 
-    def __init__(self, more: Callable[[nn.Module, Tensor], Any], **layers: Any) -> None:
+    def __init__(self, more: Callable[[Any, Tensor], Any], **layers: Any) -> None:
         super().__init__()
         self.a, self.b, self.c, self.more = zoo.c3(3, 6), zoo.c3(6, 4), nn.Linear(4, 2), more
         for name, layer in layers.items():
@@ -129,7 +129,7 @@ class Levels(nn.Module):
         self.a, self.b = zoo.c3(3, 6), zoo.c3(6, 4)
         self.heads = nn.ModuleList([nn.Linear(6, 5), nn.Linear(4, 5)])
 
-    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+    def forward(self, x: Tensor, level: Tensor) -> Any:
         one = F.relu(self.a(x))
         features, out = [one, F.relu(self.b(one))], 0
         for k in range(2):
@@ -246,7 +246,7 @@ def test_an_example_that_only_training_takes() -> None:
             if not self.training:
                 return y
             assert target is not None, "targets are needed in training"
-            return F.cross_entropy(y[0], target) + self.aux(y[1]).mean()
+            return F.cross_entropy(y[0], target) + self.get_submodule("aux")(y[1]).mean()
 
     model = WithLoss(lambda m, h: h, aux=nn.Conv2d(6, 2, 1))
     targets = torch.tensor([0, 1])
@@ -268,7 +268,7 @@ class ActNorm(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.shift, self.scale = nn.Parameter(torch.zeros(1, width, 1, 1)), nn.Parameter(torch.ones(1, width, 1, 1))
-        self.set, self.seen = False, []
+        self.set, self.seen = False, list[torch.Size]()
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen.append(x.shape)
@@ -304,7 +304,7 @@ class Cached(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.table, self.cache = nn.Parameter(torch.randn(width)), {}
+        self.table, self.cache = nn.Parameter(torch.randn(width)), dict[str, Tensor]()
 
     def train(self, mode: bool = True) -> "Cached":
         super().train(mode)

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def cut(model: nn.Module, x: torch.Tensor) -> nn.Module:
     return model
 
 
-def test_positions_are_read_off_and_a_right_cut_is_exact(peers, monkeypatch) -> None:
+def test_positions_are_read_off_and_a_right_cut_is_exact(peers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = SmallResNet(), torch.randn(2, 3, 8, 8)
     monkeypatch.setitem(peers.PEERS, "mine", cut)
     row = peers.peer("mine", copy.deepcopy(model), x)
@@ -42,8 +43,8 @@ def test_positions_are_read_off_and_a_right_cut_is_exact(peers, monkeypatch) -> 
     assert row["training"] < 1e-9
 
 
-def test_a_norm_over_fewer_features_is_not_exact(peers, monkeypatch) -> None:
-    def thinner(model: nn.Module, x: torch.Tensor) -> nn.Module:
+def test_a_norm_over_fewer_features_is_not_exact(peers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def thinner(model: Any, x: torch.Tensor) -> nn.Module:
         first, norm, last = model
         rows = torch.arange(5)
         first.weight.data, first.bias.data = first.weight.data[rows], first.bias.data[rows]
@@ -59,8 +60,8 @@ def test_a_norm_over_fewer_features_is_not_exact(peers, monkeypatch) -> None:
     assert row["evaluation"] > 1e-3
 
 
-def test_what_crashes_and_what_mixes_entries_is_said(peers, monkeypatch) -> None:
-    def mixed(model: nn.Module, x: torch.Tensor) -> nn.Module:
+def test_what_crashes_and_what_mixes_entries_is_said(peers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mixed(model: Any, x: torch.Tensor) -> nn.Module:
         model.weight.data = model.weight.data[:2] + 0.5
         return model
 

@@ -246,7 +246,7 @@ def test_a_damaged_folder_is_refused_and_the_frame_stays_whole(name: str, folder
     with pytest.raises(SavedModelError, match=text):
         load(folder, lambda: frame)
     assert all(torch.equal(value, before[key]) for key, value in frame.state_dict().items())
-    assert frame.g.groups == 4  # type: ignore[union-attr]
+    assert frame.g.groups == 4
     assert "_torchgrow_record" not in vars(frame)
 
 
@@ -256,7 +256,7 @@ def test_a_missing_folder_and_a_wrong_factory(folder: Path, tmp_path: Path) -> N
     with pytest.raises(SavedModelError, match=r"nowhere is not .*, or take a checkpoint by torchgrow\.load_checkpoint"):
         load(tmp_path / "nowhere", lambda: zoo.build("grouped"))
     with pytest.raises(SavedModelError, match=r"got a Linear; call torchgrow\.load\(folder, Linear\), or with"):
-        load(tmp_path, nn.Linear(2, 2))  # type: ignore[arg-type]
+        load(tmp_path, nn.Linear(2, 2))
     with pytest.raises(SavedModelError, match=r"got a str; call torchgrow\.load\(folder, MyModel\), or with"):
         load(nn.Linear, "net")  # type: ignore[arg-type]
     for wrong in ("net", [nn.Linear(2, 2)]):

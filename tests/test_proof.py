@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import torchgrow.tracing.verification
 import zoo
@@ -92,7 +92,7 @@ def test_a_size_fixed_in_the_forward_is_found_by_the_proof() -> None:
             super().__init__()
             self.a, self.f, self.g = zoo.c3(3, 6), nn.Linear(6, 5), nn.Linear(5, 2)
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             return self.g(torch.relu(self.f(self.a(x).reshape(len(x), 6, -1).mean(2))))
 
     report = verify(Fixed(), zoo.inputs("plain"))
@@ -145,7 +145,7 @@ def test_a_dtype_named_in_the_forward_is_explained() -> None:
             super().__init__()
             self.a, self.b = zoo.c3(3, 6), zoo.c3(6, 2)
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             return self.b(self.a(x).float())
 
     with pytest.raises(TraceError, match=r"float64.* failed: RuntimeError.*take dtypes from the tensors"):
@@ -172,7 +172,7 @@ def test_the_model_is_left_as_it_was() -> None:
         for key, (tensor, value) in state.items():
             assert after[key] is tensor, f"{key} of {name} is another object"
             assert torch.equal(tensor, value)
-        assert all(torch.equal(model.get_parameter(key).grad, grad) for key, grad in grads.items())  # type: ignore[arg-type]
+        assert all(torch.equal(model.get_parameter(key).grad, grad) for key, grad in grads.items())
         assert "_torchgrow_record" not in vars(model)
 
 
@@ -190,7 +190,7 @@ class Random(nn.Module):
             width = width + out if kind == "concat" else out
         self.fc = nn.Linear(width, 2)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         for kind, layer in zip(self.kinds, self.layers, strict=True):
             y = torch.relu(layer(x))
             x = x + y if kind == "residual" else torch.cat([x, y], 1) if kind == "concat" else y
@@ -246,9 +246,9 @@ def test_rounding_that_a_network_blows_up_is_looked_at_again(monkeypatch: pytest
     model, x = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)), torch.randn(5, 4)
     space = replay(model, x)
     prover = Prover(model, space, x, seed=0)
-    before = prover.frame[0].weight.clone()
+    before = prover.frame.get_parameter("0.weight").clone()
     monkeypatch.setattr(torchgrow.tracing.verification, "_gap", lambda found, expected: next(gaps))
     assert prover.error(prover.draw(0.5))[0] == 0.0
-    assert torch.equal(prover.frame[0].weight, before)
+    assert torch.equal(prover.frame.get_parameter("0.weight"), before)
     assert prover.error(prover.draw(0.5))[0] == 1e-15
-    assert not torch.equal(prover.frame[0].weight, before)
+    assert not torch.equal(prover.frame.get_parameter("0.weight"), before)

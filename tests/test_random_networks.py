@@ -45,7 +45,7 @@ def test_the_oracle_sees_a_wrong_space() -> None:
     model, x = drawn.build([("conv", 18)], ("pooled", 0)).double(), drawn.example().double()
     space = trace(model, x)
     place = ("blocks.1.0.weight", 1)
-    space.unit_of[place][:] = space.unit_of[place].roll(1)  # type: ignore[index]
+    space.unit_of[place][:] = space.unit_of[place].roll(1)
     assert drawn.error(model, space, 0.5, 0, x) > 1e-3
 
 

@@ -234,7 +234,7 @@ class Doubling(nn.Module):
         super().__init__()
         self.fc = nn.Linear(192, 2)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc(x.flatten(1))
 
 
@@ -321,7 +321,7 @@ def test_labels_of_raw_operations_do_not_outlive_an_in_place_write() -> None:
             super().__init__()
             self.a, self.b, self.c = zoo.c3(3, 6), zoo.c3(3, 3), zoo.c3(6, 2)
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             y = self.a(x)
             y[:, :3] = self.b(x)
             return self.c(y)

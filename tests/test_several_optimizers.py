@@ -103,7 +103,12 @@ def test_indicators_wait_for_every_optimizer_that_holds_gates() -> None:
     s, gate = indicators_of(grower).s.clone(), indicators_of(grower).gate.clone()
     gradients: list[Tensor] = []
     step = indicators_of(grower).step
-    indicators_of(grower).step = lambda gradient, *rest: (gradients.append(gradient), step(gradient, *rest))[1]  # type: ignore[method-assign]
+
+    def noted(gradient: Tensor, *rest: Any) -> Any:
+        gradients.append(gradient)
+        return step(gradient, *rest)
+
+    indicators_of(grower).step = noted
     for k in range(3):
         backward(grower, k)
         first.step()

@@ -109,7 +109,7 @@ def test_what_never_lived_together_begins_as_newborn(name: str) -> None:
         bank.resize_(some(space, *live))
         step(model, optimizer, 0.01, 8)
     bank.resize_(some(space, 0, 1))
-    weight = model[2].weight
+    weight = model.get_parameter("2.weight")
     before = weight.detach().clone()
     step(model, optimizer, 0.0, 7)
     moved = (weight.detach() - before).abs()
@@ -166,9 +166,9 @@ def test_a_group_added_later_and_a_setting_changed_later_are_tried_out_then() ->
     optimizer.add_param_group({"params": list(model[2].parameters()), "momentum": 0.5})
     optimizer.param_groups[0]["momentum"] = 0.9
     step(model, optimizer, 0.01, 3)
-    for p in (model[0].weight, model[2].weight):
+    for p in (model.get_parameter("0.weight"), model.get_parameter("2.weight")):
         optimizer.state[p]["momentum_buffer"].abs_()
     bank.resize_(some(space, 0, 1, 2))
-    for p in (model[0].weight, model[2].weight):
+    for p in (model.get_parameter("0.weight"), model.get_parameter("2.weight")):
         assert not bool(optimizer.state[p]["momentum_buffer"][2].any())
         assert bool(optimizer.state[p]["momentum_buffer"][:2, :2].all())

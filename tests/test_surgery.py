@@ -258,7 +258,7 @@ def test_a_tensor_whose_trained_units_are_asleep_keeps_the_step_count_that_their
     step(model, optimizer, x, steps=6)
     for live in (keep(0), keep(0, *range(2, 32)), space.everything()):
         bank.resize_(live)
-        assert float(optimizer.state[model[0].weight]["step"]) == 6
+        assert float(optimizer.state[model.get_parameter("0.weight")]["step"]) == 6
 
 
 @pytest.mark.parametrize("kind", ["momentum", "rmsprop", "rprop", "adagrad"])
@@ -272,7 +272,7 @@ def test_what_no_step_count_corrects_does_not_begin_anew(kind: str) -> None:
     optimizer = OPTIMIZERS[kind](model.parameters())
     bank = shrink_(model, space, keep, optimizer)
     step(model, optimizer, x, steps=5)
-    weight = model[0].weight
+    weight = model.get_parameter("0.weight")
     before = {k: v.clone() for k, v in optimizer.state[weight].items() if isinstance(v, Tensor)}
     assert before
     bank.restore_()
@@ -465,7 +465,8 @@ def test_law_11_a_live_loss_does_not_disturb_the_next_backward(trained: Any) -> 
     for a, b in zip(model.parameters(), fresh.parameters(), strict=True):
         assert a.grad is not None
         assert a.grad.shape == a.shape
-        assert torch.equal(a.grad, b.grad)  # type: ignore[arg-type]
+        assert b.grad is not None
+        assert torch.equal(a.grad, b.grad)
     bank.restore_()
     step(model, optimizer, example)
     del running
@@ -538,6 +539,7 @@ class Replacing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1)
+        self.mean: Tensor
         self.register_buffer("mean", torch.zeros(6, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:

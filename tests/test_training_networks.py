@@ -1,6 +1,7 @@
 """Random networks in training mode: what the generator and its oracle promise."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,8 @@ def test_the_oracle_sees_what_training_alone_reads() -> None:
     """A learned noise is wrong where its size is, and evaluation cannot show it."""
     program = ([("conv", 18), ("noise", 0)], ("pooled", 0), "tuple")
     model, x = drawn_training.build(program), drawn.example().double()
-    full, compact = drawn.copied(model), drawn.copied(model)
+    full: Any = drawn.copied(model)
+    compact = drawn.copied(model)
     with torch.no_grad():
         full.blocks[2].size[0] = 0.0
     assert drawn_training.gap(*(drawn_training.results(m, x, False) for m in (compact, full))) == 0.0
@@ -49,7 +51,7 @@ def test_the_oracle_sees_a_wrong_space() -> None:
     model, x = drawn_training.build(PLAIN), drawn.example().double()
     space = trace(model, x)
     place = ("blocks.1.0.weight", 1)
-    space.unit_of[place][:] = space.unit_of[place].roll(1)  # type: ignore[index]
+    space.unit_of[place][:] = space.unit_of[place].roll(1)
     assert drawn_training.error(model, space, 0.5, 0, x) > 1e-3
 
 
@@ -58,7 +60,7 @@ def test_a_frame_filled_from_saved_files_computes_what_was_saved(tmp_path: Path)
     space = trace(model, x)
     shrink_(model, space, drawn.without(space, 0.5, 0))
     save(model, tmp_path / "network")
-    full = drawn_training.from_files(tmp_path / "network", drawn_training.build(PLAIN, seed=1))
+    full: Any = drawn_training.from_files(tmp_path / "network", drawn_training.build(PLAIN, seed=1))
     assert drawn_training.check(model, full, x) < 1e-9
     with torch.no_grad():
         full.blocks[0].weight.mul_(2.0)

@@ -85,8 +85,8 @@ class Package:
                 found = [text for value, f in values for text in self._texts(value, f, deep)]
                 return [text for text in found if text] or [ANY]
             case ast.Name(id=name) if deep and function is not None:
-                values = self._passed(name, function) + [(v, function) for v in self._assigned(name, function)]
-                found = [text for value, f in values for text in self._texts(value, f, deep - 1)]
+                given = [*self._passed(name, function), *((v, function) for v in self._assigned(name, function))]
+                found = [text for value, f in given for text in self._texts(value, f, deep - 1)]
                 return [text for text in found if letters(text)] or [ANY]
         return [ANY]
 
@@ -147,17 +147,17 @@ def complaints(templates: dict[str, str], page: str) -> list[str]:
     return found + [f"no message says {span!r}" for span in heading_of if span in stale]
 
 
-def test_every_message_has_one_entry_and_every_entry_a_message():
+def test_every_message_has_one_entry_and_every_entry_a_message() -> None:
     found = complaints(package().templates, PAGE.read_text(encoding="utf-8"))
     assert not found, f"docs/troubleshooting.md does not fit the source, in {len(found)} places:\n" + "\n".join(found)
 
 
-def test_every_message_can_be_searched_for():
+def test_every_message_can_be_searched_for() -> None:
     found = [f"{place}: {text!r}" for text, place in package().templates.items() if letters(text) < ENOUGH]
     assert not found, f"write out at the place of the error what went wrong: {found}"
 
 
-def test_an_entry_names_its_message_its_cause_and_what_works():
+def test_an_entry_names_its_message_its_cause_and_what_works() -> None:
     seen: list[str] = []
     for heading, spans, body in entries(PAGE.read_text(encoding="utf-8")):
         assert min(map(letters, spans), default=0) >= ENOUGH, f"nothing to search for: {heading}"
@@ -182,7 +182,7 @@ def g(x):
 """
 
 
-def test_the_source_is_read_as_told():
+def test_the_source_is_read_as_told() -> None:
     templates = Package({"a.py": SOURCE}).templates
     assert set(templates) == {
         "the first … is wrong",
@@ -194,7 +194,7 @@ def test_the_source_is_read_as_told():
     assert templates["careful with this …"] == "a.py:10"
 
 
-def test_a_missing_a_double_and_a_stale_entry_are_found():
+def test_a_missing_a_double_and_a_stale_entry_are_found() -> None:
     templates = {"the first … is wrong": "a.py:1", "the second … is wrong": "a.py:2"}
     whole = "### `the first … is wrong`\n\n### `the … is wrong`\n"
     assert complaints(templates, whole) == [], "the more telling of two that match has it"

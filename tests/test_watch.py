@@ -65,7 +65,8 @@ def test_a_new_optimizer_in_the_middle_of_a_run(preset: str, end: str) -> None:
 def by_hand(grower: Grower) -> None:
     with torch.no_grad():
         for parameter in grower.model.parameters():
-            parameter -= 0.1 * parameter.grad
+            assert parameter.grad is not None
+            parameter.sub_(0.1 * parameter.grad)
 
 
 def through_data(grower: Grower) -> None:

@@ -4,7 +4,7 @@ import io
 import pickle
 import struct
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -34,10 +34,10 @@ class Python2Pickler(pickle._Pickler):
 
     def save_string(self, value: bytes | str) -> None:
         raw = value.encode("latin1") if isinstance(value, str) else value
-        self.write(pickle.BINSTRING + struct.pack("<i", len(raw)) + raw)
-        self.memoize(value)
+        self.write(pickle.BINSTRING + struct.pack("<i", len(raw)) + raw)  # type: ignore[attr-defined]
+        self.memoize(value)  # type: ignore[attr-defined]
 
-    dispatch: ClassVar = {**pickle._Pickler.dispatch, bytes: save_string, str: save_string}
+    dispatch: ClassVar[dict[type, Any]] = {**pickle._Pickler.dispatch, bytes: save_string, str: save_string}
 
 
 def write_batches(folder: Path) -> dict[str, np.ndarray]:

@@ -31,7 +31,7 @@ class Plain(nn.Module):
         super().__init__()
         self.a, self.bn, self.b, self.fc = c3(3, 6, bias=bias), nn.BatchNorm2d(6), c3(6, 5), nn.Linear(5, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return head(F.relu(self.b(F.relu(self.bn(self.a(x))))), self.fc)
 
 
@@ -43,7 +43,7 @@ class Residual(nn.Module):
         self.stem, self.a, self.bn1 = c3(3, 6), c3(6, 5, bias=False), nn.BatchNorm2d(5)
         self.b, self.bn2, self.fc = c3(5, 6, bias=False), nn.BatchNorm2d(6), nn.Linear(6, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         s = F.relu(self.stem(x))
         return head(F.relu(s + self.bn2(self.b(F.relu(self.bn1(self.a(s)))))), self.fc)
 
@@ -56,7 +56,7 @@ class Preact(nn.Module):
         self.stem, self.bn1, self.a, self.bn2 = c3(3, 5), nn.BatchNorm2d(5), c3(5, 7), nn.BatchNorm2d(7)
         self.b, self.short, self.bn3, self.fc = c3(7, 6), nn.Conv2d(5, 6, 1), nn.BatchNorm2d(6), nn.Linear(6, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.stem(x)))
         y = self.short(y) + self.b(F.relu(self.bn2(self.a(y))))
         return head(F.relu(self.bn3(y)), self.fc)
@@ -67,10 +67,10 @@ class Concat(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.bn, self.c, self.fc = c3(3, 4), nn.Conv2d(3, 5, 1), nn.BatchNorm2d(9), c3(9, 6), None
+        self.a, self.b, self.bn, self.c = c3(3, 4), nn.Conv2d(3, 5, 1), nn.BatchNorm2d(9), c3(9, 6)
         self.fc = nn.Linear(6, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn(torch.cat([self.a(x), self.b(x)], 1)))
         return head(self.c(y), self.fc)
 
@@ -83,7 +83,7 @@ class Dense(nn.Module):
         self.stem, self.bn0, self.a = c3(3, 4), nn.BatchNorm2d(4), c3(4, 3)
         self.bn1, self.b, self.bn2, self.fc = nn.BatchNorm2d(7), c3(7, 3), nn.BatchNorm2d(10), nn.Linear(10, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         x = torch.cat([x, self.a(F.relu(self.bn0(x)))], 1)
         x = torch.cat([x, self.b(F.relu(self.bn1(x)))], 1)
@@ -99,7 +99,7 @@ class Depthwise(nn.Module):
         self.d, self.bn2 = c3(6, 12, groups=6, bias=False), nn.BatchNorm2d(12)
         self.p, self.fc = nn.Conv2d(12, 5, 1), nn.Linear(5, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = F.hardswish(self.bn1(self.a(x)))
         return head(F.relu(self.p(F.relu6(self.bn2(self.d(x))))), self.fc)
 
@@ -112,7 +112,7 @@ class Grouped(nn.Module):
         self.a, self.g = nn.Conv2d(3, 8, 1), c3(8, 12, groups=groups)
         self.p, self.fc = nn.Conv2d(12, 5, 1), nn.Linear(5, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return head(F.relu(self.p(F.relu(self.g(F.relu(self.a(x)))))), self.fc)
 
 
@@ -124,7 +124,7 @@ class SqueezeExcite(nn.Module):
         self.a, self.bn, self.down, self.up = c3(3, 6), nn.BatchNorm2d(6), nn.Conv2d(6, 3, 1), nn.Conv2d(3, 6, 1)
         self.b, self.fc = c3(6, 5), nn.Linear(5, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn(self.a(x)))
         gate = torch.sigmoid(self.up(F.relu(self.down(F.adaptive_avg_pool2d(x, 1)))))
         return head(F.relu(self.b(x * gate)), self.fc)
@@ -137,7 +137,7 @@ class Shuffle(nn.Module):
         super().__init__()
         self.a, self.b, self.fc = c3(3, 8), c3(8, 6), nn.Linear(6, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.a(x))
         n, c, h, w = x.shape
         x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
@@ -151,7 +151,7 @@ class Chunk(nn.Module):
         super().__init__()
         self.a, self.b, self.c, self.fc = c3(3, 8), c3(4, 5), c3(4, 5), nn.Linear(5, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         first, second = F.relu(self.a(x)).chunk(2, 1)
         return head(F.relu(self.b(first) + self.c(second)), self.fc)
 
@@ -163,7 +163,7 @@ class Gated(nn.Module):
         super().__init__()
         self.a, self.b, self.fc = c3(3, 12), c3(6, 5), nn.Linear(5, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         value, gate = self.a(x).chunk(2, 1)
         return head(F.relu(self.b(value * torch.sigmoid(gate))), self.fc)
 
@@ -175,7 +175,7 @@ class UnequalSplit(nn.Module):
         super().__init__()
         self.a, self.b, self.c, self.fc = c3(3, 8), c3(5, 6), c3(3, 6), nn.Linear(6, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.a(x))
         return head(F.relu(self.b(x[:, :5]) + self.c(x[:, 5:])), self.fc)
 
@@ -187,7 +187,7 @@ class NumberPad(nn.Module):
         super().__init__()
         self.stem, self.a, self.b, self.fc = c3(3, 4), c3(4, 6), c3(6, 8), nn.Linear(8, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.stem(x))
         return head(F.pad(x, (0, 0, 0, 0, 1, 3)) + self.b(F.relu(self.a(x))), self.fc)
 
@@ -198,10 +198,12 @@ class BufferPad(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.a, self.b, self.fc = c3(3, 4), c3(4, 6), c3(6, 8), nn.Linear(8, 4)
+        self.before: Tensor
+        self.after: Tensor
         self.register_buffer("before", torch.zeros(1, 2, 1, 1))
         self.register_buffer("after", torch.zeros(1, 2, 1, 1))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.stem(x))
         n, _, h, w = x.shape
         wide = torch.cat([self.before.expand(n, -1, h, w), x, self.after.expand(n, -1, h, w)], 1)
@@ -215,7 +217,7 @@ class Shared(nn.Module):
         super().__init__()
         self.stem, self.twice, self.bn, self.fc = c3(3, 6), c3(6, 6), nn.BatchNorm2d(6), nn.Linear(6, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.stem(x))
         for _ in range(2):
             x = F.relu(self.bn(self.twice(x)))
@@ -230,7 +232,7 @@ class Tied(nn.Module):
         self.stem, self.a, self.b, self.fc = c3(3, 5), c3(5, 5), c3(5, 5), nn.Linear(5, 4)
         self.b.weight = self.a.weight
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return head(F.relu(self.b(F.relu(self.a(F.relu(self.stem(x)))))), self.fc)
 
 
@@ -241,7 +243,7 @@ class GateAround(nn.Module):
         super().__init__()
         self.a, self.g, self.b, self.fc = c3(3, 6), c3(3, 6), c3(6, 5), nn.Linear(5, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         g = torch.sigmoid(self.g(x))
         return head(F.relu(self.b(F.relu(self.a(x)) * g + g)), self.fc)
 
@@ -253,7 +255,7 @@ class Sigmoid(nn.Module):
         super().__init__()
         self.a, self.b, self.fc = c3(3, 6), c3(6, 5), nn.Linear(5, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return head(F.relu(self.b(torch.sigmoid(self.a(x)))), self.fc)
 
 
@@ -264,7 +266,7 @@ class NormOnly(nn.Module):
         super().__init__()
         self.a, self.bn, self.b, self.fc = c3(3, 6), nn.BatchNorm2d(6, affine=False), c3(6, 5), nn.Linear(5, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return head(F.relu(self.b(F.relu(self.bn(self.a(x))))), self.fc)
 
 
@@ -276,7 +278,7 @@ class Groups(nn.Module):
         self.a, self.n1, self.b, self.n2 = c3(3, 8), nn.GroupNorm(4, 8), c3(8, 6), nn.GroupNorm(1, 6)
         self.fc = nn.Linear(6, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return head(self.n2(self.b(F.relu(self.n1(self.a(x))))), self.fc)
 
 
@@ -287,7 +289,7 @@ class Flatten(nn.Module):
         super().__init__()
         self.a, self.f1, self.f2 = c3(3, 5), nn.Linear(80, 7), nn.Linear(7, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.f2(F.relu(self.f1(F.max_pool2d(F.relu(self.a(x)), 2).flatten(1))))
 
 
@@ -298,7 +300,7 @@ class Cumsum(nn.Module):
         super().__init__()
         self.a, self.b, self.fc = c3(3, 6), c3(6, 5), nn.Linear(5, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return head(F.relu(self.b(torch.cumsum(self.a(x), 1))), self.fc)
 
 
@@ -309,7 +311,7 @@ class Fourier(nn.Module):
         super().__init__()
         self.a, self.b, self.fc = c3(3, 6), c3(6, 5), nn.Linear(5, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return head(F.relu(self.b(torch.fft.fft2(self.a(x)).real)), self.fc)
 
 
@@ -321,7 +323,7 @@ class Transposed(nn.Module):
         self.a, self.up, self.bn = c3(3, 6), nn.ConvTranspose2d(6, 5, 2, stride=2), nn.BatchNorm2d(5)
         self.b = c3(5, 2)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.b(F.relu(self.bn(self.up(F.relu(self.a(x))))))
 
 
@@ -332,7 +334,7 @@ class TwoOutputs(nn.Module):
         super().__init__()
         self.a, self.b, self.c, self.fc = c3(3, 6), c3(6, 2), c3(3, 5), nn.Linear(6, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         y = F.relu(self.a(x))
         return {"scores": head(y, self.fc), "maps": (self.b(y), self.c(x))}
 
@@ -344,7 +346,7 @@ class TwoInputs(nn.Module):
         super().__init__()
         self.a, self.z, self.b, self.fc = c3(3, 6), nn.Conv2d(2, 6, 1), c3(6, 5), nn.Linear(5, 4)
 
-    def forward(self, x, z):
+    def forward(self, x: Tensor, z: Any) -> Tensor:
         return head(F.relu(self.b(F.relu(self.a(x) + self.z(z)))), self.fc)
 
 
@@ -356,7 +358,7 @@ class RawScale(nn.Module):
         self.a, self.b, self.fc = c3(3, 6, bias=False), c3(6, 5), nn.Linear(5, 4)
         self.scale, self.shift = nn.Parameter(torch.ones(6, 1, 1)), nn.Parameter(torch.zeros(1, 6, 1, 1))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return head(F.relu(self.b(F.relu(self.a(x) * self.scale + self.shift))), self.fc)
 
 
@@ -368,7 +370,7 @@ class Unused(nn.Module):
         self.net, self.idle, self.alone = Plain(), c3(6, 6), nn.Parameter(torch.ones(6))
         self.register_buffer("steps", torch.zeros(6))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
@@ -380,10 +382,11 @@ class Buffers(nn.Module):
         self.a, self.b, self.fc = c3(3, 6), c3(6, 5), nn.Linear(5, 4)
         self.register_buffer("mean", torch.arange(6.0).reshape(6, 1, 1))
         self.register_buffer("mask", torch.arange(1.0, 7).reshape(1, 6, 1, 1))
+        self.calls: Tensor
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self.register_buffer("last", torch.zeros(1))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         self.last = x.detach().mean().reshape(1)
         return head(F.relu(self.b((self.a(x) - self.mean) * self.mask)), self.fc)
@@ -397,7 +400,7 @@ class ThinMiddle(nn.Module):
         self.a, self.b, self.c, self.d = c3(3, 4), c3(4, 1), nn.Conv2d(1, 1, 1), c3(1, 4)
         self.fc = nn.Linear(4, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return head(F.relu(self.d(self.c(self.b(F.relu(self.a(x)))))), self.fc)
 
 
@@ -408,7 +411,7 @@ class Attention(nn.Module):
         super().__init__()
         self.a, self.fc = c3(3, 6), nn.Linear(6, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = self.a(x).flatten(2).transpose(1, 2)
         return self.fc((y @ torch.softmax(y.transpose(1, 2) @ y, -1)).mean(1))
 
@@ -421,7 +424,7 @@ class MoreTransposed(nn.Module):
         self.a, self.up = c3(3, 8), nn.ConvTranspose2d(8, 12, 2, stride=2, groups=groups)
         self.fc = nn.Linear(12, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return head(F.relu(self.up(F.relu(self.a(x)))), self.fc)
 
 
@@ -432,7 +435,7 @@ class Windows(nn.Module):
         super().__init__()
         self.a, self.mix, self.b, self.fc = c3(3, 4), nn.Conv1d(16, 8, 1), c3(2, 5), nn.Linear(5, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         columns = self.mix(F.unfold(self.a(x), 2, stride=2))
         return head(F.relu(self.b(F.fold(columns, x.shape[2:], 2, stride=2))), self.fc)
 
@@ -444,7 +447,7 @@ class Interleaved(nn.Module):
         super().__init__()
         self.a, self.shuffle, self.b, self.fc = c3(3, 8), nn.ChannelShuffle(2), c3(8, 5), nn.Linear(5, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = self.shuffle(F.glu(self.a(x), 1))
         return head(F.relu(self.b(torch.stack([y, -y], 2).flatten(1, 2))), self.fc)
 
@@ -457,7 +460,7 @@ class WeightNorm(nn.Module):
         self.a, self.b = (nn.utils.parametrizations.weight_norm(conv) for conv in (c3(3, 6), c3(6, 5)))
         self.fc = nn.Linear(5, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return head(F.relu(self.b(F.relu(self.a(x)))), self.fc)
 
 
@@ -468,10 +471,10 @@ class Unpooled(nn.Module):
         super().__init__()
         self.a, self.b, self.c, self.fc = c3(3, 6), nn.Conv2d(6, 6, 5), c3(6, 5), nn.Linear(5, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y, places = F.max_pool2d(F.pad(F.relu(self.a(x)), (0, 2, 2, 0)), 2, return_indices=True)
         y = self.b(F.pad(F.pad(y, (1, 1, 1, 1), value=1.0), (1, 1, 1, 1), mode="reflect"))
-        return head(F.relu(self.c(F.max_unpool2d(y, places, 2))), self.fc)
+        return head(F.relu(self.c(F.max_unpool2d(y, places, 2))), self.fc)  # type: ignore[arg-type]
 
 
 ZOO: dict[str, Callable[[], nn.Module]] = {
@@ -518,7 +521,7 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def build(name: str, seed: int = 0) -> nn.Module:
+def build(name: str, seed: int = 0) -> Any:
     """A zoo model with weights that depend on the seed alone."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -4,20 +4,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class Language(nn.Module):
     """tokens -> embedding(11, 6) -> recurrent layer(6, 5) -> linear(11)"""
 
-    def __init__(self, kind: type[nn.RNNBase], **kwargs: Any) -> None:
+    def __init__(self, kind: Callable[..., nn.RNNBase], **kwargs: Any) -> None:
         super().__init__()
         self.embed, self.rnn = nn.Embedding(11, 6), kind(6, 5, **kwargs)
         width = (kwargs.get("proj_size") or 5) * (2 if kwargs.get("bidirectional") else 1)
         self.out = nn.Linear(width, 11)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.out(self.rnn(self.embed(x))[0])
 
 
@@ -28,7 +28,7 @@ class Packed(nn.Module):
         super().__init__()
         self.a, self.rnn, self.out = nn.Linear(6, 5), nn.GRU(5, 4, num_layers=2, batch_first=True), nn.Linear(4, 3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Any:
         lengths = torch.arange(x.shape[0], 0, -1)
         packed = nn.utils.rnn.pack_padded_sequence(self.a(x), lengths, batch_first=True)
         steps, last = self.rnn(packed)
@@ -42,7 +42,7 @@ class States(nn.Module):
         super().__init__()
         self.h, self.c, self.rnn, self.out = nn.Linear(6, 4), nn.Linear(6, 4), nn.LSTM(6, 4), nn.Linear(4, 3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         _, (h, c) = self.rnn(x, (self.h(x[:1]), self.c(x[:1])))
         return self.out(h[0] + c[0])
 
@@ -50,11 +50,11 @@ class States(nn.Module):
 class Cell(nn.Module):
     """three steps of a recurrent cell(6, 5) from zeros -> linear(5, 3)"""
 
-    def __init__(self, kind: type[nn.RNNCellBase]) -> None:
+    def __init__(self, kind: Callable[..., nn.RNNCellBase]) -> None:
         super().__init__()
         self.cell, self.out = kind(6, 5), nn.Linear(5, 3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         state = None
         for step in x.unbind(1):
             state = self.cell(step, state)
@@ -68,9 +68,10 @@ class Heads(nn.Module):
         super().__init__()
         self.kv, self.fused = kv, fused
         self.q, self.k, self.v, self.o = nn.Linear(6, 12), nn.Linear(6, 3 * kv), nn.Linear(6, 3 * kv), nn.Linear(12, 6)
+        self.angle: Tensor | None
         self.register_buffer("angle", torch.tensor([0.1, 0.2, 0.3]) if rotary else None)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         q, k, v = (m(x).unflatten(-1, (-1, 3)).transpose(1, 2) for m in (self.q, self.k, self.v))
         if self.angle is not None:
             turn = (torch.arange(x.shape[1], device=x.device)[:, None] * self.angle).cos()
@@ -90,7 +91,7 @@ class CountedHeads(nn.Module):
         self.num_heads, self.all_head_size, self.dim = 4, 12, 6
         self.qkv, self.o = nn.Linear(6, 36), nn.Linear(12, 6)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         n, length, _ = x.shape
         q, k, v = self.qkv(x).reshape(n, length, 3, self.num_heads, 3).permute(2, 0, 3, 1, 4)
         y = ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).reshape(n, length, self.all_head_size)
@@ -105,7 +106,7 @@ class Multihead(nn.Module):
         self.a, self.o = nn.Linear(6, 6), nn.Linear(6, 3)
         self.attention = nn.MultiheadAttention(6, 3, batch_first=True, **kwargs)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = self.a(x)
         return self.o(self.attention(y, y, y)[0])
 
@@ -118,7 +119,7 @@ class Experts(nn.Module):
         self.gate = nn.Linear(6, 2)
         self.up, self.down = nn.Parameter(torch.randn(2, 5, 6)), nn.Parameter(torch.randn(2, 6, 5))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, 1)
         weight, choice = self.gate(rows).softmax(-1).max(-1)
         out = torch.zeros_like(rows)
@@ -136,7 +137,7 @@ class Vectors(nn.Module):
         super().__init__()
         self.a, self.w = nn.Linear(6, 5), nn.Parameter(torch.randn(5))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.a(x[0])) @ self.w
 
 
@@ -147,7 +148,7 @@ class TwoSides(nn.Module):
         super().__init__()
         self.a, self.b, self.mix, self.c = nn.Linear(6, 5), nn.Linear(6, 4), nn.Bilinear(5, 4, 6), nn.Linear(6, 3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.c(F.relu(self.mix(F.relu(self.a(x)), F.relu(self.b(x)))))
 
 
@@ -158,7 +159,7 @@ class Bag(nn.Module):
         super().__init__()
         self.bag, self.out = nn.EmbeddingBag(11, 6), nn.Linear(6, 3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.out(F.relu(self.bag(x)))
 
 
@@ -171,7 +172,7 @@ class SharedKeys(nn.Module):
         self.q, self.k, self.v, self.o = nn.Linear(12, 12), nn.Linear(12, 6), nn.Linear(12, 6), nn.Linear(12, 12)
         self.a = nn.Linear(6, 12)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = F.layer_norm(self.a(x), (12,))
         n, length, _ = x.shape
         q = self.q(x).view(n, length, self.num_heads, self.head_dim).transpose(1, 2)

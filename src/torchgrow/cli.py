@@ -6,7 +6,7 @@ PyTorch takes seconds to import, so a command imports what it needs once its arg
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from importlib.metadata import version as installed
@@ -45,6 +45,8 @@ _PRESET_HELP = (
     "Default: the recipe's."
 )
 _RECIPE_HELP = "One of those that `torchgrow list` shows, or path/to/file.py:function that returns a Recipe."
+_DATA_HELP = "Folder with the data. Default: data/cifar10; for text, Python's manual."
+_RESUME_HELP = "Continue this run folder where it was stopped; takes --data and --device, nothing else."
 _BESIDE_HELP = (
     "Networks to train beside the grown one, with spaces between: dense, uniform (the grown one's size), "
     "uniform=50% (of the dense one's parameters), direct (the grown one's structure from scratch)."
@@ -117,10 +119,7 @@ def main(
 def run(
     recipe: Annotated[str, typer.Argument(help=_RECIPE_HELP)] = "digits",
     out: Annotated[Path | None, typer.Option(help="Run folder to write. Default: a new one in runs/.")] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Folder with the data. Default: data/cifar10; for text, Python's manual."),
-    ] = None,
+    data: Annotated[Path | None, typer.Option(help=_DATA_HELP)] = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data if it is not there.")] = False,
     subset: Subset = None,
     epochs: Epochs = None,
@@ -143,10 +142,7 @@ def run(
     checkpoint_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between checkpoints within an epoch. Default: one at its end.")
     ] = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(help="Continue this run folder where it was stopped; takes --data and --device, nothing else."),
-    ] = None,
+    resume: Annotated[Path | None, typer.Option(help=_RESUME_HELP)] = None,
 ) -> None:
     """Grow a network by a recipe and compare it with dense and uniformly narrowed ones."""
     with _clean_exit(Console(stderr=True)):
@@ -157,13 +153,9 @@ def run(
             given = [*edits.values(), out, budget, shortcut, size, scale, checkpoint_every, beside]
             if any(value is not None for value in given) or download or not twins or recipe != "digits":
                 raise TorchgrowError(f"a resumed run takes everything from its folder: torchgrow run --resume {resume}")
-            _check_device(device)
-            from torchgrow.lab import run as lab_run
-
-            lab_run.resume(resume, console=_console(), folder=data, device=device)
+            _resume(resume, data, device)
             return
-        if beside is not None and not twins:
-            raise TorchgrowError("--beside names networks to train and --no-twins wants none; leave one of them out")
+        others = _others(beside, twins)
         edits["budget"] = Budget.read(budget) if budget else None
         chosen = _variant(recipe, edits, size=size, scale=scale, shortcut=shortcut, device=device)
         from torchgrow.lab import run as lab_run
@@ -174,10 +166,24 @@ def run(
             out=out,
             folder=data,
             download=download,
-            beside=("dense uniform" if beside is None else beside).split() if twins else (),
+            beside=others,
             every=checkpoint_every,
             device=device,
         )
+
+
+def _others(beside: str | None, twins: bool) -> Sequence[str]:
+    """The networks to train beside the grown one."""
+    if beside is not None and not twins:
+        raise TorchgrowError("--beside names networks to train and --no-twins wants none; leave one of them out")
+    return ("dense uniform" if beside is None else beside).split() if twins else ()
+
+
+def _resume(run: Path, data: Path | None, device: str) -> None:
+    _check_device(device)
+    from torchgrow.lab import run as lab_run
+
+    lab_run.resume(run, console=_console(), folder=data, device=device)
 
 
 def _check_device(device: str) -> None:

@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,16 +17,16 @@ from torchgrow.cli import app
 from torchgrow.lab import devices, names, recipes
 
 
-def invoke(*arguments):
+def invoke(*arguments: Any) -> Any:
     return CliRunner().invoke(app, list(arguments))
 
 
-def plain(text):
+def plain(text: str) -> Any:
     return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
 
 
 @pytest.fixture
-def ran(monkeypatch):
+def ran(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What the command hands to the run, instead of running it: (recipe, keywords)."""
     calls = []
     monkeypatch.setattr("torchgrow.lab.run.run", lambda recipe, **keywords: calls.append((recipe, keywords)))
@@ -44,7 +46,7 @@ def ran(monkeypatch):
         ("params=1.5M,flops=2G", 1_500_000, 2_000_000_000),
     ],
 )
-def test_budgets_as_typed(text, params, flops):
+def test_budgets_as_typed(text: str, params: Any, flops: Any) -> None:
     budget = Budget.read(text)
     assert (budget.params, budget.flops) == (params, flops)
 
@@ -52,7 +54,7 @@ def test_budgets_as_typed(text, params, flops):
 @pytest.mark.parametrize(
     "text", ["", "half", "36 percent", "macs=36%", "-5%", "36%,params=30%", "params=", "1Q", "36%%", "1.5", "1.0"]
 )
-def test_budgets_that_cannot_be_read(text):
+def test_budgets_that_cannot_be_read(text: str) -> None:
     with pytest.raises(TorchgrowError, match=re.escape(f"cannot read the budget {text!r}")) as caught:
         Budget.read(text)
     assert "36%" in str(caught.value)
@@ -71,19 +73,19 @@ def test_budgets_that_cannot_be_read(text):
         ("2g", "2G", 2_000_000_000),
     ],
 )
-def test_python_and_the_command_line_read_amounts_alike(python, typed, form):
+def test_python_and_the_command_line_read_amounts_alike(python: Any, typed: Any, form: str) -> None:
     assert Budget(params=python) == Budget.read(typed) == Budget.read(f"params={typed}")
     assert Budget(flops=python).flops == form
 
 
-def test_list_names_every_recipe():
+def test_list_names_every_recipe() -> None:
     done = invoke("list")
     assert done.exit_code == 0
     assert "digits" in done.output
     assert "resnet20-cifar10" in done.output
 
 
-def test_digits_is_the_default(ran):
+def test_digits_is_the_default(ran: Any) -> None:
     assert invoke("run").exit_code == 0
     recipe, keywords = ran[0]
     assert recipe.name == "digits"
@@ -91,7 +93,7 @@ def test_digits_is_the_default(ran):
     assert (keywords["beside"], keywords["device"]) == (["dense", "uniform"], "auto")
 
 
-def test_options_reach_the_recipe(ran, tmp_path):
+def test_options_reach_the_recipe(ran: Any, tmp_path: Path) -> None:
     options = f"--out {tmp_path}/o --data {tmp_path} --download --subset 100 --epochs 7 --budget flops=50% --seed 3"
     done = invoke("run", "resnet20-cifar10", *options.split(), "--preset", "paper", "--no-twins", "--shortcut", "B")
     assert done.exit_code == 0, done.output
@@ -104,23 +106,23 @@ def test_options_reach_the_recipe(ran, tmp_path):
     assert (keywords["download"], keywords["beside"]) == (True, ())
 
 
-def test_rate_and_schedule(ran):
+def test_rate_and_schedule(ran: Any) -> None:
     assert invoke("run", "--lr", "0.3", "--schedule", "wsd").exit_code == 0
     assert invoke("run", "--schedule", "milestones").exit_code == 0
     assert [(r.lr, r.schedule, r.warmup) for r, _ in ran] == [(0.3, "wsd", 0.1), (0.1, "milestones", 0.0)]
 
 
-def test_layout_of_images(ran):
+def test_layout_of_images(ran: Any) -> None:
     assert invoke("run", "--channels-last").exit_code == 0
     assert ran[0][0].channels_last
 
 
-def test_size_comes_before_what_is_edited(ran):
+def test_size_comes_before_what_is_edited(ran: Any) -> None:
     assert invoke("run", "lstm-ptb", "--size", "medium", "--epochs", "5").exit_code == 0
     assert (ran[0][0].build.keywords["hidden"], ran[0][0].epochs) == ((650, 650), 5)
 
 
-def test_threads(ran):
+def test_threads(ran: Any) -> None:
     assert invoke("run", "--threads", "3").exit_code == 0
     assert ran[0][0].threads == 3
 
@@ -146,7 +148,9 @@ def test_threads(ran):
         (["resnet20-cifar10", "--data", "nowhere"], "error: no CIFAR-10 in nowhere: the folder does not exist"),
     ],
 )
-def test_errors_are_one_clean_message(arguments, text, tmp_path, monkeypatch):
+def test_errors_are_one_clean_message(
+    arguments: list[str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     done = invoke("run", *arguments)
     assert done.exit_code == 1
@@ -155,8 +159,8 @@ def test_errors_are_one_clean_message(arguments, text, tmp_path, monkeypatch):
     assert "Traceback" not in done.output
 
 
-def test_ctrl_c_says_where_to_look(monkeypatch, tmp_path):
-    def interrupted(*arguments, **keywords):
+def test_ctrl_c_says_where_to_look(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(*arguments: Any, **keywords: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("torchgrow.lab.run.fit", interrupted)
@@ -170,7 +174,7 @@ def test_ctrl_c_says_where_to_look(monkeypatch, tmp_path):
     assert (tmp_path / "runs" / "digits.partial" / "config.json").exists()
 
 
-def test_a_whole_run(tmp_path):
+def test_a_whole_run(tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = invoke("run", "digits", "--out", str(out), "--epochs", "2", "--subset", "64", "--no-twins")
     assert done.exit_code == 0, done.output
@@ -192,8 +196,10 @@ def test_a_whole_run(tmp_path):
         ),
     ],
 )
-def test_no_room_is_told_without_a_traceback(monkeypatch, tmp_path, error, text):
-    def failing(*arguments, **keywords):
+def test_no_room_is_told_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Any, text: str
+) -> None:
+    def failing(*arguments: Any, **keywords: Any) -> None:
         raise error
 
     monkeypatch.setattr("torchgrow.lab.run.fit", failing)
@@ -203,8 +209,8 @@ def test_no_room_is_told_without_a_traceback(monkeypatch, tmp_path, error, text)
     assert "Traceback" not in done.output
 
 
-def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
-    def failing(*arguments, **keywords):
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def failing(*arguments: Any, **keywords: Any) -> None:
         raise RuntimeError("shapes")
 
     monkeypatch.setattr("torchgrow.lab.run.fit", failing)
@@ -214,7 +220,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
 # --- going on
 
 
-def test_resume_reaches_the_run(monkeypatch, tmp_path):
+def test_resume_reaches_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = []
     monkeypatch.setattr("torchgrow.lab.run.resume", lambda run, **keywords: calls.append((run, keywords["folder"])))
     assert invoke("run", "--resume", "runs/x").exit_code == 0
@@ -225,7 +231,7 @@ def test_resume_reaches_the_run(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "more", [["--epochs", "3"], ["--contiguous"], ["--seed", "0"], ["--no-twins"], ["resnet20-cifar10"]], ids=str
 )
-def test_resume_takes_nothing_else(more):
+def test_resume_takes_nothing_else(more: Any) -> None:
     done = invoke("run", "--resume", "runs/x", *more)
     assert done.exit_code == 1
     assert "a resumed run takes everything from its folder: torchgrow run --resume runs/x" in plain(done.output)
@@ -234,30 +240,30 @@ def test_resume_takes_nothing_else(more):
 # --- names, help and devices
 
 
-def test_names_that_need_no_pytorch_are_those_there_are():
+def test_names_that_need_no_pytorch_are_those_there_are() -> None:
     assert tuple(recipes.RECIPES) == names.RECIPES
     assert tuple(torchgrow.PRESETS) == cli.PRESETS
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["run", "resnet"], ["run", "--budget", "half"]])
-def test_help_and_errors_do_without_pytorch(arguments):
+def test_help_and_errors_do_without_pytorch(arguments: Any) -> None:
     code = "import sys; from torchgrow.__main__ import main\ntry: main()\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
     assert done.stdout.endswith("False\n"), done.stderr
 
 
-def test_version():
+def test_version() -> None:
     done = invoke("--version")
     assert done.output == f"torchgrow {torchgrow.__version__}\n"
 
 
-def test_names_in_a_list_are_whole(monkeypatch):
+def test_names_in_a_list_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     shown = invoke("list").output
     assert [name for name in names.RECIPES if name not in shown] == []
 
 
-def test_a_device_that_is_not_there():
+def test_a_device_that_is_not_there() -> None:
     for arguments in (
         ["run", "--device", "tpu"],
         ["compare", "--device", "tpu"],
@@ -298,7 +304,7 @@ def broken():
 """
 
 
-def test_a_recipe_in_a_file(tmp_path, monkeypatch):
+def test_a_recipe_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs, is compared, and a run of it that was stopped is resumed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.py").write_text(OWN)
@@ -306,7 +312,7 @@ def test_a_recipe_in_a_file(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     config = json.loads((tmp_path / "runs" / "mine" / "config.json").read_text())
     assert (config["source"], config["model"], config["budget"]) == ("own.py:mine", "Net", "params <= 50%")
-    assert recipes.Recipe.from_json(config).build.func.__name__ == "Net"
+    assert recipes.from_json(config).as_json()["model"] == "Net"
     done = invoke("compare", "own.py:mine", "--methods", "uniform", "--seeds", "1")
     assert done.exit_code == 0, done.output
     assert len((tmp_path / "results" / "compare" / "mine.jsonl").read_text().splitlines()) == 1
@@ -324,7 +330,9 @@ def test_a_recipe_in_a_file(tmp_path, monkeypatch):
         ("other.py:mine", "there is no file other.py; check the path"),
     ],
 )
-def test_recipes_in_files_that_are_none(tmp_path, monkeypatch, function, text):
+def test_recipes_in_files_that_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, text: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.py").write_text(OWN)
     done = invoke("run", function)

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,15 +16,17 @@ from rich.console import Console
 import torchgrow
 from torchgrow import Budget, TorchgrowError, measure, trace
 from torchgrow.lab import data, run
+from torchgrow.lab.from_recipe import with_data
 from torchgrow.lab.models import ResNet, Staged
-from torchgrow.lab.recipes import RECIPES, SCALES, get, with_scale
+from torchgrow.lab.names import SCALES
+from torchgrow.lab.recipes import RECIPES, get, with_scale
 
 DEEP = partial(ResNet, depth=20, widths=(4, 8, 16), in_channels=1, shortcut="B")
 
 
 @pytest.mark.parametrize("unit", ["basic", "bottleneck", "plain"])
 @pytest.mark.parametrize("stem", ["small", "large"])
-def test_staged_networks_have_layers_to_leave_out(unit, stem):
+def test_staged_networks_have_layers_to_leave_out(unit: Any, stem: Any) -> None:
     model = Staged(unit=unit, units=(2, 3, 1), widths=(8, 8, 12), stem=stem, classes=7)
     x = torch.randn(2, 3, 32, 32)
     assert model(x).shape == (2, 7)
@@ -35,7 +38,7 @@ def test_staged_networks_have_layers_to_leave_out(unit, stem):
     ]
 
 
-def test_basic_units_make_resnet18():
+def test_basic_units_make_resnet18() -> None:
     """The same weights, in the same order, give the same scores as torchvision's."""
     model = Staged(unit="basic", units=(2, 2, 2, 2), widths=(64, 128, 256, 512), stem="large", classes=1000).eval()
     theirs = torchvision.models.resnet18().eval()
@@ -47,18 +50,18 @@ def test_basic_units_make_resnet18():
     assert measure(model, x) == measure(theirs, x)
 
 
-def test_a_plain_and_a_residual_layer_of_the_same_width():
+def test_a_plain_and_a_residual_layer_of_the_same_width() -> None:
     assert measure(Staged(units=(2, 1, 1)), torch.randn(1, 3, 32, 32)).params > 0
     with pytest.raises(TorchgrowError, match=r"every stage has units and a width.*got \(2, 0\) and \(4, 8\)"):
         Staged(units=(2, 0), widths=(4, 8))
     with pytest.raises(TorchgrowError, match="a unit is one of basic, bottleneck, plain"):
-        Staged(unit="dense")
+        Staged(unit="dense")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     "name", [name for name in RECIPES if name.endswith(("cifar10", "imagenet")) and "vit" not in name]
 )
-def test_full_scale_is_more(name):
+def test_full_scale_is_more(name: str) -> None:
     small, full = (with_scale(get(name), scale) for scale in SCALES)
     assert get(name).as_json() == small.as_json()
     assert full.epochs > small.epochs
@@ -70,7 +73,7 @@ def test_full_scale_is_more(name):
         with_scale(get(name), "huge")
 
 
-def test_the_paper_s_frames_have_the_paper_s_sizes():
+def test_the_paper_s_frames_have_the_paper_s_sizes() -> None:
     with torch.device("meta"):
         sizes = {
             name: sum(p.numel() for p in with_scale(get(f"{name}-cifar10"), "full").build().parameters()) / 1e6
@@ -79,13 +82,13 @@ def test_the_paper_s_frames_have_the_paper_s_sizes():
     assert sizes == pytest.approx({"vgg16": 14.73, "wrn28-10": 36.5, "resnet20": 0.27}, abs=0.05)
 
 
-def test_digits_have_one_scale():
+def test_digits_have_one_scale() -> None:
     with pytest.raises(TorchgrowError, match="recipe 'digits' has no choice of scales; leave --scale out"):
         with_scale(get("digits"), "full")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Layers grow in a frame on the meta device, then the network trains on."""
     recipe = replace(
         get("digits"),
@@ -104,7 +107,7 @@ def finished(tmp_path_factory):
     return run.run(recipe, console=Console(quiet=True), out=tmp_path_factory.mktemp("runs") / "deep", beside=())
 
 
-def test_layers_grow_and_the_second_phase_has_a_schedule_of_its_own(finished):
+def test_layers_grow_and_the_second_phase_has_a_schedule_of_its_own(finished: Any) -> None:
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [r["lr"] for r in records] == pytest.approx([0.1, 0.1, 0.01, 0.001, 0.1, 0.1, 0.001])
     assert records[0]["depths"] == {"layer1": 1, "layer2": 1, "layer3": 1}
@@ -129,8 +132,8 @@ def pictures(folder: Path, classes: tuple[str, ...] = ("cat", "dog"), each: int 
     return folder
 
 
-def test_a_folder_of_images(tmp_path):
-    found = data.load("imagefolder", folder=pictures(tmp_path), side=16)
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    found = data.load_images("imagefolder", folder=pictures(tmp_path), side=16)
     assert found.train.pixels.shape == (6, 3, 16, 16)
     assert found.test.labels.tolist() == [0, 0, 0, 1, 1, 1]
     recipe = replace(
@@ -140,22 +143,23 @@ def test_a_folder_of_images(tmp_path):
     assert json.loads((out / "config.json").read_text())["model_arguments"]["classes"] == 2
 
 
-def test_images_held_out_of_a_folder_are_of_every_class(tmp_path):
+def test_images_held_out_of_a_folder_are_of_every_class(tmp_path: Path) -> None:
     """They come class by class, and the last class must not be all that is held out."""
     folder = pictures(tmp_path, classes=("cat", "dog", "hen"), each=20)
-    split = data.load("imagefolder", folder=folder, side=8, held_out=True)
+    split = data.load_images("imagefolder", folder=folder, side=8, held_out=True)
     assert (len(split.train), len(split.test)) == (48, 12)
     assert split.train.labels.unique().tolist() == split.test.labels.unique().tolist() == [0, 1, 2]
 
 
-def test_a_subset_without_some_class_still_has_an_output_for_it(tmp_path):
+def test_a_subset_without_some_class_still_has_an_output_for_it(tmp_path: Path) -> None:
     recipe = replace(get("resnet18-imagenette"), subset=1, side=8)
-    recipe, found = run.with_data(recipe, Console(quiet=True), pictures(tmp_path))
+    recipe, found = with_data(recipe, Console(quiet=True), pictures(tmp_path))
+    assert isinstance(found, data.ImageData)
     assert found.train.labels.tolist() == [0]
     assert recipe.as_json()["model_arguments"]["classes"] == 2
 
 
-def test_folders_that_do_not_fit(tmp_path):
+def test_folders_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(TorchgrowError, match=r"has no images in train/CLASS/\*.*the folder is empty"):
         data.load("imagefolder", folder=tmp_path)
     pictures(tmp_path / "odd")

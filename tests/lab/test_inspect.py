@@ -1,23 +1,26 @@
 """`torchgrow inspect`: shares are those of really shrunk networks, JSON and tree agree, every error says the fix."""
 
 import json
+import os
 import re
 import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import zoo
 from torchgrow import Budget, Frozen, TorchgrowError, measure, shrink_, trace
 from torchgrow.cli import app
 from torchgrow.lab import inspect, recipes, sources
-from torchgrow.lab.data import DATASETS
 from torchgrow.lab.models import ResNet
+from torchgrow.lab.names import DATASETS
 from torchgrow.lab.recurrent import LSTM
 
 NETS = """
@@ -55,25 +58,25 @@ ANSWER = 42
 
 
 @pytest.fixture
-def file(tmp_path, monkeypatch):
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "nets.py").write_text(NETS)
     return "nets.py"
 
 
-def invoke(*arguments):
+def invoke(*arguments: Any) -> Any:
     return CliRunner().invoke(app, ["inspect", *arguments])
 
 
-def plain(text):
+def plain(text: str) -> Any:
     return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
 
 
 # --- facts ---
 
 
-def test_layers_are_asked_about_too():
+def test_layers_are_asked_about_too() -> None:
     """What leaving a layer out frees is what all it holds costs."""
     build = partial(ResNet, depth=14, widths=(4, 6, 8), in_channels=1)
     inputs = torch.randn(2, 1, 8, 8)
@@ -91,7 +94,7 @@ def test_layers_are_asked_about_too():
 
 
 @pytest.mark.parametrize("name", ["Plain", "Residual", "Concat", "Depthwise"])
-def test_shares_are_those_of_the_shrunk_network(name):
+def test_shares_are_those_of_the_shrunk_network(name: str) -> None:
     build = getattr(zoo, name)
     inputs = torch.randn(2, 3, 8, 8)
     seen = inspect.inspect(build(), inputs, proof=False)
@@ -121,7 +124,7 @@ def test_shares_are_those_of_the_shrunk_network(name):
     assert (seen.least_params, seen.least_flops) == (left.params, left.flops)
 
 
-def test_touched_parameters_are_counted_by_hand():
+def test_touched_parameters_are_counted_by_hand() -> None:
     """Of Plain's 6 channels: 6 x 27 weights, 2 x 6 of batch norm, and what the 5 of the next layer read of them."""
     seen = inspect.inspect(zoo.Plain(), torch.randn(2, 3, 8, 8), proof=False)
     assert {part.name: part.touches for part in seen.parts} == {
@@ -130,14 +133,14 @@ def test_touched_parameters_are_counted_by_hand():
     }
 
 
-def test_modules_kept_whole_stand_in_order():
+def test_modules_kept_whole_stand_in_order() -> None:
     class Net(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.first, self.norm = nn.Linear(4, 6), nn.LayerNorm(6)
             self.up, self.down, self.last = nn.Linear(6, 8), nn.Linear(8, 6), nn.LayerNorm(6)
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             x = self.norm(self.first(x))
             return self.last(x + self.down(torch.relu(self.up(x))))
 
@@ -152,8 +155,8 @@ def test_modules_kept_whole_stand_in_order():
     assert [reason.params for reason in seen.frozen] == sorted((r.params for r in seen.frozen), reverse=True)
 
 
-def test_the_second_proof_is_run_unless_left_out(monkeypatch):
-    stages = []
+def test_the_second_proof_is_run_unless_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages: list[str] = []
     model, inputs = zoo.Plain(), torch.randn(2, 3, 8, 8)
     seen = inspect.inspect(model, inputs, tell=stages.append)
     assert seen.exact is True
@@ -167,13 +170,13 @@ def test_the_second_proof_is_run_unless_left_out(monkeypatch):
     assert seen.proof == "each group came out exact while tracing (float64); the second proof was left out"
 
 
-def test_reasons_that_differ_by_the_proofs_digits_are_one():
+def test_reasons_that_differ_by_the_proofs_digits_are_one() -> None:
     class Net(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             for layer in self.layers:
                 x = layer(x).cumsum(1)  # no rule
             return x
@@ -191,7 +194,7 @@ def test_reasons_that_differ_by_the_proofs_digits_are_one():
     ]
 
 
-def test_budgets():
+def test_budgets() -> None:
     model, inputs = zoo.Plain(), torch.randn(2, 3, 8, 8)
     seen = inspect.inspect(model, inputs, budget=Budget(params="50%"), proof=False)
     assert (seen.feasible, seen.budget) == (True, "params <= 50%")
@@ -204,7 +207,7 @@ def test_budgets():
 # --- ways to show them ---
 
 
-def test_json_and_tree_agree(file):
+def test_json_and_tree_agree(file: Path) -> None:
     done = invoke("nets.py:build", "--json", "--budget", "36%")
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)  # though the file prints
@@ -232,8 +235,8 @@ def test_json_and_tree_agree(file):
         assert reason["where"][0] in text
 
 
-def test_the_tree_is_nested_as_names_are():
-    def part(name):
+def test_the_tree_is_nested_as_names_are() -> None:
+    def part(name: str) -> Any:
         return inspect.Part(
             name=name, units=2, removable=1, touches=1, frees_params=1, frees_flops=1, params_share=0.1, flops_share=0.1
         )
@@ -254,11 +257,11 @@ def test_the_tree_is_nested_as_names_are():
 @pytest.mark.parametrize(
     ("share", "text"), [(0.0, "0.0%"), (0.0001, "<0.1%"), (0.25, "25.0%"), (0.9997, ">99.9%"), (1.0, "100.0%")]
 )
-def test_shares_never_round_to_nothing_or_all(share, text):
+def test_shares_never_round_to_nothing_or_all(share: float, text: str) -> None:
     assert inspect._percent(share) == text
 
 
-def test_the_picture_names_every_group_and_equals_itself(file, tmp_path):
+def test_the_picture_names_every_group_and_equals_itself(file: Path, tmp_path: Path) -> None:
     done = invoke("nets.py:build", "--svg", "groups.svg", "--no-proof")
     assert done.exit_code == 0, done.output
     root = ElementTree.parse(tmp_path / "groups.svg").getroot()
@@ -271,7 +274,7 @@ def test_the_picture_names_every_group_and_equals_itself(file, tmp_path):
     assert (tmp_path / "groups.svg").read_bytes() == before
 
 
-def test_nothing_can_change(file):
+def test_nothing_can_change(file: Path) -> None:
     done = invoke("nets.py:stiff")
     assert done.exit_code == 3
     assert "nothing can change" in done.output
@@ -285,7 +288,7 @@ def test_nothing_can_change(file):
     assert facts["least_params"] == facts["params"] == 15
 
 
-def test_a_budget_out_of_reach_is_an_answer_and_a_failure(file):
+def test_a_budget_out_of_reach_is_an_answer_and_a_failure(file: Path) -> None:
     done = invoke("nets.py:build", "--budget", "params=5", "--no-proof")
     assert done.exit_code == 1
     assert "allows 5 params, but what cannot be removed costs" in plain(done.output)
@@ -294,13 +297,13 @@ def test_a_budget_out_of_reach_is_an_answer_and_a_failure(file):
 # --- models by name ---
 
 
-def test_models_in_files(file):
+def test_models_in_files(file: Path) -> None:
     assert invoke("nets.py:Net", "--input", "1x3x8x8", "--no-proof").exit_code == 0  # a class is a factory too
     done = invoke("nets.py:ready", "--input", "1x3x9x9", "--json", "--no-proof")  # and a model needs none
     assert json.loads(done.stdout)["inputs"] == [[1, 3, 9, 9]]
 
 
-def test_recipes_and_torchvision():
+def test_recipes_and_torchvision() -> None:
     done = invoke("digits", "--json", "--no-proof")
     facts = json.loads(done.stdout)
     assert (facts["model"], facts["inputs"]) == ("digits", [[2, 1, 8, 8]])
@@ -309,7 +312,7 @@ def test_recipes_and_torchvision():
     assert json.loads(done.stdout)["inputs"] == [[1, 3, 32, 32]]
 
 
-def test_models_and_inputs_are_the_same_every_time():
+def test_models_and_inputs_are_the_same_every_time() -> None:
     first, x = sources.load("digits")
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -319,34 +322,34 @@ def test_models_and_inputs_are_the_same_every_time():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_every_recipe_has_inputs():
+def test_every_recipe_has_inputs() -> None:
     assert {*sources._RECIPE_IMAGES, "text"} == set(DATASETS)
     for name in recipes.RECIPES:
         model, inputs = sources.load(name)
         model.eval()(*inputs) if isinstance(inputs, tuple) else model.eval()(inputs)
 
 
-def test_a_recurrent_recipe_is_inspected_with_the_state_it_carries():
+def test_a_recurrent_recipe_is_inspected_with_the_state_it_carries() -> None:
     model, (words, state) = sources.load("lstm-ptb", [(2, 3)])
     small = LSTM(words=7, embedding=4, hidden=(3, 5))
     seen = inspect.inspect(small, (words % 7, small.start(2)))
-    assert (words.shape, len(state)) == ((2, 3), len(model.layers))
+    assert (words.shape, len(state)) == ((2, 3), len([*model.get_submodule("layers").children()]))
     assert [(part.units, part.removable) for part in seen.parts if part.removable] == [(4, 3), (3, 2), (5, 4)]
     assert seen.exact
     with pytest.raises(TorchgrowError, match="lstm-ptb takes one --input, the shape of its words; got 2"):
         sources.load("lstm-ptb", [(2, 3), (2, 3)])
 
 
-def test_sizes_that_torchvision_states():
+def test_sizes_that_torchvision_states() -> None:
     assert sources.load("torchvision:mobilenet_v3_small")[1].shape == (2, 3, 224, 224)
     assert sources.load("torchvision:inception_v3")[1].shape == (2, 3, 299, 299)
     assert sources.load("torchvision:r3d_18")[1].shape == (2, 3, 16, 112, 112)
 
 
-def test_timm_and_transformers(monkeypatch):
-    def create(name, pretrained):
+def test_timm_and_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create(name: str, pretrained: bool) -> Any:
         assert (name, pretrained) == ("tiny", False)
-        model = zoo.Plain()
+        model: Any = zoo.Plain()
         model.default_cfg = {"input_size": (3, 10, 10)}
         return model
 
@@ -360,21 +363,21 @@ def test_timm_and_transformers(monkeypatch):
     class Language(nn.Module):
         main_input_name = "input_ids"
 
-        def __init__(self, config):
+        def __init__(self, config: Any) -> None:
             super().__init__()
             self.words, self.out = nn.Embedding(config.vocab_size, 4), nn.Linear(4, 2)
 
-        def forward(self, input_ids, decoder_input_ids=None):
+        def forward(self, input_ids: Any, decoder_input_ids: Any = None) -> Tensor:
             return self.out(self.words(input_ids))
 
     class Vision(nn.Module):
         main_input_name = "pixel_values"
 
-        def __init__(self, config):
+        def __init__(self, config: Any) -> None:
             super().__init__()
             self.conv = nn.Conv2d(1, 2, 3)
 
-        def forward(self, pixel_values):
+        def forward(self, pixel_values: Any) -> Tensor:
             return self.conv(pixel_values)
 
     configs = {
@@ -403,8 +406,8 @@ def test_timm_and_transformers(monkeypatch):
         sources.load("hf:worts")
 
 
-def test_models_too_large_for_memory_are_not_built(monkeypatch):
-    monkeypatch.setattr(sources.os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 100)
+def test_models_too_large_for_memory_are_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 100)
     with pytest.raises(TorchgrowError, match=r"has 1,235,496 parameters, .* needs about 0 GB of memory"):
         sources.load("torchvision:squeezenet1_1")
 
@@ -437,7 +440,9 @@ def test_models_too_large_for_memory_are_not_built(monkeypatch):
         (["nets.py:build", "--svg", "nowhere/x.svg", "--no-proof"], "nowhere/x.svg cannot be written: No such file"),
     ],
 )
-def test_errors_are_one_clean_message(arguments, text, file, tmp_path, monkeypatch):
+def test_errors_are_one_clean_message(
+    arguments: Any, text: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "bad.py").write_text("x = 1\nx / 0\n")
     (tmp_path / "typo.py").write_text("def build(:\n")
     monkeypatch.setitem(sys.modules, "timm", None)

@@ -5,19 +5,23 @@ import os
 import signal
 import warnings
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 import torchgrow.exchange
 from torchgrow import Budget, TorchgrowError
-from torchgrow.lab import checkpoints, run, train
+from torchgrow.lab import checkpoints, report, run
 from torchgrow.lab.models import ResNet
-from torchgrow.lab.recipes import RECIPES, Recipe, get, with_shortcut
+from torchgrow.lab.recipes import RECIPES, from_json, get, with_shortcut
+from torchgrow.lab.run_folder import RunFolder
 
 BUILD = partial(ResNet, depth=8, widths=(4, 8, 16), in_channels=1)
 TINY = replace(
@@ -35,19 +39,19 @@ TINY = replace(
 )
 
 
-def quiet():
+def quiet() -> Any:
     return Console(quiet=True)
 
 
-def start(out, beside=run.TWINS):
+def start(out: Path, beside: Sequence[str] = run.TWINS) -> Path:
     return run.run(TINY, console=quiet(), out=out, beside=beside, every=3)
 
 
-def start_or_resume(out):
+def start_or_resume(out: Path) -> Path:
     return run.resume(out, console=quiet()) if out.with_name(out.name + ".partial").exists() else start(out)
 
 
-def end(folder):
+def end(folder: Path) -> Any:
     """All that a run leaves but for the seconds it took."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     results = json.loads((folder / "results.json").read_text())
@@ -59,7 +63,7 @@ def end(folder):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return end(start(tmp_path_factory.mktemp("unbroken") / "out"))
 
 
@@ -67,11 +71,11 @@ class Stop(BaseException):
     """What no code expects."""
 
 
-def stopping(monkeypatch, owner, name, call):
+def stopping(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
     """Let a function raise at one of its calls."""
     original, count = getattr(owner, name), 0
 
-    def wrapper(*arguments, **keywords):
+    def wrapper(*arguments: Any, **keywords: Any) -> Any:
         nonlocal count
         count += 1
         if count == call:
@@ -84,18 +88,20 @@ def stopping(monkeypatch, owner, name, call):
 # 4 steps an epoch, 2 epochs: a checkpoint after 3 steps and after each epoch.
 MOMENTS = [
     # before there is any checkpoint; the grown network is done, its result is not
-    ((train.F, "cross_entropy", 2), (run, "evaluate", 1)),
+    ((F, "cross_entropy", 2), (run, "evaluate", 1)),
     # in mid-epoch; its result is there, the network is not saved
-    ((train.F, "cross_entropy", 7), (torchgrow, "save", 1)),
+    ((F, "cross_entropy", 7), (torchgrow, "save", 1)),
     # trained and updated, not recorded; recorded in the dense twin, no checkpoint
-    ((run.RunFolder, "append", 2), (checkpoints, "save_checkpoint", 4)),
+    ((RunFolder, "append", 2), (checkpoints, "save_checkpoint", 4)),
     # recorded, no checkpoint; at the very end
-    ((checkpoints, "save_checkpoint", 2), (run.report, "draw", 1)),
+    ((checkpoints, "save_checkpoint", 2), (report, "draw", 1)),
 ]
 
 
 @pytest.mark.parametrize("moments", MOMENTS, ids=lambda moments: " and ".join(name for _, name, _ in moments))
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(moments, tmp_path, monkeypatch, unbroken):
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+    moments: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Any
+) -> None:
     for moment in moments:
         with monkeypatch.context() as patch:
             stopping(patch, *moment)
@@ -108,19 +114,19 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(moments, tmp_path, monkeypa
     assert not (tmp_path / "out" / "stopped.txt").exists()
 
 
-def forked(work, kill_at):
+def forked(work: Callable[[], object], kill_at: tuple[Any, str, int, str]) -> int:
     """Run in a process of its own, which kills itself (SIGKILL) at a call of a function; returns its exit status."""
     owner, name, call, where = kill_at
     original, count, updating, update = getattr(owner, name), 0, False, torchgrow.Grower.update
 
-    def watched(grower):
+    def watched(grower: torchgrow.Grower) -> torchgrow.Event:
         nonlocal updating
         updating = True
         event = update(grower)
         updating = False
         return event
 
-    def wrapper(*arguments, **keywords):
+    def wrapper(*arguments: Any, **keywords: Any) -> Any:
         nonlocal count
         count += updating or where == "anywhere"
         if count == call:
@@ -132,7 +138,7 @@ def forked(work, kill_at):
         process = os.fork()
     if process == 0:
         try:
-            torchgrow.Grower.update = watched
+            torchgrow.Grower.update = watched  # type: ignore[method-assign, assignment]
             setattr(owner, name, wrapper)
             work()
         finally:
@@ -149,9 +155,9 @@ KILLS = [
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, unbroken):
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path: Path, unbroken: Any) -> None:
     """Killed four times over, in the worst of moments."""
-    killed = Counter()
+    killed = Counter[int]()
     for kill_at in KILLS:
         killed[forked(partial(start_or_resume, tmp_path / "out"), kill_at)] += 1
     assert killed == {signal.SIGKILL: len(KILLS)}
@@ -162,15 +168,15 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path, unbroken):
 # --- what cannot go on
 
 
-def stopped(out, monkeypatch):
+def stopped(out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with monkeypatch.context() as patch:
-        stopping(patch, run.RunFolder, "append", 2)
+        stopping(patch, RunFolder, "append", 2)
         with pytest.raises(Stop):
             start(out, beside=())
     return out.with_name(out.name + ".partial")
 
 
-def test_a_finished_run_and_no_run_at_all(tmp_path):
+def test_a_finished_run_and_no_run_at_all(tmp_path: Path) -> None:
     (tmp_path / "done").mkdir()
     with pytest.raises(TorchgrowError, match=r"done is finished; there is nothing to go on with"):
         run.resume(tmp_path / "done", console=quiet())
@@ -181,9 +187,9 @@ def test_a_finished_run_and_no_run_at_all(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["done"]
 
 
-def test_two_processes_at_one_run(tmp_path, monkeypatch):
+def test_two_processes_at_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     partial_folder = stopped(tmp_path / "out", monkeypatch)
-    first = run.RunFolder(tmp_path / "out", resume=True)
+    first = RunFolder(tmp_path / "out", resume=True)
     with pytest.raises(TorchgrowError, match=r"another process is running in .*out\.partial; wait for it, or stop"):
         run.resume(partial_folder, console=quiet())
     os.close(first._lock)
@@ -201,23 +207,25 @@ def test_two_processes_at_one_run(tmp_path, monkeypatch):
         ("results.json", "null", r"results\.json is damaged"),
     ],
 )
-def test_damaged_records_say_so(name, text, message, tmp_path, monkeypatch):
+def test_damaged_records_say_so(
+    name: str, text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     partial_folder = stopped(tmp_path / "out", monkeypatch)
     (partial_folder / name).write_text(text)
     with pytest.raises(TorchgrowError, match=message):
         run.resume(tmp_path / "out", console=quiet())
 
 
-def test_a_checkpoint_of_something_else(tmp_path, monkeypatch):
+def test_a_checkpoint_of_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     partial_folder = stopped(tmp_path / "out", monkeypatch)
     torchgrow.save_checkpoint(partial_folder / "checkpoints" / "grown", extra={"epoch": 1})
     with pytest.raises(TorchgrowError, match=r"was saved without a grower; load it without one"):
         run.resume(tmp_path / "out", console=quiet())
     with pytest.raises(TorchgrowError, match=r"a checkpoint's progress has epoch='2': it is damaged"):
-        checkpoints.Progress(epoch="2")
+        checkpoints.Progress(epoch="2")  # type: ignore[arg-type]
 
 
-def test_another_machine_is_noted(tmp_path, monkeypatch):
+def test_another_machine_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     partial_folder = stopped(tmp_path / "out", monkeypatch)
     environment = json.loads((partial_folder / "environment.json").read_text())
     (partial_folder / "environment.json").write_text(json.dumps({**environment, "torch": "1.0"}))
@@ -231,10 +239,10 @@ def test_another_machine_is_noted(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_survives_its_record(name):
+def test_a_recipe_survives_its_record(name: str) -> None:
     recipe = get(name)
     for variant in (recipe, replace(recipe, budget=Budget(params=100_000, flops="41.5%"), threads=2, subset=64)):
-        again = Recipe.from_json(json.loads(json.dumps(variant.as_json())))
+        again = from_json(json.loads(json.dumps(variant.as_json())))
         assert again.as_json() == variant.as_json()
         assert again.budget.limits(torchgrow.Cost(10**7, 10**9)) == variant.budget.limits(torchgrow.Cost(10**7, 10**9))
     assert sum(p.numel() for p in again.build(0.5).parameters()) == sum(
@@ -242,11 +250,11 @@ def test_a_recipe_survives_its_record(name):
     )
 
 
-def test_variants_of_the_network_survive():
-    recipe = Recipe.from_json(json.loads(json.dumps(TINY.as_json())))
+def test_variants_of_the_network_survive() -> None:
+    recipe = from_json(json.loads(json.dumps(TINY.as_json())))
     assert str(recipe.build()) == str(BUILD())
     shortcut = with_shortcut(get("resnet20-cifar10"), "B")
-    assert str(Recipe.from_json(shortcut.as_json()).build()) == str(shortcut.build())
+    assert str(from_json(shortcut.as_json()).build()) == str(shortcut.build())
 
 
 @pytest.mark.parametrize(
@@ -260,6 +268,6 @@ def test_variants_of_the_network_survive():
         ("model_arguments", [1], r"not the record of a recipe"),
     ],
 )
-def test_what_is_not_the_record_of_a_recipe(field, value, message):
+def test_what_is_not_the_record_of_a_recipe(field: str, value: Any, message: str) -> None:
     with pytest.raises(TorchgrowError, match=message):
-        Recipe.from_json({**get("digits").as_json(), field: value})
+        from_json({**get("digits").as_json(), field: value})

@@ -4,18 +4,21 @@ import io
 import itertools
 import json
 import math
+import subprocess
+import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 import torchgrow
-from torchgrow import Budget, TorchgrowError
-from torchgrow.lab import data, run, train
-from torchgrow.lab import environment as env_room
+from torchgrow import Budget, Event, TorchgrowError
+from torchgrow.lab import data, from_recipe, run, train
 from torchgrow.lab.baselines import uniform_width
 from torchgrow.lab.display import Display, short
 from torchgrow.lab.environment import environment
@@ -45,19 +48,19 @@ def quiet() -> Console:
     return Console(quiet=True)
 
 
-def lines(folder):
+def lines(folder: Path) -> Any:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One run with twins that several tests look at: (run folder, what the console showed)."""
     console = Console(record=True, width=80, file=io.StringIO())
     out = run.run(TINY, console=console, out=tmp_path_factory.mktemp("runs") / "tiny")
     return out, console.export_text()
 
 
-def test_the_folder_is_whole(finished):
+def test_the_folder_is_whole(finished: Any) -> None:
     folder, _ = finished
     names = {path.name for path in folder.iterdir()}
     pictures = {"size.png", "cost.png", "accuracy.png", "widths.png"}
@@ -68,7 +71,7 @@ def test_the_folder_is_whole(finished):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_metrics_have_one_line_per_epoch_and_network(finished):
+def test_metrics_have_one_line_per_epoch_and_network(finished: Any) -> None:
     records = lines(finished[0])
     assert [(r["network"], r["epoch"]) for r in records] == [
         (network, epoch) for network in ("grown", "dense", "uniform") for epoch in (1, 2, 3, 4)
@@ -79,14 +82,14 @@ def test_metrics_have_one_line_per_epoch_and_network(finished):
     assert [r["lr"] for r in records[:4]] == pytest.approx([0.1, 0.1, 0.01, 0.001])
 
 
-def test_training_flops_are_three_forwards_of_every_image(finished):
+def test_training_flops_are_three_forwards_of_every_image(finished: Any) -> None:
     so_far = {"grown": 0, "dense": 0, "uniform": 0}
     for record in lines(finished[0]):
         so_far[record["network"]] += 3 * record["flops"] * 128
         assert record["training_flops"] == so_far[record["network"]]
 
 
-def test_the_grown_network_is_recorded_in_full(finished):
+def test_the_grown_network_is_recorded_in_full(finished: Any) -> None:
     folder, _ = finished
     frame = json.loads((folder / "frame.json").read_text())
     grown = [r for r in lines(folder) if r["network"] == "grown"]
@@ -99,7 +102,7 @@ def test_the_grown_network_is_recorded_in_full(finished):
     assert sum(r["born"] for r in grown) > 0
 
 
-def test_results_are_of_the_networks_as_delivered(finished):
+def test_results_are_of_the_networks_as_delivered(finished: Any) -> None:
     folder, _ = finished
     results = json.loads((folder / "results.json").read_text())
     frame = json.loads((folder / "frame.json").read_text())
@@ -110,16 +113,16 @@ def test_results_are_of_the_networks_as_delivered(finished):
     assert results["grown"]["training_flops"] < results["dense"]["training_flops"]
 
 
-def test_the_saved_network_loads_and_is_the_one_measured(finished):
+def test_the_saved_network_loads_and_is_the_one_measured(finished: Any) -> None:
     folder, _ = finished
     model = torchgrow.load(folder / "network", BUILD)
-    digits = data.load("digits")
+    digits = data.load_images("digits")
     grown = json.loads((folder / "results.json").read_text())["grown"]
     assert train.evaluate(model, digits)[0] == grown["accuracy"]
     assert sum(p.numel() for p in model.parameters()) == grown["params"]
 
 
-def test_config_and_environment(finished):
+def test_config_and_environment(finished: Any) -> None:
     folder, _ = finished
     config = json.loads((folder / "config.json").read_text())
     assert (config["epochs"], config["subset"], config["model"]) == (4, 128, "ResNet")
@@ -129,7 +132,7 @@ def test_config_and_environment(finished):
     assert {"python", "cpu", "cores", "commit", "torchgrow"} <= found.keys()
 
 
-def test_what_a_plain_console_shows(finished):
+def test_what_a_plain_console_shows(finished: Any) -> None:
     folder, shown = finished
     assert "grown       epoch   1/4" in shown
     assert "uniform: every width narrowed by one factor" in shown
@@ -138,13 +141,13 @@ def test_what_a_plain_console_shows(finished):
     assert max(len(line) for line in shown.splitlines() if "(100%)" in line) <= 80
 
 
-def test_without_twins(tmp_path):
+def test_without_twins(tmp_path: Path) -> None:
     out = run.run(replace(TINY, epochs=2), console=quiet(), out=tmp_path / "alone", beside=())
     assert list(json.loads((out / "results.json").read_text())) == ["grown"]
     assert (out / "accuracy.png").exists()
 
 
-def test_other_networks_beside_the_grown_one(tmp_path):
+def test_other_networks_beside_the_grown_one(tmp_path: Path) -> None:
     """Narrowed to a share of the dense network's parameters, and the grown structure from scratch, at equal cost."""
     beside = ["direct", "uniform=25%", "dense", "uniform=25%"]
     out = run.run(
@@ -162,13 +165,13 @@ def test_other_networks_beside_the_grown_one(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["twin", "uniform=", "uniform=half", "direct=50%", "uniform=0%", "uniform=101%"])
-def test_networks_that_cannot_stand_beside(tmp_path, name):
+def test_networks_that_cannot_stand_beside(tmp_path: Path, name: str) -> None:
     with pytest.raises(TorchgrowError, match=r"uniform=50% \(of the dense one's|must lie above 0%"):
         run.run(TINY, console=quiet(), out=tmp_path / "out", beside=[name])
     assert not list(tmp_path.iterdir())
 
 
-def test_every_update_is_on_record(finished):
+def test_every_update_is_on_record(finished: Any) -> None:
     """The last update of an epoch is the structure that the next epoch trains."""
     rows = [r for r in lines(finished[0]) if r["network"] == "grown"]
     assert [[update["epochs"] for update in row["updates"]] for row in rows] == [[1.0], [2.0], [3.0], [4.0]]
@@ -179,7 +182,7 @@ def test_every_update_is_on_record(finished):
     assert all(row["updates"] == [] for row in lines(finished[0]) if row["network"] != "grown")
 
 
-def test_updates_within_an_epoch_say_when_they_came(tmp_path):
+def test_updates_within_an_epoch_say_when_they_came(tmp_path: Path) -> None:
     recipe = replace(TINY, epochs=2, updates_per_epoch=4, build=partial(BUILD, depth=14), depth=True)
     out = run.run(recipe, console=quiet(), out=tmp_path / "run", beside=())
     rows = lines(out)
@@ -187,36 +190,37 @@ def test_updates_within_an_epoch_say_when_they_came(tmp_path):
     assert rows[0]["updates"][0]["depths"].keys() == {"layer1", "layer2", "layer3"}
 
 
-def test_where_it_trains(monkeypatch):
+def test_where_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     """Model, data and what a grower brings to life are where the device says; the bank sleeps on the CPU."""
     device = torch.device("meta")
-    recipe, images = train.with_data(TINY, quiet(), None, device=device)
-    model = train.make_network(recipe.build, 1.0, device)
+    recipe, images = from_recipe.with_data(TINY, quiet(), None, device=device)
+    assert isinstance(images, data.ImageData)
+    model = from_recipe.make_network(recipe.build, 1.0, device)
     assert {p.device for p in model.parameters()} == {images.example().device} == {device} == {images.device}
-    here = train.make_network(recipe.build, 1.0, torch.device("cpu"), meta=True)
+    here = from_recipe.make_network(recipe.build, 1.0, torch.device("cpu"), meta=True)
     assert {p.device for p in here.parameters()} == {device}
     batch, labels = next(images.train_batches(batch_size=4, shift=1, mirror=True, generator=torch.Generator()))
     assert batch.device == labels.device == device
 
 
-def test_the_paper_preset_runs(tmp_path):
+def test_the_paper_preset_runs(tmp_path: Path) -> None:
     out = run.run(replace(TINY, preset="paper"), console=quiet(), out=tmp_path / "paper", beside=())
     frame = json.loads((out / "frame.json").read_text())
     assert json.loads((out / "results.json").read_text())["grown"]["params"] <= frame["limits"]["params"]
 
 
-def test_the_papers_preset_on_a_short_schedule_is_warned_of():
+def test_the_papers_preset_on_a_short_schedule_is_warned_of() -> None:
     paper = replace(TINY, preset="paper:paced=False")
-    assert train.far_from_paper(TINY, 4) == ""
-    assert train.far_from_paper(replace(TINY, preset="paper"), 4) == "", "at the paper's pace"
-    assert "belong to 62,400 steps. With the 16 of this run" in train.far_from_paper(paper, 4)
-    assert train.far_from_paper(replace(paper, epochs=160), 390) == ""
+    assert from_recipe.far_from_paper(TINY, 4) == ""
+    assert from_recipe.far_from_paper(replace(TINY, preset="paper"), 4) == "", "at the paper's pace"
+    assert "belong to 62,400 steps. With the 16 of this run" in from_recipe.far_from_paper(paper, 4)
+    assert from_recipe.far_from_paper(replace(paper, epochs=160), 390) == ""
 
 
 # --- folders
 
 
-def test_an_existing_run_folder_is_not_overwritten(tmp_path):
+def test_an_existing_run_folder_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "results.json").write_text("kept")
     with pytest.raises(TorchgrowError, match="exists already and is not overwritten; choose another --out"):
@@ -224,19 +228,19 @@ def test_an_existing_run_folder_is_not_overwritten(tmp_path):
     assert (tmp_path / "out" / "results.json").read_text() == "kept"
 
 
-def test_what_a_stopped_run_left_is_not_overwritten(tmp_path):
+def test_what_a_stopped_run_left_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     with pytest.raises(TorchgrowError, match=r"out\.partial is what an earlier run left .* choose another --out"):
         RunFolder(tmp_path / "out")
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(TorchgrowError, match=r"cannot be made: .*; choose another --out"):
         RunFolder(tmp_path / "file" / "out")
 
 
-def test_default_out_takes_the_first_free_name(tmp_path, monkeypatch):
+def test_default_out_takes_the_first_free_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = []
     for _ in range(2):
@@ -247,10 +251,12 @@ def test_default_out_takes_the_first_free_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), TorchgrowError("the reason")])
-def test_a_stopped_run_stays_readable_and_partial(tmp_path, monkeypatch, error):
+def test_a_stopped_run_stays_readable_and_partial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
     whole = RunFolder.append
 
-    def stop_after_two(folder, record):
+    def stop_after_two(folder: RunFolder, record: Epoch) -> None:
         whole(folder, record)
         if record.epoch == 2:
             raise error
@@ -265,14 +271,14 @@ def test_a_stopped_run_stays_readable_and_partial(tmp_path, monkeypatch, error):
     assert json.loads((left / "config.json").read_text())["name"] == "digits"
 
 
-def test_bad_data_leaves_no_folder(tmp_path):
+def test_bad_data_leaves_no_folder(tmp_path: Path) -> None:
     recipe = replace(get("resnet20-cifar10"), epochs=2)
     with pytest.raises(TorchgrowError, match="no CIFAR-10 in"):
         run.run(recipe, console=quiet(), out=tmp_path / "out", folder=tmp_path / "nowhere")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_cifar_from_files(tmp_path, cifar_folder):
+def test_cifar_from_files(tmp_path: Path, cifar_folder: Path) -> None:
     build = partial(ResNet, depth=8, widths=(4, 8, 16))  # one block a stage: no layer can go
     recipe = replace(get("resnet20-cifar10"), build=build, depth=False, epochs=2, batch_size=16, subset=None)
     out = run.run(recipe, console=quiet(), out=tmp_path / "out", folder=cifar_folder)
@@ -282,7 +288,7 @@ def test_cifar_from_files(tmp_path, cifar_folder):
 # --- training
 
 
-def test_nan_loss_stops_with_where_and_why(tmp_path):
+def test_nan_loss_stops_with_where_and_why(tmp_path: Path) -> None:
     with pytest.raises(TorchgrowError, match=r"grown, epoch \d+, step \d+ of 4: the loss is (nan|inf)"):
         run.run(replace(TINY, lr=1e30), console=quiet(), out=tmp_path / "out")
     assert (tmp_path / "out.partial" / "stopped.txt").exists()
@@ -291,64 +297,66 @@ def test_nan_loss_stops_with_where_and_why(tmp_path):
 class Spy(nn.Module):
     """A linear network that notes in which mode it is called."""
 
-    def __init__(self, notes):
+    def __init__(self, notes: list[str]) -> None:
         super().__init__()
         self.fc = nn.Linear(64, 10)
         self.notes = notes
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         self.notes.append("train" if self.training else "evaluate")
         return self.fc(x.flatten(1))
 
 
-def test_evaluation_comes_before_the_update():
-    notes = []
+def test_evaluation_comes_before_the_update() -> None:
+    notes: list[str] = []
     model = Spy(notes)
 
     class Grower:
-        def cost(self):
+        def cost(self) -> Any:
             return torchgrow.measure(nn.Linear(64, 10), torch.zeros(2, 64))
 
-        def widths(self):
+        def widths(self) -> Any:
             return {}
 
-        def depths(self):
+        def depths(self) -> Any:
             return {}
 
-        def update(self):
+        def update(self) -> Any:
             notes.append("update")
-            return Epoch(**dict.fromkeys(Epoch.__dataclass_fields__, 0))
+            return Event(**dict.fromkeys(Event.__dataclass_fields__, cast("Any", 0)))
 
-    digits = data.load("digits", subset=64)
+    digits = data.load_images("digits", subset=64)
     recipe = replace(TINY, epochs=2, batch_size=64)
-    epochs = train.fit("x", model, train.make_optimizer(model, recipe), digits, recipe, grower=Grower())
+    epochs = train.fit(
+        "x", model, from_recipe.make_optimizer(model, recipe), digits, recipe, grower=cast("Any", Grower())
+    )
     assert len(list(epochs)) == 2
     assert notes == ["train", "evaluate", "update"] * 2
 
 
-def test_seconds_leave_evaluation_out(monkeypatch):
+def test_seconds_leave_evaluation_out(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     real = train.evaluate
 
-    def slow(model, images):
+    def slow(model: Any, images: Any) -> Any:
         clock[0] += 1000
         return real(model, images)
 
     monkeypatch.setattr(train, "evaluate", slow)
-    digits = data.load("digits", subset=64)
+    digits = data.load_images("digits", subset=64)
     model = Spy([])
-    epochs = list(train.fit("x", model, train.make_optimizer(model, TINY), digits, TINY))
+    epochs = list(train.fit("x", model, from_recipe.make_optimizer(model, TINY), digits, TINY))
     assert [epoch.seconds for epoch in epochs] == [0.0] * 4
 
 
-def test_dense_runs_repeat_exactly():
-    digits = data.load("digits", subset=64)
+def test_dense_runs_repeat_exactly() -> None:
+    digits = data.load_images("digits", subset=64)
 
-    def losses():
+    def losses() -> Any:
         torch.manual_seed(0)
         model = BUILD()
-        return [epoch.loss for epoch in train.fit("x", model, train.make_optimizer(model, TINY), digits, TINY)]
+        return [epoch.loss for epoch in train.fit("x", model, from_recipe.make_optimizer(model, TINY), digits, TINY)]
 
     assert losses() == losses()
 
@@ -357,8 +365,8 @@ def test_dense_runs_repeat_exactly():
 
 
 @pytest.mark.parametrize("share", [0.05, 0.36, 0.9])
-def test_uniform_twin_is_the_widest_that_fits(share):
-    def count(width):
+def test_uniform_twin_is_the_widest_that_fits(share: str) -> None:
+    def count(width: float) -> Any:
         return sum(p.numel() for p in BUILD(width).parameters())
 
     limit = int(count(1.0) * share)
@@ -367,13 +375,13 @@ def test_uniform_twin_is_the_widest_that_fits(share):
     assert count(width + 1e-6) > limit
 
 
-def test_uniform_twin_at_the_ends():
+def test_uniform_twin_at_the_ends() -> None:
     assert uniform_width(BUILD, 10**9) == 1.0
     smallest = BUILD(uniform_width(BUILD, 1))
     assert smallest.conv1.out_channels == 1
 
 
-def test_uniform_twin_draws_no_random_numbers():
+def test_uniform_twin_draws_no_random_numbers() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     uniform_width(BUILD, 1000)
@@ -383,40 +391,40 @@ def test_uniform_twin_draws_no_random_numbers():
 # --- the environment and the display
 
 
-def test_environment_outside_git(monkeypatch):
-    def no_git(*arguments, **keywords):
+def test_environment_outside_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_git(*arguments: Any, **keywords: Any) -> None:
         raise FileNotFoundError("git")
 
-    monkeypatch.setattr(env_room.subprocess, "run", no_git)
+    monkeypatch.setattr(subprocess, "run", no_git)
     assert environment()["commit"] is None
 
 
-def test_commit_of_a_foreign_repository_is_not_ours(monkeypatch):
+def test_commit_of_a_foreign_repository_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     class Done:
         stdout = "/somewhere/else\n"
 
-    monkeypatch.setattr(env_room.subprocess, "run", lambda *arguments, **keywords: Done())
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **keywords: Done())
     assert environment()["commit"] is None
 
 
 @pytest.mark.parametrize(("number", "text"), [(0, "0"), (987, "987"), (37_912, "37.9k"), (1.5e6, "1.5M"), (2e15, "2P")])
-def test_short_numbers(number, text):
+def test_short_numbers(number: float, text: str) -> None:
     assert short(number) == text
 
 
-def shown(display, width=100):
+def shown(display: Display, width: int = 100) -> str:
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(display._render())
     return console.export_text()
 
 
-def epoch_of(**fields):
+def epoch_of(**fields: Any) -> Epoch:
     plain = {"network": "grown", "epoch": 4, "loss": 0.3, "test_loss": 0.2, "accuracy": 97.5, "params": 30_000}
     plain |= {"flops": 900_000, "training_flops": 10**9, "seconds": 3.0, "lr": 0.1}
     return Epoch(**{**plain, **fields})
 
 
-def test_the_live_panel_shows_progress_size_and_widths(finished):
+def test_the_live_panel_shows_progress_size_and_widths(finished: Any) -> None:
     display = Display(Console(force_terminal=True, file=io.StringIO()))
     assert shown(display).strip() == ""
     cost = torchgrow.measure(BUILD(), torch.randn(2, 1, 8, 8))
@@ -435,7 +443,7 @@ def test_the_live_panel_shows_progress_size_and_widths(finished):
     assert "7/16" in text
 
 
-def test_the_live_panel_stays_short(finished):
+def test_the_live_panel_stays_short(finished: Any) -> None:
     display = Display(Console(force_terminal=True, file=io.StringIO()))
     full = {f"layer{i}": 8 for i in range(50)}
     cost = torchgrow.measure(BUILD(), torch.randn(2, 1, 8, 8))
@@ -445,7 +453,7 @@ def test_the_live_panel_stays_short(finished):
     assert len(shown(display).splitlines()) < 30
 
 
-def test_the_table_without_a_dense_twin_has_no_shares():
+def test_the_table_without_a_dense_twin_has_no_shares() -> None:
     result = run.Result(accuracy=98.0, params=1000, flops=2000, training_flops=10**6, seconds=1.5)
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(table({"grown": result}))

@@ -5,23 +5,24 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 import torchgrow
 from torchgrow import Budget, Grower, TorchgrowError, measure
-from torchgrow.lab import report, run, train
+from torchgrow.lab import from_recipe, report, run, train
 from torchgrow.lab.attention import GPT, ViT
 from torchgrow.lab.baselines import twin_width
-from torchgrow.lab.data import load
 from torchgrow.lab.display import Display
 from torchgrow.lab.metrics import ACCURACY, PERPLEXITY, metric_of
 from torchgrow.lab.recipes import Recipe, get
 from torchgrow.lab.recurrent import LSTM
-from torchgrow.lab.text import TextData
+from torchgrow.lab.text import TextData, load_text
 
 BUILD = partial(LSTM, embedding=6, hidden=(16, 8), init=0.3)
 TINY = replace(
@@ -46,7 +47,7 @@ TINY_GPT = replace(
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Any:
     """Three short texts in which every word follows from the one before."""
     place = tmp_path / "text"
     place.mkdir()
@@ -56,14 +57,14 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def finished(tmp_path, folder):
+def finished(tmp_path: Path, folder: Path) -> Any:
     console = Console(record=True, width=80, file=io.StringIO())
     out = run.run(TINY, console=console, out=tmp_path / "out", folder=folder)
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return out, records, console.export_text()
 
 
-def test_a_run_on_text(finished, folder):
+def test_a_run_on_text(finished: Any, folder: Path) -> None:
     out, records, shown = finished
     assert {path.name for path in out.iterdir() if path.suffix == ".png"} == {
         "size.png", "cost.png", "perplexity.png", "widths.png",
@@ -84,7 +85,7 @@ def test_a_run_on_text(finished, folder):
     config = json.loads((out / "config.json").read_text())
     assert (config["text"], config["model_arguments"]["words"]) == (str(folder), 9)
     model = torchgrow.load(out / "network", partial(BUILD, words=9))
-    data = load("text", folder=folder, steps=5)
+    data = load_text(folder=folder, steps=5)
     assert train.evaluate(model, data, "test")[0] == results["grown"]["test_perplexity"]
     assert f"Text: {folder}; 968 words to train on, a vocabulary of 9" in shown.replace("\n", "")
     assert "grown       epoch   1/3  loss" in shown
@@ -94,13 +95,13 @@ def test_a_run_on_text(finished, folder):
     assert "%  " not in shown.partition("network")[0], "perplexity is no share"
 
 
-def test_training_flops_follow_every_update(folder):
+def test_training_flops_follow_every_update(folder: Path) -> None:
     """Worked out update by update, with three updates an epoch and 4 sequences a step."""
-    data, recipe = load("text", folder=folder, steps=5), TINY.with_words(9)
+    data, recipe = load_text(folder=folder, steps=5), TINY.with_words(9)
     torch.manual_seed(0)
     model = recipe.build()
-    optimizer = train.make_optimizer(model, recipe)
-    grower = train.make_grower(model, optimizer, data, recipe)
+    optimizer = from_recipe.make_optimizer(model, recipe)
+    grower = from_recipe.make_grower(model, optimizer, data, recipe)
     steps = data.train_steps(4, shuffled=False)
     epochs = list(train.fit("grown", model, optimizer, data, recipe, grower=grower))
     ends = [0, *(steps * part // 3 for part in (1, 2)), steps]
@@ -116,40 +117,49 @@ def test_training_flops_follow_every_update(folder):
 
 
 @pytest.mark.parametrize("updates", [1, 7, 50])
-def test_the_last_update_is_the_last_one(folder, updates):
+def test_the_last_update_is_the_last_one(folder: Path, updates: int) -> None:
     """However often it updates in an epoch of 24 steps, growth is over when training is, not before and not after."""
-    data, recipe = load("text", folder=folder, steps=5, subset=500), replace(TINY, updates_per_epoch=updates)
+    data, recipe = load_text(folder=folder, steps=5, subset=500), replace(TINY, updates_per_epoch=updates)
     model = recipe.with_words(9).build()
-    optimizer = train.make_optimizer(model, recipe)
-    grower = train.make_grower(model, optimizer, data, recipe)
+    optimizer = from_recipe.make_optimizer(model, recipe)
+    grower = from_recipe.make_grower(model, optimizer, data, recipe)
     for epoch in train.fit("grown", model, optimizer, data, recipe, grower=grower):
         assert grower.finished == (epoch.epoch == recipe.epochs)
     assert len(grower.history) == 1 + 3 * min(updates, 24)
 
 
-def test_the_state_goes_over_an_update_within_an_epoch_and_starts_anew_with_it(folder, monkeypatch):
-    carried, began = [], []
-    real = Grower.carry
-    monkeypatch.setattr(Grower, "carry", lambda self, state: carried.append(state) or real(self, state))
-    forward = LSTM.forward
-    monkeypatch.setattr(
-        LSTM, "forward", lambda self, x, state=None: began.append(state is None) or forward(self, x, state)
-    )
-    data, recipe = load("text", folder=folder, steps=5), TINY.with_words(9)
+def test_the_state_goes_over_an_update_within_an_epoch_and_starts_anew_with_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carried: list[object] = []
+    began: list[bool] = []
+    real, forward = Grower.carry, LSTM.forward
+
+    def carry(self: Grower, state: Any) -> Any:
+        carried.append(state)
+        return real(self, state)
+
+    def stepped(self: LSTM, x: Tensor, state: Any = None) -> Any:
+        began.append(state is None)
+        return forward(self, x, state)
+
+    monkeypatch.setattr(Grower, "carry", carry)
+    monkeypatch.setattr(LSTM, "forward", stepped)
+    data, recipe = load_text(folder=folder, steps=5), TINY.with_words(9)
     model = recipe.build()
-    optimizer = train.make_optimizer(model, recipe)
-    grower = train.make_grower(model, optimizer, data, recipe)
+    optimizer = from_recipe.make_optimizer(model, recipe)
+    grower = from_recipe.make_grower(model, optimizer, data, recipe)
     began.clear()
     list(train.fit("grown", model, optimizer, data, recipe, grower=grower))
     assert len(carried) == 3 * 2, "two updates within each of three epochs"
     assert began.count(True) == 3 * 2, "once for training and once for evaluation, in each epoch"
 
 
-def test_the_uniform_twin_of_a_flops_budget_is_the_widest_within_it(folder):
+def test_the_uniform_twin_of_a_flops_budget_is_the_widest_within_it(folder: Path) -> None:
     """With parameters to spare: a twin by parameters would be as wide as the frame."""
-    data, recipe = load("text", folder=folder, steps=5), TINY.with_words(9)
+    data, recipe = load_text(folder=folder, steps=5), TINY.with_words(9)
 
-    def flops(width):
+    def flops(width: float) -> Any:
         return measure(recipe.build(width), data.example()).flops
 
     limit = flops(1.0) // 2
@@ -158,8 +168,8 @@ def test_the_uniform_twin_of_a_flops_budget_is_the_widest_within_it(folder):
     assert twin_width(replace(recipe, budget=Budget(params="50%")), data, params=10**9, flops=limit) == 1.0
 
 
-def test_evaluation_is_the_plain_mean_over_all_words(folder):
-    data = load("text", folder=folder, steps=5)
+def test_evaluation_is_the_plain_mean_over_all_words(folder: Path) -> None:
+    data = load_text(folder=folder, steps=5)
     model = BUILD(words=9).eval()
     perplexity, loss = train.evaluate(model, data)
     columns = 20
@@ -170,23 +180,23 @@ def test_evaluation_is_the_plain_mean_over_all_words(folder):
     assert perplexity == math.exp(loss)
 
 
-def test_gradients_are_clipped(folder):
-    data, recipe = load("text", folder=folder, steps=5), replace(TINY, clip=1e-3, lr=1.0, momentum=0.0).with_words(9)
+def test_gradients_are_clipped(folder: Path) -> None:
+    data, recipe = load_text(folder=folder, steps=5), replace(TINY, clip=1e-3, lr=1.0, momentum=0.0).with_words(9)
     model = recipe.build()
     before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
-    next(train.fit("x", model, train.make_optimizer(model, replace(recipe, epochs=2)), data, recipe))
+    next(train.fit("x", model, from_recipe.make_optimizer(model, replace(recipe, epochs=2)), data, recipe))
     moved = (torch.cat([p.detach().flatten() for p in model.parameters()]) - before).norm()
     assert 0 < moved <= 1e-3 * data.train_steps(4, shuffled=False) * (1 + 1e-4)
 
 
-def test_gpt_runs_in_another_order_each_epoch_without_a_state(folder, tmp_path):
+def test_gpt_runs_in_another_order_each_epoch_without_a_state(folder: Path, tmp_path: Path) -> None:
     out = run.run(TINY_GPT, console=Console(quiet=True), out=tmp_path / "gpt", folder=folder)
     results = json.loads((out / "results.json").read_text())
     assert results["grown"]["flops"] <= json.loads((out / "frame.json").read_text())["limits"]["flops"]
     assert results["uniform"]["flops"] <= results["grown"]["flops"] < results["dense"]["flops"]
 
 
-def test_vit_runs(tmp_path, cifar_folder):
+def test_vit_runs(tmp_path: Path, cifar_folder: Path) -> None:
     recipe = replace(
         get("vit-cifar10"),
         build=partial(ViT, features=8, layers=1, heads=3, head=4, neurons=16),
@@ -198,9 +208,9 @@ def test_vit_runs(tmp_path, cifar_folder):
     assert (out / "accuracy.png").exists()
 
 
-def test_adamw_decays_matrices_only():
+def test_adamw_decays_matrices_only() -> None:
     model = GPT(words=11, features=8, layers=1, heads=2, head=4, neurons=6, context=5)
-    optimizer = train.make_optimizer(model, TINY_GPT)
+    optimizer = from_recipe.make_optimizer(model, TINY_GPT)
     names = {id(p): name for name, p in model.named_parameters()}
     decayed, plain = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
@@ -215,7 +225,7 @@ def test_adamw_decays_matrices_only():
 def rates_of(recipe: Recipe, steps: int) -> list[float]:
     """The learning rate of every step of a run, and the one after the last."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule, rates = train.make_schedule(optimizer, recipe, steps), []
+    schedule, rates = from_recipe.make_schedule(optimizer, recipe, steps), []
     for _ in range(steps * (recipe.epochs + recipe.then)):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -223,7 +233,7 @@ def rates_of(recipe: Recipe, steps: int) -> list[float]:
     return [*rates, optimizer.param_groups[0]["lr"]]
 
 
-def test_a_cosine_rises_and_falls():
+def test_a_cosine_rises_and_falls() -> None:
     """4 of 20 steps up to the full rate in equal steps, then down half a cosine, to 0 after the last."""
     rates = rates_of(replace(TINY_GPT, epochs=2, warmup=0.2, lr=1.0), 10)
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
@@ -232,14 +242,14 @@ def test_a_cosine_rises_and_falls():
     assert rates[-1] == pytest.approx(0)
 
 
-def test_a_linear_rate_falls_in_equal_steps():
+def test_a_linear_rate_falls_in_equal_steps() -> None:
     """Up as a cosine's, then down to 0 in 16 equal steps."""
     rates = rates_of(replace(TINY_GPT, epochs=2, warmup=0.2, lr=1.0, schedule="linear"), 10)
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert rates[4:] == pytest.approx([1 - step / 16 for step in range(17)])
 
 
-def test_a_wsd_rate_stays_then_falls():
+def test_a_wsd_rate_stays_then_falls() -> None:
     """Up, constant until 6 of 20 steps are left, then down to 0 in 6 equal steps; anew for the phase after growth."""
     recipe = replace(TINY_GPT, epochs=2, warmup=0.2, lr=1.0, schedule="wsd", decay=0.3)
     expected = [0.2, 0.4, 0.6, 0.8, *[1.0] * 10, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0]
@@ -247,7 +257,7 @@ def test_a_wsd_rate_stays_then_falls():
     assert rates_of(replace(recipe, then=2), 10) == pytest.approx([*expected[:-1], *expected])
 
 
-def test_a_text_too_short_says_so(folder, tmp_path):
+def test_a_text_too_short_says_so(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TorchgrowError, match="968 words, too few for one batch of 200 samples of 5 words"):
         run.run(replace(TINY, batch_size=200), console=Console(quiet=True), out=tmp_path / "out", folder=folder)
 
@@ -255,28 +265,30 @@ def test_a_text_too_short_says_so(folder, tmp_path):
 # --- perplexity is lower when better
 
 
-def test_pictures_show_the_low_end_of_perplexity():
+def test_pictures_show_the_low_end_of_perplexity() -> None:
     """The first epochs are cut off at the top, never the best value at the bottom."""
     low, high = report._span_of_perplexity([900.0, 130.0, 120.0, 115.0, 110.0])
     assert low < 110 < 130 < high < 900
 
 
-def test_metrics_as_they_are_written():
+def test_metrics_as_they_are_written() -> None:
     assert (PERPLEXITY.show(82.574), ACCURACY.show(91.3)) == ("82.57", "91.30 %")
     assert metric_of({"accuracy": None, "perplexity": 3.0}) is PERPLEXITY
     assert metric_of({"accuracy": 3.0}) is ACCURACY, "records of before there was a perplexity"
 
 
-def test_the_live_panel_shows_perplexity():
+def test_the_live_panel_shows_perplexity() -> None:
     console = Console(force_terminal=True, width=100, record=True, file=io.StringIO())
     display = Display(console)
     cost = measure(BUILD(words=9), torch.zeros(2, 5, dtype=torch.int64))
     display.start("dense", epochs=3, frame=cost, limits={}, full={})
-    fields = {"network": "dense", "epoch": 1, "loss": 0.3, "test_loss": 4.0, "perplexity": math.exp(4.0)}
-    display.epoch(train.Epoch(**fields, params=1, flops=1, training_flops=1, seconds=1.0, lr=1.0))
+    scores: dict[str, Any] = {"loss": 0.3, "test_loss": 4.0, "perplexity": math.exp(4.0)}
+    display.epoch(
+        train.Epoch(network="dense", epoch=1, **scores, params=1, flops=1, training_flops=1, seconds=1.0, lr=1.0)
+    )
     console.print(display._render())
     assert "perplexity 54.60  loss 0.300" in console.export_text()
 
 
-def test_text_data_is_judged_by_perplexity():
+def test_text_data_is_judged_by_perplexity() -> None:
     assert TextData.metric is PERPLEXITY

@@ -4,6 +4,7 @@ import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,9 +17,11 @@ RECIPE = recipes.get("resnet20-cifar10")
 
 
 @pytest.fixture
-def tables(tmp_path, monkeypatch):
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(PATH.parent)
     spec = importlib.util.spec_from_file_location("tables", PATH)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "ROOT", tmp_path)
@@ -26,20 +29,20 @@ def tables(tmp_path, monkeypatch):
     return module
 
 
-def row(method, recipe=RECIPE, **changed):
+def row(method: str, recipe: Any = RECIPE, **changed: Any) -> Any:
     config = Job(method=method, recipe=recipe, data=(10, 5)).config()
     if "growing" in config:
         config["growing"] |= changed
     return {"recipe": RECIPE.name, "method": method, "budget": "params <= 36%", "config": config, "accuracy": 1.0}
 
 
-def labels(tables, rows):
+def labels(tables: Any, rows: Any) -> Any:
     path = tables.ROOT / "results" / "compare" / f"{RECIPE.name}.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in rows))
     return [[one["method"] for one in found] for found in pages.alike(path.parent).values()]
 
 
-def test_what_differs_in_method_alone_stands_together(tables):
+def test_what_differs_in_method_alone_stands_together(tables: Any) -> None:
     methods = ["dense", "uniform", "default", "direct", "paper", "random", "default:peak=1.35"]
     flat = replace(RECIPE, depth=False)
     rows = [row(method) for method in methods] + [row("default", flat), row("paper", flat), row("direct", flat)]
@@ -48,13 +51,13 @@ def test_what_differs_in_method_alone_stands_together(tables):
     assert labels(tables, [*rows, row("uniform", replace(RECIPE, epochs=7))]) == [together, ["uniform"]]
 
 
-def test_what_was_otherwise_once_is_named(tables):
+def test_what_was_otherwise_once_is_named(tables: Any) -> None:
     """Also for networks that another method has found."""
     found = labels(tables, [row("default", hold=0.1), row("direct", hold=0.1), row("uniform")])
     assert found == [["default, then with hold=0.1", "direct, then with hold=0.1", "uniform"]]
 
 
-def test_rows_stand_in_the_section_they_belong_to(tables):
+def test_rows_stand_in_the_section_they_belong_to(tables: Any) -> None:
     """A reader meets what holds now first, then what it was chosen by, then what was."""
     chosen = row("default")
     chosen["config"]["validate"] = True
@@ -69,7 +72,7 @@ def test_rows_stand_in_the_section_they_belong_to(tables):
     ]
 
 
-def test_the_picture_of_sizes_is_of_one_setting(tables, tmp_path):
+def test_the_picture_of_sizes_is_of_one_setting(tables: Any, tmp_path: Path) -> None:
     """What a schedule was chosen by, on held-out images, must not move the means that readers see first."""
     rows = [
         {**row(method), "seed": seed, "params": 10} for method in ("dense", "uniform", "default") for seed in (0, 1)
@@ -83,10 +86,10 @@ def test_the_picture_of_sizes_is_of_one_setting(tables, tmp_path):
         draw_sizes([chosen, *rows], tmp_path / "picture.png")
 
 
-def test_budgets_are_summed_up_on_the_seeds_that_both_have(tables):
+def test_budgets_are_summed_up_on_the_seeds_that_both_have(tables: Any) -> None:
     """Twin and grown network at every budget in one table; a budget that one of them has no row at is left out."""
 
-    def finished(method, seed, budget, accuracy):
+    def finished(method: str, seed: int, budget: str, accuracy: float) -> Any:
         costs = dict.fromkeys(("params", "flops", "train_flops"), 10)
         dense = {f"dense_{key}": 20 for key in costs}
         one = {**row(method), "seed": seed, "budget": budget, "accuracy": accuracy, **costs, **dense}
@@ -117,7 +120,7 @@ def test_budgets_are_summed_up_on_the_seeds_that_both_have(tables):
         (metrics.PERPLEXITY, 70.0, "The dense network is no better than the uniform twin here"),
     ],
 )
-def test_a_gap_is_won_back_only_where_there_is_one(tables, metric, dense, text):
+def test_a_gap_is_won_back_only_where_there_is_one(tables: Any, metric: Any, dense: Any, text: str) -> None:
     scores = {"dense": dense, "uniform": 60.0, "default": 65.0}
     blank = {"accuracy": None, "perplexity": None}
     some = [{"method": m, "seed": s, **blank, metric.name: x} for m, x in scores.items() for s in (0, 1)]

@@ -215,6 +215,19 @@ def load(
                 "name a folder with your copy, or none for the manual that comes with Python"
             )
         return load_text(folder=folder, steps=steps, subset=subset)
+    return load_images(dataset, folder=folder, download=download, subset=subset, side=side, held_out=held_out)
+
+
+def load_images(
+    dataset: str,
+    *,
+    folder: Path | None = None,
+    download: bool = False,
+    subset: int | None = None,
+    side: int = 64,
+    held_out: bool = False,
+) -> ImageData:
+    """`load` for every data set but a text."""
     if dataset == "digits":
         data = _digits()
     elif dataset == "cifar10":

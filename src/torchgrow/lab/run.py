@@ -23,23 +23,21 @@ from torchgrow.lab.data import Data
 from torchgrow.lab.devices import chosen
 from torchgrow.lab.display import Display, short
 from torchgrow.lab.environment import environment
-from torchgrow.lab.metrics import metric_of
-from torchgrow.lab.recipes import Recipe
-from torchgrow.lab.report import label
-from torchgrow.lab.results import verdict
-from torchgrow.lab.run_folder import Onlooker, RunFolder, default_out
-from torchgrow.lab.text import TextData
-from torchgrow.lab.train import (
-    Epoch,
-    evaluate,
+from torchgrow.lab.from_recipe import (
     extent,
     far_from_paper,
-    fit,
     make_grower,
     make_network,
     make_optimizer,
     with_data,
 )
+from torchgrow.lab.metrics import metric_of
+from torchgrow.lab.recipes import Recipe, from_json
+from torchgrow.lab.report import label
+from torchgrow.lab.results import verdict
+from torchgrow.lab.run_folder import Onlooker, RunFolder, default_out
+from torchgrow.lab.text import TextData
+from torchgrow.lab.train import Epoch, evaluate, fit
 
 TWINS = ("dense", "uniform")
 
@@ -178,7 +176,7 @@ def _resume(run: Path, console: Console, folder: Path | None, device: str) -> Pa
     run_folder = RunFolder(target, resume=True) if first else Onlooker(target)
     config, before = run_folder.read_json("config.json"), run_folder.read_json("environment.json")
     here = environment(chosen(device))
-    recipe, how = Recipe.from_json(config), config.get("run")
+    recipe, how = from_json(config), config.get("run")
     if not isinstance(how, dict) or how.keys() != {"data", "beside", "checkpoint_every"}:
         raise TorchgrowError(f"{run_folder.path / 'config.json'} does not say how the run was started; start it anew")
     if type(before.get("threads")) is int and before["threads"] > 0:

@@ -5,20 +5,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from torchgrow import Cost, Event, Grower, Method, TorchgrowError, guard_, measure
+from torchgrow import Cost, Event, Grower, TorchgrowError, guard_, measure
 from torchgrow.lab import processes
 from torchgrow.lab.checkpoints import Checkpoints, Progress
-from torchgrow.lab.data import Data, train_steps
-from torchgrow.lab.data import load as load_data
+from torchgrow.lab.data import Data
+from torchgrow.lab.from_recipe import extent, make_schedule, updates_within
 from torchgrow.lab.metrics import ACCURACY
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.text import TextData
@@ -78,153 +76,6 @@ class Epoch:
     updates: list[dict[str, Any]] = field(default_factory=list)
 
 
-def make_network(
-    build: Callable[..., nn.Module], width: float, device: torch.device, *, meta: bool = False
-) -> nn.Module:
-    """A network on the device, with weights drawn on the CPU, the same for every device.
-
-    Args:
-        build: as in `Recipe`.
-        width: its argument.
-        device: where it is put.
-        meta: leave it on the meta device, for a grower to bring to life where its example inputs are.
-    """
-    with torch.device("meta" if meta else "cpu"):
-        model = build(width)
-    return model if meta else model.to(device)
-
-
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer over all parameters of ``model``."""
-    if recipe.optimizer == "adamw":
-        embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        groups: dict[float, list[nn.Parameter]] = {recipe.weight_decay: [], 0.0: []}
-        for name, parameter in model.named_parameters():
-            matrix = parameter.dim() > 1 and id(parameter) not in embedded and name != "positions"
-            groups[recipe.weight_decay if matrix else 0.0].append(parameter)
-        return torch.optim.AdamW(
-            [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()],
-            lr=recipe.lr,
-            betas=(0.9, 0.99),
-        )
-    return torch.optim.SGD(
-        model.parameters(),
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-    )
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """The recipe's learning rate, to be stepped after every optimizer step, of which an epoch has ``steps``."""
-    total = steps * recipe.epochs
-    if recipe.schedule == "milestones" and not recipe.then:
-        milestones = [steps * epochs for epochs in recipe.milestones_in_epochs()]
-        return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=recipe.lr_factor)
-    anew = replace(recipe, epochs=recipe.then) if recipe.then else recipe
-
-    def factor(step: int) -> float:
-        late = recipe.then and step >= total
-        return _factor(anew, steps, step - total) if late else _factor(recipe, steps, step)
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def _factor(recipe: Recipe, steps: int, step: int) -> float:
-    """What the learning rate is multiplied by at a step."""
-    if recipe.schedule == "milestones":
-        return recipe.lr_factor ** sum(step >= steps * epochs for epochs in recipe.milestones_in_epochs())
-    total = steps * recipe.epochs
-    rising = round(recipe.warmup * total)
-    if step < rising:
-        return (step + 1) / (rising + 1)
-    if recipe.schedule == "cosine":
-        return (1 + math.cos(math.pi * (step - rising) / max(1, total - rising))) / 2
-    falling = max(1, round(recipe.decay * total) if recipe.schedule == "wsd" else total - rising)
-    return min(1.0, (total - step) / falling)
-
-
-def with_data(
-    recipe: Recipe,
-    console: Console,
-    folder: Path | None,
-    *,
-    download: bool = False,
-    held_out: bool = False,
-    device: torch.device | None = None,
-) -> tuple[Recipe, Data]:
-    """The data, on the device, and the recipe with networks that fit it."""
-    data = load_data(
-        recipe.dataset,
-        folder=folder,
-        download=download,
-        subset=recipe.subset,
-        steps=recipe.steps,
-        side=recipe.side,
-        held_out=held_out,
-    ).to(device or torch.device("cpu"))
-    if isinstance(data, TextData):
-        console.print(
-            f"Text: {data.source}; {len(data.train):,} words to train on, a vocabulary of {len(data.vocabulary):,}",
-            soft_wrap=True,
-        )
-        if recipe.channels_last:
-            raise TorchgrowError("a text has no channels; leave --channels-last out")
-        return recipe.with_words(len(data.vocabulary)), data
-    if recipe.dataset == "imagefolder":
-        most = max(int(images.labels.max()) for images in (data.train, data.test))  # a subset may lack a class
-        recipe = recipe.with_classes(1 + most)
-    return recipe, replace(data, channels_last=recipe.channels_last)
-
-
-def example(model: nn.Module, data: Data) -> tuple[Any, dict[int | str, int | str] | None]:
-    """What to trace ``model`` on, and what it carries from call to call; None for a network without a state."""
-    x = data.example()
-    carried = getattr(model, "carried", None)
-    return ((x, model.start(len(x))) if carried else x), carried  # type: ignore[operator]
-
-
-PAPER_STEPS = 62_400
-"""Of the paper's CIFAR-10 runs: 160 epochs of 390 steps, to which its constants belong."""
-
-
-def far_from_paper(recipe: Recipe, steps: int) -> str:
-    """A warning where the paper's constants are taken literally on a schedule far shorter than its own, else "".
-
-    Args:
-        recipe: its preset decides.
-        steps: of an epoch.
-    """
-    total = steps * recipe.epochs
-    method = Method.named(recipe.preset, layers=recipe.depth)
-    if method.controller != "pressure" or method.updates or 2 * total >= PAPER_STEPS:
-        return ""
-    return (
-        f"Warning: preset {recipe.preset!r} takes the paper's constants literally; they belong to {PAPER_STEPS:,} "
-        f"steps. With the {total:,} of this run it was seen to swing and to end far below other networks "
-        "(docs/results.md). "
-        "Use preset default or paper, which goes at the paper's pace, or as many steps (--scale full)."
-    )
-
-
-def make_grower(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, recipe: Recipe) -> Grower:
-    """The recipe's grower, which shrinks ``model`` to a seed at once."""
-    inputs, carried = example(model, data)
-    return Grower(
-        model,
-        optimizer,
-        example_inputs=inputs,
-        budget=recipe.budget,
-        updates=recipe.epochs * (len(_updates_within(recipe, extent(model, data, recipe)[0])) + 1),
-        preset=recipe.preset,
-        seed=recipe.seed,
-        freeze=recipe.freeze,
-        carried=carried,
-        depth=recipe.depth,
-    )
-
-
 def fit(
     network: str,
     model: nn.Module,
@@ -269,7 +120,6 @@ def fit(
         grower=grower,
         schedule=schedule,
         checkpoints=checkpoints,
-        mid_epoch=checkpoints.every if checkpoints else None,
         steps=steps,
         samples=samples,
         on_step=on_step,
@@ -277,35 +127,13 @@ def fit(
         generator=torch.Generator().manual_seed(recipe.seed),
     )
     for epoch in range(progress.epoch, recipe.epochs + recipe.then + 1):
-        progress = run.train(progress)
-        widths = grower.widths() if grower else {}
-        depths = grower.depths() if grower and recipe.depth else {}
-        score, test_loss = evaluate(model, data) if processes.rank() == 0 else (math.nan, math.nan)
-        fields: dict[str, Any] = {data.metric.name: score}
-        cost, seconds = run.cost(), progress.seconds
-        if grower and epoch <= recipe.epochs:
-            start = time.perf_counter()
-            event = grower.update()
-            seconds += time.perf_counter() - start
-            fields |= {"pressure": event.pressure, "temperature": event.temperature}
-            fields |= dict(zip(("born", "regrown", "detached"), _added(progress.changes, event), strict=True))
-            fields["updates"] = [*progress.updates, _structure(grower, float(epoch))]
-        yield Epoch(
-            network=network,
-            epoch=epoch,
-            loss=processes.mean(progress.loss / steps),
-            test_loss=test_loss,
-            params=cost.params,
-            flops=cost.flops,
-            training_flops=progress.training_flops,
-            seconds=seconds,
-            lr=progress.lr,
-            widths=widths,
-            depths=depths,
-            **fields,
-        )
+        record = run.finish(run.train(progress))
+        yield record
         progress = Progress(
-            epoch=epoch + 1, sampler=run.generator.get_state(), seconds=seconds, training_flops=progress.training_flops
+            epoch=epoch + 1,
+            sampler=run.generator.get_state(),
+            seconds=record.seconds,
+            training_flops=record.training_flops,
         )
         run.save(progress)
 
@@ -326,7 +154,6 @@ class _Run:
     grower: Grower | None
     schedule: torch.optim.lr_scheduler.LRScheduler
     checkpoints: Checkpoints | None
-    mid_epoch: int | None
     steps: int
     samples: int
     on_step: Callable[[int, int], None]
@@ -354,12 +181,13 @@ class _Run:
     def train(self, progress: Progress) -> Progress:
         """One pass over the training data, or what is left of it."""
         grower, recipe, steps = self.grower, self.recipe, self.steps
+        every = self.checkpoints.every if self.checkpoints else None
         if progress.sampler is not None:
             self.generator.set_state(progress.sampler)
         if not progress.step:
             lr = float(self.optimizer.param_groups[0]["lr"])
             progress = replace(progress, sampler=self.generator.get_state(), lr=lr, changes=(0, 0, 0), updates=[])
-        between = _updates_within(recipe, steps) if progress.epoch <= recipe.epochs else set()
+        between = updates_within(recipe, steps) if progress.epoch <= recipe.epochs else set()
         net, cost, start = self.net(), self.cost(), time.perf_counter()
         batches = enumerate(processes.shares(_batches(self.model, self.data, recipe, self.generator)), start=1)
         for step, (x, labels) in islice(batches, progress.step, None):
@@ -387,12 +215,41 @@ class _Run:
                 seconds=progress.seconds + time.perf_counter() - start,
             )
             # What a model carries differs between processes, of which one writes what it has.
-            due = self.mid_epoch is not None and step % self.mid_epoch == 0 and step < steps
+            due = every is not None and step % every == 0 and step < steps
             if due and (state is None or processes.size() == 1):
                 progress = replace(progress, loss=processes.mean(progress.loss))  # one writes it for all
                 self.save(progress)
             start = time.perf_counter()
         return progress
+
+    def finish(self, progress: Progress) -> Epoch:
+        """Evaluate the network at the end of an epoch, then update its structure; returns what the epoch came to."""
+        grower, cost, seconds = self.grower, self.cost(), progress.seconds
+        widths = grower.widths() if grower else {}
+        depths = grower.depths() if grower and self.recipe.depth else {}
+        score, test_loss = evaluate(self.model, self.data) if processes.rank() == 0 else (math.nan, math.nan)
+        fields: dict[str, Any] = {self.data.metric.name: score}
+        if grower and progress.epoch <= self.recipe.epochs:
+            start = time.perf_counter()
+            event = grower.update()
+            seconds += time.perf_counter() - start
+            fields |= {"pressure": event.pressure, "temperature": event.temperature}
+            fields |= dict(zip(("born", "regrown", "detached"), _added(progress.changes, event), strict=True))
+            fields["updates"] = [*progress.updates, _structure(grower, float(progress.epoch))]
+        return Epoch(
+            network=self.network,
+            epoch=progress.epoch,
+            loss=processes.mean(progress.loss / self.steps),
+            test_loss=test_loss,
+            params=cost.params,
+            flops=cost.flops,
+            training_flops=progress.training_flops,
+            seconds=seconds,
+            lr=progress.lr,
+            widths=widths,
+            depths=depths,
+            **fields,
+        )
 
 
 def _added(changes: tuple[int, int, int], event: Event) -> tuple[int, int, int]:
@@ -405,19 +262,6 @@ def _structure(grower: Grower, epochs: float) -> dict[str, Any]:
     cost = grower.cost()
     depths = grower.depths()
     return {"epochs": epochs, "params": cost.params, "flops": cost.flops, "widths": grower.widths(), "depths": depths}
-
-
-def extent(model: nn.Module, data: Data, recipe: Recipe) -> tuple[int, int]:
-    """Steps of an epoch, and samples of a step."""
-    if isinstance(data, TextData):
-        return data.train_steps(recipe.batch_size, shuffled=not hasattr(model, "carried")), recipe.batch_size
-    return train_steps(len(data.train), recipe.batch_size), min(recipe.batch_size, len(data.train))
-
-
-def _updates_within(recipe: Recipe, steps: int) -> set[int]:
-    """After which of an epoch's steps the grower updates, the last one left out; fewer if there are fewer steps."""
-    often = recipe.updates_an_epoch()
-    return {steps * part // often for part in range(1, often)} - {0}
 
 
 def _batches(model: nn.Module, data: Data, recipe: Recipe, generator: torch.Generator) -> Batches:

@@ -1,0 +1,73 @@
+"""One training of a comparison: its settings, and the hash that its row is found by."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torchgrow import Method
+from torchgrow.lab.names import FIXED
+from torchgrow.lab.recipes import Recipe
+
+AFTER = {"uniform-flops": "default", "direct": "default", "l1": "dense"}
+"""Methods that start from the network of another one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One network to train: a method and everything that decides what comes out.
+
+    Attributes:
+        method: a name in `FIXED`, or what `torchgrow.Method.named` reads.
+        recipe: with seed and budget.
+        data: what tells one data set from another.
+        validate: whether it is judged by training images that were held out.
+    """
+
+    method: str
+    recipe: Recipe
+    data: tuple[int, ...]
+    validate: bool = False
+
+    def config(self) -> dict[str, Any]:
+        """All that decides what comes out, as JSON holds it.
+
+        A dense network has no budget, and one of fixed structure no way of growing, so its row serves them all.
+        """
+        config = {**self.recipe.as_json(), "method": self.method, "samples": list(self.data), "validate": self.validate}
+        if self.method == "dense":
+            del config["budget"]
+        base = replace(self, method=AFTER.get(self.method, self.method))
+        if base.method not in FIXED:
+            growing = asdict(Method.named(base.preset(), layers=bool(self.recipe.depth)))
+            if not self.recipe.depth:
+                del growing["layer_lag"]  # decides nothing; rows from before there was such a thing stay good
+            method = Method.named(base.preset())
+            if not method.literal:
+                del growing["penalised"], growing["start"], growing["paced"]
+            config["growing"] = growing
+            if growing["draws"] == "ranked" or method.updates:
+                config["updates_per_epoch"] = replace(self.recipe, preset=base.preset()).updates_an_epoch()
+        else:
+            config |= {"depth": False, "meta": False}
+        # Fields that decide nothing go: rows from before there were such things stay good.
+        if not self.recipe.channels_last:
+            del config["channels_last"]
+        if self.recipe.schedule != "wsd":
+            del config["decay"]
+        if not self.recipe.source:
+            del config["source"]
+        del config["preset"]
+        return json.loads(json.dumps(config))
+
+    def preset(self) -> str:
+        """How it grows: "default" is the recipe's own way, and "default:..." what differs from that."""
+        name, _, edits = self.method.partition(":")
+        if name != "default":
+            return self.method
+        own = self.recipe.preset
+        return own + (":" if ":" not in own else ",") * bool(edits) + edits
+
+    def key(self) -> str:
+        """The same for the same settings only."""
+        return hashlib.sha256(json.dumps(self.config(), sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,200 @@
+"""The training of one job, from its initial network to its row."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+import torchgrow
+from torchgrow import Cost, Grower, measure
+from torchgrow.lab.baselines import initialised, twin_width, uniform_width
+from torchgrow.lab.checkpoints import Checkpoints
+from torchgrow.lab.compare.job import AFTER, Job
+from torchgrow.lab.compare.progress_bars import Bars
+from torchgrow.lab.compare.pruning import PruningError, l1_pruned
+from torchgrow.lab.compare.results_file import Rows
+from torchgrow.lab.data import Data
+from torchgrow.lab.from_recipe import extent, far_from_paper, make_grower, make_network, make_optimizer
+from torchgrow.lab.names import FIXED
+from torchgrow.lab.recipes import Recipe
+from torchgrow.lab.text import TextData
+from torchgrow.lab.train import Epoch, evaluate, fit
+
+NETWORK, EPOCHS = "network", "epochs.json"
+"""What is left of a network, beside its checkpoints."""
+
+FINE_TUNING = 0.1
+"""Learning rate of fine-tuning a pruned network, as a share of the recipe's."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all jobs of a comparison share."""
+
+    data: Data
+    rows: Rows
+    work: Path
+    console: Console
+    versions: dict[str, Any]
+
+    def folder(self, job: Job) -> Path:
+        """Where a job leaves what it goes on from."""
+        return self.work / job.key()
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Training that went before."""
+
+    flops: int = 0
+    seconds: float = 0.0
+
+
+def train(job: Job, beside: Sequence[Job], bench: Bench, bars: Bars) -> Iterator[Epoch]:
+    """The epochs of one job; at the end its row is written.
+
+    Args:
+        job: what to train.
+        beside: all jobs that train in turns with it, itself among them.
+        bench: where it finds the data and leaves its network and its row.
+        bars: told of every step and epoch.
+    """
+    recipe, folder, data, rows = job.recipe, bench.folder(job), bench.data, bench.rows
+    frame = measure(make_network(recipe.build, 1.0, data.device), data.example())
+    torch.manual_seed(recipe.seed)
+    try:
+        model, recipe, before = _network(job, bench)
+    except PruningError as failed:
+        rows.append({**_head(job, bench), "error": str(failed)})
+        return
+    optimizer = make_optimizer(model, recipe)
+    grower: Grower | None = None
+    if job.method not in FIXED:
+        warning = far_from_paper(recipe, extent(model, data, recipe)[0])
+        if warning:
+            bars.say(warning)
+        grower = make_grower(model, optimizer, data, recipe)
+    checkpoints, records = Checkpoints(folder=folder / "checkpoints"), folder / EPOCHS
+    epochs = [Epoch(**fields) for fields in json.loads(records.read_text())] if records.exists() else []
+    if not any(checkpoints.folder.glob("checkpoint-*")):
+        epochs = []
+
+    def on_step(step: int, steps: int) -> None:
+        bars(job, len(epochs) + step / steps, recipe.epochs + recipe.then)
+
+    for epoch in fit(
+        job.method, model, optimizer, data, recipe, grower=grower, on_step=on_step, checkpoints=checkpoints
+    ):
+        epochs = [*epochs[: epoch.epoch - 1], epoch]
+        _write(records, json.dumps([asdict(one) for one in epochs]))
+        bars.epoch(job, epoch)
+        yield epoch
+    if job.method in AFTER.values():
+        shutil.rmtree(folder / NETWORK, ignore_errors=True)
+        torchgrow.save(model, folder / NETWORK)
+    if any(row["config_hash"] == job.key() for row in rows.read()):
+        return  # trained once more for the sake of another
+    row = _row(job, bench, model, frame, before, epochs)
+    rows.append({**row, "together": [other.method for other in beside], "epochs": [_brief(one) for one in epochs]})
+    score = row[data.metric.name]
+    bars.say(f"seed {recipe.seed}, {recipe.budget}: {job.method}: {data.metric.show(score or math.nan)}")
+
+
+def _row(
+    job: Job, bench: Bench, model: nn.Module, frame: Cost, before: Spent, epochs: Sequence[Epoch]
+) -> dict[str, Any]:
+    """Score and costs of a trained network.
+
+    Args:
+        job: as for `train`.
+        bench: as for `train`.
+        model: the network, trained.
+        frame: cost of the dense network.
+        before: training of the network that this one started from.
+        epochs: the job's own training.
+    """
+    data, last = bench.data, epochs[-1]
+    cost = measure(model, data.example())
+    steps, samples = extent(model, data, job.recipe)
+    score = last.perplexity if isinstance(data, TextData) else evaluate(model, data)[0]
+    # Seconds compare on one machine and with one code only.
+    measured = {(row["config_hash"], json.dumps(row["versions"])): row.get("seconds") for row in bench.rows.read()}
+    dense_seconds = measured.get((replace(job, method="dense").key(), json.dumps(bench.versions)))
+    return {
+        **_head(job, bench),
+        data.metric.name: score,
+        **({"test_perplexity": evaluate(model, data, "test")[0]} if isinstance(data, TextData) else {}),
+        "params": cost.params,
+        "flops": cost.flops,
+        "dense_params": frame.params,
+        "dense_flops": frame.flops,
+        "train_flops": before.flops + last.training_flops,
+        "train_flops_paper_rule": last.training_flops,
+        "dense_train_flops": 3 * frame.flops * steps * samples * (job.recipe.epochs + job.recipe.then),
+        "seconds": before.seconds + last.seconds,
+        "dense_seconds": last.seconds if job.method == "dense" else dense_seconds,
+    }
+
+
+def _brief(epoch: Epoch) -> dict[str, Any]:
+    """An epoch as it stands in a row: without what the row says already, and what no table reads."""
+    return {key: value for key, value in asdict(epoch).items() if key not in ("network", "temperature", "updates")}
+
+
+def _head(job: Job, bench: Bench) -> dict[str, Any]:
+    budget = None if job.method == "dense" else str(job.recipe.budget)
+    return {
+        "recipe": job.recipe.name,
+        "method": job.method,
+        "seed": job.recipe.seed,
+        "budget": budget,
+        "config_hash": job.key(),
+        "config": job.config(),
+        "versions": bench.versions,
+    }
+
+
+def _network(job: Job, bench: Bench) -> tuple[nn.Module, Recipe, Spent]:
+    """What a job begins with, how it is trained, and what that had cost before."""
+    recipe, method, data = job.recipe, job.method, bench.data
+    if method not in FIXED:
+        build = recipe.build_grown or recipe.build
+        model = make_network(build, 1.0, data.device, meta=recipe.meta)
+        return model, replace(recipe, preset=job.preset()), Spent()
+    if method == "dense":
+        return make_network(recipe.build, 1.0, data.device), recipe, Spent()
+    if method == "uniform":
+        frame = measure(make_network(recipe.build, 1.0, data.device), data.example())
+        limits = recipe.budget.limits(frame)
+        params, flops = limits.params or frame.params, limits.flops or frame.flops
+        width = twin_width(recipe, data, params=params, flops=flops)
+        return make_network(recipe.build, width, data.device), recipe, Spent()
+    base = bench.folder(replace(job, method=AFTER[method]))
+    if method == "l1":
+        model = torchgrow.load(base / NETWORK, recipe.build).to(data.device)
+        last = Epoch(**json.loads((base / EPOCHS).read_text())[-1])
+        tuned = replace(recipe, epochs=max(2, recipe.epochs // 2), lr=FINE_TUNING * recipe.lr)
+        return l1_pruned(model, recipe, data), tuned, Spent(last.training_flops, last.seconds)
+    found = torchgrow.load(base / NETWORK, partial(recipe.build_grown or recipe.build, 1.0))
+    if method == "direct":
+        return initialised(found).to(data.device), recipe, Spent()
+    found = found.to(data.device)
+    flops = measure(found, data.example()).flops
+    width = uniform_width(recipe.build, flops, lambda model: measure(model, data.example()).flops)
+    return make_network(recipe.build, width, data.device), recipe, Spent()
+
+
+def _write(path: Path, text: str) -> None:
+    """The file holds it whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}")
+    half.write_text(text)
+    half.replace(path)

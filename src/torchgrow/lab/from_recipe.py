@@ -1,0 +1,177 @@
+"""What a recipe describes, made: its data, networks, optimizer, learning rate schedule and grower."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from torchgrow import Grower, Method, TorchgrowError
+from torchgrow.lab.data import Data, train_steps
+from torchgrow.lab.data import load as load_data
+from torchgrow.lab.recipes import Recipe
+from torchgrow.lab.text import TextData
+
+
+def with_data(
+    recipe: Recipe,
+    console: Console,
+    folder: Path | None,
+    *,
+    download: bool = False,
+    held_out: bool = False,
+    device: torch.device | None = None,
+) -> tuple[Recipe, Data]:
+    """The data, on the device, and the recipe with networks that fit it."""
+    data = load_data(
+        recipe.dataset,
+        folder=folder,
+        download=download,
+        subset=recipe.subset,
+        steps=recipe.steps,
+        side=recipe.side,
+        held_out=held_out,
+    ).to(device or torch.device("cpu"))
+    if isinstance(data, TextData):
+        console.print(
+            f"Text: {data.source}; {len(data.train):,} words to train on, a vocabulary of {len(data.vocabulary):,}",
+            soft_wrap=True,
+        )
+        if recipe.channels_last:
+            raise TorchgrowError("a text has no channels; leave --channels-last out")
+        return recipe.with_words(len(data.vocabulary)), data
+    if recipe.dataset == "imagefolder":
+        most = max(int(images.labels.max()) for images in (data.train, data.test))  # a subset may lack a class
+        recipe = recipe.with_classes(1 + most)
+    return recipe, replace(data, channels_last=recipe.channels_last)
+
+
+def example(model: nn.Module, data: Data) -> tuple[Any, dict[int | str, int | str] | None]:
+    """What to trace ``model`` on, and what it carries from call to call; None for a network without a state."""
+    x = data.example()
+    carried = getattr(model, "carried", None)
+    return ((x, model.start(len(x))) if carried else x), carried  # type: ignore[operator]
+
+
+def extent(model: nn.Module, data: Data, recipe: Recipe) -> tuple[int, int]:
+    """Steps of an epoch, and samples of a step."""
+    if isinstance(data, TextData):
+        return data.train_steps(recipe.batch_size, shuffled=not hasattr(model, "carried")), recipe.batch_size
+    return train_steps(len(data.train), recipe.batch_size), min(recipe.batch_size, len(data.train))
+
+
+def make_network(
+    build: Callable[..., nn.Module], width: float, device: torch.device, *, meta: bool = False
+) -> nn.Module:
+    """A network on the device, with weights drawn on the CPU, the same for every device.
+
+    Args:
+        build: as in `Recipe`.
+        width: its argument.
+        device: where it is put.
+        meta: leave it on the meta device, for a grower to bring to life where its example inputs are.
+    """
+    with torch.device("meta" if meta else "cpu"):
+        model = build(width)
+    return model if meta else model.to(device)
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer over all parameters of ``model``."""
+    if recipe.optimizer == "adamw":
+        embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        groups: dict[float, list[nn.Parameter]] = {recipe.weight_decay: [], 0.0: []}
+        for name, parameter in model.named_parameters():
+            matrix = parameter.dim() > 1 and id(parameter) not in embedded and name != "positions"
+            groups[recipe.weight_decay if matrix else 0.0].append(parameter)
+        return torch.optim.AdamW(
+            [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()],
+            lr=recipe.lr,
+            betas=(0.9, 0.99),
+        )
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
+    )
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """The recipe's learning rate, to be stepped after every optimizer step, of which an epoch has ``steps``."""
+    total = steps * recipe.epochs
+    if recipe.schedule == "milestones" and not recipe.then:
+        milestones = [steps * epochs for epochs in recipe.milestones_in_epochs()]
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=recipe.lr_factor)
+    anew = replace(recipe, epochs=recipe.then) if recipe.then else recipe
+
+    def factor(step: int) -> float:
+        late = recipe.then and step >= total
+        return _factor(anew, steps, step - total) if late else _factor(recipe, steps, step)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _factor(recipe: Recipe, steps: int, step: int) -> float:
+    """What the learning rate is multiplied by at a step."""
+    if recipe.schedule == "milestones":
+        return recipe.lr_factor ** sum(step >= steps * epochs for epochs in recipe.milestones_in_epochs())
+    total = steps * recipe.epochs
+    rising = round(recipe.warmup * total)
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    if recipe.schedule == "cosine":
+        return (1 + math.cos(math.pi * (step - rising) / max(1, total - rising))) / 2
+    falling = max(1, round(recipe.decay * total) if recipe.schedule == "wsd" else total - rising)
+    return min(1.0, (total - step) / falling)
+
+
+PAPER_STEPS = 62_400
+"""Of the paper's CIFAR-10 runs: 160 epochs of 390 steps, to which its constants belong."""
+
+
+def far_from_paper(recipe: Recipe, steps: int) -> str:
+    """A warning where the paper's constants are taken literally on a schedule far shorter than its own, else "".
+
+    Args:
+        recipe: its preset decides.
+        steps: of an epoch.
+    """
+    total = steps * recipe.epochs
+    method = Method.named(recipe.preset, layers=recipe.depth)
+    if method.controller != "pressure" or method.updates or 2 * total >= PAPER_STEPS:
+        return ""
+    return (
+        f"Warning: preset {recipe.preset!r} takes the paper's constants literally; they belong to {PAPER_STEPS:,} "
+        f"steps. With the {total:,} of this run it was seen to swing and to end far below other networks "
+        "(docs/results.md). "
+        "Use preset default or paper, which goes at the paper's pace, or as many steps (--scale full)."
+    )
+
+
+def make_grower(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, recipe: Recipe) -> Grower:
+    """The recipe's grower, which shrinks ``model`` to a seed at once."""
+    inputs, carried = example(model, data)
+    return Grower(
+        model,
+        optimizer,
+        example_inputs=inputs,
+        budget=recipe.budget,
+        updates=recipe.epochs * (len(updates_within(recipe, extent(model, data, recipe)[0])) + 1),
+        preset=recipe.preset,
+        seed=recipe.seed,
+        freeze=recipe.freeze,
+        carried=carried,
+        depth=recipe.depth,
+    )
+
+
+def updates_within(recipe: Recipe, steps: int) -> set[int]:
+    """After which of an epoch's steps the grower updates, the last one left out; fewer if there are fewer steps."""
+    often = recipe.updates_an_epoch()
+    return {steps * part // often for part in range(1, often)} - {0}

@@ -1,0 +1,172 @@
+"""The settings of a training run, checked when they are made, and as JSON."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil
+from typing import Any
+
+from torch import nn
+
+from torchgrow import Budget, Method, TorchgrowError
+from torchgrow.lab.names import DATASETS, OPTIMIZERS, PRECISIONS, SCHEDULES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a run, apart from where the data is and where the results go.
+
+    Attributes:
+        name: what the user types.
+        dataset: one of `torchgrow.lab.names.DATASETS`.
+        build: ``build(width)`` makes the network with every channel count scaled by ``width``, a factor;
+            at 1.0, its default, it is the frame that the grown network may become and the dense twin is.
+        build_grown: makes the frame of the grown network if that differs in what is no parameter, such as dropout.
+        budget: what the grown network may cost.
+        depth: whether layers grow too, as for `torchgrow.Grower`.
+        meta: whether the grown network's frame is built on the meta device, where what never grows costs nothing.
+        epochs: passes over the training images, or text.
+        then: more of them once the structure is final, with the schedule anew (fine-tuning; the train phase after
+            the grow phase, where an architecture is searched). Networks that do not grow train on just so.
+        updates_per_epoch: how often the grower updates in each, the last time at its end; at most once a step.
+            None: 12 times where the preset changes little at a time, 160 times in all where the preset is the paper's
+            at its own pace, which is that often; once in an epoch where units are drawn anew otherwise.
+        batch_size: images, or sequences of words, a step.
+        steps: words a sequence, of a text.
+        side: height and width that images of a folder are resized to, in pixels.
+        optimizer: one of `torchgrow.lab.names.OPTIMIZERS`.
+        lr: learning rate before the first milestone, or after warm-up.
+        schedule: one of `torchgrow.lab.names.SCHEDULES`: "milestones", steps at ``lr_milestones``; "cosine" or
+            "linear", down to 0 over the whole run; "wsd" (warm up, stay, decay), constant, then linear down to 0 over
+            the last ``decay``.
+        lr_milestones: fractions of the run after which the learning rate is multiplied by ``lr_factor``.
+        lr_factor: see there.
+        warmup: share of the run in which the learning rate first rises from 0; not with milestones.
+        decay: share of the run in which the learning rate of "wsd" falls to 0.
+        momentum: of SGD.
+        nesterov: whether SGD's momentum is Nesterov's.
+        weight_decay: on all parameters with SGD; with AdamW on matrices, not on biases, norms and positions.
+        precision: one of `torchgrow.lab.names.PRECISIONS`. "bfloat16": forward and backward pass under autocast;
+            weights and evaluation are in float32 all the same.
+        channels_last: whether images lie in memory channel by channel within a pixel, which is faster on some
+            processors; results differ by rounding.
+        clip: largest norm of all gradients together; None means any.
+        freeze: parameters or modules that keep their width, as for `torchgrow.Grower`.
+        shift: augmentation, largest shift of a training image in pixels.
+        mirror: augmentation, whether half the training images are mirrored.
+        subset: training images, or words, to use; None means all.
+        preset: how the grower grows, as `torchgrow.Method.named` reads it.
+        seed: of initial weights, batch order, augmentation and growth.
+        threads: CPU threads to train with; None leaves it to PyTorch. Results repeat only at the same number.
+        source: where `get` found it, if it is not one of ours: ``path/to/file.py:function``.
+
+    Raises:
+        TorchgrowError: a field out of range; the message names it.
+    """
+
+    name: str
+    dataset: str
+    build: Callable[..., nn.Module]
+    build_grown: Callable[..., nn.Module] | None = None
+    budget: Budget
+    depth: bool = False
+    meta: bool = False
+    epochs: int
+    then: int = 0
+    updates_per_epoch: int | None = None
+    batch_size: int
+    steps: int = 35
+    side: int = 64
+    optimizer: str = "sgd"
+    lr: float
+    schedule: str = "milestones"
+    lr_milestones: tuple[float, ...] = (0.5, 0.75)
+    lr_factor: float = 0.1
+    warmup: float = 0.0
+    decay: float = 0.3
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    precision: str = "float32"
+    channels_last: bool = False
+    clip: float | None = None
+    freeze: tuple[str, ...] = ()
+    shift: int = 0
+    mirror: bool = False
+    subset: int | None = None
+    preset: str = "default"
+    seed: int = 0
+    threads: int | None = None
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        def need(field: str, fine: bool, rule: str) -> None:
+            if not fine:
+                raise TorchgrowError(f"recipe {self.name!r}: {field} must be {rule}, got {getattr(self, field)!r}")
+
+        need("dataset", self.dataset in DATASETS, f"one of {', '.join(DATASETS)}")
+        need("epochs", self.epochs >= 2, "at least 2 (passes over the training images or text)")
+        need("then", self.then >= 0, "at least 0 (more passes after growth)")
+        need("side", self.side >= 8, "at least 8 (pixels)")
+        need("updates_per_epoch", self.updates_per_epoch is None or self.updates_per_epoch >= 1, "at least 1")
+        need("batch_size", self.batch_size >= 2, "at least 2 (images, or sequences of words)")
+        need("steps", self.steps >= 1, "at least 1 (words)")
+        need("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
+        need("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+        need("warmup", 0 <= self.warmup < 1, "a share of the run, at least 0 and below 1")
+        need("warmup", self.warmup == 0 or self.schedule != "milestones", "0 with milestones, which do not warm up")
+        need("decay", 0 < self.decay <= 1 - self.warmup, "a share of the run, above 0 and at most 1 - warmup")
+        need("clip", self.clip is None or self.clip > 0, "above 0 (norm of the gradients), or None for any")
+        need("lr", self.lr > 0, "above 0")
+        milestones = self.lr_milestones
+        rising = all(a < b for a, b in zip((0.0, *milestones), (*milestones, 1.0), strict=True))
+        need("lr_milestones", rising, "rising fractions of the run, between 0 and 1")
+        need("lr_factor", 0 < self.lr_factor <= 1, "above 0 and at most 1")
+        need("momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
+        need("weight_decay", self.weight_decay >= 0, "at least 0")
+        need("shift", self.shift >= 0, "at least 0 (pixels)")
+        need("subset", self.subset is None or self.subset >= 1, "at least 1 (images, or words), or None for all")
+        try:
+            Method.named(self.preset)
+        except TorchgrowError as error:
+            raise TorchgrowError(f"recipe {self.name!r}: {error}") from None
+        need("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+        need("seed", self.seed >= 0, "at least 0")
+        need("threads", self.threads is None or self.threads >= 1, "at least 1, or None")
+
+    def updates_an_epoch(self) -> int:
+        """How often the grower updates in each epoch."""
+        method = Method.named(self.preset)
+        often = 12 if method.draws == "ranked" else ceil((method.updates or 1) / self.epochs)
+        return self.updates_per_epoch or often
+
+    def milestones_in_epochs(self) -> list[int]:
+        """The epochs after which the learning rate drops; the one place where fractions become epochs."""
+        return [round(fraction * self.epochs) for fraction in self.lr_milestones]
+
+    def with_words(self, words: int) -> "Recipe":
+        """The recipe with networks for a vocabulary of so many words."""
+        grown = self.build_grown and partial(self.build_grown, words=words)
+        return replace(self, build=partial(self.build, words=words), build_grown=grown)
+
+    def with_classes(self, classes: int) -> "Recipe":
+        """The recipe with networks of so many outputs."""
+        return replace(self, build=partial(self.build, classes=classes))
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields as JSON can hold them; ``build`` and ``build_grown`` by their class and arguments."""
+        fields = dict(vars(self))
+        model, fields["model_arguments"] = _described(fields.pop("build"))
+        grown = fields.pop("build_grown")
+        if grown is not None:
+            fields["grown_arguments"] = _described(grown)[1]
+        return {**fields, "model": model, "budget": str(self.budget)}
+
+
+def _described(build: Callable[..., nn.Module]) -> tuple[str, dict[str, Any]]:
+    """The name of a network's class, and the arguments it is built with."""
+    arguments: dict[str, Any] = {}
+    while isinstance(build, partial):
+        arguments = {**build.keywords, **arguments}
+        build = build.func
+    return build.__name__, arguments

@@ -1,0 +1,95 @@
+"""Recipes by name: those of the lab, those in users' files, and those that runs recorded."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torchgrow import Budget, TorchgrowError
+from torchgrow.lab.recipes import images, sequences
+from torchgrow.lab.recipes.recipe import Recipe
+from torchgrow.lab.user_files import explained, is_file, made_in
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "digits": images.digits,
+    "resnet20-cifar10": images.resnet20_cifar10,
+    "vgg16-cifar10": images.vgg16_cifar10,
+    "wrn28-10-cifar10": images.wrn28_10_cifar10,
+    "basic3resnet-cifar10": images.basic3resnet_cifar10,
+    "plain3net-cifar10": images.plain3net_cifar10,
+    "bottleneck4resnet-imagenet": images.bottleneck4resnet_imagenet,
+    "plain4net-imagenet": images.plain4net_imagenet,
+    "resnet18-imagenette": images.resnet18_imagenette,
+    "vit-cifar10": images.vit_cifar10,
+    "lstm-ptb": sequences.lstm_ptb,
+    "gpt-ptb": sequences.gpt_ptb,
+}
+"""In the order of `torchgrow.lab.names.RECIPES`, which names them too."""
+
+
+def get(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Args:
+        name: one of `torchgrow.lab.names.RECIPES`, or ``path/to/file.py:function`` for a function that takes no
+            arguments and returns a `Recipe`; the file is executed.
+
+    Raises:
+        TorchgrowError: there is none; the message lists those there are.
+    """
+    if is_file(name):
+        return _from_file(name)
+    if name not in RECIPES:
+        raise TorchgrowError(
+            f"there is no recipe {name!r}; there are {', '.join(RECIPES)}, and path/to/file.py:function"
+        )
+    return RECIPES[name]()
+
+
+def _from_file(name: str) -> Recipe:
+    made = made_in(name, "a torchgrow.lab.recipes.Recipe")
+    if callable(made):
+        path = str(Path(name.rpartition(":")[0]).resolve())
+        with explained(f"{name} failed", "it is called without arguments and must return a Recipe", path):
+            made = made()
+    if not isinstance(made, Recipe):
+        raise TorchgrowError(
+            f"{name} returned {type(made).__name__}; return a torchgrow.lab.recipes.Recipe, such as "
+            'dataclasses.replace(torchgrow.lab.recipes.get("digits"), name="mine", build=MyModel, depth=False)'
+        )
+    if not re.fullmatch(r"[\w.-]+", made.name) or made.name in RECIPES:
+        raise TorchgrowError(
+            f"the recipe of {name} is called {made.name!r}; results are filed by that name, so choose one of its own "
+            "of letters, digits, - and _"
+        )
+    return replace(made, source=name)
+
+
+def from_json(config: dict[str, Any]) -> Recipe:
+    """The inverse of `Recipe.as_json`, for recipes that `get` knows and variants of them; other fields are left alone.
+
+    Raises:
+        TorchgrowError: a field is missing or not what `Recipe.as_json` writes.
+    """
+    try:
+        config = {"channels_last": False, "decay": 0.3, "source": None, **config}  # of runs before there were such
+        base = get(config["source"] or config["name"])
+        build = base.build.func if isinstance(base.build, partial) else base.build
+        if config["model"] != build.__name__:
+            raise TorchgrowError(f"the network of recipe {base.name!r} is {build.__name__}, not {config['model']}")
+        changed = {name: config[name] for name in vars(base) if name not in ("build", "build_grown", "budget")}
+        changed = {name: tuple(v) if isinstance(v, list) else v for name, v in changed.items()}
+        grown = partial(build, **_arguments(config["grown_arguments"])) if "grown_arguments" in config else None
+        limits = dict(part.split(" <= ") for part in config["budget"].split(" and "))
+        budget = Budget(**limits)
+        own = partial(build, **_arguments(config["model_arguments"]))
+        return replace(base, build=own, build_grown=grown, budget=budget, **changed)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise TorchgrowError(f"this is not the record of a recipe: {error!r}") from error
+
+
+def _arguments(recorded: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a network as they were before JSON made lists of tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()}

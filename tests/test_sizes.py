@@ -1,0 +1,76 @@
+"""Limits of size, docstrings included: what is longer is read by nobody, and hides a part that wants a name."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import torchgrow
+
+ROOT = Path(torchgrow.__file__).parent
+FILE, CLASS, FUNCTION = 500, 250, 60
+"""The most lines of each."""
+
+EXCEPTIONS = {
+    "persistence/network.py": {"the file", "load"},
+    "structure/optimizer_trial.py": {"the file"},
+    "structure/surgery.py": {"the file", "Bank"},
+    "tracing/rules/registry.py": {"the file"},
+    "tracing/rules/sequences.py": {"recurrent"},
+    "tracing/tracer.py": {"the file", "Replay"},
+    "tracing/verification.py": {"the file"},
+}
+"""What is still too long, by file. Nothing is added here; what has become short enough has to be taken out."""
+
+
+def too_long(source: str) -> Iterator[tuple[str, int]]:
+    """(what, lines) of everything in a source beyond its limit; classes and functions by their names, with decorators.
+
+    A function within another one counts twice: by itself, and as lines of the outer one.
+    """
+    lines = len(source.splitlines())
+    if lines > FILE:
+        yield "the file", lines
+    yield from _too_long(ast.parse(source), "")
+
+
+def _too_long(node: ast.AST, outer: str) -> Iterator[tuple[str, int]]:
+    for child in ast.iter_child_nodes(node):
+        name = outer
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            name = f"{outer}.{child.name}" if outer else child.name
+            first = min([child.lineno, *(one.lineno for one in child.decorator_list)])
+            lines = (child.end_lineno or first) - first + 1
+            if lines > (CLASS if isinstance(child, ast.ClassDef) else FUNCTION):
+                yield name, lines
+        yield from _too_long(child, name)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_classes_and_functions_are_short(path: Path) -> None:
+    found = dict(too_long(path.read_text(encoding="utf-8")))
+    excepted = EXCEPTIONS.get(path.relative_to(ROOT).as_posix(), set())
+    assert found.keys() - excepted == set(), f"more lines than {FILE}, {CLASS} (class), {FUNCTION} (function): {found}"
+    assert excepted - found.keys() == set(), "short enough now: take it out of EXCEPTIONS"
+
+
+def test_exceptions_are_of_files_that_exist() -> None:
+    assert [name for name in EXCEPTIONS if not (ROOT / name).is_file()] == []
+
+
+def lines_of(count: int, indent: str = "    ") -> str:
+    return f"{indent}pass\n" * count
+
+
+def test_the_limits_are_seen() -> None:
+    function = "def f():\n" + lines_of(FUNCTION - 1)
+    assert list(too_long(function)) == []
+    assert list(too_long(function + lines_of(1))) == [("f", FUNCTION + 1)]
+    assert list(too_long("@decorated\nasync " + function)) == [("f", FUNCTION + 1)]
+    inner = "class A:\n    def f(self):\n" + lines_of(FUNCTION, " " * 8)
+    assert list(too_long(inner + lines_of(CLASS - len(inner.splitlines())))) == [("A.f", FUNCTION + 1)]
+    assert list(too_long("class A:\n" + lines_of(CLASS))) == [("A", CLASS + 1)]
+    assert list(too_long("if True:\n  class A:\n" + lines_of(CLASS))) == [("A", CLASS + 1)]
+    assert list(too_long("pass\n" * FILE)) == []
+    assert list(too_long("pass\n" * (FILE + 1))) == [("the file", FILE + 1)]
