@@ -21,7 +21,7 @@ from torch import nn
 import torchgrow
 from torchgrow.lab.environment import environment
 from torchgrow.lab.models import VGG16, ResNet, WideResNet
-from torchgrow.tracing.verification import TOLERANCE, Prover
+from torchgrow.tracing.prover import TOLERANCE, Prover
 
 RESULTS = Path(__file__).parent.parent / "results" / "exactness.jsonl"
 # Side of the images, in pixels. The networks stride by 4 (CIFAR) or 32.

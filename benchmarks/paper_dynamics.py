@@ -166,7 +166,7 @@ class Reading(Paper):
             "means of groups": 1 / size,
             "mean": 1 / space.n_units,
         }
-        self.lambda_share = self.lambda_share * weight[self.norm]
+        self.lambda_share = self.lambda_share * weight[self.norm]  # type: ignore[operator]
         if self.flat is not None:
             self.s = torch.full_like(self.s, self.flat)
         if self.lambdas == "by group":
@@ -301,8 +301,9 @@ def dynamics(space: Space, network: Network, policy: Paper, updates: int, steps:
 
 def fingerprint() -> str:
     """Of the code that decides the dynamics, without its prose: rows of another policy are not taken for this one's."""
-    modules = [inspect.getsource(inspect.getmodule(part) or part) for part in (Paper, pace.starts, kit.gap)]
-    sources = [*map(inspect.getsource, (Reading, dynamics)), *modules]
+    parts: list[Any] = [Paper, pace.starts, kit.gap]
+    modules = [inspect.getsource(inspect.getmodule(part) or part) for part in parts]
+    sources = [inspect.getsource(Reading), inspect.getsource(dynamics), *modules]
     return hashlib.sha256("".join(map(bare, sources)).encode()).hexdigest()[:12]
 
 
@@ -312,7 +313,7 @@ def bare(source: str) -> str:
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):
-            node.body = [one for one in body if not (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))]
+            body[:] = [one for one in body if not (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))]
     return ast.dump(tree)
 
 

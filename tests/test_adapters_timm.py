@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torchgrow.structure.shrink import shrink_
 
-from torchgrow import load, save, trace, verify
+from torchgrow import load, save, shrink_, trace, verify
 from torchgrow.adapters.registry import ADAPTERS, adapted
 
 timm = pytest.importorskip("timm")

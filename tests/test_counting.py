@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torchgrow.structure.shrink import shrink_
 
-from torchgrow import load, save, trace, verify
+from torchgrow import load, save, shrink_, trace, verify
 
 ROWS = (4, 5)
 

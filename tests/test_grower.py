@@ -488,8 +488,8 @@ def test_paper_to_the_letter(budget: Budget, penalised: str, start: float) -> No
     t = torch.zeros(grower.space.n_units)
     indicators, space = indicators_of(grower), grower.space
     for pool in kit.pools(space):
-        expected = float(torch.sigmoid(indicators.s[pool]).sum())
-        assert expected == pytest.approx(pool.numel() * min(0.5, pool.numel() ** -start))
+        at_first = float(torch.sigmoid(indicators.s[pool]).sum())
+        assert at_first == pytest.approx(pool.numel() * min(0.5, pool.numel() ** -start))
     for epoch in range(11):
         event = grower.history[-1]
         gaps = []

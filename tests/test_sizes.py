@@ -12,17 +12,6 @@ ROOT = Path(torchgrow.__file__).parent
 FILE, CLASS, FUNCTION = 500, 250, 60
 """The most lines of each."""
 
-EXCEPTIONS = {
-    "persistence/network.py": {"the file", "load"},
-    "structure/optimizer_trial.py": {"the file"},
-    "structure/surgery.py": {"the file", "Bank"},
-    "tracing/rules/registry.py": {"the file"},
-    "tracing/rules/sequences.py": {"recurrent"},
-    "tracing/tracer.py": {"the file", "Replay"},
-    "tracing/verification.py": {"the file"},
-}
-"""What is still too long, by file. Nothing is added here; what has become short enough has to be taken out."""
-
 
 def too_long(source: str) -> Iterator[tuple[str, int]]:
     """(what, lines) of everything in a source beyond its limit; classes and functions by their names, with decorators.
@@ -50,13 +39,7 @@ def _too_long(node: ast.AST, outer: str) -> Iterator[tuple[str, int]]:
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_classes_and_functions_are_short(path: Path) -> None:
     found = dict(too_long(path.read_text(encoding="utf-8")))
-    excepted = EXCEPTIONS.get(path.relative_to(ROOT).as_posix(), set())
-    assert found.keys() - excepted == set(), f"more lines than {FILE}, {CLASS} (class), {FUNCTION} (function): {found}"
-    assert excepted - found.keys() == set(), "short enough now: take it out of EXCEPTIONS"
-
-
-def test_exceptions_are_of_files_that_exist() -> None:
-    assert [name for name in EXCEPTIONS if not (ROOT / name).is_file()] == []
+    assert not found, f"more lines than {FILE}, {CLASS} (class), {FUNCTION} (function): {found}"
 
 
 def lines_of(count: int, indent: str = "    ") -> str:
