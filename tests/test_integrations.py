@@ -8,14 +8,16 @@ import itertools
 import logging
 import re
 import warnings
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import torchgrow
@@ -30,28 +32,30 @@ class KilledError(Exception):
     pass
 
 
-def net():
+def net() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
 
 
-def same(model, other):
+def same(model: nn.Module, other: nn.Module) -> bool:
     one, two = model.state_dict(), other.state_dict()
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def on_budget(grower):
+def on_budget(grower: Grower) -> bool:
+    assert grower.limits.params is not None
     return grower.finished and 0.8 * grower.limits.params < grower.cost().params <= grower.limits.params
 
 
 # --- what they share; needs no framework ---
 
 
-def test_a_loop_that_begins_twice_grows_once():
+def test_a_loop_that_begins_twice_grows_once() -> None:
     loop, model = BorrowedLoop(BUDGET, None, None, {}), net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     assert loop.begin(model, [optimizer], X[:2], 3) == {}
     first = loop.grower
+    assert first is not None
     for due in (0, 0, 1):
         nn.functional.cross_entropy(model(X), Y).backward()
         optimizer.step()
@@ -62,6 +66,7 @@ def test_a_loop_that_begins_twice_grows_once():
     other = torch.optim.SGD(model.parameters(), lr=0.1)
     loop.begin(model, [other], X[:2], 3)
     assert loop.grower is not first
+    assert loop.grower is not None
     assert len(loop.grower.history) == 2
     other.step()
     assert loop.update(0) is False
@@ -75,7 +80,7 @@ def test_a_loop_that_begins_twice_grows_once():
     assert final.cost() == cost
 
 
-def test_what_a_loop_refuses():
+def test_what_a_loop_refuses() -> None:
     one_process(1, "this loop")
     with pytest.raises(TorchgrowError, match="this loop has 2: it wraps the model once"):
         one_process(2, "this loop")
@@ -87,7 +92,7 @@ def test_what_a_loop_refuses():
 
 
 @pytest.fixture
-def lightning():
+def lightning() -> Iterator[Any]:
     framework = pytest.importorskip("lightning.pytorch")
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -97,19 +102,19 @@ def lightning():
         yield framework
 
 
-def fit(L, *callbacks, epochs=6, ckpt=None, module=None, **settings):
-    class Task(L.LightningModule):
-        def __init__(self):
+def fit(L: Any, *callbacks: Any, epochs: int = 6, ckpt: Path | None = None, module: Any = None, **settings: Any) -> Any:
+    class Task(L.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
             super().__init__()
             self.net = portable_(net())
 
-        def training_step(self, batch, number):
+        def training_step(self, batch: list[Tensor], number: int) -> Tensor:
             return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
-        def validation_step(self, batch, number):
+        def validation_step(self, batch: list[Tensor], number: int) -> None:
             self.log("loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
 
-        def configure_optimizers(self):
+        def configure_optimizers(self) -> Any:
             optimizer = torch.optim.AdamW(self.parameters(), lr=2e-3)
             return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)]
 
@@ -124,15 +129,15 @@ def fit(L, *callbacks, epochs=6, ckpt=None, module=None, **settings):
     return trainer
 
 
-def lightning_grow(**settings):
+def lightning_grow(**settings: Any) -> Any:
     from torchgrow.integrations.lightning import GrowCallback
 
     return GrowCallback(BUDGET, X[:2], net="net", **settings)
 
 
-def killer(L, epoch):
-    class Killer(L.Callback):
-        def on_train_epoch_start(self, trainer, module):
+def killer(L: Any, epoch: int) -> Any:
+    class Killer(L.Callback):  # type: ignore[misc]
+        def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
             if trainer.current_epoch == epoch:
                 raise KilledError
 
@@ -140,8 +145,8 @@ def killer(L, epoch):
 
 
 @pytest.mark.parametrize("order", ["alone", "average first", "average last"])
-def test_lightning_goes_on_bit_for_bit(lightning, tmp_path, order):
-    def callbacks():
+def test_lightning_goes_on_bit_for_bit(lightning: Any, tmp_path: Path, order: str) -> None:
+    def callbacks() -> tuple[Any, list[Any]]:
         average = [lightning.callbacks.EMAWeightAveraging(decay=0.9)] if order != "alone" else []
         grow = lightning_grow(updates=6)
         return grow, [*average, grow] if order == "average first" else [grow, *average]
@@ -163,7 +168,7 @@ def test_lightning_goes_on_bit_for_bit(lightning, tmp_path, order):
     assert len(again.grower.history) == 7
 
 
-def test_lightning_loads_checkpoints(lightning, tmp_path):
+def test_lightning_loads_checkpoints(lightning: Any, tmp_path: Path) -> None:
     checkpoint = lightning.callbacks.ModelCheckpoint(tmp_path, save_last=True)
     trainer = fit(lightning, grow := lightning_grow(), checkpoint)
     module = trainer.lightning_module
@@ -175,7 +180,7 @@ def test_lightning_loads_checkpoints(lightning, tmp_path):
     assert on_budget(grow.grower)
 
 
-def test_lightning_ends_on_the_budget_and_grows_once(lightning):
+def test_lightning_ends_on_the_budget_and_grows_once(lightning: Any) -> None:
     stop = lightning.callbacks.EarlyStopping("loss", patience=0, min_delta=1.0)
     grow = lightning_grow(updates=20)
     trainer = fit(lightning, grow, stop, epochs=20)
@@ -187,7 +192,7 @@ def test_lightning_ends_on_the_budget_and_grows_once(lightning):
     assert grower.cost() == cost
 
 
-def test_lightning_goes_on_after_an_exception(lightning):
+def test_lightning_goes_on_after_an_exception(lightning: Any) -> None:
     grow = lightning_grow()
     with pytest.raises(KilledError):
         fit(lightning, grow, killer(lightning, 3), module=(module := fit(lightning, epochs=0).lightning_module))
@@ -198,7 +203,7 @@ def test_lightning_goes_on_after_an_exception(lightning):
     assert len(grow.grower.history) > done
 
 
-def test_lightning_by_steps(lightning):
+def test_lightning_by_steps(lightning: Any) -> None:
     grow = lightning_grow(every_n_steps=5)
     fit(lightning, grow)
     assert grow.grower.updates == 6 * 4 // 5
@@ -209,7 +214,7 @@ def test_lightning_by_steps(lightning):
 
 
 @pytest.fixture
-def transformers():
+def transformers() -> Iterator[Any]:
     framework = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     framework.logging.set_verbosity_error()
@@ -223,7 +228,7 @@ WORDS = torch.randint(50, (64, 12), generator=torch.Generator().manual_seed(1))
 TEXTS = [{"input_ids": w, "attention_mask": torch.ones(12, dtype=torch.long), "labels": w[0] % 3} for w in WORDS]
 
 
-def bert(transformers):
+def bert(transformers: Any) -> Any:
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, num_labels=3,
@@ -232,7 +237,7 @@ def bert(transformers):
     return transformers.BertForSequenceClassification(config)
 
 
-def trainer(transformers, folder, *callbacks, epochs=6, **settings):
+def trainer(transformers: Any, folder: Path, *callbacks: Any, epochs: int = 6, **settings: Any) -> Any:
     settings = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "logging_strategy": "no", **settings}
     arguments = transformers.TrainingArguments(
         str(folder),
@@ -248,15 +253,15 @@ def trainer(transformers, folder, *callbacks, epochs=6, **settings):
     return made
 
 
-def trainer_grow(**settings):
+def trainer_grow(**settings: Any) -> Any:
     from torchgrow.integrations.transformers import GrowCallback
 
     return GrowCallback(Budget(params="70%"), **settings)
 
 
-def at_step(transformers, step):
-    class Killer(transformers.TrainerCallback):
-        def on_save(self, args, state, control, **given):
+def at_step(transformers: Any, step: int) -> Any:
+    class Killer(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             if state.global_step == step:
                 raise KilledError
 
@@ -264,11 +269,11 @@ def at_step(transformers, step):
 
 
 @pytest.mark.parametrize(("every", "step"), [(None, 12), (3, 10)])
-def test_trainer_goes_on_bit_for_bit(transformers, tmp_path, every, step):
+def test_trainer_goes_on_bit_for_bit(transformers: Any, tmp_path: Path, every: int | None, step: int) -> None:
     straight = trainer(transformers, tmp_path / "a", grow := trainer_grow(every_n_steps=every))
     straight.train()
     assert on_budget(grow.grower)
-    saves = {"save_strategy": "steps", "save_steps": step}
+    saves: dict[str, Any] = {"save_strategy": "steps", "save_steps": step}
     with pytest.raises(KilledError):
         trainer(transformers, tmp_path, trainer_grow(every_n_steps=every), at_step(transformers, step), **saves).train()
     resumed = trainer(transformers, tmp_path, again := trainer_grow(every_n_steps=every))
@@ -277,7 +282,7 @@ def test_trainer_goes_on_bit_for_bit(transformers, tmp_path, every, step):
     assert len(again.grower.history) == len(grow.grower.history)
 
 
-def test_trainer_names_the_folder_of_the_run(transformers, tmp_path):
+def test_trainer_names_the_folder_of_the_run(transformers: Any, tmp_path: Path) -> None:
     with pytest.raises(KilledError):
         trainer(transformers, tmp_path / "a", trainer_grow(), at_step(transformers, 8), save_strategy="epoch").train()
     source = str(tmp_path / "a" / "checkpoint-8")
@@ -294,8 +299,8 @@ def test_trainer_names_the_folder_of_the_run(transformers, tmp_path):
     assert on_budget(grow.grower)
 
 
-def test_trainer_loads_the_best_of_the_last_structure(transformers, tmp_path):
-    found = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+def test_trainer_loads_the_best_of_the_last_structure(transformers: Any, tmp_path: Path) -> None:
+    found: dict[str, Any] = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
     found |= {"metric_for_best_model": "loss", "greater_is_better": True}  # as if the earliest were the best
     made = trainer(transformers, tmp_path, grow := trainer_grow(updates=4), **found)
     made.train()
@@ -304,8 +309,8 @@ def test_trainer_loads_the_best_of_the_last_structure(transformers, tmp_path):
     assert made.state.best_global_step > 4 * changed
 
 
-def test_trainer_ends_on_the_budget_and_grows_once(transformers, tmp_path):
-    found = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+def test_trainer_ends_on_the_budget_and_grows_once(transformers: Any, tmp_path: Path) -> None:
+    found: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     found |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
     stop = transformers.EarlyStoppingCallback(1)
     made = trainer(transformers, tmp_path, grow := trainer_grow(updates=9), stop, epochs=20, **found)
@@ -322,7 +327,7 @@ def test_trainer_ends_on_the_budget_and_grows_once(transformers, tmp_path):
     )
 
 
-def test_from_pretrained(transformers, tmp_path):
+def test_from_pretrained(transformers: Any, tmp_path: Path) -> None:
     from torchgrow.integrations.pretrained import from_pretrained
 
     made = trainer(transformers, tmp_path / "run", trainer_grow(), epochs=2)
@@ -349,10 +354,10 @@ def test_from_pretrained(transformers, tmp_path):
 # --- accelerate ---
 
 
-def test_accelerate_saves_and_loads(tmp_path):
+def test_accelerate_saves_and_loads(tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
 
-    def begin():
+    def begin() -> tuple[Any, nn.Module, Any, Grower]:
         torch.manual_seed(7)
         model = net()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -362,7 +367,7 @@ def test_accelerate_saves_and_loads(tmp_path):
         accelerator.register_for_checkpointing(grower)
         return accelerator, model, optimizer, grower
 
-    def train(accelerator, model, optimizer, grower, epochs):
+    def train(accelerator: Any, model: nn.Module, optimizer: Any, grower: Grower, epochs: int) -> None:
         for _ in range(epochs):
             for number in range(4):
                 optimizer.zero_grad()
@@ -397,23 +402,23 @@ NEEDS = {
 }
 
 
-def test_every_section_has_a_block():
+def test_every_section_has_a_block() -> None:
     assert SECTIONS.keys() == NEEDS.keys()
     assert PAGE.read_text().count("```python") == len(SECTIONS)
 
 
 @pytest.mark.parametrize("section", NEEDS)
-def test_the_page_runs_as_it_stands(section, tmp_path, monkeypatch):
+def test_the_page_runs_as_it_stands(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for needed in (NEEDS[section], "accelerate" if section == "Trainer of transformers" else "torch"):
         pytest.importorskip(needed)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    names = {"__name__": "__main__"}
+    names: dict[str, Any] = {"__name__": "__main__"}
     with warnings.catch_warnings(), redirect_stdout(StringIO()):
         warnings.simplefilter("ignore")
         exec(compile(SECTIONS[section], section, "exec"), names)
-    grower = names["grower"] if "grower" in names else names["grow"].grower if "grow" in names else None
+    grower: Any = names["grower"] if "grower" in names else names["grow"].grower if "grow" in names else None
     assert on_budget(grower)
-    small = names.get("small", names.get("frame"))
+    small: Any = names.get("small", names.get("frame"))
     if section in ("Plain PyTorch", "Trainer of transformers"):
         assert same(small, grower.model)
