@@ -28,7 +28,7 @@ def growing() -> tuple[nn.Module, torch.optim.Optimizer, torchgrow.Grower]:
         budget=torchgrow.Budget(params="60%"),
         updates=6,
         depth=list(LAYERS),
-        preset="paper",
+        preset="default",
         seed=3,
     )
     return model, optimizer, grower

@@ -26,9 +26,8 @@ from growing import batch, breaking, differences, everything, failing, make, run
 from lookalikes import Prodigy, SlowWeights
 from oracle import SmallResNet
 from torchgrow import Budget, Grower, SavedModelError, TorchgrowError, TrainingError, load_checkpoint, save_checkpoint
-from torchgrow.persistence.checkpoint import TENSORS
+from torchgrow.persistence.checkpoint import RECORD, TENSORS
 from torchgrow.persistence.folder import pack, unpack
-from torchgrow.structure.record import RECORD
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:

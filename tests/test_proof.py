@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import torchgrow.tracing.prover
 import torchgrow.tracing.verification
 import zoo
 from drawn import zeroed
@@ -247,7 +248,7 @@ def test_rounding_that_a_network_blows_up_is_looked_at_again(monkeypatch: pytest
     space = replay(model, x)
     prover = Prover(model, space, x, seed=0)
     before = prover.frame.get_parameter("0.weight").clone()
-    monkeypatch.setattr(torchgrow.tracing.verification, "_gap", lambda found, expected: next(gaps))
+    monkeypatch.setattr(torchgrow.tracing.prover, "_gap", lambda found, expected: next(gaps))
     assert prover.error(prover.draw(0.5))[0] == 0.0
     assert torch.equal(prover.frame.get_parameter("0.weight"), before)
     assert prover.error(prover.draw(0.5))[0] == 1e-15

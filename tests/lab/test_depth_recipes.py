@@ -99,7 +99,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
         batch_size=32,
         depth=True,
         meta=True,
-        preset="paper",
+        preset="paper:penalised=all,start=1,paced=False",
         schedule="milestones",
         warmup=0.0,
         budget=Budget(params="20%"),

@@ -64,8 +64,7 @@ class Grower:
             input on, and its parameters (still the same objects, in the optimizer too) are empty.
         carried: outputs that become arguments of the next call, as for `trace`; see `carry`.
 
-    Attributes:
-        run: how it is done, a `Run`, to look at: `run.live` is the network, `run.state` how far it has come.
+    `run`, to look at, shows how it is done: `run.live` is the network, `run.state` how far it has come.
 
     Raises:
         TraceError: the model cannot be traced with these inputs.
@@ -117,7 +116,7 @@ class Grower:
 
         Warns:
             UserWarning: no given optimizer took a step since the last update, or the indicators wait for one that
-                takes none; or, at the first, a copy of the frame that does not follow was averaged with the seed.
+                takes none; or a copy of the frame that does not follow was averaged with the seed.
         """
         with trainable():
             return self.run.update()
@@ -125,8 +124,8 @@ class Grower:
     def finish(self) -> Event:
         """End the run now: the network is brought to the budget, the bank is emptied, the hooks come off.
 
-        Called before update T-1 the network may have to change once more; units that enter here are silent
-        (their gated weights are 0), so that the function of the network is what survived of it.
+        Called before update T-1 the network may have to change once more; units that enter here have gated weights
+        of 0, so that the function of the network is what survived of it.
 
         Raises:
             TorchgrowError: the run is over already, or the ranks do not agree.
@@ -155,8 +154,8 @@ class Grower:
 
         Args:
             module: a copy of the frame or of the live network, or what holds one in `.module`, such as
-                `torch.optim.swa_utils.AveragedModel`; or a whole frame with other weights, which stay as they are. Let
-                an average follow before its first update: averaging over another size broadcasts, without an error.
+                `torch.optim.swa_utils.AveragedModel`; or a whole frame with other weights, which stay. Let an average
+                follow before its first update: averaging over another size broadcasts, without an error.
 
         Raises:
             StructureError: it does not fit; the message names tensors and shapes.
@@ -214,9 +213,9 @@ class Grower:
 
     @trainable()
     def release(self) -> dict[str, Any]:
-        """Bring the whole frame back and end this run; returns its state, from which another one can go on.
+        """Bring the whole frame back and end this run; returns its state, which another Grower can load.
 
-        For loops that make their optimizer anew in mid-run: a Grower of the same model and the new optimizer loads it.
+        For loops that make their optimizer anew in mid-run.
 
         Raises:
             TorchgrowError: the run is over, and what slept is gone.
