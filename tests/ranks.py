@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import torchgrow.distributed
 from growing import batch, sgd
+from layered import Residual, Stages
 from oracle import SmallResNet
-from test_depth import Residual, Stages
 from torchgrow import Budget, Grower, Method, TorchgrowError, load_checkpoint, save_checkpoint
 from torchgrow.policies import View
 

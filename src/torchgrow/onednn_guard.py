@@ -39,7 +39,7 @@ def guard_(model: nn.Module) -> list[str]:
     Not covered: `F.conv2d` called directly, `conv(input=x)` by keyword, and a ConvTranspose2d with kernel 1,
     stride s, `output_padding` s - 1 and fewer than 16 output channels, which fails alike. To be removed once
     every supported torch has a fix of https://github.com/uxlfoundation/oneDNN/issues/6035:
-    tests/test_guard.py reports XPASS with such a torch.
+    tests/test_onednn_guard.py reports XPASS with such a torch.
     """
     names = []
     for name, module in model.named_modules():

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from growing import batch
-from test_depth import Residual, Stages
+from layered import Residual, Stages
 from torchgrow import Cost, Space, measure, shrink_, trace
 from torchgrow.adapters.registry import adapted
 from torchgrow.lab.models import ResNet

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from growing import differences, everything
-from test_depth import Plain, Residual, Stages
-from test_depth import batch as pictures
+from layered import Plain, Residual, Stages
+from layered import batch as pictures
 from torchgrow import Budget, Grower, Method, load_checkpoint, save_checkpoint
 from torchgrow.lab.attention import GPT, ViT
 from torchgrow.lab.recurrent import LSTM

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from test_budget import chain
+from chains import chain
 from torchgrow import Method, TorchgrowError
 from torchgrow.policies.indicators import Indicators
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chains import chain
 from growing import STILL, batch, indicators_of, run, same_indicators, same_parameters, sgd, step_both, view_of
 from oracle import Eq6, SmallResNet
-from test_budget import chain
 from torchgrow import Budget, Grower, Method, TorchgrowError, trace
 from torchgrow.policies import Random
 from torchgrow.structure.budget import fit

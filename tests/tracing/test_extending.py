@@ -35,7 +35,7 @@ from torchgrow.tracing.prover import Prover
 from torchgrow.tracing.rules.registry import MODULE_RULES, RULES
 from torchgrow.tracing.tracer import replay
 
-DOCS = Path(__file__).parent.parent / "docs" / "extending.md"
+DOCS = Path(__file__).parents[2] / "docs" / "extending.md"
 
 CHECKS = """
 class Net(nn.Module):

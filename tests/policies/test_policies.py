@@ -19,7 +19,7 @@ from growing import STILL, batch, differences, everything, make, run, sgd, train
 from torchgrow import Grower, Method, TorchgrowError, load_checkpoint, save_checkpoint
 from torchgrow.policies import Default, Paper, Policy, Random, View, kit, policy_of
 
-PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
+PAGE = Path(__file__).parents[2] / "docs" / "policies.md"
 
 
 @dataclass(eq=False)

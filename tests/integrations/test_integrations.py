@@ -391,7 +391,7 @@ def test_accelerate_saves_and_loads(tmp_path: Path) -> None:
 
 # --- docs/integrations.md ---
 
-PAGE = Path(__file__).parents[1] / "docs" / "integrations.md"
+PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
 SECTIONS = dict(re.findall(r"^## (.*)\n(?:.*\n)*?```python\n((?:.*\n)*?)```", PAGE.read_text(), re.MULTILINE))
 NEEDS = {
     "Plain PyTorch": "torch",

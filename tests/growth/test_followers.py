@@ -12,8 +12,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import torchgrow.exchange
 from growing import batch, breaking, differences, everything, make, run, sgd, train
+from layered import Residual, Stages
 from oracle import SmallResNet, TwoLayers
-from test_depth import Residual, Stages
 from torchgrow import Budget, Grower, Method, StructureError, TorchgrowError, save
 from torchgrow.persistence.network import load
 from torchgrow.structure.store import gather

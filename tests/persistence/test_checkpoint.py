@@ -259,7 +259,7 @@ def test_another_process_comes_to_the_same_bits(tmp_path: Path) -> None:
     """From the seed and from a checkpoint, structures and weights are those of this process."""
     grower = run(make("paper", updates=8), 4)
     save_checkpoint(tmp_path, grower)
-    command = [sys.executable, "-c", PROCESS, str(Path(__file__).parent), str(tmp_path)]
+    command = [sys.executable, "-c", PROCESS, str(Path(__file__).parents[1]), str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONHASHSEED": "7"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr

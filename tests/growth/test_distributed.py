@@ -21,7 +21,7 @@ from ranks import EPOCHS, Plain, launch, plain
 from torchgrow import Budget, Grower, TorchgrowError, TraceError, load
 from torchgrow.distributed import _hash
 
-DOCS = Path(__file__).parent.parent / "docs" / "distributed.md"
+DOCS = Path(__file__).parents[2] / "docs" / "distributed.md"
 SCENARIOS: list[Callable[..., Any]] = [
     ranks.plain,
     ranks.with_batch_norm,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from chains import chain
 from growing import view_of
-from test_budget import chain
 from torchgrow import Limits, TorchgrowError
 from torchgrow.policies import Paper, View, kit
 from torchgrow.policies.pace import STEPS, UPDATES

@@ -13,47 +13,12 @@ import torchvision
 from torch import Tensor, nn
 
 from growing import indicators_of, same_indicators, same_parameters, step_both, view_of
+from layered import Plain, Residual, Stages, batch
 from oracle import Eq6
 from torchgrow import Budget, Grower, Limits, Method, Space, TraceError, load, save, shrink_, trace, verify
 from torchgrow.policies import Default
 from torchgrow.structure.store import Births, Store, gather, scatter_
 from torchgrow.tracing.prover import Prover
-
-
-class Residual(nn.Module):
-    """x + f(x), with a batch norm at the end of f."""
-
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(width, inner, 3, padding=1, bias=False), nn.BatchNorm2d(inner)
-        self.conv2, self.bn2 = nn.Conv2d(inner, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
-
-
-class Plain(nn.Module):
-    """Convolution, batch norm, activation."""
-
-    def __init__(self, width: int, inner: int = 0) -> None:
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.bn(self.conv(x)))
-
-
-class Stages(nn.Module):
-    """A stem, a stage of blocks, a classifier."""
-
-    def __init__(self, block: type[nn.Module] = Residual, blocks: int = 4) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
-        self.stage = nn.Sequential(*(block(6, 5) for _ in range(blocks)))
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.stage(torch.relu(self.norm(self.stem(x)))).mean((2, 3)))
 
 
 class Tuples(nn.Module):
@@ -78,12 +43,6 @@ class Tuples(nn.Module):
         for layer in self.layers:
             x = layer(hidden=x, scale=0.5, mask=None)[0]
         return self.head(x)
-
-
-def batch(step: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    x = torch.randn(8, 3, 6, 6, generator=generator, dtype=torch.float64)
-    return x, torch.randint(0, 4, (8,), generator=generator)
 
 
 def slots(space: Space) -> dict[str, int]:

@@ -14,7 +14,7 @@ import drawn
 from oracle import SmallResNet
 from torchgrow import shrink_, trace
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "peers.py"
+PATH = Path(__file__).parents[2] / "benchmarks" / "peers.py"
 
 
 @pytest.fixture(scope="module")

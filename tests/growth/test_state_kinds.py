@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from growing import differences
-from test_depth import Residual, Stages, batch
+from layered import Residual, Stages, batch
 from torchgrow import Budget, Grower, Method, SavedModelError, load_checkpoint, save_checkpoint
 
 
