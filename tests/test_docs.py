@@ -17,9 +17,9 @@ from torchgrow.cli import app
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN_ELSEWHERE = {
-    "distributed.md": "test_distributed.py",
-    "extending.md": "test_extending.py",
-    "integrations.md": "test_integrations.py",
+    "distributed.md": "growth/test_distributed.py",
+    "extending.md": "tracing/test_extending.py",
+    "integrations.md": "integrations/test_integrations.py",
 }
 """Pages with tests of their own: blocks that need several processes or frameworks, or that checks are woven into."""
 
