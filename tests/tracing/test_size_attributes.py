@@ -86,7 +86,7 @@ def test_a_cut_at_a_fixed_place_is_named(name: str) -> None:
     space = trace(Cut(cut, wide, **held), torch.randn(ROWS))
     assert any(
         frozen.op == "aten.split_with_sizes"
-        and frozen.line.startswith("test_counting.py:")
+        and frozen.line.startswith("test_size_attributes.py:")
         and frozen.reason == "takes a part of this axis at a place fixed in the forward"
         for frozen in space.frozen
     )
