@@ -59,8 +59,8 @@ def tensors(grower: Grower) -> dict[str, Tensor]:
     }
     return {
         **grower.model.state_dict(),
-        **{f"sleeping {name}": tensor for name, tensor in bank.full.items()},
-        **{f"sleeping {key} of {name}": tensor for (name, key), tensor in bank.slots.items()},
+        **{f"stored {name}": tensor for name, tensor in bank.full.items()},
+        **{f"stored {key} of {name}": tensor for (name, key), tensor in bank.slots.items()},
         **slots,
         **{f"raw {name}": tensor for name, tensor in grower.run.live.raw().items()},
         **{name: value for name, value in policy.state_dict().items() if isinstance(value, torch.Tensor)},

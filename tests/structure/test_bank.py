@@ -118,7 +118,7 @@ def test_laws_2_and_10_detach_and_regrow_is_the_identity(trained: Any) -> None:
     step(model, optimizer, example)
 
 
-def test_what_lives_is_the_old_slice_and_what_sleeps_comes_back_trained(trained: Any) -> None:
+def test_what_lives_is_the_old_slice_and_what_is_stored_comes_back_trained(trained: Any) -> None:
     """A unit that trains alone changes only its own positions in the restored frame."""
     model, example, space, optimizer = trained
     keep = half(space)
@@ -205,7 +205,7 @@ def test_newborn_second_moments_are_the_mean_of_the_living_and_directions_are_ze
         live_columns = torch.nonzero(old[space.unit_of["a.weight", 1]]).flatten()
         assert torch.equal(state[key][lived][:, live_columns], live["a.weight"][key])
     assert not bool(state["exp_avg"][born].any())
-    bank.resize_(old)  # they have slots of their own now: asleep and back, nothing is filled in again
+    bank.resize_(old)  # they have slots of their own now: stored and back, nothing is filled in again
     state["exp_avg_sq"].mul_(3)
     bank.restore_()
     mean = live["a.weight"]["exp_avg_sq"].mean()
@@ -239,7 +239,7 @@ def test_a_tensor_that_is_nearly_all_newborn_learns_as_with_a_new_optimizer(kind
     assert alike == {"0.weight", "0.bias", "2.weight"}
 
 
-def test_a_tensor_whose_trained_units_are_asleep_keeps_the_step_count_that_their_slots_belong_to() -> None:
+def test_a_tensor_whose_trained_units_are_stored_keeps_the_step_count_that_their_slots_belong_to() -> None:
     """Else they would come back with second moments of a thousand steps, taken for those of none."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 32), nn.ReLU(), nn.Linear(32, 2))

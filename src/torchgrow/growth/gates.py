@@ -26,8 +26,8 @@ def converted(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.devic
     """What to say of a tensor that has another dtype or device than when the grower was made."""
     return (
         f"{name} is {tensor.dtype} on {tensor.device} now, but was {dtype} on {device} when Grower was made: raw "
-        "weights, optimizer slots and what sleeps still are. Convert or move the model before Grower(...) and its "
-        "optimizer are made, or after finish(), or use torch.autocast; to go on, call "
+        "weights, optimizer slots and what is stored beside them still are. Convert or move the model before "
+        "Grower(...) and its optimizer are made, or after finish(), or use torch.autocast; to go on, call "
         f"model.to({str(device)!r}, {dtype})"
     )
 

@@ -218,7 +218,7 @@ class Grower:
         For loops that make their optimizer anew in mid-run.
 
         Raises:
-            TorchgrowError: the run is over, and what slept is gone.
+            TorchgrowError: the run is over, and what was stored is gone.
         """
         return self.run.loading.release()
 

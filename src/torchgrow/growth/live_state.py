@@ -52,7 +52,7 @@ def state_of(live: LiveNetwork, finished: bool) -> dict[str, Any]:
     fold = live.gates.fold
     assert fold is not None
     raw_copies = {} if finished else live.gates.raw_copies()
-    full, slots = bank.asleep(fold.contents, raw_copies)
+    full, slots = bank.stored(fold.contents, raw_copies)
     optimizers = [layout.optimizer for layout in bank.layouts]
     return {
         "keep": bank.keep.clone(),
@@ -67,7 +67,7 @@ def state_of(live: LiveNetwork, finished: bool) -> dict[str, Any]:
         "followers": [
             {
                 "network": copies(of_state(one.model)),
-                "bank": stores_state(one.asleep({}, {})[0]),
+                "bank": stores_state(one.stored({}, {})[0]),
                 "beside": copies(held_beside(wrapper, one.model)),
             }
             for one, wrapper in zip(live.followers, live.wrappers, strict=True)

@@ -61,14 +61,14 @@ class Loading:
         """Cut the network to the structure of a state dict that PyTorch is about to load into it.
 
         While the run lasts it is as if an update had chosen that structure: optimizer state is carried along, what
-        leaves sleeps, followers follow. After its end nothing sleeps any more, so the optimizer state of what changes
-        begins anew.
+        leaves is stored, followers follow. After its end nothing is stored any more, so the optimizer state of what
+        changes begins anew.
 
         Args:
             model: the network, or a follower.
             record: the structure, relative to the first frame.
             left_out: names of modules that are left out.
-            contents: what tensors hold until they are loaded, where nothing sleeps.
+            contents: what tensors hold until they are loaded, where nothing is stored.
 
         Raises:
             StructureError: the model is a follower, or the run could not have reached this structure.
@@ -139,7 +139,7 @@ def change_at_end(
     contents: Mapping[str, Tensor],
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
-    """Have `exchange` change a structure that is final: nothing sleeps, and optimizer state of what changes is gone.
+    """Have `exchange` change a structure that is final: nothing is stored, and optimizer state of what changes is gone.
 
     Args:
         exchange: makes it.

@@ -209,8 +209,8 @@ def read_bank_slots(
     slots: Slots,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[tuple[str, str], Store]:
-    """Sleeping optimizer slots, of the dtypes that the optimizers keep them in."""
-    sleeping: dict[tuple[str, str], Store] = {}
+    """Stored optimizer slots, of the dtypes that the optimizers keep them in."""
+    stored: dict[tuple[str, str], Store] = {}
     for entry in field.items():
         if not isinstance(entry.value, list) or len(entry.value) != 3:
             entry.refuse("a list of a name, a key and what a store holds")
@@ -221,5 +221,5 @@ def read_bank_slots(
         known = [layout.known(parameters[name], len(shapes[name])).get(key) for layout in layouts]
         slot = next((one for one in known if one is not None), Slot("unknown", parameters[name].new_empty(0)))
         dtype = (live if isinstance(live, Tensor) else slot.sample).dtype
-        sleeping[name, key] = read_store(Field(held, entry.path), empty(name, dtype, slot), dtype, shapes[name])
-    return sleeping
+        stored[name, key] = read_store(Field(held, entry.path), empty(name, dtype, slot), dtype, shapes[name])
+    return stored

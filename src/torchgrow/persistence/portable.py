@@ -124,7 +124,7 @@ class Owner(Protocol):
 
     @property
     def finished(self) -> bool:
-        """Whether nothing sleeps any more."""
+        """Whether nothing is stored any more."""
 
     def loaded(
         self, model: nn.Module, record: Record, left_out: Collection[str], contents: Mapping[str, Tensor]
@@ -136,7 +136,7 @@ class Owner(Protocol):
             record: the structure, relative to the first frame.
             left_out: names of modules that are left out.
             contents: what the network's tensors hold until they are loaded, of those that are cut; empty while
-                the rest of them sleeps.
+                the rest of them is stored.
         """
 
 
@@ -341,7 +341,7 @@ def _plan(module: nn.Module, structure: dict[str, Any], state: Mapping[str, Any]
         given[name] = value
     absent = tuple(f"{path}." for path, one in modules.items() if skip_of(one) is not None)
     owner, contents = _owner(module), {}
-    for name in changing if owner is None or owner.finished else ():  # of a run that lasts, the rest sleeps
+    for name in changing if owner is None or owner.finished else ():  # of a run that lasts, the rest is stored
         old = None if name.startswith(absent) else now.kept.get(name, {})
         new = None if name.startswith(below) else kept.get(name, {})
         contents[name] = _interim(name, own[name], old, new, live[name], name in given)

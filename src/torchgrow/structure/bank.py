@@ -113,7 +113,7 @@ class Change:
 
 
 class Bank:
-    """Everything of a frame at full size, asleep; the live model is cut from it and written back to it.
+    """Everything of a frame at full size; the live model is cut from it and written back to it.
 
     Args:
         model: the frame, at full size.
@@ -182,7 +182,7 @@ class Bank:
             copies: likewise for slots that are copies of one, by name and key.
         """
         if self.space.cut_axes and not self.full:
-            raise StructureError("the bank has been emptied: what slept in it is gone, so the structure is final")
+            raise StructureError("the bank has been emptied: what was stored in it is gone, so the structure is final")
         keep = self.space.check_keep(keep)
         mark = mark_of(self.model)
         if self.record is not self.base and (mark is None or mark.record is not self.record):
@@ -193,7 +193,7 @@ class Bank:
         self.tensors = named_tensors(self.model)  # a forward may have put another object in a buffer's place
         present = self.space.present(self.keep)
         newborn = self.space.present(keep) & ~self.trained & ~present
-        past = self.trained & ~present  # asleep, with slots that belong to the step count as it is
+        past = self.trained & ~present  # stored, with slots that belong to the step count as it is
         had_state = keep & False
         swaps: dict[str, _Swap] = {}
         index: dict[str, Index | None] = {}
@@ -211,9 +211,9 @@ class Bank:
                 had_state = present
                 if (name, slot.key) not in self.slots:
                     self.slots[name, slot.key] = self.empty_slot(name, slot.tensor.dtype, slot.kind)
-                asleep = self.slots[name, slot.key]
-                asleep.write(old, (copies or {}).get((name, slot.key), slot.tensor).cpu())
-                fresh = begun(asleep.read(new), slot.kind, slot.tensor.cpu())
+                stored = self.slots[name, slot.key]
+                stored.write(old, (copies or {}).get((name, slot.key), slot.tensor).cpu())
+                fresh = begun(stored.read(new), slot.kind, slot.tensor.cpu())
                 fresh = laid_out(fresh, order[name]).to(slot.tensor.device)
                 slots.append((slot.state, slot.key, fresh.flatten() if slot.kind.flat else fresh))
             if born and not _places(self.space, name, {}, past):  # at full size
@@ -225,10 +225,10 @@ class Bank:
             self.births.forget()
         return Change(self, keep, swaps, index, self.record_of(keep), self.trained | had_state, order)
 
-    def asleep(
+    def stored(
         self, raw: Mapping[str, Tensor], copies: Mapping[tuple[str, str], Tensor]
     ) -> tuple[dict[str, Store], dict[tuple[str, str], Store]]:
-        """Copies of what sleeps, tensors and optimizer slots, as `stage` would leave them: written back to.
+        """Copies of what is stored, tensors and optimizer slots, as `stage` would leave them: written back to.
 
         They do not tell whether a change was computed, and perhaps never made, since the last one.
 
@@ -279,11 +279,11 @@ class Bank:
         exchange.make()
 
     def resize_(self, keep: Tensor) -> None:
-        """Make the live model the one with the units in `keep`; detached ones sleep with all they had."""
+        """Make the live model the one with the units in `keep`; detached ones are stored with all they had."""
         self.commit(self.stage(keep))
 
     def recut_(self, keep: Tensor) -> None:
-        """Make the live model the one with the units in `keep`, with what sleeps here; what is live is lost.
+        """Make the live model the one with the units in `keep`, with what is stored here; what is live is lost.
 
         One tensor after the other and without a way back, so it takes no memory beyond frame and bank: for a copy
         that nobody else holds.
@@ -291,8 +291,8 @@ class Bank:
         keep = self.space.check_keep(keep)
         index = {name: index_of(self.space, name, keep) for name in self.space.cut_axes}
         self.tensors = named_tensors(self.model)
-        for name, asleep in self.full.items():
-            replace_(self.tensors[name], asleep.read(index[name]).to(self.tensors[name].device))
+        for name, stored in self.full.items():
+            replace_(self.tensors[name], stored.read(index[name]).to(self.tensors[name].device))
         self.commit(Change(self, keep, {}, index, self.record_of(keep)))
 
     def restore_(self) -> None:
@@ -300,7 +300,7 @@ class Bank:
         self.resize_(self.space.everything())
 
     def empty(self) -> None:
-        """Forget what sleeps; the live model stays as it is and cannot be changed any more."""
+        """Forget what is stored; the live model stays as it is and cannot be changed any more."""
         self.full, self.slots = {}, {}
 
     def _store(self, name: str) -> Store:
@@ -318,7 +318,7 @@ class Bank:
         return Store(lambda: torch.zeros(shape, dtype=dtype), shape, dtype, whole=True)
 
     def empty_slot(self, name: str, dtype: torch.dtype, slot: Slot) -> Store:
-        """Where an optimizer slot of a parameter sleeps, as nothing has trained yet: a copy as the weights sleep."""
+        """Storage for an optimizer slot that nothing has trained yet; for a copy, what is stored of the weights."""
         if slot.kind == "copy":
             return self.full[name].copy(dtype)
         unborn = blank(slot, self.space.shapes[name], dtype)

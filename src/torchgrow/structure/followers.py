@@ -21,7 +21,7 @@ def follower_of(bank: Bank, model: nn.Module, exchange: Exchange) -> Bank:
     Args:
         bank: that of the network which it follows.
         model: the whole frame, with weights of its own, or a copy of the live model; of the latter everything
-            that sleeps starts as it sleeps here.
+            that is stored starts as it is stored here.
         exchange: makes the change.
 
     Raises:
@@ -59,9 +59,9 @@ def follower_of(bank: Bank, model: nn.Module, exchange: Exchange) -> Bank:
     adapt_(model, bank.adapted)
     other = copy.copy(bank)
     other.model, other.tensors, other.layouts, other.slots = model, tensors, (), {}
-    other.full = {name: asleep.copy(tensors[name].dtype) for name, asleep in bank.full.items()}
-    for name, asleep in other.full.items():
-        asleep.write(bank.index[name], tensors[name].detach().cpu())
+    other.full = {name: stored.copy(tensors[name].dtype) for name, stored in bank.full.items()}
+    for name, stored in other.full.items():
+        stored.write(bank.index[name], tensors[name].detach().cpu())
     mark_(model.named_modules(), bank.record)
     return other
 

@@ -1,4 +1,4 @@
-"""Where what is not live sleeps: index arithmetic on tensors, and stores that hold no more than ever lived.
+"""Storage for inactive units: index arithmetic on tensors, and stores that hold no more than ever lived.
 
 A frame on the meta device has no values. Whatever comes to life there gets those that its own module's
 `reset_parameters` would give it, seeded by the module's name: as if the whole frame had been made at the start.
