@@ -1,6 +1,7 @@
 """Who may import whom: the rooms of the core in one order, the lab and the command line by public names only."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -244,3 +245,11 @@ def test_budgets_and_errors_need_no_pytorch() -> None:
     code = "import sys, torchgrow; torchgrow.Budget(params='36%'); torchgrow.BudgetError; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "False\n", done.stderr
+
+
+@pytest.mark.parametrize("folder", sorted(p.parent for p in ROOT.rglob("README.md") if p.parent.name != "lab"), ids=str)
+def test_the_readme_of_a_package_lists_its_modules(folder: Path) -> None:
+    rows = [line.split("|")[1] for line in (folder / "README.md").read_text().splitlines() if line.startswith("| `")]
+    listed = {name.rstrip("/") for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    inside = {p.stem for p in folder.glob("*.py")} | {p.parent.name for p in folder.glob("*/__init__.py")}
+    assert listed == inside - {"__init__"}

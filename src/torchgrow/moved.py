@@ -1,4 +1,4 @@
-"""Old names of modules: a whole model that an earlier version pickled (`torch.save(model)`) asks for them."""
+"""Old names of modules: what an earlier version pickled asks for them (whole models, budgets, histories)."""
 
 import sys
 from collections.abc import Sequence
@@ -12,10 +12,14 @@ MOVED = {
     "torchgrow.adapters_timm": "torchgrow.adapters.timm",
     "torchgrow.adapters_torchvision": "torchgrow.adapters.torchvision",
     "torchgrow.adapters_ultralytics": "torchgrow.adapters.ultralytics",
+    "torchgrow.cost": "torchgrow.structure.cost",
+    "torchgrow.indicators": "torchgrow.policies.indicators",
+    "torchgrow.limits": "torchgrow.structure.limits",
     "torchgrow.record": "torchgrow.structure.record",
     "torchgrow.space": "torchgrow.structure.space",
+    "torchgrow.state": "torchgrow.growth.event",  # of what was there, histories are pickled
 }
-"""Modules with classes whose instances sit in users' models, by the name they had in version 0.1."""
+"""Modules with classes whose instances sit in users' models and settings, by the name they had in version 0.1."""
 
 
 class Finder(MetaPathFinder, Loader):

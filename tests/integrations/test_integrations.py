@@ -180,6 +180,18 @@ def test_lightning_loads_checkpoints(lightning: Any, tmp_path: Path) -> None:
     assert on_budget(grow.grower)
 
 
+def test_lightning_takes_over_a_run_whose_epochs_are_over(lightning: Any, tmp_path: Path) -> None:
+    """Lightning trains nothing then; the network is still the saved one, brought to its budget."""
+    checkpoint = lightning.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    whole = fit(lightning, lightning_grow(), checkpoint)
+    again = fit(lightning, grow := lightning_grow(), ckpt=tmp_path / "last.ckpt")
+    assert on_budget(grow.grower)
+    assert len(grow.grower.history) > 1
+    assert same(again.lightning_module, whole.lightning_module)
+    fit(lightning, longer := lightning_grow(), ckpt=tmp_path / "last.ckpt", epochs=8)
+    assert on_budget(longer.grower)
+
+
 def test_lightning_ends_on_the_budget_and_grows_once(lightning: Any) -> None:
     stop = lightning.callbacks.EarlyStopping("loss", patience=0, min_delta=1.0)
     grow = lightning_grow(updates=20)

@@ -331,13 +331,11 @@ def test_a_cut_buffer_that_does_not_travel() -> None:
 # --- runs ---
 
 
-@pytest.mark.parametrize(
-    ("name", "settings"), [("images", {}), ("images", {"preset": "paper"}), ("words", {})], ids=str
-)
+@pytest.mark.parametrize("name", ["images", "words"])
 @pytest.mark.parametrize("times", [(0, 2), (4, 0)])
-def test_a_run_goes_on_from_the_structure(name: str, settings: dict[str, Any], times: tuple[int, int]) -> None:
+def test_a_run_goes_on_from_the_structure(name: str, times: tuple[int, int]) -> None:
     inputs, (source, cost, widths, depths) = FRAMES[name][1], run(name)[times[0]]
-    grower = grown(name, times[1], **settings)
+    grower = grown(name, times[1])
     follower = copy.deepcopy(grower.model)
     grower.follow(follower)
     parameters = list(grower.model.parameters())
@@ -348,7 +346,7 @@ def test_a_run_goes_on_from_the_structure(name: str, settings: dict[str, Any], t
     assert (grower.widths(), grower.cost(), grower.depths()) == (widths, cost, depths)
     assert all(a is b for a, b in zip(parameters, grower.model.parameters(), strict=True))
     assert [p.shape for p in follower.parameters()] == [p.shape for p in parameters]
-    other = begun(name, **settings)
+    other = begun(name)
     other.follow(copy.deepcopy(other.model))
     other.load_state_dict(grower.state_dict())
     for each in (grower, other):
@@ -358,6 +356,36 @@ def test_a_run_goes_on_from_the_structure(name: str, settings: dict[str, Any], t
     grower.finish()
     assert grower.limits.params is not None
     assert 0.8 * grower.limits.params < grower.cost().params <= grower.limits.params
+
+
+@pytest.mark.parametrize("preset", ["paper", "global"])
+def test_a_run_with_gates_takes_no_other_structure(preset: str) -> None:
+    """Its weights would be divided by gates they were not folded with, and those of pushed out units are near zero."""
+    grower = grown("words", 3, preset=preset)
+    before = {name: x.clone() for name, x in grower.model.state_dict().items()}
+    with pytest.raises(StructureError, match=r"scales weights by gates, which are not in it.*grower\.load_state_dict"):
+        grower.model.load_state_dict(saved(network("words", 0)))
+    assert all(torch.equal(x, before[name]) for name, x in grower.model.state_dict().items())
+    grower.finish()
+    with pytest.warns(UserWarning, match="the run has ended") as told:
+        grower.model.load_state_dict(saved(network("words", 0)))
+    assert told[0].filename == __file__, "the warning names the line of the user"
+    same(network("words", 0), grower.model, WORDS)
+
+
+def test_functional_calls_take_the_state_dict() -> None:
+    model = network("words", 2).eval()
+    torch.testing.assert_close(torch.func.functional_call(model, dict(model.state_dict()), (WORDS,)), model(WORDS))
+
+
+def test_a_released_run_says_so() -> None:
+    grower = grown("words", 2)
+    state = grower.release()
+    for call in (grower.update, grower.finish, grower.state_dict):
+        with pytest.raises(TorchgrowError, match=r"this run was released.*other\.load_state_dict\(state\)"):
+            call()
+    assert grower.cost() == grower.frame_cost
+    assert state["history"]
 
 
 def test_state_of_kept_units_stays() -> None:

@@ -1,4 +1,4 @@
-"""Adapters for timm: attention and mixed convolutions of any width, from timm's own methods (see `inferring`)."""
+"""Adapters for timm: attention and mixed convolutions of any width, from timm's own methods (see `inferred_sizes`)."""
 
 from __future__ import annotations
 

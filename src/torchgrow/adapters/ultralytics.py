@@ -1,4 +1,4 @@
-"""Adapters for ultralytics: YOLO's attention for any number of heads, from its own forward (see `inferring`)."""
+"""Adapters for ultralytics: YOLO's attention for any number of heads, from its own forward (see `inferred_sizes`)."""
 
 from __future__ import annotations
 

@@ -11,6 +11,8 @@ from ..persistence.plain_data import Field
 class Event:
     """What one update did; event 0 is the seed.
 
+    Where `load_state_dict` brought a network of another structure since, the event tells of that one.
+
     Attributes:
         update: number of the update.
         params: parameters of the network after it.

@@ -31,7 +31,7 @@ from .carrying import carried_over
 from .event import Event
 from .run import Run
 
-PLANNED = frozenset({"model", "budget", "limits", "updates", "seed", "policy", "space", "run"})
+PLANNED = {"model", "optimizers", "budget", "limits", "updates", "seed", "policy", "space", "run"}
 """Attributes of a grower that stay as they are."""
 
 
@@ -275,7 +275,7 @@ class Grower:
 
     def __setattr__(self, name: str, value: Any) -> None:
         """What a run was planned with stays: a new value would be shown, but not followed."""
-        if name in PLANNED and name in vars(self):
+        if name in ("history", "finished") or (name in PLANNED and name in vars(self)):
             raise TorchgrowError(
                 f"{name} of a Grower cannot be changed during the run, which is planned with it; finish() this one "
                 f"and construct Grower(...) anew with the {name} you want"

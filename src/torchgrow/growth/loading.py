@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -71,7 +72,8 @@ class Loading:
             contents: what tensors hold until they are loaded, where nothing is stored.
 
         Raises:
-            StructureError: the model is a follower, or the run could not have reached this structure.
+            StructureError: the model is a follower, the run could not have reached this structure, or its policy has
+                gates.
 
         Warns:
             UserWarning: the run is over, and the structure is another than the one it ended with.
@@ -81,15 +83,30 @@ class Loading:
         check_follower(live, model)
         keep = keep_of(live.bank, record, left_out)
         policy = run.policy.copied()
+        if policy.gate is not None and not state.finished:
+            raise StructureError(
+                f"the state dict is of another structure, and {type(policy).__name__} scales weights by gates, which "
+                "are not in it: divided by those of now, its weights could become anything. Load the whole run, "
+                "grower.load_state_dict(state), or load into a model of its own: torchgrow.portable_(build()). Nothing "
+                "was changed"
+            )
         if state.finished:
             change_at_end(exchange, live.bank, keep, contents, run.optimizers)
         else:
             view = run._view(len(state.history) - 1)
-            live.change(exchange, keep, policy.gate, first=True, last=False, silent=None)
+            live.change(exchange, keep, None, first=True, last=False, silent=None)
             policy.applied(replace(view, keep=keep))
             exchange.fields(run.policy, **vars(policy))
         cost = run.plan.costs.cost(keep)
-        last = replace(state.history[-1], params=cost.params, flops=cost.flops, widths=space.widths(keep))
+        last = replace(
+            state.history[-1],
+            params=cost.params,
+            flops=cost.flops,
+            widths=space.widths(keep),
+            born=0,
+            regrown=0,
+            detached=0,
+        )
         exchange.fields(state, before=live.keep, ever=state.ever | space.present(keep))
         history = [*state.history[:-1], last]
         exchange.fields(state, history=history)
@@ -109,7 +126,7 @@ class Loading:
             )
         state, exchange = run.state_dict(), Exchange()
         run.live.change(exchange, run.plan.space.everything(), None, first=True, last=True, silent=None)
-        exchange.fields(run.state, finished=True, early=True)
+        exchange.fields(run.state, finished=True, early=True, released=True)
         exchange.fields(run.live.bank.growth, finished=True)
         run.ranks.invalidate(exchange)
         exchange.make()
@@ -163,8 +180,16 @@ def tell_end(model: nn.Module, cost: Cost, limits: Limits) -> None:
     warnings.warn(
         f"the run has ended, and {type(model).__name__} now gets another structure by load_state_dict: {costs}. To "
         "compare only networks on the budget, choose the best one after the last update",
-        stacklevel=6,
+        stacklevel=frames_to_user(),
     )
+
+
+def frames_to_user() -> int:
+    """How far up the first frame outside of PyTorch and torchgrow is, as `stacklevel` of a warning of the caller."""
+    frame, level, ours = sys._getframe(1), 1, ("torch", "torchgrow", "contextlib", "functools")
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ours:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def keep_of(bank: Bank, record: Record, left_out: Collection[str]) -> Tensor:

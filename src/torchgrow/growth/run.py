@@ -107,9 +107,7 @@ class Run:
             exchange: its `undo` takes all of it back.
 
         Raises:
-            OptimizerError: an optimizer cannot be served.
-            BudgetError: the budget is out of reach.
-            StructureError: every unit is frozen.
+            OptimizerError, BudgetError, StructureError: as for `Grower`.
         """
         model, optimizers = asked.model, asked.optimizers
         layouts = check_optimizers(optimizers, model)
@@ -124,7 +122,7 @@ class Run:
         return cls(model, plan, asked.policy, layouts, device, exchange)
 
     def course(self) -> Course:
-        """How the cost goes over the run."""
+        """See `Grower.course`."""
         plan, policy = self.plan, self.policy
         costs = [policy.planned(self._view(number)) for number in range(plan.updates + 1)]
         planned = [cost for cost in costs if cost is not None]
@@ -132,6 +130,7 @@ class Run:
 
     def update(self) -> Event:
         """See `Grower.update`."""
+        self.state.check_released()
         number, state, updates = len(self.state.history), self.state, self.plan.updates
         if state.finished:
             raise TorchgrowError(
@@ -151,6 +150,7 @@ class Run:
 
     def finish(self) -> Event:
         """See `Grower.finish`."""
+        self.state.check_released()
         if self.state.finished:
             raise TorchgrowError(
                 "finish() was called before; the network is final, save it with torchgrow.save(model, folder)"
@@ -161,6 +161,7 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """See `Grower.state_dict`."""
+        self.state.check_released()
         return {
             "format": FORMAT,
             "frame": fingerprint(self.live.space, self.live.bank.tensors),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SavedModelError, StructureError
+from ..errors import SavedModelError, StructureError, TorchgrowError
 from ..exchange import Exchange
 from ..persistence.plain_data import Field
 from ..policies import Policy
@@ -30,6 +30,7 @@ class RunState:
         history: an event for the seed and one for every update.
         finished: whether the structure is final.
         early: whether `finish()` ended the run, before `update()` could.
+        released: whether `release()` did, so that another run goes on from its state; not saved.
     """
 
     generator: torch.Generator
@@ -39,6 +40,7 @@ class RunState:
     history: list[Event]
     finished: bool = False
     early: bool = False
+    released: bool = False
 
     def state_dict(self) -> dict[str, Any]:
         """All of it as plain data, copied."""
@@ -51,6 +53,18 @@ class RunState:
             "finished": self.finished,
             "early": self.early,
         }
+
+    def check_released(self) -> None:
+        """Refuse to go on with a run that was released.
+
+        Raises:
+            TorchgrowError: it was.
+        """
+        if self.released:
+            raise TorchgrowError(
+                "this run was released: the whole frame is back, and the state that release() returned goes on in "
+                "another Grower of the same model, by other.load_state_dict(state)"
+            )
 
     @classmethod
     def read(cls, saved: dict[str, Field], costs: CostModel, keep: Tensor, updates: int) -> RunState:

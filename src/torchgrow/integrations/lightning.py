@@ -73,6 +73,8 @@ class GrowCallback(Callback):
         """Optimizers are there, and not restored as yet."""
         every, epochs, steps = self.loop.every_n_steps, trainer.max_epochs or 0, trainer.max_steps
         planned = (steps if steps > 0 else int(trainer.estimated_stepping_batches)) // every if every else epochs
+        saved = self._waiting.get("grower", {}).get("settings", {}).get("updates")
+        planned = saved if type(saved) is int else planned  # a run that trains longer now grows as it was planned
         net, *averages = self._nets(trainer, pl_module)
         inputs = trainer.strategy.batch_to_device(self.example_inputs)
         found = self.loop.begin(net, trainer.optimizers, inputs, max(1, planned), averages)
@@ -91,6 +93,12 @@ class GrowCallback(Callback):
                 optimizer.state.clear()  # of the saved structure; the run has it too
             self.loop.grower.load_state_dict(self._waiting["grower"])
             self.loop.offset, self._waiting = self._waiting["offset"], {}
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Where the checkpoint's epochs were all there are, nothing was trained, and what it holds waits still."""
+        if self._waiting:
+            self.on_train_start(trainer, pl_module)
+            self.loop.end()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The epoch before is validated and saved."""

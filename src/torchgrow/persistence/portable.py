@@ -88,7 +88,8 @@ def portable_(model: Kind, on: bool = True) -> Kind:
                 del hooks[key]
     vars(inner).pop(KEY, None)
     if on:
-        vars(inner)[KEY] = KEY  # torch.distributed.checkpoint asks a module for an attribute of every name
+        # torch.distributed.checkpoint and torch.func.functional_call ask a module for a tensor of every name.
+        vars(inner)[KEY] = torch.zeros(0, dtype=torch.uint8)
         inner.register_state_dict_post_hook(add_structure)
         inner.register_load_state_dict_pre_hook(take_structure)
     return model

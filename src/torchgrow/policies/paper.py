@@ -47,7 +47,8 @@ class Paper(Policy):
 
     def __post_init__(self) -> None:
         self.check(settle=(0, 1), momentum=(0, 1), heat=(1, 1e6), lr=(0, 1e3), relaxation=("sigmoid", "gumbel"))
-        self.check(temperature_rises=("unit", "global", "learning_rate"), penalised=("present", "all"), start=(0, 10))
+        self.check(penalised=("present", "all"), start=(0, 10), paced=(True, False))
+        self.check(temperature_rises=("unit", "global", "learning_rate"))
 
     def seed(self, view: View) -> Tensor:
         """One unit per group, at random."""

@@ -104,16 +104,17 @@ class Policy(ABC):
         return max(1, updates - 1)
 
     def check(self, **allowed: tuple[Any, ...]) -> None:
-        """Refuse settings: of numbers the least and the most are given, of text the choices.
+        """Refuse settings: of numbers the least and the most are given, of text and flags the choices.
 
         Raises:
             TorchgrowError: one lies outside; the message names it.
         """
         for name, given in allowed.items():
-            value, text = getattr(self, name), isinstance(given[0], str)
-            fits = value in given if text else isinstance(value, (int, float)) and given[0] <= value <= given[1]
+            value, choices = getattr(self, name), isinstance(given[0], (str, bool))
+            alike = isinstance(value, type(given[0]) if choices else (int, float))
+            fits = alike and (value in given if choices else given[0] <= value <= given[1])
             if not fits:
-                wanted = f"be one of {given}" if text else f"lie in [{given[0]}, {given[1]}]"
+                wanted = f"be one of {given}" if choices else f"lie in [{given[0]}, {given[1]}]"
                 raise TorchgrowError(f"{type(self).__name__}({name}={value!r}): {name} must {wanted}")
 
     # --- what the grower does with it ---
