@@ -888,3 +888,17 @@ def test_everything_plain_survives_the_packing() -> None:
 def test_what_packing_never_makes(bad: Any) -> None:
     with pytest.raises(SavedModelError, match=r"a record has .*(stands for nothing|for a tensor of shape \(2, 3\))"):
         unpack([bad], {"x": torch.zeros(2, 3)})
+
+
+def test_settings_that_the_optimizer_would_not_take_are_refused() -> None:
+    """A beta of 7 is a number, but its square root in Adam is none."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    grower = torchgrow.Grower(
+        model, optimizer, example_inputs=torch.randn(2, 4), budget=torchgrow.Budget(params="60%"), updates=3
+    )
+    state = grower.state_dict()
+    state["optimizers"][0]["groups"][0]["betas"] = (0.9, 7.0)
+    with pytest.raises(SavedModelError, match=r"groups'\]\[0\] cannot be set: Invalid beta parameter.*7"):
+        grower.load_state_dict(state)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -94,6 +95,8 @@ def read_optimizer(
         )
     present = optimizer.param_groups
     settings = [_settings(group, present[i], *layout.settings(i)) for i, group in enumerate(groups)]
+    for i, group in enumerate(settings):
+        _check_values(optimizer, group, f"{field.path}['groups'][{i}]")
     slots: Slots = {}
     entries = saved["slots"].fields()
     for names, group in zip(own, present, strict=True):
@@ -136,6 +139,21 @@ def _settings(
         key: value.to(places.get(key, device), copy=True) if isinstance(value, Tensor) else value
         for key, value in settings.items()
     }
+
+
+def _check_values(optimizer: torch.optim.Optimizer, settings: Mapping[str, Any], path: str) -> None:
+    """Refuse settings that the constructor refuses; asked of PyTorch's own optimizers, which do nothing else there.
+
+    Raises:
+        SavedModelError: with what the constructor says.
+    """
+    if not type(optimizer).__module__.startswith("torch.optim."):
+        return
+    known = inspect.signature(type(optimizer)).parameters.keys() - {"params"}
+    try:
+        type(optimizer)([nn.Parameter(torch.zeros(1))], **{key: settings[key] for key in known & settings.keys()})
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise SavedModelError(f"{path} cannot be set: {error}; nothing was changed") from error
 
 
 def _slots(
