@@ -83,16 +83,10 @@ class Loading:
         check_follower(live, model)
         keep = keep_of(live.bank, record, left_out)
         policy = run.policy.copied()
-        if policy.gate is not None and not state.finished:
-            raise StructureError(
-                f"the state dict is of another structure, and {type(policy).__name__} scales weights by gates, which "
-                "are not in it: divided by those of now, its weights could become anything. Load the whole run, "
-                "grower.load_state_dict(state), or load into a model of its own: torchgrow.portable_(build()). Nothing "
-                "was changed"
-            )
         if state.finished:
             change_at_end(exchange, live.bank, keep, contents, run.optimizers)
         else:
+            check_gates(policy)
             view = run._view(len(state.history) - 1)
             live.change(exchange, keep, None, first=True, last=False, silent=None)
             policy.applied(replace(view, keep=keep))
@@ -145,6 +139,21 @@ def check_follower(live: LiveNetwork, model: nn.Module) -> None:
             f"the state dict is of another structure, and this {type(model).__name__} follows a network that "
             "grows: it is cut when the network is. Load the whole run, grower.load_state_dict(state), which brings "
             "followers along, or load it into a copy that does not follow: torchgrow.portable_(build()). Nothing "
+            "was changed"
+        )
+
+
+def check_gates(policy: Policy) -> None:
+    """Refuse another structure for a policy with gates.
+
+    Raises:
+        StructureError: it has some.
+    """
+    if policy.gate is not None:
+        raise StructureError(
+            f"the state dict is of another structure, and {type(policy).__name__} scales weights by gates, which "
+            "are not in it: divided by those of now, its weights could become anything. Load the whole run, "
+            "grower.load_state_dict(state), or load into a model of its own: torchgrow.portable_(build()). Nothing "
             "was changed"
         )
 
