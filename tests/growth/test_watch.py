@@ -157,6 +157,7 @@ def test_what_was_counted_survives_a_resume() -> None:
     other.load_state_dict(grower.state_dict())
     train(other, torch.optim.SGD(other.model.parameters(), 0.1))
     other.update()  # the given ones stepped in this time as well
+    assert len(other.history) == len(grower.history) + 1
 
 
 @pytest.mark.parametrize("act", [copy.copy, copy.deepcopy, pickle.dumps], ids=["copy", "deepcopy", "pickle"])

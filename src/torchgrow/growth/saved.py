@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import SavedModelError
-from ..persistence.checkpoint import Run
+from ..persistence.checkpoint import Resumable
 from ..persistence.plain_data import Field
 from .state import check_frame
 
@@ -57,7 +57,7 @@ def _no_state(given: Any) -> str:
     advice = "weights alone go into model.load_state_dict(...)"
     if isinstance(given, (str, os.PathLike)):
         advice = "of a folder, torchgrow.load_checkpoint(folder, grower)"
-    elif isinstance(given, Run):
+    elif isinstance(given, Resumable):
         advice = "of another grower, grower.load_state_dict(other.state_dict())"
     elif isinstance(given, dict):
         inside = [key for key, value in given.items() if isinstance(value, dict) and value.keys() >= {*FIELDS}]

@@ -40,7 +40,7 @@ class Stateful(Protocol):
 
 
 @runtime_checkable
-class Run(Stateful, Protocol):
+class Resumable(Stateful, Protocol):
     """A run on all its ranks: a `torchgrow.Grower`."""
 
     ranks: Ranks
@@ -48,7 +48,7 @@ class Run(Stateful, Protocol):
 
 def save_checkpoint(
     folder: str | os.PathLike[str],
-    grower: Run | None = None,
+    grower: Resumable | None = None,
     *,
     scheduler: Stateful | None = None,
     extra: Any = None,
@@ -109,14 +109,14 @@ def save_checkpoint(
 
 
 def _check_grower(grower: Any) -> None:
-    if grower is not None and not isinstance(grower, Run):
+    if grower is not None and not isinstance(grower, Resumable):
         raise TorchgrowError(
             f'a checkpoint is of a Grower, got a {type(grower).__name__}; call save_checkpoint("folder/", grower). '
             'Without one: save_checkpoint("folder/", extra={"model": model.state_dict()})'
         )
 
 
-def _known(own: Any, grower: Run | None, rank: int, size: int) -> list[Any]:
+def _known(own: Any, grower: Resumable | None, rank: int, size: int) -> list[Any]:
     """Random states by rank, as far as one rank knows them by itself."""
     if size == 1:
         return [own]
@@ -134,7 +134,7 @@ def _known(own: Any, grower: Run | None, rank: int, size: int) -> list[Any]:
 
 
 def _write(
-    target: Path, grower: Run | None, scheduler: Stateful | None, states: list[Any], extra: Any, keep: int
+    target: Path, grower: Resumable | None, scheduler: Stateful | None, states: list[Any], extra: Any, keep: int
 ) -> Path:
     """Write a checkpoint; `states`: the random state of every rank, None where it is not known."""
     contents = {
@@ -162,7 +162,7 @@ def _write(
 
 
 def load_checkpoint(
-    folder: str | os.PathLike[str], grower: Run | None = None, *, scheduler: Stateful | None = None
+    folder: str | os.PathLike[str], grower: Resumable | None = None, *, scheduler: Stateful | None = None
 ) -> Any:
     """Go on from the latest checkpoint that is whole.
 
