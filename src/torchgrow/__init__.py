@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from .growth.event import Event
     from .growth.grower import Grower
+    from .growth.teacher import distillation_loss
     from .onednn_guard import guard_
     from .persistence.checkpoint import load_checkpoint, save_checkpoint
     from .persistence.network import load, save
@@ -56,6 +57,7 @@ _HOMES = {
         "TrainingError",
     ],
     "growth.grower": ["Grower"],
+    "growth.teacher": ["distillation_loss"],
     "onednn_guard": ["guard_"],
     "policies.indicators": ["PRESETS", "Method"],
     "structure.limits": ["Budget", "Limits"],
@@ -91,6 +93,7 @@ __all__ = [
     "TraceError",
     "TrainingError",
     "adapter",
+    "distillation_loss",
     "guard_",
     "load",
     "load_checkpoint",
