@@ -54,6 +54,7 @@ _BESIDE_HELP = (
 
 _SHRINK_HELP = f"One of {names.SHRINKABLE}. A file is executed as Python."
 _FROM_HELP = "Trained weights: a .pt, .pth or .safetensors file, or a folder of torchgrow.save. hf:FOLDER has its own."
+_SMALL_HELP = "What the network may cost, as for `torchgrow run`: flops=50% and the like, of the network in --from."
 _IMAGES_HELP = (
     "Folder of CIFAR-10, or with train/CLASS/* and val/CLASS/*; of a recipe, as for `torchgrow run`. Digits need none."
 )
@@ -240,9 +241,9 @@ def _edited(recipe: "Recipe", edits: dict[str, Any]) -> "Recipe":
 
 @app.command()
 def shrink(
-    model: Annotated[str | None, typer.Argument(help=_SHRINK_HELP, show_default=False)] = None,
+    model: Annotated[str | None, typer.Argument(help=_SHRINK_HELP, metavar="MODEL")] = None,
     weights: Annotated[Path | None, typer.Option("--from", help=_FROM_HELP)] = None,
-    budget: Annotated[str | None, typer.Option(help=_BUDGET_HELP.partition(" Default")[0])] = None,
+    budget: Annotated[str | None, typer.Option(help=_SMALL_HELP)] = None,
     data: Annotated[Path | None, typer.Option(help=_IMAGES_HELP)] = None,
     download: Download = False,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images, or text. Default: 10.")] = None,

@@ -62,7 +62,7 @@ def draw(folder: Path) -> list[str]:
     figures = {
         **({"size.png": _sizes(results, metric)} if len(results) > 1 else {}),
         "cost.png": _cost(records, frame),
-        f"{metric.name}.png": _scores(records, metric),
+        f"{metric.name}.png": _scores(records, metric, results.get("before", {}).get(metric.name)),
         "widths.png": _widths(records, frame),
     }
     for name, figure in figures.items():
@@ -154,12 +154,15 @@ def _cost(records: list[dict[str, Any]], frame: dict[str, Any]) -> Figure:
     return figure
 
 
-def _scores(records: list[dict[str, Any]], metric: Metric) -> Figure:
+def _scores(records: list[dict[str, Any]], metric: Metric, before: float | None) -> Figure:
     figure, (by_epoch, by_flops) = _axes(2)
     for network, rows in _curves(records):
         scores = [row[metric.name] for row in rows]
         for ax, field in ((by_epoch, "epoch"), (by_flops, "training_flops")):
             ax.plot([row[field] for row in rows], scores, **_style(network, records))
+    if before is not None:
+        for ax in (by_epoch, by_flops):
+            ax.axhline(before, color=COLOURS["before"], linestyle="--", label="before")
     title = f"{metric.on.capitalize()} {metric.name}"
     label = ", ".join(filter(None, (metric.name, metric.unit.strip())))
     by_epoch.set(title=f"{title} by epoch", xlabel="epoch", ylabel=label)
@@ -167,7 +170,7 @@ def _scores(records: list[dict[str, Any]], metric: Metric) -> Figure:
     by_flops.set(title=f"{title} by training cost", xlabel="training FLOPs so far", ylabel=label)
     for ax in (by_epoch, by_flops):
         # The first epochs would squeeze the rest, in which networks differ, into a few pixels.
-        scores = [record[metric.name] for record in records]
+        scores = [*(record[metric.name] for record in records), *([] if before is None else [before])]
         ax.set_ylim(*(_span_of_perplexity(scores) if metric.lower_is_better else _span(scores)))
     by_flops.xaxis.set_major_formatter(EngFormatter())
     _legend(figure, by_epoch)

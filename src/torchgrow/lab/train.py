@@ -164,9 +164,8 @@ class _Run:
 
     def after(self, record: Epoch) -> Progress:
         """Where the training stands at the end of an epoch."""
-        sampler = self.generator.get_state()
-        done = {"seconds": record.seconds, "training_flops": record.training_flops}
-        return Progress(epoch=record.epoch + 1, sampler=sampler, **done)
+        sampler, flops = self.generator.get_state(), record.training_flops
+        return Progress(epoch=record.epoch + 1, sampler=sampler, seconds=record.seconds, training_flops=flops)
 
     def save(self, progress: Progress) -> None:
         """Leave a checkpoint."""

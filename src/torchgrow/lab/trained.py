@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,7 +82,9 @@ def begin(recipe: Recipe, data: Data) -> Start:
     cost = measure(model, data.example())
     teacher = copy.deepcopy(model).eval().requires_grad_(False) if recipe.distil else None
     optimizer, digest = make_optimizer(model, recipe), weights.digest(model)
-    grower = make_grower(model.train(), optimizer, data, recipe)
+    with warnings.catch_warnings():  # a network that was cut before is shown as it came, and is its own frame here
+        warnings.filterwarnings("ignore", "the budget .* is a share of the network as it is")
+        grower = make_grower(model.train(), optimizer, data, recipe)
     return Start(
         model=model, optimizer=optimizer, grower=grower, teacher=teacher, score=score, cost=cost, digest=digest
     )

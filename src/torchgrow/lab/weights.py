@@ -136,7 +136,8 @@ def _give(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         for name, tensor in own.items()
         if isinstance(tensor, Tensor) and name in state and state[name].shape != tensor.shape
     ]
-    missing, foreign = [*(own.keys() - state.keys() - counters)], [*(state.keys() - own.keys())]
+    missing = [name for name in own if name not in state and name not in counters]
+    foreign = [name for name in state if name not in own]
     wrong = [f"{what} {_some(names)}" for what, names in (("missing", missing), ("foreign", foreign)) if names]
     if odd:
         wrong.append(_some(odd))
@@ -151,4 +152,4 @@ def _give(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 def _some(names: list[str]) -> str:
     """Three of them, and how many more."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(sorted(names)[:3]) + more
+    return ", ".join(names[:3]) + more
