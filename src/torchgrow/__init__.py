@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from .growth.event import Event
     from .growth.grower import Grower
+    from .growth.one_shot import prune_
     from .growth.teacher import distillation_loss
     from .onednn_guard import guard_
     from .persistence.checkpoint import load_checkpoint, save_checkpoint
@@ -57,6 +58,7 @@ _HOMES = {
         "TrainingError",
     ],
     "growth.grower": ["Grower"],
+    "growth.one_shot": ["prune_"],
     "growth.teacher": ["distillation_loss"],
     "onednn_guard": ["guard_"],
     "policies.indicators": ["PRESETS", "Method"],
@@ -101,6 +103,7 @@ __all__ = [
     "module_rule",
     "policies",
     "portable_",
+    "prune_",
     "rule",
     "save",
     "save_checkpoint",

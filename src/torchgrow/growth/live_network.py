@@ -211,7 +211,7 @@ class LiveNetwork:
                     _silence(self.space, {name: part}, keep, silent)
         fold = self.fold(keep, fresh, gate)
         factors = fold.factors(gate)
-        for name, factor in zip(fresh, factors, strict=True) if as_is and factors else ():
+        for name, factor in zip(fold.names, factors, strict=True) if as_is and factors else ():
             for part in (fresh[name], *change.swaps[name].raw_copies().values()):
                 part.div_(factor)
         folded = fold.folded(factors)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..errors import TorchgrowError
 from ..persistence.portable import portable_
 from ..structure.record import Mark, set_mark
+from ..tracing.passes import twin
 from .run import Run
 
 
@@ -20,7 +21,7 @@ def teacher_of(run: Run) -> nn.Module:
     """See `Grower.teacher`.
 
     Raises:
-        TorchgrowError: the frame as it was is gone.
+        TorchgrowError: the frame as it was is gone, or the model cannot be copied.
     """
     state, live = run.state, run.live
     if len(state.history) > 1 or any(live.gates.taken) or state.finished:
@@ -29,7 +30,7 @@ def teacher_of(run: Run) -> nn.Module:
             "teacher = grower.teacher() before the first optimizer step. For a run that is resumed, build the model, "
             "load its first weights and keep a copy.deepcopy(model).eval() of it before Grower(...)"
         )
-    model, bank = copy.deepcopy(live.model), copy.copy(live.bank)
+    model, bank = twin(live.model), copy.copy(live.bank)
     bank.model, bank.layouts, bank.slots = model, (), {}
     bank.recut_(run.plan.space.everything())  # what is stored is the frame still
     cut = bool(bank.base.kept)

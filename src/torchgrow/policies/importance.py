@@ -32,12 +32,12 @@ def taylor(view: View, squared: Tensor) -> Tensor:
 
 def l1(view: View, squared: Tensor) -> Tensor:
     """Sum of absolute weights that make the unit (Li et al., 2017)."""
-    return _rows(view, torch.abs)
+    return _rows(view, 1)
 
 
 def l2(view: View, squared: Tensor) -> Tensor:
     """Root of the sum of squared weights that make the unit (He et al., 2018)."""
-    return _rows(view, torch.square).sqrt()
+    return _rows(view, 2).sqrt()
 
 
 def group_norm(view: View, squared: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def group_norm(view: View, squared: Tensor) -> Tensor:
     units (Fang et al., 2023, 3.3), so that between groups it compares as a share of the mean.
     """
     total = torch.zeros(view.space.n_units, dtype=torch.float64)
-    for part in _sums(view, torch.square, lambda name, axis: True):
+    for part in _sums(view, 2, lambda name, axis: True):
         seen = part > 0
         total += part / part[seen].mean() if bool(seen.any()) else 0.0
     return total.sqrt()
@@ -63,13 +63,13 @@ def bn_scale(view: View, squared: Tensor) -> Tensor:
     def scales(name: str, axis: int) -> bool:
         return name in norms and name.endswith("weight")
 
-    normed = _added(view, _sums(view, torch.ones_like, scales)) > 0
+    normed = _added(view, _sums(view, 0, scales)) > 0
     if not bool(normed.any()):
         raise TorchgrowError(
             'importance "bn_scale" reads the scales of batch norms, and there is none on what may be removed here; '
             f"use one of {', '.join(name for name in IMPORTANCES if name != 'bn_scale')}"
         )
-    return torch.where(normed, _added(view, _sums(view, torch.abs, scales)), l1(view, squared))
+    return torch.where(normed, _added(view, _sums(view, 1, scales)), l1(view, squared))
 
 
 def random(view: View, squared: Tensor) -> Tensor:
@@ -93,11 +93,11 @@ def levelled(view: View, importance: Tensor) -> Tensor:
     return found
 
 
-def _rows(view: View, of: Callable[[Tensor], Tensor]) -> Tensor:
+def _rows(view: View, power: int) -> Tensor:
     """Summed over what makes a unit: rows of matrices it lives on; of units without any, all their parameters."""
     shapes = view.space.shapes
-    rows = _added(view, _sums(view, of, lambda name, axis: axis == ROWS and len(shapes[name]) > 1))
-    return torch.where(rows > 0, rows, _added(view, _sums(view, of, lambda name, axis: True)))
+    rows = _added(view, _sums(view, power, lambda name, axis: axis == ROWS and len(shapes[name]) > 1))
+    return torch.where(rows > 0, rows, _added(view, _sums(view, power, lambda name, axis: True)))
 
 
 def _added(view: View, parts: list[Tensor]) -> Tensor:
@@ -105,27 +105,40 @@ def _added(view: View, parts: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def _sums(view: View, of: Callable[[Tensor], Tensor], wanted: Callable[[str, int], bool]) -> list[Tensor]:
-    """For every wanted axis of a parameter the sum of `of` by unit, float64 [n]; a layer has all below it."""
+def _sums(view: View, power: int, wanted: Callable[[str, int], bool]) -> list[Tensor]:
+    """For every wanted axis of a parameter the sum of |w|^power by unit, float64 [n]; a layer has the mean below it.
+
+    Without a copy of the parameter in float64, which of large ones would not fit into memory.
+    """
     space, n, found = view.space, view.space.n_units, []
     weights = view.weights()
     for name in space.cut_axes:
         if name not in space.parameters or space.absent(name, view.keep):
             continue
-        values: Tensor | None = None
+        own = weights[name].detach()
         for axis in (axis for axis in space.cut_axes[name] if wanted(name, axis)):
             vector = space.unit_of[name, axis]
             if not has_units(vector):
                 continue
-            values = of(weights[name].detach().abs().double()) if values is None else values
-            others = [k for k in range(values.dim()) if k != axis]
             live = vector[live_positions(vector, view.keep)]
-            sums = (values.sum(others) if others else values).cpu()
             total = torch.zeros(n + 1, dtype=torch.float64)  # the last entry is of positions that no unit owns
-            found.append(total.index_add_(0, torch.where(live < 0, n, live), sums)[:n])
-        if name in space.slot_of:
-            whole = of(weights[name].detach().abs().double()).mean().cpu()
+            found.append(total.index_add_(0, torch.where(live < 0, n, live), _along(own, axis, power))[:n])
+        if name in space.slot_of and own.numel():
             part = torch.zeros(n, dtype=torch.float64)
-            part[space.slot_of[name]] = whole
+            part[space.slot_of[name]] = float(_along(own.reshape(1, -1), 0, power)) / own.numel()
             found.append(part)
     return found
+
+
+def _along(tensor: Tensor, axis: int, power: int) -> Tensor:
+    """Sums of |x|^power over all axes but one, float64 on the host; of power 0 how many are summed."""
+    if not power:
+        return torch.full((tensor.shape[axis],), tensor.numel() / max(1, tensor.shape[axis]), dtype=torch.float64)
+    rows = tensor.movedim(axis, 0)
+    parts = [row.reshape(len(row), -1).double().abs().pow(power).sum(1) for row in rows.split(_at_once(rows))]
+    return torch.cat(parts).cpu()
+
+
+def _at_once(rows: Tensor) -> int:
+    """How many rows of a tensor to convert together: about a million entries."""
+    return max(1, 2**20 // max(1, rows[0].numel() if len(rows) else 1))
