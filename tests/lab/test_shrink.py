@@ -269,7 +269,7 @@ def test_a_network_of_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         results["before"]["accuracy"]
         == evaluate(model, data.load_images("imagefolder", folder=Path("pictures"), side=32))[0]
     )
-    if results["before"]["accuracy"] <= 75:
+    if results["before"]["accuracy"] <= 60:
         assert "Warning: the network scores" in plain(done.output)
     for more, message in (
         (["--side", 8], "torchvision:squeezenet1_1 cannot read images of 3 x 8 x 8: "),

@@ -37,7 +37,7 @@ from torchgrow.lab.report import label
 from torchgrow.lab.results import verdict
 from torchgrow.lab.run_folder import Onlooker, RunFolder, default_out
 from torchgrow.lab.text import TextData
-from torchgrow.lab.train import Epoch, evaluate, fit
+from torchgrow.lab.train import Epoch, fit, judged
 from torchgrow.lab.trained import Start, begin, loading, what_it_cost
 
 TWINS = ("dense", "uniform")
@@ -249,7 +249,7 @@ def _train_all(
     names = (grown, *run_folder.read_json("config.json")["run"]["beside"])
     done = {name: Result(**fields) for name, fields in run_folder.read_json("results.json").items()}
     if start:
-        names, done["before"] = (grown, "before", *names[1:]), _before(start, data)
+        names, done["before"] = (grown, "before", *names[1:]), _before(start)
     with Display(console) as display:
         if start:
             before = done["before"]
@@ -265,11 +265,10 @@ def _train_all(
     return {name: done[name] for name in (*names[1:], grown)}
 
 
-def _before(start: Start, data: Data) -> Result:
+def _before(start: Start) -> Result:
     """The network that a run begins with."""
     cost = start.cost
-    score = {data.metric.name: start.score}
-    return Result(**score, params=cost.params, flops=cost.flops, training_flops=None, seconds=None)
+    return Result(**start.scores, params=cost.params, flops=cost.flops, training_flops=None, seconds=None)
 
 
 def _built(name: str, recipe: Recipe, data: Data, run_folder: RunFolder, done: dict[str, Result]) -> nn.Module:
@@ -337,7 +336,7 @@ def _train(
         run_folder.append(last)
         display.epoch(last)
     assert last is not None
-    result = processes.told(_result(model, data, last))
+    result = processes.told(_result(model, data, last))  # seconds differ
     size = short(result.params)
     display.say(f"{label(name):<12} {_score(result):<10} {size:>6} parameters, {result.seconds:.1f} s of training")
     if grower:
@@ -350,13 +349,8 @@ def _train(
 def _result(model: nn.Module, data: Data, last: Epoch) -> Result:
     """Measured again on the network as it is delivered, after the grower's last update."""
     cost = measure(model, data.example())
-    scores: dict[str, float] = {}
-    if processes.rank() == 0:  # the others are told
-        scores[data.metric.name] = evaluate(model, data)[0]
-        if isinstance(data, TextData):
-            scores["test_perplexity"] = evaluate(model, data, "test")[0]
     return Result(
-        **scores,
+        **judged(model, data),
         params=cost.params,
         flops=cost.flops,
         training_flops=last.training_flops,

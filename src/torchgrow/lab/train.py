@@ -336,3 +336,13 @@ def evaluate(model: nn.Module, data: Data, split: str | None = None) -> tuple[fl
     mean = loss / count
     score = 100 * correct / count if data.metric is ACCURACY else math.exp(min(mean, 700.0))  # beyond it exp overflows
     return score, mean
+
+
+def judged(model: nn.Module, data: Data) -> dict[str, float]:
+    """What a network is judged by in the end, by name, the same in all processes: of a text also on its test part."""
+    if processes.rank() > 0:
+        return processes.told({})
+    scores = {data.metric.name: evaluate(model, data)[0]}
+    if isinstance(data, TextData):
+        scores[f"test_{data.metric.name}"] = evaluate(model, data, "test")[0]
+    return processes.told(scores)

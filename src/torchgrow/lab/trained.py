@@ -1,7 +1,6 @@
 """The beginning of a run that shrinks a trained network: that network, its score, and its copy as a teacher."""
 
 import copy
-import math
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -11,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from torchgrow import Cost, Grower, TorchgrowError, measure
-from torchgrow.lab import processes, weights
+from torchgrow.lab import weights
 from torchgrow.lab.data import Data
 from torchgrow.lab.from_recipe import make_grower, make_optimizer
 from torchgrow.lab.metrics import ACCURACY
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.text import TextData
-from torchgrow.lab.train import evaluate
+from torchgrow.lab.train import judged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,7 @@ class Start:
         optimizer: of its parameters.
         grower: which will shrink it.
         teacher: a copy of it as it was, in evaluation mode; None where the recipe has none.
-        score: of the network as it was, by the data's metric; NaN in processes other than the first.
+        scores: of the network as it was, by the name of the metric.
         cost: of the network as it was.
         digest: of its weights.
     """
@@ -38,7 +37,7 @@ class Start:
     optimizer: torch.optim.Optimizer
     grower: Grower
     teacher: nn.Module | None
-    score: float
+    scores: dict[str, float]
     cost: Cost
     digest: str
 
@@ -59,10 +58,11 @@ class Start:
         if data.metric is not ACCURACY or isinstance(data, TextData):
             return ""
         classes = 1 + int(data.test.labels.max())
-        if not self.score <= 150 / classes:
+        score = self.scores[data.metric.name]
+        if score > 120 / classes:
             return ""
         return (
-            f"Warning: the network scores {self.score:.2f} % before anything is cut, about as much as chance "
+            f"Warning: the network scores {score:.2f} % before anything is cut, about as much as chance "
             f"({100 / classes:.2f} %). Was it trained on such images, of this --side, with colours of this --mean and "
             "--std, and with the classes in this order?"
         )
@@ -78,15 +78,14 @@ def begin(recipe: Recipe, data: Data) -> Start:
     torch.manual_seed(recipe.seed)
     model = weights.network(Path(recipe.weights), recipe.build_grown or recipe.build).to(data.device)
     _check(model, recipe, data)
-    score = evaluate(model, data)[0] if processes.rank() == 0 else math.nan
-    cost = measure(model, data.example())
+    scores, cost = judged(model, data), measure(model, data.example())
     teacher = copy.deepcopy(model).eval().requires_grad_(False) if recipe.distil else None
     optimizer, digest = make_optimizer(model, recipe), weights.digest(model)
     with warnings.catch_warnings():  # a network that was cut before is shown as it came, and is its own frame here
         warnings.filterwarnings("ignore", "the budget .* is a share of the network as it is")
         grower = make_grower(model.train(), optimizer, data, recipe)
     return Start(
-        model=model, optimizer=optimizer, grower=grower, teacher=teacher, score=score, cost=cost, digest=digest
+        model=model, optimizer=optimizer, grower=grower, teacher=teacher, scores=scores, cost=cost, digest=digest
     )
 
 

@@ -98,7 +98,7 @@ def from_json(config: dict[str, Any]) -> Recipe:
     """
     try:
         config = {**LATER, **config}
-        base = of_model(config["source"]) if config["model"] in MODELS else get(config["source"] or config["name"])
+        base = of_model(config["source"]) if config.get("model") in MODELS else get(config["source"] or config["name"])
         build = base.build.func if isinstance(base.build, partial) else base.build
         if config["model"] != build.__name__:
             raise TorchgrowError(f"the network of recipe {base.name!r} is {build.__name__}, not {config['model']}")
