@@ -81,6 +81,7 @@ def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) ->
         space = prover.space = prover.bank.space = gated(space, prover.frame, prover._outputs, TOLERANCE)
         free = _free_groups(space)
     found: list[Guess] | None = None
+    hopeless: set[frozenset[tuple[type[nn.Module], str]]] = set()
     while free:
         failed: dict[int, str] = {}
         for fraction in FRACTIONS:
@@ -94,8 +95,11 @@ def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) ->
             failed = _failing(prover, free, draw)
             for group in list(failed):
                 mine = [guess for guess in found if group in guess.groups]
-                if prover.adopt(mine, _only(prover.space, [group], draw), thorough=True):
+                kind = frozenset((type(model.get_submodule(g.attribute.module)), g.attribute.name) for g in mine)
+                if prover.adopt(mine, _only(prover.space, [group], draw), thorough=kind not in hopeless):
                     del failed[group]
+                else:  # blocks of one class fail alike, and a thorough search takes a hundred runs
+                    hopeless.add(kind)
             break
         else:
             return replace(prover.space, proven=True)
