@@ -208,7 +208,7 @@ def run(network: Network, method: str, trained: nn.Module, recipe: recipes.Recip
     if not task.fits(cost):
         raise TorchgrowError(f"{method} ended with {cost}, beyond {recipe.budget}")
     costs = {"params": cost.params, "flops": cost.flops, "base_params": full.params, "base_flops": full.flops}
-    return {"model": shrinker.model, **costs, "allowance_flops": allowance, **fields}
+    return {"model": shrinker.model, **costs, "allowance_flops": allowance, "updates": shrinker.updates, **fields}
 
 
 def finished(results: Path) -> list[dict[str, Any]]:

@@ -99,10 +99,12 @@ class Shrinker:
         task: as the method is given it.
         model: to be trained.
         spent: training FLOPs that making it took, of the allowance.
+
+    `updates` of the structure are planned.
     """
 
     def __init__(self, task: Task, model: nn.Module, spent: int = 0) -> None:
-        self.task, self.spent = task, spent
+        self.task, self.spent, self.updates = task, spent, 0
         self.adopt(model)
 
     def adopt(self, model: nn.Module, recipe: Recipe | None = None) -> None:
@@ -287,7 +289,7 @@ class Grown(Shrinker):
         super().__init__(task, model)
         self.every = int(settings.pop("every", max(1, round(task.steps / OFTEN))))
         until = float(settings.get("until", UNTIL))
-        updates = planned_updates(task, self.every, until, self._cost.flops if distilled else 0)
+        self.updates = planned_updates(task, self.every, until, self._cost.flops if distilled else 0)
         how: dict[str, Any] = {"policy": Cubic(until=until)}
         if preset != "cubic":
             text = ",".join(f"{name}={value}" for name, value in settings.items())
@@ -299,7 +301,7 @@ class Grown(Shrinker):
                 self.optimizer,
                 example_inputs=task.data.example(),
                 budget=task.recipe.budget,
-                updates=updates,
+                updates=self.updates,
                 seed=task.recipe.seed,
                 **how,
             )
