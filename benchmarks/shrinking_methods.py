@@ -13,8 +13,10 @@ A method is text: a name, settings behind a colon, and `+distil` at the end wher
 """
 
 import copy
+import math
 import warnings
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchgrow import Cost, Grower, TorchgrowError, guard_, measure
+from torchgrow import Cost, Grower, Limits, TorchgrowError, guard_, measure
 from torchgrow.lab.baselines import twin_width
 from torchgrow.lab.data import ImageData, train_steps
 from torchgrow.lab.from_recipe import make_optimizer
@@ -31,8 +33,8 @@ from torchgrow.policies import Policy, View, kit
 
 OFTEN = 16
 """Updates of a grower in an epoch."""
-UNTIL = 0.6
-"""Share of the updates in which a grower's planned cost falls, where the method does not say."""
+UNTIL, POWER = 0.5, 3.0
+"""Share of the updates in which a grower's planned cost falls, and how, where the method does not say."""
 UNIFORM_LR = 0.1
 
 
@@ -72,9 +74,14 @@ class Task:
         """What a network costs."""
         return measure(model, self.data.example())
 
+    @cached_property
+    def limits(self) -> Limits:
+        """The budget in numbers."""
+        return self.recipe.budget.limits(self.cost(self.base))
+
     def fits(self, cost: Cost) -> bool:
         """Whether a cost is within the budget."""
-        limits = self.recipe.budget.limits(self.cost(self.base))
+        limits = self.limits
         return cost.params <= (limits.params or cost.params) and cost.flops <= (limits.flops or cost.flops)
 
     def narrow(self) -> nn.Module:
@@ -84,8 +91,7 @@ class Task:
 
     def budget_flops(self) -> int:
         """Forward FLOPs of a network at the budget; those of the uniform one where parameters are what is limited."""
-        limits = self.recipe.budget.limits(self.cost(self.base))
-        return limits.flops or self.cost(self.narrow()).flops
+        return self.limits.flops or self.cost(self.narrow()).flops
 
     def allowance(self) -> int:
         """Training FLOPs that fine-tuning may spend."""
@@ -255,24 +261,26 @@ class Cubic(Policy):
         return -self.rank
 
 
-def course(update: int, updates: int, until: float) -> float:
+def course(update: int, updates: int, until: float, power: float = POWER) -> float:
     """How far the planned cost is from the budget after an update, as a share of where it began."""
-    return float(max(0.0, 1 - update / (until * updates)) ** 3)
+    final = max(1, min(updates - 1, math.ceil(until * updates)))
+    return float(max(0.0, 1 - update / final) ** power)
 
 
-def planned_updates(task: Task, every: int, until: float, teaching: int) -> int:
+def planned_updates(task: Task, every: int, teaching: int, until: float, power: float = POWER) -> int:
     """The number of updates whose steps, at the planned costs, spend the allowance.
 
     Args:
         task: says the allowance and the costs.
         every: steps between updates.
-        until: share of the updates in which the cost falls.
         teaching: forward FLOPs of a teacher, for one sample.
+        until: share of the updates in which the cost falls.
+        power: of the time left, that it falls with.
     """
     full, least, allowance = task.cost(task.base).flops, task.budget_flops(), task.allowance()
 
     def spent(updates: int) -> float:
-        costs = (least + (full - least) * course(update, updates, until) for update in range(updates))
+        costs = (least + (full - least) * course(update, updates, until, power) for update in range(updates))
         return every * task.samples * sum(3 * cost + teaching for cost in costs)
 
     updates = 2
@@ -288,8 +296,8 @@ class Grown(Shrinker):
         model = copy.deepcopy(task.base)
         super().__init__(task, model)
         self.every = int(settings.pop("every", max(1, round(task.steps / OFTEN))))
-        until = float(settings.get("until", UNTIL))
-        self.updates = planned_updates(task, self.every, until, self._cost.flops if distilled else 0)
+        until, power = float(settings.get("until", UNTIL)), float(settings.get("power", POWER))
+        self.updates = planned_updates(task, self.every, self._cost.flops if distilled else 0, until, power)
         how: dict[str, Any] = {"policy": Cubic(until=until)}
         if preset != "cubic":
             text = ",".join(f"{name}={value}" for name, value in settings.items())

@@ -45,7 +45,7 @@ def test_planned_updates_spend_the_allowance(shrinking: Any, network: Any) -> No
     )
     from shrinking_methods import course, planned_updates
 
-    updates = planned_updates(task, 2, 0.5, 0)
+    updates = planned_updates(task, 2, 0, 0.5)
     full, least = task.cost(task.base).flops, task.budget_flops()
     costs = [least + (full - least) * course(update, updates, 0.5) for update in range(updates + 1)]
     step = 2 * 3 * task.samples
