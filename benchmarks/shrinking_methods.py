@@ -86,8 +86,8 @@ class Task:
 
     def narrow(self) -> nn.Module:
         """The network narrowed uniformly to the budget, from scratch."""
-        limits = self.recipe.budget.limits(self.cost(self.base))
-        return self.recipe.build(twin_width(self.recipe, self.data, params=limits.params or 0, flops=limits.flops or 0))
+        params, flops = self.limits.params or 0, self.limits.flops or 0
+        return self.recipe.build(twin_width(self.recipe, self.data, params=params, flops=flops))
 
     def budget_flops(self) -> int:
         """Forward FLOPs of a network at the budget; those of the uniform one where parameters are what is limited."""
