@@ -47,11 +47,14 @@ def test_planned_updates_spend_the_allowance(shrinking: Any, network: Any) -> No
 
     updates = planned_updates(task, 2, 0, 0.5)
     full, least = task.cost(task.base).flops, task.budget_flops()
-    costs = [least + (full - least) * course(update, updates, 0.5) for update in range(updates + 1)]
-    step = 2 * 3 * task.samples
-    assert step * sum(costs[:-1]) <= task.allowance() < step * (sum(costs) + full)
-    assert costs[0] == full
-    assert costs[math.ceil(updates / 2)] == least
+
+    def spent(count: int) -> float:
+        costs = [least + (full - least) * course(update, count, 0.5) for update in range(count)]
+        return float(2 * 3 * task.samples * sum(costs))
+
+    assert spent(updates) <= task.allowance() < spent(updates + 1)
+    assert course(0, updates, 0.5) == 1
+    assert course(math.ceil(updates / 2), updates, 0.5) == 0
 
 
 def test_the_base_learns_as_long_at_full_rate_and_then_less(network: Any) -> None:
