@@ -213,6 +213,30 @@ def damaged() -> str:
     )
 
 
+def large() -> str:
+    """Memory that cutting a large language model takes."""
+    found = rows("prune-memory.jsonl")
+    if not found:
+        return "Not measured yet."
+    body = [
+        [
+            row["model"],
+            f"{row['params'] / 1e9:.2f}",
+            f"{row['bytes'] / 1e9:.2f}",
+            f"{row['left']:.1%}",
+            f"{row['peak']:.2f}",
+            f"{row['seconds']:.0f}",
+        ]
+        for row in found
+    ]
+    return (
+        "`torchgrow.prune_(model, tokens, budget=..., proof=False)`, importance by group norm: the most resident "
+        "memory while it ran, as a multiple of the model's.\n\nCommand: `python benchmarks/prune_memory.py`. Measured "
+        f"on {machine(found)}, busy with other runs.\n\n"
+        + grid(["model", "parameters, 10^9", "GB", "parameters left", "peak, x the model", "s"], body)
+    )
+
+
 def memory() -> str:
     """Growth of memory over updates."""
     found = rows("memory.jsonl")
@@ -284,6 +308,7 @@ def page() -> str:
         "## Resumed after SIGKILL\n\n" + killed(),
         "## Damaged files\n\n" + damaged(),
         "## Memory over updates\n\n" + memory(),
+        "## Memory to cut a large model\n\n" + large(),
         "## Cost of a start\n\n" + startup(),
         "## Cost of a training step\n\n"
         + timings(

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     )
     from .growth.event import Event
     from .growth.grower import Grower
+    from .growth.one_shot import prune_
+    from .growth.teacher import distillation_loss
     from .onednn_guard import guard_
     from .persistence.checkpoint import load_checkpoint, save_checkpoint
     from .persistence.network import load, save
@@ -56,6 +58,8 @@ _HOMES = {
         "TrainingError",
     ],
     "growth.grower": ["Grower"],
+    "growth.one_shot": ["prune_"],
+    "growth.teacher": ["distillation_loss"],
     "onednn_guard": ["guard_"],
     "policies.indicators": ["PRESETS", "Method"],
     "structure.limits": ["Budget", "Limits"],
@@ -91,6 +95,7 @@ __all__ = [
     "TraceError",
     "TrainingError",
     "adapter",
+    "distillation_loss",
     "guard_",
     "load",
     "load_checkpoint",
@@ -98,6 +103,7 @@ __all__ = [
     "module_rule",
     "policies",
     "portable_",
+    "prune_",
     "rule",
     "save",
     "save_checkpoint",

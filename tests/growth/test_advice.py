@@ -126,7 +126,7 @@ def test_trained_networks_are_told() -> None:
     optimizer = fit(model, 200)
     assert trained(model, [optimizer]) == "its optimizer has stepped"
     assert "weight matrices are far from random ones" in trained(model)
-    with pytest.warns(UserWarning, match="Sequential looks trained .*build the model anew; .*default:peak=100"):
+    with pytest.warns(UserWarning, match='Sequential looks trained .*use Grower.*start="frame".*build the model anew'):
         grow(model)
     assert trained(plain(), [torch.optim.Adagrad(plain().parameters())]) == ""  # has state before its first step
     norm = nn.Sequential(nn.BatchNorm1d(4))
@@ -135,17 +135,12 @@ def test_trained_networks_are_told() -> None:
 
 
 def test_what_the_warning_advises_works() -> None:
-    """The preset that it names begins with all of the network."""
+    """The start that it names is all of the network, without a warning."""
     model = plain()
     fit(model, 200)
     before = model(X)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*looks trained")
-        grower = grow(model, preset="default:peak=100,ramp=0,hold=0.2")
-    grower.model(X).square().mean().mul(0).backward()
-    for group in grower.optimizer.param_groups:
-        group["lr"] = 0.0
-    grower.optimizer.step()
-    grower.update()
+        warnings.simplefilter("error")
+        grower = grow(model, start="frame")
+    assert torch.equal(model(X), before)
     assert grower.cost() == grower.frame_cost
-    torch.testing.assert_close(model(X), before)

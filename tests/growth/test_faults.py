@@ -222,7 +222,7 @@ def test_infeasible_budgets_name_the_range(budget: Budget, message: str) -> None
         ({"updates": True}, r"updates=True must be"),
         (
             {"preset": "papr"},
-            r"preset 'papr' is unknown; use one of \['default', 'global', .*\] or a torchgrow\.Method",
+            r"preset 'papr' is unknown; use one of \['default', 'global', .*\], or give policy= an object",
         ),
     ],
 )

@@ -363,7 +363,7 @@ def test_the_indicators_rate_is_the_share_of_the_full_rate_whenever_the_schedule
     schedule = schedule or CYCLES[name](optimizer)
     full = 0.5 if name.endswith("elsewhere") else 0.05
     for _ in range(11):
-        assert grower.run.rate() == pytest.approx(optimizer.param_groups[0]["lr"] / full)
+        assert grower.run.state.rate(grower.optimizer) == pytest.approx(optimizer.param_groups[0]["lr"] / full)
         optimizer.step()
         schedule.step()
 
@@ -377,16 +377,16 @@ def test_a_group_with_a_rate_of_its_own_keeps_it_as_the_full_one() -> None:
     optimizer = torch.optim.SGD(groups, 0.05)
     torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=9)
     grower = Grower(model, optimizer, example_inputs=batch(0)[0], budget=Budget(params="50%"), updates=4)
-    assert grower.run.rate() == pytest.approx(0.1)
+    assert grower.run.state.rate(grower.optimizer) == pytest.approx(0.1)
 
 
 def test_a_rate_that_rises_beyond_the_first_carries_the_indicators_no_further() -> None:
     pair = make_pair(OPTIMIZERS["sgd"])
     group = pair.grower.optimizer.param_groups[0]
     group["lr"] = 5.0
-    assert pair.grower.run.rate() == 1.0
+    assert pair.grower.run.state.rate(pair.grower.optimizer) == 1.0
     group["lr"] = 0.5
-    assert pair.grower.run.rate() == pytest.approx(0.1)
+    assert pair.grower.run.state.rate(pair.grower.optimizer) == pytest.approx(0.1)
 
 
 def everything(pair: Pair) -> dict[str, Tensor]:

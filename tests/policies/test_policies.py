@@ -17,7 +17,7 @@ from torch import Tensor
 import torchgrow
 from growing import STILL, batch, differences, everything, make, run, sgd, train
 from torchgrow import Grower, Method, TorchgrowError, load_checkpoint, save_checkpoint
-from torchgrow.policies import Default, Paper, Policy, Random, View, kit, policy_of
+from torchgrow.policies import Default, Paper, Policy, Random, Shrink, View, kit, named, policy_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "policies.md"
 
@@ -238,15 +238,32 @@ def test_importance_is_the_mean_square_of_m_dl_dm() -> None:
         ("global", Paper),
         ("nas", Paper),
         ("random", Random),
+        ("shrink", Shrink),
+        ("shrink:until=0.3,importance=l1", Shrink),
     ],
 )
 def test_names_mean_policies(preset: str, kind: type[Policy]) -> None:
-    assert type(policy_of(Method.named(preset))) is kind
+    assert type(named(preset)) is kind
+
+
+@pytest.mark.parametrize(
+    ("preset", "text"),
+    [
+        ("shrnk", r"preset 'shrnk' is unknown; use one of \['default', .*'shrink'\], or give policy="),
+        ("shrink:peak=1", r"'peak=1' in preset 'shrink:peak=1' is not a setting of torchgrow\.policies\.Shrink with"),
+        ("shrink:until=soon", r"'until=soon' in preset .*write it like shrink:until=0\.3.*\(settings: until, power"),
+        ("shrink:until=2", r"Shrink\(until=2\.0\): until must lie in \[0, 1\]"),
+        ("shrink:importance=fisher", r"importance must be one of \('taylor', 'l1', "),
+    ],
+)
+def test_a_name_that_is_none_is_told(preset: str, text: str) -> None:
+    with pytest.raises(TorchgrowError, match=text):
+        named(preset)
 
 
 def test_names_and_objects_grow_alike() -> None:
-    named, given = run(make("paper:lambda_base=0.3", updates=6)), run(grown(Paper(lambda_base=0.3)))
-    assert not differences(everything(named), everything(given))
+    one, other = run(make("paper:lambda_base=0.3", updates=6)), run(grown(Paper(lambda_base=0.3)))
+    assert not differences(everything(one), everything(other))
     assert Default().settings() == policy_of(Method.default()).settings()
     assert Random().settings() == policy_of(Method.random()).settings()
 

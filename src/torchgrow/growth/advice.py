@@ -50,7 +50,7 @@ class Course:
         way = f"from {share[0]} of the {self.unit} to {share[2]}"
         if self.peak is None:
             return f"{way}, on no planned way; the structure is final after update {self.settled} of {self.updates}"
-        over = f" by way of {share[1]}" if self.peak > self.end else ""
+        over = f" by way of {share[1]}" if self.peak > max(self.seed, self.end) else ""
         return (
             f"{way}{over}, at its largest after {self.full_size} of {self.updates} updates, final after {self.settled}"
         )
@@ -121,11 +121,11 @@ def warn_if_trained(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer
     if sign:
         warnings.warn(
             f"{type(model).__name__} looks trained ({sign}), and growing starts from a seed of it: what it computes "
-            "now is lost at once, and its weights come back only as units return. To grow from scratch, build the "
-            'model anew; to start from all of it and shrink it, use preset="default:peak=100,ramp=0,hold=0.2". If it '
+            "now is lost at once, and its weights come back only as units return. To start from all of it and shrink "
+            'it, use Grower(..., start="frame"); to grow from scratch, build the model anew. If it '
             "is meant so, silence this with warnings.filterwarnings('ignore', message='.*looks trained')",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

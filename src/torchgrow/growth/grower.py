@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, SupportsIndex
 
@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from ..errors import BudgetError, TorchgrowError
 from ..exchange import Exchange, trainable
-from ..policies import Policy, policy_of
+from ..policies import Policy, named, policy_of
 from ..policies.indicators import Method
-from ..structure.cost import Cost
 from ..structure.limits import Budget
 from ..structure.optimizers import optimizers_of
 from ..structure.space import Place
@@ -25,22 +24,24 @@ from ..tracing.blocks import Named
 from ..tracing.model_call import Carries
 from ..tracing.requests import Couples
 from ..tracing.verification import prove, trace
-from .advice import Course, summary
 from .attaching import check_free
 from .carrying import carried_over
 from .event import Event
 from .run import Run
+from .shown import Shown
+from .start import check_start
+from .teacher import recalibrate, teacher_of
 
-PLANNED = {"model", "optimizers", "budget", "limits", "updates", "seed", "policy", "space", "run"}
+PLANNED = {"model", "optimizers", "budget", "limits", "updates", "seed", "start", "policy", "space", "run"}
 """Attributes of a grower that stay as they are."""
 
 
-class Grower:
+class Grower(Shown):
     """Grows a model to a budget while you train it.
 
     At construction the model (the frame, the largest it may become) is shrunk in place to a seed of one unit per
-    group. Train as usual; call `update()` after every epoch, or every k steps. All Parameter objects and the
-    optimizer stay; gradients are dropped at an update.
+    group, or begins as it is: see `start`. Train as usual; call `update()` after every epoch, or every k steps. All
+    Parameter objects and the optimizer stay; gradients are dropped at an update.
 
     Args:
         model: the frame, a plain module on one device. On the meta device (`with torch.device("meta"): ...`) only
@@ -52,9 +53,13 @@ class Grower:
             examples, for forwards that take other ways on other inputs, or other arguments in training.
         budget: what the final network may cost; it is never above and no removable unit still fits under it.
         updates: T, the number of updates in the run. The structure is final from update T-1 on.
+        start: what the run begins with: "seed"; "frame", the model as it is, with what it has learnt; some of its
+            units, bool [n] as in `space`; or a network that was cut from such a model before, as `torchgrow.load` or
+            a run left it: what that has learnt is taken into the model, and the run goes on from there.
         preset: how it grows, by name: "default" (evenly beyond the budget, then the least important units of every
-            group go), "paper" (its own), "global" (with one temperature for all), "nas" (its settings for architecture
-            search), "random" (its baseline); with other values behind a colon ("default:peak=1").
+            group go), "shrink" (from the start down to the budget), "paper" (its own), "global" (with one temperature
+            for all), "nas" (its settings for architecture search), "random" (its baseline); with other values behind
+            a colon ("default:peak=1"). None: "shrink" where the start is beyond the budget, else "default".
         policy: how it grows, as an object in place of a name: `torchgrow.policies.Paper(lambda_base=0.3)`, or a
             `torchgrow.policies.Policy` of your own. The grower works on a copy, `grower.policy`.
         seed: of all draws.
@@ -82,7 +87,8 @@ class Grower:
         example_inputs: Any,
         budget: Budget,
         updates: int,
-        preset: str | Method = "default",
+        start: str | Tensor | nn.Module = "seed",
+        preset: str | Method | None = None,
         policy: Policy | None = None,
         seed: int = 0,
         freeze: Sequence[str | Place] = (),
@@ -91,16 +97,18 @@ class Grower:
         carried: Carries | None = None,
     ) -> None:
         _check(budget, updates)
-        self.policy = _policy(preset, policy, layers=bool(depth))
-        self.model, self.budget, self.updates, self.seed = model, budget, updates, seed
+        check_start(start)
+        chosen = _policy(preset, policy, layers=bool(depth))
+        self.model, self.budget, self.updates, self.seed, self.start = model, budget, updates, seed, start
         self.optimizers = optimizers_of(optimizer)
         check_free(model, self.optimizers)
         with _all_or_nothing(model) as exchange:
             space = trace(model, example_inputs, freeze=freeze, couple=couple, carried=carried, depth=depth)
             if not space.proven:  # a frame on the meta device
                 space = prove(model, space, example_inputs)
-            self.run = Run.begin(self, space, example_inputs, exchange)
-        self.optimizer, self.ranks, plan = self.optimizers[0], self.run.ranks, self.run.plan
+            self.run = Run.begin(self, chosen, space, example_inputs, exchange)
+        self.policy, self.optimizer, self.ranks = self.run.policy, self.optimizers[0], self.run.ranks
+        plan = self.run.plan
         self.space, self.limits, self.frame_cost = plan.space, plan.limits, plan.frame_cost
 
     def update(self) -> Event:
@@ -184,6 +192,28 @@ class Grower:
         return carried_over(self.space, state, self.run.state.before, self.run.live.keep)
 
     @trainable()
+    def teacher(self) -> nn.Module:
+        """The frame as it was when the run began: frozen, in evaluation mode, sharing nothing with the network.
+
+        For distillation: ask for it before the first step, and train with `torchgrow.distillation_loss`.
+
+        Raises:
+            TorchgrowError: the run has an update or a step behind it, so that the frame as it was is gone.
+        """
+        return teacher_of(self.run)
+
+    @trainable()
+    def recalibrate(self, loader: Iterable[Any]) -> None:
+        """Estimate the running statistics of all batch norms anew, by `torch.optim.swa_utils.update_bn`.
+
+        After units have left, statistics are of activations that are no more. Weights stay; modes too.
+
+        Args:
+            loader: of inputs, or of tuples and lists that begin with them; a few batches will do.
+        """
+        recalibrate(self.model, loader)
+
+    @trainable()
     def state_dict(self) -> dict[str, Any]:
         """The whole run so far: network, bank, indicators, counters, draws, history, optimizer; as copies.
 
@@ -222,57 +252,6 @@ class Grower:
         """
         return self.run.loading.release()
 
-    @property
-    def history(self) -> list[Event]:
-        """An event for the seed, and one for every update."""
-        return self.run.state.history
-
-    @property
-    def finished(self) -> bool:
-        """Whether the structure is final."""
-        return self.run.state.finished
-
-    @property
-    def keep(self) -> Tensor:
-        """The live units, bool [n], as a copy; `space` says where each of them lives."""
-        return self.run.live.keep.clone()
-
-    def cost(self) -> Cost:
-        """Cost of the live network."""
-        return self.run.plan.costs.cost(self.run.live.keep)
-
-    def widths(self) -> dict[str, int]:
-        """Live units per group."""
-        return self.space.widths(self.run.live.keep)
-
-    def full_widths(self) -> dict[str, int]:
-        """Units per group in the frame."""
-        return self.space.widths(self.space.everything())
-
-    def depths(self) -> dict[str, int]:
-        """Live blocks per stage, those that always stay included; layers named by the user count under ""."""
-        return self.run.live.depths(self.run.live.keep)
-
-    def full_depths(self) -> dict[str, int]:
-        """Blocks per stage in the frame."""
-        return self.run.live.depths(self.space.everything())
-
-    def course(self) -> Course:
-        """How the cost goes over the run: seed, peak, end, and after how many updates; logged at the start (INFO)."""
-        return self.run.course()
-
-    def summary(self) -> str:
-        """The run on one screen: how the budget is reached, what grows, what keeps its size and why."""
-        name, costs, done = type(self.model).__name__, self.run.plan.costs, len(self.history) - 1
-        return summary(name, self.budget, self.course(), costs, self.run.live.keep, done)
-
-    def __repr__(self) -> str:
-        now, stage = self.cost(), "finished" if self.finished else f"update {len(self.history) - 1} of {self.updates}"
-        share = now.params / max(1, self.frame_cost.params)
-        return (
-            f"<Grower of {type(self.model).__name__}: {self.budget}, {stage}, {now.params:,} parameters ({share:.2%})>"
-        )
-
     def __setattr__(self, name: str, value: Any) -> None:
         """What a run was planned with stays: a new value would be shown, but not followed."""
         if name in ("history", "finished") or (name in PLANNED and name in vars(self)):
@@ -310,8 +289,8 @@ def _check(budget: Budget, updates: int) -> None:
         raise TorchgrowError(f"updates={updates!r} must be a whole number >= 1: how often you will call update()")
 
 
-def _policy(preset: str | Method, policy: Policy | None, *, layers: bool) -> Policy:
-    """The policy that was asked for, as a copy.
+def _policy(preset: str | Method | None, policy: Policy | None, *, layers: bool) -> Policy | None:
+    """The policy that was asked for, as a copy; None where nothing was.
 
     Raises:
         TorchgrowError: it is none, or no name of one.
@@ -327,8 +306,11 @@ def _policy(preset: str | Method, policy: Policy | None, *, layers: bool) -> Pol
             DeprecationWarning,
             stacklevel=3,
         )
-    method = preset if isinstance(preset, Method) else Method.named(preset, layers=layers)
-    return copy.copy(policy) if policy is not None else policy_of(method)
+    if policy is not None:
+        return copy.copy(policy)
+    if isinstance(preset, Method):
+        return policy_of(preset)
+    return None if preset is None else named(preset, layers=layers)
 
 
 def _refuse_copy() -> NoReturn:

@@ -18,7 +18,7 @@ from ..policies import Policy
 from ..structure.bank import Bank, Change
 from ..structure.followers import follower_of, stored_alike
 from ..structure.optimizer_slots import Layout
-from ..structure.record import LEFT_OUT, Growth
+from ..structure.record import Growth
 from ..structure.space import WHOLE, Space, live_positions
 from ..structure.surgery import named_tensors
 from .gates import Fold, Folding, converted
@@ -97,21 +97,6 @@ class LiveNetwork:
         """Of the model and its followers."""
         return [parameter for bank in self.banks for parameter in bank.model.parameters()]
 
-    def depths(self, keep: Tensor) -> dict[str, int]:
-        """Blocks per stage of a structure, those that always stay included; layers named by the user under "".
-
-        Those that were left out by an earlier run are gone.
-        """
-        found: dict[str, int] = {}
-        own = {path for slot in self.space.slots for path in slot.modules}
-        for slot in self.space.slots:
-            stage = self.model.get_submodule(slot.stage).named_children() if slot.stage else ()
-            blocks = [name for name, child in stage if f"{slot.stage}.{name}" in own or LEFT_OUT not in vars(child)]
-            live = bool(keep[slot.unit])
-            found.setdefault(slot.stage, len(blocks))
-            found[slot.stage] += int(live) if not slot.stage else int(live) - 1
-        return found
-
     def fold(self, keep: Tensor, raw: Mapping[str, Tensor], gate: Tensor | None) -> Fold:
         """Where the units of a structure live, and what is folded there; nowhere if the policy does not ask."""
         asked = gate is not None or self.policy.sensitive
@@ -168,7 +153,15 @@ class LiveNetwork:
     # --- a change of structure ---
 
     def change(
-        self, exchange: Exchange, keep: Tensor, gate: Tensor | None, *, first: bool, last: bool, silent: Tensor | None
+        self,
+        exchange: Exchange,
+        keep: Tensor,
+        gate: Tensor | None,
+        *,
+        first: bool,
+        last: bool,
+        silent: Tensor | None,
+        as_is: bool = False,
     ) -> bool:
         """Have `exchange` make `keep` the live structure of the model and its followers; nothing is written before.
 
@@ -179,12 +172,13 @@ class LiveNetwork:
             first: of the run, so that everything is written even if it seems the same.
             last: the hooks come off and the banks are emptied.
             silent: bool [n], units that enter with gated weights of 0.
+            as_is: what lives computes what it did without gates: its raw weights are divided by them.
 
         Returns:
             Whether a tensor will have another shape.
         """
         stays = not first and torch.equal(keep, self.keep) and self.gates.folded_with(gate)
-        changes, installed = ([self.bank.unchanged()], None) if stays else self._stage(keep, gate, silent)
+        changes, installed = ([self.bank.unchanged()], None) if stays else self._stage(keep, gate, silent, as_is)
         reshapes = changes[0].reshapes
         for change in changes:
             change.into(exchange)
@@ -203,7 +197,7 @@ class LiveNetwork:
         return reshapes
 
     def _stage(
-        self, keep: Tensor, gate: Tensor | None, silent: Tensor | None
+        self, keep: Tensor, gate: Tensor | None, silent: Tensor | None, as_is: bool
     ) -> tuple[list[Change], tuple[Fold, list[Tensor], dict[tuple[str, str], Tensor]]]:
         """The changes of the network and its followers, not made as yet, and what `Folding.install` needs."""
         bank = self.bank
@@ -217,6 +211,9 @@ class LiveNetwork:
                     _silence(self.space, {name: part}, keep, silent)
         fold = self.fold(keep, fresh, gate)
         factors = fold.factors(gate)
+        for name, factor in zip(fold.names, factors, strict=True) if as_is and factors else ():
+            for part in (fresh[name], *change.swaps[name].raw_copies().values()):
+                part.div_(factor)
         folded = fold.folded(factors)
         followed = self._followed(keep, fresh, folded)
         copies: dict[tuple[str, str], Tensor] = {}

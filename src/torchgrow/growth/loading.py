@@ -17,9 +17,9 @@ from ..exchange import Exchange, forget_compiled, trainable
 from ..policies import Policy, View
 from ..structure.bank import Bank
 from ..structure.cost import Cost
+from ..structure.kept import keep_of
 from ..structure.limits import Limits
 from ..structure.record import Record
-from ..structure.store import Index
 from .event import Event
 from .live_network import LiveNetwork
 from .plan import Plan
@@ -81,7 +81,7 @@ class Loading:
         run, exchange = self.run, Exchange()
         live, state, space = run.live, run.state, run.plan.space
         check_follower(live, model)
-        keep = keep_of(live.bank, record, left_out)
+        keep = keep_of(live.bank, record, left_out, "the state dict")
         policy = run.policy.copied()
         if state.finished:
             change_at_end(exchange, live.bank, keep, contents, run.optimizers)
@@ -199,39 +199,3 @@ def frames_to_user() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ours:
         frame, level = frame.f_back, level + 1
     return level
-
-
-def keep_of(bank: Bank, record: Record, left_out: Collection[str]) -> Tensor:
-    """The units (bool [n]) that a record of the same first frame keeps.
-
-    Raises:
-        StructureError: it is no structure of this space; the message names a tensor.
-    """
-    space, base = bank.space, bank.base.kept
-    keep = space.everything()
-    for (name, axis), units in space.unit_of.items():
-        where = record.kept.get(name, {}).get(axis)
-        if where is None:
-            continue
-        before = base.get(name, {}).get(axis)
-        live = torch.isin(torch.arange(units.numel()) if before is None else before, where)
-        gone = units[~live]
-        keep[gone[gone >= 0]] = False
-    for slot in space.slots:
-        keep[slot.unit] = not all(path in left_out for path in slot.modules)
-    keep = space.check_keep(keep)
-    here = bank.record_of(keep)
-    strange = [name for name in space.cut_axes if not alike(here.kept.get(name, {}), record.kept.get(name, {}))]
-    strange += sorted(set(left_out) ^ bank.skipped(keep).keys())
-    if strange:
-        raise StructureError(
-            f"the state dict is of a structure that this run cannot have, as {strange[0]} shows: its frame was "
-            "another, or other units could go there (freeze, couple, depth). Construct Grower as in the run that was "
-            "saved, or load it into a model of its own: torchgrow.portable_(build()). Nothing was changed"
-        )
-    return keep
-
-
-def alike(one: Index, other: Index) -> bool:
-    """Whether two indices keep the same positions."""
-    return one.keys() == other.keys() and all(torch.equal(one[axis], other[axis]) for axis in one)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TorchgrowError
-from ..policies import Policy, View
+from ..policies import Policy, Shrink, View, named
 from ..policies.kit import one_per_group
 from ..structure.budget import check_feasible, fit
 from ..structure.cost import Cost, CostModel
 from ..structure.limits import Budget, Limits
 from ..structure.space import Space
 from .attaching import tell_share
+from .start import SEED
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Plan:
         limits: the same in numbers.
         updates: how many there will be.
         seed: of all draws.
+        start: bool [n], the structure it begins with; None: the policy chooses.
+        begins: the same as a state keeps it.
     """
 
     space: Space
@@ -40,6 +44,8 @@ class Plan:
     limits: Limits
     updates: int
     seed: int
+    start: Tensor | None = None
+    begins: str = SEED
 
     @classmethod
     def of(cls, model: nn.Module, space: Space, budget: Budget, updates: int, seed: int) -> Plan:
@@ -60,9 +66,24 @@ class Plan:
         """The limits as policies see them, int64 [2]."""
         return self.limits.tensor()
 
-    def view(self, number: int, keep: Tensor, rate: float, generator: torch.Generator) -> View:
+    def view(
+        self,
+        number: int,
+        keep: Tensor,
+        rate: float,
+        generator: torch.Generator,
+        weights: Callable[[], Mapping[str, Tensor]],
+    ) -> View:
         """The run as a policy sees it at an update."""
-        return View(self.space, self.costs, self.limit_tensor, number, self.updates, keep, rate, generator)
+        limits, start = self.limit_tensor, self.start
+        return View(self.space, self.costs, limits, number, self.updates, keep, rate, generator, start, weights)
+
+    def policy(self, given: Policy | None, *, layers: bool) -> Policy:
+        """The policy that was given; else one that grows, or that shrinks where the start is beyond the budget."""
+        if given is not None:
+            return given
+        beyond = self.start is not None and (self.costs.both(self.costs.live(self.start)) > self.limit_tensor).any()
+        return Shrink() if beyond else named("default", layers=layers)
 
     def legal(self, keep: Any, policy: Policy, asked: str) -> Tensor:
         """A structure as a policy wants it, with what cannot be removed and one unit of every group.
@@ -93,6 +114,7 @@ class Plan:
             "seed": self.seed,
             "params": self.limits.params,
             "flops": self.limits.flops,
+            "start": self.begins,
             "policy": type(policy).__name__,
             **{f"policy.{name}": value for name, value in policy.settings().items()},
         }

@@ -22,7 +22,7 @@ from ..persistence.randomness import random_state
 from ..policies import Policy, View
 from ..structure.limits import Budget
 from ..structure.optimizer_slots import Layout
-from ..structure.optimizers import check_optimizers, first_rate, peak_rate, present_rate, untrained_hint
+from ..structure.optimizers import check_optimizers, first_rate, untrained_hint
 from ..structure.space import Space
 from ..tracing.model_call import examples_of
 from ..tracing.nested import tensors
@@ -35,6 +35,7 @@ from .loading import Loading
 from .plan import Plan
 from .run_state import RunState, event_of, read_keep
 from .saved import FORMAT, examine
+from .start import begin, name_of
 from .state import fingerprint, read_policy
 from .watch import warn_idle, warn_spread
 
@@ -49,7 +50,7 @@ class Asked(Protocol):
     budget: Budget
     updates: int
     seed: int
-    policy: Policy
+    start: str | Tensor | nn.Module
 
 
 class Run:
@@ -82,8 +83,11 @@ class Run:
             initial_lr=first_rate(self.optimizers[0]),
             history=[],
         )
-        view = plan.view(0, space.everything(), 1.0, self.state.generator)
-        seed = plan.legal(policy.seed(view), policy, "seed")
+        view = plan.view(0, space.everything(), 1.0, self.state.generator, lambda: dict(model.named_parameters()))
+        chosen = plan.legal(policy.seed(view), policy, "seed")
+        seed = chosen if plan.start is None else plan.start
+        if not bool(seed.all()) and plan.start is None:
+            warn_if_trained(model, self.optimizers)
         self.ranks = Ranks()
         self.ranks.agree(lambda: self._decided(None, policy, self.state.generator))
         self.ranks.share([tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta])
@@ -97,11 +101,12 @@ class Run:
         owned_(model, self.loading)
 
     @classmethod
-    def begin(cls, asked: Asked, space: Space, example_inputs: Any, exchange: Exchange) -> Run:
-        """Shrink a model to its seed.
+    def begin(cls, asked: Asked, policy: Policy | None, space: Space, example_inputs: Any, exchange: Exchange) -> Run:
+        """Bring a model to what it begins with.
 
         Args:
-            asked: for what, and with which optimizers and policy.
+            asked: for what, from what start, with which optimizers.
+            policy: decides which units live; None: one that suits the start.
             space: of the model.
             example_inputs: for the device.
             exchange: its `undo` takes all of it back.
@@ -116,10 +121,11 @@ class Run:
             reasons = "; ".join(str(frozen) for frozen in space.frozen[:5]) or "the model has no units"
             raise StructureError(f"nothing can grow here, because {reasons}{untrained_hint(optimizers, model)}")
         plan = Plan.of(model, space, asked.budget, asked.updates, asked.seed)
-        warn_if_trained(model, optimizers)
+        keep = begin(asked.start, model, space, exchange)
+        plan = replace(plan, start=keep, begins=name_of(asked.start, keep))
         guard_(model)
         device = tensors(examples_of(example_inputs)[0])[0].device
-        return cls(model, plan, asked.policy, layouts, device, exchange)
+        return cls(model, plan, plan.policy(policy, layers=bool(space.slots)), layouts, device, exchange)
 
     def course(self) -> Course:
         """See `Grower.course`."""
@@ -201,18 +207,8 @@ class Run:
     def _view(self, number: int) -> View:
         """The run as the policy sees it at an update."""
         keep = self.live.keep if self.state.history else self.plan.space.everything()
-        return self.plan.view(number, keep, self.rate(), self.state.generator)
-
-    def rate(self) -> float:
-        """Present over full learning rate of the weights, never above 1.
-
-        Full is the peak of a one-cycle schedule, else the first rate or the highest since: where the first is low the
-        indicators' own would be carried many times beyond what it is made for.
-        """
-        rate = present_rate(self.optimizers[0])
-        self.state.initial_lr = max(self.state.initial_lr, rate)
-        full = peak_rate(self.optimizers[0]) or self.state.initial_lr
-        return min(1.0, rate / full) if full else 1.0
+        rate = self.state.rate(self.optimizers[0])
+        return self.plan.view(number, keep, rate, self.state.generator, self.live.contents)
 
     def _step(self, sensitivity: Tensor) -> None:
         """After every optimizer step: the policy is told."""
@@ -256,7 +252,8 @@ class Run:
         """Make `keep` the live structure, with the policy and generator that chose it, all or nothing; record it."""
         self.live.check()
         state, exchange, previous = self.state, exchange or Exchange(), self.live.keep
-        reshapes = self.live.change(exchange, keep, policy.gate, first=not state.history, last=last, silent=silent)
+        first, as_is = not state.history, not state.history and self.plan.start is not None
+        reshapes = self.live.change(exchange, keep, policy.gate, first=first, last=last, silent=silent, as_is=as_is)
         event = event_of(self.plan.costs, state, keep, previous if state.history else keep, policy, start)
         if last:
             exchange.fields(state, finished=True, early=early)

@@ -14,6 +14,7 @@ from ..exchange import Exchange
 from ..persistence.plain_data import Field
 from ..policies import Policy
 from ..structure.cost import CostModel
+from ..structure.optimizers import peak_rate, present_rate
 from ..structure.space import Space
 from .event import Event, read_event
 
@@ -53,6 +54,17 @@ class RunState:
             "finished": self.finished,
             "early": self.early,
         }
+
+    def rate(self, optimizer: torch.optim.Optimizer) -> float:
+        """Present over full learning rate of the weights, never above 1.
+
+        Full is the peak of a one-cycle schedule, else the first rate or the highest since: where the first is low the
+        indicators' own would be carried many times beyond what it is made for.
+        """
+        rate = present_rate(optimizer)
+        self.initial_lr = max(self.initial_lr, rate)
+        full = peak_rate(optimizer) or self.initial_lr
+        return min(1.0, rate / full) if full else 1.0
 
     def check_released(self) -> None:
         """Refuse to go on with a run that was released.

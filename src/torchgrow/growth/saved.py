@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import SavedModelError
 from ..persistence.checkpoint import Resumable
 from ..persistence.plain_data import Field
+from .start import SEED
 from .state import check_frame
 
 FORMAT = 2
@@ -43,11 +44,13 @@ def examine(state: Any, frame: dict[str, Any], settings: Mapping[str, Any]) -> d
         raise SavedModelError(f"the state has format {form!r}, this version of torchgrow reads {FORMAT}")
     saved = Field(state).fields(FIELDS, LATER)
     check_frame(saved["frame"], frame)
-    for key, field in saved["settings"].fields(settings).items():
+    for key, field in saved["settings"].fields(settings.keys() - {"start"}, ("start",)).items():
+        if key == "start" and field.value is None and settings[key] == SEED:
+            continue  # there was no other
         if type(field.value) is not type(settings[key]) or field.value != settings[key]:
             raise SavedModelError(
                 f"the state is of a run with {key}={str(field.value)[:60]}, this Grower has {settings[key]}; "
-                "construct it with the budget, updates, preset and seed of the saved run. Nothing was changed"
+                "construct it with the budget, updates, preset, start and seed of the saved run. Nothing was changed"
             )
     return saved
 

@@ -23,7 +23,7 @@ from ..errors import SavedModelError, StructureError, TorchgrowError
 from ..exchange import Exchange, forget_compiled
 from ..onednn_guard import guard_
 from ..structure.attributes import get, replaced
-from ..structure.bank import Bank
+from ..structure.bank import Bank, cut_
 from ..structure.record import LEFT_OUT, RECORD, Mark, Record, growths, mark_of, recorded, skip_of
 from ..structure.space import PassThrough, Space
 from ..structure.store import Index, gather, laid_out, live_shape, memory_order
@@ -95,7 +95,14 @@ def portable_(model: Kind, on: bool = True) -> Kind:
     return model
 
 
-def shrink_(model: nn.Module, space: Space, keep: Tensor, optimizer: torch.optim.Optimizer | None = None) -> Bank:
+def shrink_(
+    model: nn.Module,
+    space: Space,
+    keep: Tensor,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    store: bool = True,
+) -> Bank:
     """Cut the model down to the units in `keep`, in place.
 
     Every Parameter object stays; its contents, its optimizer state, buffers and counting attributes are re-cut.
@@ -106,16 +113,21 @@ def shrink_(model: nn.Module, space: Space, keep: Tensor, optimizer: torch.optim
         space: what `trace` found for it.
         keep: bool [n]; False removes a unit.
         optimizer: its state is re-cut too.
+        store: whether what is cut off is kept. Without, the model is cut one tensor after the other, so that memory is
+            needed for one of them only; what was cut is gone, and a failure half-way leaves a model of no use.
 
     Returns:
         The bank with everything that was cut off: `bank.restore_()` is the inverse, bit for bit.
 
     Raises:
         StructureError: the space does not allow `keep`, or the model is not the full frame.
-        OptimizerError: the optimizer keeps state in a layout that cannot be cut.
+        OptimizerError: the optimizer keeps state in a layout that cannot be cut, or has some and nothing is stored.
     """
-    bank = Bank(model, space, optimizer)
-    bank.resize_(keep)
+    bank = Bank(model, space, optimizer, stores=store)
+    if store:
+        bank.resize_(keep)
+    else:
+        cut_(bank, keep)
     portable_(model)
     return bank
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import TorchgrowError
 from ..structure.budget import largest_shift, shed
 from .indicators import Indicators, Method
 from .kit import gap, settled, trapezoid
@@ -29,6 +30,11 @@ class Combined(Policy):
     def seed(self, view: View) -> Tensor:
         """One unit per group."""
         method, space = self.method, view.space
+        if view.start is not None:
+            raise TorchgrowError(
+                "a Method, or a preset that no policy of torchgrow.policies says, begins with a seed only; with start= "
+                "give policy=torchgrow.policies.Shrink(), Default() or Paper()"
+            )
         self.indicators = own = Indicators(space, method, view.updates, view.generator)
         self.lambda_share = torch.ones(space.n_units, dtype=torch.float64)  # of lambda_1, by unit
         for slot in space.slots:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .kit import aligned, deal, largest_share, none, one_per_group, pools, settled, shed, trapezoid
+from .kit import aligned, around, deal, largest_share, none, one_per_group, pools, settled, shed, trapezoid
 from .policy import Policy, View
 
 MEMORY = 0.99
@@ -30,8 +30,7 @@ class Default(Policy):
         settle: share of the updates at the end in which the structure no longer changes.
         layer_lag: where every group has the share p of its units, every stage has p^layer_lag of its layers. 3 suits a
             frame as deep as networks one would train, 16 one far deeper than that.
-        prune: what goes where the plan falls: "alike": the same share of every group; "worth": the least important
-            units for the parameters or FLOPs that go with them.
+        prune: what goes where the plan falls: "alike": the same share of every group; "worth": least worth its cost.
         align: widths of groups with at least 2 x align units are held at multiples of it, or below it.
         rank: in its pool, in (0, 1), the best lowest, float64 [n].
         importance: running mean of (dL/dm)^2 over the steps in which a unit lived, float64 [n]: up to a factor what
@@ -64,12 +63,14 @@ class Default(Policy):
             lag, late = (self.layer_lag, turn / stages) if is_stage else (1.0, 0.0)
             turn += is_stage
             self.rank[pool] = ((order + 1 - late) / pool.numel() * (1 - 1e-9)) ** (1 / lag)
+        self.rank = around(space, self.rank, view.start)
         sizes = torch.bincount(space.group_of, minlength=space.n_groups)
         self.multiples = self._steps = torch.where(sizes >= 2 * self.align, self.align, 1)
         self._most = torch.ones_like(self.rank)  # a layer beyond the budget would be trained only to be taken out again
         if layers:
             self._most[layers] = self._within(view, view.limits)[1]
-        self._start = view.cost(seed := one_per_group(space, none(space), -self.rank))
+        seed = one_per_group(space, none(space), -self.rank) if view.start is None else view.start
+        self._start = view.cost(seed)
         return seed
 
     def step(self, view: View, sensitivity: Tensor) -> None:

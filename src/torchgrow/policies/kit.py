@@ -15,6 +15,7 @@ from .policy import View
 __all__ = [
     "SMALLEST_GATE",
     "aligned",
+    "around",
     "deal",
     "fit",
     "gap",
@@ -82,6 +83,21 @@ def deal(space: Space, rank: Tensor, importance: Tensor, keep: Tensor) -> Tensor
         order = order[torch.argsort(keep[pool][order].int(), descending=True, stable=True)]
         dealt[pool[order]] = rank[pool].sort().values
     return dealt
+
+
+def around(space: Space, rank: Tensor, start: Tensor | None) -> Tensor:
+    """Ranks in (0, 1) that order each pool as before, but all units of a structure (bool [n]) before all others.
+
+    The share of units in the structure is the share at which just it lives. None changes nothing.
+    """
+    if start is None:
+        return rank
+    found, middle = rank.clone(), float(start.double().mean())
+    for pool in pools(space):
+        for part, low, high in ((pool[start[pool]], 0.0, middle), (pool[~start[pool]], middle, 1.0)):
+            place = (torch.arange(part.numel(), dtype=rank.dtype) + 0.5) / max(1, part.numel())
+            found[part[torch.argsort(rank[part], stable=True)]] = low + (high - low) * place
+    return found
 
 
 def trapezoid(view: View, start: Tensor, peak: float, ramp: float, hold: float, final: int) -> Tensor:

@@ -16,6 +16,8 @@ have the same constants too: for these take `paced=False`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,9 @@ from .policy import View
 
 UPDATES, STEPS = 160, 390
 """Of the paper's shortest runs: epochs, and steps in each."""
+
+LIVING = 0.99
+"""Probability of a unit that a run begins with."""
 
 
 def pace(steps: int) -> float:
@@ -44,11 +49,16 @@ def starts(view: View, power: float, paced: bool) -> Tensor:
     for pool in pools(view.space):
         first[pool] = min(0.5, pool.numel() ** -power)
     if not paced or view.updates >= UPDATES:
-        return torch.logit(first)
+        return _living(view, torch.logit(first))
     after = torch.zeros_like(first)  # the draw in which a unit comes, where every pool comes as is expected
     for pool in pools(view.space):
         place = (torch.arange(pool.numel(), dtype=torch.float64) + 0.5) / pool.numel()
         after[pool] = torch.log1p(-place) / torch.log1p(-first[pool])
     full = largest_share(view, after, lambda x: one_per_group(view.space, after < x, -after), view.limits)
     draws = min(UPDATES / view.updates, max(1.0, full))
-    return torch.logit(-torch.expm1(draws * torch.log1p(-first)))
+    return _living(view, torch.logit(-torch.expm1(draws * torch.log1p(-first))))
+
+
+def _living(view: View, indicators: Tensor) -> Tensor:
+    """Those of a run that begins with a structure: its units live, each to be drawn with a probability of `LIVING`."""
+    return indicators if view.start is None else torch.where(view.start, math.log(LIVING / (1 - LIVING)), indicators)

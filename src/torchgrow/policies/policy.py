@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar
 
@@ -29,6 +30,8 @@ class View:
         keep: the live units, bool [n].
         rate: present over full learning rate of the weights, at most 1.
         generator: the only source of random numbers that ranks share and checkpoints keep.
+        start: bool [n], the structure that the run begins with, where the user said so; None: `seed` chooses it.
+        weights: gives the parameters at their live size, by name, without the gates folded into them; only to read.
     """
 
     space: Space
@@ -39,6 +42,8 @@ class View:
     keep: Tensor
     rate: float
     generator: torch.Generator
+    start: Tensor | None = None
+    weights: Callable[[], Mapping[str, Tensor]] = dict
 
     def cost(self, keep: Tensor) -> Tensor:
         """Parameters and FLOPs of a structure (bool [n]), int64 [2]."""
@@ -70,7 +75,10 @@ class Policy(ABC):
 
     @abstractmethod
     def seed(self, view: View) -> Tensor:
-        """The structure to begin with, bool [n]; called once, at the start."""
+        """The structure to begin with, bool [n]; called once, at the start.
+
+        Where `view.start` is given, the run begins with that one, whatever is returned.
+        """
 
     @abstractmethod
     def update(self, view: View) -> tuple[Tensor, bool]:

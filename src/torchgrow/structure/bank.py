@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.registry import adapt_, adaptable
-from ..errors import StructureError
+from ..errors import OptimizerError, StructureError
 from ..exchange import Exchange
 from .attributes import replaced
 from .optimizer_slots import Layout, LiveSlot, begun, begun_anew, blank
@@ -123,6 +123,7 @@ class Bank:
         device: where a frame on the meta device comes to life; nothing of it is there before the first change.
         layouts: what the optimizers keep, where that is known already.
         exchange: its `undo` will bring a frame back to the meta device.
+        stores: whether anything is stored; without, what is cut off is gone.
 
     Attributes:
         keep: bool [n], the units of the live model.
@@ -138,6 +139,7 @@ class Bank:
         device: torch.device | str = "cpu",
         layouts: Sequence[Layout] | None = None,
         exchange: Exchange | None = None,
+        stores: bool = True,
     ) -> None:
         exchange = exchange or Exchange()
         self.model, self.space = model, space
@@ -157,7 +159,7 @@ class Bank:
         self.adapted = _adaptable_and_cut(model, space)
         self.births = Births(model, seed) if is_meta(model) else None
         adapt_(model, self.adapted)
-        self.full = {name: self._store(name) for name in space.cut_axes}
+        self.full = {name: self._store(name) for name in space.cut_axes if stores}
         frame = {name: range(self.tensors[name].dim()) for name in space.cut_axes}
         self.order = {name: memory_order(self.tensors[name], axes) for name, axes in frame.items()}
         self.slots: dict[tuple[str, str], Store] = {}
@@ -359,6 +361,28 @@ class Bank:
         everywhere = {alias: where for name, where in kept.items() for alias in names[name]}
         blocks = tuple(slot.modules for slot in space.slots)
         return Record(shapes, everywhere, wholes, attributes, blocks, self.growth).on(self.base)
+
+
+def cut_(bank: Bank, keep: Tensor) -> None:
+    """Cut the model of a bank that stores nothing down to the units in `keep`, one tensor after the other.
+
+    Raises:
+        StructureError: the space does not allow `keep`.
+        OptimizerError: an optimizer has state, which would have to be cut along.
+    """
+    keep, space = bank.space.check_keep(keep), bank.space
+    if any(layout.optimizer.state for layout in bank.layouts):
+        raise OptimizerError(
+            "the optimizer has stepped, and its state is cut along only where everything is stored: call shrink_ "
+            "without store=False, or make the optimizer after it"
+        )
+    index = {name: index_of(space, name, keep) for name in space.cut_axes}
+    for name, live in index.items():
+        tensor = bank.tensors[name]
+        here = live and {axis: positions.to(tensor.device) for axis, positions in live.items()}
+        if here != {}:  # else all of it stays
+            replace_(tensor, laid_out(gather(tensor.detach(), here), bank.order[name]))
+    bank.commit(Change(bank, keep, {}, index, bank.record_of(keep)))
 
 
 def _all_names(model: nn.Module) -> dict[str, list[str]]:

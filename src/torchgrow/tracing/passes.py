@@ -84,6 +84,25 @@ def twin(model: nn.Module) -> nn.Module:
         ) from error
 
 
+def twin_on_meta(model: nn.Module) -> nn.Module:
+    """A copy on the meta device, which takes no memory for parameters and buffers.
+
+    Raises:
+        TraceError: the model cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = tensor.detach().to("meta")
+        kept = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if kept else empty
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TraceError(
+            f"tracing needs a copy of the model, but deepcopy failed: {type(error).__name__}: {error}"
+        ) from error
+
+
 def _uncopied(model: nn.Module) -> dict[int, Any]:
     """What deepcopy fails on, by id: tensors with a history are cut from it, locks and open files are shared.
 

@@ -19,7 +19,8 @@ from ..structure.cost import CostModel
 from ..structure.space import Frozen, Place, Space
 from ..structure.store import is_meta
 from .blocks import Named, find, gated, with_layers
-from .model_call import Carries
+from .model_call import Carries, check_model
+from .passes import twin_on_meta
 from .prover import TOLERANCE, Prover
 from .requests import Couples
 from .size_attributes import Guess, guesses
@@ -153,6 +154,7 @@ def trace(
     couple: Couples = (),
     depth: bool | Sequence[Named] = False,
     carried: Carries | None = None,
+    proof: bool = True,
 ) -> Space:
     """Find the units of a model and prove them on the model itself.
 
@@ -175,6 +177,9 @@ def trace(
             Or their qualified names; a tuple of names is one layer of several modules that run in that order.
         carried: outputs that become arguments of the next call and are cut as the model is, {argument: output},
             by position or name: {1: 1} for `out, state = model(x, state)`.
+        proof: whether what was found is tried on copies of the model in float64, which takes many times its memory.
+            False: labels are followed on a copy on the meta device, which takes none, and nothing is tried, as for a
+            model that is on the meta device itself. `verify` can prove a smaller model of the same class.
 
     Returns:
         The space, in which every removable unit came out exact (relative error at most 1e-9 in float64).
@@ -182,6 +187,9 @@ def trace(
     Raises:
         TraceError: the model cannot be run or traced; the message says what works.
     """
+    if not proof and not is_meta(model):
+        check_model(model, example_inputs)
+        model = twin_on_meta(model)
     slots = find(model, example_inputs, depth)
     failed: dict[tuple[str, str], int] = {}
     best: tuple[int, Space] | None = None

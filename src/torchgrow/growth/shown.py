@@ -1,0 +1,91 @@
+"""What a grower shows: sizes, course and history of its run, all to read."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..structure.cost import Cost
+from ..structure.limits import Budget
+from ..structure.record import LEFT_OUT
+from ..structure.space import Space
+from .advice import Course, summary
+from .event import Event
+from .run import Run
+
+
+class Shown:
+    """The run behind a grower, to look at."""
+
+    model: nn.Module
+    budget: Budget
+    updates: int
+    space: Space
+    frame_cost: Cost
+    run: Run
+
+    @property
+    def history(self) -> list[Event]:
+        """An event for the seed, and one for every update."""
+        return self.run.state.history
+
+    @property
+    def finished(self) -> bool:
+        """Whether the structure is final."""
+        return self.run.state.finished
+
+    @property
+    def keep(self) -> Tensor:
+        """The live units, bool [n], as a copy; `space` says where each of them lives."""
+        return self.run.live.keep.clone()
+
+    def cost(self) -> Cost:
+        """Cost of the live network."""
+        return self.run.plan.costs.cost(self.run.live.keep)
+
+    def widths(self) -> dict[str, int]:
+        """Live units per group."""
+        return self.space.widths(self.run.live.keep)
+
+    def full_widths(self) -> dict[str, int]:
+        """Units per group in the frame."""
+        return self.space.widths(self.space.everything())
+
+    def depths(self) -> dict[str, int]:
+        """Live blocks per stage, those that always stay included; layers named by the user count under ""."""
+        return depths_of(self.model, self.space, self.run.live.keep)
+
+    def full_depths(self) -> dict[str, int]:
+        """Blocks per stage in the frame."""
+        return depths_of(self.model, self.space, self.space.everything())
+
+    def course(self) -> Course:
+        """How the cost goes over the run: seed, peak, end, and after how many updates; logged at the start (INFO)."""
+        return self.run.course()
+
+    def summary(self) -> str:
+        """The run on one screen: how the budget is reached, what grows, what keeps its size and why."""
+        name, costs, done = type(self.model).__name__, self.run.plan.costs, len(self.history) - 1
+        return summary(name, self.budget, self.course(), costs, self.run.live.keep, done)
+
+    def __repr__(self) -> str:
+        now, stage = self.cost(), "finished" if self.finished else f"update {len(self.history) - 1} of {self.updates}"
+        share = now.params / max(1, self.frame_cost.params)
+        return (
+            f"<Grower of {type(self.model).__name__}: {self.budget}, {stage}, {now.params:,} parameters ({share:.2%})>"
+        )
+
+
+def depths_of(model: nn.Module, space: Space, keep: Tensor) -> dict[str, int]:
+    """Blocks per stage of a structure (bool [n]), those that always stay included; layers named by the user under "".
+
+    Those that were left out by an earlier run are gone.
+    """
+    found: dict[str, int] = {}
+    own = {path for slot in space.slots for path in slot.modules}
+    for slot in space.slots:
+        stage = model.get_submodule(slot.stage).named_children() if slot.stage else ()
+        blocks = [name for name, child in stage if f"{slot.stage}.{name}" in own or LEFT_OUT not in vars(child)]
+        live = bool(keep[slot.unit])
+        found.setdefault(slot.stage, len(blocks))
+        found[slot.stage] += int(live) if not slot.stage else int(live) - 1
+    return found

@@ -1,0 +1,110 @@
+"""From a trained network to the budget, top to bottom: the least important units leave along a planned cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .importance import IMPORTANCES, levelled
+from .kit import aligned, around, deal, largest_share, none, one_per_group, shed
+from .policy import Policy, View
+
+MEMORY = 0.99
+"""Of the running mean of (dL/dm)^2, per step."""
+
+
+@dataclass(eq=False)
+class Shrink(Policy):
+    """Begin with what is there, all of it or a part, and give up what matters least until the budget is met.
+
+    The cost of the network follows budget + (start - budget) (1 - x)^power, where x goes from 0 to 1 while the plan
+    falls (Zhu and Gupta, 2017, Eq 1, for power 3). How the defaults were found: docs/log.md.
+
+    Attributes:
+        until: share of the updates in which the plan falls; from then on the structure is final.
+        power: see above; 1 falls evenly, more gives up most at first, when what goes matters least.
+        importance: what says how much a unit matters, of `torchgrow.policies.importance`: "taylor", "l1", "l2",
+            "group_norm", "bn_scale", "random".
+        allocation: what goes, of groups and layers: "uniform": the same share of each; "global": the least importance
+            for the parameters or FLOPs that go with it; "levelled": so too, with importance as a multiple of its mean
+            in the group.
+        align: widths of groups with at least 2 x align units are held at multiples of it, or below it.
+        rank: in its pool, in (0, 1), the best lowest, float64 [n].
+        squared: running mean of (dL/dm)^2 over the steps in which a unit lived, float64 [n].
+    """
+
+    until: float = 0.5
+    power: float = 3.0
+    importance: str = "taylor"
+    allocation: str = "uniform"
+    align: int = 1
+
+    def __post_init__(self) -> None:
+        self.check(until=(0, 1), power=(0.1, 10), importance=tuple(IMPORTANCES), align=(1, 4096))
+        self.check(allocation=("uniform", "global", "levelled"))
+
+    @property
+    def sensitive(self) -> bool:  # type: ignore[override]
+        """Only where gradients say what matters."""
+        return self.importance == "taylor"
+
+    def seed(self, view: View) -> Tensor:
+        """All of it, unless the run has a start."""
+        space = view.space
+        self.rank, self.squared = (torch.zeros(space.n_units, dtype=torch.float64) for _ in range(2))
+        start = space.everything() if view.start is None else view.start
+        self.rank = around(space, self.rank, start)
+        sizes = torch.bincount(space.group_of, minlength=space.n_groups)
+        self.multiples = self._steps = torch.where(sizes >= 2 * self.align, self.align, 1)
+        self._start = view.cost(start)
+        return start
+
+    def step(self, view: View, sensitivity: Tensor) -> None:
+        """The mean is moved on."""
+        self.squared = MEMORY * self.squared + (1 - MEMORY) * sensitivity**2
+
+    def update(self, view: View) -> tuple[Tensor, bool]:
+        """What costs no more than planned: those that live and matter most."""
+        if view.update > (final := self.final(view.updates)):
+            return view.keep, False
+        importance = IMPORTANCES[self.importance](view, self.squared)
+        self.squared = torch.where(view.space.present(view.keep), self.squared, 0.0)
+        self.rank = deal(view.space, self.rank, importance, view.keep)
+        planned = self.planned(view)
+        if self.allocation == "uniform":
+            return self._alike(view, planned), view.update == final
+        worth = importance.sqrt() if self.importance == "taylor" else importance
+        worth = levelled(view, worth) if self.allocation == "levelled" else worth
+        return shed(view.space, view.costs, view.keep, worth, planned, self._steps), view.update == final
+
+    def score(self, view: View) -> Tensor:
+        """The best rank stays first."""
+        return -self.rank
+
+    def planned(self, view: View) -> Tensor:
+        """From the start down to the budget; a cost that is within it already stays free up to it."""
+        left = max(0.0, 1 - view.update / self.final(view.updates)) ** self.power
+        return view.limits + ((self._start - view.limits).clamp(min=0).double() * left).long()
+
+    def final(self, updates: int) -> int:
+        """Where the plan has fallen."""
+        return max(1, min(updates - 1, math.ceil(self.until * updates)))
+
+    def check_state(self, state: dict[str, Any], events: int) -> str:
+        """Numbers that no run comes to."""
+        fine = bool((state["rank"] >= 0).all() and (state["rank"] <= 1).all() and (state["squared"] >= 0).all())
+        return "" if fine else "rank must lie in [0, 1], squared must not be negative"
+
+    def _alike(self, view: View, allowed: Tensor) -> Tensor:
+        """The best-ranked units of every pool, of all the same share: the largest that is allowed (int64 [2])."""
+        must = one_per_group(view.space, none(view.space), -self.rank)
+
+        def keep_at(share: float) -> Tensor:
+            keep = (self.rank < share) | must
+            return keep if self.align == 1 else aligned(view.space, keep, must, share - self.rank, self._steps)
+
+        return keep_at(largest_share(view, self.rank, keep_at, allowed))

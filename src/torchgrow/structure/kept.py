@@ -1,0 +1,49 @@
+"""From a record back to units: which of a frame's units a network has that was cut before."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from ..errors import StructureError
+from .bank import Bank
+from .record import Record
+from .store import Index
+
+
+def keep_of(bank: Bank, record: Record, left_out: Collection[str], what: str) -> Tensor:
+    """The units (bool [n]) that a record of the same first frame keeps; `what` has it, for errors.
+
+    Raises:
+        StructureError: it is no structure of this space; the message names a tensor.
+    """
+    space, base = bank.space, bank.base.kept
+    keep = space.everything()
+    for (name, axis), units in space.unit_of.items():
+        where = record.kept.get(name, {}).get(axis)
+        if where is None:
+            continue
+        before = base.get(name, {}).get(axis)
+        live = torch.isin(torch.arange(units.numel()) if before is None else before, where)
+        gone = units[~live]
+        keep[gone[gone >= 0]] = False
+    for slot in space.slots:
+        keep[slot.unit] = not all(path in left_out for path in slot.modules)
+    keep = space.check_keep(keep)
+    here = bank.record_of(keep)
+    strange = [name for name in space.cut_axes if not alike(here.kept.get(name, {}), record.kept.get(name, {}))]
+    strange += sorted(set(left_out) ^ bank.skipped(keep).keys())
+    if strange:
+        raise StructureError(
+            f"{what} is of a structure that this run cannot have, as {strange[0]} shows: its frame was "
+            "another, or other units could go there (freeze, couple, depth). Construct Grower as in the run that was "
+            "saved, or load it into a model of its own: torchgrow.portable_(build()). Nothing was changed"
+        )
+    return keep
+
+
+def alike(one: Index, other: Index) -> bool:
+    """Whether two indices keep the same positions."""
+    return one.keys() == other.keys() and all(torch.equal(one[axis], other[axis]) for axis in one)
