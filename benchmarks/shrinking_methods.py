@@ -14,7 +14,6 @@ A method is text: a name, settings behind a colon, and `+distil` at the end wher
 
 import copy
 import math
-import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -301,18 +300,17 @@ class Grown(Shrinker):
         how: dict[str, Any] = {"policy": Cubic(until=until)}
         if preset != "cubic":
             text = ",".join(f"{name}={value}" for name, value in settings.items())
-            how = {"preset": f"{preset}:{text}" if text else preset, "start": "frame"}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*looks trained")  # it is, and stays whole
-            self.grower = Grower(
-                model,
-                self.optimizer,
-                example_inputs=task.data.example(),
-                budget=task.recipe.budget,
-                updates=self.updates,
-                seed=task.recipe.seed,
-                **how,
-            )
+            how = {"preset": f"{preset}:{text}" if text else preset}
+        self.grower = Grower(
+            model,
+            self.optimizer,
+            example_inputs=task.data.example(),
+            budget=task.recipe.budget,
+            updates=self.updates,
+            start="frame",
+            seed=task.recipe.seed,
+            **how,
+        )
 
     def cost(self) -> Cost:
         """Of the live network."""

@@ -30,7 +30,7 @@ def network(shrinking: Any) -> Any:
     return network
 
 
-@pytest.mark.parametrize("method", ["uniform", "cubic:until=0.5", "cubic:until=0.5,every=4+distil"])
+@pytest.mark.parametrize("method", ["uniform", "cubic:until=0.5", "shrink:until=0.5,importance=l1,every=4+distil"])
 def test_runs_spend_no_more_than_they_may_and_end_within_the_budget(shrinking: Any, network: Any, method: str) -> None:
     torch.manual_seed(0)
     made = shrinking.run(network, method, network.recipe.build(), network.recipe, lambda text: None)
