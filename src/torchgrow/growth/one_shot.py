@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import StructureError, TorchgrowError
 from ..onednn_guard import guard_
@@ -72,12 +72,24 @@ def prune_(
         reasons = "; ".join(str(frozen) for frozen in space.frozen[:5]) or "the model has no units"
         raise StructureError(f"nothing can be cut here, because {reasons}")
     plan = Plan.of(model, space, budget, updates=2, seed=seed)
-    chosen, generator = replace(policy or Shrink(importance="group_norm"), until=1.0), torch.Generator()
+    keep = _chosen(model, plan, policy or Shrink(importance="group_norm"))
+    shrink_(model, space, keep, store=False)
+    guard_(model)
+    return plan.costs.cost(keep)
+
+
+def _chosen(model: nn.Module, plan: Plan, policy: Shrink) -> Tensor:
+    """The structure (bool [n]) that a policy takes at the end of its plan, at the budget.
+
+    Raises:
+        TorchgrowError: importance "taylor" and no gradients.
+    """
+    chosen, generator = replace(policy, until=1.0), torch.Generator()
     weights = dict(model.named_parameters())
-    view = plan.view(0, space.everything(), 1.0, generator.manual_seed(seed), lambda: weights)
+    view = plan.view(0, plan.space.everything(), 1.0, generator.manual_seed(plan.seed), lambda: weights)
     chosen.seed(view)
     if chosen.importance == "taylor":
-        fold = Fold(space, weights, view.keep, {}, gated=False)
+        fold = Fold(plan.space, weights, view.keep, {}, gated=False)
         if all(parameter.grad is None for parameter in fold.parameters):
             raise TorchgrowError(
                 'importance "taylor" reads gradients, and the model has none: call loss.backward() on a few batches '
@@ -86,7 +98,4 @@ def prune_(
         chosen.squared = fold.gate_gradient([parameter.grad for parameter in fold.parameters]) ** 2
     view = replace(view, update=chosen.final(plan.updates))
     keep = plan.legal(chosen.update(view)[0], chosen, "update")
-    keep = plan.fitted(keep, chosen, view)
-    shrink_(model, space, keep, store=False)
-    guard_(model)
-    return plan.costs.cost(keep)
+    return plan.fitted(keep, chosen, view)

@@ -178,8 +178,7 @@ def trace(
         carried: outputs that become arguments of the next call and are cut as the model is, {argument: output},
             by position or name: {1: 1} for `out, state = model(x, state)`.
         proof: whether what was found is tried on copies of the model in float64, which takes many times its memory.
-            False: labels are followed on a copy on the meta device, which takes none, and nothing is tried, as for a
-            model that is on the meta device itself. `verify` can prove a smaller model of the same class.
+            False: labels are followed on a copy on the meta device, and nothing is tried; see `verify`.
 
     Returns:
         The space, in which every removable unit came out exact (relative error at most 1e-9 in float64).
