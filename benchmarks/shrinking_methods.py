@@ -9,7 +9,7 @@ A method is text: a name, settings behind a colon, and `+distil` at the end wher
 - `uniform`: the network narrowed uniformly to the budget, from scratch.
 - `cubic`: units go by their place in a layer, whatever their weights, along the course of cost that `shrink` has.
 - anything else is a preset of `torchgrow.Grower`, which starts with the whole network. `every` steps lie between
-  updates; 16 updates an epoch, where that is not said.
+  updates; 16 updates an epoch, where that is not said. With `depth=True` layers go too.
 """
 
 import copy
@@ -295,6 +295,7 @@ class Grown(Shrinker):
         model = copy.deepcopy(task.base)
         super().__init__(task, model)
         self.every = int(settings.pop("every", max(1, round(task.steps / OFTEN))))
+        depth = settings.pop("depth", "False") == "True"
         until, power = float(settings.get("until", UNTIL)), float(settings.get("power", POWER))
         self.updates = planned_updates(task, self.every, self._cost.flops if distilled else 0, until, power)
         how: dict[str, Any] = {"policy": Cubic(until=until)}
@@ -308,6 +309,7 @@ class Grown(Shrinker):
             budget=task.recipe.budget,
             updates=self.updates,
             start="frame",
+            depth=depth,
             seed=task.recipe.seed,
             **how,
         )
