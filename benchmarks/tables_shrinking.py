@@ -1,0 +1,67 @@
+"""Table of docs/results.md on trained networks that are brought to a budget."""
+
+from collections import defaultdict
+
+from torchgrow.lab.pages import Row, grid, machine, spread
+
+NAMES = {"resnet20": "ResNet-20, CIFAR-10", "digits": "digits"}
+SETTING = ("network", "budget", "epochs", "base_epochs", "images", "batch")
+HEAD = ["method", "learning rate", "n", "accuracy %", "when cut", "parameters %", "FLOPs %"]
+
+
+def chosen(found: list[Row], judged: str) -> list[Row]:
+    """Rows of a method at the learning rate that was best on held-out images at seed 0, the latest of every seed."""
+    lr = max((row for row in found if row["seed"] == 0), key=lambda row: row["held_out"])["lr"]
+    return list({row["seed"]: row for row in found if row["lr"] == lr and row[judged] is not None}.values())
+
+
+def table(found: list[Row], bases: list[Row], judged: str) -> str:
+    """The methods of one network and budget, the best first."""
+    by_method: dict[str, list[Row]] = defaultdict(list)
+    for row in found:
+        by_method[row["method"]].append(row)
+    groups = [rows for rows in (chosen(rows, judged) for rows in by_method.values()) if rows]
+    groups.sort(key=lambda rows: -sum(row[judged] for row in rows) / len(rows))
+    body = [
+        [
+            rows[0]["method"],
+            f"{rows[0]['lr']:g}",
+            str(len(rows)),
+            spread([row[judged] for row in rows]),
+            spread([row["accuracy_cut"] for row in rows]),
+            *(spread([100 * row[kind] / row[f"base_{kind}"] for row in rows], 1) for kind in ("params", "flops")),
+        ]
+        for rows in groups
+    ]
+    known = [row for row in bases if row[judged] is not None]
+    if known:
+        body.append(["base", f"{known[0]['lr']:g}", str(len(known)), spread([row[judged] for row in known]), *[""] * 3])
+    return grid(HEAD, body)
+
+
+def shrinking(rows: list[Row]) -> str:
+    """Every network and budget: by test images where they were looked at, else by held-out ones."""
+    groups: dict[tuple[object, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["method"] != "base":
+            groups[tuple(row[name] for name in SETTING)].append(row)
+    if not groups:
+        return "Not measured yet."
+    parts = [
+        "A trained network (base), brought to a budget with equal training FLOPs of fine-tuning, which count what a "
+        "method spends at full size, and its teacher (`+distil`). Learning rates were chosen on held-out training "
+        "images at seed 0. When cut: held-out accuracy when the network first was within the budget. `tp-` is "
+        "Torch-Pruning 1.6.1; `uniform` trains from scratch for as many epochs as base and fine-tuning together.\n\n"
+        f"Command: `python benchmarks/shrinking.py`. Measured on {machine(rows)}."
+    ]
+    for found in groups.values():
+        first = found[0]
+        same = ("network", "base_epochs", "images", "batch")
+        bases = [row for row in rows if row["method"] == "base" and all(row[name] == first[name] for name in same)]
+        tested = any(row["test"] is not None for row in found)
+        parts.append(
+            f"{NAMES[first['network']]}, {first['budget']}; {first['images']:,} images, {first['base_epochs']} epochs, "
+            f"then {first['epochs']}; accuracy on {'test' if tested else 'held-out'} images:\n\n"
+            + table(found, bases, "test" if tested else "held_out")
+        )
+    return "\n\n".join(parts)
