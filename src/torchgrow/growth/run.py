@@ -292,7 +292,9 @@ class Run:
                 weights += [slot for p in optimizer.state.values() for slot in p.values() if isinstance(slot, Tensor)]
         return {
             "calls": [f"{len(self.state.history) if keep is not None else 'start'}"],
-            "settings": [f"{limits} {updates} {type(policy).__name__} {settings} {shapes} {len(self.optimizers)}"],
+            "settings": [
+                f"{limits} {updates} {plan.begins} {type(policy).__name__} {settings} {shapes} {len(self.optimizers)}"
+            ],
             "draws": [generator.get_state()],
             "policy": [v if isinstance(v, Tensor) else f"{key} {v}" for key, v in sorted(policy.state_dict().items())],
             "weights": weights,
