@@ -124,7 +124,7 @@ def test_a_plan_falls_from_the_frame_and_no_weight_is_lost_on_the_way() -> None:
     """Sizes never rise, and what stays is, without a step that moves it, bit for bit what it was."""
     model = learnt()
     whole = copy.deepcopy(model)
-    grower = begin(model)
+    grower = begin(model, policy=Shrink(until=0.5))
     for group in grower.optimizer.param_groups:
         group["lr"] = 0.0
     view = grower.run._view

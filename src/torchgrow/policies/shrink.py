@@ -37,7 +37,7 @@ class Shrink(Policy):
         squared: running mean of (dL/dm)^2 over the steps in which a unit lived, float64 [n].
     """
 
-    until: float = 0.5
+    until: float = 0.2
     power: float = 3.0
     importance: str = "taylor"
     allocation: str = "uniform"
