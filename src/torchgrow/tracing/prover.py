@@ -156,10 +156,11 @@ class Prover:
                     assert module.running_var is not None
                     module.running_var.copy_(draw[1] + 0.5)
 
-    def draw(self, fraction: float | str, groups: list[int] | None = None) -> Tensor:
+    def draw(self, fraction: float | str, groups: list[int] | None = None, *, whole: bool = False) -> Tensor:
         """A keep vector that drops about `fraction` of the removable units of each group (all groups if None).
 
-        "ends" drops the first and the last one (the first only where that would leave none).
+        "ends" drops the first and the last one (the first only where that would leave none). With `whole` all layers
+        stay: nothing inside one that is left out is tried.
         """
         space = self.space
         keep = space.everything()
@@ -175,8 +176,9 @@ class Prover:
                 order = order[: max(1, round(fraction * units.numel()))]
             chosen = order[: min(units.numel(), size - 1)]
             keep[units[chosen]] = False
+        keep[layers] = True
         layers = layers[space.removable[layers]]
-        if layers.numel():
+        if layers.numel() and not whole:
             order = torch.tensor([0, -1])
             if not isinstance(fraction, str):
                 order = torch.randperm(layers.numel(), generator=self.generator)
