@@ -28,11 +28,11 @@ from torchgrow.lab.baselines import twin_width
 from torchgrow.lab.data import ImageData, train_steps
 from torchgrow.lab.from_recipe import make_optimizer
 from torchgrow.lab.recipes import Recipe
-from torchgrow.policies import Policy, View, kit
+from torchgrow.policies import Policy, Shrink, View, kit
 
 OFTEN = 16
 """Updates of a grower in an epoch."""
-UNTIL, POWER = 0.5, 3.0
+UNTIL, POWER = Shrink().until, Shrink().power
 """Share of the updates in which a grower's planned cost falls, and how, where the method does not say."""
 UNIFORM_LR = 0.1
 

@@ -6,13 +6,28 @@ from torchgrow.lab.pages import Row, grid, machine, spread
 
 NAMES = {"resnet20": "ResNet-20, CIFAR-10", "digits": "digits"}
 SETTING = ("network", "budget", "epochs", "base_epochs", "images", "batch")
-HEAD = ["method", "learning rate", "n", "accuracy %", "when cut", "parameters %", "FLOPs %"]
+HEAD = [
+    "method",
+    "learning rate",
+    "n",
+    "accuracy %",
+    "when cut",
+    "parameters %",
+    "FLOPs %",
+    "TFLOPs spent",
+    "with base",
+]
 
 
 def chosen(found: list[Row], judged: str) -> list[Row]:
     """Rows of a method at the learning rate that was best on held-out images at seed 0, the latest of every seed."""
     lr = max((row for row in found if row["seed"] == 0), key=lambda row: row["held_out"])["lr"]
     return list({row["seed"]: row for row in found if row["lr"] == lr and row[judged] is not None}.values())
+
+
+def first_training(row: Row) -> float:
+    """Training FLOPs of the network that a method began with; none for a network from scratch."""
+    return 0.0 if row["method"] == "uniform" else 3.0 * row["base_flops"] * row["images"] * row["base_epochs"]
 
 
 def table(found: list[Row], bases: list[Row], judged: str) -> str:
@@ -30,12 +45,14 @@ def table(found: list[Row], bases: list[Row], judged: str) -> str:
             spread([row[judged] for row in rows]),
             spread([row["accuracy_cut"] for row in rows]),
             *(spread([100 * row[kind] / row[f"base_{kind}"] for row in rows], 1) for kind in ("params", "flops")),
+            spread([row["spent_flops"] / 1e12 for row in rows], 2),
+            spread([(row["spent_flops"] + first_training(row)) / 1e12 for row in rows], 2),
         ]
         for rows in groups
     ]
     known = [row for row in bases if row[judged] is not None]
     if known:
-        body.append(["base", f"{known[0]['lr']:g}", str(len(known)), spread([row[judged] for row in known]), *[""] * 3])
+        body.append(["base", f"{known[0]['lr']:g}", str(len(known)), spread([row[judged] for row in known]), *[""] * 5])
     return grid(HEAD, body)
 
 
@@ -50,7 +67,8 @@ def shrinking(rows: list[Row]) -> str:
     parts = [
         "A trained network (base), brought to a budget with equal training FLOPs of fine-tuning, which count what a "
         "method spends at full size, and its teacher (`+distil`). Learning rates were chosen on held-out training "
-        "images at seed 0. When cut: held-out accuracy when the network first was within the budget. `tp-` is "
+        "images at seed 0. TFLOPs are 10^12 training FLOPs, of the fine-tuning alone and with the base's training; 3 x "
+        "forward. When cut: held-out accuracy when the network first was within the budget. `tp-` is "
         "Torch-Pruning 1.6.1; `uniform` trains from scratch for as many epochs as base and fine-tuning together.\n\n"
         f"Command: `python benchmarks/shrinking.py`. Measured on {machine(rows)}."
     ]

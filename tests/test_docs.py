@@ -76,6 +76,8 @@ def test_commands_are_read(page: Path, line: str, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "path" / "to" / "file.py").write_text(
         "from torch import nn\ndef build():\n    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))\n"
     )
+    for split in ("train", "val"):
+        (tmp_path / "PICTURES" / split).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     if "torchvision:resnet50" in words:
         words[words.index("torchvision:resnet50")] = "torchvision:resnet18"  # as good here, and a third of the time

@@ -24,9 +24,9 @@ ORDER = [
 APART = {"tracing": "persistence"}
 """Packages that stand before, and are no business of theirs."""
 LAB_ORDER = [
-    "__init__", "names", "user_files", "devices", "processes", "environment", "metrics", "models", "recurrent",
-    "attention", "text", "data", "recipes", "from_recipe", "checkpoints", "train", "baselines", "display", "report",
-    "run_folder", "results", "compare", "pages", "run", "sources", "inspect",
+    "__init__", "names", "user_files", "frames", "weights", "devices", "processes", "environment", "metrics", "models",
+    "recurrent", "attention", "text", "data", "recipes", "from_recipe", "checkpoints", "train", "trained", "baselines",
+    "display", "report", "run_folder", "results", "compare", "pages", "run", "sources", "inspect",
 ]  # fmt: skip
 BEYOND = {
     "inspect": {"torchgrow.structure.budget", "torchgrow.structure.cost"}

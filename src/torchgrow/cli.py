@@ -1,4 +1,4 @@
-"""The ``torchgrow`` command: ``run RECIPE``, ``compare RECIPE``, ``list`` and ``inspect MODEL``.
+"""The ``torchgrow`` command: ``run RECIPE``, ``shrink MODEL``, ``compare RECIPE``, ``list`` and ``inspect MODEL``.
 
 PyTorch takes seconds to import, so a command imports what it needs once its arguments have been read.
 """
@@ -19,7 +19,7 @@ from rich.text import Text
 
 from torchgrow import Budget, TorchgrowError
 from torchgrow.lab import names
-from torchgrow.lab.user_files import is_file
+from torchgrow.lab.user_files import is_file, is_library
 
 if TYPE_CHECKING:
     from torchgrow.lab.recipes import Recipe
@@ -52,6 +52,15 @@ _BESIDE_HELP = (
     "uniform=50% (of the dense one's parameters), direct (the grown one's structure from scratch)."
 )
 
+_SHRINK_HELP = f"One of {names.SHRINKABLE}. A file is executed as Python."
+_FROM_HELP = "Trained weights: a .pt, .pth or .safetensors file, or a folder of torchgrow.save. hf:FOLDER has its own."
+_SMALL_HELP = "What the network may cost, as for `torchgrow run`: flops=50% and the like, of the network in --from."
+_IMAGES_HELP = (
+    "Folder of CIFAR-10, or with train/CLASS/* and val/CLASS/*; of a recipe, as for `torchgrow run`. Digits need none."
+)
+_HOW_HELP = "How to shrink: shrink, with other values behind a colon, as in shrink:until=0.3,importance=l1."
+_COLOURS_HELP = "Of the colours of the images it was trained on, as in 0.5,0.5,0.5. Default: the data set's."
+
 # Options of more than one command.
 Subset = Annotated[int | None, typer.Option(help="Train on this many images, or words, only.")]
 Epochs = Annotated[int | None, typer.Option(help="Passes over the training images, or text.")]
@@ -67,6 +76,13 @@ Schedule = Annotated[
 Precision = Annotated[str | None, typer.Option(help=_PRECISION_HELP)]
 Layout = Annotated[bool | None, typer.Option("--channels-last/--contiguous", help=_LAYOUT_HELP)]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the recipe's.")]
+Out = Annotated[Path | None, typer.Option(help="Run folder to write. Default: a new one in runs/.")]
+Download = Annotated[bool, typer.Option("--download", help="Fetch the data if it is not there.")]
+Seed = Annotated[int | None, typer.Option(help="Of weights, batches and growth. Default: 0.")]
+CheckpointEvery = Annotated[
+    int | None, typer.Option(min=1, help="Steps between checkpoints within an epoch. Default: one at its end.")
+]
+Resume = Annotated[Path | None, typer.Option(help=_RESUME_HELP)]
 Device = Annotated[str, typer.Option(help=f"Where to compute: {', '.join(names.DEVICES)} (the first that is there).")]
 
 
@@ -118,13 +134,13 @@ def main(
 @app.command()
 def run(
     recipe: Annotated[str, typer.Argument(help=_RECIPE_HELP)] = "digits",
-    out: Annotated[Path | None, typer.Option(help="Run folder to write. Default: a new one in runs/.")] = None,
+    out: Out = None,
     data: Annotated[Path | None, typer.Option(help=_DATA_HELP)] = None,
-    download: Annotated[bool, typer.Option("--download", help="Fetch the data if it is not there.")] = False,
+    download: Download = False,
     subset: Subset = None,
     epochs: Epochs = None,
     budget: Annotated[str | None, typer.Option(help=_BUDGET_HELP)] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights, batches and growth. Default: 0.")] = None,
+    seed: Seed = None,
     preset: Annotated[str | None, typer.Option(help=_PRESET_HELP)] = None,
     scale: Scale = None,
     depth: Depth = None,
@@ -139,10 +155,8 @@ def run(
     twins: Annotated[bool, typer.Option(help="Train other networks beside the grown one.")] = True,
     device: Device = "auto",
     threads: Threads = None,
-    checkpoint_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between checkpoints within an epoch. Default: one at its end.")
-    ] = None,
-    resume: Annotated[Path | None, typer.Option(help=_RESUME_HELP)] = None,
+    checkpoint_every: CheckpointEvery = None,
+    resume: Resume = None,
 ) -> None:
     """Grow a network by a recipe and compare it with dense and uniformly narrowed ones."""
     with _clean_exit(Console(stderr=True)):
@@ -151,9 +165,8 @@ def run(
         edits |= {"lr": lr, "schedule": schedule}
         if resume is not None:
             given = [*edits.values(), out, budget, shortcut, size, scale, checkpoint_every, beside]
-            if any(value is not None for value in given) or download or not twins or recipe != "digits":
-                raise TorchgrowError(f"a resumed run takes everything from its folder: torchgrow run --resume {resume}")
-            _resume(resume, data, device)
+            other = download or not twins or recipe != "digits"
+            _resume(resume, data, device, alone=not other and all(value is None for value in given))
             return
         others = _others(beside, twins)
         edits["budget"] = Budget.read(budget) if budget else None
@@ -179,7 +192,10 @@ def _others(beside: str | None, twins: bool) -> Sequence[str]:
     return ("dense uniform" if beside is None else beside).split() if twins else ()
 
 
-def _resume(run: Path, data: Path | None, device: str) -> None:
+def _resume(run: Path, data: Path | None, device: str, *, alone: bool) -> None:
+    """Go on with a run, if no other options were given."""
+    if not alone:
+        raise TorchgrowError(f"a resumed run takes everything from its folder: torchgrow run --resume {run}")
     _check_device(device)
     from torchgrow.lab import run as lab_run
 
@@ -202,15 +218,123 @@ def _variant(
         )
     from torchgrow.lab import recipes
 
-    chosen = recipes.get(name)
-    if size:
-        chosen = recipes.with_size(chosen, size)
-    if scale:
-        chosen = recipes.with_scale(chosen, scale)
     if edits["schedule"] == "milestones":
         edits["warmup"] = 0.0  # which is theirs
-    chosen = replace(chosen, **{field: value for field, value in edits.items() if value is not None})
-    return recipes.with_shortcut(chosen, shortcut) if shortcut else chosen
+    return _edited(_sized(recipes.get(name), size, scale, shortcut), edits)
+
+
+def _sized(recipe: "Recipe", size: str | None, scale: str | None, shortcut: str | None) -> "Recipe":
+    """The recipe with another network of its kind."""
+    from torchgrow.lab import recipes
+
+    if size:
+        recipe = recipes.with_size(recipe, size)
+    if scale:
+        recipe = recipes.with_scale(recipe, scale)
+    return recipes.with_shortcut(recipe, shortcut) if shortcut else recipe
+
+
+def _edited(recipe: "Recipe", edits: dict[str, Any]) -> "Recipe":
+    """The recipe with the fields that were given."""
+    return replace(recipe, **{field: value for field, value in edits.items() if value is not None})
+
+
+@app.command()
+def shrink(
+    model: Annotated[str | None, typer.Argument(help=_SHRINK_HELP, metavar="MODEL")] = None,
+    weights: Annotated[Path | None, typer.Option("--from", help=_FROM_HELP)] = None,
+    budget: Annotated[str | None, typer.Option(help=_SMALL_HELP)] = None,
+    data: Annotated[Path | None, typer.Option(help=_IMAGES_HELP)] = None,
+    download: Download = False,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images, or text. Default: 10.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate. Default: a tenth of the recipe's; 0.01 without one.")
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help=f"Of the learning rate: {', '.join(names.SCHEDULES)}. Default: linear, to 0.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Default: the recipe's; 64 without one.")] = None,
+    distil: Annotated[bool, typer.Option(help="Learn from the network before, too: 0.9 of the loss.")] = False,
+    depth: Annotated[bool, typer.Option(help="Give up layers too.")] = False,
+    preset: Annotated[str | None, typer.Option(help=_HOW_HELP)] = None,
+    side: Annotated[int | None, typer.Option(help="Pixels that images of folders are resized to. Default: 64.")] = None,
+    mean: Annotated[str | None, typer.Option(help=_COLOURS_HELP)] = None,
+    std: Annotated[str | None, typer.Option(help="Standard deviation of the colours, likewise.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of batches and augmentation. Default: 0.")] = None,
+    subset: Subset = None,
+    scale: Scale = None,
+    shortcut: Shortcut = None,
+    size: Size = None,
+    precision: Precision = None,
+    channels_last: Layout = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    out: Out = None,
+    checkpoint_every: CheckpointEvery = None,
+    resume: Resume = None,
+) -> None:
+    """Shrink a trained network to a budget while fine-tuning it, from all of it down.
+
+    For example: torchgrow shrink torchvision:resnet18 --from weights.pt --budget flops=50% --data FOLDER
+    """
+    with _clean_exit(Console(stderr=True)):
+        edits: dict[str, Any] = {"epochs": epochs, "lr": lr, "schedule": schedule, "batch_size": batch_size}
+        edits |= {"preset": preset, "side": side, "seed": seed, "subset": subset, "threads": threads}
+        edits |= {"precision": precision, "channels_last": channels_last}
+        edits |= {"mean": _colours(mean), "std": _colours(std), "distil": 0.9 if distil else None}
+        if resume is not None:
+            given = [*edits.values(), model, weights, budget, scale, shortcut, size, out, checkpoint_every]
+            other = download or depth
+            _resume(resume, data, device, alone=not other and all(value is None for value in given))
+            return
+        edits |= {"depth": depth, "budget": Budget.read(budget) if budget else None}
+        chosen = _shrinking(model, weights, data, edits, sized=(size, scale, shortcut), device=device)
+        from torchgrow.lab import run as lab_run
+
+        places: dict[str, Any] = {"out": out, "folder": data, "download": download, "device": device}
+        lab_run.run(chosen, console=_console(), beside=(), every=checkpoint_every, **places)
+
+
+def _colours(text: str | None) -> tuple[float, ...] | None:
+    """One number for every colour: ``0.5,0.5,0.5``.
+
+    Raises:
+        TorchgrowError: it cannot be read.
+    """
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise TorchgrowError(f"cannot read the colours {text!r}; write a number for each, like 0.5,0.5,0.5") from None
+
+
+def _shrinking(
+    model: str | None,
+    weights: Path | None,
+    data: Path | None,
+    edits: dict[str, Any],
+    *,
+    sized: tuple[str | None, str | None, str | None],
+    device: str,
+) -> "Recipe":
+    """The recipe that shrinks the model of that name, with what the user wants otherwise."""
+    _check_device(device)
+    if model is None:
+        raise TorchgrowError(f"name the network to shrink: {names.SHRINKABLE}")
+    if weights is None and model.startswith("hf:"):
+        weights = Path(model.removeprefix("hf:"))
+    if weights is None or edits["budget"] is None:
+        raise TorchgrowError(
+            "say where the trained weights are and what the network may cost, as in torchgrow shrink "
+            f"{model} --from {weights or 'weights.pt'} --budget flops=50%"
+        )
+    if model not in names.RECIPES and not is_file(model) and not is_library(model):
+        raise TorchgrowError(f"there is no model {model!r}; what works: {names.SHRINKABLE}")
+    from torchgrow.lab import recipes
+
+    chosen = recipes.to_shrink(_sized(recipes.trainable(model, data), *sized), weights)
+    if edits["side"] is not None and chosen.dataset != "imagefolder":
+        raise TorchgrowError(f"only images in folders are resized, and this is {chosen.dataset}; leave --side out")
+    return _edited(chosen, edits)
 
 
 @app.command()

@@ -486,3 +486,27 @@ def test_a_network_whose_layers_were_left_out_grows_again(tmp_path: Any) -> None
     save(model, tmp_path / "net")
     loaded = load(tmp_path / "net", lambda: Stages(Residual).double()).eval()
     assert torch.equal(loaded(batch()[0]), model.eval()(batch()[0]))
+
+
+class Counts(nn.Module):
+    """x + b(y len(y)), y = relu(a(x)): no hidden unit may go, since the length counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.a(x))
+        return x + self.b(y * y.shape[-1])
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4])
+def test_what_is_inside_a_layer_is_tried_with_the_layer_there(blocks: int) -> None:
+    """Of few layers the same one may be out in all trials."""
+    model = nn.Sequential(
+        nn.Linear(8, 16), nn.ReLU(), nn.Sequential(*(Counts() for _ in range(blocks))), nn.Linear(16, 3)
+    )
+    depth: Any = True if blocks > 1 else ["2.0"]
+    space = trace(model, torch.randn(4, 8), depth=depth)
+    assert not [name for name in space.widths(space.everything()) if name.endswith(".a")]
+    assert verify(model, torch.randn(4, 8), space=space).ok

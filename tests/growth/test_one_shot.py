@@ -138,3 +138,74 @@ def test_nothing_is_stored_unless_wanted() -> None:
     optimizer.step()
     with pytest.raises(OptimizerError, match=r"the optimizer has stepped, .*call shrink_ without store=False"):
         torchgrow.shrink_(model, space, keep, optimizer, store=False)
+
+
+@pytest.mark.parametrize("allocation", ["global", "levelled"])
+def test_what_is_worth_nothing_goes_before_all_else(allocation: str) -> None:
+    """60 of 64 units of one layer, which nothing else has to share with."""
+    for share, width in (("80%", 49), ("60%", 35), ("40%", 21)):
+        torch.manual_seed(0)
+        hidden = [nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 64)]
+        model = nn.Sequential(*(part for one in hidden for part in (one, nn.ReLU())), nn.Linear(64, 3))
+        with torch.no_grad():
+            for dead in (hidden[1].weight[:60], hidden[1].bias[:60], hidden[2].weight[:, :60]):
+                dead.zero_()
+        x = torch.randn(16, 8)
+        before = model(x)
+        torchgrow.prune_(model, x, budget=Budget(params=share), policy=Shrink(importance="l1", allocation=allocation))
+        assert [one.out_features for one in hidden] == [64, width, 64]
+        torch.testing.assert_close(model(x), before)
+
+
+class Heads(nn.Module):
+    """Attention whose heads are counted by an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h, self.into, self.out = 4, nn.Linear(5, 16), nn.Linear(16, 3)
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.into(x)
+        q, k, v = (f(y).view(*y.shape[:2], self.h, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return self.out(y + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
+
+
+def test_without_a_proof_what_attributes_may_count_stays() -> None:
+    """Whether `h` has to follow is known by trying only."""
+    x = torch.randn(2, 6, 5)
+    proven, not_proven = (torchgrow.trace(Heads(), x, proof=proof) for proof in (True, False))
+    assert ("", "h") in {(attribute.module, attribute.name) for attribute in proven.attributes}
+    assert "q" in proven.widths(proven.everything())
+    assert "q" not in not_proven.widths(not_proven.everything())
+    assert any("h may count these units, which only the proof can tell" in str(f) for f in not_proven.frozen)
+
+
+@pytest.mark.parametrize(
+    ("more", "text"), [({"budget": "50%"}, r"prune_ takes budget=torchgrow\.Budget"), ({"policy": "l1"}, "and 'l1'")]
+)
+def test_arguments_are_looked_at(more: dict[str, Any], text: str) -> None:
+    with pytest.raises(TorchgrowError, match=text):
+        torchgrow.prune_(trained(), X, **{"budget": Budget(params="50%"), **more})
+
+
+class Elsewhere(nn.Module):
+    """relu(a(x)) times what a function outside makes of its width, which no label shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.a(x))
+        return self.b(y) * len(y[0])
+
+
+def test_a_cut_that_was_not_proven_is_looked_at() -> None:
+    """With a proof the units stay."""
+    x = torch.randn(4, 5)
+    assert not bool(torchgrow.trace(Elsewhere(), x).removable.any())
+    with pytest.raises(
+        StructureError, match=r"outputs differ by .* of no use now: load its weights again, and leave out"
+    ):
+        torchgrow.prune_(Elsewhere(), x, budget=Budget(params="50%"), proof=False)

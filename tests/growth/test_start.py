@@ -124,7 +124,7 @@ def test_a_plan_falls_from_the_frame_and_no_weight_is_lost_on_the_way() -> None:
     """Sizes never rise, and what stays is, without a step that moves it, bit for bit what it was."""
     model = learnt()
     whole = copy.deepcopy(model)
-    grower = begin(model)
+    grower = begin(model, policy=Shrink(until=0.5))
     for group in grower.optimizer.param_groups:
         group["lr"] = 0.0
     view = grower.run._view
@@ -388,3 +388,82 @@ def cut_linear() -> nn.Module:
     space = torchgrow.trace(model, torch.randn(2, 4))
     torchgrow.shrink_(model, space, torch.arange(space.n_units) != 0)
     return model
+
+
+# --- found by a reviewer ---
+
+
+def scaled() -> nn.Module:
+    """48 of 64 hidden units hardly count."""
+    torch.manual_seed(0)
+    first, second = nn.Linear(8, 64), nn.Linear(64, 3)
+    with torch.no_grad():
+        first.weight[:48] *= 1e-3
+        first.bias[:48] *= 1e-3
+    return nn.Sequential(first, nn.ReLU(), second)
+
+
+@pytest.mark.parametrize(("updates", "early"), [(1, False), (4, True), (2, False)])
+def test_units_leave_by_importance_however_short_the_run(updates: int, early: bool) -> None:
+    model, x = scaled(), torch.randn(16, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    grower = Grower(
+        model,
+        optimizer,
+        example_inputs=x,
+        budget=Budget(params="25%"),
+        updates=updates,
+        start="frame",
+        policy=Shrink(importance="l1"),
+    )
+    for _ in range(0 if early else updates):
+        F.cross_entropy(model(x), torch.arange(16) % 3).backward()
+        optimizer.step()
+        grower.update()
+    if not grower.finished:
+        grower.finish()
+    assert bool((model.get_parameter("0.weight").abs().sum(1) > 0.1).all())
+
+
+def test_the_teacher_of_a_smaller_network_is_that_network() -> None:
+    """Not the frame around it, which has learnt nothing; and after load_state_dict it is what was loaded."""
+    grown = begin(learnt(), share="30%")
+    run(grown)
+    before = outputs(grown.model)
+    teacher = begin(learnt(seed=5), start=grown.model, share="60%").teacher()
+    same(teacher(X), before)
+    model, other = learnt(), learnt(seed=7)
+    grower = begin(model)
+    model.load_state_dict(other.state_dict())
+    same(grower.teacher()(X), outputs(other))
+
+
+def test_statistics_survive_bad_batches() -> None:
+    model = learnt()
+    grower = begin(model)
+    norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    norm.eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TorchgrowError, match="recalibrate was given no batches, so statistics are as before"):
+        grower.recalibrate([])
+    with pytest.raises(RuntimeError):
+        grower.recalibrate([torch.randn(2, 7, 6, 6).double()])
+    assert not differences(before, model.state_dict())
+    assert norm.momentum == 0.1
+    assert not norm.training
+    grower.recalibrate([{"x": X}])
+    assert not norm.training
+    assert norm.momentum == 0.1
+
+
+def test_an_optimizer_of_other_weights_is_refused() -> None:
+    grown = begin(learnt(), share="30%")
+    run(grown)
+    frame = learnt(seed=5)
+    optimizer = sgd(frame)
+    F.cross_entropy(frame(X), batch(0)[1]).backward()
+    optimizer.step()
+    before = copy.deepcopy(frame.state_dict())
+    with pytest.raises(torchgrow.OptimizerError, match=r"has stepped on weights that start= replaces.*build the optim"):
+        Grower(frame, optimizer, example_inputs=X, budget=Budget(params="60%"), updates=4, start=grown.model)
+    assert not differences(before, frame.state_dict())

@@ -88,7 +88,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) 
 # 4 steps an epoch, 2 epochs: a checkpoint after 3 steps and after each epoch.
 MOMENTS = [
     # before there is any checkpoint; the grown network is done, its result is not
-    ((F, "cross_entropy", 2), (run, "evaluate", 1)),
+    ((F, "cross_entropy", 2), (run, "judged", 1)),
     # in mid-epoch; its result is there, the network is not saved
     ((F, "cross_entropy", 7), (torchgrow, "save", 1)),
     # trained and updated, not recorded; recorded in the dense twin, no checkpoint

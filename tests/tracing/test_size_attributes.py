@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from torchgrow import load, save, shrink_, trace, verify
+from torchgrow.structure.space import Attribute
+from torchgrow.tracing.size_attributes import Guess, choices
 
 ROWS = (4, 5)
 
@@ -111,3 +113,14 @@ def test_sizes_in_attributes_are_cut_saved_loaded_and_put_back(name: str, tmp_pa
     torch.testing.assert_close(loaded(x), expected)
     for attribute in held:
         assert getattr(loaded, attribute) == getattr(model, attribute)
+
+
+def test_one_place_of_a_list_may_be_chance() -> None:
+    """What is sure is tried as it is, then without single places of lists: a window's shift that equals the heads."""
+    units = torch.arange(3)
+    heads, shift, weak = (
+        Guess(frozenset({0}), Attribute("attention", name, units), strong=True, sure=sure)
+        for name, sure in (("num_heads", True), ("shift_size[1]", True), ("depth", False))
+    )
+    names = [[guess.attribute.name for guess in choice] for choice in choices([heads, shift, weak])]
+    assert names == [["num_heads", "shift_size[1]"], ["num_heads"], ["num_heads", "shift_size[1]", "depth"]]

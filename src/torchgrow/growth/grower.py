@@ -193,7 +193,9 @@ class Grower(Shown):
 
     @trainable()
     def teacher(self) -> nn.Module:
-        """The frame as it was when the run began: frozen, in evaluation mode, sharing nothing with the network.
+        """The network as it was when the run began: frozen, in evaluation mode, sharing nothing with it.
+
+        Of a run from the seed, the frame; of one that took over a smaller network, that.
 
         For distillation: ask for it before the first step, and train with `torchgrow.distillation_loss`.
 
@@ -204,12 +206,15 @@ class Grower(Shown):
 
     @trainable()
     def recalibrate(self, loader: Iterable[Any]) -> None:
-        """Estimate the running statistics of all batch norms anew, by `torch.optim.swa_utils.update_bn`.
+        """Estimate the running statistics of all batch norms anew: means over the batches, nothing else moves.
 
-        After units have left, statistics are of activations that are no more. Weights stay; modes too.
+        After units have left, statistics are of activations that are no more. Followers keep their own.
 
         Args:
-            loader: of inputs, or of tuples and lists that begin with them; a few batches will do.
+            loader: of inputs, or of tuples and lists that begin with them; a few batches will do. Dicts are keywords.
+
+        Raises:
+            TorchgrowError: there were no batches.
         """
         recalibrate(self.model, loader)
 

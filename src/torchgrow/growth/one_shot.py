@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,14 +16,19 @@ from ..persistence.portable import shrink_
 from ..policies import Shrink
 from ..structure.cost import Cost
 from ..structure.limits import Budget
-from ..structure.space import Place
+from ..structure.space import Place, Space, live_positions
+from ..structure.store import is_meta
 from ..tracing.blocks import Named
-from ..tracing.model_call import Carries
+from ..tracing.model_call import Carries, call, examples_of, fresh
+from ..tracing.nested import put_out
 from ..tracing.requests import Couples
 from ..tracing.verification import trace
 from .attaching import check_free
 from .gates import Fold
 from .plan import Plan
+
+SINGLE, HALF = 1e-3, 0.1
+"""Largest relative error of outputs after a cut that was not proven, in float32 and above, and in 16 bits."""
 
 
 def prune_(
@@ -40,8 +46,8 @@ def prune_(
 ) -> Cost:
     """Cut a trained model to a budget in place, at once; what is cut off is gone.
 
-    For models too large to train here, and as a start for a training loop of your own. `Grower(..., start="frame")`
-    cuts little by little while it trains, which keeps more of what was learnt.
+    Make the optimizer afterwards. For models too large to train here, and as a start for a training loop of your own:
+    `Grower(..., start="frame")` cuts little by little while it trains, which keeps more of what was learnt.
 
     Memory: the model, its largest tensor, and with `proof` several copies of it in float64.
 
@@ -56,16 +62,19 @@ def prune_(
         couple: as for `trace`.
         depth: as for `trace`.
         carried: as for `trace`.
-        proof: as for `trace`; without, nothing is tried on the model.
+        proof: as for `trace`. Without, outputs on the first example before and after are compared in the model's own
+            dtype, in evaluation mode; layers are not (leave `depth` out).
         seed: of importance "random".
 
     Returns:
         What is left.
 
     Raises:
-        TraceError, BudgetError, StructureError: as for `Grower`; nothing was changed.
+        TraceError, BudgetError, StructureError: as for `Grower`; nothing was changed. StructureError also if the cut
+            was not proven and came out wrong: then the model is of no use.
         TorchgrowError: importance "taylor" and no gradients.
     """
+    _check(model, budget, policy)
     check_free(model, ())
     space = trace(model, example_inputs, freeze=freeze, couple=couple, depth=depth, carried=carried, proof=proof)
     if not bool(space.removable.any()):
@@ -73,9 +82,73 @@ def prune_(
         raise StructureError(f"nothing can be cut here, because {reasons}")
     plan = Plan.of(model, space, budget, updates=2, seed=seed)
     keep = _chosen(model, plan, policy or Shrink(importance="group_norm"))
+    expected = None if space.proven or space.slots else _without(model, space, keep, example_inputs)
     shrink_(model, space, keep, store=False)
     guard_(model)
+    if expected is not None:
+        _compare(_outputs(model, example_inputs), expected)
     return plan.costs.cost(keep)
+
+
+def _check(model: nn.Module, budget: Budget, policy: Shrink | None) -> None:
+    """Refuse early what would fail late.
+
+    Raises:
+        TorchgrowError: no budget, no such policy, or a model without weights.
+    """
+    if not isinstance(budget, Budget) or not isinstance(policy, (Shrink, type(None))):
+        raise TorchgrowError(
+            'prune_ takes budget=torchgrow.Budget(params="50%") and policy=torchgrow.policies.Shrink(importance="l1"), '
+            f"got {budget!r} and {policy!r}"
+        )
+    if is_meta(model):
+        raise TorchgrowError(
+            f"{type(model).__name__} is on the meta device: there are no weights to choose by; load them"
+        )
+
+
+@torch.no_grad()
+def _without(model: nn.Module, space: Space, keep: Tensor, example_inputs: Any) -> list[Tensor]:
+    """What the model puts out with all that will go set to zero, in place."""
+    tensors = dict(model.named_parameters())
+    for name in space.parameters:
+        for axis in space.cut_axes.get(name, ()):
+            dead = torch.nonzero(~live_positions(space.unit_of[name, axis], keep)).flatten()
+            tensors[name].index_fill_(axis, dead.to(tensors[name].device), 0)
+    return _outputs(model, example_inputs)
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+    """Numbers that the model puts out in evaluation mode for the first example."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        found = call(model.eval(), fresh(examples_of(example_inputs)[0]))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return [leaf.value for leaf in put_out(found) if isinstance(leaf.value, Tensor) and leaf.value.is_floating_point()]
+
+
+def _compare(found: list[Tensor], expected: list[Tensor]) -> None:
+    """Refuse a cut after which the model computes something else.
+
+    Raises:
+        StructureError: it does.
+    """
+    worst = 0.0 if len(found) == len(expected) else math.inf
+    for a, b in zip(found, expected, strict=False):
+        gap = (
+            float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-12)) if b.numel() else 0.0
+        )
+        exact = a.shape == b.shape and gap <= (HALF if b.dtype.itemsize < 4 else SINGLE)
+        worst = max(worst, 0.0 if exact else gap)
+    if worst:
+        raise StructureError(
+            f"the cut model's outputs differ by {worst:.1e} from those of the model with the same units zeroed, so an "
+            "operation or attribute depends on what went. It is of no use now: load its weights again, and leave out "
+            "proof=False, or freeze what is cut wrongly (freeze=[...])"
+        )
 
 
 def _chosen(model: nn.Module, plan: Plan, policy: Shrink) -> Tensor:

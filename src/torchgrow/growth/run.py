@@ -35,7 +35,7 @@ from .loading import Loading
 from .plan import Plan
 from .run_state import RunState, event_of, read_keep
 from .saved import FORMAT, examine
-from .start import begin, name_of
+from .start import begin, check_unspent, name_of
 from .state import fingerprint, read_policy
 from .watch import warn_idle, warn_spread
 
@@ -121,6 +121,7 @@ class Run:
             reasons = "; ".join(str(frozen) for frozen in space.frozen[:5]) or "the model has no units"
             raise StructureError(f"nothing can grow here, because {reasons}{untrained_hint(optimizers, model)}")
         plan = Plan.of(model, space, asked.budget, asked.updates, asked.seed)
+        check_unspent(asked.start, optimizers)
         keep = begin(asked.start, model, space, exchange)
         plan = replace(plan, start=keep, begins=name_of(asked.start, keep))
         guard_(model)
@@ -292,7 +293,9 @@ class Run:
                 weights += [slot for p in optimizer.state.values() for slot in p.values() if isinstance(slot, Tensor)]
         return {
             "calls": [f"{len(self.state.history) if keep is not None else 'start'}"],
-            "settings": [f"{limits} {updates} {type(policy).__name__} {settings} {shapes} {len(self.optimizers)}"],
+            "settings": [
+                f"{limits} {updates} {plan.begins} {type(policy).__name__} {settings} {shapes} {len(self.optimizers)}"
+            ],
             "draws": [generator.get_state()],
             "policy": [v if isinstance(v, Tensor) else f"{key} {v}" for key, v in sorted(policy.state_dict().items())],
             "weights": weights,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import StructureError, TorchgrowError
+from ..errors import OptimizerError, StructureError, TorchgrowError
 from ..exchange import Exchange
 from ..persistence.wrappers import plain_modules, stored_tensors, unwrapped
 from ..structure.bank import Bank
@@ -34,6 +35,21 @@ def check_start(start: Any) -> None:
             f'start must be "seed", "frame", a keep vector (bool [n] of space.everything()\'s kind), or a network '
             f"that was cut from such a model before, got {type(start).__name__}"
         )
+
+
+def check_unspent(start: Any, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Refuse optimizers that have stepped on weights which a smaller network replaces.
+
+    Raises:
+        OptimizerError: one has.
+    """
+    for optimizer in optimizers if isinstance(start, nn.Module) else ():
+        slots = [slot for state in optimizer.state.values() for slot in state.values() if isinstance(slot, Tensor)]
+        if any(bool(slot.any()) for slot in slots):
+            raise OptimizerError(
+                f"{type(optimizer).__name__} has stepped on weights that start= replaces by those of another network; "
+                "build the optimizer anew before Grower(...)"
+            )
 
 
 def begin(start: str | Tensor | nn.Module, model: nn.Module, space: Space, exchange: Exchange) -> Tensor | None:
@@ -62,7 +78,8 @@ def name_of(start: str | Tensor | nn.Module, keep: Tensor | None) -> str:
     """A start as a state keeps it: by name, or by a digest of its units."""
     if isinstance(start, str) or keep is None:
         return str(start)
-    return f"units {hashlib.sha256(keep.numpy().tobytes()).hexdigest()[:16]}"
+    kind = "network" if isinstance(start, nn.Module) else "units"
+    return f"{kind} {hashlib.sha256(keep.numpy().tobytes()).hexdigest()[:16]}"
 
 
 def _checked(keep: Tensor, space: Space) -> Tensor:
@@ -85,16 +102,17 @@ def _checked(keep: Tensor, space: Space) -> Tensor:
 @torch.no_grad()
 def _taken_over(model: nn.Module, space: Space, small: nn.Module, exchange: Exchange) -> Tensor:
     """Give the model what a network has learnt that was cut from such a frame; returns where it lives (bool [n])."""
-    if is_meta(model):
+    if is_meta(model) or is_meta(small):
         raise TorchgrowError(
-            f"{type(model).__name__} is on the meta device, where a smaller network has no weights to be taken into; "
-            "build the frame on a real device"
+            f"{type(model if is_meta(model) else small).__name__} is on the meta device, without weights to be "
+            "taken over; build the frame and the smaller network on a real device"
         )
     modules = plain_modules(small)
     if all(mark_of(module) is None for module in modules.values()):
         raise StructureError(
             f"start is a {type(small).__name__} that torchgrow did not cut, so nothing says which units of the frame "
-            "it has; take one that was grown, or that torchgrow.load or load_state_dict brought back"
+            'it has; for the model as it is use start="frame", else take a network that was grown, or that '
+            "torchgrow.load or load_state_dict brought back"
         )
     left_out = [path for path, module in modules.items() if skip_of(module) is not None]
     keep = keep_of(Bank(model, space), recorded(modules.items()), left_out, "start")

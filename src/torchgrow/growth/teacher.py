@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from ..errors import TorchgrowError
 from ..persistence.portable import portable_
@@ -30,19 +32,55 @@ def teacher_of(run: Run) -> nn.Module:
             "teacher = grower.teacher() before the first optimizer step. For a run that is resumed, build the model, "
             "load its first weights and keep a copy.deepcopy(model).eval() of it before Grower(...)"
         )
-    model, bank = twin(live.model), copy.copy(live.bank)
+    model, bank, plan = twin(live.model), copy.copy(live.bank), run.plan
+    if plan.start is not None:  # what lives computes what it did, whatever was loaded into it since
+        bank.full = live.bank.stored({}, {})[0]
     bank.model, bank.layouts, bank.slots = model, (), {}
-    bank.recut_(run.plan.space.everything())  # what is stored is the frame still
-    cut = bool(bank.base.kept)
+    known = plan.start if plan.begins.startswith("network") else None  # of the frame around it nothing is learnt yet
+    bank.recut_(plan.space.everything() if known is None else known)
+    record = bank.base if known is None else replace(bank.record, growth=None)
+    cut = bool(record.kept)
     for path, module in model.named_modules():
-        set_mark(module, Mark(bank.base, path) if cut else None)
+        set_mark(module, Mark(record, path) if cut else None)
     return portable_(model, on=cut).eval().requires_grad_(False)
 
 
+@torch.no_grad()
 def recalibrate(model: nn.Module, loader: Iterable[Any]) -> None:
-    """See `Grower.recalibrate`."""
-    device = next((tensor.device for tensor in model.parameters()), None)
-    torch.optim.swa_utils.update_bn(loader, model, device)
+    """See `Grower.recalibrate`.
+
+    Raises:
+        TorchgrowError: there are no batches; statistics are as before.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    modes = {module: module.training for module in model.modules()}
+    before = [
+        (norm.momentum, {name: b.clone() for name, b in norm._buffers.items() if b is not None}) for norm in norms
+    ]
+    device, done = next((tensor.device for tensor in model.parameters()), None), 0
+    try:
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over the batches
+            norm.train()
+        for given in loader if norms else ():
+            inputs = given[0] if isinstance(given, (list, tuple)) else given
+            inputs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
+            model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+            done += 1
+    finally:
+        for norm, (momentum, buffers) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            for name, value in buffers.items() if not done else ():
+                norm._buffers[name].copy_(value)  # type: ignore[union-attr]
+        for module, mode in modes.items():
+            module.training = mode
+    if norms and not done:
+        raise TorchgrowError(
+            "recalibrate was given no batches, so statistics are as before; pass some: "
+            "grower.recalibrate(itertools.islice(loader, 20))"
+        )
 
 
 def distillation_loss(

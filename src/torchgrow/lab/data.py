@@ -316,6 +316,22 @@ def _imagefolder(folder: Path, side: int) -> ImageData:
     return ImageData(train=train, test=test, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
+def dataset_in(folder: Path) -> str:
+    """Which data set of images a folder holds: "cifar10", or "imagefolder".
+
+    Raises:
+        TorchgrowError: neither.
+    """
+    if _cifar10_reader(folder):
+        return "cifar10"
+    if (folder / "train").is_dir() and (folder / "val").is_dir():
+        return "imagefolder"
+    raise TorchgrowError(
+        f"{folder} holds no images to train on: {_found(folder)}. What works: train/CLASS/* and val/CLASS/*, "
+        "CIFAR-10 as torchvision's cifar-10-batches-py/, or as Hugging Face's train*.parquet and test*.parquet"
+    )
+
+
 def _cifar10_reader(folder: Path) -> Callable[[str], Images] | None:
     """The function that reads a split from ``folder``, or None if nothing there looks like CIFAR-10."""
     for place in (folder, folder / "cifar-10-batches-py"):

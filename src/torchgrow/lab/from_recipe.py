@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from torchgrow import Grower, Method, TorchgrowError
+from torchgrow import Grower, TorchgrowError
 from torchgrow.lab.data import Data, train_steps
 from torchgrow.lab.data import load as load_data
 from torchgrow.lab.recipes import Recipe
@@ -44,10 +44,13 @@ def with_data(
         if recipe.channels_last:
             raise TorchgrowError("a text has no channels; leave --channels-last out")
         return recipe.with_words(len(data.vocabulary)), data
-    if recipe.dataset == "imagefolder":
+    if recipe.dataset == "imagefolder" and not recipe.weights:
         most = max(int(images.labels.max()) for images in (data.train, data.test))  # a subset may lack a class
         recipe = recipe.with_classes(1 + most)
-    return recipe, replace(data, channels_last=recipe.channels_last)
+    mean, std = recipe.mean or data.mean, recipe.std or data.std
+    if not len(mean) == len(std) == len(data.mean):
+        raise TorchgrowError(f"images of {recipe.dataset} have {len(data.mean)} colours; give as many to mean and std")
+    return recipe, replace(data, mean=mean, std=std, channels_last=recipe.channels_last)
 
 
 def example(model: nn.Module, data: Data) -> tuple[Any, dict[int | str, int | str] | None]:
@@ -143,8 +146,8 @@ def far_from_paper(recipe: Recipe, steps: int) -> str:
         steps: of an epoch.
     """
     total = steps * recipe.epochs
-    method = Method.named(recipe.preset, layers=recipe.depth)
-    if method.controller != "pressure" or method.updates or 2 * total >= PAPER_STEPS:
+    method = recipe.method()  # what is asked of it, layers do not change
+    if method is None or method.controller != "pressure" or method.updates or 2 * total >= PAPER_STEPS:
         return ""
     return (
         f"Warning: preset {recipe.preset!r} takes the paper's constants literally; they belong to {PAPER_STEPS:,} "
@@ -155,7 +158,7 @@ def far_from_paper(recipe: Recipe, steps: int) -> str:
 
 
 def make_grower(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, recipe: Recipe) -> Grower:
-    """The recipe's grower, which shrinks ``model`` to a seed at once."""
+    """The recipe's grower, which cuts ``model`` to a seed at once, or begins with what its weights are."""
     inputs, carried = example(model, data)
     return Grower(
         model,
@@ -163,6 +166,7 @@ def make_grower(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, 
         example_inputs=inputs,
         budget=recipe.budget,
         updates=recipe.epochs * (len(updates_within(recipe, extent(model, data, recipe)[0])) + 1),
+        start="frame" if recipe.weights else "seed",
         preset=recipe.preset,
         seed=recipe.seed,
         freeze=recipe.freeze,

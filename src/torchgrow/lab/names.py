@@ -33,5 +33,11 @@ FIXED = {
 }
 """Methods whose structure does not change while they train."""
 
+LIBRARIES = ("torchvision", "timm", "hf")
+"""What may stand before the colon of a model's name; `torchgrow.lab.frames` builds them."""
+
+SHRINKABLE = "torchvision:NAME, timm:NAME, hf:FOLDER, path/to/file.py:factory, or a recipe that `torchgrow list` shows"
+"""How a network is named for ``torchgrow shrink``."""
+
 MODELS = "torchvision:NAME, timm:NAME, hf:TYPE, path/to/file.py:factory, or a recipe that `torchgrow list` shows"
 """How a model is named for ``torchgrow inspect``."""

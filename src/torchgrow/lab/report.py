@@ -16,6 +16,8 @@ COLOURS = {
     "dense": "#7f7f7f",
     "uniform": "#e07b00",
     "grown": "#1f6fd0",
+    "before": "#7f7f7f",
+    "shrunk": "#1f6fd0",
     "direct": "#2a9d5c",
     "paper": "#8e44ad",
     "l1": "#c0392b",
@@ -60,7 +62,7 @@ def draw(folder: Path) -> list[str]:
     figures = {
         **({"size.png": _sizes(results, metric)} if len(results) > 1 else {}),
         "cost.png": _cost(records, frame),
-        f"{metric.name}.png": _scores(records, metric),
+        f"{metric.name}.png": _scores(records, metric, results.get("before", {}).get(metric.name)),
         "widths.png": _widths(records, frame),
     }
     for name, figure in figures.items():
@@ -105,9 +107,13 @@ def _sizes(results: dict[str, dict[str, Any]], metric: Metric) -> Figure:
     ax.spines[["top", "right"]].set_visible(False)
     narrowed = sorted((r["params"], r[metric.name]) for n, r in results.items() if n.partition("=")[0] == "uniform")
     dense = [(r["params"], r[metric.name]) for n, r in results.items() if n == "dense"]
+    begun = [(results[n]["params"], results[n][metric.name]) for n in ("before", "shrunk") if n in results]
     if len(narrowed) + len(dense) > 1:
         ax.plot(*zip(*narrowed, *dense, strict=True), color=COLOURS["uniform"], linewidth=1.2, zorder=1)
+    if begun:
+        ax.plot(*zip(*begun, strict=True), color=COLOURS["shrunk"], linewidth=1.2, linestyle=":", zorder=1)
     markers = {"dense": ("s", 60), "uniform": ("o", 50), "direct": ("D", 60), "grown": ("*", 260)}
+    markers |= {"before": ("s", 60), "shrunk": ("*", 260)}
     seen = set[str]()
     for network, result in results.items():
         kind = network.partition("=")[0]
@@ -148,12 +154,15 @@ def _cost(records: list[dict[str, Any]], frame: dict[str, Any]) -> Figure:
     return figure
 
 
-def _scores(records: list[dict[str, Any]], metric: Metric) -> Figure:
+def _scores(records: list[dict[str, Any]], metric: Metric, before: float | None) -> Figure:
     figure, (by_epoch, by_flops) = _axes(2)
     for network, rows in _curves(records):
         scores = [row[metric.name] for row in rows]
         for ax, field in ((by_epoch, "epoch"), (by_flops, "training_flops")):
             ax.plot([row[field] for row in rows], scores, **_style(network, records))
+    if before is not None:
+        for ax in (by_epoch, by_flops):
+            ax.axhline(before, color=COLOURS["before"], linestyle="--", label="before")
     title = f"{metric.on.capitalize()} {metric.name}"
     label = ", ".join(filter(None, (metric.name, metric.unit.strip())))
     by_epoch.set(title=f"{title} by epoch", xlabel="epoch", ylabel=label)
@@ -161,7 +170,7 @@ def _scores(records: list[dict[str, Any]], metric: Metric) -> Figure:
     by_flops.set(title=f"{title} by training cost", xlabel="training FLOPs so far", ylabel=label)
     for ax in (by_epoch, by_flops):
         # The first epochs would squeeze the rest, in which networks differ, into a few pixels.
-        scores = [record[metric.name] for record in records]
+        scores = [*(record[metric.name] for record in records), *([] if before is None else [before])]
         ax.set_ylim(*(_span_of_perplexity(scores) if metric.lower_is_better else _span(scores)))
     by_flops.xaxis.set_major_formatter(EngFormatter())
     _legend(figure, by_epoch)
@@ -181,7 +190,8 @@ def _span_of_perplexity(perplexity: list[float]) -> tuple[float, float]:
 
 def _widths(records: list[dict[str, Any]], frame: dict[str, Any]) -> Figure:
     """Live units of every group, and live blocks of every stage, after every update, on a scale fitted to them."""
-    rows = [update for record in records if record["network"] == "grown" for update in record["updates"]]
+    grown = ("grown", "shrunk")
+    rows = [update for record in records if record["network"] in grown for update in record["updates"]]
     full = _live({"widths": frame["widths"], "depths": frame["blocks"]})
     live = [_live(row) for row in rows]
     shares = [[100 * row.get(group, 0) / count for row in live] for group, count in full.items()]

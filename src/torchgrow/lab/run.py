@@ -32,12 +32,13 @@ from torchgrow.lab.from_recipe import (
     with_data,
 )
 from torchgrow.lab.metrics import metric_of
-from torchgrow.lab.recipes import Recipe, from_json
+from torchgrow.lab.recipes import Recipe, from_json, with_own_classes
 from torchgrow.lab.report import label
 from torchgrow.lab.results import verdict
 from torchgrow.lab.run_folder import Onlooker, RunFolder, default_out
 from torchgrow.lab.text import TextData
-from torchgrow.lab.train import Epoch, evaluate, fit
+from torchgrow.lab.train import Epoch, fit, judged
+from torchgrow.lab.trained import Start, begin, loading, what_it_cost
 
 TWINS = ("dense", "uniform")
 
@@ -46,7 +47,8 @@ TWINS = ("dense", "uniform")
 class Result:
     """What a network came to, after its last epoch. Units as in `torchgrow.lab.train.Epoch`.
 
-    ``test_perplexity`` is that of the test text, which is not looked at before.
+    ``test_perplexity`` is that of the test text, which is not looked at before. ``training_flops`` and ``seconds`` are
+    None of the network that a run begins with: nobody counted them.
     """
 
     accuracy: float | None = None
@@ -54,8 +56,8 @@ class Result:
     test_perplexity: float | None = None
     params: int
     flops: int
-    training_flops: int
-    seconds: float
+    training_flops: int | None
+    seconds: float | None
 
 
 def run(
@@ -70,6 +72,8 @@ def run(
     device: str = "auto",
 ) -> Path:
     """Grow the recipe's network, train others beside it, write the run folder and print the table.
+
+    A recipe with weights begins with those, and the network is shrunk; in the records it is called "shrunk".
 
     Under torchrun all processes train each network together; the first one writes and prints.
 
@@ -97,7 +101,7 @@ def run(
         raise TorchgrowError(f"a checkpoint can be written every 1 or more steps, not every {every}")
     beside = _checked(beside)
     with processes.joined():
-        begun = _begun(recipe.name, out) if processes.restarted() else None
+        begun = _begun(_filed(recipe), out) if processes.restarted() else None
         if begun:
             return _resume(begun, console, folder, device)
         return _run(recipe, console, out, folder, download, device, {"beside": beside, "checkpoint_every": every})
@@ -125,6 +129,11 @@ def _begun(name: str, out: Path | None) -> Path | None:
     return max(begun, key=lambda path: (path / "config.json").stat().st_mtime, default=None)
 
 
+def _filed(recipe: Recipe) -> str:
+    """What a run folder is called where nothing is said."""
+    return f"shrunk-{recipe.name}" if recipe.weights else recipe.name
+
+
 def _run(
     recipe: Recipe,
     console: Console,
@@ -136,17 +145,20 @@ def _run(
 ) -> Path:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
+    if recipe.weights:
+        recipe = with_own_classes(recipe)
     with processes.first_alone():
         recipe, data = with_data(recipe, console, folder, download=download, device=chosen(device))
+    start = begin(recipe, data) if recipe.weights else None  # what is wrong with it leaves no folder
     run_folder = None
     if processes.rank() == 0:
-        run_folder = RunFolder(out or default_out(recipe.name))
+        run_folder = RunFolder(out or default_out(_filed(recipe)))
         how = {"data": folder and str(folder.absolute()), **how}
         text = {"text": data.source} if isinstance(data, TextData) else {}
         run_folder.write_json("environment.json", environment(data.device))
         run_folder.write_json("config.json", {**recipe.as_json(), **text, "run": how})
     out = processes.told(run_folder.out if run_folder else Path())
-    return _go(recipe, data, run_folder or Onlooker(out), console)
+    return _go(recipe, data, run_folder or Onlooker(out), console, start)
 
 
 def resume(run: Path, *, console: Console, folder: Path | None = None, device: str = "auto") -> Path:
@@ -189,16 +201,21 @@ def _resume(run: Path, console: Console, folder: Path | None, device: str) -> Pa
             )
     folder = folder or (Path(how["data"]) if how["data"] else None)
     recipe, data = with_data(recipe, console, folder, device=chosen(device))
-    return _go(recipe, data, run_folder, console)
+    start = begin(recipe, data) if recipe.weights else None
+    if start:
+        start.check(run_folder.read_json("weights.json").get("sha256"))
+    return _go(recipe, data, run_folder, console, start)
 
 
-def _go(recipe: Recipe, data: Data, run_folder: RunFolder, console: Console) -> Path:
+def _go(recipe: Recipe, data: Data, run_folder: RunFolder, console: Console, start: Start | None) -> Path:
     """Train what is not trained yet, and finish the run folder."""
     first = processes.rank() == 0
     console = console if first else Console(quiet=True)
     try:
         with run_folder:
-            results = _train_all(recipe, data, run_folder, console)
+            if start:
+                run_folder.write_json("weights.json", {"sha256": start.digest})
+            results = _train_all(recipe, data, run_folder, console, start)
             pictures = report.draw(run_folder.path) if first else []
     except BaseException as error:
         if isinstance(error, (KeyboardInterrupt, TorchgrowError, OSError, MemoryError)):
@@ -211,7 +228,11 @@ def _go(recipe: Recipe, data: Data, run_folder: RunFolder, console: Console) -> 
     console.print(table(results))
     if any(name.startswith("uniform") for name in results):
         console.print("uniform: every width narrowed by one factor; direct: the grown structure, from scratch.\n")
-    if first:
+    if start:
+        console.print(
+            what_it_cost(recipe), f"To load it:\n{loading(recipe, run_folder.out)}\n", sep="\n", soft_wrap=True
+        )
+    elif first and recipe.method():
         methods = ["dense", "uniform", "direct", "default"]
         for line in verdict(recorded(recipe, data, methods), data.metric, f"{RESULTS / recipe.name}.jsonl"):
             console.print(line, soft_wrap=True)
@@ -220,17 +241,34 @@ def _go(recipe: Recipe, data: Data, run_folder: RunFolder, console: Console) -> 
     return run_folder.out
 
 
-def _train_all(recipe: Recipe, data: Data, run_folder: RunFolder, console: Console) -> dict[str, Result]:
+def _train_all(
+    recipe: Recipe, data: Data, run_folder: RunFolder, console: Console, start: Start | None
+) -> dict[str, Result]:
     """Train the networks, the grown one first since others take their size from it."""
-    names = ("grown", *run_folder.read_json("config.json")["run"]["beside"])
+    grown = "shrunk" if start else "grown"
+    names = (grown, *run_folder.read_json("config.json")["run"]["beside"])
     done = {name: Result(**fields) for name, fields in run_folder.read_json("results.json").items()}
+    if start:
+        names, done["before"] = (grown, "before", *names[1:]), _before(start)
     with Display(console) as display:
+        if start:
+            before = done["before"]
+            size = f"{short(before.params)} parameters, {short(before.flops)} FLOPs, as it came"
+            display.say(f"{label('before'):<12} {_score(before):<10} {size}")
+            if warning := start.warning(data):
+                display.say(warning)
         for name in names:
             if name not in done:
-                done[name] = _train(name, recipe, data, run_folder, display, done)
-                ordered = {name: asdict(done[name]) for name in (*names[1:], "grown") if name in done}
+                done[name] = _train(name, recipe, data, run_folder, display, done, start)
+                ordered = {name: asdict(done[name]) for name in (*names[1:], grown) if name in done}
                 run_folder.write_json("results.json", ordered)
-    return {name: done[name] for name in (*names[1:], "grown")}
+    return {name: done[name] for name in (*names[1:], grown)}
+
+
+def _before(start: Start) -> Result:
+    """The network that a run begins with."""
+    cost = start.cost
+    return Result(**start.scores, params=cost.params, flops=cost.flops, training_flops=None, seconds=None)
 
 
 def _built(name: str, recipe: Recipe, data: Data, run_folder: RunFolder, done: dict[str, Result]) -> nn.Module:
@@ -250,19 +288,30 @@ def _built(name: str, recipe: Recipe, data: Data, run_folder: RunFolder, done: d
         assert limit is not None
         width = uniform_width(recipe.build, limit)
     elif name == "uniform":
-        width = twin_width(recipe, data, params=done["grown"].params, flops=done["grown"].flops)
+        grown = done["shrunk" if recipe.weights else "grown"]
+        width = twin_width(recipe, data, params=grown.params, flops=grown.flops)
     torch.manual_seed(recipe.seed)
     return make_network(recipe.build, width, data.device)
 
 
 def _train(
-    name: str, recipe: Recipe, data: Data, run_folder: RunFolder, display: Display, done: dict[str, Result]
+    name: str,
+    recipe: Recipe,
+    data: Data,
+    run_folder: RunFolder,
+    display: Display,
+    done: dict[str, Result],
+    start: Start | None,
 ) -> Result:
-    """Train one network from the recipe's seed or its last checkpoint; the one named "grown" grows and is saved."""
-    frame = measure(make_network(recipe.build, 1.0, data.device), data.example())
-    model = _built(name, recipe, data, run_folder, done)
-    optimizer = make_optimizer(model, recipe)
+    """Train one network from its beginning or its last checkpoint; "grown" or "shrunk" has a grower, and is saved."""
+    frame = start.cost if start else measure(make_network(recipe.build, 1.0, data.device), data.example())
     grower: Grower | None = None
+    teacher: nn.Module | None = None
+    if start and name == "shrunk":
+        model, optimizer, grower, teacher = start.model, start.optimizer, start.grower, start.teacher
+    else:
+        model = _built(name, recipe, data, run_folder, done)
+        optimizer = make_optimizer(model, recipe)
     limits: dict[str, int | None] = {}
     full: dict[str, int] = {}
     if name == "grown":
@@ -270,6 +319,7 @@ def _train(
         if warning:
             display.say(warning)
         grower = make_grower(model, optimizer, data, recipe)
+    if grower:
         display.say(f"{type(model).__name__} goes {grower.course()}")
         limits, full = asdict(grower.limits), grower.full_widths()
         run_folder.write_json(
@@ -281,13 +331,14 @@ def _train(
     last = next(iter(run_folder.epochs(name)[::-1]), None)
     if last:
         display.epoch(last)
-    for last in fit(name, model, optimizer, data, recipe, grower=grower, on_step=display.step, checkpoints=checkpoints):
+    watched = partial(fit, on_step=display.step, checkpoints=checkpoints)
+    for last in watched(name, model, optimizer, data, recipe, grower=grower, teacher=teacher):
         run_folder.append(last)
         display.epoch(last)
     assert last is not None
-    result = processes.told(_result(model, data, last))
-    size, seconds = short(result.params), result.seconds
-    display.say(f"{label(name):<12} {_score(result):<10} {size:>6} parameters, {seconds:.1f} s of training")
+    result = processes.told(_result(model, data, last))  # seconds differ
+    size = short(result.params)
+    display.say(f"{label(name):<12} {_score(result):<10} {size:>6} parameters, {result.seconds:.1f} s of training")
     if grower:
         with processes.first_alone():  # the others may load what the first one saves
             if processes.rank() == 0:
@@ -298,13 +349,8 @@ def _train(
 def _result(model: nn.Module, data: Data, last: Epoch) -> Result:
     """Measured again on the network as it is delivered, after the grower's last update."""
     cost = measure(model, data.example())
-    scores: dict[str, float] = {}
-    if processes.rank() == 0:  # the others are told
-        scores[data.metric.name] = evaluate(model, data)[0]
-        if isinstance(data, TextData):
-            scores["test_perplexity"] = evaluate(model, data, "test")[0]
     return Result(
-        **scores,
+        **judged(model, data),
         params=cost.params,
         flops=cost.flops,
         training_flops=last.training_flops,
@@ -318,19 +364,22 @@ def _score(result: Result) -> str:
 
 
 def table(results: dict[str, Result]) -> Table:
-    """The networks side by side, with shares of the dense one if it is among them."""
+    """The networks side by side, with shares of the one that the run began with, or of the dense one."""
     grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # fits 80 columns
     metric = metric_of(vars(next(iter(results.values()))))
     head = metric.name if metric.unit else f"{metric.name}\nvalid, test"
     for column in ("network", head, "parameters", "inference\nFLOPs", "training\nFLOPs", "training\nseconds"):
         grid.add_column(column, justify="left" if column == "network" else "right", no_wrap=True)
-    dense = results.get("dense")
+    whole = results.get("before", results.get("dense"))
     for name, result in results.items():
         scores = [getattr(result, metric.name), result.test_perplexity]
         cells = [label(name), ", ".join(metric.show(score) for score in scores if score is not None)]
         for field in ("params", "flops", "training_flops", "seconds"):
-            value = getattr(result, field)
+            value, of = getattr(result, field), getattr(whole, field, None)
+            if value is None:
+                cells.append("not counted")
+                continue
             text = (f"{value:.1f}" if value < 1000 else f"{value:.0f}") if field == "seconds" else short(value)
-            cells.append(f"{text} ({100 * value / getattr(dense, field):.0f}%)" if dense else text)
+            cells.append(f"{text} ({100 * value / of:.0f}%)" if of else text)
         grid.add_row(*cells)
     return grid

@@ -1,12 +1,9 @@
 """Models by name: from torchvision, timm, transformers, a Python file, or a recipe, each with inputs to trace it on."""
 
 import difflib
-import os
 import re
 from collections.abc import Callable, Iterable
-from importlib import import_module
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,16 +11,15 @@ import torchvision.models as zoo
 from torch import nn
 
 from torchgrow import TorchgrowError
-from torchgrow.lab import recipes
+from torchgrow.lab import frames, recipes
 from torchgrow.lab.names import MODELS
-from torchgrow.lab.user_files import explained, is_file, made_in
+from torchgrow.lab.user_files import explained, is_file
 
 Shape = tuple[int, ...]
 
 _SAMPLES = 2
 _TOKENS = 16  # of a text, where nothing is said
 _RECIPE_IMAGES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "imagefolder": (3, 64, 64)}  # the others read text
-_BYTES = 20  # a parameter, while it is proven: in float32, and in float64 as what is cut and as its backup
 
 
 def parse_shape(text: str) -> Shape:
@@ -92,54 +88,9 @@ def _no_inputs(name: str, why: str) -> TorchgrowError:
     )
 
 
-def _package(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise TorchgrowError(
-            f"this needs the package {name}, which cannot be imported ({error}); install it with: pip install {name}"
-        ) from error
-
-
-def _known(source: str, name: str, names: Iterable[str]) -> None:
-    """Raise, with what is near, if the name is not among the names."""
-    names = list(names)
-    if name not in names:
-        near = [f"{source}:{close}" for close in difflib.get_close_matches(name, names, 3)]
-        hint = (
-            f"did you mean {' or '.join(near)}?" if near else f"it knows {len(names)}, such as {', '.join(names[:3])}"
-        )
-        raise TorchgrowError(f"{source} has no model {name!r}; {hint}")
-
-
-def _build(name: str, build: Callable[[], nn.Module]) -> nn.Module:
-    """Build a library's model, unless it is too large for memory: a killed process explains nothing."""
-    try:
-        with torch.device("meta"):
-            count = sum(p.numel() for p in build().parameters())
-    except Exception:
-        count = 0  # some compute with values while they are built; those few are taken at their word
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
-    if memory and count * _BYTES > memory:
-        raise TorchgrowError(
-            f"{name} has {count:,} parameters, and proving what can go needs about {count * _BYTES / 1e9:.0f} GB of "
-            f"memory ({memory / 1e9:.0f} GB here); inspect a smaller one of the same kind, with fewer layers or "
-            "narrower, by path/to/file.py:function"
-        )
-    with explained(f"{name} could not be built", "try another model, or another version of its library"):
-        return build()
-
-
 def _from_torchvision(name: str, shapes: tuple[Shape, ...]) -> tuple[nn.Module, Any]:
-    _known("torchvision", name, zoo.list_models())
-    builder, full = zoo.get_model_builder(name), f"torchvision:{name}"
-    options: dict[str, Any] = {"weights": None}
-    if "weights_backbone" in signature(builder).parameters:
-        options["weights_backbone"] = None  # else it would be downloaded
-    if name in ("googlenet", "inception_v3"):
-        options["init_weights"] = False  # else they warn that they have not been told
-    model = _build(full, lambda: builder(**options))
-    family = builder.__module__.split(".")[2]
+    model, full = frames.from_torchvision(name), f"torchvision:{name}"
+    family = zoo.get_model_builder(name).__module__.split(".")[2]
     if shapes:
         return model, _images(shapes, ())
     if family == "detection":
@@ -156,10 +107,7 @@ def _from_torchvision(name: str, shapes: tuple[Shape, ...]) -> tuple[nn.Module, 
 
 
 def _from_timm(name: str, shapes: tuple[Shape, ...]) -> tuple[nn.Module, Any]:
-    timm = _package("timm")
-    architecture = name.partition(".")[0]  # what follows the dot names weights
-    _known("timm", architecture, timm.list_models())
-    model = _build(f"timm:{name}", lambda: timm.create_model(architecture, pretrained=False))
+    model = frames.from_timm(name)
     size: Any = getattr(model, "default_cfg", {}).get("input_size")
     if not size and not shapes:
         raise _no_inputs(f"timm:{name}", "does not say its input size; give it with --input")
@@ -167,13 +115,13 @@ def _from_timm(name: str, shapes: tuple[Shape, ...]) -> tuple[nn.Module, Any]:
 
 
 def _from_transformers(name: str, shapes: tuple[Shape, ...]) -> tuple[nn.Module, Any]:
-    transformers = _package("transformers")
+    transformers = frames.package("transformers")
     full = f"hf:{name}"
-    _known("hf", name, transformers.CONFIG_MAPPING.keys())
+    frames.known("hf", name, transformers.CONFIG_MAPPING.keys())
     with explained(f"{full} has no default configuration", "try another type"):
         config = transformers.AutoConfig.for_model(name)
     config.use_cache = False  # a cache among the outputs is not what is asked about
-    model = _build(full, lambda: transformers.AutoModel.from_config(config))
+    model = frames.built(full, lambda: transformers.AutoModel.from_config(config))
     return model, _tokens_or_pixels(full, model, config, shapes)
 
 
@@ -210,20 +158,7 @@ def _tokens_or_pixels(full: str, model: Any, config: Any, shapes: tuple[Shape, .
 
 
 def _from_file(name: str, shapes: tuple[Shape, ...]) -> tuple[nn.Module, Any]:
-    made, inputs = made_in(name, "the model"), None
-    path, _, function = name.rpartition(":")
-    if not callable(made):
-        raise TorchgrowError(f"{path} has no callable {function!r}; name a function that returns the model")
-    if not isinstance(made, nn.Module):  # a model that stands in the file ready made is as good
-        file = str(Path(path).resolve())
-        with explained(f"{name} failed", "it is called without arguments and must return the model", file):
-            made = made()
-    if isinstance(made, tuple) and len(made) == 2:
-        made, inputs = made
-    if not isinstance(made, nn.Module):
-        raise TorchgrowError(
-            f"{name} returned {type(made).__name__}; return a torch.nn.Module, or (module, example_inputs)"
-        )
+    made, inputs = frames.from_file(name)
     if shapes:
         inputs = _images(shapes, ())
     if inputs is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from torchgrow import Cost, Event, Grower, TorchgrowError, guard_, measure
+from torchgrow import Cost, Event, Grower, TorchgrowError, distillation_loss, guard_, measure
 from torchgrow.lab import processes
 from torchgrow.lab.checkpoints import Checkpoints, Progress
 from torchgrow.lab.data import Data
@@ -33,7 +33,7 @@ class Epoch:
     a sequence of words.
 
     Attributes:
-        network: ``"grown"``, ``"dense"`` or ``"uniform"``.
+        network: ``"grown"``, ``"shrunk"`` (grown from a trained network down), ``"dense"`` or ``"uniform"``.
         epoch: counted from 1.
         loss: mean training loss, of an image or a word.
         test_loss: mean loss on the test images, or on the words of the validation text.
@@ -41,7 +41,7 @@ class Epoch:
         perplexity: of the validation text, ``exp(test_loss)``; None for images.
         params: parameters, tied ones once.
         flops: FLOPs of one sample forward, 2 x MACs.
-        training_flops: 3 x forward FLOPs x samples, summed over all epochs so far.
+        training_flops: 3 x forward FLOPs x samples, summed over all epochs so far, and 1 x those of a teacher.
         seconds: of training and updating, summed over all epochs so far; evaluation is left out.
         lr: learning rate at the beginning of this epoch.
         widths: live units of every group; empty for a network that does not grow.
@@ -84,6 +84,7 @@ def fit(
     recipe: Recipe,
     *,
     grower: Grower | None = None,
+    teacher: nn.Module | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
     checkpoints: Checkpoints | None = None,
 ) -> Iterator[Epoch]:
@@ -100,6 +101,7 @@ def fit(
         recipe: epochs, batches, schedule, augmentation and seed.
         grower: updated as often as the recipe says, at the end of an epoch after evaluation, since units just born
             are untrained.
+        teacher: what ``model`` also learns from, by the recipe's share; in evaluation mode, and without a state.
         on_step: called as ``on_step(done, total)`` after each step of an epoch.
         checkpoints: where to go on from, and where to leave checkpoints. The one at the end of an epoch is written
             when the next is asked for, so after whatever the caller does with the record of this one.
@@ -118,6 +120,8 @@ def fit(
         data=data,
         recipe=recipe,
         grower=grower,
+        teacher=teacher,
+        lesson=measure(teacher, data.example()).flops if teacher else 0,
         schedule=schedule,
         checkpoints=checkpoints,
         steps=steps,
@@ -126,15 +130,10 @@ def fit(
         fixed=None if grower else (processes.wrap(model), measure(model, data.example())),
         generator=torch.Generator().manual_seed(recipe.seed),
     )
-    for epoch in range(progress.epoch, recipe.epochs + recipe.then + 1):
+    for _ in range(progress.epoch, recipe.epochs + recipe.then + 1):
         record = run.finish(run.train(progress))
         yield record
-        progress = Progress(
-            epoch=epoch + 1,
-            sampler=run.generator.get_state(),
-            seconds=record.seconds,
-            training_flops=record.training_flops,
-        )
+        progress = run.after(record)
         run.save(progress)
 
 
@@ -143,6 +142,7 @@ class _Run:
     """All that stays the same while a network trains, as `fit` is given it.
 
     Attributes:
+        lesson: FLOPs of the teacher for one sample.
         fixed: of a network that does not grow, what its forward pass goes through, and its cost.
     """
 
@@ -152,6 +152,8 @@ class _Run:
     data: Data
     recipe: Recipe
     grower: Grower | None
+    teacher: nn.Module | None
+    lesson: int
     schedule: torch.optim.lr_scheduler.LRScheduler
     checkpoints: Checkpoints | None
     steps: int
@@ -159,6 +161,11 @@ class _Run:
     on_step: Callable[[int, int], None]
     fixed: tuple[nn.Module, Cost] | None
     generator: torch.Generator
+
+    def after(self, record: Epoch) -> Progress:
+        """Where the training stands at the end of an epoch."""
+        sampler, flops = self.generator.get_state(), record.training_flops
+        return Progress(epoch=record.epoch + 1, sampler=sampler, seconds=record.seconds, training_flops=flops)
 
     def save(self, progress: Progress) -> None:
         """Leave a checkpoint."""
@@ -178,6 +185,15 @@ class _Run:
         assert self.grower is not None
         return self.grower.cost()
 
+    def loss(self, scores: Tensor, x: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy, with the labels and with a teacher's scores if there is one."""
+        if self.teacher is None:
+            return F.cross_entropy(scores, labels)
+        half = self.recipe.precision == "bfloat16"
+        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+            taught = _scores(self.teacher, x, None)[0]
+        return distillation_loss(scores, taught.float(), labels, share=self.recipe.distil)
+
     def train(self, progress: Progress) -> Progress:
         """One pass over the training data, or what is left of it."""
         grower, recipe, steps = self.grower, self.recipe, self.steps
@@ -193,11 +209,11 @@ class _Run:
         for step, (x, labels) in islice(batches, progress.step, None):
             with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
                 scores, state = _scores(net, x, progress.state)
-            loss = F.cross_entropy(scores.float(), labels.flatten())
+            loss = self.loss(scores.float(), x, labels.flatten())
             where = f"{self.network}, epoch {progress.epoch}, step {step} of {steps}"
             value = _step(where, loss, self.model, self.optimizer, recipe)
             self.schedule.step()
-            flops, changes = 3 * cost.flops * self.samples, progress.changes
+            flops, changes = (3 * cost.flops + self.lesson) * self.samples, progress.changes
             self.on_step(step, steps)
             if grower and step in between:
                 changes = _added(changes, grower.update())
@@ -277,6 +293,7 @@ def _batches(model: nn.Module, data: Data, recipe: Recipe, generator: torch.Gene
 def _scores(model: nn.Module, x: Tensor, state: Any) -> tuple[Tensor, Any]:
     """Scores of shape ``[predictions, classes]``, and the state to go on with, detached."""
     out = model(x) if state is None else model(x, state)
+    out = getattr(out, "logits", out)  # of transformers, and of networks with classifiers on the way
     scores, state = out if isinstance(out, tuple) else (out, None)
     return scores.flatten(0, -2), None if state is None else tree_map(Tensor.detach, state)
 
@@ -319,3 +336,13 @@ def evaluate(model: nn.Module, data: Data, split: str | None = None) -> tuple[fl
     mean = loss / count
     score = 100 * correct / count if data.metric is ACCURACY else math.exp(min(mean, 700.0))  # beyond it exp overflows
     return score, mean
+
+
+def judged(model: nn.Module, data: Data) -> dict[str, float]:
+    """What a network is judged by in the end, by name, the same in all processes: of a text also on its test part."""
+    if processes.rank() > 0:
+        return processes.told({})
+    scores = {data.metric.name: evaluate(model, data)[0]}
+    if isinstance(data, TextData):
+        scores[f"test_{data.metric.name}"] = evaluate(model, data, "test")[0]
+    return processes.told(scores)

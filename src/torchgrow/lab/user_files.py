@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from torchgrow import TorchgrowError
+from torchgrow.lab.names import LIBRARIES
 
 
 def is_file(name: str) -> bool:
     """Whether a name means a Python file: ``path/to/file.py`` or ``path/to/file.py:function``."""
     return name.endswith(".py") or name.rpartition(":")[0].endswith(".py")
+
+
+def is_library(name: str) -> bool:
+    """Whether a name means a model of a library: ``torchvision:NAME``, ``timm:NAME`` or ``hf:FOLDER``."""
+    kind, _, rest = name.partition(":")
+    return kind in LIBRARIES and bool(rest) and not is_file(name)
 
 
 def made_in(name: str, what: str) -> Any:

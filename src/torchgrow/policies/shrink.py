@@ -37,7 +37,7 @@ class Shrink(Policy):
         squared: running mean of (dL/dm)^2 over the steps in which a unit lived, float64 [n].
     """
 
-    until: float = 0.5
+    until: float = 0.2
     power: float = 3.0
     importance: str = "taylor"
     allocation: str = "uniform"
@@ -82,8 +82,9 @@ class Shrink(Policy):
         return shed(view.space, view.costs, view.keep, worth, planned, self._steps), view.update == final
 
     def score(self, view: View) -> Tensor:
-        """The best rank stays first."""
-        return -self.rank
+        """The most important stays first, as it is now: the run may end before the first update."""
+        importance = IMPORTANCES[self.importance](view, self.squared)
+        return -deal(view.space, self.rank, importance, view.keep)
 
     def planned(self, view: View) -> Tensor:
         """From the start down to the budget; a cost that is within it already stays free up to it."""

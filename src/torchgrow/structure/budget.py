@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from heapq import heapify, heappop, heapreplace
 
 import torch
 from torch import Tensor
@@ -95,7 +96,8 @@ def shed(space: Space, costs: CostModel, keep: Tensor, worth: Tensor, allowed: T
 
     Groups give up their units of least worth, from multiple to multiple of their step, in the order of rising worth
     per marginal cost: that of the units that go, over what the network then costs less, as a share of what is
-    allowed. In every round the cheapest go until a tenth of the excess is saved, since marginal costs change.
+    allowed. In every round the cheapest go, of one group as many as are cheapest, until a tenth of the excess is
+    saved; then marginal costs, which change, are computed anew.
     One unit of every group stays, of layers none need to.
 
     Args:
@@ -108,30 +110,43 @@ def shed(space: Space, costs: CostModel, keep: Tensor, worth: Tensor, allowed: T
     """
     keep, live = keep.clone(), costs.live(keep)
     order = torch.argsort(worth, stable=True)
-    value = worth.tolist()
-    queues: list[list[int]] = [[] for _ in range(space.n_groups)]  # by group, the least worth first
-    for unit in order[keep[order] & space.removable[order]].tolist():
+    queues: list[list[int]] = [[] for _ in range(space.n_groups)]  # by group, the least worth last
+    for unit in order[keep[order] & space.removable[order]].flip(0).tolist():
         queues[int(space.group_of[unit])].append(unit)
     while bool(((excess := costs.both(live) - allowed) > 0).any()):
-        block = torch.where(live > steps, (live - 1) % steps + 1, 1)
-        most = torch.minimum(live - space.least, torch.tensor([len(queue) for queue in queues]))
-        block = torch.minimum(block, most)
-        saved = (costs.both(live) - costs.each(live, -block)).double()  # [G, 2]
+        saved = (costs.both(live) - costs.each(live, -torch.ones_like(live))).double()  # [G, 2], of one unit
         saved = torch.where(excess > 0, saved / allowed, 0.0)
-        first = zip(queues, block.tolist(), strict=True)
-        lost = torch.tensor([value[q[0]] if n == 1 else float(worth[q[:n]].sum()) for q, n in first], dtype=worth.dtype)
-        price = torch.where(saved.sum(1) > 0, lost / saved.sum(1), torch.inf)
         target, gained = (excess.clamp(min=0) / allowed).double() / 10, torch.zeros(2, dtype=torch.float64)
-        for group in torch.argsort(price, stable=True).tolist():
-            if price[group] == torch.inf or (bool(gained.any()) and bool((gained >= target).all())):
-                break
-            gone, queues[group] = queues[group][: block[group]], queues[group][block[group] :]
-            keep[gone] = False
-            live[group] -= len(gone)
-            gained += saved[group]
+        first = [_cheapest(group, queues, live, space, steps, worth, saved) for group in range(space.n_groups)]
+        heap = [one for one in first if one is not None]
+        heapify(heap)
+        while heap and not (bool(gained.any()) and bool((gained >= target).all())):
+            _, group, count = heap[0]
+            keep[queues[group][-count:]] = False
+            del queues[group][-count:]
+            live[group] -= count
+            gained += saved[group] * count
+            following = _cheapest(group, queues, live, space, steps, worth, saved)
+            heappop(heap) if following is None else heapreplace(heap, following)
         if not bool(gained.any()):
             raise BudgetError(f"no unit is left that could go, but {costs.both(live).tolist()} is above {allowed}")
     return keep
+
+
+def _cheapest(
+    group: int,
+    queues: list[list[int]],
+    live: Tensor,
+    space: Space,
+    steps: Tensor,
+    worth: Tensor,
+    saved: Tensor,
+) -> tuple[float, int, int] | None:
+    """What the next units of a group cost in worth for what they save, the group, and how many they are."""
+    width, step = int(live[group]), int(steps[group])
+    count = min((width - 1) % step + 1 if width > step else 1, width - int(space.least[group]), len(queues[group]))
+    gain = float(saved[group].sum()) * count
+    return (float(worth[queues[group][-count:]].sum()) / gain, group, count) if count > 0 and gain > 0 else None
 
 
 def fit(space: Space, costs: CostModel, keep: Tensor, score: Tensor, limits: Limits, steps: Tensor) -> Tensor:

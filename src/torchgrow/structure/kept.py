@@ -23,7 +23,7 @@ def keep_of(bank: Bank, record: Record, left_out: Collection[str], what: str) ->
     keep = space.everything()
     for (name, axis), units in space.unit_of.items():
         where = record.kept.get(name, {}).get(axis)
-        if where is None:
+        if where is None or not units.numel():  # all of it is, or it was left out before
             continue
         before = base.get(name, {}).get(axis)
         live = torch.isin(torch.arange(units.numel()) if before is None else before, where)

@@ -156,10 +156,11 @@ class Prover:
                     assert module.running_var is not None
                     module.running_var.copy_(draw[1] + 0.5)
 
-    def draw(self, fraction: float | str, groups: list[int] | None = None) -> Tensor:
+    def draw(self, fraction: float | str, groups: list[int] | None = None, *, whole: bool = False) -> Tensor:
         """A keep vector that drops about `fraction` of the removable units of each group (all groups if None).
 
-        "ends" drops the first and the last one (the first only where that would leave none).
+        "ends" drops the first and the last one (the first only where that would leave none). With `whole` all layers
+        stay: nothing inside one that is left out is tried.
         """
         space = self.space
         keep = space.everything()
@@ -175,8 +176,9 @@ class Prover:
                 order = order[: max(1, round(fraction * units.numel()))]
             chosen = order[: min(units.numel(), size - 1)]
             keep[units[chosen]] = False
+        keep[layers] = True
         layers = layers[space.removable[layers]]
-        if layers.numel():
+        if layers.numel() and not whole:
             order = torch.tensor([0, -1])
             if not isinstance(fraction, str):
                 order = torch.randperm(layers.numel(), generator=self.generator)
@@ -201,6 +203,21 @@ class Prover:
         return worst, reason
 
     def _error(self, keep: Tensor) -> tuple[float, str]:
+        try:  # first, since most cuts that are wrong fail at once, where the frame takes its time
+            self.bank.recut_(keep)
+            found = self._outputs(keep)
+        except Exception as error:
+            return float("inf"), f"the compact network fails: {type(error).__name__}: {str(error).splitlines()[0]}"
+        finally:
+            self.bank.recut_(self.space.everything())
+        try:
+            worst = _gap(found, self._expected(keep))
+        finally:
+            self.bank.recut_(self.space.everything())
+        return worst, f"the compact network's outputs differ by {worst:.1e}"
+
+    def _expected(self, keep: Tensor) -> list[Tensor]:
+        """What the frame puts out with the absent structures zeroed; what was zeroed stays so."""
         with torch.no_grad():
             for name in self.space.parameters:
                 for axis in self.space.cut_axes.get(name, ()):
@@ -217,15 +234,7 @@ class Prover:
             skip_(self.frame, plain, plain)
             expected = self._outputs(shown=keep)
             skip_(self.frame, plain, {})
-        try:
-            self.bank.recut_(keep)
-            found = self._outputs(keep)
-        except Exception as error:
-            return float("inf"), f"the compact network fails: {type(error).__name__}: {str(error).splitlines()[0]}"
-        finally:
-            self.bank.recut_(self.space.everything())
-        worst = _gap(found, expected)
-        return worst, f"the compact network's outputs differ by {worst:.1e}"
+        return expected
 
     def adopt(self, found: list[Guess], keep: Tensor, *, thorough: bool = False) -> bool:
         """Let the first choice of attributes follow the surgery that makes `keep` exact; False if none does."""

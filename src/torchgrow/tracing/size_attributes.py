@@ -121,7 +121,7 @@ def _cut_off(model: nn.Module, space: Space) -> Iterator[Counted]:
 def choices(
     found: list[Guess], known: frozenset[str] = frozenset(), *, thorough: bool = False
 ) -> Iterator[list[Guess]]:
-    """What to try, in this order: what served before, what is sure, what is strong, everything.
+    """What to try, in this order: what served before, what is sure, the same without lists, what is strong, everything.
 
     Args:
         found: guesses, sure ones first, then strong ones.
@@ -130,7 +130,9 @@ def choices(
             end try every subset of a few attributes.
     """
     sure, strong = ([g for g in found if g.sure], [g for g in found if g.strong])
-    bases = [_one_each([g for g in found if g.attribute.name in known]), *map(_one_each, (sure, strong, found))]
+    served = [g for g in found if g.attribute.name in known]
+    plain = [g for g in sure if "[" not in g.attribute.name]  # one place of a list, such as a shift, may be chance
+    bases = [_one_each(some) for some in (served, sure, plain, strong, found)]
     flipped = [
         [other for other in base if other is not guess]
         if any(guess is other for other in base)

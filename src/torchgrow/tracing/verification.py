@@ -25,6 +25,7 @@ from .prover import TOLERANCE, Prover
 from .requests import Couples
 from .size_attributes import Guess, guesses
 from .tracer import replay
+from .unproven import undecided_frozen
 
 FRACTIONS = (0.3, "ends", 0.7, 0.5)
 """What the proof tries to remove from every group: random shares, and the first and the last unit ("ends").
@@ -81,10 +82,11 @@ def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) ->
         space = prover.space = prover.bank.space = gated(space, prover.frame, prover._outputs, TOLERANCE)
         free = _free_groups(space)
     found: list[Guess] | None = None
+    hopeless: set[frozenset[tuple[type[nn.Module], str]]] = set()
     while free:
         failed: dict[int, str] = {}
-        for fraction in FRACTIONS:
-            draw = prover.draw(fraction, free)
+        for fraction, whole in _draws(space):
+            draw = prover.draw(fraction, free, whole=whole)
             if prover.error(draw)[0] <= TOLERANCE:
                 continue
             if found is None:
@@ -94,8 +96,11 @@ def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) ->
             failed = _failing(prover, free, draw)
             for group in list(failed):
                 mine = [guess for guess in found if group in guess.groups]
-                if prover.adopt(mine, _only(prover.space, [group], draw), thorough=True):
+                kind = frozenset((type(model.get_submodule(g.attribute.module)), g.attribute.name) for g in mine)
+                if prover.adopt(mine, _only(prover.space, [group], draw), thorough=kind not in hopeless):
                     del failed[group]
+                else:  # blocks of one class fail alike, and a thorough search takes a hundred runs
+                    hopeless.add(kind)
             break
         else:
             return replace(prover.space, proven=True)
@@ -110,6 +115,14 @@ def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) ->
         free = _free_groups(space)
         prover.space = prover.bank.space = space
     return replace(prover.space, proven=True)
+
+
+def _draws(space: Space) -> list[tuple[float | str, bool]]:
+    """What to draw: every share, and where layers may go every share with all of them as well.
+
+    Of few layers the same one may go in all draws, and what is inside it is tried in none.
+    """
+    return [(fraction, whole) for whole in ((False, True) if space.slots else (False,)) for fraction in FRACTIONS]
 
 
 def _only(space: Space, groups: list[int], draw: Tensor) -> Tensor:
@@ -178,7 +191,7 @@ def trace(
         carried: outputs that become arguments of the next call and are cut as the model is, {argument: output},
             by position or name: {1: 1} for `out, state = model(x, state)`.
         proof: whether what was found is tried on copies of the model in float64, which takes many times its memory.
-            False: labels are followed on a copy on the meta device, and nothing is tried; see `verify`.
+            False: labels are followed on a copy on the meta device, and nothing is tried; what attributes count stays.
 
     Returns:
         The space, in which every removable unit came out exact (relative error at most 1e-9 in float64).
@@ -196,7 +209,7 @@ def trace(
         found = replay(model, example_inputs, freeze=freeze, couple=couple, carried=carried, slots=slots, failed=failed)
         space = with_layers(found, slots)
         if is_meta(model):
-            return space
+            return space if proof else undecided_frozen(model, space, example_inputs)
         proven = prove(model, space, example_inputs)
         costs = CostModel(proven)
         least = int(costs.both(costs.smallest())[0])
@@ -256,7 +269,9 @@ def verify(
     if not space.proven:
         raise TraceError("the model is on the meta device, where nothing can be proven; use trace for its units")
     prover = Prover(model, space, example_inputs, seed)
-    errors = [prover.error(prover.draw(fraction))[0] for _ in range(trials if _free_groups(space) else 0)]
+    count = trials if _free_groups(space) else 0
+    ways = (False, True) if space.slots else (False,)
+    errors = [prover.error(prover.draw(fraction, whole=whole))[0] for _ in range(count) for whole in ways]
     costs = CostModel(space)
     full, least = int(costs.both(costs.sizes)[0]), int(costs.both(costs.smallest())[0])
     worst = max(errors, default=0.0)

@@ -66,7 +66,7 @@ def compare(
     Raises:
         TorchgrowError: an unknown method, bad data, a loss that is not finite, another process at the same file.
     """
-    _check(methods)
+    _check(methods, recipe)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     recipe, data = with_data(recipe, console, folder, held_out=validate, device=chosen_device(device))
@@ -123,8 +123,13 @@ def recorded(recipe: Recipe, data: Data, methods: Sequence[str], out: Path = RES
     return found
 
 
-def _check(methods: Sequence[str]) -> None:
-    """Every method is one of `FIXED` or a way to grow."""
+def _check(methods: Sequence[str], recipe: Recipe) -> None:
+    """Every method is one of `FIXED` or a way to grow, from scratch."""
+    if recipe.weights:
+        raise TorchgrowError(
+            f"recipe {recipe.name!r} begins with weights, and networks are compared from scratch; leave weights out, "
+            "or run it alone: torchgrow run"
+        )
     for method in methods:
         if method not in FIXED:
             try:

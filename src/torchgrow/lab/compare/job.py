@@ -55,8 +55,9 @@ class Job:
             del config["channels_last"]
         if self.recipe.schedule != "wsd":
             del config["decay"]
-        if not self.recipe.source:
-            del config["source"]
+        for field in ("source", "mean", "std", "weights", "distil"):
+            if not config[field]:
+                del config[field]
         del config["preset"]
         return json.loads(json.dumps(config))
 

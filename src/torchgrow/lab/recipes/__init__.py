@@ -8,6 +8,18 @@ one reads.
 
 from torchgrow.lab.recipes.recipe import Recipe
 from torchgrow.lab.recipes.registry import RECIPES, from_json, get
+from torchgrow.lab.recipes.trained import to_shrink, trainable, with_own_classes
 from torchgrow.lab.recipes.variants import with_scale, with_shortcut, with_size
 
-__all__ = ["RECIPES", "Recipe", "from_json", "get", "with_scale", "with_shortcut", "with_size"]
+__all__ = [
+    "RECIPES",
+    "Recipe",
+    "from_json",
+    "get",
+    "to_shrink",
+    "trainable",
+    "with_own_classes",
+    "with_scale",
+    "with_shortcut",
+    "with_size",
+]

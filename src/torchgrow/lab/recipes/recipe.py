@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from torchgrow import Budget, Method, TorchgrowError
+from torchgrow import PRESETS, Budget, Method, TorchgrowError, policies
 from torchgrow.lab.names import DATASETS, OPTIMIZERS, PRECISIONS, SCHEDULES
 
 
@@ -54,8 +54,13 @@ class Recipe:
         freeze: parameters or modules that keep their width, as for `torchgrow.Grower`.
         shift: augmentation, largest shift of a training image in pixels.
         mirror: augmentation, whether half the training images are mirrored.
+        mean: of the colours of pixels in [0, 1], which is subtracted; None: the data set's own.
+        std: standard deviation of these colours, by which is divided; None: the data set's own.
         subset: training images, or words, to use; None means all.
-        preset: how the grower grows, as `torchgrow.Method.named` reads it.
+        preset: how the grower grows, as `torchgrow.policies.named` reads it.
+        weights: what the run begins with, as `torchgrow.lab.weights.network` reads it: all of that network, which is
+            then shrunk. None: with a seed of the frame.
+        distil: share of a teacher in the loss, in [0, 1]: the network that the run begins with, as it was.
         seed: of initial weights, batch order, augmentation and growth.
         threads: CPU threads to train with; None leaves it to PyTorch. Results repeat only at the same number.
         source: where `get` found it, if it is not one of ours: ``path/to/file.py:function``.
@@ -93,8 +98,12 @@ class Recipe:
     freeze: tuple[str, ...] = ()
     shift: int = 0
     mirror: bool = False
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     subset: int | None = None
     preset: str = "default"
+    weights: str | None = None
+    distil: float = 0.0
     seed: int = 0
     threads: int | None = None
     source: str | None = None
@@ -126,8 +135,11 @@ class Recipe:
         need("weight_decay", self.weight_decay >= 0, "at least 0")
         need("shift", self.shift >= 0, "at least 0 (pixels)")
         need("subset", self.subset is None or self.subset >= 1, "at least 1 (images, or words), or None for all")
+        need("std", self.std is None or min(self.std, default=0) > 0, "above 0 for every colour")
+        need("distil", 0 <= self.distil <= 1, "a share of the loss, at least 0 and at most 1")
+        need("distil", not self.distil or bool(self.weights), "0 without weights, which the teacher has")
         try:
-            Method.named(self.preset)
+            policies.named(self.preset)
         except TorchgrowError as error:
             raise TorchgrowError(f"recipe {self.name!r}: {error}") from None
         need("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
@@ -136,9 +148,14 @@ class Recipe:
 
     def updates_an_epoch(self) -> int:
         """How often the grower updates in each epoch."""
-        method = Method.named(self.preset)
-        often = 12 if method.draws == "ranked" else ceil((method.updates or 1) / self.epochs)
+        method = self.method()
+        ranked = method is None or method.draws == "ranked"
+        often = 12 if ranked else ceil(((method and method.updates) or 1) / self.epochs)
         return self.updates_per_epoch or often
+
+    def method(self) -> Method | None:
+        """The preset as a `torchgrow.Method`; None for one that is none, such as "shrink"."""
+        return Method.named(self.preset) if self.preset.partition(":")[0] in PRESETS else None
 
     def milestones_in_epochs(self) -> list[int]:
         """The epochs after which the learning rate drops; the one place where fractions become epochs."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from torchgrow import Budget, TorchgrowError
 from torchgrow.lab.recipes import images, sequences
+from torchgrow.lab.recipes.foreign import MODELS, of_model
 from torchgrow.lab.recipes.recipe import Recipe
 from torchgrow.lab.user_files import explained, is_file, made_in
 
@@ -27,6 +28,18 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "gpt-ptb": sequences.gpt_ptb,
 }
 """In the order of `torchgrow.lab.names.RECIPES`, which names them too."""
+
+
+LATER: dict[str, Any] = {
+    "channels_last": False,
+    "decay": 0.3,
+    "source": None,
+    "mean": None,
+    "std": None,
+    "weights": None,
+    "distil": 0.0,
+}
+"""Fields that records of older runs do not have."""
 
 
 def get(name: str) -> Recipe:
@@ -48,23 +61,33 @@ def get(name: str) -> Recipe:
     return RECIPES[name]()
 
 
-def _from_file(name: str) -> Recipe:
-    made = made_in(name, "a torchgrow.lab.recipes.Recipe")
-    if callable(made):
+def made(name: str) -> Any:
+    """What a function in a user's file returns, called without arguments.
+
+    Raises:
+        TorchgrowError: there is no such file or function, or it fails.
+    """
+    found = made_in(name, "a torchgrow.lab.recipes.Recipe")
+    if callable(found):
         path = str(Path(name.rpartition(":")[0]).resolve())
         with explained(f"{name} failed", "it is called without arguments and must return a Recipe", path):
-            made = made()
-    if not isinstance(made, Recipe):
+            found = found()
+    return found
+
+
+def _from_file(name: str) -> Recipe:
+    recipe = made(name)
+    if not isinstance(recipe, Recipe):
         raise TorchgrowError(
-            f"{name} returned {type(made).__name__}; return a torchgrow.lab.recipes.Recipe, such as "
+            f"{name} returned {type(recipe).__name__}; return a torchgrow.lab.recipes.Recipe, such as "
             'dataclasses.replace(torchgrow.lab.recipes.get("digits"), name="mine", build=MyModel, depth=False)'
         )
-    if not re.fullmatch(r"[\w.-]+", made.name) or made.name in RECIPES:
+    if not re.fullmatch(r"[\w.-]+", recipe.name) or recipe.name in RECIPES:
         raise TorchgrowError(
-            f"the recipe of {name} is called {made.name!r}; results are filed by that name, so choose one of its own "
+            f"the recipe of {name} is called {recipe.name!r}; results are filed by that name, so choose one of its own "
             "of letters, digits, - and _"
         )
-    return replace(made, source=name)
+    return replace(recipe, source=name)
 
 
 def from_json(config: dict[str, Any]) -> Recipe:
@@ -74,8 +97,8 @@ def from_json(config: dict[str, Any]) -> Recipe:
         TorchgrowError: a field is missing or not what `Recipe.as_json` writes.
     """
     try:
-        config = {"channels_last": False, "decay": 0.3, "source": None, **config}  # of runs before there were such
-        base = get(config["source"] or config["name"])
+        config = {**LATER, **config}
+        base = of_model(config["source"]) if config.get("model") in MODELS else get(config["source"] or config["name"])
         build = base.build.func if isinstance(base.build, partial) else base.build
         if config["model"] != build.__name__:
             raise TorchgrowError(f"the network of recipe {base.name!r} is {build.__name__}, not {config['model']}")
