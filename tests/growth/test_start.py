@@ -467,3 +467,43 @@ def test_an_optimizer_of_other_weights_is_refused() -> None:
     with pytest.raises(torchgrow.OptimizerError, match=r"has stepped on weights that start= replaces.*build the optim"):
         Grower(frame, optimizer, example_inputs=X, budget=Budget(params="60%"), updates=4, start=grown.model)
     assert not differences(before, frame.state_dict())
+
+
+def test_a_network_cut_twice_with_layers_left_out_goes_on(tmp_path: Path) -> None:
+    """Into the first frame, and as its own: what a left-out layer notes of other widths says nothing any more."""
+    x = layered.batch()[0]
+
+    def shrunk(model: nn.Module, share: str, start: Any = "frame", **more: Any) -> Grower:
+        policy = Shrink(importance="l1", until=0.5)
+        optimizer = sgd(model)
+        budget = Budget(params=share)
+        grower = Grower(
+            model, optimizer, example_inputs=x, budget=budget, updates=2, start=start, policy=policy, depth=True, **more
+        )
+        grower.finish()
+        return grower
+
+    def seen(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            y: Tensor = model.eval()(x)
+        return y
+
+    torch.manual_seed(0)
+    model = Stages().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) / 4)
+    once = shrunk(model, "45%")
+    assert once.depths() != once.full_depths(), "a layer is gone"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shrunk(model, "70%")
+        torchgrow.save(model, tmp_path)
+        small = torchgrow.load(tmp_path, lambda: Stages().double())
+        same(seen(small), seen(model))
+        frame = Stages().double()
+        on = Grower(
+            frame, sgd(frame), example_inputs=x, budget=Budget(params="90%"), updates=3, start=small, depth=True
+        )
+    same(seen(frame), seen(small))
+    assert sum(on.depths().values()) < sum(on.full_depths().values())

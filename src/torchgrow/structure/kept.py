@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import StructureError
 from .bank import Bank
-from .record import Record
+from .record import Record, skip_of
 from .store import Index
 
 
@@ -19,7 +19,7 @@ def keep_of(bank: Bank, record: Record, left_out: Collection[str], what: str) ->
     Raises:
         StructureError: it is no structure of this space; the message names a tensor.
     """
-    space, base = bank.space, bank.base.kept
+    space, base, below = bank.space, bank.base.kept, tuple(f"{path}." for path in left_out)
     keep = space.everything()
     for (name, axis), units in space.unit_of.items():
         where = record.kept.get(name, {}).get(axis)
@@ -28,13 +28,18 @@ def keep_of(bank: Bank, record: Record, left_out: Collection[str], what: str) ->
         before = base.get(name, {}).get(axis)
         live = torch.isin(torch.arange(units.numel()) if before is None else before, where)
         gone = units[~live]
-        keep[gone[gone >= 0]] = False
+        gone = gone[gone >= 0]
+        if name.startswith(below):  # empty: what came after it was left out has passed it by
+            gone = gone[space.owner[gone] >= 0]
+        keep[gone] = False
     for slot in space.slots:
         keep[slot.unit] = not all(path in left_out for path in slot.modules)
     keep = space.check_keep(keep)
     here = bank.record_of(keep)
-    strange = [name for name in space.cut_axes if not alike(here.kept.get(name, {}), record.kept.get(name, {}))]
-    strange += sorted(set(left_out) ^ bank.skipped(keep).keys())
+    there = [name for name in space.cut_axes if not name.startswith(below)]
+    strange = [name for name in there if not alike(here.kept.get(name, {}), record.kept.get(name, {}))]
+    absent = {path for path, module in bank.model.named_modules() if skip_of(module) is not None}
+    strange += sorted(set(left_out) ^ (bank.skipped(keep).keys() | absent))
     if strange:
         raise StructureError(
             f"{what} is of a structure that this run cannot have, as {strange[0]} shows: its frame was "
