@@ -115,7 +115,7 @@ def _taken_over(model: nn.Module, space: Space, small: nn.Module, exchange: Exch
             "torchgrow.load or load_state_dict brought back"
         )
     left_out = [path for path, module in modules.items() if skip_of(module) is not None]
-    keep = keep_of(Bank(model, space), recorded(modules.items()), left_out, "start")
+    keep = keep_of(Bank(model, space), recorded(modules.items()), left_out, "start", earlier=True)
     own, given = stored_tensors(plain_modules(model)), stored_tensors(modules)
     strange = sorted(own.keys() ^ given.keys())
     if strange:

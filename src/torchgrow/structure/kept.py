@@ -13,13 +13,20 @@ from .record import Record, skip_of
 from .store import Index
 
 
-def keep_of(bank: Bank, record: Record, left_out: Collection[str], what: str) -> Tensor:
-    """The units (bool [n]) that a record of the same first frame keeps; `what` has it, for errors.
+def keep_of(bank: Bank, record: Record, left_out: Collection[str], what: str, *, earlier: bool = False) -> Tensor:
+    """The units (bool [n]) that a record of the same first frame keeps.
+
+    Args:
+        bank: of the frame.
+        record: of the network.
+        left_out: its modules that are left out.
+        what: has it, for errors.
+        earlier: whether layers may be left out for long, so that what is noted of their insides is of other widths.
 
     Raises:
         StructureError: it is no structure of this space; the message names a tensor.
     """
-    space, base, below = bank.space, bank.base.kept, tuple(f"{path}." for path in left_out)
+    space, base, below = bank.space, bank.base.kept, tuple(f"{path}." for path in left_out if earlier)
     keep = space.everything()
     for (name, axis), units in space.unit_of.items():
         where = record.kept.get(name, {}).get(axis)
@@ -38,7 +45,7 @@ def keep_of(bank: Bank, record: Record, left_out: Collection[str], what: str) ->
     here = bank.record_of(keep)
     there = [name for name in space.cut_axes if not name.startswith(below)]
     strange = [name for name in there if not alike(here.kept.get(name, {}), record.kept.get(name, {}))]
-    absent = {path for path, module in bank.model.named_modules() if skip_of(module) is not None}
+    absent = {path for path, module in bank.model.named_modules() if earlier and skip_of(module) is not None}
     strange += sorted(set(left_out) ^ (bank.skipped(keep).keys() | absent))
     if strange:
         raise StructureError(
