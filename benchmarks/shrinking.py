@@ -29,10 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchgrow import Budget, TorchgrowError, measure
+from torchgrow import Budget, TorchgrowError, distillation_loss, measure
 from torchgrow.lab import recipes
 from torchgrow.lab.data import ImageData, Images, load_images
 from torchgrow.lab.environment import environment
@@ -102,12 +103,9 @@ def endless(data: ImageData, recipe: recipes.Recipe) -> Iterator[tuple[int, Tens
 
 def loss_of(scores: Tensor, labels: Tensor, taught: Tensor | None) -> Tensor:
     """Cross entropy, and where there is a teacher its softened scores too."""
-    loss = F.cross_entropy(scores, labels)
     if taught is None:
-        return loss
-    soft, wanted = F.log_softmax(scores / SOFTER, 1), F.log_softmax(taught / SOFTER, 1)
-    apart = F.kl_div(soft, wanted, reduction="batchmean", log_target=True)
-    return (1 - TAUGHT) * loss + TAUGHT * SOFTER**2 * apart
+        return F.cross_entropy(scores, labels)
+    return distillation_loss(scores, taught, labels, temperature=SOFTER, share=TAUGHT)
 
 
 def train(
@@ -246,7 +244,7 @@ class Runs:
 
     def say(self, text: str) -> None:
         """A line of progress."""
-        print(f"{time.strftime('%H:%M:%S')} {self.network.name} {text}", file=sys.stderr, flush=True)  # noqa: T201
+        Console(stderr=True).print(f"{time.strftime('%H:%M:%S')} {self.network.name} {text}", soft_wrap=True)
 
     def base(self, seed: int) -> nn.Module:
         """The trained network of a seed."""

@@ -22,6 +22,24 @@ from .kit import SMALLEST_GATE
 from .pace import UPDATES
 
 
+def read_edits(plain: Any, edits: str) -> dict[str, Any]:
+    """Fields of a dataclass as typed, "peak=1,gates=True", each of the type that it has in `plain`.
+
+    Raises:
+        ValueError: no such field, or not a value of it; its text is the edit.
+    """
+    kinds = {field.name: type(getattr(plain, field.name)) for field in fields(plain)}
+    changed: dict[str, Any] = {}
+    for edit in filter(None, edits.split(",")):
+        key, _, value = (part.strip() for part in edit.partition("="))
+        try:
+            kind = kinds[key]
+            changed[key] = {"True": True, "False": False}[value] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            raise ValueError(edit) from None
+    return changed
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """How a network grows, in one class for all ways; deprecated: see `torchgrow.policies`.
@@ -132,19 +150,13 @@ class Method:
         if name not in PRESETS:
             raise TorchgrowError(f"preset {name!r} is unknown; use one of {sorted(PRESETS)} or a torchgrow.Method")
         base = cls.paper(layers=layers) if name == "paper" else PRESETS[name]()
-        kinds = {field.name: type(getattr(base, field.name)) for field in fields(cls)}
-        changed: dict[str, Any] = {}
-        for edit in filter(None, edits.split(",")):
-            key, _, value = (part.strip() for part in edit.partition("="))
-            try:
-                kind = kinds[key]
-                changed[key] = {"True": True, "False": False}[value] if kind is bool else kind(value)
-            except (KeyError, ValueError):
-                raise TorchgrowError(
-                    f"{edit!r} in preset {text!r} is not a field of torchgrow.Method with its value; write it like "
-                    f"{name}:peak=1,gates=True (fields: {', '.join(kinds)})"
-                ) from None
-        return replace(base, **changed)
+        try:
+            return replace(base, **read_edits(base, edits))
+        except ValueError as edit:
+            raise TorchgrowError(
+                f"{str(edit)!r} in preset {text!r} is not a field of torchgrow.Method with its value; write it like "
+                f"{name}:peak=1,gates=True (fields: {', '.join(field.name for field in fields(cls))})"
+            ) from None
 
     @property
     def literal(self) -> bool:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 from ..errors import TorchgrowError
 from .combined import policy_of
-from .indicators import PRESETS, Method
+from .indicators import PRESETS, Method, read_edits
 from .policy import Policy
 from .shrink import Shrink
 
@@ -35,15 +34,11 @@ def named(text: str, *, layers: bool = False) -> Policy:
     if name not in BY_CLASS:
         return policy_of(Method.named(text, layers=layers))
     plain: Any = BY_CLASS[name]()
-    changed: dict[str, Any] = {}
-    for edit in filter(None, edits.split(",")):
-        key, _, value = (part.strip() for part in edit.partition("="))
-        try:
-            kind = {field.name: type(getattr(plain, field.name)) for field in fields(plain)}[key]
-            changed[key] = {"True": True, "False": False}[value] if kind is bool else kind(value)
-        except (KeyError, ValueError):
-            raise TorchgrowError(
-                f"{edit!r} in preset {text!r} is not a setting of torchgrow.policies.{type(plain).__name__} with its "
-                f"value; write it like {name}:until=0.3,importance=l1 (settings: {', '.join(plain.settings())})"
-            ) from None
+    try:
+        changed = read_edits(plain, edits)
+    except ValueError as edit:
+        raise TorchgrowError(
+            f"{str(edit)!r} in preset {text!r} is not a setting of torchgrow.policies.{type(plain).__name__} with its "
+            f"value; write it like {name}:until=0.3,importance=l1 (settings: {', '.join(plain.settings())})"
+        ) from None
     return BY_CLASS[name](**changed)
