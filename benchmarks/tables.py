@@ -268,6 +268,27 @@ def memory() -> str:
     )
 
 
+def birth() -> str:
+    """Accuracy by the scale that initial weights have."""
+    found = rows("birth.jsonl")
+    if not found:
+        return "Not measured yet."
+    arms = list(dict.fromkeys(row["arm"] for row in found))
+    tasks = list(dict.fromkeys((row["task"], row["judged"]) for row in found))
+    body = []
+    for task, judged in tasks:
+        by_arm = [[r for r in found if (r["task"], r["judged"], r["arm"]) == (task, judged, arm)] for arm in arms]
+        cells = [spread([row["accuracy"] for row in own], 1) for own in by_arm]
+        body.append([task, judged, str(len(by_arm[0])), str(by_arm[0][0]["epochs"]), *cells])
+    head = ["network", "images", "seeds", "epochs", "frame's scale %", "planned scale %", "direct %"]
+    return (
+        f"Grown to {found[0]['share']} of the parameters on digits by the default policy, with initial weights at the "
+        "scale of the frame (`rescale=False`) and of the widths planned; direct: the network of the second, from fresh "
+        f"weights.\n\nCommand: `python benchmarks/birth.py`. Measured on {machine(found, 'versions')}.\n\n"
+        + grid(head, body)
+    )
+
+
 def startup() -> str:
     """CPU seconds of commands that train nothing, and of the import."""
     found = rows("startup.jsonl")
@@ -296,6 +317,7 @@ def page() -> str:
         "## In short\n\n" + summary(COMPARISONS),
         "## Methods side by side\n\n" + comparisons(COMPARISONS, PICTURES.name),
         "## Layers and channels\n\n" + depth(),
+        "## Initial weights at the scale of the widths planned\n\n" + birth(),
         "## Trained networks made smaller\n\n" + shrinking(rows("shrinking.jsonl")),
         "## The paper's tables, without training\n\n" + dynamics(rows("paper-dynamics.jsonl")),
         "## The paper's course in fewer steps\n\n" + schedules(rows("paper-dynamics.jsonl")),

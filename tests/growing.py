@@ -174,3 +174,10 @@ def same_parameters(grower: Grower, oracle: Eq6, raw: dict[str, Tensor], where: 
     for name, parameter in raw.items():
         full = oracle.live(oracle.parameters, name)
         torch.testing.assert_close(parameter.detach(), full, rtol=1e-9, atol=1e-9, msg=f"{name} {where}")
+
+
+def begun_as(grower: Grower, frame: nn.Module) -> nn.Module:
+    """A fresh copy of the frame with the initial weights that the grower gave its own."""
+    for name, scale in grower.run.plan.scales.items():
+        frame.get_parameter(name).detach().mul_(scale)
+    return frame

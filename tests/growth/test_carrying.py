@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from drawn import zeroed
-from growing import STILL, indicators_of, same_indicators, same_parameters, sgd, step_both
+from growing import STILL, begun_as, indicators_of, same_indicators, same_parameters, sgd, step_both
 from oracle import Eq6
 from torchgrow import Budget, Grower, Method, Space, StructureError, TraceError, shrink_, trace
 from torchgrow.structure.surgery import recut
@@ -295,6 +295,7 @@ def test_growing_with_a_carried_state_is_literal_eq6(name: str) -> None:
     grower, frame = growing(name, method, updates, seed=1), build(name).eval()
     space, indicators = grower.space, indicators_of(grower)
     t = torch.zeros(space.n_units, dtype=torch.int64)
+    begun_as(grower, frame)
     oracle = Eq6(
         frame, sgd(frame), space, method, s=indicators.s, q=grower.keep, beta=torch.ones(space.n_units).double()
     )

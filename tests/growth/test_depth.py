@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from growing import indicators_of, same_indicators, same_parameters, step_both, view_of
+from growing import begun_as, indicators_of, same_indicators, same_parameters, step_both, view_of
 from layered import Plain, Residual, Stages, batch
 from oracle import Eq6
 from torchgrow import Budget, Grower, Limits, Method, Space, TraceError, load, save, shrink_, trace, verify
@@ -252,6 +252,7 @@ def test_grows_like_eq_6(block: type[nn.Module], kind: str) -> None:
     frame = Stages(block).double()
     grower = make(block, OPTIMIZERS[kind], preset=method, updates=40)
     indicators = indicators_of(grower)
+    begun_as(grower, frame)
     oracle = WithLayers(
         frame, OPTIMIZERS[kind](frame.parameters()), grower.space, method,
         s=indicators.s, q=grower.keep, beta=indicators.beta,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from growing import indicators_of
+from growing import begun_as, indicators_of
 from lookalikes import Madgrad, ScheduleFree
 from oracle import Eq6, SmallResNet
 from torchgrow import Budget, Grower, Method, TrainingError, trace
@@ -84,6 +84,7 @@ def make_pair(make: Make, penalty: float = 0.0, model: nn.Module | None = None) 
     policy.penalty = penalty
     assert not bool(keep.all())
     assert bool((indicators.gate[space.removable] < 0.2).any())
+    begun_as(grower, frame)
     oracle = Eq6(frame, make(frame), space, METHOD, s=indicators.s, q=keep, beta=indicators.beta)
     return Pair(live, grower, oracle)
 

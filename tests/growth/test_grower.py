@@ -16,6 +16,7 @@ from growing import (
     LITERAL,
     STILL,
     batch,
+    begun_as,
     differences,
     everything,
     indicators_of,
@@ -52,6 +53,7 @@ def test_growing_is_literal_eq6(preset: str) -> None:
     grower = make(method, updates=12, seed=1)
     torch.manual_seed(0)
     frame = SmallResNet().double()
+    begun_as(grower, frame)
     space, indicators = grower.space, indicators_of(grower)
     t = torch.zeros(space.n_units, dtype=torch.int64)
     oracle = Eq6(

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import zoo
-from growing import LITERAL, indicators_of, same_indicators, same_parameters, sgd, step_both
+from growing import LITERAL, begun_as, indicators_of, same_indicators, same_parameters, sgd, step_both
 from oracle import Eq6
 from torchgrow import Budget, Grower, Method
 
@@ -46,6 +46,7 @@ def test_growing_is_literal_eq6(name: str, preset: str) -> None:
     )
     space, indicators = grower.space, indicators_of(grower)
     t = torch.zeros(space.n_units, dtype=torch.int64)
+    begun_as(grower, frame)
     oracle = Eq6(
         frame, sgd(frame), space, method, s=indicators.s, q=grower.keep, beta=torch.ones(space.n_units).double()
     )

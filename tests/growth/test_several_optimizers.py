@@ -9,7 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from growing import batch, indicators_of, make, outputs, run, same_indicators, same_parameters, sgd, step_both, train
+from growing import (
+    batch,
+    begun_as,
+    indicators_of,
+    make,
+    outputs,
+    run,
+    same_indicators,
+    same_parameters,
+    sgd,
+    step_both,
+    train,
+)
 from oracle import Eq6, SmallResNet, TwoLayers
 from torchgrow import Budget, Grower, Method, OptimizerError, TrainingError
 
@@ -74,6 +86,7 @@ def test_several_optimizers_are_literal_eq6(split: Split, first_steps: int, back
     space, indicators = grower.space, indicators_of(grower)
     t = torch.zeros(space.n_units, dtype=torch.int64)
     ones = torch.ones(space.n_units).double()
+    begun_as(grower, frame)
     oracle = Eq6(frame, both, space, METHOD, s=indicators.s, q=grower.keep, beta=ones)
     changed = 0
     grower.optimizer = Both(list(grower.optimizers[::-1] if backwards else grower.optimizers))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from growing import indicators_of, same_indicators, same_parameters, sgd, step_both
+from growing import begun_as, indicators_of, same_indicators, same_parameters, sgd, step_both
 from oracle import Eq6
 from torchgrow import Budget, Grower, Method, measure
 from torchgrow.lab import from_recipe
@@ -52,6 +52,7 @@ def pair(name: str, optimizer: str, updates: int = 8) -> tuple[Grower, Eq6]:
     )
     n = grower.space.n_units
     s, q = indicators_of(grower).s, grower.keep
+    begun_as(grower, frame)
     return grower, Eq6(frame, made(frame), grower.space, PLAN, s=s, q=q, beta=torch.ones(n, dtype=torch.float64))
 
 

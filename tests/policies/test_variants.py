@@ -10,7 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chains import chain
-from growing import STILL, batch, indicators_of, run, same_indicators, same_parameters, sgd, step_both, view_of
+from growing import (
+    STILL,
+    batch,
+    begun_as,
+    indicators_of,
+    run,
+    same_indicators,
+    same_parameters,
+    sgd,
+    step_both,
+    view_of,
+)
 from oracle import Eq6, SmallResNet
 from torchgrow import Budget, Grower, Method, TorchgrowError, trace
 from torchgrow.policies import Random
@@ -58,6 +69,7 @@ def pair(method: Method, updates: int = 20) -> tuple[Grower, Variant]:
         model, sgd(model), example_inputs=batch(0)[0], budget=Budget(params="50%"), updates=updates, preset=method
     )
     indicators = indicators_of(grower)
+    begun_as(grower, frame)
     oracle = Variant(frame, sgd(frame), grower.space, method, s=indicators.s, q=grower.keep, beta=indicators.beta)
     oracle.generator = torch.Generator()
     return grower, oracle

@@ -32,7 +32,7 @@ from .shown import Shown
 from .start import check_start
 from .teacher import recalibrate, teacher_of
 
-PLANNED = {"model", "optimizers", "budget", "limits", "updates", "seed", "start", "policy", "space", "run"}
+PLANNED = {"model", "optimizers", "budget", "limits", "updates", "seed", "start", "rescale", "policy", "space", "run"}
 """Attributes of a grower that stay as they are."""
 
 
@@ -56,6 +56,9 @@ class Grower(Shown):
         start: what the run begins with: "seed"; "frame", the model as it is, with what it has learnt; some of its
             units, bool [n] as in `space`; or a network that was cut from such a model before, as `torchgrow.load` or
             a run left it: what that has learnt is taken into the model, and the run goes on from there.
+        rescale: whether weights that nothing has trained begin at the scale of the widths that the run is to end
+            with, rather than the frame's: as those of a network built so small (He et al., 2015, Eq 10). The rule they
+            were initialised by is told from their variance; where none with a fan fits, they stay. Never with `start`.
         preset: how it grows, by name: "default" (evenly beyond the budget, then the least important units of every
             group go), "shrink" (from the start down to the budget), "paper" (its own), "global" (with one temperature
             for all), "nas" (its settings for architecture search), "random" (its baseline); with other values behind
@@ -88,6 +91,7 @@ class Grower(Shown):
         budget: Budget,
         updates: int,
         start: str | Tensor | nn.Module = "seed",
+        rescale: bool = True,
         preset: str | Method | None = None,
         policy: Policy | None = None,
         seed: int = 0,
@@ -100,6 +104,7 @@ class Grower(Shown):
         check_start(start)
         chosen = _policy(preset, policy, layers=bool(depth))
         self.model, self.budget, self.updates, self.seed, self.start = model, budget, updates, seed, start
+        self.rescale = rescale
         self.optimizers = optimizers_of(optimizer)
         check_free(model, self.optimizers)
         with _all_or_nothing(model) as exchange:

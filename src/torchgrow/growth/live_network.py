@@ -59,7 +59,9 @@ class LiveNetwork:
     ) -> None:
         space = plan.space
         self.model, self.space, self.policy = model, space, policy
-        self.bank = Bank(model, space, seed=plan.seed, device=device, layouts=layouts, exchange=exchange)
+        self.bank = Bank(
+            model, space, seed=plan.seed, device=device, layouts=layouts, exchange=exchange, scales=plan.scales
+        )
         self.bank.growth = Growth(plan.updates)
         self.parameters = dict(model.named_parameters())
         self.watch = Watch(space, [layout.optimizer for layout in layouts], self.parameters)

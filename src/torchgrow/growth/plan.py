@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import TorchgrowError
 from ..policies import Policy, Shrink, View, named
-from ..policies.kit import one_per_group
+from ..policies.kit import evenly, one_per_group
 from ..structure.budget import check_feasible, fit
 from ..structure.cost import Cost, CostModel
 from ..structure.limits import Budget, Limits
@@ -35,6 +35,8 @@ class Plan:
         seed: of all draws.
         start: bool [n], the structure it begins with; None: the policy chooses.
         begins: the same as a state keeps it.
+        rescale: whether fresh weights begin at the scale of the widths that are planned.
+        scales: what that multiplies them by, by name.
     """
 
     space: Space
@@ -46,6 +48,8 @@ class Plan:
     seed: int
     start: Tensor | None = None
     begins: str = SEED
+    rescale: bool = True
+    scales: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, space: Space, budget: Budget, updates: int, seed: int) -> Plan:
@@ -77,6 +81,12 @@ class Plan:
         """The run as a policy sees it at an update."""
         limits, start = self.limit_tensor, self.start
         return View(self.space, self.costs, limits, number, self.updates, keep, rate, generator, start, weights)
+
+    def target(self, policy: Policy, view: View) -> Tensor:
+        """A structure of about the widths that the run will end with; if it begins with more, as in the view, that."""
+        planned = policy.target(view)
+        planned = evenly(view) if planned is None else self.legal(planned, policy, "target")
+        return view.keep if bool((view.cost(view.keep) > view.cost(planned)).any()) else planned
 
     def policy(self, given: Policy | None, *, layers: bool) -> Policy:
         """The policy that was given; else one that grows, or that shrinks where the start is beyond the budget."""
@@ -115,6 +125,7 @@ class Plan:
             "params": self.limits.params,
             "flops": self.limits.flops,
             "start": self.begins,
+            "rescale": self.rescale,
             "policy": type(policy).__name__,
             **{f"policy.{name}": value for name, value in policy.settings().items()},
         }

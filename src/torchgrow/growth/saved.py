@@ -44,9 +44,10 @@ def examine(state: Any, frame: dict[str, Any], settings: Mapping[str, Any]) -> d
         raise SavedModelError(f"the state has format {form!r}, this version of torchgrow reads {FORMAT}")
     saved = Field(state).fields(FIELDS, LATER)
     check_frame(saved["frame"], frame)
-    for key, field in saved["settings"].fields(settings.keys() - {"start"}, ("start",)).items():
-        if key == "start" and field.value is None and settings[key] == SEED:
-            continue  # there was no other
+    later = ("start", "rescale")
+    for key, field in saved["settings"].fields(settings.keys() - {*later}, later).items():
+        if field.value is None and (key == "rescale" or (key == "start" and settings[key] == SEED)):
+            continue  # there was no other, and its weights are in the state
         if type(field.value) is not type(settings[key]) or field.value != settings[key]:
             raise SavedModelError(
                 f"the state is of a run with {key}={str(field.value)[:60]}, this Grower has {settings[key]}; "

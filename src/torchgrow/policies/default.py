@@ -15,8 +15,7 @@ from torch import Tensor
 from .kit import aligned, around, deal, largest_share, none, one_per_group, pools, settled, shed, trapezoid
 from .policy import Policy, View
 
-MEMORY = 0.99
-"""Of the running mean of importance, per step."""
+MEMORY = 0.99  # of the running mean of importance, per step
 
 
 @dataclass(eq=False)
@@ -33,8 +32,7 @@ class Default(Policy):
         prune: what goes where the plan falls: "alike": the same share of every group; "worth": least worth its cost.
         align: widths of groups with at least 2 x align units are held at multiples of it, or below it.
         rank: in its pool, in (0, 1), the best lowest, float64 [n].
-        importance: running mean of (dL/dm)^2 over the steps in which a unit lived, float64 [n]: up to a factor what
-            the loss would rise by without it (Molchanov et al., 2019).
+        importance: running mean of (dL/dm)^2 (Molchanov et al., 2019) over steps in which a unit lived, float64 [n].
     """
 
     ramp: float = 0.03
@@ -67,8 +65,7 @@ class Default(Policy):
         sizes = torch.bincount(space.group_of, minlength=space.n_groups)
         self.multiples = self._steps = torch.where(sizes >= 2 * self.align, self.align, 1)
         self._most = torch.ones_like(self.rank)  # a layer beyond the budget would be trained only to be taken out again
-        if layers:
-            self._most[layers] = self._within(view, view.limits)[1]
+        self._most[layers] = self._within(view, view.limits)[1] if layers else 1.0
         seed = one_per_group(space, none(space), -self.rank) if view.start is None else view.start
         self._start = view.cost(seed)
         return seed
@@ -84,8 +81,7 @@ class Default(Policy):
             return view.keep, False
         self.importance = torch.where(view.space.present(view.keep), self.importance, 0.0)
         self.rank = deal(view.space, self.rank, self.importance, view.keep)
-        planned = self.planned(view)
-        exactly = view.update == final or torch.equal(planned, view.limits)
+        exactly = torch.equal(planned := self.planned(view), view.limits) or view.update == final
         if self.prune == "worth" and bool((view.cost(view.keep) > planned).any()):
             return shed(view.space, view.costs, view.keep, self.importance.sqrt(), planned, self._steps), exactly
         return self._within(view, planned)[0], exactly
@@ -93,6 +89,10 @@ class Default(Policy):
     def score(self, view: View) -> Tensor:
         """The best rank stays first."""
         return -self.rank
+
+    def target(self, view: View) -> Tensor:
+        """What is best-ranked now, at the budget."""
+        return self._within(view, view.limits)[0]
 
     def planned(self, view: View) -> Tensor:
         """Up to the peak, along it, and down to the budget."""

@@ -17,6 +17,7 @@ __all__ = [
     "aligned",
     "around",
     "deal",
+    "evenly",
     "fit",
     "gap",
     "gumbel",
@@ -145,6 +146,18 @@ def largest_share(view: View, ranks: Tensor, keep_at: Callable[[float], Tensor],
 def settled(updates: int, share: float) -> int:
     """The last update that changes the structure, where it rests for a share of them; at least for the last one."""
     return max(1, updates - max(1, math.ceil(share * updates)))
+
+
+def evenly(view: View) -> Tensor:
+    """The first units of every pool, of all the same share, as many as the budget allows; bool [n]."""
+    rank = torch.empty(view.space.n_units, dtype=torch.float64)
+    for pool in pools(view.space):
+        rank[pool] = (torch.arange(pool.numel(), dtype=rank.dtype) + 0.5) / pool.numel()
+
+    def keep_at(share: float) -> Tensor:
+        return one_per_group(view.space, rank < share, -rank)
+
+    return keep_at(largest_share(view, rank, keep_at, view.limits))
 
 
 def gap(view: View, keep: Tensor) -> float:

@@ -103,6 +103,13 @@ class Policy(ABC):
         """Who stays first when the grower trims or fills up to the budget, float [n]; by default who lives."""
         return view.keep.double()
 
+    def target(self, view: View) -> Tensor | None:
+        """A structure of about the widths that the run will end with, bool [n]: fresh weights are scaled for it.
+
+        Asked once, after `seed`. None: the same share of every group and stage, at the budget.
+        """
+        return None
+
     def planned(self, view: View) -> Tensor | None:
         """Cost planned for `view.update`, int64 [2]; None where nothing is planned. For summaries only."""
         return None

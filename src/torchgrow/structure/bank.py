@@ -124,6 +124,7 @@ class Bank:
         layouts: what the optimizers keep, where that is known already.
         exchange: its `undo` will bring a frame back to the meta device.
         stores: whether anything is stored; without, what is cut off is gone.
+        scales: what initial values are multiplied by, by name: of a frame on the meta device here, else before.
 
     Attributes:
         keep: bool [n], the units of the live model.
@@ -140,6 +141,7 @@ class Bank:
         layouts: Sequence[Layout] | None = None,
         exchange: Exchange | None = None,
         stores: bool = True,
+        scales: Mapping[str, float] | None = None,
     ) -> None:
         exchange = exchange or Exchange()
         self.model, self.space = model, space
@@ -157,7 +159,8 @@ class Bank:
         self.base = self.record = recorded(model.named_modules())  # of the generations before
         self.growth: Growth | None = None
         self.adapted = _adaptable_and_cut(model, space)
-        self.births = Births(model, seed) if is_meta(model) else None
+        self.scales = dict(scales or {})
+        self.births = Births(model, seed, scales) if is_meta(model) else None
         adapt_(model, self.adapted)
         self.full = {name: self._store(name) for name in space.cut_axes if stores}
         frame = {name: range(self.tensors[name].dim()) for name in space.cut_axes}

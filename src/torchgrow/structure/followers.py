@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters.registry import adapt_
 from ..errors import StructureError
@@ -41,6 +42,7 @@ def follower_of(bank: Bank, model: nn.Module, exchange: Exchange) -> Bank:
     live = {name: tuple(tensor.shape) for name, tensor in bank.tensors.items()}
     full = {name: bank.space.shapes[name] for name in live}
     if found == full:
+        _begun_alike_(bank, tensors, exchange)
         other = Bank(model, bank.space)
         other.stage(bank.keep).into(exchange)
         return other
@@ -64,6 +66,20 @@ def follower_of(bank: Bank, model: nn.Module, exchange: Exchange) -> Bank:
         stored.write(bank.index[name], tensors[name].detach().cpu())
     mark_(model.named_modules(), bank.record)
     return other
+
+
+@torch.no_grad()
+def _begun_alike_(bank: Bank, tensors: Mapping[str, Tensor], exchange: Exchange) -> None:
+    """Multiply a copy of the frame, made before its initial weights were, as they were; other weights stay."""
+    for name in bank.scales.keys() & bank.full.keys():
+        scaled, mine = tensors[name].detach().cpu() * bank.scales[name], bank.full[name].copy(tensors[name].dtype)
+        mine.write(bank.index[name], gather(scaled, bank.index[name]))
+        if not torch.equal(mine.read({}), scaled):
+            return
+    for name, scale in bank.scales.items():
+        tensor = tensors[name].detach()
+        exchange.after(tensor.copy_, tensor.clone())
+        tensor.mul_(scale)
 
 
 def stored_alike(bank: Bank, other: Bank) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -149,13 +149,14 @@ class Births:
     Args:
         model: the frame; a copy is kept, which costs nothing.
         seed: of all values.
+        scales: what to multiply tensors by, by name.
 
     Raises:
         TraceError: parameters or buffers that no `reset_parameters` of their module sets.
     """
 
-    def __init__(self, model: nn.Module, seed: int) -> None:
-        self.frame, self.seed = copy.deepcopy(model), seed
+    def __init__(self, model: nn.Module, seed: int, scales: Mapping[str, float] | None = None) -> None:
+        self.frame, self.seed, self.scales = copy.deepcopy(model), seed, dict(scales or {})
         self._last: tuple[str, nn.Module] | None = None  # several tensors of one module are asked for in a row
         bare = [
             f"{path}.{name}" if path else name
@@ -176,7 +177,8 @@ class Births:
         path, _, tensor = name.rpartition(".")
         if self._last is None or self._last[0] != path:
             self._last = path, self._born(path)
-        return _own(self._last[1])[tensor].detach().clone()
+        initial = _own(self._last[1])[tensor].detach()
+        return initial * self.scales[name] if name in self.scales else initial.clone()
 
     def forget(self) -> None:
         """Drop what was computed last."""

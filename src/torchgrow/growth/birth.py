@@ -1,0 +1,164 @@
+"""Initial weights at the scale of the network that is to come, not of the frame that it comes from.
+
+Initial weights have a variance c/n, where n is a fan of their tensor (He et al., 2015, arXiv 1502.01852, Eq 10; Glorot
+and Bengio, 2010, Eq 12). Cut out of a wide frame, those of a small network are too small by the root of the ratio of
+the two fans, in every layer once more; a norm hides it, without one signals and gradients die out. So weights that
+nothing has trained are multiplied by that root, for the widths that the run is to end with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..exchange import Exchange
+from ..structure.space import Space, live_positions
+from ..structure.store import Births, is_meta
+
+Shape = tuple[int, ...]
+
+CONSTANTS = (1 / 3, 1.0, 2.0, 25 / 9)
+"""Variances times fan: PyTorch's own uniform rule; LeCun's, Glorot's and orthogonal ones; He's; with tanh's gain."""
+
+STANDARD_ERRORS = 4.0
+"""By how many of its own a variance may miss a rule."""
+
+MOST = 2**20
+"""Values of a tensor that are looked at, about."""
+
+
+def _fan_in(shape: Shape) -> float:
+    return float(math.prod(shape[1:]))
+
+
+def _fan_out(shape: Shape) -> float:
+    return float(shape[0] * math.prod(shape[2:]))
+
+
+def _mean_fan(shape: Shape) -> float:
+    return (_fan_in(shape) + _fan_out(shape)) / 2
+
+
+FANS: dict[str, Callable[[Shape], float]] = {"in": _fan_in, "out": _fan_out, "mean": _mean_fan}
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A parameter whose initial values are random: the fans that its variance could come from, by name.
+
+    Attributes:
+        kind: parameters of one kind are taken to follow one rule.
+        fans: in the frame, and in the network planned.
+    """
+
+    kind: str
+    name: str
+    fans: Mapping[str, tuple[float, float]]
+    variance: float
+    count: int
+
+    def rules(self) -> Iterator[tuple[str, float]]:
+        """Fans and constants that give its variance, as near as can be told."""
+        miss = STANDARD_ERRORS * math.sqrt(2 / self.count) + 0.01
+        for fan, (frame, _) in self.fans.items():
+            for constant in CONSTANTS:
+                if abs(math.log(self.variance * frame / constant)) < miss:
+                    yield fan, constant
+
+    def alike(self, other: _Tensor) -> bool:
+        """Whether both may have the same variance."""
+        miss = STANDARD_ERRORS * math.sqrt(2 / min(self.count, other.count)) + 0.01
+        return abs(math.log(self.variance / other.variance)) < miss
+
+
+@torch.no_grad()
+def birth_scales(model: nn.Module, space: Space, planned: Tensor, seed: int = 0) -> dict[str, float]:
+    """What to multiply fresh parameters of a frame by, by name; those that stay as they are are left out.
+
+    The rule a parameter was initialised by is told from its variance, together with the others of its kind. Where no
+    rule with a fan fits, or one variance fits all shapes of the kind as well, it stays: weights of a fixed spread, as
+    transformers have them.
+
+    Args:
+        model: the frame, untrained.
+        space: of it.
+        planned: bool [n], a structure of the widths that the run is to end with.
+        seed: of all values of a frame on the meta device.
+    """
+    kinds: dict[str, list[_Tensor]] = {}
+    full = Births(model, seed).full if is_meta(model) else model.get_parameter
+    for found in _random(model, space, planned, full):
+        kinds.setdefault(found.kind, []).append(found)
+    scales = {}
+    for tensors in kinds.values():
+        votes = Counter(rule for tensor in tensors for rule in tensor.rules())
+        for tensor in tensors:
+            best = max(tensor.rules(), key=lambda rule: votes[rule], default=None)  # of several the first in `FANS`
+            if best is None or votes[best] < sum(tensor.alike(other) for other in tensors):
+                continue
+            frame, live = tensor.fans[best[0]]
+            if frame != live:
+                scales[tensor.name] = math.sqrt(frame / live)
+    return scales
+
+
+def rescale_(model: nn.Module, scales: Mapping[str, float], exchange: Exchange) -> None:
+    """Multiply parameters by name, in place; the exchange's `undo` takes it back. Those on the meta device are not."""
+    parameters = dict(model.named_parameters())
+    for name, scale in scales.items() if not is_meta(model) else ():
+        tensor = parameters[name].detach()
+        exchange.after(tensor.copy_, tensor.clone())
+        tensor.mul_(scale)
+
+
+def _random(model: nn.Module, space: Space, planned: Tensor, full: Callable[[str], Tensor]) -> Iterator[_Tensor]:
+    """The parameters that begin with random values around 0, a module at a time."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for path, module in model.named_modules():
+        own = {key: p for key, p in module.named_parameters(recurse=False) if p.is_floating_point()}
+        shapes = {key: _shapes(space, names[id(p)], tuple(p.shape), planned) for key, p in own.items()}
+        for key, parameter in own.items():
+            name, fans = names[id(parameter)], _fans(module, key, shapes)
+            at_home = name == (f"{path}.{key}" if path else key)  # else it is another module's, tied
+            if fans and at_home and parameter.numel() > 1:
+                values = full(name).detach().flatten()
+                values = values[:: 1 + values.numel() // MOST].double()
+                variance, spread = float(values.var()), STANDARD_ERRORS / math.sqrt(values.numel())
+                if variance > 0 and abs(float(values.mean())) < spread * math.sqrt(variance):
+                    kind = f"{type(module).__name__} {'bias' if parameter.dim() == 1 else 'weight'}"
+                    yield _Tensor(kind, name, fans, variance, values.numel())
+
+
+def _fans(module: nn.Module, key: str, shapes: Mapping[str, tuple[Shape, Shape]]) -> dict[str, tuple[float, float]]:
+    """By name, what the variance of a parameter may be a share of: in the frame, and in the network planned."""
+    frame, live = shapes[key]
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return {}
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        hidden = next(pair for name, pair in shapes.items() if name.startswith("weight_hh"))
+        return {"hidden": (float(hidden[0][0] // _gates(module)), float(hidden[1][0] // _gates(module)))}
+    if len(frame) > 1:
+        return {name: (fan(frame), fan(live)) for name, fan in FANS.items() if fan(frame) > 0 and fan(live) > 0}
+    weight = shapes.get("weight")
+    if key != "bias" or weight is None or len(weight[0]) < 2:
+        return {}
+    return {"in": (_fan_in(weight[0]), _fan_in(weight[1]))}
+
+
+def _gates(module: nn.Module) -> int:
+    """Rows of a recurrent weight per unit."""
+    if isinstance(module, (nn.LSTM, nn.LSTMCell)):
+        return 4
+    return 3 if isinstance(module, (nn.GRU, nn.GRUCell)) else 1
+
+
+def _shapes(space: Space, name: str, shape: Shape, keep: Tensor) -> tuple[Shape, Shape]:
+    """The shape of a tensor in the frame, and in a structure as if no layer were left out."""
+    axes = space.cut_axes.get(name, ())
+    live = {axis: int(live_positions(space.unit_of[name, axis], keep).sum()) for axis in axes}
+    return shape, tuple(max(1, live.get(axis, size)) for axis, size in enumerate(shape))
