@@ -168,7 +168,7 @@ def test_of_every_rule_the_one_that_was_used_is_found(policy: Policy) -> None:
         )
         plan = grower.run.plan
         view = plan.view(0, grower.keep, 1.0, grower.run.state.generator, dict)
-        planned = live_shapes(plan.space, plan.target(grower.policy, view))
+        planned = live_shapes(plan.space, plan.target(grower.policy, view, grower.keep))
         for layer in (0, 2, 4, 6):
             (o, i), (lo, li) = shapes[f"{layer}.weight"], planned[f"{layer}.weight"]
             ratio = {"in": i / li, "out": o / lo, "mean": (i + o) / (li + lo)}[fan]

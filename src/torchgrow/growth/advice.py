@@ -115,16 +115,19 @@ def summary(name: str, budget: Budget, way: Course, costs: CostModel, keep: Tens
 _MOST = 12
 
 
-def warn_trained(model: nn.Module, sign: str) -> None:
-    """Warn, with the ways on, that a model about to be cut to a seed looks trained: `sign` is what `trained` said."""
-    warnings.warn(
-        f"{type(model).__name__} looks trained ({sign}), and growing starts from a seed of it: what it computes "
-        "now is lost at once, and its weights come back only as units return. To start from all of it and shrink "
-        'it, use Grower(..., start="frame"); to grow from scratch, build the model anew. If it '
-        "is meant so, silence this with warnings.filterwarnings('ignore', message='.*looks trained')",
-        UserWarning,
-        stacklevel=5,
-    )
+def warn_if_trained(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], keep: Tensor) -> bool:
+    """Whether a model looks trained; if it is about to be cut to a seed, `keep`, that is told, with the ways on."""
+    sign = trained(model, optimizers)
+    if sign and not bool(keep.all()):
+        warnings.warn(
+            f"{type(model).__name__} looks trained ({sign}), and growing starts from a seed of it: what it computes "
+            "now is lost at once, and its weights come back only as units return. To start from all of it and shrink "
+            'it, use Grower(..., start="frame"); to grow from scratch, build the model anew. If it '
+            "is meant so, silence this with warnings.filterwarnings('ignore', message='.*looks trained')",
+            UserWarning,
+            stacklevel=5,
+        )
+    return bool(sign)
 
 
 def trained(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..structure.cost import Cost, CostModel
 from ..structure.limits import Budget, Limits
 from ..structure.space import Space
 from .attaching import tell_share
+from .birth import birth_scales
 from .start import SEED
 
 
@@ -82,11 +83,15 @@ class Plan:
         limits, start = self.limit_tensor, self.start
         return View(self.space, self.costs, limits, number, self.updates, keep, rate, generator, start, weights)
 
-    def target(self, policy: Policy, view: View) -> Tensor:
-        """A structure of about the widths that the run will end with; if it begins with more, as in the view, that."""
+    def target(self, policy: Policy, view: View, seed: Tensor) -> Tensor:
+        """A structure of about the widths that the run will end with; if it begins with more, its seed."""
         planned = policy.target(view)
         planned = evenly(view) if planned is None else self.legal(planned, policy, "target")
-        return view.keep if bool((view.cost(view.keep) > view.cost(planned)).any()) else planned
+        return seed if bool((view.cost(seed) > view.cost(planned)).any()) else planned
+
+    def scaled(self, model: nn.Module, policy: Policy, view: View, seed: Tensor) -> Plan:
+        """The plan with what the fresh weights of its frame are multiplied by."""
+        return replace(self, scales=birth_scales(model, self.space, self.target(policy, view, seed), self.seed))
 
     def policy(self, given: Policy | None, *, layers: bool) -> Policy:
         """The policy that was given; else one that grows, or that shrinks where the start is beyond the budget."""

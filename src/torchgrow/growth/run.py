@@ -26,9 +26,9 @@ from ..structure.optimizers import check_optimizers, first_rate, untrained_hint
 from ..structure.space import Space
 from ..tracing.model_call import examples_of
 from ..tracing.nested import tensors
-from .advice import Course, course, trained, warn_trained
+from .advice import Course, course, warn_if_trained
 from .attaching import pin_untrained, trained_names
-from .birth import birth_scales, rescale_
+from .birth import rescale_
 from .event import Event
 from .live_network import LiveNetwork
 from .live_state import LiveState, state_of
@@ -88,15 +88,12 @@ class Run:
         view = plan.view(0, space.everything(), 1.0, self.state.generator, lambda: dict(model.named_parameters()))
         chosen = plan.legal(policy.seed(view), policy, "seed")
         seed = chosen if plan.start is None else plan.start
-        sign = "" if plan.start is not None else trained(model, self.optimizers)
-        if sign and not bool(seed.all()):
-            warn_trained(model, sign)
+        learnt = plan.start is not None or warn_if_trained(model, self.optimizers, seed)
         self.ranks = Ranks()
         self.ranks.agree(lambda: self._decided(None, policy, self.state.generator))
         self.ranks.share([tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta])
-        if plan.rescale and plan.start is None and not sign:
-            planned = plan.target(policy, replace(view, keep=seed))
-            self.plan = plan = replace(plan, scales=birth_scales(model, space, planned, plan.seed))
+        if plan.rescale and not learnt:
+            self.plan = plan = plan.scaled(model, policy, view, seed)
             rescale_(model, plan.scales, exchange)
         self.live = LiveNetwork(model, plan, layouts, policy, self._step, device, exchange)
         self.seed_cost = plan.costs.both(plan.costs.live(seed))

@@ -143,13 +143,10 @@ class Bank:
         stores: bool = True,
         scales: Mapping[str, float] | None = None,
     ) -> None:
-        exchange = exchange or Exchange()
         self.model, self.space = model, space
         self.layouts = tuple(layouts_of(optimizer) if layouts is None else layouts)
         self.tensors = named_tensors(model)
-        wrong = [n for n, shape in space.shapes.items() if n not in self.tensors or self.tensors[n].shape != shape]
-        if wrong:
-            name = wrong[0]
+        for name in [n for n, s in space.shapes.items() if n not in self.tensors or self.tensors[n].shape != s]:
             found = tuple(self.tensors[name].shape) if name in self.tensors else "nothing"
             raise StructureError(
                 f"{name} is {found} but the space was traced with {space.shapes[name]}; the model must be the full "
@@ -163,13 +160,14 @@ class Bank:
         self.births = Births(model, seed, scales) if is_meta(model) else None
         adapt_(model, self.adapted)
         self.full = {name: self._store(name) for name in space.cut_axes if stores}
-        frame = {name: range(self.tensors[name].dim()) for name in space.cut_axes}
-        self.order = {name: memory_order(self.tensors[name], axes) for name, axes in frame.items()}
+        self.order = {
+            name: memory_order(self.tensors[name], range(self.tensors[name].dim())) for name in space.cut_axes
+        }
         self.slots: dict[tuple[str, str], Store] = {}
         self.keep = space.everything()
         self.index: dict[str, Index | None] = {name: {} for name in space.cut_axes}
         if self.births is not None:
-            self._materialise(self.births, device, exchange)
+            self._materialise(self.births, device, exchange or Exchange())
             self.keep, self.index = torch.zeros_like(self.keep), dict.fromkeys(space.cut_axes)
         self.trained = torch.zeros(space.n_units, dtype=torch.bool)  # units for which optimizer slots ever existed
 
