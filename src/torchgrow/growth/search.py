@@ -1,7 +1,7 @@
 """Shapes found by trying: candidates on the budget, trained a little, the better ones more (successive halving).
 
-Jamieson and Talwalkar, *Non-stochastic Best Arm Identification and Hyperparameter Optimization* (AISTATS 2016); judged
-by the mean training loss, which tells shapes apart early where accuracy at a high learning rate does not (docs/search.md).
+Successive halving: Jamieson and Talwalkar, *Non-stochastic Best Arm Identification and Hyperparameter Optimization*
+(AISTATS 2016). Judged is by the mean training loss, which tells shapes apart while the learning rate is high.
 """
 
 from __future__ import annotations
@@ -173,7 +173,9 @@ class Search:
         best = {id(trial) for trial in self._left or ()} if self._left and len(self._left) == 1 else set()
         lines = [f"{'*' if id(trial) in best else ' '} {trial}" for trial in self.trials]
         share = self.training_flops / max(1, self.dense_flops)
-        return "\n".join([*lines, f"training FLOPs so far: {self.training_flops:.3g}, {share:.2f} of one dense training"])
+        return "\n".join(
+            [*lines, f"training FLOPs so far: {self.training_flops:.3g}, {share:.2f} of one dense training"]
+        )
 
     # --- how it is done ---
 
@@ -221,12 +223,12 @@ def search(
     depth: bool | Sequence[Named] = False,
     carried: Carries | None = None,
 ) -> Search:
-    """Find the shape of a network by trying: candidates of exactly the budget are trained a little, the better half more.
+    """Find the shape of a network by trying: candidates of exactly the budget are trained a bit, the better ones more.
 
     A candidate is a plain small network, cut from a fresh frame, which your own loop trains. Nothing is trained before
-    you iterate: `for trial in search: print(trial)`, or `best = search.run()`. Afterwards `best.model` is trained as far
-    as the last rung; train it on (`search.length - best.done`), begin anew with `search.fresh(best)`, or let it grow
-    further: `Grower(factory(), ..., start=best.model)`.
+    you iterate: `for trial in search: print(trial)`, or `best = search.run()`. Afterwards `best.model` is trained as
+    far as the last rung; train it on (`search.length - best.done`), begin anew with `search.fresh(best)`, or let it
+    grow further: `Grower(factory(), ..., start=best.model)`.
 
     Memory: the networks of all candidates that are still in the race, and what `train` keeps for them.
 
@@ -239,9 +241,9 @@ def search(
             it fall afterwards. What the next call needs, such as the optimizer, goes into `trial.memory`.
         length: of a whole training, in the unit of `train`.
         samples: in one such unit; only for costs in FLOPs, shares of one dense training need none.
-        candidates: how many proposals, or your own: `torchgrow.policies.Shape`s, or keep vectors (bool [n]); of each the
-            nearest structure exactly at the budget is taken. None: so many proposals, at most 12 and at least 2, that
-            the search and a whole training of the winner from new weights cost less than one dense training.
+        candidates: how many proposals, or your own: `torchgrow.policies.Shape`s, or keep vectors (bool [n]); of each
+            the nearest structure exactly at the budget is taken. None: so many proposals, at most 12 and at least 2,
+            that the search and a whole training of the winner from new weights cost less than one dense training.
         rungs: rising shares of `length` after each of which the worse half goes; after the last one the best wins.
         seed: of all first weights, and of proposals.
         freeze: as for `trace`.
@@ -259,13 +261,9 @@ def search(
     frame = _frame(factory, seed)
     space = trace(frame, example_inputs, freeze=freeze, couple=couple, depth=depth, carried=carried)
     plan = Plan.of(frame, space, budget, updates=2, seed=seed)
-    found = _proposed(plan, at, length, candidates) if candidates is None or isinstance(candidates, int) else None
-    if found is None:
-        assert isinstance(candidates, Sequence)
-        found = [(_name(one, number), _given(plan, one)) for number, one in enumerate(candidates)]
     trials = [
         Trial(number, name, keep, plan.costs.cost(keep), space.widths(keep), depths_of(frame, space, keep))
-        for number, (name, keep) in enumerate(_once(space, found))
+        for number, (name, keep) in enumerate(_candidates(plan, at, length, candidates))
     ]
     return Search(factory, train, plan, trials, at, length, samples)
 
@@ -317,8 +315,21 @@ def _scale_(model: nn.Module, full: dict[str, tuple[int, ...]]) -> None:
 # --- candidates ---
 
 
+def _candidates(
+    plan: Plan, rungs: Sequence[int], length: int, wanted: int | Sequence[Shape | Tensor] | None
+) -> list[tuple[str, Tensor]]:
+    """Names and structures of what is tried, each structure once."""
+    if wanted is None or isinstance(wanted, int):
+        return _proposed(plan, rungs, length, wanted)
+    first: dict[tuple[int, ...], tuple[str, Tensor]] = {}
+    for number, one in enumerate(wanted):
+        keep = _given(plan, one)
+        first.setdefault(counts(plan.space, keep), (one.name if isinstance(one, Shape) else f"given {number}", keep))
+    return list(first.values())
+
+
 def _proposed(plan: Plan, rungs: Sequence[int], length: int, wanted: int | None) -> list[tuple[str, Tensor]]:
-    """Proposals with their structures: as many as wanted; None: as cost less, trained and all, than one dense network."""
+    """Proposals and their structures: as many as wanted; None: as many as cost less, in all, than a dense network."""
     space, view = plan.space, plan.view(0, plan.space.everything(), 1.0, torch.Generator(), dict)
     found: dict[tuple[int, ...], tuple[str, Tensor]] = {}
     flops: list[int] = []
@@ -352,18 +363,6 @@ def _given(plan: Plan, one: Any) -> Tensor:
         )
     keep = one_per_group(space, space.check_keep(one | ~space.removable), torch.zeros(space.n_units))
     return fit(space, plan.costs, keep, keep.double(), plan.limits, torch.ones(space.n_groups, dtype=torch.int64))
-
-
-def _name(one: Any, number: int) -> str:
-    return one.name if isinstance(one, Shape) else f"given {number}"
-
-
-def _once(space: Space, found: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """Each structure once, by its counts."""
-    first: dict[tuple[int, ...], tuple[str, Tensor]] = {}
-    for name, keep in found:
-        first.setdefault(counts(space, keep), (name, keep))
-    return list(first.values())
 
 
 # --- numbers ---

@@ -99,7 +99,7 @@ def run(
     """
     if every is not None and every < 1:
         raise TorchgrowError(f"a checkpoint can be written every 1 or more steps, not every {every}")
-    beside = _checked(beside)
+    beside = checked(beside)
     with processes.joined():
         begun = _begun(_filed(recipe), out) if processes.restarted() else None
         if begun:
@@ -107,7 +107,7 @@ def run(
         return _run(recipe, console, out, folder, download, device, {"beside": beside, "checkpoint_every": every})
 
 
-def _checked(beside: Sequence[str]) -> list[str]:
+def checked(beside: Sequence[str]) -> list[str]:
     """Networks to train beside the grown one, each once, those first whose size is known first."""
     for name in beside:
         kind, _, share = name.partition("=")
@@ -186,11 +186,24 @@ def resume(run: Path, *, console: Console, folder: Path | None = None, device: s
 def _resume(run: Path, console: Console, folder: Path | None, device: str) -> Path:
     target, first = run.with_name(run.name.removesuffix(".partial")), processes.rank() == 0
     run_folder = RunFolder(target, resume=True) if first else Onlooker(target)
-    config, before = run_folder.read_json("config.json"), run_folder.read_json("environment.json")
-    here = environment(chosen(device))
+    config = run_folder.read_json("config.json")
+    if "search" in config:
+        raise TorchgrowError(f"{run} is a search that was stopped; go on with it by: torchgrow search --resume {run}")
     recipe, how = from_json(config), config.get("run")
     if not isinstance(how, dict) or how.keys() != {"data", "beside", "checkpoint_every"}:
         raise TorchgrowError(f"{run_folder.path / 'config.json'} does not say how the run was started; start it anew")
+    as_before(run_folder, device, console)
+    folder = folder or (Path(how["data"]) if how["data"] else None)
+    recipe, data = with_data(recipe, console, folder, device=chosen(device))
+    start = begin(recipe, data) if recipe.weights else None
+    if start:
+        start.check(run_folder.read_json("weights.json").get("sha256"))
+    return _go(recipe, data, run_folder, console, start)
+
+
+def as_before(run_folder: RunFolder, device: str, console: Console) -> None:
+    """Take the number of threads that a run had, and tell what else differs here from where it began."""
+    before, here = run_folder.read_json("environment.json"), environment(chosen(device))
     if type(before.get("threads")) is int and before["threads"] > 0:
         torch.set_num_threads(before["threads"])
     for name in ("torch", "cpu", "device", "commit", "processes"):
@@ -199,12 +212,6 @@ def _resume(run: Path, console: Console, folder: Path | None, device: str) -> Pa
                 f"Note: {name} is {here.get(name)} and was {before.get(name)}; results may differ in the last bits",
                 soft_wrap=True,
             )
-    folder = folder or (Path(how["data"]) if how["data"] else None)
-    recipe, data = with_data(recipe, console, folder, device=chosen(device))
-    start = begin(recipe, data) if recipe.weights else None
-    if start:
-        start.check(run_folder.read_json("weights.json").get("sha256"))
-    return _go(recipe, data, run_folder, console, start)
 
 
 def _go(recipe: Recipe, data: Data, run_folder: RunFolder, console: Console, start: Start | None) -> Path:
@@ -254,12 +261,12 @@ def _train_all(
         if start:
             before = done["before"]
             size = f"{short(before.params)} parameters, {short(before.flops)} FLOPs, as it came"
-            display.say(f"{label('before'):<12} {_score(before):<10} {size}")
+            display.say(f"{label('before'):<12} {score_of(before):<10} {size}")
             if warning := start.warning(data):
                 display.say(warning)
         for name in names:
             if name not in done:
-                done[name] = _train(name, recipe, data, run_folder, display, done, start)
+                done[name] = train_network(name, recipe, data, run_folder, display, done, start)
                 ordered = {name: asdict(done[name]) for name in (*names[1:], grown) if name in done}
                 run_folder.write_json("results.json", ordered)
     return {name: done[name] for name in (*names[1:], grown)}
@@ -288,13 +295,13 @@ def _built(name: str, recipe: Recipe, data: Data, run_folder: RunFolder, done: d
         assert limit is not None
         width = uniform_width(recipe.build, limit)
     elif name == "uniform":
-        grown = done["shrunk" if recipe.weights else "grown"]
+        grown = next(done[own] for own in ("grown", "shrunk", "searched") if own in done)
         width = twin_width(recipe, data, params=grown.params, flops=grown.flops)
     torch.manual_seed(recipe.seed)
     return make_network(recipe.build, width, data.device)
 
 
-def _train(
+def train_network(
     name: str,
     recipe: Recipe,
     data: Data,
@@ -336,9 +343,9 @@ def _train(
         run_folder.append(last)
         display.epoch(last)
     assert last is not None
-    result = processes.told(_result(model, data, last))  # seconds differ
+    result = processes.told(result_of(model, data, last))  # seconds differ
     size = short(result.params)
-    display.say(f"{label(name):<12} {_score(result):<10} {size:>6} parameters, {result.seconds:.1f} s of training")
+    display.say(f"{label(name):<12} {score_of(result):<10} {size:>6} parameters, {result.seconds:.1f} s of training")
     if grower:
         with processes.first_alone():  # the others may load what the first one saves
             if processes.rank() == 0:
@@ -346,7 +353,7 @@ def _train(
     return result
 
 
-def _result(model: nn.Module, data: Data, last: Epoch) -> Result:
+def result_of(model: nn.Module, data: Data, last: Epoch) -> Result:
     """Measured again on the network as it is delivered, after the grower's last update."""
     cost = measure(model, data.example())
     return Result(
@@ -358,7 +365,8 @@ def _result(model: nn.Module, data: Data, last: Epoch) -> Result:
     )
 
 
-def _score(result: Result) -> str:
+def score_of(result: Result) -> str:
+    """What a network came to, with the name of the metric if that has no unit."""
     metric = metric_of(vars(result))
     return metric.show(getattr(result, metric.name)) + ("" if metric.unit else f" {metric.name}")
 

@@ -1,7 +1,7 @@
 """Grow once, late: a small network learns for most of the run, then takes on the size of the budget.
 
-The cheap steps come first. It pays, if it does, where the learning rate stays constant until after the growth, and falls
-then (`torchgrow.warmup_stable_decay`); the yardstick is the final structure trained from scratch with as many FLOPs.
+The cheap steps come first. It pays, if it does, where the learning rate stays constant until after the growth and falls
+then (`torchgrow.warmup_stable_decay`); the yardstick is the final structure, trained from scratch with as many FLOPs.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class Late(Policy):
     The structure at the budget has the same share p of every group, and p^layer_lag of the layers of every stage. The
     small one is a part of it: the units that live go on, and no group gets more than twice as many with the default.
 
-    Progressive stacking and its like: SPARKLING (arXiv 2602.02472) doubles widths at half of the training, zero/one-layer
-    expansion (arXiv 2511.04981) adds layers at 0.8 of it.
+    SPARKLING (arXiv 2602.02472) doubles widths at half of the training, zero/one-layer expansion (arXiv 2511.04981)
+    adds layers at 0.8 of it. Newborn units begin as the frame drew them.
 
     Attributes:
         until: share of the updates in which the structure is small.
         factor: in groups: how many times wider the structure at the budget is at most.
-        grow: "width": groups, all layers are there from the start; "layers": those that may be left out come late, groups
-            have their widths from the start; "both".
+        grow: "width": groups, all layers are there from the start; "layers": those that may be left out come late,
+            groups have their widths from the start; "both".
         layer_lag: as of `Default`.
         target: bool [n], the structure at the budget.
     """
@@ -46,7 +46,7 @@ class Late(Policy):
         self.check(until=(0, 1), factor=(1, 1e6), grow=("width", "layers", "both"), layer_lag=(1, 1e3))
 
     def seed(self, view: View) -> Tensor:
-        """The small structure; where the run has a start, that one, and the target has it as far as the budget holds."""
+        """The small structure; of a run with a start the target has that one, as far as the budget holds."""
         space = view.space
         rank = self._ranks(view)
         must = one_per_group(space, none(space), -rank)

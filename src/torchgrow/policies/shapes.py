@@ -56,8 +56,8 @@ class Shape:
         self._check(space)
         multiples = [1.0] * space.n_groups
         for pattern, multiple in self.widths.items():
-            for group, name in enumerate(space.group_names):
-                multiples[group] *= multiple if _matches(name, pattern) else 1.0
+            for number, name in enumerate(space.group_names):
+                multiples[number] *= multiple if _matches(name, pattern) else 1.0
         sizes = torch.bincount(space.group_of, minlength=space.n_groups)
         order = torch.argsort(space.group_of, stable=True)  # group by group, units in their own order
         place = torch.arange(space.n_units) - (torch.cumsum(sizes, 0) - sizes)[space.group_of[order]]
@@ -93,7 +93,8 @@ class Shape:
 
     def and_(self, other: Shape) -> Shape:
         """Both together."""
-        widths = {name: self.widths.get(name, 1.0) * other.widths.get(name, 1.0) for name in self.widths | other.widths}
+        names = {**self.widths, **other.widths}
+        widths = {name: self.widths.get(name, 1.0) * other.widths.get(name, 1.0) for name in names}
         return Shape(f"{self.name}, {other.name}", {**self.depths, **other.depths}, widths)
 
     def _check(self, space: Space) -> None:
@@ -106,8 +107,8 @@ class Shape:
                     f"there are {known or 'none: search with depth=True'}"
                 )
         for pattern, multiple in self.widths.items():
-            known = [name for name in space.group_names if _matches(name, pattern)]
-            if not known or not 0 < multiple < 1e6:
+            found = [name for name in space.group_names if _matches(name, pattern)]
+            if not found or not 0 < multiple < 1e6:
                 raise StructureError(
                     f"shape {self.name!r} has widths {pattern!r}: {multiple!r}; it must name groups of the space and "
                     f"multiply their width by a number above 0; groups are {', '.join(space.group_names)}"
@@ -205,7 +206,10 @@ def _kinds(space: Space) -> list[Shape]:
     kinds = [("inner", list(itertools.chain(*found.values())))] if len(found) != 1 else []
     kinds += [(kind, names) for kind, names in found.items() if len(names) > 1]
     return [
-        Shape(f"{kind} x{ratio:g}", {}, dict.fromkeys(names, ratio)) for kind, names in kinds for ratio in RATIOS if names
+        Shape(f"{kind} x{ratio:g}", {}, dict.fromkeys(names, ratio))
+        for kind, names in kinds
+        for ratio in RATIOS
+        if names
     ]
 
 
