@@ -140,12 +140,14 @@ class _Trials:
         run_folder, until = self.run_folder, trial.done + more
         assert run_folder is not None
         assert self.display is not None
-        if len(run_folder.epochs(named(trial))) < until:
+        known = len(run_folder.epochs(named(trial)))
+        if known < until:
             frame = measure(make_network(self.recipe.build, 1.0, self.data.device), self.data.example())
             self.display.start(named(trial), epochs=until, frame=frame, limits={}, full={})
             for record in self.epochs(trial, until):
-                run_folder.append(record)
-                self.display.epoch(record)
+                if record.epoch > known:  # after a stop one epoch is trained again, from the checkpoint before it
+                    run_folder.append(record)
+                    self.display.epoch(record)
         losses = [record.loss for record in run_folder.epochs(named(trial))[trial.done : until]]
         return sum(losses) / len(losses)
 
@@ -281,9 +283,11 @@ def _winner(recipe: Recipe, data: Data, run_folder: RunFolder, found: Search, tr
             run_folder.append(_counted(record, flops, seconds))
         here = trial.done < whole or "training" not in trial.memory  # after a stop the model is as it began
         records = trials.epochs(trial, whole) if here else iter(())
+    known = len(run_folder.epochs(SEARCHED))
     for record in records:
-        run_folder.append(_counted(record, flops, seconds))
-        display.epoch(_counted(record, flops, seconds))
+        if record.epoch > known:
+            run_folder.append(_counted(record, flops, seconds))
+            display.epoch(_counted(record, flops, seconds))
     last = run_folder.epochs(SEARCHED)[-1]
     result = result_of(model, data, last)
     display.say(f"{SEARCHED:<12} {score_of(result):<10} {short(result.params):>6} parameters, trial {trial.number}")
