@@ -69,7 +69,8 @@ _PRESET_HELP = (
 )
 _BESIDE_HELP = (
     "Networks to train beside the grown one, with spaces between: dense, uniform (the grown one's size), "
-    "uniform=50% (of the dense one's parameters), direct (the grown one's structure from scratch)."
+    "uniform=50% (of the dense one's parameters), direct (the grown one's structure from scratch), "
+    "direct=flops (the same for as many training FLOPs)."
 )
 
 _SHRINK_HELP = f"One of {names.SHRINKABLE}. A file is executed as Python."

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import torchgrow
+import torchgrow.lab.train
 from torchgrow import Budget, TorchgrowError
 from torchgrow.cli import app
 from torchgrow.lab import checkpoints, report, run, search
@@ -220,6 +221,24 @@ def test_the_tables_tell_trials_and_costs(tmp_path: Path) -> None:
     results = read(tmp_path / "out", "results.json")
     share = results["searched"]["training_flops"] / results["dense"]["training_flops"]
     assert shares[2] == pytest.approx(share, abs=0.01)
+
+
+def test_a_shape_that_diverges_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it comes along to the next rung for want of others; its whole rung counts as spent."""
+    original = torchgrow.lab.train._step
+
+    def step(where: str, loss: Any, *arguments: Any) -> float:
+        return original(where, loss * (torch.nan if re.match("trial=[012]", where) else 1), *arguments)
+
+    monkeypatch.setattr(torchgrow.lab.train, "_step", step)
+    out = start(tmp_path / "out", beside=())
+    found, results = read(out, "search.json"), read(out, "results.json")
+    assert found["winner"] == 3
+    assert [trial["losses"][0] for trial in found["trials"][:3]] == [None] * 3
+    assert sorted(len(trial["losses"]) for trial in found["trials"]) == [1, 1, 2, 2]
+    winner = found["trials"][3]
+    left = winner["training_flops"] // winner["epochs"] * (TINY.epochs - winner["epochs"])
+    assert results["searched"]["training_flops"] == found["training_flops"] + left
 
 
 def test_runs_and_searches_are_not_mixed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

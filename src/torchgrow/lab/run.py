@@ -1,8 +1,9 @@
 """One run: grow a network, train others beside it, and leave a run folder behind."""
 
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from torchgrow.lab.train import Epoch, fit, judged
 from torchgrow.lab.trained import Start, begin, loading, what_it_cost
 
 TWINS = ("dense", "uniform")
+AS_DEAR = "direct=flops"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,8 @@ def run(
         download: whether the data may be downloaded.
         beside: what else to train: "dense", the whole frame; "uniform", every width narrowed by one factor to the grown
             network's parameters (or FLOPs, if those are all that is budgeted); "uniform=50%", to this share of the
-            dense network's parameters; "direct", the structure that was grown, from scratch.
+            dense network's parameters; "direct", the structure that was grown, from scratch; "direct=flops", the same
+            for so many epochs that it costs as many training FLOPs as the grown one, or up to an epoch more.
         every: steps after which to write a checkpoint in the middle of an epoch; there is one at the end of each.
         device: where to train, one of `torchgrow.lab.names.DEVICES`.
 
@@ -111,13 +114,14 @@ def checked(beside: Sequence[str]) -> list[str]:
     """Networks to train beside the grown one, each once, those first whose size is known first."""
     for name in beside:
         kind, _, share = name.partition("=")
-        if name not in (*TWINS, "direct") and not (kind == "uniform" and re.fullmatch(r"[\d.]+%", share)):
+        if name in (*TWINS, "direct", AS_DEAR):
+            continue
+        if not (kind == "uniform" and re.fullmatch(r"[\d.]+%", share)):
             raise TorchgrowError(
                 f"{name!r} is no network to train beside the grown one; there are dense, uniform, uniform=50% (of the "
-                "dense one's parameters) and direct"
+                "dense one's parameters), direct and direct=flops (for as many training FLOPs)"
             )
-        if share:
-            Budget(params=share)
+        Budget(params=share)
     return sorted(dict.fromkeys(beside), key=lambda name: ("dense", "uniform", "direct").index(name.partition("=")[0]))
 
 
@@ -284,7 +288,7 @@ def _built(name: str, recipe: Recipe, data: Data, run_folder: RunFolder, done: d
     if name == "grown":
         torch.manual_seed(recipe.seed)
         return make_network(build, 1.0, data.device, meta=recipe.meta)
-    if name == "direct":
+    if name in ("direct", AS_DEAR):
         found = torchgrow.load(run_folder.path / "network", partial(build, 1.0))
         torch.manual_seed(recipe.seed)
         return initialised(found).to(data.device)
@@ -295,10 +299,22 @@ def _built(name: str, recipe: Recipe, data: Data, run_folder: RunFolder, done: d
         assert limit is not None
         width = uniform_width(recipe.build, limit)
     elif name == "uniform":
-        grown = next(done[own] for own in ("grown", "shrunk", "searched") if own in done)
+        grown = _own(done)
         width = twin_width(recipe, data, params=grown.params, flops=grown.flops)
     torch.manual_seed(recipe.seed)
     return make_network(recipe.build, width, data.device)
+
+
+def _own(done: dict[str, Result]) -> Result:
+    """Of the network that the run is about, which the others take their size from."""
+    return next(done[own] for own in ("grown", "shrunk", "searched") if own in done)
+
+
+def _as_dear(model: nn.Module, recipe: Recipe, data: Data, flops: int) -> Recipe:
+    """The recipe with so many epochs that training the network takes these FLOPs, or up to an epoch more."""
+    steps, samples = extent(model, data, recipe)
+    each = 3 * measure(model, data.example()).flops * steps * samples
+    return replace(recipe, epochs=max(2, math.ceil(flops / each) - recipe.then))
 
 
 def train_network(
@@ -318,6 +334,8 @@ def train_network(
         model, optimizer, grower, teacher = start.model, start.optimizer, start.grower, start.teacher
     else:
         model = _built(name, recipe, data, run_folder, done)
+        if name == AS_DEAR:
+            recipe = _as_dear(model, recipe, data, _own(done).training_flops or 0)
         optimizer = make_optimizer(model, recipe)
     limits: dict[str, int | None] = {}
     full: dict[str, int] = {}

@@ -1,5 +1,6 @@
 """A search for the shape of a recipe's network, the training of its winner, and the run folder they leave behind."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import torchgrow
-from torchgrow import Search, TorchgrowError, Trial, measure
+from torchgrow import Search, TorchgrowError, TrainingError, Trial, measure
 from torchgrow.lab import processes, report
 from torchgrow.lab.checkpoints import Checkpoints
 from torchgrow.lab.data import Data
@@ -136,18 +137,24 @@ class _Trials:
     display: Display | None = None
 
     def train(self, trial: Trial, more: int) -> float:
-        """As `torchgrow.search` wants it: so many epochs more; returns the mean training loss of these."""
+        """As `torchgrow.search` wants it: so many epochs more; the mean training loss of these, infinite if it is."""
         run_folder, until = self.run_folder, trial.done + more
         assert run_folder is not None
         assert self.display is not None
         known = len(run_folder.epochs(named(trial)))
+        if trial.losses and math.isinf(trial.losses[-1]):
+            return math.inf
         if known < until:
             frame = measure(make_network(self.recipe.build, 1.0, self.data.device), self.data.example())
             self.display.start(named(trial), epochs=until, frame=frame, limits={}, full={})
-            for record in self.epochs(trial, until):
-                if record.epoch > known:  # after a stop one epoch is trained again, from the checkpoint before it
-                    run_folder.append(record)
-                    self.display.epoch(record)
+            try:
+                for record in self.epochs(trial, until):
+                    if record.epoch > known:  # after a stop one epoch is trained again, from the checkpoint before it
+                        run_folder.append(record)
+                        self.display.epoch(record)
+            except TrainingError as error:  # this shape does not train at such a rate; others may
+                self.display.say(str(error))
+                return math.inf
         losses = [record.loss for record in run_folder.epochs(named(trial))[trial.done : until]]
         return sum(losses) / len(losses)
 
@@ -264,8 +271,8 @@ def _winner(recipe: Recipe, data: Data, run_folder: RunFolder, found: Search, tr
     """Train the winner to the end, on from what it has or anew; its records count the whole search's cost."""
     trial, display = found.winner, trials.display
     assert display is not None
-    spent = [run_folder.epochs(named(one))[-1] for one in found.trials]
-    flops, seconds = sum(one.training_flops for one in spent), sum(one.seconds for one in spent)
+    flops = found.training_flops
+    seconds = sum(one.seconds for trial in found.trials for one in run_folder.epochs(named(trial))[-1:])
     whole = recipe.epochs + recipe.then
     frame = measure(make_network(recipe.build, 1.0, data.device), data.example())
     display.start(SEARCHED, epochs=whole, frame=frame, limits={}, full={})
@@ -278,7 +285,7 @@ def _winner(recipe: Recipe, data: Data, run_folder: RunFolder, found: Search, tr
     else:
         assert trial.model is not None
         model, own = trial.model, run_folder.epochs(named(trial))
-        flops, seconds = flops - own[-1].training_flops, seconds - own[-1].seconds
+        flops, seconds = flops - trial.training_flops, seconds - own[-1].seconds
         for record in own[len(run_folder.epochs(SEARCHED)) :]:  # after a stop some are there
             run_folder.append(_counted(record, flops, seconds))
         here = trial.done < whole or "training" not in trial.memory  # after a stop the model is as it began
@@ -317,7 +324,7 @@ def described(found: Search) -> dict[str, Any]:
             "flops": trial.cost.flops,
             "widths": trial.widths,
             "depths": trial.depths,
-            "losses": trial.losses,
+            "losses": [loss if math.isfinite(loss) else None for loss in trial.losses],
             "epochs": trial.done,
             "training_flops": trial.training_flops,
         }
