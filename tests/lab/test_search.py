@@ -94,19 +94,29 @@ def test_the_cost_of_the_search_is_in_the_result(folder: Path) -> None:
     assert not (folder / "checkpoints").exists()
 
 
-def test_the_winner_is_what_its_shape_alone_would_come_to(folder: Path) -> None:
-    found = read(folder, "search.json")
-    _, data = with_data(TINY, quiet(), None)
-    factory = partial(make_network, TINY.build, 1.0, data.device)
+class Dropping(ResNet):
+    """Draws random numbers while it trains."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(super().forward(x), 0.1, self.training)
+
+
+def test_the_winner_is_what_its_shape_alone_would_come_to(tmp_path: Path) -> None:
+    """Bit for bit: other trials in between take no random numbers from it."""
+    recipe = replace(TINY, build=partial(Dropping, depth=14, widths=(4, 8, 16), in_channels=1))
+    how: Any = {"candidates": 2, "rungs": (0.25, 0.5)}
+    out = search.search(recipe, console=quiet(), out=tmp_path / "out", beside=(), **how)
+    found = read(out, "search.json")
+    _, data = with_data(recipe, quiet(), None)
+    factory = partial(make_network, recipe.build, 1.0, data.device)
     again = torchgrow.search(
-        factory, TINY.budget, example_inputs=data.example(), train=lambda *_: 0.0, length=4, candidates=4, depth=True
+        factory, recipe.budget, example_inputs=data.example(), train=lambda *_: 0.0, length=4, depth=True, **how
     )
-    trial = again.trials[found["winner"]]
-    model = again.fresh(trial)
-    torch.manual_seed(TINY.seed)
-    for _ in fit("alone", model, make_optimizer(model, TINY), data, TINY):
+    model = again.fresh(again.trials[found["winner"]])
+    torch.manual_seed(recipe.seed)
+    for _ in fit("alone", model, make_optimizer(model, recipe), data, recipe):
         pass
-    saved = torchgrow.load(folder / "network", factory)
+    saved = torchgrow.load(out / "network", factory)
     for (name, one), other in zip(model.state_dict().items(), saved.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
 
