@@ -66,7 +66,8 @@ def test_commands_are_read(page: Path, line: str, monkeypatch: pytest.MonkeyPatc
         return
     assert words[0] == "torchgrow", f"{page}: who runs {line!r}?"
     calls: list[str] = []
-    for name in ("torchgrow.lab.run.run", "torchgrow.lab.run.resume", "torchgrow.lab.compare.compare"):
+    trainings = ("run.run", "run.resume", "search.search", "search.resume", "compare.compare")
+    for name in (f"torchgrow.lab.{training}" for training in trainings):
         monkeypatch.setattr(name, lambda *_, **__: calls.append("trained"))
     (tmp_path / "my_recipe.py").write_text(
         "from dataclasses import replace\nfrom torchgrow.lab.recipes import get\n"

@@ -26,12 +26,12 @@ APART = {"tracing": "persistence"}
 LAB_ORDER = [
     "__init__", "names", "user_files", "frames", "weights", "devices", "processes", "environment", "metrics", "models",
     "recurrent", "attention", "text", "data", "recipes", "from_recipe", "checkpoints", "train", "trained", "baselines",
-    "display", "report", "run_folder", "results", "compare", "pages", "run", "sources", "inspect",
+    "display", "report", "run_folder", "results", "compare", "pages", "run", "search", "sources", "inspect",
 ]  # fmt: skip
 BEYOND = {
     "inspect": {"torchgrow.structure.budget", "torchgrow.structure.cost"}
 }  # it shows the core's own counts and answers
-OUTSIDE = {"__main__", "cli"}
+OUTSIDE = {"__main__", "cli", "options"}
 CORE_NEEDS = {"torch", "safetensors", "numpy"}
 FRAMEWORKS = {
     **{f"adapters.{name}": name for name in ("timm", "torchvision", "ultralytics")},  # loaded when a model is met
@@ -115,7 +115,9 @@ def wrong_outside(source: str, beyond: AbstractSet[str] = frozenset()) -> list[s
     for module, name in imports(source):
         if module == "torchgrow" and name not in {None, *torchgrow.__all__, "lab"}:
             wrong.append(str(name))
-        elif module.startswith("torchgrow.") and not module.startswith(("torchgrow.lab", "torchgrow.cli", *beyond)):
+        elif module.startswith("torchgrow.") and not module.startswith(
+            ("torchgrow.lab", "torchgrow.cli", "torchgrow.options", *beyond)
+        ):
             wrong.append(module)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torchgrow":

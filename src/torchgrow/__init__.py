@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .growth.event import Event
     from .growth.grower import Grower
     from .growth.one_shot import prune_
+    from .growth.schedule import warmup_stable_decay
+    from .growth.search import Search, Trial, search
     from .growth.teacher import distillation_loss
     from .onednn_guard import guard_
     from .persistence.checkpoint import load_checkpoint, save_checkpoint
@@ -59,6 +61,8 @@ _HOMES = {
     ],
     "growth.grower": ["Grower"],
     "growth.one_shot": ["prune_"],
+    "growth.schedule": ["warmup_stable_decay"],
+    "growth.search": ["Search", "Trial", "search"],
     "growth.teacher": ["distillation_loss"],
     "onednn_guard": ["guard_"],
     "policies.indicators": ["PRESETS", "Method"],
@@ -89,11 +93,13 @@ __all__ = [
     "OptimizerError",
     "Report",
     "SavedModelError",
+    "Search",
     "Space",
     "StructureError",
     "TorchgrowError",
     "TraceError",
     "TrainingError",
+    "Trial",
     "adapter",
     "distillation_loss",
     "guard_",
@@ -107,9 +113,11 @@ __all__ = [
     "rule",
     "save",
     "save_checkpoint",
+    "search",
     "shrink_",
     "trace",
     "verify",
+    "warmup_stable_decay",
 ]
 
 

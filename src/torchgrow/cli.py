@@ -1,4 +1,4 @@
-"""The ``torchgrow`` command: ``run RECIPE``, ``shrink MODEL``, ``compare RECIPE``, ``list`` and ``inspect MODEL``.
+"""The ``torchgrow`` command: ``run``, ``search`` and ``compare RECIPE``, ``shrink`` and ``inspect MODEL``, ``list``.
 
 PyTorch takes seconds to import, so a command imports what it needs once its arguments have been read.
 """
@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import replace
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +19,36 @@ from rich.text import Text
 from torchgrow import Budget, TorchgrowError
 from torchgrow.lab import names
 from torchgrow.lab.user_files import is_file, is_library
+from torchgrow.options import (
+    BUDGET_HELP,
+    DATA_HELP,
+    RECIPE_HELP,
+    CheckpointEvery,
+    Depth,
+    Device,
+    Download,
+    Epochs,
+    Layout,
+    Lr,
+    Out,
+    Precision,
+    Resume,
+    Scale,
+    Schedule,
+    Seed,
+    Shortcut,
+    Size,
+    Subset,
+    Then,
+    Threads,
+    check_alone,
+    check_device,
+    colours,
+    edited,
+    shares,
+    sized,
+    variant,
+)
 
 if TYPE_CHECKING:
     from torchgrow.lab.recipes import Recipe
@@ -34,22 +63,14 @@ app = typer.Typer(
 PRESETS = ("default", "paper", "global", "nas", "random")
 """Names of `torchgrow.PRESETS`, which would import PyTorch."""
 
-_BUDGET_HELP = (
-    "What the grown network may cost: '36%' or 0.36 (of the parameters), 'params=36%', 'flops=50%', "
-    "'params=36%,flops=40%', or absolute, as in 'params=100k'. Default: the recipe's."
-)
-_PRECISION_HELP = f"Of the forward and backward pass: {', '.join(names.PRECISIONS)}. Default: the recipe's."
-_LAYOUT_HELP = "Layout of images in memory, which decides seconds. Default: the recipe's."
 _PRESET_HELP = (
-    f"How to grow: {', '.join(PRESETS)}; with other values behind a colon, as in default:peak=1,ramp=0.2. "
+    f"How to grow: {', '.join(PRESETS)}, late; with other values behind a colon, as in default:peak=1,ramp=0.2. "
     "Default: the recipe's."
 )
-_RECIPE_HELP = "One of those that `torchgrow list` shows, or path/to/file.py:function that returns a Recipe."
-_DATA_HELP = "Folder with the data. Default: data/cifar10; for text, Python's manual."
-_RESUME_HELP = "Continue this run folder where it was stopped; takes --data and --device, nothing else."
 _BESIDE_HELP = (
     "Networks to train beside the grown one, with spaces between: dense, uniform (the grown one's size), "
-    "uniform=50% (of the dense one's parameters), direct (the grown one's structure from scratch)."
+    "uniform=50% (of the dense one's parameters), direct (the grown one's structure from scratch), "
+    "direct=flops (the same for as many training FLOPs)."
 )
 
 _SHRINK_HELP = f"One of {names.SHRINKABLE}. A file is executed as Python."
@@ -59,31 +80,11 @@ _IMAGES_HELP = (
     "Folder of CIFAR-10, or with train/CLASS/* and val/CLASS/*; of a recipe, as for `torchgrow run`. Digits need none."
 )
 _HOW_HELP = "How to shrink: shrink, with other values behind a colon, as in shrink:until=0.3,importance=l1."
+_CANDIDATES_HELP = "How many shapes to try. Default: as many as, trained and all, cost less than one dense training."
+_RUNGS_HELP = "Shares of the epochs after each of which the worse half goes. Default: '0.2 0.3 0.5'."
+_ANEW_HELP = "Train the winner from new weights, those of the next seed; else it goes on from what it has."
+_VALIDATE_HELP = "Judge by training images outside the subset, or by a fifth of it."
 _COLOURS_HELP = "Of the colours of the images it was trained on, as in 0.5,0.5,0.5. Default: the data set's."
-
-# Options of more than one command.
-Subset = Annotated[int | None, typer.Option(help="Train on this many images, or words, only.")]
-Epochs = Annotated[int | None, typer.Option(help="Passes over the training images, or text.")]
-Scale = Annotated[str | None, typer.Option(help="small (fits two CPU cores) or full (as published).")]
-Depth = Annotated[bool | None, typer.Option(help="Grow layers too. Default: the recipe's.")]
-Then = Annotated[int | None, typer.Option(help="Epochs after growth, with the schedule anew.")]
-Shortcut = Annotated[str | None, typer.Option(help="Shortcuts of a ResNet: A (padding) or B (1x1).")]
-Size = Annotated[str | None, typer.Option(help="Size of the LSTM: small, medium or large.")]
-Lr = Annotated[float | None, typer.Option(help="Learning rate. Default: the recipe's.")]
-Schedule = Annotated[
-    str | None, typer.Option(help=f"Of the learning rate: {', '.join(names.SCHEDULES)}. Default: the recipe's.")
-]
-Precision = Annotated[str | None, typer.Option(help=_PRECISION_HELP)]
-Layout = Annotated[bool | None, typer.Option("--channels-last/--contiguous", help=_LAYOUT_HELP)]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the recipe's.")]
-Out = Annotated[Path | None, typer.Option(help="Run folder to write. Default: a new one in runs/.")]
-Download = Annotated[bool, typer.Option("--download", help="Fetch the data if it is not there.")]
-Seed = Annotated[int | None, typer.Option(help="Of weights, batches and growth. Default: 0.")]
-CheckpointEvery = Annotated[
-    int | None, typer.Option(min=1, help="Steps between checkpoints within an epoch. Default: one at its end.")
-]
-Resume = Annotated[Path | None, typer.Option(help=_RESUME_HELP)]
-Device = Annotated[str, typer.Option(help=f"Where to compute: {', '.join(names.DEVICES)} (the first that is there).")]
 
 
 @contextmanager
@@ -133,13 +134,13 @@ def main(
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(help=_RECIPE_HELP)] = "digits",
+    recipe: Annotated[str, typer.Argument(help=RECIPE_HELP)] = "digits",
     out: Out = None,
-    data: Annotated[Path | None, typer.Option(help=_DATA_HELP)] = None,
+    data: Annotated[Path | None, typer.Option(help=DATA_HELP)] = None,
     download: Download = False,
     subset: Subset = None,
     epochs: Epochs = None,
-    budget: Annotated[str | None, typer.Option(help=_BUDGET_HELP)] = None,
+    budget: Annotated[str | None, typer.Option(help=BUDGET_HELP)] = None,
     seed: Seed = None,
     preset: Annotated[str | None, typer.Option(help=_PRESET_HELP)] = None,
     scale: Scale = None,
@@ -170,7 +171,7 @@ def run(
             return
         others = _others(beside, twins)
         edits["budget"] = Budget.read(budget) if budget else None
-        chosen = _variant(recipe, edits, size=size, scale=scale, shortcut=shortcut, device=device)
+        chosen = variant(recipe, edits, size=size, scale=scale, shortcut=shortcut, device=device)
         from torchgrow.lab import run as lab_run
 
         lab_run.run(
@@ -194,49 +195,10 @@ def _others(beside: str | None, twins: bool) -> Sequence[str]:
 
 def _resume(run: Path, data: Path | None, device: str, *, alone: bool) -> None:
     """Go on with a run, if no other options were given."""
-    if not alone:
-        raise TorchgrowError(f"a resumed run takes everything from its folder: torchgrow run --resume {run}")
-    _check_device(device)
+    check_alone(run, "run", alone=alone, device=device)
     from torchgrow.lab import run as lab_run
 
     lab_run.resume(run, console=_console(), folder=data, device=device)
-
-
-def _check_device(device: str) -> None:
-    if device not in names.DEVICES:
-        raise TorchgrowError(f"there is no device {device!r}; --device takes {', '.join(names.DEVICES)}")
-
-
-def _variant(
-    name: str, edits: dict[str, Any], *, size: str | None, scale: str | None, shortcut: str | None, device: str
-) -> "Recipe":
-    """The recipe of that name with what the user wants otherwise."""
-    _check_device(device)
-    if name not in names.RECIPES and not is_file(name):
-        raise TorchgrowError(
-            f"there is no recipe {name!r}; there are {', '.join(names.RECIPES)}, and path/to/file.py:function"
-        )
-    from torchgrow.lab import recipes
-
-    if edits["schedule"] == "milestones":
-        edits["warmup"] = 0.0  # which is theirs
-    return _edited(_sized(recipes.get(name), size, scale, shortcut), edits)
-
-
-def _sized(recipe: "Recipe", size: str | None, scale: str | None, shortcut: str | None) -> "Recipe":
-    """The recipe with another network of its kind."""
-    from torchgrow.lab import recipes
-
-    if size:
-        recipe = recipes.with_size(recipe, size)
-    if scale:
-        recipe = recipes.with_scale(recipe, scale)
-    return recipes.with_shortcut(recipe, shortcut) if shortcut else recipe
-
-
-def _edited(recipe: "Recipe", edits: dict[str, Any]) -> "Recipe":
-    """The recipe with the fields that were given."""
-    return replace(recipe, **{field: value for field, value in edits.items() if value is not None})
 
 
 @app.command()
@@ -281,30 +243,18 @@ def shrink(
         edits: dict[str, Any] = {"epochs": epochs, "lr": lr, "schedule": schedule, "batch_size": batch_size}
         edits |= {"preset": preset, "side": side, "seed": seed, "subset": subset, "threads": threads}
         edits |= {"precision": precision, "channels_last": channels_last}
-        edits |= {"mean": _colours(mean), "std": _colours(std), "distil": 0.9 if distil else None}
+        edits |= {"mean": colours(mean), "std": colours(std), "distil": 0.9 if distil else None}
         if resume is not None:
             given = [*edits.values(), model, weights, budget, scale, shortcut, size, out, checkpoint_every]
             other = download or depth
             _resume(resume, data, device, alone=not other and all(value is None for value in given))
             return
         edits |= {"depth": depth, "budget": Budget.read(budget) if budget else None}
-        chosen = _shrinking(model, weights, data, edits, sized=(size, scale, shortcut), device=device)
+        chosen = _shrinking(model, weights, data, edits, network=(size, scale, shortcut), device=device)
         from torchgrow.lab import run as lab_run
 
         places: dict[str, Any] = {"out": out, "folder": data, "download": download, "device": device}
         lab_run.run(chosen, console=_console(), beside=(), every=checkpoint_every, **places)
-
-
-def _colours(text: str | None) -> tuple[float, ...] | None:
-    """One number for every colour: ``0.5,0.5,0.5``.
-
-    Raises:
-        TorchgrowError: it cannot be read.
-    """
-    try:
-        return None if text is None else tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise TorchgrowError(f"cannot read the colours {text!r}; write a number for each, like 0.5,0.5,0.5") from None
 
 
 def _shrinking(
@@ -313,11 +263,11 @@ def _shrinking(
     data: Path | None,
     edits: dict[str, Any],
     *,
-    sized: tuple[str | None, str | None, str | None],
+    network: tuple[str | None, str | None, str | None],
     device: str,
 ) -> "Recipe":
     """The recipe that shrinks the model of that name, with what the user wants otherwise."""
-    _check_device(device)
+    check_device(device)
     if model is None:
         raise TorchgrowError(f"name the network to shrink: {names.SHRINKABLE}")
     if weights is None and model.startswith("hf:"):
@@ -331,15 +281,66 @@ def _shrinking(
         raise TorchgrowError(f"there is no model {model!r}; what works: {names.SHRINKABLE}")
     from torchgrow.lab import recipes
 
-    chosen = recipes.to_shrink(_sized(recipes.trainable(model, data), *sized), weights)
+    chosen = recipes.to_shrink(sized(recipes.trainable(model, data), *network), weights)
     if edits["side"] is not None and chosen.dataset != "imagefolder":
         raise TorchgrowError(f"only images in folders are resized, and this is {chosen.dataset}; leave --side out")
-    return _edited(chosen, edits)
+    return edited(chosen, edits)
+
+
+@app.command()
+def search(
+    recipe: Annotated[str, typer.Argument(help=RECIPE_HELP)] = "digits",
+    out: Out = None,
+    data: Annotated[Path | None, typer.Option(help=DATA_HELP)] = None,
+    download: Download = False,
+    subset: Subset = None,
+    epochs: Epochs = None,
+    budget: Annotated[str | None, typer.Option(help=BUDGET_HELP)] = None,
+    candidates: Annotated[int | None, typer.Option(min=1, help=_CANDIDATES_HELP)] = None,
+    rungs: Annotated[str | None, typer.Option(help=_RUNGS_HELP)] = None,
+    anew: Annotated[bool, typer.Option("--anew", help=_ANEW_HELP)] = False,
+    beside: Annotated[
+        str, typer.Option(help="Networks to train beside the winner, as for `torchgrow run`.")
+    ] = "uniform",
+    seed: Seed = None,
+    scale: Scale = None,
+    depth: Depth = None,
+    then: Then = None,
+    shortcut: Shortcut = None,
+    size: Size = None,
+    lr: Lr = None,
+    schedule: Schedule = None,
+    precision: Precision = None,
+    channels_last: Layout = None,
+    validate: Annotated[bool, typer.Option("--validate", help=_VALIDATE_HELP)] = False,
+    device: Device = "auto",
+    threads: Threads = None,
+    resume: Resume = None,
+) -> None:
+    """Find the shape of a network on a budget by trying, then train the winner; the search is in the costs."""
+    with _clean_exit(Console(stderr=True)):
+        edits: dict[str, Any] = {"subset": subset, "epochs": epochs, "seed": seed, "threads": threads, "depth": depth}
+        edits |= {"then": then, "precision": precision, "channels_last": channels_last, "lr": lr, "schedule": schedule}
+        if resume is not None:
+            given = [*edits.values(), out, budget, candidates, rungs, shortcut, size, scale]
+            other = download or anew or validate or recipe != "digits" or beside != "uniform"
+            check_alone(resume, "search", alone=not other and all(value is None for value in given), device=device)
+            from torchgrow.lab import search as lab_search
+
+            lab_search.resume(resume, console=_console(), folder=data, device=device)
+            return
+        edits["budget"] = Budget.read(budget) if budget else None
+        chosen = variant(recipe, edits, size=size, scale=scale, shortcut=shortcut, device=device)
+        from torchgrow.lab import search as lab_search
+
+        places: dict[str, Any] = {"out": out, "folder": data, "download": download, "device": device}
+        how: dict[str, Any] = {"candidates": candidates, "rungs": shares(rungs or ""), "anew": anew}
+        lab_search.search(chosen, console=_console(), beside=beside.split(), validate=validate, **how, **places)
 
 
 @app.command()
 def compare(
-    recipe: Annotated[str, typer.Argument(help=_RECIPE_HELP)] = "digits",
+    recipe: Annotated[str, typer.Argument(help=RECIPE_HELP)] = "digits",
     methods: Annotated[
         str,
         typer.Option(
@@ -349,7 +350,7 @@ def compare(
     ] = "dense uniform default",
     seeds: Annotated[int, typer.Option(min=1, help="How many; they are counted from 0.")] = 3,
     first_seed: Annotated[int, typer.Option(min=0, help="Count seeds from here.")] = 0,
-    budget: Annotated[list[str] | None, typer.Option(help=f"{_BUDGET_HELP} Repeat for several.")] = None,
+    budget: Annotated[list[str] | None, typer.Option(help=f"{BUDGET_HELP} Repeat for several.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of results, which grow by a line a network.")] = Path(
         "results/compare"
     ),
@@ -367,9 +368,7 @@ def compare(
     channels_last: Layout = None,
     device: Device = "auto",
     threads: Threads = None,
-    validate: Annotated[
-        bool, typer.Option("--validate", help="Judge by training images outside the subset, or by a fifth of it.")
-    ] = False,
+    validate: Annotated[bool, typer.Option("--validate", help=_VALIDATE_HELP)] = False,
 ) -> None:
     """Compare methods on a recipe over several seeds; what is in the results file already is not trained again.
 
@@ -379,7 +378,7 @@ def compare(
         budgets = [Budget.read(text) for text in budget or []]
         edits: dict[str, Any] = {"subset": subset, "epochs": epochs, "threads": threads, "depth": depth, "then": then}
         edits |= {"precision": precision, "channels_last": channels_last, "lr": lr, "schedule": schedule}
-        chosen = _variant(recipe, edits, size=size, scale=scale, shortcut=shortcut, device=device)
+        chosen = variant(recipe, edits, size=size, scale=scale, shortcut=shortcut, device=device)
         from torchgrow.lab import compare as lab_compare
 
         lab_compare.compare(
@@ -433,7 +432,7 @@ def inspect_model(
     errors = Console(stderr=True)
     with _clean_exit(errors):
         asked = Budget.read(budget) if budget else None
-        _check_device(device)
+        check_device(device)
         from torchgrow.lab import inspect, sources
         from torchgrow.lab.devices import chosen, moved
 

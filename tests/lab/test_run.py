@@ -164,7 +164,29 @@ def test_other_networks_beside_the_grown_one(tmp_path: Path) -> None:
     assert results["direct"]["training_flops"] == 3 * results["direct"]["flops"] * 2 * 4 * 32
 
 
-@pytest.mark.parametrize("name", ["twin", "uniform=", "uniform=half", "direct=50%", "uniform=0%", "uniform=101%"])
+def test_a_structure_from_scratch_for_as_many_flops(tmp_path: Path) -> None:
+    """A run that is small for half of its epochs costs fewer of them at full size; whole epochs, never fewer FLOPs."""
+    out = run.run(
+        replace(TINY, epochs=8, preset="late:until=0.6"),
+        console=quiet(),
+        out=tmp_path / "run",
+        beside=["direct=flops", "direct"],
+    )
+    results = json.loads((out / "results.json").read_text())
+    each = 3 * results["direct"]["flops"] * 4 * 32
+    assert results["direct"]["training_flops"] == 8 * each
+    grown, as_dear = results["grown"]["training_flops"], results["direct=flops"]["training_flops"]
+    assert grown <= as_dear < grown + each
+    assert as_dear % each == 0
+    assert 2 * each <= as_dear < 7 * each
+    records = [row for row in lines(out) if row["network"] == "direct=flops"]
+    assert len(records) == as_dear // each
+    assert records[-1]["lr"] < records[0]["lr"], "with a schedule of its own length"
+
+
+@pytest.mark.parametrize(
+    "name", ["twin", "uniform=", "uniform=half", "direct=50%", "dense=flops", "uniform=0%", "uniform=101%"]
+)
 def test_networks_that_cannot_stand_beside(tmp_path: Path, name: str) -> None:
     with pytest.raises(TorchgrowError, match=r"uniform=50% \(of the dense one's|must lie above 0%"):
         run.run(TINY, console=quiet(), out=tmp_path / "out", beside=[name])

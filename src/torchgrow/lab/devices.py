@@ -1,4 +1,4 @@
-"""Where to compute."""
+"""Where to compute, and with which random numbers."""
 
 import os
 from typing import Any
@@ -44,3 +44,14 @@ def moved(value: Any, device: torch.device) -> Any:
 def described(device: torch.device) -> str:
     """What the device is called, for records."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def random_state() -> tuple[Tensor, list[Tensor]]:
+    """That of the CPU, and of every GPU."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all()
+
+
+def set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+    """Let random numbers go on from there."""
+    torch.set_rng_state(state[0])
+    torch.cuda.set_rng_state_all(state[1])

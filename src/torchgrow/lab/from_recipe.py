@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from torchgrow import Grower, TorchgrowError
+from torchgrow import Grower, TorchgrowError, warmup_stable_decay
 from torchgrow.lab.data import Data, train_steps
 from torchgrow.lab.data import load as load_data
 from torchgrow.lab.recipes import Recipe
@@ -125,13 +125,14 @@ def _factor(recipe: Recipe, steps: int, step: int) -> float:
     if recipe.schedule == "milestones":
         return recipe.lr_factor ** sum(step >= steps * epochs for epochs in recipe.milestones_in_epochs())
     total = steps * recipe.epochs
+    if recipe.schedule == "wsd":
+        return warmup_stable_decay(total, warmup=recipe.warmup, decay=recipe.decay)(step)
     rising = round(recipe.warmup * total)
     if step < rising:
         return (step + 1) / (rising + 1)
     if recipe.schedule == "cosine":
         return (1 + math.cos(math.pi * (step - rising) / max(1, total - rising))) / 2
-    falling = max(1, round(recipe.decay * total) if recipe.schedule == "wsd" else total - rising)
-    return min(1.0, (total - step) / falling)
+    return min(1.0, (total - step) / max(1, total - rising))
 
 
 PAPER_STEPS = 62_400

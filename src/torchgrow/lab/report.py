@@ -19,6 +19,8 @@ COLOURS = {
     "before": "#7f7f7f",
     "shrunk": "#1f6fd0",
     "direct": "#2a9d5c",
+    "trial": "#b0bec5",
+    "searched": "#1f6fd0",
     "paper": "#8e44ad",
     "l1": "#c0392b",
 }
@@ -47,7 +49,7 @@ def draw(folder: Path) -> list[str]:
 
     ``size.png`` has what every network came to against its parameters, ``cost.png`` the cost by epoch,
     ``accuracy.png`` (or ``perplexity.png``) the score by epoch and by training cost, ``widths.png`` the width of every
-    group, and the blocks of every stage, after every update.
+    group, and the blocks of every stage, after every update of a network that grows.
 
     Args:
         folder: holds ``metrics.jsonl``, ``results.json`` and ``frame.json`` as `torchgrow.lab.run.run` writes them.
@@ -63,7 +65,7 @@ def draw(folder: Path) -> list[str]:
         **({"size.png": _sizes(results, metric)} if len(results) > 1 else {}),
         "cost.png": _cost(records, frame),
         f"{metric.name}.png": _scores(records, metric, results.get("before", {}).get(metric.name)),
-        "widths.png": _widths(records, frame),
+        **({"widths.png": _widths(records, frame)} if any(record["updates"] for record in records) else {}),
     }
     for name, figure in figures.items():
         FigureCanvasAgg(figure).print_png(folder / name)
@@ -113,7 +115,7 @@ def _sizes(results: dict[str, dict[str, Any]], metric: Metric) -> Figure:
     if begun:
         ax.plot(*zip(*begun, strict=True), color=COLOURS["shrunk"], linewidth=1.2, linestyle=":", zorder=1)
     markers = {"dense": ("s", 60), "uniform": ("o", 50), "direct": ("D", 60), "grown": ("*", 260)}
-    markers |= {"before": ("s", 60), "shrunk": ("*", 260)}
+    markers |= {"before": ("s", 60), "shrunk": ("*", 260), "searched": ("*", 260)}
     seen = set[str]()
     for network, result in results.items():
         kind = network.partition("=")[0]

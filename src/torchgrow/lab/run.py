@@ -1,8 +1,9 @@
 """One run: grow a network, train others beside it, and leave a run folder behind."""
 
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from torchgrow.lab.train import Epoch, fit, judged
 from torchgrow.lab.trained import Start, begin, loading, what_it_cost
 
 TWINS = ("dense", "uniform")
+AS_DEAR = "direct=flops"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,8 @@ def run(
         download: whether the data may be downloaded.
         beside: what else to train: "dense", the whole frame; "uniform", every width narrowed by one factor to the grown
             network's parameters (or FLOPs, if those are all that is budgeted); "uniform=50%", to this share of the
-            dense network's parameters; "direct", the structure that was grown, from scratch.
+            dense network's parameters; "direct", the structure that was grown, from scratch; "direct=flops", the same
+            for so many epochs that it costs as many training FLOPs as the grown one, or up to an epoch more.
         every: steps after which to write a checkpoint in the middle of an epoch; there is one at the end of each.
         device: where to train, one of `torchgrow.lab.names.DEVICES`.
 
@@ -99,7 +102,7 @@ def run(
     """
     if every is not None and every < 1:
         raise TorchgrowError(f"a checkpoint can be written every 1 or more steps, not every {every}")
-    beside = _checked(beside)
+    beside = checked(beside)
     with processes.joined():
         begun = _begun(_filed(recipe), out) if processes.restarted() else None
         if begun:
@@ -107,17 +110,18 @@ def run(
         return _run(recipe, console, out, folder, download, device, {"beside": beside, "checkpoint_every": every})
 
 
-def _checked(beside: Sequence[str]) -> list[str]:
+def checked(beside: Sequence[str]) -> list[str]:
     """Networks to train beside the grown one, each once, those first whose size is known first."""
     for name in beside:
         kind, _, share = name.partition("=")
-        if name not in (*TWINS, "direct") and not (kind == "uniform" and re.fullmatch(r"[\d.]+%", share)):
+        if name in (*TWINS, "direct", AS_DEAR):
+            continue
+        if not (kind == "uniform" and re.fullmatch(r"[\d.]+%", share)):
             raise TorchgrowError(
                 f"{name!r} is no network to train beside the grown one; there are dense, uniform, uniform=50% (of the "
-                "dense one's parameters) and direct"
+                "dense one's parameters), direct and direct=flops (for as many training FLOPs)"
             )
-        if share:
-            Budget(params=share)
+        Budget(params=share)
     return sorted(dict.fromkeys(beside), key=lambda name: ("dense", "uniform", "direct").index(name.partition("=")[0]))
 
 
@@ -186,11 +190,24 @@ def resume(run: Path, *, console: Console, folder: Path | None = None, device: s
 def _resume(run: Path, console: Console, folder: Path | None, device: str) -> Path:
     target, first = run.with_name(run.name.removesuffix(".partial")), processes.rank() == 0
     run_folder = RunFolder(target, resume=True) if first else Onlooker(target)
-    config, before = run_folder.read_json("config.json"), run_folder.read_json("environment.json")
-    here = environment(chosen(device))
+    config = run_folder.read_json("config.json")
+    if "search" in config:
+        raise TorchgrowError(f"{run} is a search that was stopped; go on with it by: torchgrow search --resume {run}")
     recipe, how = from_json(config), config.get("run")
     if not isinstance(how, dict) or how.keys() != {"data", "beside", "checkpoint_every"}:
         raise TorchgrowError(f"{run_folder.path / 'config.json'} does not say how the run was started; start it anew")
+    as_before(run_folder, device, console)
+    folder = folder or (Path(how["data"]) if how["data"] else None)
+    recipe, data = with_data(recipe, console, folder, device=chosen(device))
+    start = begin(recipe, data) if recipe.weights else None
+    if start:
+        start.check(run_folder.read_json("weights.json").get("sha256"))
+    return _go(recipe, data, run_folder, console, start)
+
+
+def as_before(run_folder: RunFolder, device: str, console: Console) -> None:
+    """Take the number of threads that a run had, and tell what else differs here from where it began."""
+    before, here = run_folder.read_json("environment.json"), environment(chosen(device))
     if type(before.get("threads")) is int and before["threads"] > 0:
         torch.set_num_threads(before["threads"])
     for name in ("torch", "cpu", "device", "commit", "processes"):
@@ -199,12 +216,6 @@ def _resume(run: Path, console: Console, folder: Path | None, device: str) -> Pa
                 f"Note: {name} is {here.get(name)} and was {before.get(name)}; results may differ in the last bits",
                 soft_wrap=True,
             )
-    folder = folder or (Path(how["data"]) if how["data"] else None)
-    recipe, data = with_data(recipe, console, folder, device=chosen(device))
-    start = begin(recipe, data) if recipe.weights else None
-    if start:
-        start.check(run_folder.read_json("weights.json").get("sha256"))
-    return _go(recipe, data, run_folder, console, start)
 
 
 def _go(recipe: Recipe, data: Data, run_folder: RunFolder, console: Console, start: Start | None) -> Path:
@@ -254,12 +265,12 @@ def _train_all(
         if start:
             before = done["before"]
             size = f"{short(before.params)} parameters, {short(before.flops)} FLOPs, as it came"
-            display.say(f"{label('before'):<12} {_score(before):<10} {size}")
+            display.say(f"{label('before'):<12} {score_of(before):<10} {size}")
             if warning := start.warning(data):
                 display.say(warning)
         for name in names:
             if name not in done:
-                done[name] = _train(name, recipe, data, run_folder, display, done, start)
+                done[name] = train_network(name, recipe, data, run_folder, display, done, start)
                 ordered = {name: asdict(done[name]) for name in (*names[1:], grown) if name in done}
                 run_folder.write_json("results.json", ordered)
     return {name: done[name] for name in (*names[1:], grown)}
@@ -277,7 +288,7 @@ def _built(name: str, recipe: Recipe, data: Data, run_folder: RunFolder, done: d
     if name == "grown":
         torch.manual_seed(recipe.seed)
         return make_network(build, 1.0, data.device, meta=recipe.meta)
-    if name == "direct":
+    if name in ("direct", AS_DEAR):
         found = torchgrow.load(run_folder.path / "network", partial(build, 1.0))
         torch.manual_seed(recipe.seed)
         return initialised(found).to(data.device)
@@ -288,13 +299,25 @@ def _built(name: str, recipe: Recipe, data: Data, run_folder: RunFolder, done: d
         assert limit is not None
         width = uniform_width(recipe.build, limit)
     elif name == "uniform":
-        grown = done["shrunk" if recipe.weights else "grown"]
+        grown = _own(done)
         width = twin_width(recipe, data, params=grown.params, flops=grown.flops)
     torch.manual_seed(recipe.seed)
     return make_network(recipe.build, width, data.device)
 
 
-def _train(
+def _own(done: dict[str, Result]) -> Result:
+    """Of the network that the run is about, which the others take their size from."""
+    return next(done[own] for own in ("grown", "shrunk", "searched") if own in done)
+
+
+def _as_dear(model: nn.Module, recipe: Recipe, data: Data, flops: int) -> Recipe:
+    """The recipe with so many epochs that training the network takes these FLOPs, or up to an epoch more."""
+    steps, samples = extent(model, data, recipe)
+    each = 3 * measure(model, data.example()).flops * steps * samples
+    return replace(recipe, epochs=max(2, math.ceil(flops / each) - recipe.then))
+
+
+def train_network(
     name: str,
     recipe: Recipe,
     data: Data,
@@ -311,6 +334,8 @@ def _train(
         model, optimizer, grower, teacher = start.model, start.optimizer, start.grower, start.teacher
     else:
         model = _built(name, recipe, data, run_folder, done)
+        if name == AS_DEAR:
+            recipe = _as_dear(model, recipe, data, _own(done).training_flops or 0)
         optimizer = make_optimizer(model, recipe)
     limits: dict[str, int | None] = {}
     full: dict[str, int] = {}
@@ -336,9 +361,9 @@ def _train(
         run_folder.append(last)
         display.epoch(last)
     assert last is not None
-    result = processes.told(_result(model, data, last))  # seconds differ
+    result = processes.told(result_of(model, data, last))  # seconds differ
     size = short(result.params)
-    display.say(f"{label(name):<12} {_score(result):<10} {size:>6} parameters, {result.seconds:.1f} s of training")
+    display.say(f"{label(name):<12} {score_of(result):<10} {size:>6} parameters, {result.seconds:.1f} s of training")
     if grower:
         with processes.first_alone():  # the others may load what the first one saves
             if processes.rank() == 0:
@@ -346,7 +371,7 @@ def _train(
     return result
 
 
-def _result(model: nn.Module, data: Data, last: Epoch) -> Result:
+def result_of(model: nn.Module, data: Data, last: Epoch) -> Result:
     """Measured again on the network as it is delivered, after the grower's last update."""
     cost = measure(model, data.example())
     return Result(
@@ -358,7 +383,8 @@ def _result(model: nn.Module, data: Data, last: Epoch) -> Result:
     )
 
 
-def _score(result: Result) -> str:
+def score_of(result: Result) -> str:
+    """What a network came to, with the name of the metric if that has no unit."""
     metric = metric_of(vars(result))
     return metric.show(getattr(result, metric.name)) + ("" if metric.unit else f" {metric.name}")
 

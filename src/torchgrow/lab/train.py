@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from torchgrow import Cost, Event, Grower, TorchgrowError, distillation_loss, guard_, measure
+from torchgrow import Cost, Event, Grower, TrainingError, distillation_loss, guard_, measure
 from torchgrow.lab import processes
 from torchgrow.lab.checkpoints import Checkpoints, Progress
 from torchgrow.lab.data import Data
@@ -107,7 +107,8 @@ def fit(
             when the next is asked for, so after whatever the caller does with the record of this one.
 
     Raises:
-        TorchgrowError: the loss is not finite, or the checkpoint does not fit.
+        TrainingError: the loss is not finite.
+        TorchgrowError: the checkpoint does not fit.
     """
     guard_(model)
     steps, samples = extent(model, data, recipe)
@@ -302,7 +303,7 @@ def _step(where: str, loss: Tensor, model: nn.Module, optimizer: torch.optim.Opt
     """One optimizer step; returns the loss."""
     value = loss.item()
     if not math.isfinite(value):
-        raise TorchgrowError(
+        raise TrainingError(
             f"{where}: the loss is {value}. Nothing after this step can be trusted; "
             f"a learning rate below {optimizer.param_groups[0]['lr']:g} or other data may help"
         )

@@ -3,17 +3,21 @@
 from . import importance, kit
 from .combined import policy_of
 from .default import Default
+from .late import Late
 from .named import named
 from .paper import Paper
 from .policy import Policy, View
 from .random import Random
+from .shapes import Shape
 from .shrink import Shrink
 
 __all__ = [
     "Default",
+    "Late",
     "Paper",
     "Policy",
     "Random",
+    "Shape",
     "Shrink",
     "View",
     "importance",

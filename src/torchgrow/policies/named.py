@@ -7,10 +7,11 @@ from typing import Any
 from ..errors import TorchgrowError
 from .combined import policy_of
 from .indicators import PRESETS, Method, read_edits
+from .late import Late
 from .policy import Policy
 from .shrink import Shrink
 
-BY_CLASS: dict[str, type[Policy]] = {"shrink": Shrink}
+BY_CLASS: dict[str, type[Policy]] = {"shrink": Shrink, "late": Late}
 """Names whose settings are the fields of a class; those of the others are the fields of `Method`."""
 
 NAMES = (*PRESETS, *BY_CLASS)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
 
 from torchgrow import Budget, Method, TorchgrowError
 from torchgrow.lab.compare import pruning
@@ -19,6 +18,7 @@ from torchgrow.lab.compare.results_file import Rows
 from torchgrow.lab.compare.training import NETWORK, Bench, train
 from torchgrow.lab.data import Data
 from torchgrow.lab.devices import chosen as chosen_device
+from torchgrow.lab.devices import random_state, set_random_state
 from torchgrow.lab.environment import environment
 from torchgrow.lab.from_recipe import with_data
 from torchgrow.lab.names import FIXED
@@ -170,21 +170,11 @@ def _together(jobs: Sequence[Job], bench: Bench) -> None:
     with Progress(*columns, console=bench.console, disable=not bench.console.is_terminal) as progress:
         bars = Bars(progress, jobs)
         trainings = {job.key(): train(job, jobs, bench, bars) for job in jobs}
-        states = {job.key(): _random_state() for job in jobs}
+        states = {job.key(): random_state() for job in jobs}
         while trainings:
             for key, training in list(trainings.items()):
                 with torch.random.fork_rng():
-                    _set_random_state(states[key])
+                    set_random_state(states[key])
                     if next(training, None) is None:
                         del trainings[key]
-                    states[key] = _random_state()
-
-
-def _random_state() -> tuple[Tensor, list[Tensor]]:
-    """That of the CPU, and of every GPU."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all()
-
-
-def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
-    torch.set_rng_state(state[0])
-    torch.cuda.set_rng_state_all(state[1])
+                    states[key] = random_state()

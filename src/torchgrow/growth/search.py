@@ -1,0 +1,421 @@
+"""Shapes found by trying: candidates on the budget, trained a little, the better ones more (successive halving).
+
+Successive halving: Jamieson and Talwalkar, *Non-stochastic Best Arm Identification and Hyperparameter Optimization*
+(AISTATS 2016). Judged is by the mean training loss, which tells shapes apart while the learning rate is high.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BudgetError, TorchgrowError, TrainingError
+from ..onednn_guard import guard_
+from ..persistence.portable import shrink_
+from ..policies.kit import fit, one_per_group
+from ..policies.shapes import Shape, counts, proposals, stages
+from ..structure.cost import Cost
+from ..structure.limits import Budget
+from ..structure.space import Place, Space
+from ..structure.store import is_meta
+from ..tracing.blocks import Named
+from ..tracing.model_call import Carries
+from ..tracing.requests import Couples
+from ..tracing.verification import trace
+from .plan import Plan
+from .shown import depths_of
+
+RUNGS = (0.2, 0.3, 0.5)
+"""Shares of a whole training after which the worse half goes."""
+
+MOST = 12
+"""Proposals at most, where the user does not say how many."""
+
+
+@dataclass(eq=False)
+class Trial:
+    """One candidate: its shape, what it costs, and how its training went so far.
+
+    Attributes:
+        number: its place among the candidates, from 0.
+        name: of its shape.
+        keep: bool [n], the structure, exactly at the budget.
+        cost: parameters and FLOPs of one sample.
+        widths: units by group.
+        depths: blocks by stage; empty where layers are not looked at.
+        model: the network, small and plain, with what it has learnt; None once it has been left behind.
+        memory: what `train` wants to find again at the next rung, such as the optimizer; emptied with the model.
+        losses: what `train` returned, one a rung.
+        done: how long it was trained, in the unit of `train`.
+        training_flops: 3 x forward FLOPs x samples of that.
+    """
+
+    number: int
+    name: str
+    keep: Tensor
+    cost: Cost
+    widths: dict[str, int]
+    depths: dict[str, int]
+    model: nn.Module | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    done: int = 0
+    training_flops: int = 0
+
+    def __str__(self) -> str:
+        depths = f", blocks {'-'.join(map(str, self.depths.values()))}" if self.depths else ""
+        losses = ", ".join(f"{loss:.4f}" for loss in self.losses) or "not trained"
+        return (
+            f"{self.number}: {self.name}{depths}: {self.cost.params:,} parameters, {self.cost.flops:,} FLOPs, "
+            f"loss {losses}"
+        )
+
+
+class Search:
+    """Candidates and what became of them; iterate over it to search. See `search`.
+
+    Attributes:
+        trials: all candidates.
+        rungs: how long a trial has been trained after each rung, in the unit of `train`.
+        length: of a whole training, in the unit of `train`.
+        samples: in one such unit.
+        space: of the frame.
+        frame_cost: what the frame costs.
+    """
+
+    def __init__(
+        self,
+        factory: Callable[[], nn.Module],
+        train: Callable[[Trial, int], float],
+        plan: Plan,
+        trials: Sequence[Trial],
+        rungs: Sequence[int],
+        length: int,
+        samples: int,
+    ) -> None:
+        self._factory, self._train, self._plan = factory, train, plan
+        self.trials, self.rungs, self.length, self.samples = list(trials), tuple(rungs), length, samples
+        self.space, self.frame_cost = plan.space, plan.frame_cost
+        self._left: list[Trial] | None = None
+
+    def __iter__(self) -> Iterator[Trial]:
+        """Search; yields a trial whenever it has been trained to its next rung.
+
+        Raises:
+            TorchgrowError: the search has begun before, or `train` returned no number.
+            TrainingError: no loss of a rung is finite.
+        """
+        if self._left is not None:
+            raise TorchgrowError("this search has run, or is running; call torchgrow.search(...) anew for another one")
+        self._left = left = list(self.trials)
+        for rung in self.rungs:
+            for trial in left:
+                self._on(trial, rung)
+                yield trial
+            left = self._better(left, last=rung == self.rungs[-1])
+            for trial in self._left:
+                if trial not in left:
+                    trial.model = None
+                    trial.memory.clear()
+            self._left = left
+
+    def run(self) -> Trial:
+        """Search to the end; returns the winner."""
+        for _ in self:
+            pass
+        return self.winner
+
+    @property
+    def winner(self) -> Trial:
+        """The candidate with the lowest loss in the last rung; its `model` has learnt what it was trained so far.
+
+        Raises:
+            TorchgrowError: the search is not over.
+        """
+        if self._left is None or len(self._left) != 1 or len(self._left[0].losses) < len(self.rungs):
+            raise TorchgrowError(
+                "the search is not over, so there is no winner; iterate to its end: best = search.run()"
+            )
+        return self._left[0]
+
+    def fresh(self, trial: Trial, seed: int | None = None) -> nn.Module:
+        """A new network of a trial's shape, with new weights.
+
+        Args:
+            trial: of this search.
+            seed: of the weights; None: that of the search, so the very weights that the trial began with.
+        """
+        return network_of(self._factory, self.space, trial.keep, self._plan.seed if seed is None else seed)
+
+    @property
+    def training_flops(self) -> int:
+        """Of all trials so far: 3 x forward FLOPs x samples."""
+        return sum(trial.training_flops for trial in self.trials)
+
+    @property
+    def dense_flops(self) -> int:
+        """Of one whole training of the frame."""
+        return 3 * self.frame_cost.flops * self.samples * self.length
+
+    @property
+    def most(self) -> float:
+        """What the search and a whole training of its winner, from new weights, may cost at most, beside one dense."""
+        return _most([trial.cost.flops for trial in self.trials], self.rungs, self.length) / _whole(
+            self.frame_cost.flops, self.length
+        )
+
+    def __str__(self) -> str:
+        best = {id(trial) for trial in self._left or ()} if self._left and len(self._left) == 1 else set()
+        lines = [f"{'*' if id(trial) in best else ' '} {trial}" for trial in self.trials]
+        share = self.training_flops / max(1, self.dense_flops)
+        return "\n".join(
+            [*lines, f"training FLOPs so far: {self.training_flops:.3g}, {share:.2f} of one dense training"]
+        )
+
+    # --- how it is done ---
+
+    def _on(self, trial: Trial, rung: int) -> None:
+        """Train a trial to a rung."""
+        if trial.model is None:
+            trial.model = self.fresh(trial)
+        loss = self._train(trial, rung - trial.done)
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            loss = loss.item()
+        if isinstance(loss, bool) or not isinstance(loss, (int, float)):
+            raise TorchgrowError(
+                f"train returned {type(loss).__name__} for {trial.name!r}; it must return the mean training loss of "
+                "what it trained, a number"
+            )
+        trial.losses.append(float(loss))
+        trial.training_flops += 3 * trial.cost.flops * self.samples * (rung - trial.done)
+        trial.done = rung
+
+    def _better(self, trials: list[Trial], *, last: bool) -> list[Trial]:
+        """The better half of them by their last loss, rounded up; after the last rung the best one."""
+        order = sorted(trials, key=lambda trial: (_finite(trial.losses[-1]), trial.number))
+        if _finite(order[0].losses[-1]) == math.inf:
+            raise TrainingError(
+                f"no candidate has a finite loss after {trials[0].done} of {self.length}; a lower learning rate or "
+                "clipped gradients may help"
+            )
+        kept = order[: 1 if last else (len(order) + 1) // 2]
+        return [trial for trial in trials if trial in kept]
+
+
+def search(
+    factory: Callable[[], nn.Module],
+    budget: Budget,
+    *,
+    example_inputs: Any,
+    train: Callable[[Trial, int], float],
+    length: int,
+    samples: int = 1,
+    candidates: int | Sequence[Shape | Tensor] | None = None,
+    rungs: Sequence[float] = RUNGS,
+    seed: int = 0,
+    freeze: Sequence[str | Place] = (),
+    couple: Couples = (),
+    depth: bool | Sequence[Named] = False,
+    carried: Carries | None = None,
+) -> Search:
+    """Find the shape of a network by trying: candidates of exactly the budget are trained a bit, the better ones more.
+
+    A candidate is a plain small network, cut from a fresh frame, which your own loop trains. Nothing is trained before
+    you iterate: `for trial in search: print(trial)`, or `best = search.run()`. Afterwards `best.model` is trained as
+    far as the last rung; train it on (`search.length - best.done`), begin anew with `search.fresh(best)`, or let it
+    grow further: `Grower(factory(), ..., start=best.model)`.
+
+    Memory: the networks of all candidates that are still in the race, and what `train` keeps for them.
+
+    Args:
+        factory: makes the frame, the largest network there may be, with new weights; called for every candidate.
+        budget: what each candidate uses exactly.
+        example_inputs: as for `trace`.
+        train: `train(trial, more)` trains `trial.model` further, by `more` epochs, steps or whatever you count in, and
+            returns the mean training loss of that. Keep the learning rate constant as long as the rungs last, and let
+            it fall afterwards. What the next call needs, such as the optimizer, goes into `trial.memory`.
+        length: of a whole training, in the unit of `train`.
+        samples: in one such unit; only for costs in FLOPs, shares of one dense training need none.
+        candidates: how many proposals, or your own: `torchgrow.policies.Shape`s, or keep vectors (bool [n]); of each
+            the nearest structure exactly at the budget is taken. None: so many proposals, at most 12 and at least 2,
+            that the search and a whole training of the winner from new weights cost less than one dense training.
+        rungs: rising shares of `length` after each of which the worse half goes; after the last one the best wins.
+        seed: of all first weights, and of proposals.
+        freeze: as for `trace`.
+        couple: as for `trace`.
+        depth: as for `trace`: whether candidates differ in layers too.
+        carried: as for `trace`.
+
+    Raises:
+        TraceError, BudgetError: as for `Grower`.
+        StructureError: a candidate of yours is none of this frame.
+        TorchgrowError: a number lies outside.
+    """
+    at = _rungs(rungs, length)
+    _check(budget, candidates, samples)
+    frame = _frame(factory, seed)
+    space = trace(frame, example_inputs, freeze=freeze, couple=couple, depth=depth, carried=carried)
+    plan = Plan.of(frame, space, budget, updates=2, seed=seed)
+    trials = [
+        Trial(number, name, keep, plan.costs.cost(keep), space.widths(keep), depths_of(frame, space, keep))
+        for number, (name, keep) in enumerate(_candidates(plan, at, length, candidates))
+    ]
+    return Search(factory, train, plan, trials, at, length, samples)
+
+
+def network_of(factory: Callable[[], nn.Module], space: Space, keep: Tensor, seed: int) -> nn.Module:
+    """A plain network of a structure (bool [n]), with new weights of the right scale.
+
+    Random numbers elsewhere go on as if nothing had been drawn here.
+    """
+    model = _frame(factory, seed)
+    full = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shrink_(model, space, keep, store=False)
+    guard_(model)
+    _scale_(model, full)
+    return model
+
+
+def _frame(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A frame with weights drawn from a seed.
+
+    Raises:
+        TorchgrowError: it has none.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = factory()
+    if isinstance(model, nn.Module) and is_meta(model):
+        raise TorchgrowError(
+            f"factory made a {type(model).__name__} on the meta device, and candidates are cut from frames that have "
+            "weights; build it on a real device"
+        )
+    return model
+
+
+@torch.no_grad()
+def _scale_(model: nn.Module, full: dict[str, tuple[int, ...]]) -> None:
+    """Give weights that were drawn for the frame's fan-in the scale for the fan-in that is left.
+
+    The one place where a candidate's first weights are scaled. full: shapes in the frame, by name.
+    """
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase)):
+            continue
+        for name, weight in module.named_parameters(path, recurse=False):
+            if weight.dim() > 1 and weight.numel():
+                weight.mul_(math.sqrt(full[name][1] / weight.shape[1]))
+
+
+# --- candidates ---
+
+
+def _candidates(
+    plan: Plan, rungs: Sequence[int], length: int, wanted: int | Sequence[Shape | Tensor] | None
+) -> list[tuple[str, Tensor]]:
+    """Names and structures of what is tried, each structure once."""
+    if wanted is None or isinstance(wanted, int):
+        return _proposed(plan, rungs, length, wanted)
+    first: dict[tuple[int, ...], tuple[str, Tensor]] = {}
+    for number, one in enumerate(wanted):
+        keep = _given(plan, one)
+        first.setdefault(counts(plan.space, keep), (one.name if isinstance(one, Shape) else f"given {number}", keep))
+    return list(first.values())
+
+
+def _proposed(plan: Plan, rungs: Sequence[int], length: int, wanted: int | None) -> list[tuple[str, Tensor]]:
+    """Proposals and their structures: as many as wanted; None: as many as cost less, in all, than a dense network."""
+    space, view = plan.space, plan.view(0, plan.space.everything(), 1.0, torch.Generator(), dict)
+    found: dict[tuple[int, ...], tuple[str, Tensor]] = {}
+    flops: list[int] = []
+    for shape in proposals(space, plan.seed):
+        if len(found) == (MOST if wanted is None else wanted):
+            break
+        try:
+            keep = shape.fitted(view)
+        except BudgetError:  # so many layers are too much
+            continue
+        asked = [shape.depths.get(stage, len(units)) for stage, units in stages(space).items()]
+        own = counts(space, keep)
+        if own in found or list(own[len(own) - len(asked) :]) != asked:  # the frame is too narrow for so few layers
+            continue
+        flops.append(plan.costs.cost(keep).flops)
+        if wanted is None and len(flops) > 2 and _most(flops, rungs, length) > _whole(plan.frame_cost.flops, length):
+            break
+        found[own] = shape.name, keep
+    return list(found.values())
+
+
+def _given(plan: Plan, one: Any) -> Tensor:
+    """The structure of a candidate of the user's, exactly at the budget."""
+    space, view = plan.space, plan.view(0, plan.space.everything(), 1.0, torch.Generator(), dict)
+    if isinstance(one, Shape):
+        return one.fitted(view)
+    if not isinstance(one, Tensor):
+        raise TorchgrowError(
+            f"a candidate is a {type(one).__name__}; give torchgrow.policies.Shape objects or keep vectors (bool [n]), "
+            "or a number of proposals"
+        )
+    keep = one_per_group(space, space.check_keep(one | ~space.removable), torch.zeros(space.n_units))
+    return fit(space, plan.costs, keep, keep.double(), plan.limits, torch.ones(space.n_groups, dtype=torch.int64))
+
+
+# --- numbers ---
+
+
+def _most(flops: Sequence[int], rungs: Sequence[int], length: int) -> int:
+    """What a search and a whole training of its winner cost at most, wherever it leads: FLOPs forward x length."""
+    dearest, total, done, left = sorted(flops, reverse=True), 0, 0, len(flops)
+    for rung in rungs:
+        total += sum(dearest[:left]) * (rung - done)
+        done, left = rung, (left + 1) // 2
+    return total + dearest[0] * length
+
+
+def _whole(flops: int, length: int) -> int:
+    return max(1, flops * length)
+
+
+def _finite(loss: float) -> float:
+    """A loss as it is compared: what is no finite number is the worst."""
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _rungs(shares: Sequence[float], length: int) -> list[int]:
+    """Rungs in the unit of `train`, each later than the one before.
+
+    Raises:
+        TorchgrowError: no rising shares, or no such length.
+    """
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise TorchgrowError(f"length={length!r} must be a whole number of epochs or steps, those of a whole training")
+    rising = all(a < b for a, b in zip((0.0, *shares), shares, strict=False))
+    if not shares or not rising or shares[-1] > 1:
+        raise TorchgrowError(f"rungs={tuple(shares)} must be rising shares of a whole training, such as {RUNGS}")
+    found: list[int] = []
+    for share in shares:
+        rung = max(1, round(share * length))
+        found += [rung] if not found or rung > found[-1] else []  # a short training has fewer rungs
+    return found
+
+
+def _check(budget: Budget, candidates: Any, samples: int) -> None:
+    """Refuse early what would fail late.
+
+    Raises:
+        TorchgrowError: no budget, no candidates, no samples.
+    """
+    if not isinstance(budget, Budget):
+        raise BudgetError(f'search takes a torchgrow.Budget such as Budget(params="36%"), got {budget!r}')
+    number = candidates if isinstance(candidates, int) else len(candidates) if candidates is not None else 2
+    if isinstance(candidates, bool) or number < 1:
+        raise TorchgrowError(
+            f"candidates={candidates!r}: give how many (2 or more make a search), or a list of torchgrow.policies.Shape"
+        )
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise TorchgrowError(f"samples={samples!r} must be a whole number >= 1: the samples in one unit of length")

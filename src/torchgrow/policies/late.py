@@ -1,0 +1,109 @@
+"""Grow once, late: a small network learns for most of the run, then takes on the size of the budget.
+
+The cheap steps come first. It pays, if it does, where the learning rate stays constant until after the growth and falls
+then (`torchgrow.warmup_stable_decay`); the yardstick is the final structure, trained from scratch with as many FLOPs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kit import around, fit, largest_share, none, one_per_group, pools
+from .policy import Policy, View
+from .shapes import limits_of, stages
+
+
+@dataclass(eq=False)
+class Late(Policy):
+    """Hold a small structure, grow once to the budget, train on.
+
+    The structure at the budget has the same share p of every group, and p^layer_lag of the layers of every stage. The
+    small one is a part of it: the units that live go on, and no group gets more than twice as many with the default.
+
+    SPARKLING (arXiv 2602.02472) doubles widths at half of the training, zero/one-layer expansion (arXiv 2511.04981)
+    adds layers at 0.8 of it. Newborn units begin as the frame drew them.
+
+    Attributes:
+        until: share of the updates in which the structure is small.
+        factor: in groups: how many times wider the structure at the budget is at most.
+        grow: "width": groups, all layers are there from the start; "layers": those that may be left out come late,
+            groups have their widths from the start; "both".
+        layer_lag: as of `Default`.
+        target: bool [n], the structure at the budget.
+    """
+
+    until: float = 0.5
+    factor: float = 2.0
+    grow: str = "width"
+    layer_lag: float = 3.0
+
+    def __post_init__(self) -> None:
+        self.check(until=(0, 1), factor=(1, 1e6), grow=("width", "layers", "both"), layer_lag=(1, 1e3))
+
+    def seed(self, view: View) -> Tensor:
+        """The small structure; of a run with a start the target has that one, as far as the budget holds."""
+        space = view.space
+        rank = self._ranks(view)
+        must = one_per_group(space, none(space), -rank)
+
+        def keep_at(share: float) -> Tensor:
+            return (rank < share) | must
+
+        keep = keep_at(largest_share(view, rank, keep_at, view.limits))
+        steps = torch.ones(space.n_groups, dtype=torch.int64)
+        self.target = fit(space, view.costs, keep, -rank, limits_of(view), steps)
+        self.rank = rank
+        return self._small(view) if view.start is None else view.start
+
+    def update(self, view: View) -> tuple[Tensor, bool]:
+        """The same until the time has come, then all of it."""
+        grown = view.update >= self.final(view.updates)
+        return (self.target, True) if grown else (view.keep, False)
+
+    def score(self, view: View) -> Tensor:
+        """What is at the budget comes first, in the order of ranks."""
+        return 2.0 * self.target - self.rank
+
+    def planned(self, view: View) -> Tensor:
+        """The small structure's cost, then that of the one at the budget."""
+        small = self._small(view) if view.start is None else view.start
+        return view.cost(self.target if view.update >= self.final(view.updates) else small)
+
+    def final(self, updates: int) -> int:
+        """The update that grows."""
+        return max(1, min(updates - 1, math.ceil(self.until * updates)))
+
+    def check_state(self, state: dict[str, Any], events: int) -> str:
+        """A structure that no run comes to."""
+        fine = bool((state["rank"] >= 0).all() and (state["rank"] <= 1).all()) and state["target"].dtype == torch.bool
+        return "" if fine else "rank must lie in [0, 1], target be a structure"
+
+    def _ranks(self, view: View) -> Tensor:
+        """A number in (0, 1) for every unit by its place in its pool; those that a run starts with come first."""
+        rank = torch.zeros(view.space.n_units, dtype=torch.float64)
+        layers = {unit for units in stages(view.space).values() for unit in units}
+        for pool in pools(view.space):
+            lag = self.layer_lag if int(pool[0]) in layers else 1.0
+            place = (torch.arange(pool.numel(), dtype=torch.float64) + 0.5) / pool.numel()
+            rank[pool] = place ** (1 / lag)
+        return around(view.space, rank, view.start)
+
+    def _small(self, view: View) -> Tensor:
+        """The part of the target that the run begins with: of groups the first ones, at least 1 / factor of them."""
+        space, small = view.space, none(view.space)
+        layers = {unit for units in stages(space).values() for unit in units}
+        for pool in pools(space):
+            own = pool[self.target[pool]]
+            own = own[torch.argsort(self.rank[own], stable=True)]
+            first = own.numel()
+            if int(pool[0]) in layers:
+                first = 0 if self.grow != "width" else first
+            elif self.grow != "layers":
+                first = math.ceil(first / self.factor)
+            small[own[:first]] = True
+        return one_per_group(space, small, -self.rank)
