@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BudgetError, TorchgrowError, TrainingError
+from ..exchange import Exchange
 from ..onednn_guard import guard_
 from ..persistence.portable import shrink_
 from ..policies.kit import fit, one_per_group
@@ -27,6 +28,7 @@ from ..tracing.blocks import Named
 from ..tracing.model_call import Carries
 from ..tracing.requests import Couples
 from ..tracing.verification import trace
+from .birth import birth_scales, rescale_
 from .plan import Plan
 from .shown import depths_of
 
@@ -274,10 +276,9 @@ def network_of(factory: Callable[[], nn.Module], space: Space, keep: Tensor, see
     Random numbers elsewhere go on as if nothing had been drawn here.
     """
     model = _frame(factory, seed)
-    full = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    rescale_(model, birth_scales(model, space, keep), Exchange())
     shrink_(model, space, keep, store=False)
     guard_(model)
-    _scale_(model, full)
     return model
 
 
@@ -296,20 +297,6 @@ def _frame(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
             "weights; build it on a real device"
         )
     return model
-
-
-@torch.no_grad()
-def _scale_(model: nn.Module, full: dict[str, tuple[int, ...]]) -> None:
-    """Give weights that were drawn for the frame's fan-in the scale for the fan-in that is left.
-
-    The one place where a candidate's first weights are scaled. full: shapes in the frame, by name.
-    """
-    for path, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase)):
-            continue
-        for name, weight in module.named_parameters(path, recurse=False):
-            if weight.dim() > 1 and weight.numel():
-                weight.mul_(math.sqrt(full[name][1] / weight.shape[1]))
 
 
 # --- candidates ---

@@ -34,7 +34,7 @@ class Late(Policy):
         grow: "width": groups, all layers are there from the start; "layers": those that may be left out come late,
             groups have their widths from the start; "both".
         layer_lag: as of `Default`.
-        target: bool [n], the structure at the budget.
+        grown: bool [n], the structure at the budget.
     """
 
     until: float = 0.5
@@ -46,7 +46,7 @@ class Late(Policy):
         self.check(until=(0, 1), factor=(1, 1e6), grow=("width", "layers", "both"), layer_lag=(1, 1e3))
 
     def seed(self, view: View) -> Tensor:
-        """The small structure; of a run with a start the target has that one, as far as the budget holds."""
+        """The small structure; of a run with a start the grown one has it, as far as the budget holds."""
         space = view.space
         rank = self._ranks(view)
         must = one_per_group(space, none(space), -rank)
@@ -56,23 +56,27 @@ class Late(Policy):
 
         keep = keep_at(largest_share(view, rank, keep_at, view.limits))
         steps = torch.ones(space.n_groups, dtype=torch.int64)
-        self.target = fit(space, view.costs, keep, -rank, limits_of(view), steps)
+        self.grown = fit(space, view.costs, keep, -rank, limits_of(view), steps)
         self.rank = rank
         return self._small(view) if view.start is None else view.start
 
     def update(self, view: View) -> tuple[Tensor, bool]:
         """The same until the time has come, then all of it."""
         grown = view.update >= self.final(view.updates)
-        return (self.target, True) if grown else (view.keep, False)
+        return (self.grown, True) if grown else (view.keep, False)
 
     def score(self, view: View) -> Tensor:
         """What is at the budget comes first, in the order of ranks."""
-        return 2.0 * self.target - self.rank
+        return 2.0 * self.grown - self.rank
+
+    def target(self, view: View) -> Tensor:
+        """The structure at the budget."""
+        return self.grown
 
     def planned(self, view: View) -> Tensor:
         """The small structure's cost, then that of the one at the budget."""
         small = self._small(view) if view.start is None else view.start
-        return view.cost(self.target if view.update >= self.final(view.updates) else small)
+        return view.cost(self.grown if view.update >= self.final(view.updates) else small)
 
     def final(self, updates: int) -> int:
         """The update that grows."""
@@ -80,8 +84,8 @@ class Late(Policy):
 
     def check_state(self, state: dict[str, Any], events: int) -> str:
         """A structure that no run comes to."""
-        fine = bool((state["rank"] >= 0).all() and (state["rank"] <= 1).all()) and state["target"].dtype == torch.bool
-        return "" if fine else "rank must lie in [0, 1], target be a structure"
+        fine = bool((state["rank"] >= 0).all() and (state["rank"] <= 1).all()) and state["grown"].dtype == torch.bool
+        return "" if fine else "rank must lie in [0, 1], grown be a structure"
 
     def _ranks(self, view: View) -> Tensor:
         """A number in (0, 1) for every unit by its place in its pool; those that a run starts with come first."""
@@ -94,11 +98,11 @@ class Late(Policy):
         return around(view.space, rank, view.start)
 
     def _small(self, view: View) -> Tensor:
-        """The part of the target that the run begins with: of groups the first ones, at least 1 / factor of them."""
+        """The part of the grown one that the run begins with: of groups the first ones, at least 1 / factor of them."""
         space, small = view.space, none(view.space)
         layers = {unit for units in stages(space).values() for unit in units}
         for pool in pools(space):
-            own = pool[self.target[pool]]
+            own = pool[self.grown[pool]]
             own = own[torch.argsort(self.rank[own], stable=True)]
             first = own.numel()
             if int(pool[0]) in layers:
