@@ -31,7 +31,9 @@ LAB_ORDER = [
 ]  # fmt: skip
 BEYOND = {
     "inspect": {"torchgrow.structure.budget", "torchgrow.structure.cost"},  # it shows the core's own counts and answers
-    "structure": {"torchgrow.structure.cost"},  # of the compared systems, which look for structures as policies do
+    # The compared systems look for structures as policies do.
+    "structure": {"torchgrow.structure.cost"},
+    "netadapt": {"torchgrow.structure.cost"},
 }
 OUTSIDE = {"__main__", "cli"}
 CORE_NEEDS = {"torch", "safetensors", "numpy"}

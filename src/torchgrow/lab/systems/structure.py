@@ -101,9 +101,9 @@ class Structure:
         places = self.places(score)
         return self.exact(self.alike(places, self.share(limits)), -places, limits)
 
-    def cut(self, keep: Tensor) -> None:
-        """Cut the network down to a structure (bool [n]), in place; what is cut off is gone."""
-        shrink_(self.model, self.space, keep, store=False)
+    def cut(self, keep: Tensor, model: nn.Module | None = None) -> None:
+        """Cut the network, or a copy of it, down to a structure (bool [n]), in place; what is cut off is gone."""
+        shrink_(model or self.model, self.space, keep, store=False)
 
     def rows(self, units: Tensor) -> dict[str, Tensor]:
         """By name, the rows of matrices (axis 0 of weights of two axes and more) that make these units (bool [n])."""
