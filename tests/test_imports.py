@@ -31,9 +31,7 @@ LAB_ORDER = [
 ]  # fmt: skip
 BEYOND = {
     "inspect": {"torchgrow.structure.budget", "torchgrow.structure.cost"},  # it shows the core's own counts and answers
-    # The compared systems look for structures as policies do.
-    "structure": {"torchgrow.structure.cost"},
-    "netadapt": {"torchgrow.structure.cost"},
+    "structure": {"torchgrow.structure.cost"},  # of the compared systems, which look for structures as policies do
 }
 OUTSIDE = {"__main__", "cli"}
 CORE_NEEDS = {"torch", "safetensors", "numpy"}

@@ -6,8 +6,8 @@ of every group meets the budget; what then differs from the budget, a cut by the
 connection ties share a gate, and a gate scales what torchgrow would cut: the last affine map of its channel. Adam
 moves a gate by about its rate a step, and 2.4 of log alpha lie between the start and closed: in fewer steps than
 published the rate of gates is larger in proportion.
-Cost: the dense training, which is the teacher's too (the paper's rule leaves it out); gates at dense size with a forward
-pass of the teacher; fine-tuning.
+Cost: the dense training, which is the teacher's too (the paper's rule leaves it out); gates at dense size with a
+forward pass of the teacher; fine-tuning.
 """
 
 import copy

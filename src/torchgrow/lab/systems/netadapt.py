@@ -2,16 +2,17 @@
 
 Steps: denru01/netadapt@248ae1c, on FLOPs, or on parameters where they are all that is budgeted. The source's
 reductions add up to 62.5 % of the network; for a budget below what `most` steps of them reach, the first is made
-larger. Widths are multiples of 8, of groups below 64 units of an eighth, and any in the last step. Accuracy is judged
-on a tenth of the training images, which are held out. What the search leaves above the budget, a last cut takes. The
-search is one stretch between two phases: a command that is stopped in it begins the search again.
+larger. Widths are multiples of 8, of groups below 64 units of an eighth. Accuracy is judged on a tenth of the training
+images, which are held out. The search never goes below the budget: its last step is a cut of filters of the least L2
+norm, the same share of every group, that uses the budget exactly. The search is one stretch between two phases: a
+command that is stopped in it begins the search again.
 Cost: the dense training (which the paper's rule leaves out); for every step and every group a short training and an
 evaluation (forward passes, counted); and fine-tuning for as long as the dense training.
 """
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -25,7 +26,6 @@ from torchgrow.lab.from_recipe import make_optimizer
 from torchgrow.lab.systems.structure import Structure
 from torchgrow.lab.systems.system import Phase, Task, held_out, scaled, tuned
 from torchgrow.lab.train import evaluate
-from torchgrow.structure.cost import CostModel
 
 
 def targets(first: float, budget: float, ratio: float, decay: float, most: int) -> list[float]:
@@ -46,27 +46,26 @@ def targets(first: float, budget: float, ratio: float, decay: float, most: int) 
     return found
 
 
-def candidates(costs: CostModel, live: Tensor, multiples: Tensor, target: float, which: int) -> list[tuple[int, int]]:
+def candidates(
+    cost: Callable[[Tensor], float], live: Tensor, least: Tensor, multiples: Tensor, target: float
+) -> list[tuple[int, int]]:
     """For every group that alone can meet the target the largest multiple that does: (group, width).
 
     Args:
-        costs: of the space.
+        cost: of a network by the widths of its groups.
         live: int64 [G], widths now.
+        least: int64 [G], what cannot go.
         multiples: int64 [G].
         target: what the network may cost.
-        which: 0: parameters, 1: FLOPs.
     """
     found = []
-    for group in range(costs.space.n_groups):
-        step, least = int(multiples[group]), max(1, int(costs.space.least[group]))
-        width = (int(live[group]) - 1) // step * step
-        while width >= least:
+    for group, (now, step) in enumerate(zip(live.tolist(), multiples.tolist(), strict=True)):
+        for width in range((now - 1) // step * step, max(1, int(least[group])) - 1, -step):
             tried = live.clone()
             tried[group] = width
-            if int(costs.both(tried)[which]) <= target:
+            if cost(tried) <= target:
                 found.append((group, width))
                 break
-            width -= step
     return found
 
 
@@ -104,36 +103,41 @@ class NetAdapt:
         first = float(whole.cost(whole.space.everything())[which])
         budget = float((limits.flops if which else limits.params) or 0)
         flops = 0
-        for target in targets(first, budget, self.ratio, self.decay, self.most):
-            multiple = self.multiple if target > budget else 1
-            best, spent = self._step(model, task, split, target, which, multiple)
+        for target in targets(first, budget, self.ratio, self.decay, self.most)[:-1]:
+            best, spent = self._step(model, task, split, (budget, target), which)
             flops += spent
             if best is None:
                 break
             model = best
         whole = Structure(model, task)
-        places = whole.places(whole.scores(policies.importance.l2))
-        whole.cut(whole.exact(whole.space.everything(), -places, limits))
+        whole.cut(whole.within(whole.scores(policies.importance.l2), limits))
         task.spend("search", flops, time.perf_counter() - start)
         epochs = scaled(self.epochs, self.dense, task.recipe)
         recipe = tuned(task.recipe, epochs, self.lr, (1 / 3, 2 / 3))
         yield Phase(name="fine-tuning", model=model, recipe=recipe)
 
     def _step(
-        self, model: nn.Module, task: Task, split: ImageData, target: float, which: int, multiple: int
+        self, model: nn.Module, task: Task, split: ImageData, span: tuple[float, float], which: int
     ) -> tuple[nn.Module | None, int]:
-        """The candidate of best accuracy within the target, and what all of them cost; None where there is none."""
+        """The candidate of best accuracy between budget and target, and what all cost; None where there is none."""
         whole = Structure(model, task)
         live = whole.costs.live(whole.space.everything())
-        if float(whole.costs.both(live)[which]) <= target:
+
+        def cost(widths: Tensor) -> float:
+            return float(whole.costs.both(widths)[which])
+
+        if cost(live) <= span[1]:
             return model, 0
-        multiples = torch.minimum((live // 8).clamp(min=1), torch.full_like(live, multiple))
+        multiples = torch.minimum((live // 8).clamp(min=1), torch.full_like(live, self.multiple))
         places = whole.places(whole.scores(policies.importance.l2))
         best, score, flops = None, -1.0, 0
-        for group, width in candidates(whole.costs, live, multiples, target, which):
-            twin = copy.deepcopy(model)
+        for group, width in candidates(cost, live, whole.space.least, multiples, span[1]):
             beyond = (whole.space.group_of == group) & (places * int(live[group]) > width + 0.5)
-            whole.cut(~(beyond & whole.space.removable), twin)
+            keep = ~(beyond & whole.space.removable)
+            if float(whole.cost(keep)[which]) < span[0]:
+                continue
+            twin = copy.deepcopy(model)
+            whole.cut(keep, twin)
             flops += self._train(twin, task, split)
             accuracy = evaluate(twin, split)[0]
             flops += task.cost(twin).flops * len(split.test)
