@@ -165,6 +165,9 @@ def test_thinet_discards_what_adds_nothing_first_and_opposites_together() -> Non
     b = torch.randn(50)
     x = torch.stack([5 * torch.randn(50), torch.zeros(50), b, -b], 1)
     assert discarded(x) == [1, 2, 3, 0]
+    # Norms 1, 1.2 and 1.5, but the third makes up for the first, and goes before the second.
+    opposites = torch.tensor([[1.0, 0.0, -1.5], [0.0, 1.2, 0.0]])
+    assert discarded(opposites) == [0, 2, 1]
 
 
 def test_thinet_rescales_what_is_kept_to_the_whole_sum() -> None:
@@ -185,6 +188,14 @@ def test_patches_times_weights_are_what_the_layer_puts_out(conv: nn.Conv2d) -> N
     assert torch.allclose(reader.patches(inputs) @ reader.weight().T, expect, atol=1e-5)
     columns = reader.columns(torch.arange(3))
     assert columns.tolist() == torch.arange(27).reshape(3, 9).tolist()
+
+
+def test_what_is_discarded_is_zero_for_the_layers_behind_and_the_rest_is_scaled() -> None:
+    model = Two(4)
+    (reader,) = readers(model, trace(model, torch.randn(2, 1, SIDE, SIDE)))
+    before = reader.weight().clone()
+    ThiNet()._reweigh(reader, torch.arange(4), torch.tensor([0, 3]), torch.tensor([2.0, 0.5]).double())
+    assert torch.equal(reader.weight(), before * torch.tensor([2.0, 0.0, 0.0, 0.5]))
 
 
 def test_thinet_cuts_a_channel_that_its_reader_ignores_and_keeps_the_function() -> None:
@@ -281,7 +292,7 @@ def test_the_penalty_of_two_convolutions_by_hand() -> None:
 
 
 def test_alive_inputs_weigh_outputs_and_a_skip_connection_ties_by_the_largest() -> None:
-    """The stream has 4 channels, scaled by bn0 and bn2: the larger counts. a: 32 (alive_in x out + alive_out x in)."""
+    """The stream has 4 channels, scaled by bn0 and bn2: the larger counts. a: 32 (alive_in out + alive_out in)."""
     model: Any = Residual()
     with torch.no_grad():
         model.bn0.weight.copy_(torch.tensor([1.0, 0.0, 0.0, 3.0]))
@@ -306,6 +317,20 @@ def test_widening_multiplies_all_widths_to_the_budget() -> None:
     scale = torch.tensor([0.0, 0.1, 0.2, 0.9, 0.3, 0.0, 0.8, 0.0])
     keep = widened(whole, scale > 0.5, scale, task.limits())
     assert torch.nonzero(keep).flatten().tolist() == [2, 3, 4, 6]
+
+
+def test_widening_is_by_a_factor_and_not_by_a_number() -> None:
+    """Widths 1 and 4 become 2 and 8: 2 + 4 + 16 + 16 + 16 = 54 parameters; 3 and 6 fit too."""
+
+    def build() -> nn.Module:
+        first, second, last = nn.Conv2d(1, 8, 1, bias=False), nn.Conv2d(8, 8, 1, bias=False), Two(8, norm=True)
+        return nn.Sequential(first, nn.BatchNorm2d(8), nn.ReLU(), second, *list(last)[1:])
+
+    task = task_of(build, Budget(params=54))
+    whole = Structure(task.network(), task)
+    scale = torch.tensor([0.9] + [0.1] * 7 + [0.9] * 4 + [0.1] * 4)
+    keep = widened(whole, scale > 0.5, scale, task.limits())
+    assert list(whole.space.widths(keep).values()) == [2, 8]
 
 
 def test_morphnet_says_where_it_has_nothing_to_read() -> None:

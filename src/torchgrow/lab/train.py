@@ -92,8 +92,7 @@ def fit(
 ) -> Iterator[Epoch]:
     """Train ``model`` for the recipe's epochs, yielding after each; those done before the latest checkpoint are not.
 
-    With several processes each trains on its share of every batch, and process 0 alone evaluates: in the others
-    test loss and accuracy are NaN.
+    With several processes each trains on its share of every batch; process 0 alone evaluates, the others give NaN.
 
     Args:
         network: name for the records and for errors.
@@ -101,9 +100,8 @@ def fit(
         optimizer: of ``model``'s parameters.
         data: what to train and to evaluate on.
         recipe: epochs, batches, schedule, augmentation and seed.
-        grower: updated as often as the recipe says, at the end of an epoch after evaluation, since units just born
-            are untrained.
-        teacher: what ``model`` also learns from, by the recipe's share; in evaluation mode, and without a state.
+        grower: updated as often as the recipe says; at an epoch's end after evaluation: newborn units are untrained.
+        teacher: what ``model`` also learns from, by the recipe's share; in evaluation mode, without a state.
         hooks: what else is done while it trains.
         on_step: called as ``on_step(done, total)`` after each step of an epoch.
         checkpoints: where to go on from, and where to leave checkpoints. The one at the end of an epoch is written
@@ -113,9 +111,8 @@ def fit(
         TorchgrowError: the loss is not finite, or the checkpoint does not fit.
     """
     guard_(model)
-    steps, samples = extent(model, data, recipe)
+    (steps, samples), hooks = extent(model, data, recipe), hooks or Hooks()
     schedule = make_schedule(optimizer, recipe, steps)
-    hooks = hooks or Hooks()
     progress = checkpoints.load(model, optimizer, grower, schedule, hooks) if checkpoints else Progress()
     run = _Run(
         network=network,
@@ -135,9 +132,7 @@ def fit(
         fixed=None if grower else (processes.wrap(model), measure(model, data.example())),
         generator=torch.Generator().manual_seed(recipe.seed),
     )
-    for _ in range(progress.epoch, recipe.epochs + recipe.then + 1):
-        if hooks.over:
-            return
+    while progress.epoch <= recipe.epochs + recipe.then and not hooks.over:
         record = run.finish(run.train(progress))
         yield record
         progress = run.after(record)
