@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgrow import Grower, TorchgrowError, load_checkpoint, save_checkpoint
+from torchgrow.lab.hooks import Hooks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,22 +66,32 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         grower: Grower | None,
         schedule: Any,
+        hooks: Hooks | None = None,
     ) -> None:
         """Write one; with several processes all of them call it, since each has random numbers of its own."""
         optimizer.zero_grad()  # the gradients are spent
         extra: dict[str, Any] = {one.name: getattr(progress, one.name) for one in fields(progress)}
+        if hooks and (state := hooks.state_dict()):
+            extra["hooks"] = state
         if grower is None:
             extra |= {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()}
         save_checkpoint(self.folder, grower, scheduler=schedule, extra=extra, together=True)
 
     def load(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, grower: Grower | None, schedule: Any
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        grower: Grower | None,
+        schedule: Any,
+        hooks: Hooks | None = None,
     ) -> Progress:
         """Go on from the latest one, or from the start if there is none yet."""
         if not any(self.folder.glob("checkpoint-*")):
             return Progress()
         extra = load_checkpoint(self.folder, grower, scheduler=schedule)
         try:
+            if hooks and "hooks" in extra:  # first, since they may decide which structure is loaded
+                hooks.load_state_dict(extra.pop("hooks"))
             if grower is None:
                 model.load_state_dict(extra.pop("model"))
                 optimizer.load_state_dict(extra.pop("optimizer"))

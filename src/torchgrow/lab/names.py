@@ -33,6 +33,19 @@ FIXED = {
 }
 """Methods whose structure does not change while they train."""
 
+SYSTEMS = {
+    "l1-norm": "the dense one, its filters of least L1 norm cut, then fine-tuned (Li 2017)",
+    "sfp": "filters of least norm set to zero after every epoch, cut in the end (SoftNet: He 2018)",
+    "thinet": "channels by how little the next layer's input changes without them (Luo 2017)",
+    "pfp": "channels sampled by their sensitivity, in rounds with retraining (Provable: Liebenwein 2020)",
+    "bar": "gates under a barrier that falls to the budget, with a teacher (Lemaire 2019)",
+    "morphnet": "a penalty on batch norms' scales shapes it, then widened to the budget, from scratch (Gordon 2018)",
+    "netadapt": "layer by layer, the cut with the best accuracy after short training (Yang 2018)",
+    "autogrow": "blocks added while accuracy rises (Wen 2020)",
+    "iss": "hidden units of LSTMs under a group penalty (Wen 2018)",
+}
+"""Systems of other papers; `torchgrow.lab.systems` has a file for each. Their structure changes while they train."""
+
 LIBRARIES = ("torchvision", "timm", "hf")
 """What may stand before the colon of a model's name; `torchgrow.lab.frames` builds them."""
 

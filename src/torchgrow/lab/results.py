@@ -19,7 +19,12 @@ from torchgrow.lab.display import short
 from torchgrow.lab.metrics import Metric, metric_of
 from torchgrow.lab.report import COLOURS, colour
 
-SHARES = {"flops": "dense_flops", "train_flops": "dense_train_flops", "seconds": "dense_seconds"}
+SHARES = {
+    "flops": "dense_flops",
+    "train_flops": "dense_train_flops",
+    "train_flops_paper_rule": "dense_train_flops",
+    "seconds": "dense_seconds",
+}
 """What is shown as a share of the dense network's."""
 
 
@@ -54,6 +59,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
             "parameters",
             "FLOPs",
             "training\nFLOPs",
+            "by the\npaper's rule",
             "seconds",
         )
         grid.add_column("method", no_wrap=True)

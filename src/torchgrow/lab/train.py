@@ -17,6 +17,7 @@ from torchgrow.lab import processes
 from torchgrow.lab.checkpoints import Checkpoints, Progress
 from torchgrow.lab.data import Data
 from torchgrow.lab.from_recipe import extent, make_schedule, updates_within
+from torchgrow.lab.hooks import Hooks
 from torchgrow.lab.metrics import ACCURACY
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.text import TextData
@@ -85,13 +86,13 @@ def fit(
     *,
     grower: Grower | None = None,
     teacher: nn.Module | None = None,
+    hooks: Hooks | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
     checkpoints: Checkpoints | None = None,
 ) -> Iterator[Epoch]:
     """Train ``model`` for the recipe's epochs, yielding after each; those done before the latest checkpoint are not.
 
-    With several processes each trains on its share of every batch, and process 0 alone evaluates: in the others
-    test loss and accuracy are NaN.
+    With several processes each trains on its share of every batch; process 0 alone evaluates, the others give NaN.
 
     Args:
         network: name for the records and for errors.
@@ -99,21 +100,20 @@ def fit(
         optimizer: of ``model``'s parameters.
         data: what to train and to evaluate on.
         recipe: epochs, batches, schedule, augmentation and seed.
-        grower: updated as often as the recipe says, at the end of an epoch after evaluation, since units just born
-            are untrained.
-        teacher: what ``model`` also learns from, by the recipe's share; in evaluation mode, and without a state.
+        grower: updated as often as the recipe says; at an epoch's end after evaluation: newborn units are untrained.
+        teacher: what ``model`` also learns from, by the recipe's share; in evaluation mode, without a state.
+        hooks: what else is done while it trains.
         on_step: called as ``on_step(done, total)`` after each step of an epoch.
         checkpoints: where to go on from, and where to leave checkpoints. The one at the end of an epoch is written
             when the next is asked for, so after whatever the caller does with the record of this one.
 
     Raises:
-        TrainingError: the loss is not finite.
-        TorchgrowError: the checkpoint does not fit.
+        TorchgrowError: the loss is not finite (a TrainingError), or the checkpoint does not fit.
     """
     guard_(model)
-    steps, samples = extent(model, data, recipe)
+    (steps, samples), hooks = extent(model, data, recipe), hooks or Hooks()
     schedule = make_schedule(optimizer, recipe, steps)
-    progress = checkpoints.load(model, optimizer, grower, schedule) if checkpoints else Progress()
+    progress = checkpoints.load(model, optimizer, grower, schedule, hooks) if checkpoints else Progress()
     run = _Run(
         network=network,
         model=model,
@@ -122,6 +122,7 @@ def fit(
         recipe=recipe,
         grower=grower,
         teacher=teacher,
+        hooks=hooks,
         lesson=measure(teacher, data.example()).flops if teacher else 0,
         schedule=schedule,
         checkpoints=checkpoints,
@@ -131,7 +132,7 @@ def fit(
         fixed=None if grower else (processes.wrap(model), measure(model, data.example())),
         generator=torch.Generator().manual_seed(recipe.seed),
     )
-    for _ in range(progress.epoch, recipe.epochs + recipe.then + 1):
+    while progress.epoch <= recipe.epochs + recipe.then and not hooks.over:
         record = run.finish(run.train(progress))
         yield record
         progress = run.after(record)
@@ -154,6 +155,7 @@ class _Run:
     recipe: Recipe
     grower: Grower | None
     teacher: nn.Module | None
+    hooks: Hooks
     lesson: int
     schedule: torch.optim.lr_scheduler.LRScheduler
     checkpoints: Checkpoints | None
@@ -171,7 +173,7 @@ class _Run:
     def save(self, progress: Progress) -> None:
         """Leave a checkpoint."""
         if self.checkpoints:
-            self.checkpoints.save(progress, self.model, self.optimizer, self.grower, self.schedule)
+            self.checkpoints.save(progress, self.model, self.optimizer, self.grower, self.schedule, self.hooks)
 
     def net(self) -> nn.Module:
         """What the forward pass goes through, in training mode: of the present structure, shared out or not."""
@@ -182,7 +184,7 @@ class _Run:
     def cost(self) -> Cost:
         """What the present structure costs."""
         if self.fixed:
-            return self.fixed[1]
+            return self.hooks.cost() or self.fixed[1]
         assert self.grower is not None
         return self.grower.cost()
 
@@ -211,8 +213,11 @@ class _Run:
             with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
                 scores, state = _scores(net, x, progress.state)
             loss = self.loss(scores.float(), x, labels.flatten())
+            penalty = self.hooks.penalty()
+            loss = loss if penalty is None else loss + penalty
             where = f"{self.network}, epoch {progress.epoch}, step {step} of {steps}"
             value = _step(where, loss, self.model, self.optimizer, recipe)
+            self.hooks.stepped(progress.epoch - 1 + step / steps)
             self.schedule.step()
             flops, changes = (3 * cost.flops + self.lesson) * self.samples, progress.changes
             self.on_step(step, steps)
@@ -243,7 +248,7 @@ class _Run:
         """Evaluate the network at the end of an epoch, then update its structure; returns what the epoch came to."""
         grower, cost, seconds = self.grower, self.cost(), progress.seconds
         widths = grower.widths() if grower else {}
-        depths = grower.depths() if grower and self.recipe.depth else {}
+        depths = grower.depths() if grower and self.recipe.depth else self.hooks.depths()
         score, test_loss = evaluate(self.model, self.data) if processes.rank() == 0 else (math.nan, math.nan)
         fields: dict[str, Any] = {self.data.metric.name: score}
         if grower and progress.epoch <= self.recipe.epochs:
@@ -253,6 +258,9 @@ class _Run:
             fields |= {"pressure": event.pressure, "temperature": event.temperature}
             fields |= dict(zip(("born", "regrown", "detached"), _added(progress.changes, event), strict=True))
             fields["updates"] = [*progress.updates, _structure(grower, float(progress.epoch))]
+        start = time.perf_counter()
+        self.hooks.ended(progress.epoch)
+        seconds += time.perf_counter() - start
         return Epoch(
             network=self.network,
             epoch=progress.epoch,

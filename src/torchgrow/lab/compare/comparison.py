@@ -21,7 +21,7 @@ from torchgrow.lab.devices import chosen as chosen_device
 from torchgrow.lab.devices import random_state, set_random_state
 from torchgrow.lab.environment import environment
 from torchgrow.lab.from_recipe import with_data
-from torchgrow.lab.names import FIXED
+from torchgrow.lab.names import FIXED, SYSTEMS
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.results import draw, tables
 from torchgrow.lab.run_folder import lock
@@ -51,7 +51,8 @@ def compare(
 
     Args:
         recipe: what to train; its seed and budget matter only where none are given.
-        methods: of `FIXED`, or ways to grow: "default" (the recipe's own), "paper", "default:gates=True,peak=1".
+        methods: of `FIXED` or `SYSTEMS`, or ways to grow: "default" (the recipe's own), "paper",
+            "default:gates=True,peak=1".
         seeds: of weights, batches and growth; every method is trained with each.
         budgets: one after another; default: the recipe's.
         console: where to show it.
@@ -124,18 +125,18 @@ def recorded(recipe: Recipe, data: Data, methods: Sequence[str], out: Path = RES
 
 
 def _check(methods: Sequence[str], recipe: Recipe) -> None:
-    """Every method is one of `FIXED` or a way to grow, from scratch."""
+    """Every method is one of `FIXED`, one of `SYSTEMS` or a way to grow, from scratch."""
     if recipe.weights:
         raise TorchgrowError(
             f"recipe {recipe.name!r} begins with weights, and networks are compared from scratch; leave weights out, "
             "or run it alone: torchgrow run"
         )
     for method in methods:
-        if method not in FIXED:
+        if method not in {*FIXED, *SYSTEMS}:
             try:
                 Method.named(method)
             except TorchgrowError as error:
-                raise TorchgrowError(f"{error}; or compare with {', '.join(FIXED)}") from None
+                raise TorchgrowError(f"{error}; or compare with {', '.join([*FIXED, *SYSTEMS])}") from None
 
 
 def _ordered(methods: Sequence[str]) -> list[str]:

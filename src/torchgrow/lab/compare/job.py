@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torchgrow import Method
-from torchgrow.lab.names import FIXED
+from torchgrow.lab.names import FIXED, SYSTEMS
 from torchgrow.lab.recipes import Recipe
+from torchgrow.lab.systems import BEGIN_TRAINED, system
 
-AFTER = {"uniform-flops": "default", "direct": "default", "l1": "dense"}
+AFTER = {"uniform-flops": "default", "direct": "default", "l1": "dense", **dict.fromkeys(BEGIN_TRAINED, "dense")}
 """Methods that start from the network of another one."""
 
 
@@ -18,7 +19,7 @@ class Job:
     """One network to train: a method and everything that decides what comes out.
 
     Attributes:
-        method: a name in `FIXED`, or what `torchgrow.Method.named` reads.
+        method: a name in `FIXED` or `SYSTEMS`, or what `torchgrow.Method.named` reads.
         recipe: with seed and budget.
         data: what tells one data set from another.
         validate: whether it is judged by training images that were held out.
@@ -38,7 +39,9 @@ class Job:
         if self.method == "dense":
             del config["budget"]
         base = replace(self, method=AFTER.get(self.method, self.method))
-        if base.method not in FIXED:
+        if self.method in SYSTEMS:
+            config["system"] = asdict(system(self.method))
+        if base.method not in {*FIXED, *SYSTEMS}:
             growing = asdict(Method.named(base.preset(), layers=bool(self.recipe.depth)))
             if not self.recipe.depth:
                 del growing["layer_lag"]  # decides nothing; rows from before there was such a thing stay good

@@ -23,13 +23,16 @@ from torchgrow.lab.compare.pruning import PruningError, l1_pruned
 from torchgrow.lab.compare.results_file import Rows
 from torchgrow.lab.data import Data
 from torchgrow.lab.from_recipe import extent, far_from_paper, make_grower, make_network, make_optimizer
-from torchgrow.lab.names import FIXED
+from torchgrow.lab.names import FIXED, SYSTEMS
 from torchgrow.lab.recipes import Recipe
+from torchgrow.lab.systems import PHASES, Spent, Task, UnfitError, run, system
 from torchgrow.lab.text import TextData
 from torchgrow.lab.train import Epoch, evaluate, fit
 
 NETWORK, EPOCHS = "network", "epochs.json"
 """What is left of a network, beside its checkpoints."""
+
+NOTHING = Spent(name="nothing")
 
 FINE_TUNING = 0.1
 """Learning rate of fine-tuning a pruned network, as a share of the recipe's."""
@@ -50,14 +53,6 @@ class Bench:
         return self.work / job.key()
 
 
-@dataclass(frozen=True)
-class Spent:
-    """Training that went before."""
-
-    flops: int = 0
-    seconds: float = 0.0
-
-
 def train(job: Job, beside: Sequence[Job], bench: Bench, bars: Bars) -> Iterator[Epoch]:
     """The epochs of one job; at the end its row is written.
 
@@ -67,6 +62,9 @@ def train(job: Job, beside: Sequence[Job], bench: Bench, bars: Bars) -> Iterator
         bench: where it finds the data and leaves its network and its row.
         bars: told of every step and epoch.
     """
+    if job.method in SYSTEMS:
+        yield from _train_system(job, beside, bench, bars)
+        return
     recipe, folder, data, rows = job.recipe, bench.folder(job), bench.data, bench.rows
     frame = measure(make_network(recipe.build, 1.0, data.device), data.example())
     torch.manual_seed(recipe.seed)
@@ -102,15 +100,51 @@ def train(job: Job, beside: Sequence[Job], bench: Bench, bars: Bars) -> Iterator
         torchgrow.save(model, folder / NETWORK)
     if any(row["config_hash"] == job.key() for row in rows.read()):
         return  # trained once more for the sake of another
-    row = _row(job, bench, model, frame, before, epochs)
-    rows.append({**row, "together": [other.method for other in beside], "epochs": [_brief(one) for one in epochs]})
-    score = row[data.metric.name]
-    bars.say(f"seed {recipe.seed}, {recipe.budget}: {job.method}: {data.metric.show(score or math.nan)}")
+    spent = [before, Spent(name="training", flops=epochs[-1].training_flops, seconds=epochs[-1].seconds)]
+    _finish(job, beside, bench, bars, _row(job, bench, model, frame, spent), epochs)
 
 
-def _row(
-    job: Job, bench: Bench, model: nn.Module, frame: Cost, before: Spent, epochs: Sequence[Epoch]
-) -> dict[str, Any]:
+def _train_system(job: Job, beside: Sequence[Job], bench: Bench, bars: Bars) -> Iterator[Epoch]:
+    """The epochs of one system of `SYSTEMS`, as `train`."""
+    recipe, folder, data = job.recipe, bench.folder(job), bench.data
+    frame = measure(make_network(recipe.build, 1.0, data.device), data.example())
+    torch.manual_seed(recipe.seed)
+    task, records = Task(recipe=recipe, data=data, trained=lambda: _dense(job, bench)), folder / EPOCHS
+    if job.method in AFTER:
+        task.spent.append(_before(job, bench))
+    epochs = [Epoch(**fields) for fields in json.loads(records.read_text())] if records.exists() else []
+    if not (folder / PHASES).exists():
+        epochs = []
+
+    def on_step(before: int, done: float, total: int) -> None:
+        bars(job, before + done, before + total)
+
+    try:
+        for epoch in run(job.method, system(job.method), task, folder, on_step):
+            epochs = [*epochs[: epoch.epoch - 1], epoch]
+            _write(records, json.dumps([asdict(one) for one in epochs]))
+            bars.epoch(job, epoch)
+            yield epoch
+    except UnfitError as failed:
+        bench.rows.append({**_head(job, bench), "error": str(failed)})
+        return
+    assert task.model is not None
+    row = _row(job, bench, task.model, frame, task.spent)
+    row["phases"] = [asdict(one) for one in task.spent]
+    _finish(job, beside, bench, bars, row, epochs)
+
+
+def _finish(
+    job: Job, beside: Sequence[Job], bench: Bench, bars: Bars, row: dict[str, Any], epochs: Sequence[Epoch]
+) -> None:
+    """Write the row of a finished network, and say what it came to."""
+    metric, together = bench.data.metric, [other.method for other in beside]
+    bench.rows.append({**row, "together": together, "epochs": [_brief(one) for one in epochs]})
+    recipe, score = job.recipe, row[metric.name]
+    bars.say(f"seed {recipe.seed}, {recipe.budget}: {job.method}: {metric.show(score or math.nan)}")
+
+
+def _row(job: Job, bench: Bench, model: nn.Module, frame: Cost, spent: Sequence[Spent]) -> dict[str, Any]:
     """Score and costs of a trained network.
 
     Args:
@@ -118,13 +152,12 @@ def _row(
         bench: as for `train`.
         model: the network, trained.
         frame: cost of the dense network.
-        before: training of the network that this one started from.
-        epochs: the job's own training.
+        spent: all training that led to it.
     """
-    data, last = bench.data, epochs[-1]
+    data, seconds = bench.data, sum(one.seconds for one in spent)
     cost = measure(model, data.example())
     steps, samples = extent(model, data, job.recipe)
-    score = last.perplexity if isinstance(data, TextData) else evaluate(model, data)[0]
+    score = evaluate(model, data)[0]
     # Seconds compare on one machine and with one code only.
     measured = {(row["config_hash"], json.dumps(row["versions"])): row.get("seconds") for row in bench.rows.read()}
     dense_seconds = measured.get((replace(job, method="dense").key(), json.dumps(bench.versions)))
@@ -136,11 +169,11 @@ def _row(
         "flops": cost.flops,
         "dense_params": frame.params,
         "dense_flops": frame.flops,
-        "train_flops": before.flops + last.training_flops,
-        "train_flops_paper_rule": last.training_flops,
+        "train_flops": sum(one.flops for one in spent),
+        "train_flops_paper_rule": sum(one.flops for one in spent if one.counted),
         "dense_train_flops": 3 * frame.flops * steps * samples * (job.recipe.epochs + job.recipe.then),
-        "seconds": before.seconds + last.seconds,
-        "dense_seconds": last.seconds if job.method == "dense" else dense_seconds,
+        "seconds": seconds,
+        "dense_seconds": seconds if job.method == "dense" else dense_seconds,
     }
 
 
@@ -168,28 +201,40 @@ def _network(job: Job, bench: Bench) -> tuple[nn.Module, Recipe, Spent]:
     if method not in FIXED:
         build = recipe.build_grown or recipe.build
         model = make_network(build, 1.0, data.device, meta=recipe.meta)
-        return model, replace(recipe, preset=job.preset()), Spent()
+        return model, replace(recipe, preset=job.preset()), NOTHING
     if method == "dense":
-        return make_network(recipe.build, 1.0, data.device), recipe, Spent()
+        return make_network(recipe.build, 1.0, data.device), recipe, NOTHING
     if method == "uniform":
         frame = measure(make_network(recipe.build, 1.0, data.device), data.example())
         limits = recipe.budget.limits(frame)
         params, flops = limits.params or frame.params, limits.flops or frame.flops
         width = twin_width(recipe, data, params=params, flops=flops)
-        return make_network(recipe.build, width, data.device), recipe, Spent()
+        return make_network(recipe.build, width, data.device), recipe, NOTHING
     base = bench.folder(replace(job, method=AFTER[method]))
     if method == "l1":
-        model = torchgrow.load(base / NETWORK, recipe.build).to(data.device)
-        last = Epoch(**json.loads((base / EPOCHS).read_text())[-1])
+        model = _dense(job, bench)
         tuned = replace(recipe, epochs=max(2, recipe.epochs // 2), lr=FINE_TUNING * recipe.lr)
-        return l1_pruned(model, recipe, data), tuned, Spent(last.training_flops, last.seconds)
+        return l1_pruned(model, recipe, data), tuned, _before(job, bench)
     found = torchgrow.load(base / NETWORK, partial(recipe.build_grown or recipe.build, 1.0))
     if method == "direct":
-        return initialised(found).to(data.device), recipe, Spent()
+        return initialised(found).to(data.device), recipe, NOTHING
     found = found.to(data.device)
     flops = measure(found, data.example()).flops
     width = uniform_width(recipe.build, flops, lambda model: measure(model, data.example()).flops)
-    return make_network(recipe.build, width, data.device), recipe, Spent()
+    return make_network(recipe.build, width, data.device), recipe, NOTHING
+
+
+def _dense(job: Job, bench: Bench) -> nn.Module:
+    """The trained dense network that a job begins with."""
+    base = bench.folder(replace(job, method=AFTER[job.method]))
+    return torchgrow.load(base / NETWORK, job.recipe.build).to(bench.data.device)
+
+
+def _before(job: Job, bench: Bench) -> Spent:
+    """What its training cost."""
+    base = bench.folder(replace(job, method=AFTER[job.method]))
+    last = Epoch(**json.loads((base / EPOCHS).read_text())[-1])
+    return Spent(name="dense", counted=False, epochs=last.epoch, flops=last.training_flops, seconds=last.seconds)
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,0 +1,38 @@
+"""Systems of other papers, each in a file named by its source: on our tracing and surgery, in the lab's one loop.
+
+What they have in common, and how they are counted, is in `torchgrow.lab.systems.system`.
+"""
+
+from torchgrow.lab.systems.autogrow import AutoGrow
+from torchgrow.lab.systems.bar import BAR
+from torchgrow.lab.systems.iss import ISS
+from torchgrow.lab.systems.l1_norm import L1Norm
+from torchgrow.lab.systems.morphnet import MorphNet
+from torchgrow.lab.systems.netadapt import NetAdapt
+from torchgrow.lab.systems.pfp import PFP
+from torchgrow.lab.systems.running import PHASES, run
+from torchgrow.lab.systems.sfp import SFP
+from torchgrow.lab.systems.system import Phase, Spent, System, Task, UnfitError
+from torchgrow.lab.systems.thinet import ThiNet
+
+__all__ = ["BEGIN_TRAINED", "PHASES", "Phase", "Spent", "System", "Task", "UnfitError", "run", "system"]
+
+_SYSTEMS: dict[str, type[System]] = {
+    "l1-norm": L1Norm,
+    "sfp": SFP,
+    "thinet": ThiNet,
+    "pfp": PFP,
+    "bar": BAR,
+    "morphnet": MorphNet,
+    "netadapt": NetAdapt,
+    "autogrow": AutoGrow,
+    "iss": ISS,
+}
+
+BEGIN_TRAINED = ("l1-norm", "thinet", "pfp", "bar", "netadapt")
+"""Those that begin with the trained dense network, or learn from it."""
+
+
+def system(name: str) -> System:
+    """A system by its name in `torchgrow.lab.names.SYSTEMS`, with the constants of its source."""
+    return _SYSTEMS[name]()

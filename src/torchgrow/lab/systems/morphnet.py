@@ -1,0 +1,169 @@
+"""MorphNet: Gordon, Eban, Nachum, Chen, Wu, Yang, Choi, CVPR 2018 (arXiv 1711.06798).
+
+Steps: google-research/morph-net@d9286a1, with the scales of batch norms. Units that a skip connection ties share one
+scale, the largest. What has no batch norm counts as alive and is not penalised. The source widens beyond the network it
+began with; here no group gets wider than in the frame, and what is left of the budget is filled up.
+Cost: a dense training for every strength of the penalty. The retraining from scratch is of a structure that is final,
+so the paper's rule leaves it out.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from torchgrow import Limits, Space, policies
+from torchgrow.lab.baselines import initialised
+from torchgrow.lab.hooks import Hooks
+from torchgrow.lab.systems.structure import Structure
+from torchgrow.lab.systems.system import Phase, Task, UnfitError
+
+Term = tuple[float, tuple[Tensor, ...]]
+"""What a product of counts is worth, and the unit ids (-1: always alive) whose living positions it counts."""
+
+
+def terms(space: Space, *, flops: bool) -> list[Term]:
+    """What the network costs as a sum of products: FLOPs of one sample, or parameters; of those that may change."""
+    if flops:
+        found = [(term.constant / space.batch, term.vectors) for term in space.flops]
+    else:
+        found = []
+        for name in space.parameters:
+            axes = space.cut_axes.get(name, ())
+            whole = math.prod(size for axis, size in enumerate(space.shapes[name]) if axis not in axes)
+            found.append((float(whole), tuple(space.unit_of[name, axis] for axis in axes)))
+    return [(worth, vectors) for worth, vectors in found if any(bool((v >= 0).any()) for v in vectors)]
+
+
+def penalty(products: list[Term], scale: Tensor, alive: Tensor, scaled: Tensor) -> Tensor:
+    """The cost with the sum of scales in place of the count of one factor after the other.
+
+    Of a convolution it is c (alive_in sum |gamma_out| + alive_out sum |gamma_in|), with c = 2 H W k^2 for FLOPs and k^2
+    for parameters.
+
+    Args:
+        products: see `terms`.
+        scale: |gamma| of every unit, float [n].
+        alive: bool [n].
+        scaled: bool [n], units that have a scale; others count as alive.
+    """
+    total = scale.new_zeros(())
+    for worth, vectors in products:
+        places = [vector.clamp(min=0) for vector in vectors]
+        owned = [(vector >= 0) & scaled[place] for vector, place in zip(vectors, places, strict=True)]
+        living = [int((~own | alive[place]).sum()) for own, place in zip(owned, places, strict=True)]
+        for i, (own, place) in enumerate(zip(owned, places, strict=True)):
+            others = math.prod(living[:i] + living[i + 1 :])
+            total = total + worth * others * (scale[place] * own).sum()
+    return total
+
+
+class Shaping(Hooks):
+    """Adds strength x penalty / cost of the whole network to the loss.
+
+    Args:
+        whole: the network.
+        strength: lambda, as a multiple of 1 / the initial cost.
+        threshold: |gamma| above it is alive.
+        flops: whether FLOPs are what costs, or parameters.
+
+    Raises:
+        UnfitError: the network has no batch norm on what may go.
+    """
+
+    def __init__(self, whole: Structure, strength: float, threshold: float, *, flops: bool) -> None:
+        self.whole, self.strength, self.threshold = whole, strength, threshold
+        self.terms = terms(whole.space, flops=flops)
+        self.initial = float(whole.cost(whole.space.everything())[int(flops)])
+        self.scales: list[tuple[nn.Parameter, Tensor]] = []
+        space = whole.space
+        self.scaled = torch.zeros(space.n_units, dtype=torch.bool)
+        for path, module in whole.model.named_modules():
+            place = (f"{path}.weight", 0)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and place in space.unit_of:
+                vector = space.unit_of[place]
+                if bool((vector >= 0).all()):
+                    self.scales.append((module.weight, vector))
+                    self.scaled[vector] = True
+        if not bool((self.scaled & space.removable).any()):
+            raise UnfitError("MorphNet reads the scales of batch norms, and there is none on what may go here")
+
+    def scale(self) -> Tensor:
+        """|gamma| of every unit, the largest of those that it has; float [n]."""
+        found = torch.zeros(self.whole.space.n_units, device=self.scales[0][0].device)
+        for weight, vector in self.scales:
+            found = found.scatter_reduce(0, vector.to(found.device), weight.abs(), "amax")
+        return found
+
+    def alive(self) -> Tensor:
+        """Units (bool [n]) whose scale is above the threshold, and those that have none."""
+        return (self.scale().detach().cpu() > self.threshold) | ~self.scaled
+
+    def penalty(self) -> Tensor:
+        """Of the present scales."""
+        scale = self.scale()
+        total = penalty(self.terms, scale.cpu(), self.alive(), self.scaled)
+        return self.strength / self.initial * total.to(scale.device)
+
+
+def widened(whole: Structure, alive: Tensor, scale: Tensor, limits: Limits) -> Tensor:
+    """All widths of a structure (bool [n]) multiplied by one factor, the largest within the budget, then exactly there.
+
+    Args:
+        whole: the frame, beyond which no group goes.
+        alive: bool [n].
+        scale: float [n]; units of large scale come first.
+        limits: the budget.
+    """
+    space, group = whole.space, whole.space.group_of
+    widths = torch.bincount(group[alive], minlength=space.n_groups).clamp(min=1).double()
+    place = (whole.places(scale.double()) * torch.bincount(group, minlength=space.n_groups)[group]).round()
+
+    def at(factor: float) -> Tensor:
+        wanted = (widths * factor).round().clamp(min=1)
+        return (place <= wanted[group]) | ~space.removable
+
+    low, high = 0.0, float(torch.bincount(group).max())
+    for _ in range(40):
+        middle = (low + high) / 2
+        fits = bool((whole.cost(at(middle)) <= limits.tensor()).all())
+        low, high = (middle, high) if fits else (low, middle)
+    return whole.exact(at(low), -place / widths[group], limits)
+
+
+@dataclass(frozen=True)
+class MorphNet:
+    """A dense training with the penalty for every strength; the structure nearest to the budget is widened to it.
+
+    Attributes:
+        strengths: lambda as multiples of 1 / initial cost, on a logarithmic grid.
+        threshold: |gamma| above it is alive.
+    """
+
+    strengths: tuple[float, ...] = (0.3, 1.0, 3.0)
+    threshold: float = 0.01
+
+    def phases(self, task: Task) -> Iterator[Phase]:
+        """The searches, at a constant learning rate, then training from scratch."""
+        limits = task.limits()
+        flops = limits.flops is not None
+        budget = float((limits.flops if flops else limits.params) or 0)
+        constant = replace(task.recipe, schedule="milestones", lr_milestones=(), warmup=0.0, then=0)
+        best: tuple[float, Tensor, Tensor] | None = None
+        for strength in self.strengths:
+            torch.manual_seed(task.recipe.seed)
+            model = task.network()
+            shaping = Shaping(Structure(model, task), strength, self.threshold, flops=flops)
+            yield Phase(name=f"search {strength:g}", model=model, recipe=constant, hooks=shaping)
+            alive = shaping.alive()
+            least = policies.kit.one_per_group(shaping.whole.space, alive.clone(), shaping.scale().detach().cpu())
+            gap = abs(math.log(float(shaping.whole.cost(least)[int(flops)]) / budget))
+            if best is None or gap < best[0]:
+                best = gap, alive, shaping.scale().detach().cpu()
+        assert best is not None
+        model = task.network()
+        whole = Structure(model, task)
+        whole.cut(widened(whole, best[1], best[2], limits))
+        yield Phase(name="from scratch", model=initialised(model), recipe=task.recipe, counted=False)

@@ -1,0 +1,72 @@
+"""A system trained in the lab's loop: its phases one after the other, resumable, with what each of them costs."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from torchgrow.lab.checkpoints import Checkpoints
+from torchgrow.lab.from_recipe import make_optimizer
+from torchgrow.lab.systems.system import Phase, Spent, System, Task
+from torchgrow.lab.train import Epoch, fit
+
+PHASES = "phases.json"
+"""What phases that were begun have cost, beside their checkpoints."""
+
+
+def run(
+    name: str, system: System, task: Task, folder: Path, on_step: Callable[[int, float, int], None]
+) -> Iterator[Epoch]:
+    """Train a system; epochs that were done before the latest checkpoint are not trained again.
+
+    Args:
+        name: of the system, for records and errors.
+        system: what to train.
+        task: what it is given; has what was spent in `spent`.
+        folder: where checkpoints are.
+        on_step: told of every step: epochs of phases before, epochs done of this phase, and how many it has.
+
+    Yields:
+        Epochs, numbered through all phases of this run, with the cost of everything that was spent up to them.
+
+    Raises:
+        UnfitError: the system cannot serve this network or data.
+    """
+    path = folder / PHASES
+    known = [Spent(**fields) for fields in json.loads(path.read_text())] if path.exists() else []
+    begun = len(task.spent)
+    for number, phase in enumerate(system.phases(task)):
+        before, entry = list(task.spent), Spent(name=phase.name, counted=phase.counted)
+        if len(known) > len(before) and known[len(before)].name == phase.name:
+            entry = known[len(before)]
+        task.spent.append(entry)
+        task.model = phase.model
+        epochs, flops = sum(one.epochs for one in before[begun:]), sum(one.flops for one in before)
+        seconds = sum(one.seconds for one in before)
+
+        def stepped(step: int, steps: int, entry: Spent = entry, phase: Phase = phase, epochs: int = epochs) -> None:
+            on_step(epochs, entry.epochs + step / steps, phase.recipe.epochs + phase.recipe.then)
+
+        optimizer = phase.optimizer or make_optimizer(phase.model, phase.recipe)
+        for epoch in fit(
+            f"{name}, {phase.name}",
+            phase.model,
+            optimizer,
+            phase.data or task.data,
+            phase.recipe,
+            teacher=phase.teacher,
+            hooks=phase.hooks,
+            on_step=stepped,
+            checkpoints=Checkpoints(folder=folder / f"checkpoints-{number}"),
+        ):
+            entry.epochs, entry.flops, entry.seconds = epoch.epoch, epoch.training_flops, epoch.seconds
+            path.parent.mkdir(parents=True, exist_ok=True)
+            half = path.with_name(f".{path.name}")
+            half.write_text(json.dumps([asdict(one) for one in task.spent]))
+            half.replace(path)
+            yield replace(
+                epoch,
+                epoch=epochs + epoch.epoch,
+                training_flops=flops + epoch.training_flops,
+                seconds=seconds + epoch.seconds,
+            )
