@@ -1,5 +1,7 @@
 """What initial weights at the scale of the planned widths are worth: python benchmarks/birth.py [--seeds 5] [--test]
 
+    python benchmarks/birth.py --presets default:peak=1 default:peak=1,ramp=0.01  # ways to grow, beside these
+
 Networks grow to 10 % of their parameters on scikit-learn's digits, by the default policy, from weights at the scale of
 the frame ("frame") and of the widths planned ("planned"); beside them the network that was grown, initialised anew and
 trained from scratch ("direct"). Same seed, batches, steps and learning rate for all three. Judged by training images
@@ -10,7 +12,7 @@ there is not done again.
 import argparse
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,9 @@ TASKS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], torch.opti
 """Network, optimizer, epochs."""
 
 
-def train(model: nn.Module, task: str, data: ImageData, seed: int, rescale: bool | None) -> float:
+def train(
+    model: nn.Module, task: str, data: ImageData, seed: int, rescale: bool | None, preset: str = "default"
+) -> float:
     """Train a network, grown unless `rescale` is None, and return its accuracy in percent."""
     _, optimizer_of, epochs = TASKS[task]
     optimizer, generator = optimizer_of(model), torch.Generator().manual_seed(seed)
@@ -73,7 +77,14 @@ def train(model: nn.Module, task: str, data: ImageData, seed: int, rescale: bool
         example, budget = data.example(), Budget(params=SHARE)
         updates = steps // every
         grower = Grower(
-            model, optimizer, example_inputs=example, budget=budget, updates=updates, seed=seed, rescale=rescale
+            model,
+            optimizer,
+            example_inputs=example,
+            budget=budget,
+            updates=updates,
+            seed=seed,
+            rescale=rescale,
+            preset=preset,
         )
     taken = 0
     for _ in range(epochs):
@@ -92,12 +103,12 @@ def train(model: nn.Module, task: str, data: ImageData, seed: int, rescale: bool
     return 100 * hits / len(data.test)
 
 
-def case(task: str, seed: int, data: ImageData) -> list[dict[str, Any]]:
-    """All three arms of a task and a seed."""
+def case(task: str, seed: int, data: ImageData, arms: Sequence[str]) -> list[dict[str, Any]]:
+    """All three arms of a task and a seed, or ways to grow."""
     build, rows = TASKS[task][0], []
     torch.manual_seed(seed)
     frame, found = build(), None
-    for arm in ARMS:
+    for arm in arms:
         if arm == "direct":
             assert found is not None
             torch.manual_seed(seed)
@@ -105,7 +116,8 @@ def case(task: str, seed: int, data: ImageData) -> list[dict[str, Any]]:
             accuracy = train(model, task, data, seed, None)
         else:
             model = copy.deepcopy(frame)
-            accuracy = train(model, task, data, seed, arm == "planned")
+            preset = arm if arm not in ARMS else "default"
+            accuracy = train(model, task, data, seed, arm != "frame", preset)
             found = copy.deepcopy(model)
         params = sum(p.numel() for p in model.parameters())
         rows.append({"task": task, "arm": arm, "seed": seed, "accuracy": accuracy, "params": params})
@@ -117,17 +129,20 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--test", action="store_true")
+    parser.add_argument("--presets", nargs="+", default=[], help="ways to grow, in place of the three")
     options = parser.parse_args()
     torch.set_num_threads(1)
     console, judged = Console(), "test" if options.test else "held out"
     data = load_images("digits", held_out=not options.test)
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    done = {(row["task"], row["seed"], row["judged"]) for row in map(json.loads, lines)}
+    done = {(row["task"], row["seed"], row["judged"], row["arm"]) for row in map(json.loads, lines)}
     for task in TASKS:
         for seed in range(options.seeds):
-            if (task, seed, judged) in done:
+            arms = options.presets or ARMS
+            missing = [arm for arm in arms if (task, seed, judged, arm) not in done]
+            if not missing:
                 continue
-            rows = case(task, seed, data)
+            rows = case(task, seed, data, missing if options.presets else ARMS)
             about = {"judged": judged, "share": SHARE, "epochs": TASKS[task][2], "versions": environment()}
             with RESULTS.open("a") as file:
                 file.writelines(json.dumps({**row, **about}) + "\n" for row in rows)
