@@ -9,8 +9,8 @@ All data are synthetic (tones.py, voices.py) and come from the seed. The size ai
 in parameters and FLOPs; of resemblyzer's encoder with half its units in every layer. A method may spend the training
 FLOPs of so many steps of a network of that size: 3 x forward x sounds in every step, at the size the network then has,
 and one forward pass of the whole network for every sound that it teaches (`+distil`: its outputs are kept, and half of
-every batch are sounds that it teaches). Adam, the learning rate rising over a twentieth of what may be spent and falling linearly to 0. Statistics of batch norms are
-estimated anew in the end, within the allowance. Methods:
+every batch are sounds that it teaches). Adam, the learning rate rising over a twentieth of what may be spent and
+falling linearly to 0. Statistics of batch norms are estimated anew in the end, within the allowance. Methods:
 
 - `full`, `tiny`: as shipped. `tuned`: `tiny`, fine-tuned. `scratch`: `tiny`, or half the units, from new weights.
 - `shrink`: a `torchgrow.Grower` that begins with the whole network and updates after each of its first `fall` steps;

@@ -77,8 +77,8 @@ def published(rows: list[Row]) -> str:
         sorted({", ".join(f"{name} {number}" for name, number in row["packages"].items()) for row in rows})
     )
     parts = [
-        "Networks with the weights that their packages ship, on synthetic sounds of known pitch and speaker, with equal "
-        "training FLOPs of fine-tuning. These count what a method spends at full size and, with `+distil`, one "
+        "Networks with the weights that their packages ship, on synthetic sounds of known pitch and speaker, with "
+        "equal training FLOPs of fine-tuning. These count what a method spends at full size and, with `+distil`, one "
         "forward pass of the teacher for every sound that it teaches. Learning rates were chosen on held-out sounds "
         "at seed 0, without a teacher where no rate of its own was tried. `full` and `tiny` are as shipped; `tuned` "
         "is `tiny` after the same fine-tuning; `scratch` has its size and new weights; `tp-` is Torch-Pruning, which "

@@ -76,17 +76,29 @@ def test_frames_are_normalised_as_torchcrepe_does_it(tones: Any) -> None:
     assert torch.allclose(drawn[sounding].std(1), torch.ones(int(sounding.sum())), atol=1e-3)
 
 
-def test_noise_is_as_loud_as_its_label_says(tones: Any) -> None:
-    """A held tone repeats after its period, noise does not: half the power of the difference is the noise's."""
-    rng, power = np.random.default_rng(2), []
-    for _ in range(200):
-        made = tones.noise(rng)
-        assert made.shape == (tones.FRAME,)
-        power.append(np.mean(made**2))
-    assert np.mean(power) == pytest.approx(1.0, abs=0.03)
+def test_noise_is_as_loud_as_its_label_says(tones: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A held tone is the same a period later, white noise is another: half the power of the difference is its own."""
+    tone = np.sin(2 * np.pi * 500 / tones.RATE * np.arange(tones.FRAME))  # a period is 32 samples
+    monkeypatch.setattr(tones, "voiced", lambda rng: (500.0, tone))
+    monkeypatch.setattr(tones, "noise", lambda rng: rng.normal(size=tones.FRAME))
     drawn = tones.draw(400, 2)
-    assert set(drawn.snr[drawn.pitch > 0].tolist()) == set(tones.SNRS)
+    power = ((drawn.frames[:, 32:] - drawn.frames[:, :-32]) ** 2).mean(1) / 2
+    for snr in tones.SNRS:
+        share = 0.0 if math.isinf(snr) else 1 / (1 + 10 ** (snr / 10))
+        assert power[drawn.snr == snr].mean() == pytest.approx(share, abs=1e-6, rel=0.05)
     assert torch.equal(drawn.pitch == 0, drawn.snr == -math.inf)
+
+
+def test_pink_noise_has_less_at_high_frequencies(tones: Any) -> None:
+    """Half of the noises are white, with as much in the upper half; both have a standard deviation of 1."""
+    rng = np.random.default_rng(2)
+    made = np.stack([tones.noise(rng) for _ in range(100)])
+    assert made.std(1) == pytest.approx(1, abs=0.15)
+    size = np.abs(np.fft.rfft(made)) ** 2
+    upper = size[:, 256:].sum(1) / size.sum(1)
+    pink = upper < 0.25
+    assert 30 < pink.sum() < 70
+    assert upper[~pink] == pytest.approx(0.5, abs=0.1)
 
 
 def test_targets_are_gaussians_around_the_pitch(tones: Any) -> None:
