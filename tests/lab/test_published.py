@@ -1,5 +1,6 @@
 """The benchmark of published networks: what it spends, what it gives its peers, and that the networks can be cut."""
 
+import copy
 import importlib
 import itertools
 import math
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchgrow import Budget, Cost, TorchgrowError, measure, prune_
+from torchgrow import Budget, Cost, TorchgrowError, distillation_loss, measure, prune_
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -42,7 +43,7 @@ def task(networks: Any) -> Any:
             self.example, self.small, self.whole = torch.randn(4, 6), wide(8), wide(64)
 
         def shipped(self) -> nn.Module:
-            return importlib.import_module("copy").deepcopy(self.whole).eval()
+            return copy.deepcopy(self.whole).eval()
 
         def for_peer(self) -> nn.Module:
             return self.shipped()
@@ -149,6 +150,14 @@ def test_the_table_has_the_rate_that_was_best_on_held_out_sounds(published: Any)
     assert lines[1][3] == "0.750 ± 0.071"
     assert lines[1][-4:] == ["0.250 ± 0.000", "25.0 ± 0.0", "50.0 ± 0.0", "2.00 ± 0.00"]
     assert tables.published([]) == "Not measured yet."
+
+
+def test_agreement_with_itself_has_no_gradient() -> None:
+    """Why a network that is its own only teacher is not cut by Taylor; with labels in the loss there is one."""
+    scores, labels = torch.randn(8, 5, requires_grad=True), torch.arange(8) % 5
+    for share, least, most in ((1.0, 0.0, 1e-6), (0.9, 1e-3, 1.0)):
+        (found,) = torch.autograd.grad(distillation_loss(scores, scores.detach(), labels, share=share), scores)
+        assert least <= found.abs().max() < most
 
 
 # --- with the packages that ship the networks ---
