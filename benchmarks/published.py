@@ -187,7 +187,7 @@ def train(way: Way, seed: int, lr: float, taught: Tensor | None) -> Row:
     unit = 3 * (limits.flops or 0) * task.batch
     allowance = task.steps * unit
     spent = way.spent + (len(taught) * task.cost(task.shipped()).flops if taught is not None else 0)
-    norms = any(isinstance(module, nn.BatchNorm2d) for module in way.model.modules())
+    norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in way.model.modules())
     reserved = AGAIN * AGAINST * (limits.flops or 0) if norms else 0
     steps, seconds = 0, 0.0
     cut_to: dict[str, float] = {}

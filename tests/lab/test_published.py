@@ -74,6 +74,9 @@ def test_methods_spend_what_they_may_and_end_within_the_budget(published: Any, t
     unit = 3 * task.limits.flops * task.batch
     assert row["allowance_flops"] == 60 * unit
     assert row["allowance_flops"] - unit < row["spent_flops"] <= row["allowance_flops"]
+    if method == "tuned":  # steps, and the passes that statistics are estimated by
+        passes = published.AGAIN * published.AGAINST * task.limits.flops
+        assert row["spent_flops"] == row["steps_taken"] * unit + passes
     assert math.isfinite(row["when_cut"]["right"])
     assert row["held_out"]["right"] > row["when_cut"]["right"] or method == "scratch"
 
