@@ -14,6 +14,7 @@ A method is text: a name, settings behind a colon, and `+distil` at the end wher
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -167,8 +168,14 @@ def classifier(model: nn.Module) -> list[nn.Linear]:
     return [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
 
 
-def cut(task: Task, model: nn.Module, importance: Any, everywhere: bool) -> nn.Module:
-    """A copy pruned by Torch-Pruning to the largest network within the budget, its ratio found by bisection."""
+def cut(
+    model: nn.Module, example: Any, fits: Callable[[Cost], bool], importance: Any, everywhere: bool = False
+) -> nn.Module:
+    """A copy pruned by Torch-Pruning to the largest network that fits, its ratio found by bisection.
+
+    Raises:
+        TorchgrowError: none fits.
+    """
     import torch_pruning
 
     low, high = 0.0, 1.0
@@ -178,18 +185,18 @@ def cut(task: Task, model: nn.Module, importance: Any, everywhere: bool) -> nn.M
         pruned = with_gradients(model)
         torch_pruning.pruner.BasePruner(
             pruned,
-            task.data.example(),
+            example,
             importance,
             pruning_ratio=middle,
             global_pruning=everywhere,
             ignored_layers=classifier(pruned),
         ).step()
-        if task.fits(task.cost(pruned)):
+        if fits(measure(pruned, example)):
             best, high = pruned, middle
         else:
             low = middle
     if best is None:
-        raise TorchgrowError(f"no pruning ratio brings the network to {task.recipe.budget}")
+        raise TorchgrowError("no pruning ratio brings the network within the budget")
     best.zero_grad()
     return best
 
@@ -226,7 +233,8 @@ class Sparse(Shrinker):
         if self.sparse:
             self.sparse = False
             self.optimizer.zero_grad()
-            self.adopt(cut(self.task, self.model, self.importance, self.everywhere))
+            task = self.task
+            self.adopt(cut(self.model, task.data.example(), task.fits, self.importance, self.everywhere))
 
 
 # --- ours ---
@@ -356,4 +364,4 @@ def make(method: str, task: Task) -> Shrinker:
     batches = int(settings.get("batches", 1)) if name == "tp-taylor" else 0
     importance = score(task, base, name.removeprefix("tp-"), batches)
     spent = batches * 3 * task.cost(base).flops * task.samples
-    return Shrinker(task, cut(task, base, importance, everywhere), spent)
+    return Shrinker(task, cut(base, task.data.example(), task.fits, importance, everywhere), spent)

@@ -97,7 +97,8 @@ def distillation_loss(
         teacher: logits of the teacher for the same inputs, of the same shape; computed under `torch.no_grad()`.
         targets: classes, int64 [samples], as `torch.nn.functional.cross_entropy` takes them.
         temperature: above 0; higher tells more of the classes that the teacher finds unlikely.
-        share: of the teacher in the loss, in [0, 1].
+        share: of the teacher in the loss, in [0, 1]. With 1 there are no gradients as long as the network still is its
+            own teacher: nothing that importance by Taylor could go by.
 
     Raises:
         TorchgrowError: shapes differ, or a number lies outside.
