@@ -269,24 +269,39 @@ def memory() -> str:
     )
 
 
+def by_arm(found: list[Row], arms: list[str]) -> list[list[str]]:
+    """A line for every task: on what it was judged, seeds, epochs, and the accuracy of each arm."""
+    body = []
+    for task, judged in dict.fromkeys((row["task"], row["judged"]) for row in found):
+        own = [[r for r in found if (r["task"], r["judged"], r["arm"]) == (task, judged, arm)] for arm in arms]
+        cells = [spread([row["accuracy"] for row in rows], 1) for rows in own]
+        body.append([task, judged, str(len(own[0])), str(own[0][0]["epochs"]), *cells])
+    return body
+
+
 def birth() -> str:
-    """Accuracy by the scale that initial weights have."""
+    """Accuracy by the scale that initial weights have, and by ways to grow from there."""
     found = rows("birth.jsonl")
     if not found:
         return "Not measured yet."
-    arms = list(dict.fromkeys(row["arm"] for row in found))
-    tasks = list(dict.fromkeys((row["task"], row["judged"]) for row in found))
-    body = []
-    for task, judged in tasks:
-        by_arm = [[r for r in found if (r["task"], r["judged"], r["arm"]) == (task, judged, arm)] for arm in arms]
-        cells = [spread([row["accuracy"] for row in own], 1) for own in by_arm]
-        body.append([task, judged, str(len(by_arm[0])), str(by_arm[0][0]["epochs"]), *cells])
-    head = ["network", "images", "seeds", "epochs", "frame's scale %", "planned scale %", "direct %"]
+    scales, head = ["frame", "planned", "direct"], ["network", "images", "seeds", "epochs"]
+    presets = [arm for arm in dict.fromkeys(row["arm"] for row in found) if arm not in scales]
+    some = {row["seed"] for row in found if row["arm"] in presets}
+    tables = [grid([*head, "frame's scale %", "planned scale %", "direct %"], by_arm(found, scales))]
+    if presets:
+        both = ["planned", *presets]
+        tables += [
+            "Ways to grow from the planned scale, of the same seeds: `default`, and others in its place.",
+            grid(
+                [*head, "default %", *(f"{p} %" for p in presets)],
+                by_arm([r for r in found if r["seed"] in some], both),
+            ),
+        ]
     return (
         f"Grown to {found[0]['share']} of the parameters on digits by the default policy, with initial weights at the "
         "scale of the frame (`rescale=False`) and of the widths planned; direct: the network of the second, from fresh "
         f"weights.\n\nCommand: `python benchmarks/birth.py`. Measured on {machine(found, 'versions')}.\n\n"
-        + grid(head, body)
+        + "\n\n".join(tables)
     )
 
 
