@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchgrow import Budget, Grower
+from torchgrow import Budget, Grower, SavedModelError
 from torchgrow.growth.birth import birth_scales
 from torchgrow.lab.baselines import initialised
 from torchgrow.policies import Default, Paper, Policy, Random, View
@@ -252,6 +252,99 @@ def test_a_copy_of_the_frame_follows_with_the_same_scale() -> None:
     assert torch.isin(others.get_parameter("2.weight"), before["2.weight"]).all(), "weights of its own stay"
 
 
+def learnt(model: nn.Module, x: Tensor, steps: int) -> nn.Module:
+    """Trained a little by an optimizer that nobody hears of."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(x) - x[:, :1]).square().mean().backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("steps", [1, 60])
+def test_one_trained_part_leaves_all_as_it_is(steps: int) -> None:
+    """A trained part before many new layers looks fresh as a whole; values beyond a rule's bounds tell."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 60)
+    part = learnt(
+        nn.Sequential(nn.Linear(60, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 60)), x, steps
+    )
+    new = [layer for _ in range(10) for layer in (nn.ReLU(), nn.Linear(60, 60))]
+    model = nn.Sequential(part, *new)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    grower = Grower(model, optimizer, example_inputs=x[:2], budget=Budget(params="40%"), updates=4)
+    assert not grower.run.plan.scales
+
+
+def test_what_no_optimizer_trains_stays() -> None:
+    model = mlp()
+    model[2].requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
+    grower = Grower(model, optimizer, example_inputs=torch.randn(2, 60), budget=Budget(params="40%"), updates=4)
+    assert "6.weight" in grower.run.plan.scales
+    assert not {"2.weight", "2.bias"} & grower.run.plan.scales.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_an_average_in_another_dtype_follows_too(dtype: torch.dtype) -> None:
+    """As averages of networks in half precision are kept in full."""
+    model = mlp().to(dtype)
+    average = copy.deepcopy(model).float()
+    grower = Grower(
+        model,
+        torch.optim.SGD(model.parameters(), 0.0),
+        example_inputs=torch.randn(2, 60, dtype=dtype),
+        budget=Budget(params="20%"),
+        updates=4,
+    )
+    grower.follow(average)
+    for name, p in average.named_parameters():
+        torch.testing.assert_close(p.to(dtype), model.get_parameter(name), rtol=0.02, atol=0.0, msg=name)
+
+
+def test_a_lone_tensor_that_tells_little_stays() -> None:
+    """A head of its own class beside layers of a fixed spread; experts' axis is in no fan."""
+
+    class Own(nn.Module):
+        def __init__(self, *shape: int) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(*shape) * 128**-0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = torch.einsum("bi,eio->bo", x, self.w)
+            return out
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(60, 128), nn.ReLU(), Own(4, 128, 64), nn.ReLU(), nn.Linear(64, 10))
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    grower = Grower(model, optimizer, example_inputs=torch.randn(2, 60), budget=Budget(params="40%"), updates=4)
+    assert "2.w" not in grower.run.plan.scales
+    assert grower.run.plan.scales.keys() <= {"4.weight", "4.bias"}
+
+
+def test_a_state_of_before_on_the_meta_device_is_refused() -> None:
+    """What was never born there would begin otherwise."""
+    with torch.device("meta"):
+        models = [mlp() for _ in range(3)]
+    growers = [
+        Grower(
+            model,
+            torch.optim.SGD(model.parameters(), 0.05),
+            example_inputs=torch.randn(2, 60),
+            budget=Budget(params="20%"),
+            updates=4,
+            rescale=rescale,
+        )
+        for model, rescale in zip(models, (False, True, False), strict=True)
+    ]
+    state = growers[0].state_dict()
+    del state["settings"]["rescale"]
+    with pytest.raises(SavedModelError, match=r"construct Grower\(\.\.\., rescale=False\)"):
+        growers[1].load_state_dict(state)
+    growers[2].load_state_dict(state)
+
+
 def test_a_refused_run_leaves_the_weights() -> None:
     """Whatever fails after they were multiplied."""
 
@@ -290,8 +383,6 @@ def test_a_frame_on_the_meta_device_begins_likewise() -> None:
 
 def test_a_resumed_run_has_to_be_told_alike() -> None:
     """Unborn units of a frame on the meta device would begin otherwise."""
-    from torchgrow import SavedModelError
-
     x = torch.randn(16, 60)
     states = {}
     for rescale in (True, False):

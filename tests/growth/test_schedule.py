@@ -43,3 +43,9 @@ def test_with_any_optimizer(make: Any) -> None:
 def test_what_is_no_schedule_is_refused(settings: dict[str, Any], text: str) -> None:
     with pytest.raises(TorchgrowError, match=re.escape(text)):
         torchgrow.warmup_stable_decay(settings.pop("steps"), **settings)
+
+
+@pytest.mark.parametrize(("steps", "warmup", "decay"), [(10, 0.9, 0.1), (10, 0.8, 0.2), (3, 0.5, 0.5), (11, 0.5, 0.5)])
+def test_shares_that_leave_nothing_between_still_reach_the_full_rate(steps: int, warmup: float, decay: float) -> None:
+    factors = [torchgrow.warmup_stable_decay(steps, warmup=warmup, decay=decay)(step) for step in range(steps)]
+    assert max(factors) == 1.0

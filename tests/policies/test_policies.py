@@ -251,7 +251,20 @@ def test_names_mean_policies(preset: str, kind: type[Policy]) -> None:
     [
         ("shrnk", r"preset 'shrnk' is unknown; use one of \['default', .*'shrink'\], or give policy="),
         ("shrink:peak=1", r"'peak=1' in preset 'shrink:peak=1' is not a setting of torchgrow\.policies\.Shrink with"),
-        ("shrink:until=soon", r"'until=soon' in preset .*write it like shrink:until=0\.3.*\(settings: until, power"),
+        (
+            "shrink:until=soon",
+            r"'until=soon' in preset .*write it like shrink:until=0\.2,power=3.*\(settings: until, power",
+        ),
+        ("late:importance=l1", r"write it like late:until=0\.5,factor=2\.0 \(settings: until, factor, grow"),
+        (
+            "default:paced=False",
+            r"'paced=False' in preset 'default:paced=False' changes nothing: it grows by .*Default",
+        ),
+        (
+            "default:peak=1,lambda_base=2",
+            r"'lambda_base=2' .* changes nothing: .*settings are ramp, peak, .*; leave it",
+        ),
+        ("paper:peak=2", r"'peak=2' in preset 'paper:peak=2' changes nothing: it grows by torchgrow.policies.Paper"),
         ("shrink:until=2", r"Shrink\(until=2\.0\): until must lie in \[0, 1\]"),
         ("shrink:importance=fisher", r"importance must be one of \('taylor', 'l1', "),
     ],

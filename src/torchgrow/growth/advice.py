@@ -143,7 +143,7 @@ def trained(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()) 
             return f"{name} is {int(buffer)}"
     matrices = [p.detach() for p in model.parameters() if p.dim() > 1 and not p.is_meta and p.is_floating_point()]
     matrices = [p.flatten(1) for p in matrices if p.numel() <= LARGEST_MATRIX]
-    seen = [x for p in matrices[:: 1 + len(matrices) // MATRICES] if (x := _outlier(p)) is not None]
+    seen = [x for p in matrices[:: 1 + len(matrices) // MATRICES] if (x := outlier(p)) is not None]
     far = sum(x > OUTLIER for x in seen)
     return f"{far} of {len(seen)} weight matrices are far from random ones" if far * 4 >= len(seen) > 0 else ""
 
@@ -156,7 +156,7 @@ def _stepped(state: dict[str, Any]) -> bool:
 
 
 @torch.no_grad()
-def _outlier(matrix: Tensor) -> float | None:
+def outlier(matrix: Tensor) -> float | None:
     """Largest singular value over that of independent entries of the same size and spread; None if it says nothing."""
     rows, columns = matrix.shape
     if min(rows, columns) < SMALLEST_SIDE:

@@ -10,23 +10,32 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..exchange import Exchange
 from ..structure.space import Space, live_positions
 from ..structure.store import Births, is_meta
+from .advice import OUTLIER, outlier
 
 Shape = tuple[int, ...]
 
-CONSTANTS = (1 / 3, 1.0, 2.0, 25 / 9)
+Rule = tuple[str, float]
+"""A fan by name, and what the variance is times that."""
+
+UNIFORM = 1 / 3
+CONSTANTS = (UNIFORM, 1.0, 2.0, 25 / 9)
 """Variances times fan: PyTorch's own uniform rule; LeCun's, Glorot's and orthogonal ones; He's; with tanh's gain."""
 
 STANDARD_ERRORS = 4.0
 """By how many of its own a variance may miss a rule."""
+
+VAGUE = 0.2
+"""A weight that can be told no better than so, and is alone of its kind, stays."""
 
 MOST = 2**20
 """Values of a tensor that are looked at, about."""
@@ -54,46 +63,72 @@ class _Tensor:
     Attributes:
         kind: parameters of one kind are taken to follow one rule.
         fans: in the frame, and in the network planned.
+        mean: its size, in standard errors.
     """
 
     kind: str
     name: str
     fans: Mapping[str, tuple[float, float]]
+    values: Tensor
     variance: float
     count: int
+    mean: float
 
-    def rules(self) -> Iterator[tuple[str, float]]:
+    @property
+    def miss(self) -> float:
+        """By how much the logarithm of its variance may miss a rule."""
+        return STANDARD_ERRORS * math.sqrt(2 / self.count) + 0.01
+
+    def rules(self) -> Iterator[Rule]:
         """Fans and constants that give its variance, as near as can be told."""
-        miss = STANDARD_ERRORS * math.sqrt(2 / self.count) + 0.01
         for fan, (frame, _) in self.fans.items():
             for constant in CONSTANTS:
-                if abs(math.log(self.variance * frame / constant)) < miss:
+                if abs(math.log(self.variance * frame / constant)) < self.miss:
                     yield fan, constant
 
     def alike(self, other: _Tensor) -> bool:
         """Whether both may have the same variance."""
-        miss = STANDARD_ERRORS * math.sqrt(2 / min(self.count, other.count)) + 0.01
-        return abs(math.log(self.variance / other.variance)) < miss
+        return abs(math.log(self.variance / other.variance)) < max(self.miss, other.miss)
+
+    def trained(self) -> bool:
+        """Whether its values are none that any rule draws: their mean is not 0, or they are far from independent."""
+        if self.values.dim() < 2:
+            return False
+        far = outlier(self.values.flatten(1)) if self.values.numel() <= 16 * MOST else None
+        ordinary = self.name.rpartition(".")[2].startswith(("weight_ih", "weight_hh")) or self.name.endswith("weight")
+        return (ordinary and self.mean > 2 * STANDARD_ERRORS) or (far is not None and far > OUTLIER)
+
+    def beyond(self, rule: Rule) -> bool:
+        """Whether a value lies outside the bounds of PyTorch's uniform rule, if it is that."""
+        fan, constant = rule
+        bound = (1 + 4 * torch.finfo(self.values.dtype).eps) / math.sqrt(self.fans[fan][0])
+        return constant == UNIFORM and float(self.values.abs().max()) > bound
 
 
 @torch.no_grad()
-def birth_scales(model: nn.Module, space: Space, planned: Tensor, seed: int = 0) -> dict[str, float]:
+def birth_scales(
+    model: nn.Module, space: Space, planned: Tensor, seed: int = 0, held: Container[str] | None = None
+) -> dict[str, float]:
     """What to multiply fresh parameters of a frame by, by name; those that stay as they are are left out.
 
     The rule a parameter was initialised by is told from its variance, together with the others of its kind. Where no
     rule with a fan fits, or one variance fits all shapes of the kind as well, it stays: weights of a fixed spread, as
-    transformers have them.
+    transformers have them. Where values of any tensor are none that its rule draws, something was trained: all stay.
 
     Args:
         model: the frame, untrained.
         space: of it.
         planned: bool [n], a structure of the widths that the run is to end with.
         seed: of all values of a frame on the meta device.
+        held: names of the parameters that are trained; others stay. None: all are.
     """
     kinds: dict[str, list[_Tensor]] = {}
     full = Births(model, seed).full if is_meta(model) else model.get_parameter
     for found in _random(model, space, planned, full):
-        kinds.setdefault(found.kind, []).append(found)
+        if found.trained():
+            return {}
+        if found.mean < STANDARD_ERRORS:
+            kinds.setdefault(found.kind, []).append(found)
     scales = {}
     for tensors in kinds.values():
         votes = Counter(rule for tensor in tensors for rule in tensor.rules())
@@ -101,8 +136,11 @@ def birth_scales(model: nn.Module, space: Space, planned: Tensor, seed: int = 0)
             best = max(tensor.rules(), key=lambda rule: votes[rule], default=None)  # of several the first in `FANS`
             if best is None or votes[best] < sum(tensor.alike(other) for other in tensors):
                 continue
+            if tensor.beyond(best):
+                return {}
             frame, live = tensor.fans[best[0]]
-            if frame != live:
+            alone = best[1] != UNIFORM and votes[best] == 1 and tensor.miss > VAGUE  # whose bounds tell
+            if frame != live and not alone and (held is None or tensor.name in held):
                 scales[tensor.name] = math.sqrt(frame / live)
     return scales
 
@@ -117,7 +155,7 @@ def rescale_(model: nn.Module, scales: Mapping[str, float], exchange: Exchange) 
 
 
 def _random(model: nn.Module, space: Space, planned: Tensor, full: Callable[[str], Tensor]) -> Iterator[_Tensor]:
-    """The parameters that begin with random values around 0, a module at a time."""
+    """The parameters that are not all the same, with the fans that they have, a module at a time."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for path, module in model.named_modules():
         own = {key: p for key, p in module.named_parameters(recurse=False) if p.is_floating_point()}
@@ -126,12 +164,14 @@ def _random(model: nn.Module, space: Space, planned: Tensor, full: Callable[[str
             name, fans = names[id(parameter)], _fans(module, key, shapes)
             at_home = name == (f"{path}.{key}" if path else key)  # else it is another module's, tied
             if fans and at_home and parameter.numel() > 1:
-                values = full(name).detach().flatten()
-                values = values[:: 1 + values.numel() // MOST].double()
-                variance, spread = float(values.var()), STANDARD_ERRORS / math.sqrt(values.numel())
-                if variance > 0 and abs(float(values.mean())) < spread * math.sqrt(variance):
-                    kind = f"{type(module).__name__} {'bias' if parameter.dim() == 1 else 'weight'}"
-                    yield _Tensor(kind, name, fans, variance, values.numel())
+                whole = full(name).detach()
+                values = whole.flatten()[:: 1 + whole.numel() // MOST].double()
+                variance = float(values.var())
+                if variance > 0:
+                    mean = abs(float(values.mean())) * math.sqrt(values.numel() / variance)
+                    plain = isinstance(module, (nn.Linear, _ConvNd))
+                    kind = f"{'' if plain else type(module).__name__} {'bias' if parameter.dim() == 1 else 'weight'}"
+                    yield _Tensor(kind, name, fans, whole, variance, values.numel(), mean)
 
 
 def _fans(module: nn.Module, key: str, shapes: Mapping[str, tuple[Shape, Shape]]) -> dict[str, tuple[float, float]]:
@@ -139,11 +179,14 @@ def _fans(module: nn.Module, key: str, shapes: Mapping[str, tuple[Shape, Shape]]
     frame, live = shapes[key]
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return {}
+    own: dict[str, tuple[float, float]] = {}
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         hidden = next(pair for name, pair in shapes.items() if name.startswith("weight_hh"))
-        return {"hidden": (float(hidden[0][0] // _gates(module)), float(hidden[1][0] // _gates(module)))}
-    if len(frame) > 1:
-        return {name: (fan(frame), fan(live)) for name, fan in FANS.items() if fan(frame) > 0 and fan(live) > 0}
+        own["hidden"] = (float(hidden[0][0] // _gates(module)), float(hidden[1][0] // _gates(module)))
+    if len(frame) == 2 or (len(frame) > 2 and isinstance(module, _ConvNd)):  # of others, an axis may be of experts
+        return own | {name: (fan(frame), fan(live)) for name, fan in FANS.items() if fan(frame) > 0 and fan(live) > 0}
+    if own or len(frame) != 1:
+        return own
     weight = shapes.get("weight")
     if key != "bias" or weight is None or len(weight[0]) < 2:
         return {}

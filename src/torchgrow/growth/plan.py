@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -89,9 +89,9 @@ class Plan:
         planned = evenly(view) if planned is None else self.legal(planned, policy, "target")
         return seed if bool((view.cost(seed) > view.cost(planned)).any()) else planned
 
-    def scaled(self, model: nn.Module, policy: Policy, view: View, seed: Tensor) -> Plan:
-        """The plan with what the fresh weights of its frame are multiplied by."""
-        return replace(self, scales=birth_scales(model, self.space, self.target(policy, view, seed), self.seed))
+    def scaled(self, model: nn.Module, policy: Policy, view: View, seed: Tensor, held: Container[str]) -> Plan:
+        """The plan with what the fresh weights of its frame are multiplied by; `held`: names of those that train."""
+        return replace(self, scales=birth_scales(model, self.space, self.target(policy, view, seed), self.seed, held))
 
     def policy(self, given: Policy | None, *, layers: bool) -> Policy:
         """The policy that was given; else one that grows, or that shrinks where the start is beyond the budget."""

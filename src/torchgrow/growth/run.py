@@ -88,12 +88,12 @@ class Run:
         view = plan.view(0, space.everything(), 1.0, self.state.generator, lambda: dict(model.named_parameters()))
         chosen = plan.legal(policy.seed(view), policy, "seed")
         seed = chosen if plan.start is None else plan.start
-        learnt = plan.start is not None or warn_if_trained(model, self.optimizers, seed)
         self.ranks = Ranks()
         self.ranks.agree(lambda: self._decided(None, policy, self.state.generator))
         self.ranks.share([tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta])
-        if plan.rescale and not learnt:
-            self.plan = plan = plan.scaled(model, policy, view, seed)
+        learnt = plan.start is not None or warn_if_trained(model, self.optimizers, seed)
+        if plan.rescale and not any(self.ranks.gather(learnt)):
+            self.plan = plan = plan.scaled(model, policy, view, seed, trained_names(model, self.optimizers))
             rescale_(model, plan.scales, exchange)
         self.live = LiveNetwork(model, plan, layouts, policy, self._step, device, exchange)
         self.seed_cost = plan.costs.both(plan.costs.live(seed))
@@ -184,8 +184,8 @@ class Run:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Grower.load_state_dict`."""
-        live, plan = self.live, self.plan
-        saved = examine(state, fingerprint(live.space, live.bank.tensors), plan.settings(self.policy))
+        live, plan, frame = self.live, self.plan, fingerprint(self.live.space, self.live.bank.tensors)
+        saved = examine(state, frame, plan.settings(self.policy), live.bank.births is not None)
         keep = read_keep(saved["keep"], plan.space)
         here = RunState.read(saved, plan.costs, keep, plan.updates)
         network = LiveState.read(saved, live, keep, here.finished)

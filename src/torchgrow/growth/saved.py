@@ -26,13 +26,14 @@ LATER = ("extra_states", "early", "buffers")
 """Those that states of older versions lack; with what came later in their fields, a run goes on as it did then."""
 
 
-def examine(state: Any, frame: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Field]:
+def examine(state: Any, frame: dict[str, Any], settings: Mapping[str, Any], unborn: bool) -> dict[str, Field]:
     """The fields of a state that was saved by a grower such as this one, of a frame such as this one.
 
     Args:
         state: what `Grower.load_state_dict` was given.
         frame: what `fingerprint` says of the frame here.
         settings: of the run here.
+        unborn: whether weights come to be only when their unit is born, as of a frame on the meta device.
 
     Raises:
         SavedModelError: it is no state, or of another run; the message names what differs.
@@ -46,8 +47,15 @@ def examine(state: Any, frame: dict[str, Any], settings: Mapping[str, Any]) -> d
     check_frame(saved["frame"], frame)
     later = ("start", "rescale")
     for key, field in saved["settings"].fields(settings.keys() - {*later}, later).items():
-        if field.value is None and (key == "rescale" or (key == "start" and settings[key] == SEED)):
+        if field.value is None and ((key == "rescale" and not unborn) or (key == "start" and settings[key] == SEED)):
             continue  # there was no other, and its weights are in the state
+        if field.value is None and key == "rescale":
+            if not settings[key]:
+                continue
+            raise SavedModelError(
+                "the state is of a version in which fresh weights had the frame's scale, and units that were never "
+                "born would begin at another one here; construct Grower(..., rescale=False). Nothing was changed"
+            )
         if type(field.value) is not type(settings[key]) or field.value != settings[key]:
             raise SavedModelError(
                 f"the state is of a run with {key}={str(field.value)[:60]}, this Grower has {settings[key]}; "

@@ -24,12 +24,13 @@ def warmup_stable_decay(steps: int, *, warmup: float = 0.0, decay: float = 0.3) 
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise TorchgrowError(f"steps={steps!r} must be a whole number >= 1: the optimizer steps of the whole training")
-    if not 0 <= warmup < 1 or not 0 < decay <= 1 - warmup:
+    if not 0 <= warmup < 1 or not decay > 0 or warmup + decay > 1 + 1e-9:  # 0.9 and 0.1 are 1 and a little
         raise TorchgrowError(
             f"warmup={warmup!r} must lie in [0, 1) and decay={decay!r} above 0 and at most at 1 - warmup: shares of "
             "the training"
         )
-    rising, falling = round(warmup * steps), max(1, round(decay * steps))
+    rising = min(round(warmup * steps), steps - 1)
+    falling = max(1, min(round(decay * steps), steps - rising))
 
     def factor(step: int) -> float:
         if step < rising:

@@ -28,6 +28,7 @@ from ..tracing.blocks import Named
 from ..tracing.model_call import Carries
 from ..tracing.requests import Couples
 from ..tracing.verification import trace
+from .advice import trained
 from .birth import birth_scales, rescale_
 from .plan import Plan
 from .shown import depths_of
@@ -276,7 +277,8 @@ def network_of(factory: Callable[[], nn.Module], space: Space, keep: Tensor, see
     Random numbers elsewhere go on as if nothing had been drawn here.
     """
     model = _frame(factory, seed)
-    rescale_(model, birth_scales(model, space, keep), Exchange())
+    if not trained(model):
+        rescale_(model, birth_scales(model, space, keep), Exchange())
     shrink_(model, space, keep, store=False)
     guard_(model)
     return model

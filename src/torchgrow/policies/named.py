@@ -33,13 +33,33 @@ def named(text: str, *, layers: bool = False) -> Policy:
             f"preset {name!r} is unknown; use one of {sorted(NAMES)}, or give policy= an object of torchgrow.policies"
         )
     if name not in BY_CLASS:
-        return policy_of(Method.named(text, layers=layers))
+        return _of_method(name, edits, layers)
     plain: Any = BY_CLASS[name]()
     try:
         changed = read_edits(plain, edits)
     except ValueError as edit:
+        some = ",".join(f"{key}={value}" for key, value in list(plain.settings().items())[:2])
         raise TorchgrowError(
             f"{str(edit)!r} in preset {text!r} is not a setting of torchgrow.policies.{type(plain).__name__} with its "
-            f"value; write it like {name}:until=0.3,importance=l1 (settings: {', '.join(plain.settings())})"
+            f"value; write it like {name}:{some} (settings: {', '.join(plain.settings())})"
         ) from None
     return BY_CLASS[name](**changed)
+
+
+def _of_method(name: str, edits: str, layers: bool) -> Policy:
+    """The policy of a preset that `Method` says.
+
+    Raises:
+        TorchgrowError: as `named`; or a setting that the policy does not have, which would change nothing.
+    """
+    method = Method.named(f"{name}:{edits}", layers=layers)
+    policy, given = policy_of(method), edits.split(",")
+    for edit in filter(None, given):
+        without = Method.named(f"{name}:{','.join(other for other in given if other != edit)}", layers=layers)
+        same = policy_of(without)
+        if without != method and type(same) is type(policy) and same.settings() == policy.settings():
+            raise TorchgrowError(
+                f"{edit!r} in preset {f'{name}:{edits}'!r} changes nothing: it grows by torchgrow.policies."
+                f"{type(policy).__name__}, whose settings are {', '.join(policy.settings())}; leave it out"
+            )
+    return policy

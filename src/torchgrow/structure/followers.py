@@ -72,7 +72,8 @@ def follower_of(bank: Bank, model: nn.Module, exchange: Exchange) -> Bank:
 def _begun_alike_(bank: Bank, tensors: Mapping[str, Tensor], exchange: Exchange) -> None:
     """Multiply a copy of the frame, made before its initial weights were, as they were; other weights stay."""
     for name in bank.scales.keys() & bank.full.keys():
-        scaled, mine = tensors[name].detach().cpu() * bank.scales[name], bank.full[name].copy(tensors[name].dtype)
+        dtype = bank.tensors[name].dtype  # an average may be kept in another
+        scaled, mine = tensors[name].detach().cpu().to(dtype) * bank.scales[name], bank.full[name].copy(dtype)
         mine.write(bank.index[name], gather(scaled, bank.index[name]))
         if not torch.equal(mine.read({}), scaled):
             return
