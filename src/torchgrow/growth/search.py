@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -260,7 +261,7 @@ def search(
         TorchgrowError: a number lies outside.
     """
     at = _rungs(rungs, length)
-    _check(budget, candidates, samples)
+    _check(budget, candidates, samples, train)
     frame = _frame(factory, seed)
     space = trace(frame, example_inputs, freeze=freeze, couple=couple, depth=depth, carried=carried)
     plan = Plan.of(frame, space, budget, updates=2, seed=seed)
@@ -350,7 +351,9 @@ def _given(plan: Plan, one: Any) -> Tensor:
             f"a candidate is a {type(one).__name__}; give torchgrow.policies.Shape objects or keep vectors (bool [n]), "
             "or a number of proposals"
         )
-    keep = one_per_group(space, space.check_keep(one | ~space.removable), torch.zeros(space.n_units))
+    if one.shape == space.removable.shape and one.dtype == torch.bool:
+        one = one | ~space.removable
+    keep = one_per_group(space, space.check_keep(one), torch.zeros(space.n_units))
     return fit(space, plan.costs, keep, keep.double(), plan.limits, torch.ones(space.n_groups, dtype=torch.int64))
 
 
@@ -383,9 +386,9 @@ def _rungs(shares: Sequence[float], length: int) -> list[int]:
     """
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise TorchgrowError(f"length={length!r} must be a whole number of epochs or steps, those of a whole training")
-    rising = all(a < b for a, b in zip((0.0, *shares), shares, strict=False))
-    if not shares or not rising or shares[-1] > 1:
-        raise TorchgrowError(f"rungs={tuple(shares)} must be rising shares of a whole training, such as {RUNGS}")
+    several = isinstance(shares, (list, tuple)) and all(isinstance(share, (int, float)) for share in shares)
+    if not several or not shares or shares[-1] > 1 or any(a >= b for a, b in pairwise((0.0, *shares))):
+        raise TorchgrowError(f"rungs={shares!r} must be rising shares of a whole training, such as {RUNGS}")
     found: list[int] = []
     for share in shares:
         rung = max(1, round(share * length))
@@ -393,7 +396,7 @@ def _rungs(shares: Sequence[float], length: int) -> list[int]:
     return found
 
 
-def _check(budget: Budget, candidates: Any, samples: int) -> None:
+def _check(budget: Budget, candidates: Any, samples: int, train: object) -> None:
     """Refuse early what would fail late.
 
     Raises:
@@ -401,10 +404,15 @@ def _check(budget: Budget, candidates: Any, samples: int) -> None:
     """
     if not isinstance(budget, Budget):
         raise BudgetError(f'search takes a torchgrow.Budget such as Budget(params="36%"), got {budget!r}')
-    number = candidates if isinstance(candidates, int) else len(candidates) if candidates is not None else 2
-    if isinstance(candidates, bool) or number < 1:
+    number = len(candidates) if isinstance(candidates, (list, tuple)) else 2 if candidates is None else candidates
+    if isinstance(candidates, bool) or not isinstance(number, int) or number < 1:
         raise TorchgrowError(
             f"candidates={candidates!r}: give how many (2 or more make a search), or a list of torchgrow.policies.Shape"
+        )
+    if not callable(train):
+        raise TorchgrowError(
+            f"train={train!r} must be a function of a trial and how much more to train it, which returns the mean "
+            "training loss: train(trial, more) -> float"
         )
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise TorchgrowError(f"samples={samples!r} must be a whole number >= 1: the samples in one unit of length")
