@@ -47,7 +47,18 @@ def alike(folder: Path) -> dict[str, list[Row]]:
     for path in sorted(folder.glob("*.jsonl")):
         settings: dict[str, list[Row]] = defaultdict(list)
         for row in map(json.loads, path.read_text().splitlines()):
-            varying = ("seed", "budget", "method", "growing", "preset", "epochs", "depth", "meta", "updates_per_epoch")
+            varying = (
+                "seed",
+                "budget",
+                "method",
+                "growing",
+                "preset",
+                "epochs",
+                "depth",
+                "meta",
+                "updates_per_epoch",
+                "system",
+            )
             same = {key: value for key, value in row["config"].items() if key not in varying}
             row["method"] = label(row)
             settings[json.dumps([same, row["config"]["epochs"]], sort_keys=True)].append(row)
