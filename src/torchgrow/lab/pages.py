@@ -151,7 +151,8 @@ def summary(folder: Path) -> str:
                 for method in ("default", "uniform", "direct", "dense")
             }
             config = found[0]["config"]
-            task = f"{config['name']}, {budget.replace('<=', 'at most')}, {config['epochs']} epochs"
+            length = f"{config['epochs']} epochs of {config['samples'][0]:,}, {config['schedule']}"
+            task = f"{config['name']}, {budget.replace('<=', 'at most')}, {length}"
             body.append(
                 [
                     f"{task} ({metric.name}{metric.unit.rstrip()})",
@@ -164,7 +165,9 @@ def summary(folder: Path) -> str:
     text = (
         "Grown: `default`. Uniform: the same network with every width narrowed by one factor, to the same budget. "
         "Direct: the structure that was grown, from scratch. Mean ± standard deviation (number of seeds); differences "
-        "paired by seed, with a 95 % interval from three seeds on, and both of two. Of a perplexity, lower is better."
+        "paired by seed, with a 95 % interval from three seeds on, and both of two. Of a perplexity, lower is better. "
+        "Epochs are of so many images or words; the learning rate drops in steps (milestones), falls from the start "
+        "(linear) or stays until it falls over the last 30 % (wsd)."
     )
     return f"{text}\n\n{grid(head, body)}" if body else "Not measured yet."
 
