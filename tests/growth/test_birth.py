@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+import weakref
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -11,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchgrow import Budget, Grower, SavedModelError
+from torchgrow import Budget, Grower, SavedModelError, trace
 from torchgrow.growth.birth import birth_scales
 from torchgrow.lab.baselines import initialised
 from torchgrow.policies import Default, Paper, Policy, Random, View
-from torchgrow.structure.store import live_shapes
+from torchgrow.structure.store import Births, live_shapes
 
 UPDATES = 3
 
@@ -379,6 +380,29 @@ def test_a_frame_on_the_meta_device_begins_likewise() -> None:
     fresh = layers(initialised(copy.deepcopy(model)), x)
     for name, value in layers(model, x).items():
         assert value == pytest.approx(fresh[name], rel=0.35), name
+
+
+def test_of_a_frame_on_the_meta_device_one_module_is_there_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame too large for memory is looked at without ever being there as a whole."""
+    with torch.device("meta"):
+        model = mlp("He")
+    space = trace(model, torch.randn(2, 60))
+    alive: list[weakref.ref[Tensor]] = []
+    most, original = 0, Births.full
+
+    def full(self: Births, name: str) -> Tensor:
+        nonlocal most
+        tensor = original(self, name)
+        alive.append(weakref.ref(tensor))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return tensor
+
+    monkeypatch.setattr(Births, "full", full)
+    keep = space.everything()
+    keep[torch.nonzero(space.removable).flatten()[::2]] = False
+    assert birth_scales(model, space, keep)
+    assert len(alive) == 8
+    assert most <= 2
 
 
 def test_a_resumed_run_has_to_be_told_alike() -> None:

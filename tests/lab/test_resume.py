@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import torchgrow.exchange
+from stopping import Stop, stopping
 from torchgrow import Budget, TorchgrowError
 from torchgrow.lab import checkpoints, report, run
 from torchgrow.lab.models import ResNet
@@ -65,24 +66,6 @@ def end(folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return end(start(tmp_path_factory.mktemp("unbroken") / "out"))
-
-
-class Stop(BaseException):
-    """What no code expects."""
-
-
-def stopping(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
-    """Let a function raise at one of its calls."""
-    original, count = getattr(owner, name), 0
-
-    def wrapper(*arguments: Any, **keywords: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == call:
-            raise Stop
-        return original(*arguments, **keywords)
-
-    monkeypatch.setattr(owner, name, wrapper)
 
 
 # 4 steps an epoch, 2 epochs: a checkpoint after 3 steps and after each epoch.

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import torchgrow
 import torchgrow.lab.train
+from stopping import Stop, stopping
 from torchgrow import Budget, TorchgrowError
 from torchgrow.cli import app
 from torchgrow.lab import checkpoints, report, run, search
@@ -119,23 +120,6 @@ def test_the_winner_is_what_its_shape_alone_would_come_to(tmp_path: Path) -> Non
     saved = torchgrow.load(out / "network", factory)
     for (name, one), other in zip(model.state_dict().items(), saved.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
-
-
-class Stop(BaseException):
-    """What no code expects."""
-
-
-def stopping(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
-    original, count = getattr(owner, name), 0
-
-    def wrapper(*arguments: Any, **keywords: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == call:
-            raise Stop
-        return original(*arguments, **keywords)
-
-    monkeypatch.setattr(owner, name, wrapper)
 
 
 # 4 steps an epoch; 4 trials of 1 epoch, 2 of one more, 2 epochs of the winner, 4 of the uniform network

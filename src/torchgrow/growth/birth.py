@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from ..exchange import Exchange
 from ..structure.space import Space, live_positions
 from ..structure.store import Births, is_meta
+from ..structure.surgery import scale_
 from .advice import OUTLIER, outlier
 
 Shape = tuple[int, ...]
@@ -64,15 +65,18 @@ class _Tensor:
         kind: parameters of one kind are taken to follow one rule.
         fans: in the frame, and in the network planned.
         mean: its size, in standard errors.
+        top: the largest of its values, less what rounding may add.
+        trained: whether they are none that any rule draws: their mean is not 0, or they are far from independent.
     """
 
     kind: str
     name: str
     fans: Mapping[str, tuple[float, float]]
-    values: Tensor
     variance: float
     count: int
     mean: float
+    top: float
+    trained: bool
 
     @property
     def miss(self) -> float:
@@ -90,19 +94,10 @@ class _Tensor:
         """Whether both may have the same variance."""
         return abs(math.log(self.variance / other.variance)) < max(self.miss, other.miss)
 
-    def trained(self) -> bool:
-        """Whether its values are none that any rule draws: their mean is not 0, or they are far from independent."""
-        if self.values.dim() < 2:
-            return False
-        far = outlier(self.values.flatten(1)) if self.values.numel() <= 16 * MOST else None
-        ordinary = self.name.rpartition(".")[2].startswith(("weight_ih", "weight_hh")) or self.name.endswith("weight")
-        return (ordinary and self.mean > 2 * STANDARD_ERRORS) or (far is not None and far > OUTLIER)
-
     def beyond(self, rule: Rule) -> bool:
         """Whether a value lies outside the bounds of PyTorch's uniform rule, if it is that."""
         fan, constant = rule
-        bound = (1 + 4 * torch.finfo(self.values.dtype).eps) / math.sqrt(self.fans[fan][0])
-        return constant == UNIFORM and float(self.values.abs().max()) > bound
+        return constant == UNIFORM and self.top > 1 / math.sqrt(self.fans[fan][0])
 
 
 @torch.no_grad()
@@ -125,7 +120,7 @@ def birth_scales(
     kinds: dict[str, list[_Tensor]] = {}
     full = Births(model, seed).full if is_meta(model) else model.get_parameter
     for found in _random(model, space, planned, full):
-        if found.trained():
+        if found.trained:
             return {}
         if found.mean < STANDARD_ERRORS:
             kinds.setdefault(found.kind, []).append(found)
@@ -147,11 +142,8 @@ def birth_scales(
 
 def rescale_(model: nn.Module, scales: Mapping[str, float], exchange: Exchange) -> None:
     """Multiply parameters by name, in place; the exchange's `undo` takes it back. Those on the meta device are not."""
-    parameters = dict(model.named_parameters())
-    for name, scale in scales.items() if not is_meta(model) else ():
-        tensor = parameters[name].detach()
-        exchange.after(tensor.copy_, tensor.clone())
-        tensor.mul_(scale)
+    if not is_meta(model):
+        scale_(dict(model.named_parameters()), scales, exchange)
 
 
 def _random(model: nn.Module, space: Space, planned: Tensor, full: Callable[[str], Tensor]) -> Iterator[_Tensor]:
@@ -171,7 +163,18 @@ def _random(model: nn.Module, space: Space, planned: Tensor, full: Callable[[str
                     mean = abs(float(values.mean())) * math.sqrt(values.numel() / variance)
                     plain = isinstance(module, (nn.Linear, _ConvNd))
                     kind = f"{'' if plain else type(module).__name__} {'bias' if parameter.dim() == 1 else 'weight'}"
-                    yield _Tensor(kind, name, fans, whole, variance, values.numel(), mean)
+                    top = float(whole.abs().max()) / (1 + 4 * torch.finfo(whole.dtype).eps)
+                    trained = _trained(key, whole, mean)  # now: of a frame on the meta device one tensor is there
+                    yield _Tensor(kind, name, fans, variance, values.numel(), mean, top, trained)
+
+
+def _trained(key: str, values: Tensor, mean: float) -> bool:
+    """See `_Tensor`; `mean` in standard errors."""
+    if values.dim() < 2:
+        return False
+    far = outlier(values.flatten(1)) if values.numel() <= 16 * MOST else None
+    ordinary = key.startswith(("weight_ih", "weight_hh")) or key == "weight"
+    return (ordinary and mean > 2 * STANDARD_ERRORS) or (far is not None and far > OUTLIER)
 
 
 def _fans(module: nn.Module, key: str, shapes: Mapping[str, tuple[Shape, Shape]]) -> dict[str, tuple[float, float]]:

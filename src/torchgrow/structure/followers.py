@@ -14,6 +14,7 @@ from ..exchange import Exchange
 from .bank import Bank
 from .record import mark_
 from .store import gather
+from .surgery import scale_
 
 
 def follower_of(bank: Bank, model: nn.Module, exchange: Exchange) -> Bank:
@@ -77,10 +78,7 @@ def _begun_alike_(bank: Bank, tensors: Mapping[str, Tensor], exchange: Exchange)
         mine.write(bank.index[name], gather(scaled, bank.index[name]))
         if not torch.equal(mine.read({}), scaled):
             return
-    for name, scale in bank.scales.items():
-        tensor = tensors[name].detach()
-        exchange.after(tensor.copy_, tensor.clone())
-        tensor.mul_(scale)
+    scale_(tensors, bank.scales, exchange)
 
 
 def stored_alike(bank: Bank, other: Bank) -> bool:

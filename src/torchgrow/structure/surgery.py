@@ -45,6 +45,14 @@ def replace_(tensor: Tensor, new: Tensor) -> None:
     run(writes(tensor, new))
 
 
+def scale_(tensors: Mapping[str, Tensor], scales: Mapping[str, float], exchange: Exchange) -> None:
+    """Multiply tensors by name, in place; the exchange's `undo` takes it back."""
+    for name, scale in scales.items():
+        tensor = tensors[name].detach()
+        exchange.after(tensor.copy_, tensor.clone())
+        tensor.mul_(scale)
+
+
 def materialise_(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
