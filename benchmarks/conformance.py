@@ -35,7 +35,7 @@ from torchgrow.tracing.tracer import replay
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-from peers import IN_TRAINING, PEERS, TOLERANCE, compare_cut, double, peer, randomize_  # noqa: E402
+from peers import IN_TRAINING, PEERS, TOLERANCE, compare_cut, double, peer  # noqa: E402
 from zoo_models import LARGEST, SETS  # noqa: E402
 
 import drawn  # noqa: E402
@@ -69,7 +69,6 @@ def ours(model: nn.Module, example: Any) -> dict[str, Any]:
     if not row["units"]:
         return {"verdict": "frozen", "reason": "; ".join(map(str, space.frozen[:3])), **row}
     model, example = model.double(), tree_map(double, example)
-    randomize_(model)
     try:
         tried = [compare_cut(model, example, space, drawn.without(space, share, 17)) for share in (0.3, 0.6)]
     except Exception as error:

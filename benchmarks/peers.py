@@ -106,16 +106,17 @@ def compare(compact: nn.Module, full: nn.Module, example: Any) -> dict[str, Any]
 
 
 def compare_cut(model: nn.Module, example: Any, space: Space, keep: Tensor) -> dict[str, Any]:
-    """`compare` for a structure of ours; the model, in float64 and with random weights, is not changed."""
-    compact, full = copy.deepcopy(model), copy.deepcopy(model)
+    """`compare` for a structure of ours; the model, in float64, gets random weights and zeros among them."""
+    randomize_(model)
+    compact = copy.deepcopy(model)  # the only copy: the largest models fill the memory twice
     shrink_(compact, space, keep)
     with torch.no_grad():
         for name in space.parameters:
-            for axis in range(full.get_parameter(name).dim()):
+            for axis in range(model.get_parameter(name).dim()):
                 units = space.unit_of.get((name, axis), torch.empty(0, dtype=torch.int64))
                 gone = torch.nonzero((units >= 0) & ~keep[units.clamp(min=0)]).flatten()
-                full.get_parameter(name).index_fill_(axis, gone, ZERO)
-    return compare(compact, full, example)
+                model.get_parameter(name).index_fill_(axis, gone, ZERO)
+    return compare(compact, model, example)
 
 
 def code_(model: nn.Module) -> None:

@@ -94,9 +94,10 @@ class Store:
     """
 
     def __init__(self, full: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, *, whole: bool) -> None:
-        self._full, self._shape = full, tuple(shape)
+        self._shape = tuple(shape)
         self.box: Index | None = {} if whole else None  # positions held; None: nothing
         self.held: Tensor = full() if whole else torch.empty(0, dtype=dtype)
+        self._full = _never if whole else full  # which would keep alive what it closes over: the frame's own tensor
 
     def copy(self, dtype: torch.dtype) -> Store:
         """A store of its own with the same contents in another dtype."""
@@ -127,6 +128,10 @@ class Store:
             wider = {k: torch.cat([index[k], box[k]]).unique() for k in sorted(index.keys() & box.keys())}
             self.held, self.box = self.read(wider), wider
         scatter_(self.held, _within(index, self.box), part)
+
+
+def _never() -> Tensor:
+    raise AssertionError("a store that holds all of a tensor needs no initial values")
 
 
 def _covers(box: Index, index: Index) -> bool:
