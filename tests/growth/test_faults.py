@@ -217,6 +217,7 @@ def test_infeasible_budgets_name_the_range(budget: Budget, message: str) -> None
     ("change", "message"),
     [
         ({"budget": "36%"}, r"budget must be a torchgrow\.Budget such as Budget"),
+        ({"rescale": "no"}, r"rescale='no' must be True or False"),
         ({"updates": 0}, r"updates=0 must be a whole number >= 1"),
         ({"updates": 2.0}, r"updates=2\.0 must be a whole number >= 1"),
         ({"updates": True}, r"updates=True must be"),

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -285,3 +286,16 @@ def test_frames_without_layers_to_leave_out() -> None:
     search = searched(factory=SmallResNet, example_inputs=x, depth=False)
     assert [trial.name for trial in search.trials] == ["even", "early wider", "late wider"]
     assert search.trials[0].depths == {}
+
+
+def test_a_factory_that_returns_one_network_again_is_refused() -> None:
+    one = stages()
+    with pytest.raises(
+        TorchgrowError, match=r"factory made a network whose .* is \(.*\), at first it was \(.*not lambda"
+    ):
+        searched(factory=lambda: one).run()
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.int64(3), torch.tensor([0.25])])
+def test_a_loss_may_be_any_single_number(number: Any) -> None:
+    assert searched(lambda trial, more: number).run().losses[-1] == float(number)

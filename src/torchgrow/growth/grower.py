@@ -100,7 +100,7 @@ class Grower(Shown):
         depth: bool | Sequence[Named] = False,
         carried: Carries | None = None,
     ) -> None:
-        _check(budget, updates)
+        _check(budget, updates, rescale)
         check_start(start)
         chosen = _policy(preset, policy, layers=bool(depth))
         self.model, self.budget, self.updates, self.seed, self.start = model, budget, updates, seed, start
@@ -292,11 +292,13 @@ def _all_or_nothing(model: nn.Module) -> Iterator[Exchange]:
         raise
 
 
-def _check(budget: Budget, updates: int) -> None:
+def _check(budget: Budget, updates: int, rescale: bool) -> None:
     if not isinstance(budget, Budget):
         raise BudgetError(f'budget must be a torchgrow.Budget such as Budget(params="36%"), got {budget!r}')
     if isinstance(updates, bool) or not isinstance(updates, int) or updates < 1:
         raise TorchgrowError(f"updates={updates!r} must be a whole number >= 1: how often you will call update()")
+    if not isinstance(rescale, bool):
+        raise TorchgrowError(f"rescale={rescale!r} must be True or False: whether fresh weights begin at a new scale")
 
 
 def _policy(preset: str | Method | None, policy: Policy | None, *, layers: bool) -> Policy | None:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from ..structure.cost import Cost
 from ..structure.limits import Budget
 from ..structure.space import Place, Space
 from ..structure.store import is_meta
+from ..structure.surgery import named_tensors
 from ..tracing.blocks import Named
 from ..tracing.model_call import Carries
 from ..tracing.requests import Couples
@@ -190,7 +192,7 @@ class Search:
         loss = self._train(trial, rung - trial.done)
         if isinstance(loss, Tensor) and loss.numel() == 1:
             loss = loss.item()
-        if isinstance(loss, bool) or not isinstance(loss, (int, float)):
+        if isinstance(loss, bool) or not isinstance(loss, Real):  # numbers of NumPy too
             raise TorchgrowError(
                 f"train returned {type(loss).__name__} for {trial.name!r}; it must return the mean training loss of "
                 "what it trained, a number"
@@ -276,8 +278,18 @@ def network_of(factory: Callable[[], nn.Module], space: Space, keep: Tensor, see
     """A plain network of a structure (bool [n]), with new weights of the right scale.
 
     Random numbers elsewhere go on as if nothing had been drawn here.
+
+    Raises:
+        TorchgrowError: the factory does not make the frame that the space is of.
     """
     model = _frame(factory, seed)
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+    for name in space.cut_axes:
+        if shapes.get(name) != space.shapes[name]:
+            raise TorchgrowError(
+                f"factory made a network whose {name} is {shapes.get(name, 'not there')}, at first it was "
+                f"{space.shapes[name]}; it must build the same frame anew at every call: lambda: Net(), not lambda: net"
+            )
     if not trained(model):
         rescale_(model, birth_scales(model, space, keep), Exchange())
     shrink_(model, space, keep, store=False)
