@@ -4,11 +4,13 @@ import json
 import os
 import re
 import signal
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from torchgrow import TorchgrowError, measure
 from torchgrow.cli import app
 from torchgrow.lab import data, frames, names, recipes, run, train, trained, weights
 from torchgrow.lab.compare import compare
+from torchgrow.lab.recipes.foreign import of_model
 from torchgrow.lab.run_folder import RunFolder
 from torchgrow.lab.train import evaluate
 from torchgrow.lab.user_files import is_library
@@ -308,6 +311,25 @@ def test_a_network_in_a_file(base: Any, tmp_path: Path, monkeypatch: pytest.Monk
     assert "error: mine.py:net is no recipe, so nothing says which images it is for; name them with" in plain(
         done.output
     )
+
+
+def test_pictures_are_as_the_network_was_trained_on_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(name: str, allow_unregistered: bool) -> Any:
+        if name != "vit.half":
+            raise RuntimeError("no such tag")
+        return SimpleNamespace(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), input_size=(3, 240, 240))
+
+    monkeypatch.setitem(sys.modules, "timm.models", SimpleNamespace(get_pretrained_cfg=said))
+    seen = {name: of_model(name) for name in ("timm:vit.half", "timm:vit.none", "torchvision:inception_v3")}
+    assert [(one.side, one.mean, one.std) for one in seen.values()] == [
+        (240, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+        (64, None, None),
+        (299, None, None),  # the colours are ImageNet's, as everywhere in torchvision
+    ]
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1], "size": {"shortest_edge": 256}, "crop_size": 192}'
+    )
+    assert (of_model(f"hf:{tmp_path}").side, of_model(f"hf:{tmp_path}").mean) == (192, (0.1, 0.2, 0.3))
 
 
 def test_cifar_is_known_by_its_files(cifar_folder: Path) -> None:

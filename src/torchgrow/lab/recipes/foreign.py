@@ -2,9 +2,13 @@
 
 import json
 import re
+from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import torchvision.models as zoo
 
 from torchgrow import Budget
 from torchgrow.lab.frames import file_network, library_network
@@ -36,15 +40,39 @@ def of_model(name: str) -> Recipe:
         shift=4,
         mirror=True,
         source=name,
-        **_colours(name),
+        **_pictures(name),
     )
 
 
-def _colours(name: str) -> dict[str, Any]:
-    """The mean and std that a folder of transformers says its images are normalised by, as fields of a recipe."""
-    kind, _, folder = name.partition(":")
+def _pictures(name: str) -> dict[str, Any]:
+    """What a library or a folder says of the images that a network takes, as fields of a recipe: mean, std, side."""
+    kind, _, rest = name.partition(":")
     try:
-        found = json.loads((Path(folder) / "preprocessor_config.json").read_text()) if kind == "hf" else {}
-        return {field: tuple(map(float, found[f"image_{field}"])) for field in ("mean", "std")}
-    except (OSError, ValueError, TypeError, KeyError):
-        return {}  # it does not say
+        return _PICTURES[kind](rest) if kind in _PICTURES else {}
+    except (ImportError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError):
+        return {}  # it does not say, or there is no such network, which is told where it is built
+
+
+def _of_timm(name: str) -> dict[str, Any]:
+    said = import_module("timm.models").get_pretrained_cfg(name, allow_unregistered=False)
+    return {"mean": tuple(said.mean), "std": tuple(said.std), "side": said.input_size[-1]}
+
+
+def _of_torchvision(name: str) -> dict[str, Any]:
+    said = zoo.get_model_weights(name).DEFAULT.transforms
+    return {"side": int(said.keywords["crop_size"])}
+
+
+def _of_folder(folder: str) -> dict[str, Any]:
+    said = json.loads((Path(folder) / "preprocessor_config.json").read_text())
+    fields: dict[str, Any] = {field: tuple(map(float, said[f"image_{field}"])) for field in ("mean", "std")}
+    size = said.get("crop_size") or said.get("size") or {}
+    size = size if isinstance(size, int) else size.get("height", size.get("shortest_edge"))
+    return {**fields, "side": size} if isinstance(size, int) else fields
+
+
+_PICTURES: dict[str, Callable[[str], dict[str, Any]]] = {
+    "timm": _of_timm,
+    "torchvision": _of_torchvision,
+    "hf": _of_folder,
+}
