@@ -1,6 +1,6 @@
 """What each policy costs in a training step: the live network beside a copy that no grower knows.
 
-    OMP_NUM_THREADS=1 python benchmarks/step_by_policy.py [--repeats 41] [--again]
+    OMP_NUM_THREADS=1 python benchmarks/step_by_policy.py [--repeats 41] [--again] [--device cuda --results FILE]
 
 An MLP at batch 32 and 512, a ResNet-20 and an LSTM are grown to half their parameters under each policy; then the
 live network, a copy with an optimizer of its own, and a second copy (the control: what such a ratio is worth here)
@@ -15,7 +15,6 @@ import copy
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from step_overhead import interval
+from step_overhead import interval, now
 from torch import Tensor, nn
 
 from torchgrow import Budget, Grower
@@ -71,12 +70,12 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 def seconds(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor, steps: int) -> float:
     """Of one training step."""
-    start = time.perf_counter()
+    start = now(x)
     for _ in range(steps):
         optimizer.zero_grad()
         F.cross_entropy(model(x), target).backward()
         optimizer.step()
-    return (time.perf_counter() - start) / steps
+    return (now(x) - start) / steps
 
 
 def measured(case: str, policy: Policy, repeats: int) -> dict[str, Any]:
@@ -113,7 +112,7 @@ def measured(case: str, policy: Policy, repeats: int) -> dict[str, Any]:
         "bytes_beside": kept,
         "bytes_of_parameters": own,
         "limit": LIMIT if isinstance(policy, Random) else None,
-        "environment": environment(),
+        "environment": environment(x.device),
     }
 
 
@@ -122,16 +121,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=41)
     parser.add_argument("--again", action="store_true", help="measure although there are rows")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    torch.set_default_device(arguments.device)
+    results = arguments.results
     console = Console()
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     rows = [] if arguments.again else rows
     for case in CASES:
         for policy in (Random(), Default(), Paper()):
             if any(row["case"] == f"{case}: {type(policy).__name__}" for row in rows):
                 continue
             rows.append(measured(case, policy, arguments.repeats))
-            RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            results.write_text("".join(json.dumps(row) + "\n" for row in rows))
             row = rows[-1]
             span = f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
             console.print(f"{row['case']}: {span}, control {row['control']:.3f}", highlight=False)

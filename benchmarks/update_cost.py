@@ -1,6 +1,6 @@
 """What an update costs: beside a training step (ResNet-20), beside plain copies of the frame (ResNet-50).
 
-    OMP_NUM_THREADS=1 python benchmarks/update_cost.py [--updates 10] [--cases resnet20 resnet50]
+    OMP_NUM_THREADS=1 python benchmarks/update_cost.py [--updates 10] [--cases resnet20 resnet50] [--device cuda]
 
 The planned cost rises over the whole run, so that every measured update changes the structure. ResNet-20: every
 update is compared with the training steps of batch 128 around it, on the live network. ResNet-50: with one copy of
@@ -12,7 +12,6 @@ again, unless `--again` is given.
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from step_overhead import Trainer, interval, optimizer_of
+from step_overhead import Trainer, interval, now, optimizer_of
 from torch import nn
 from torchvision.models import resnet50
 
@@ -34,9 +33,10 @@ RISING = Method(ramp=1.0, settle=0.0)
 
 def timed(work: Callable[[], object]) -> float:
     """Seconds of wall-clock time."""
-    start = time.perf_counter()
+    here = torch.empty(0)  # on the device that was asked for
+    start = now(here)
     work()
-    return time.perf_counter() - start
+    return now(here) - start
 
 
 def resnet20(updates: int) -> dict[str, Any]:
@@ -112,11 +112,13 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=10)
     parser.add_argument("--cases", nargs="+", choices=sorted(CASES), default=sorted(CASES))
     parser.add_argument("--again", action="store_true", help="measure again what is there already")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    torch.set_default_device(arguments.device)
     arguments.results.parent.mkdir(exist_ok=True)
     arguments.results.touch()
-    console, here = Console(), environment()
+    console, here = Console(), environment(torch.device(arguments.device))
     for name in arguments.cases:
         rows = [json.loads(line) for line in arguments.results.read_text().splitlines()]
         found = [

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .default_device import on_host
+
 Call = partial[Any]
 """A call of something built in, with its arguments."""
 
@@ -166,13 +168,13 @@ def _as_before(tensor: Tensor, before: Tensor, version: int) -> None:
 
 @contextmanager
 def trainable() -> Iterator[None]:
-    """Leave `torch.inference_mode` for a while: tensors that are made in it can never be trained.
+    """Leave `torch.inference_mode` and the default device for a while: what is made in there can never be trained.
 
     Whether gradients are on is as before afterwards, also if an exception came while a `no_grad` was left.
     """
     enabled = torch.is_grad_enabled()
     try:
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), on_host():
             yield
     finally:
         torch.set_grad_enabled(enabled)

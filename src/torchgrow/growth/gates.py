@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..default_device import on_host
 from ..errors import TrainingError
 from ..exchange import Exchange
 from ..structure.optimizer_slots import Layout
@@ -309,10 +310,7 @@ class _Hooks:
     """
 
     def __init__(
-        self,
-        layout: Layout,
-        on_step: Callable[[_Hooks, Tensor], None],
-        gate: Callable[[], Tensor | None],
+        self, layout: Layout, on_step: Callable[[_Hooks, Tensor], None], gate: Callable[[], Tensor | None]
     ) -> None:
         self.optimizer, self._layout, self._on_step, self._gate = layout.optimizer, layout, on_step, gate
         self.fold: Fold | None = None
@@ -395,6 +393,7 @@ class _Hooks:
                 "Call optimizer.zero_grad(), compute the gradients again, and go on"
             )
 
+    @on_host()
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Pre-step hook: unfold, now or, with a closure, as soon as it has computed the gradients."""
         if self.fold is None or not self._handles:  # nobody asks: nothing is spent
@@ -452,6 +451,7 @@ class _Hooks:
         for place, slot, _ in self._copies():
             slot.copy_(self._raw_copies[place])
 
+    @on_host()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Post-step hook: the policy is told, the weights are folded with the new gates."""
         self.taken += 1

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..default_device import on_host
 from ..errors import StructureError, TorchgrowError
 from ..onednn_guard import guard_
 from ..persistence.portable import shrink_
@@ -31,6 +32,7 @@ SINGLE, HALF = 1e-3, 0.1
 """Largest relative error of outputs after a cut that was not proven, in float32 and above, and in 16 bits."""
 
 
+@on_host()
 def prune_(
     model: nn.Module,
     example_inputs: Any,

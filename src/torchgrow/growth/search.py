@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..default_device import on_default, on_host
 from ..errors import BudgetError, TorchgrowError, TrainingError
 from ..exchange import Exchange
 from ..onednn_guard import guard_
@@ -213,6 +214,7 @@ class Search:
         return [trial for trial in trials if trial in kept]
 
 
+@on_host()
 def search(
     factory: Callable[[], nn.Module],
     budget: Budget,
@@ -274,6 +276,7 @@ def search(
     return Search(factory, train, plan, trials, at, length, samples)
 
 
+@on_host()
 def network_of(factory: Callable[[], nn.Module], space: Space, keep: Tensor, seed: int) -> nn.Module:
     """A plain network of a structure (bool [n]), with new weights of the right scale.
 
@@ -305,7 +308,8 @@ def _frame(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = factory()
+        with on_default():
+            model = factory()
     if isinstance(model, nn.Module) and is_meta(model):
         raise TorchgrowError(
             f"factory made a {type(model).__name__} on the meta device, and candidates are cut from frames that have "

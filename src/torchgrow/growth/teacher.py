@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
+from ..default_device import on_default, on_host
 from ..errors import TorchgrowError
 from ..persistence.portable import portable_
 from ..structure.record import Mark, set_mark
@@ -45,6 +46,7 @@ def teacher_of(run: Run) -> nn.Module:
     return portable_(model, on=cut).eval().requires_grad_(False)
 
 
+@on_host()
 @torch.no_grad()
 def recalibrate(model: nn.Module, loader: Iterable[Any]) -> None:
     """See `Grower.recalibrate`.
@@ -67,7 +69,8 @@ def recalibrate(model: nn.Module, loader: Iterable[Any]) -> None:
         for given in loader if norms else ():
             inputs = given[0] if isinstance(given, (list, tuple)) else given
             inputs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
-            model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+            with on_default():
+                model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
             done += 1
     finally:
         for norm, (momentum, buffers) in zip(norms, before, strict=True):

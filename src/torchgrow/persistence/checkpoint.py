@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from ..default_device import on_host
 from ..distributed import Ranks, gathered, here
 from ..errors import SavedModelError, TorchgrowError
 from ..exchange import uninterrupted
@@ -46,6 +47,7 @@ class Resumable(Stateful, Protocol):
     ranks: Ranks
 
 
+@on_host()
 def save_checkpoint(
     folder: str | os.PathLike[str],
     grower: Resumable | None = None,
@@ -73,8 +75,7 @@ def save_checkpoint(
         scheduler: the learning rate schedule, or anything with `state_dict` and `load_state_dict`.
         extra: nested dicts, lists and tuples of tensors, numbers, text, True, False and None.
         keep: how many checkpoints to keep (3); older ones are deleted once the new one stands.
-        together: whether every rank makes this call: rank 0 writes, with its own `scheduler` and `extra` and the random
-            states of all, and the others wait for it.
+        together: whether every rank makes this call: rank 0 writes, with its own `scheduler` and `extra`, for all.
 
     Returns:
         The new checkpoint's own folder, `folder/checkpoint-000001` and so on.
@@ -161,6 +162,7 @@ def _write(
     return new
 
 
+@on_host()
 def load_checkpoint(
     folder: str | os.PathLike[str], grower: Resumable | None = None, *, scheduler: Stateful | None = None
 ) -> Any:

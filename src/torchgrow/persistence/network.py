@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.registry import adapt_
+from ..default_device import on_default, on_host
 from ..errors import SavedModelError, TorchgrowError
 from ..onednn_guard import guard_
 from ..structure.attributes import get, put
@@ -39,6 +40,7 @@ from .wrappers import plain_modules, stored_tensors, unwrapped
 WEIGHTS, STRUCTURE = "model.safetensors", "structure.json"
 
 
+@on_host()
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Save a model, grown, shrunk or whole: `model.safetensors` and `structure.json`.
 
@@ -153,6 +155,7 @@ def _has_extra_state(module: nn.Module) -> bool:
 # --- loading ---
 
 
+@on_host()
 def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module]) -> nn.Module:
     """Load a saved model into a fresh frame, without tracing anything.
 
@@ -179,7 +182,8 @@ def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module])
         )
     source = Path(folder)
     structure, tensors = _read(source)
-    model = frame_factory()
+    with on_default():
+        model = frame_factory()
     if not isinstance(model, nn.Module):
         raise SavedModelError(f"frame_factory must return a torch.nn.Module, got {type(model).__name__}")
     frame = unwrapped(model)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.registry import ADAPTERS, adapt_, adaptable
+from ..default_device import on_host
 from ..errors import SavedModelError, StructureError, TorchgrowError
 from ..exchange import Exchange, forget_compiled
 from ..onednn_guard import guard_
@@ -52,6 +53,7 @@ Kind = TypeVar("Kind", bound=nn.Module)
 # --- what users and growers call ---
 
 
+@on_host()
 def portable_(model: Kind, on: bool = True) -> Kind:
     """Let the structure of a model travel inside its `state_dict()`, in place.
 
@@ -95,6 +97,7 @@ def portable_(model: Kind, on: bool = True) -> Kind:
     return model
 
 
+@on_host()
 def shrink_(
     model: nn.Module,
     space: Space,
@@ -180,6 +183,7 @@ _written: weakref.WeakKeyDictionary[nn.Module, tuple[list[tuple[str, Mark]], dic
 """What was written last, of which marks: averages ask for a state dict at every step."""
 
 
+@on_host()
 def add_structure(module: nn.Module, state: MutableMapping[str, Any], prefix: str, metadata: Any) -> None:
     """The hook after `state_dict()`: add the record, if anything was ever cut."""
     found = structure_of(module)
@@ -241,6 +245,7 @@ class Cut:
     adapted: list[str]
 
 
+@on_host()
 def take_structure(module: nn.Module, state: MutableMapping[str, Any], prefix: str, *rest: Any) -> None:
     """The hook before `load_state_dict()`: cut the module, and those in it, as the records in the state dict say."""
     modules = plain_modules(module)

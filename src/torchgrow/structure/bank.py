@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.registry import adapt_, adaptable
+from ..default_device import on_host
 from ..errors import OptimizerError, StructureError
 from ..exchange import Exchange
 from .attributes import replaced
@@ -130,6 +131,7 @@ class Bank:
         keep: bool [n], the units of the live model.
     """
 
+    @on_host()
     def __init__(
         self,
         model: nn.Module,
@@ -171,6 +173,7 @@ class Bank:
             self.keep, self.index = torch.zeros_like(self.keep), dict.fromkeys(space.cut_axes)
         self.trained = torch.zeros(space.n_units, dtype=torch.bool)  # units for which optimizer slots ever existed
 
+    @on_host()
     def stage(
         self,
         keep: Tensor,
@@ -233,11 +236,8 @@ class Bank:
     ) -> tuple[dict[str, Store], dict[tuple[str, str], Store]]:
         """Copies of what is stored, tensors and optimizer slots, as `stage` would leave them: written back to.
 
-        They do not tell whether a change was computed, and perhaps never made, since the last one.
-
-        Args:
-            raw: as `values` of `stage`.
-            copies: as there.
+        They do not tell whether a change was computed, and perhaps never made, since the last one. `raw` and `copies`
+        are `values` and `copies` of `stage`.
         """
         if not self.full:
             return {}, {}
@@ -265,15 +265,15 @@ class Bank:
         """
         keep = self.space.check_keep(keep)
         index = {name: index_of(self.space, name, keep) for name in self.space.cut_axes}
-        present = named_tensors(self.model)  # a buffer may be another object by now
         swaps = {
             name: _Swap(tensor, contents[name].to(tensor.device, copy=True), [])
-            for name, tensor in present.items()
+            for name, tensor in named_tensors(self.model).items()  # a buffer may be another object by now
             if name in contents
         }
         order = {name: memory_order(contents[name], axes) for name, axes in self.order.items()}
         return Change(self, keep, swaps, index, self.record_of(keep), order=order)
 
+    @on_host()
     def commit(self, *changes: Change) -> None:
         """Make staged changes, of this bank and of others: all of them or none."""
         exchange = Exchange()
@@ -285,6 +285,7 @@ class Bank:
         """Make the live model the one with the units in `keep`; detached ones are stored with all they had."""
         self.commit(self.stage(keep))
 
+    @on_host()
     def recut_(self, keep: Tensor) -> None:
         """Make the live model the one with the units in `keep`, with what is stored here; what is live is lost.
 

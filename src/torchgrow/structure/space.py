@@ -264,7 +264,7 @@ class Space:
 
     def everything(self) -> Tensor:
         """A keep vector (bool [n]) that keeps every unit: the frame itself."""
-        return torch.ones(self.n_units, dtype=torch.bool)
+        return torch.ones(self.n_units, dtype=torch.bool, device="cpu")
 
     def present(self, keep: Tensor) -> Tensor:
         """Bool [n], the units that are there: those of `keep` but for the ones inside layers left out."""
@@ -314,7 +314,7 @@ class Space:
     def freeze(self, units: Iterable[int], frozen: Frozen) -> Space:
         """The same space with `units` no longer removable, for the reason given."""
         removable = self.removable.clone()
-        removable[torch.tensor(list(units), dtype=torch.int64)] = False
+        removable[torch.tensor(list(units), dtype=torch.int64, device="cpu")] = False
         return replace(self, removable=removable, frozen=(*self.frozen, frozen))
 
 

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..default_device import on_host
 from .context import TraceContext
 from .module_hooks import ModuleHooks
 from .notes import Fresh, Note, Operation, Step, tensors_among
@@ -63,6 +64,7 @@ class Dispatch(TorchDispatchMode):
         self.context, self.pending, self.hooks, self.values = context, pending, hooks, values
         self.operations: dict[Any, Operation] = {}
 
+    @on_host()
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and pass the labels through it."""
         kwargs = kwargs or {}

@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from ..default_device import on_host
 from ..structure.cost import Cost, CostModel
 from .tracer import replay
 
 
+@on_host()
 def measure(model: nn.Module, example_inputs: Any) -> Cost:
     """Parameters and FLOPs (2 x multiply-accumulates, one sample) of a model as it is.
 

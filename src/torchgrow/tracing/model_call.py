@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from ..default_device import on_default
 from ..errors import TraceError
 from .nested import Leaf, leaves, mapped, put_out
 
@@ -23,11 +24,12 @@ def examples_of(example_inputs: Any) -> list[Any]:
 
 def call(model: nn.Module, example: Any) -> Any:
     """Run the model on one example: a tensor, a tuple of positional inputs, or a mapping of keywords."""
-    if isinstance(example, Mapping):
-        return model(**example)
-    if isinstance(example, (tuple, list)) and not isinstance(example, PackedSequence):
-        return model(*example)
-    return model(example)
+    with on_default():
+        if isinstance(example, Mapping):
+            return model(**example)
+        if isinstance(example, (tuple, list)) and not isinstance(example, PackedSequence):
+            return model(*example)
+        return model(example)
 
 
 def fresh(example: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..default_device import on_host
 from ..structure.space import Slot
 from .context import TraceContext
 from .nested import tensors
@@ -67,11 +68,13 @@ class ModuleHooks:
             for handle in handles:
                 handle.remove()
 
+    @on_host()
     def _enter(self, module: nn.Module, inputs: Any) -> None:
         path = self.module_names.get(id(module), type(module).__name__)
         self.stack.append(path)
         self._at_hand(path, inputs)
 
+    @on_host()
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self.stack.pop()
         if output is not None and self.whole is None:
@@ -82,10 +85,12 @@ class ModuleHooks:
         found = [value] if isinstance(value, Tensor) else tensors(value)
         self.context.visible.setdefault(path, []).extend(self.context.note(x) for x in found)
 
+    @on_host()
     def _enter_slot(self, slot: Slot, module: nn.Module, args: Any, kwargs: Any) -> None:
         x = slot.skip(*args, **kwargs)
         self.entering[slot.unit] = x[0] if slot.skip.outputs else x
 
+    @on_host()
     def _leave_slot(self, slot: Slot, module: nn.Module, args: Any, output: Any) -> None:
         """Whatever follows a layer that may be left out reads its output or its input: their labels are one."""
         self.pending.catch_up()
@@ -94,11 +99,13 @@ class ModuleHooks:
         ends = self.entering.pop(slot.unit), output[0] if slot.skip.outputs else output
         self.pending.obey(partial(either, self.context, *ends), ends, ends)
 
+    @on_host()
     def _enter_whole(self, module: nn.Module, inputs: Any) -> None:
         """Look away until `_leave_whole`: the module has a rule of its own."""
         if self.whole is None:
             self.whole = module
 
+    @on_host()
     def _leave_whole(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if module is not self.whole:
             return

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..default_device import on_host
 from ..errors import TraceError
 from ..structure.cost import CostModel
 from ..structure.space import Frozen, Place, Space
@@ -159,6 +160,7 @@ def _failing(prover: Prover, groups: list[int], draw: Tensor) -> dict[int, str]:
     return found or dict.fromkeys(groups, reason)  # exact apart, wrong together: none of them is proven
 
 
+@on_host()
 def trace(
     model: nn.Module,
     example_inputs: Any,
@@ -180,8 +182,7 @@ def trace(
             On the meta device labels are followed and nothing is proven (`Space.proven` is False).
         example_inputs: a small batch: a tensor, a tuple of positional inputs, or a dict of keywords. A list holds
             several such examples, for forwards that take other ways on other inputs or other arguments in training:
-            `[images, (images, targets)]`. Each is run in both modes, and must run in one of them; the first must in
-            evaluation mode.
+            `[images, (images, targets)]`. Each must run in one of the modes, the first in evaluation mode.
         freeze: parameters or modules that keep their shape, by qualified name or pattern ("head.*"); or single
             axes, such as ("head.weight", 1).
         couple: pairs of axes that are cut alike, position by position, such as (("a.weight", 0), ("b.weight", 0)).
@@ -232,6 +233,7 @@ def _broken_parts(space: Space, proven: Space) -> set[tuple[str, str]]:
     }
 
 
+@on_host()
 def verify(
     model: nn.Module,
     example_inputs: Any,

@@ -31,7 +31,7 @@ def affine(ctx: Context, layer: Layer, weight: Tensor | None, bias: Tensor | Non
 
 @rule(
     "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
-    "_batch_norm_with_update", "_batch_norm_no_update", "batch_norm",
+    "miopen_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update", "batch_norm",
 )  # fmt: skip
 def batch_norm(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """Each channel on its own; scale and offset are the last affine map of the channel."""

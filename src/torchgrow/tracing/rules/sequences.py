@@ -198,6 +198,30 @@ def one_direction(
     return cell, shown
 
 
+@rule("_thnn_fused_lstm_cell", "_thnn_fused_gru_cell")
+def fused_cell(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """The gates of a step, [N, 4 H] or [N, 3 H], to its states [N, H]: what a cell is on other devices than the CPU."""
+    state = named["cx"] if "cx" in named else named["hx"]
+    reason = "is fed to a recurrent cell"
+    sums = [
+        on_axis(without_axes(ctx, ctx.layers(named[key]), [0], reason), 1) for key in ("input_gates", "hidden_gates")
+    ]
+    biases = [named[key] for key in ("input_bias", "hidden_bias") if named.get(key) is not None]
+    gates = [*sums, *(on_axis(ctx.layers(bias), 0) for bias in biases)]
+    found = [gate for gate in gates if gate is not None]
+    if len(found) < len(gates):
+        for layer in (*found, *ctx.layers(state)):
+            ctx.freeze(layer, "belongs to a recurrent cell with frozen weights")
+        return
+    slots = found[0].symbols.reshape(-1, state.shape[1])
+    for other in found:
+        ctx.tie(other.symbols.reshape(slots.shape), slots[:1])
+    unit = Layer(slots[0] << 1, NO_SOURCES)
+    carried(ctx, state, unit)
+    for new in out[:-1]:  # the last is kept for the backward pass
+        ctx.set_layers(new, [placed(unit, 2, 1)])
+
+
 def carried(ctx: Context, start: Tensor, units: Layer) -> None:
     """An initial state: cut along with the units if it is computed inside the model, and labelled or constant."""
     axis = start.dim() - 1
