@@ -80,7 +80,9 @@ class Panel:
         text = text[text.index("<svg") :]
         text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
         text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-        text = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 role="img" aria-labelledby="{name}-title {name}-desc"', text, count=1)
+        text = re.sub(
+            r'(<svg[^>]*?) width="[^"]*"', rf'\1 role="img" aria-labelledby="{name}-title {name}-desc"', text, count=1
+        )
         text = re.sub(r'\bid="', f'id="{name}-', text)
         text = re.sub(r'(url\(|href=")#', rf"\1#{name}-", text)
         text = text.replace(INK, "currentColor").replace(RULE, "var(--rule)")
@@ -181,4 +183,3 @@ def counts(ax: Axes, *, x: bool = False, y: bool = False) -> None:
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     if y:
         ax.yaxis.set_major_formatter(EngFormatter(sep=""))
-

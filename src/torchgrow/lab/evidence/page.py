@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-import torchgrow
 from torchgrow.lab.display import short, span
 from torchgrow.lab.evidence.drawing import themes
 from torchgrow.lab.evidence.pictures import PICTURES, Picture
@@ -62,14 +62,14 @@ def write(sources: Sequence[Path], out: Path) -> list[str]:
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     text = loader.get_template("page.html").render(
-        style=Markup((HERE / "page.css").read_text()),  # noqa: S704 - ours
-        light=Markup(light),  # noqa: S704
-        dark=Markup(dark),  # noqa: S704
+        style=Markup((HERE / "page.css").read_text()),
+        light=Markup(light),
+        dark=Markup(dark),
         parts=parts,
         absent=absent,
         sources=[str(source) for source in sources],
         networks=sum(len(task.rows) for task in tasks),
-        version=torchgrow.__version__,
+        version=version("torchgrow"),
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         words={**FIXED, **SYSTEMS},
     )
@@ -125,7 +125,7 @@ def _shown(picture: Picture, task: Task, prefix: str, folder: Path) -> Shown:
         folder.mkdir(exist_ok=True)
         name = f"{prefix}-{picture.name}-{number}"
         panel.write(folder / name)
-        panels.append((Markup(panel.svg(name, picture.caption)), panel.wide, f"{folder.name}/{name}"))  # noqa: S704 - escaped there
+        panels.append((Markup(panel.svg(name, picture.caption)), panel.wide, f"{folder.name}/{name}"))
     return Shown(picture, panels)
 
 
@@ -174,6 +174,8 @@ def _machines(rows: list[Row]) -> list[str]:
         e = row.get("versions") or {}
         device = e.get("device") or e.get("cpu")
         commit = re.sub(r"^(\w{10})\w*", r"\1", e.get("commit") or "unknown")
-        versions = f"torch {e.get('torch')}, torchgrow {e.get('torchgrow')} at commit {commit}, Python {e.get('python')}"
+        versions = (
+            f"torch {e.get('torch')}, torchgrow {e.get('torchgrow')} at commit {commit}, Python {e.get('python')}"
+        )
         seen.add(f"{device}, {e.get('cores')} cores, {e.get('threads')} thread(s); {versions}")
     return sorted(seen)

@@ -1,4 +1,4 @@
-"""The paper's figures, drawn from rows: what each shows, which of the paper's it is, and the command that makes its data."""
+"""The paper's figures, drawn from rows: what each shows, and the command that makes its data."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -263,7 +263,7 @@ _COMPARE = "torchgrow compare digits --methods"
 PICTURES = (
     Picture(
         "score-cost", "Score against size", "Figure 3",
-        "Up and to the left is better: a higher score from a smaller network. Bars are one standard deviation over seeds.",
+        "Up and to the left is better: a higher score from a smaller network; bars are one standard deviation.",
         _costs, f'{_COMPARE} "dense uniform default direct"', all_budgets=True,
     ),
     Picture(

@@ -165,16 +165,15 @@ def _ours(task: Task | None, rows: list[Row], columns: list[str], group: dict[st
 
 
 def _saving(rows: list[Row]) -> str:
-    """Of the whole training where only that is known."""
+    """By the paper's rule."""
     spent = [(row["train_flops_paper_rule"], row["dense_train_flops"]) for row in rows]
     return f"{mean(dense / own for own, dense in spent):.2f}" if all(own for own, _ in spent) else ""
 
 
 def _found(row: Row) -> str:
-    """Blocks of the stages, or hidden units of recurrent layers, of the first seed."""
-    last = row["epochs"][-1] if row["epochs"] else {}
-    if last.get("depths"):
-        return "-".join(str(count) for count in last["depths"].values())
-    hidden = row["config"]["model_arguments"].get("hidden")
-    widths = [count for name, count in last.get("widths", {}).items() if "lstm" in name or "recurrent" in name]
-    return ", ".join(map(str, widths or (hidden if row["method"] == "dense" and hidden else ())))
+    """Blocks of the stages, or hidden units of an LSTM's layers, of the first seed."""
+    last, config = row["epochs"][-1] if row["epochs"] else {}, row["config"]
+    if config["model"] == "LSTM":
+        hidden = config["model_arguments"]["hidden"] if row["method"] == "dense" else last.get("widths", {}).values()
+        return ", ".join(map(str, hidden))
+    return "-".join(map(str, last.get("depths", {}).values()))

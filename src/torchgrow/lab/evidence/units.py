@@ -43,7 +43,9 @@ def temperatures(task: Task) -> list[Panel]:
     panels = []
     for method, row in _first_of_each(task).items():
         epochs = [epoch for epoch in row["epochs"] if epoch.get("temperature")]
-        values = {g: [epoch["temperature"][g] for epoch in epochs] for g in (epochs[0]["temperature"] if epochs else ())}
+        values = {
+            g: [epoch["temperature"][g] for epoch in epochs] for g in (epochs[0]["temperature"] if epochs else ())
+        }
         if not values or max(map(max, values.values())) <= 1:
             continue  # none rises
         edges = [epochs[0]["epoch"] - 1.0, *(float(epoch["epoch"]) for epoch in epochs)]

@@ -56,7 +56,7 @@ def _verdict(task: Task, method: str, budget: str) -> Verdict:
     over = [row for row in rows if any(row[part] > limit for part, limit in limits(row).items())]
     size = f"{mean(row['params'] for row in rows):,.0f} parameters"
     share = f"{100 * mean(row['params'] / row['dense_params'] for row in rows):.1f} % of the dense network's"
-    kept = f"{len(over)} of {len(rows)} above the budget!" if over else f"all within the budget"
+    kept = f"{len(over)} of {len(rows)} above the budget!" if over else "all within the budget"
     sentences.append(f"It has {size}, {share}; {kept}.")
     spent = [r["train_flops"] / r["dense_train_flops"] for r in rows if r["train_flops"] is not None]
     if spent:
