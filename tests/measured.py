@@ -87,7 +87,7 @@ def run_folder(path: Path, name: str = "mine") -> Path:
     grown: list[dict[str, Any]] = []
     live, spent = 1000, 0.0
     for one in epochs(91.0, 3600, grown=True, literal=True):
-        updates = []
+        updates = list[dict[str, Any]]()
         for at, flops in ((0.25, live + 100), (1.0, live + 400)):
             before = updates[-1]["epochs"] if updates else one["epoch"] - 1
             spent += 3 * live * SAMPLES * (one["epoch"] - 1 + at - before)

@@ -69,7 +69,12 @@ def test_commands_are_read(page: Path, line: str, monkeypatch: pytest.MonkeyPatc
     trainings = ("run.run", "run.resume", "search.search", "search.resume", "compare.compare")
     for name in (f"torchgrow.lab.{training}" for training in trainings):
         monkeypatch.setattr(name, lambda *_, **__: calls.append("trained"))
-    monkeypatch.setattr("torchgrow.lab.evidence.page.write", lambda *_: calls.append("written") or [])
+
+    def write(*_: object) -> list[str]:
+        calls.append("written")
+        return []
+
+    monkeypatch.setattr("torchgrow.lab.evidence.page.write", write)
     (tmp_path / "my_recipe.py").write_text(
         "from dataclasses import replace\nfrom torchgrow.lab.recipes import get\n"
         "def recipe():\n    return replace(get('digits'), name='mine')\n"

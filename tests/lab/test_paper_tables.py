@@ -39,21 +39,21 @@ def printed(number: Any) -> tuple[float, float]:
 
 def test_the_papers_numbers_add_up() -> None:
     """What is kept is parameters over the original's, to the digits printed: a slip of the pen would show."""
-    checked = 0
+    checked, apart = 0, []
     for table in PAPER["tables"].values():
         for group in table["groups"]:
             whole = next((r for r in group["rows"] if r["name"].startswith("Original") and "params" in r), None)
-            for one in group["rows"] if whole else []:
-                if "kept" in one and "params" in one:
+            for one in group["rows"]:
+                if whole and "kept" in one and "params" in one:
                     (low, high), (least, most) = printed(one["params"]), printed(whole["params"])
                     (under, over) = printed(one["kept"])
-                    assert 100 * low / most <= over, one
-                    assert 100 * high / least >= under, one
+                    apart += [(group["name"], one["name"])] * (100 * low / most > over or 100 * high / least < under)
                     checked += 1
             ours = next(r for r in group["rows"] if r["method"] in ("paper", "nas"))
             for part, wanted in group.get("near", {}).items():
                 assert part not in ours or float(ours[part]) == wanted
     assert checked >= 14
+    assert apart == [("WRN-28-10", "the paper's method")], "3.443 of 36.5 M are 9.4 %; the paper prints 9.3"
 
 
 def test_one_method_has_one_accuracy_in_all_tables() -> None:
@@ -84,12 +84,11 @@ def test_ours_stand_beside_at_the_nearest_budget(tmp_path: Path) -> None:
     rows += [cifar("paper", 0, 50.0, budget="params <= 90%", params=900), cifar("default", 0, 90.5)]
     results_file(tmp_path / "resnet20-cifar10.jsonl", rows)
     found = beside(1, tmp_path)
-    assert found.head == [
-        "method", "by", "accuracy, %", "parameters, M", "parameters kept, %", "FLOPs kept, %", "training cost saved, x", "n"
-    ]  # fmt: skip
+    assert found.head[:3] == ["method", "by", "accuracy, %"]
+    assert found.head[3:] == ["parameters, M", "parameters kept, %", "FLOPs kept, %", "training cost saved, x", "n"]
     assert found.lines["ResNet-20"][-3][:3] == ["the paper's method", "paper", "90.91 ± 0.07"]
     assert line(found, "ResNet-20", "the paper's method") == [
-        "", "here", "91.00 ± 1.00", "0.00036", "36.0", "40.0", "100.00", "3"
+        "", "here", "91.00 ± 1.00", "0.00036", "36.0", "40.0", "2.50", "3"
     ]  # fmt: skip
     assert line(found, "ResNet-20", "Original")[2] == "91.50 ± 0.71"
     assert line(found, "ResNet-20", "torchgrow's default")[2] == "90.50"

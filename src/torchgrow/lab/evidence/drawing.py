@@ -30,7 +30,7 @@ PALETTE = tuple(dict.fromkeys([*COLOURS.values(), *VARIANTS]))
 WIDTH = 4.7  # inches; on a narrow screen a panel is about as wide as drawn, so its text can be read there
 _LINES, _MARKERS = ("-", "--", "-.", ":"), "^vPXph8<>d"
 _KNOWN_MARKERS = {"dense": "s", "uniform": "o", "direct": "D", "default": "*"}
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": INK,
     "axes.grid": True,
@@ -112,8 +112,13 @@ class Panel:
 def themes() -> tuple[str, str]:
     """Style rules that give the palette its colours on a light page, and on a dark one."""
     light = "".join(f"--c{one[1:]}:{one};" for one in PALETTE)
-    dark = "".join(f"--c{one[1:]}:{to_hex([0.62 * c + 0.38 for c in to_rgb(one)])};" for one in PALETTE)
+    dark = "".join(f"--c{one[1:]}:{_lighter(one)};" for one in PALETTE)
     return light, dark
+
+
+def _lighter(shade: str) -> str:
+    red, green, blue = (0.62 * part + 0.38 for part in to_rgb(shade))
+    return to_hex((red, green, blue))
 
 
 def styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:

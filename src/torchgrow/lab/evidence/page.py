@@ -51,7 +51,7 @@ def write(sources: Sequence[Path], out: Path) -> list[str]:
     Raises:
         TorchgrowError: there is nothing to read, or it is damaged.
     """
-    tasks = [task for task in read(sources) if task.fine]
+    tasks = sorted((task for task in read(sources) if task.fine), key=_rank)
     folder = out.with_suffix("")
     out.parent.mkdir(parents=True, exist_ok=True)
     parts = [_part(number, task, folder) for number, task in enumerate(tasks, start=1)]
@@ -77,11 +77,16 @@ def write(sources: Sequence[Path], out: Path) -> list[str]:
     return [f"{picture.title} ({picture.of_paper}): {picture.command}" for picture in absent]
 
 
+def _rank(task: Task) -> tuple[bool, bool, int]:
+    """What was grown and judged by test data comes first, and of that what has most networks."""
+    return not any(map(grows, task.fine)), bool(task.config.get("validate")), -len(task.fine)
+
+
 def _part(number: int, task: Task, folder: Path) -> dict[str, Any]:
     """All that the page says of one setting."""
     answers, budgets = verdicts(task), task.budgets()
     grown = [budget for budget, part in budgets.items() if any(map(grows, part.fine))] or list(budgets)[:1]
-    shown, folded = [], []
+    shown, folded = list[Shown](), list[Shown]()
     for picture in PICTURES:
         if picture.all_budgets:
             shown.append(_shown(picture, task, f"t{number}", folder))

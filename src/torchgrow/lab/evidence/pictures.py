@@ -7,14 +7,14 @@ from statistics import mean, stdev
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from torchgrow.lab.evidence.drawing import INK, Panel, axes, close, counts, curve, legend, styles
 from torchgrow.lab.evidence.rows import Task, grows, limits, literal
 from torchgrow.lab.evidence.units import temperatures, widths
 from torchgrow.lab.pages import Row
 from torchgrow.lab.report import span
-from torchgrow.lab.results import by_budget, sweeps
+from torchgrow.lab.results import by_budget, shown_range, sweeps
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,20 @@ def _costs(task: Task) -> list[Panel]:
     looks, groups = styles(task.methods()), task.methods()
     if sum(len(by_budget(rows)) for rows in groups.values()) < 2:
         return []
+    low, high = shown_range(task.fine, task.metric)
     for part, name in (("params", "parameters"), ("flops", "FLOPs of one sample")):
         panel, ax = axes(f"Score against {name}", f"{name} (log scale)", _unit(task))
         for method, rows in groups.items():
-            _points(ax, task, list(by_budget(rows).values()), part, method, looks[method])
+            score = mean(row[task.metric.name] for row in rows)
+            if low <= score <= high:
+                _points(ax, task, list(by_budget(rows).values()), part, method, looks[method])
+            else:  # it would squeeze the others into a few pixels
+                told = f"{method} ({score:.1f}, not shown)"
+                ax.plot([], [], color=looks[method]["color"], marker="x", linestyle="none", label=told)
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.xaxis.set_minor_formatter(NullFormatter())
-        _fit(ax, task)
         legend(panel, ax)
         panels.append(panel)
     return panels
@@ -79,14 +84,6 @@ def _points(ax: Axes, task: Task, groups: Sequence[list[Row]], part: str, label:
     x, y, spread = zip(*found, strict=True)
     size, above = (14, 2) if label == "default" else (6, 3)  # what lies on the same place stays seen
     ax.errorbar(x, y, yerr=spread, label=label, capsize=3, linewidth=1, markersize=size, zorder=above, **style)
-
-
-def _fit(ax: Axes, task: Task) -> None:
-    """Keep the scores that stand together apart; one that is far off may lie outside."""
-    scores = [row[task.metric.name] for row in task.fine]
-    low, high = span(scores, task.metric)
-    if max(scores) - min(scores) > high - low:
-        ax.set_ylim(low, high)
 
 
 def _sizes(task: Task) -> list[Panel]:
@@ -130,8 +127,7 @@ def _spending(task: Task) -> list[Panel]:
     looks = styles(task.methods())
     if len(groups) < 2:
         return []
-    panel, ax = axes("Training FLOPs of every epoch", "epoch", "share of a dense epoch")
-    shares: dict[str, dict[float, list[float]]] = {}
+    panel, ax = axes("Training FLOPs of every epoch", "epoch", "share of a dense epoch (log scale)")
     for method, rows in groups.items():
         series: dict[float, list[float]] = defaultdict(list)
         for row in rows:
@@ -140,11 +136,10 @@ def _spending(task: Task) -> list[Panel]:
             for epoch in row["epochs"]:
                 series[epoch["epoch"]].append((epoch["training_flops"] - before) / dense)
                 before = epoch["training_flops"]
-        shares[method] = series
-    means = {method: [mean(values) for values in series.values()] for method, series in shares.items()}
-    above = close(ax, max(means.get("dense", [0])), [v for m, some in means.items() if m != "dense" for v in some])
-    for method, series in shares.items():
-        curve(ax, series, method + above * (method == "dense"), looks[method])
+        curve(ax, series, method, looks[method])
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
     _epochs(ax)
     legend(panel, ax)
     return [panel, _totals(groups, looks)]
@@ -158,7 +153,7 @@ def _totals(groups: dict[str, list[Row]], looks: dict[str, dict[str, Any]]) -> P
         rows = groups[method]
         share = mean(row["train_flops"] / row["dense_train_flops"] for row in rows)
         bars.barh(place, share, color=looks[method]["color"], height=0.62)
-        bars.text(share, place, f" {share:.2f}", va="center", fontsize=8.5, color=INK)
+        bars.text(share, place, f"  {share:.2f}", va="center", fontsize=8.5, color=INK)
         ruled = [row["train_flops_paper_rule"] for row in rows]
         if None not in ruled:
             rule = mean(r / row["dense_train_flops"] for r, row in zip(ruled, rows, strict=True))
@@ -204,7 +199,8 @@ def _depths(task: Task) -> list[Panel]:
         series: dict[float, list[float]] = defaultdict(list)
         for row in rows:
             for epoch in row["epochs"]:
-                series[epoch["epoch"]].append(sum(epoch["depths"].values()))
+                if epoch.get("depths"):  # of compared systems only while they grow
+                    series[epoch["epoch"]].append(sum(epoch["depths"].values()))
         curve(ax, series, method, looks[method])
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -273,8 +269,8 @@ PICTURES = (
     ),
     Picture(
         "spending", "What training costs", "Figures 1c and 4",
-        "FLOPs of training beside one training of the dense network; a black mark is the sum by the paper's rule, "
-        "which counts growing and pruning phases only.",
+        "FLOPs of training beside one training of the dense network; what came before an epoch on record is counted in "
+        "the first; a black mark is the sum by the paper's rule, of growing and pruning phases only.",
         _spending, f'{_COMPARE} "dense uniform default l1-norm sfp"',
     ),
     Picture(

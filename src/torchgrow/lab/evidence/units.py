@@ -91,7 +91,7 @@ def _cells(
         final.tick_params(length=0)
         final.spines["right"].set_visible(False)
         bar = panel.figure.colorbar(image, label=unit, pad=0.02, aspect=30)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return panel
 
 
