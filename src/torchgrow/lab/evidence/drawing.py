@@ -27,12 +27,15 @@ from torchgrow.lab.results import VARIANTS
 INK, RULE = "#24292f", "#d7dde3"
 """Of text and of grid lines; on the page they follow its theme."""
 PALETTE = tuple(dict.fromkeys([*COLOURS.values(), *VARIANTS]))
+NOT_SHOWN = "not shown"
+"""In labels of what lies far outside."""
 WIDTH = 4.7  # inches; on a narrow screen a panel is about as wide as drawn, so its text can be read there
 _LINES, _MARKERS = ("-", "--", "-.", ":"), "^vPXph8<>d"
 _KNOWN_MARKERS = {"dense": "s", "uniform": "o", "direct": "D", "default": "*"}
 SETTINGS: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": INK,
+    "axes.facecolor": "none",
     "axes.grid": True,
     "axes.labelcolor": INK,
     "axes.labelsize": 9,
@@ -147,12 +150,13 @@ def axes(title: str, x: str, y: str, *, height: float = 2.9, wide: bool = False)
 
 def legend(panel: Panel, ax: Axes) -> None:
     """Under the axis, which keeps its height."""
-    handles, labels = ax.get_legend_handles_labels()
-    if not handles:
+    given = sorted(zip(*ax.get_legend_handles_labels(), strict=True), key=lambda item: NOT_SHOWN in item[1])
+    if not given:
         return
-    short = max(map(len, labels)) < 24
-    labels = [textwrap.fill(label, 26 if short else 60) for label in labels]
-    columns = 2 if short and len(labels) > 1 else 1
+    handles, labels = [handle for handle, _ in given], [label for _, label in given]
+    brief = max(map(len, labels)) < 29
+    labels = [textwrap.fill(label, 60) for label in labels]
+    columns = 2 if brief and len(labels) > 1 else 1
     lines = sum(label.count("\n") + 1 for label in labels) / columns
     width, height = panel.figure.get_size_inches()
     panel.figure.set_size_inches(width, height + 0.17 * ceil(lines) + 0.15)

@@ -16,7 +16,7 @@ from torchgrow.lab.display import short, span
 from torchgrow.lab.evidence.drawing import themes
 from torchgrow.lab.evidence.pictures import PICTURES, Picture
 from torchgrow.lab.evidence.rows import Task, grows, in_words, read
-from torchgrow.lab.evidence.verdict import Verdict, scored, verdicts
+from torchgrow.lab.evidence.verdict import scored, verdicts
 from torchgrow.lab.names import FIXED, SYSTEMS
 from torchgrow.lab.pages import Row, gap
 
@@ -84,7 +84,7 @@ def _rank(task: Task) -> tuple[bool, bool, int]:
 
 def _part(number: int, task: Task, folder: Path) -> dict[str, Any]:
     """All that the page says of one setting."""
-    answers, budgets = verdicts(task), task.budgets()
+    budgets = task.budgets()
     grown = [budget for budget, part in budgets.items() if any(map(grows, part.fine))] or list(budgets)[:1]
     shown, folded = list[Shown](), list[Shown]()
     for picture in PICTURES:
@@ -98,8 +98,8 @@ def _part(number: int, task: Task, folder: Path) -> dict[str, Any]:
         "number": number,
         "task": task,
         "metric": f"{task.metric.name}{task.metric.unit}",
-        "verdicts": answers,
-        "headline": _headline(task, answers),
+        "verdicts": verdicts(task),
+        "headline": "; ".join(f"{m} {scored(task, rows)}" for m, rows in list(task.methods().items())[:4]),
         "heads": _heads(task),
         "table": _table(task),
         "main_budget": "" if grown[0] == "none" else in_words(grown[0]),
@@ -113,15 +113,6 @@ def _part(number: int, task: Task, folder: Path) -> dict[str, Any]:
         "failed": [f"{r['method']}, seed {r['seed']}: {r['error']}" for r in task.rows if "error" in r],
         "sources": sorted({row["source"] for row in task.rows if "source" in row}),
     }
-
-
-def _headline(task: Task, answers: list[Verdict]) -> str:
-    """The final numbers of the methods that everybody asks for, in one line."""
-    if not answers:
-        return "; ".join(f"{method} {scored(task, rows)}" for method, rows in list(task.methods().items())[:4])
-    part = next(p for b, p in task.budgets().items() if in_words(b) == answers[0].budget).methods()
-    names = dict.fromkeys((answers[0].method, "uniform", "direct", "dense"))
-    return "; ".join(f"{name} {scored(task, part[name])}" for name in names if name in part)
 
 
 def _shown(picture: Picture, task: Task, prefix: str, folder: Path) -> Shown:

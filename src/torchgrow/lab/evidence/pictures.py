@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from torchgrow.lab.evidence.drawing import INK, Panel, axes, close, counts, curve, legend, styles
+from torchgrow.lab.evidence.drawing import INK, NOT_SHOWN, Panel, axes, close, counts, curve, legend, styles
 from torchgrow.lab.evidence.rows import Task, grows, limits, literal
 from torchgrow.lab.evidence.units import temperatures, widths
 from torchgrow.lab.pages import Row
@@ -52,16 +52,19 @@ def _costs(task: Task) -> list[Panel]:
         return []
     low, high = shown_range(task.fine, task.metric)
     for part, name in (("params", "parameters"), ("flops", "FLOPs of one sample")):
-        panel, ax = axes(f"Score against {name}", f"{name} (log scale)", _unit(task))
+        costs = [row[part] for row in task.fine]
+        apart = max(costs) > 4 * min(costs)  # else a log scale has no round numbers to write
+        panel, ax = axes(f"Score against {name}", name + " (log scale)" * apart, _unit(task))
         for method, rows in groups.items():
             score = mean(row[task.metric.name] for row in rows)
             if low <= score <= high:
                 _points(ax, task, list(by_budget(rows).values()), part, method, looks[method])
             else:  # it would squeeze the others into a few pixels
-                told = f"{method} ({score:.1f}, not shown)"
+                told = f"{method} ({score:.1f}, {NOT_SHOWN})"
                 ax.plot([], [], color=looks[method]["color"], marker="x", linestyle="none", label=told)
-        ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        if apart:
+            ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if apart else MaxNLocator(5))
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.xaxis.set_minor_formatter(NullFormatter())
         legend(panel, ax)
@@ -153,11 +156,12 @@ def _totals(groups: dict[str, list[Row]], looks: dict[str, dict[str, Any]]) -> P
         rows = groups[method]
         share = mean(row["train_flops"] / row["dense_train_flops"] for row in rows)
         bars.barh(place, share, color=looks[method]["color"], height=0.62)
-        bars.text(share, place, f"  {share:.2f}", va="center", fontsize=8.5, color=INK)
         ruled = [row["train_flops_paper_rule"] for row in rows]
         if None not in ruled:
             rule = mean(r / row["dense_train_flops"] for r, row in zip(ruled, rows, strict=True))
             bars.plot([rule, rule], [place - 0.36, place + 0.36], color=INK, linewidth=2)
+        beyond: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "color": INK}
+        bars.annotate(f"{share:.2f}", (share, place), fontsize=8.5, **beyond)
     bars.set_yticks(range(len(names)), [name if len(name) < 30 else f"{name[:28]}…" for name in names])
     bars.margins(x=0.14)
     bars.grid(visible=False, axis="y")
@@ -179,6 +183,8 @@ def _scores(task: Task) -> list[Panel]:
         curve(other, {mean(spent[at]): values for at, values in scores.items()}, method, looks[method])
     _epochs(ax)
     other.set_xscale("log")
+    longest = max(epoch["training_flops"] for row in task.fine for epoch in row["epochs"])
+    other.set_xlim(left=longest / 500, right=1.5 * longest)
     other.xaxis.set_minor_formatter(NullFormatter())
     counts(other, x=True)
     for panel, one in ((by_epoch, ax), (by_cost, other)):
@@ -270,7 +276,7 @@ PICTURES = (
     Picture(
         "spending", "What training costs", "Figures 1c and 4",
         "FLOPs of training beside one training of the dense network; what came before an epoch on record is counted in "
-        "the first; a black mark is the sum by the paper's rule, of growing and pruning phases only.",
+        "the first; an upright mark is the sum by the paper's rule, of growing and pruning phases only.",
         _spending, f'{_COMPARE} "dense uniform default l1-norm sfp"',
     ),
     Picture(

@@ -22,6 +22,7 @@ class Verdict:
         kind: "good", "bad" or "open", for its colour.
         method: the way to grow that it is about.
         budget: at which.
+        numbers: the scores of the networks that everybody asks for.
         sentences: what it rests on.
     """
 
@@ -29,6 +30,7 @@ class Verdict:
     kind: str
     method: str
     budget: str
+    numbers: str
     sentences: list[str]
 
 
@@ -51,8 +53,7 @@ def scored(task: Task, rows: Iterable[Row]) -> str:
 
 def _verdict(task: Task, method: str, budget: str) -> Verdict:
     rows, others = task.methods()[method], task.methods()
-    name = f"{'an' if task.metric.name[0] in 'aeiou' else 'a'} {task.metric.on} {task.metric.name}"
-    sentences = [f"{method} came to {name} of {scored(task, rows)}."]
+    sentences = [f"{method} came to a {task.metric.on} {task.metric.name} of {scored(task, rows)}."]
     over = [row for row in rows if any(row[part] > limit for part, limit in limits(row).items())]
     size = f"{mean(row['params'] for row in rows):,.0f} parameters"
     share = f"{100 * mean(row['params'] / row['dense_params'] for row in rows):.1f} % of the dense network's"
@@ -69,7 +70,9 @@ def _verdict(task: Task, method: str, budget: str) -> Verdict:
         sentences.append(_beside(task, method, "direct", "its own structure trained from scratch")[2])
     if "dense" in others:
         sentences.append(f"The dense network: {scored(task, others['dense'])}.")
-    return Verdict(badge, kind, method, in_words(budget), sentences)
+    names = [name for name in dict.fromkeys((method, "uniform", "direct", "dense")) if name in others]
+    numbers = "; ".join(f"{name} {scored(task, others[name])}" for name in names)
+    return Verdict(badge, kind, method, in_words(budget), numbers, sentences)
 
 
 def _beside(task: Task, method: str, other: str, what: str) -> tuple[str, str, str]:
