@@ -67,7 +67,7 @@ def test_the_page_in_a_browser(made: Path, browser: Any, width: int, scheme: str
     assert tab.evaluate(wide) == 0, "a picture that is too small to read"
     small = """[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height).filter(h => h > 0)
         .reduce((a, b) => Math.min(a, b), 99)"""
-    assert tab.evaluate(small) >= 7, "letters that are too small to read"
+    assert tab.evaluate(small) >= 8, "letters that are too small to read"
     shot = Image.open(io.BytesIO(tab.screenshot(full_page=True))).convert("L")
     seen = np.asarray(shot)
     assert seen.shape[1] == width

@@ -121,7 +121,7 @@ def test_markdown_has_the_same_cells(tmp_path: Path) -> None:
     lines = [line for line in done.output.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1
     assert sum(map(len, beside(1, tmp_path).lines.values())) == len(lines) - 2
-    assert re.search(r"\| ResNet-20 \|  \| here \| 90.00 \|", done.output)
+    assert re.search(r"\| ResNet-20 \| the paper's method \| here \| 90.00 \|", done.output)
 
 
 def test_there_are_eight_tables(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ INK, RULE = "#24292f", "#d7dde3"
 PALETTE = tuple(dict.fromkeys([*COLOURS.values(), *VARIANTS]))
 NOT_SHOWN = "not shown"
 """In labels of what lies far outside."""
-WIDTH = 4.7  # inches; on a narrow screen a panel is about as wide as drawn, so its text can be read there
+WIDTH = 4.4  # inches; on a narrow screen a panel is about as wide as drawn, so its text can be read there
 _LINES, _MARKERS = ("-", "--", "-.", ":"), "^vPXph8<>d"
 _KNOWN_MARKERS = {"dense": "s", "uniform": "o", "direct": "D", "default": "*"}
 SETTINGS: dict[Any, Any] = {
@@ -144,7 +144,7 @@ def axes(title: str, x: str, y: str, *, height: float = 2.9, wide: bool = False)
     with mpl.rc_context(SETTINGS):
         figure = Figure(figsize=(2 * WIDTH + 0.3 if wide else WIDTH, height), layout="constrained")
         ax = figure.add_subplot()
-        ax.set(title=textwrap.fill(title, 110 if wide else 46), xlabel=x, ylabel=y)
+        ax.set(title=textwrap.fill(title, 100 if wide else 42), xlabel=x, ylabel=y)
     return Panel(title, figure, wide), ax
 
 
@@ -154,8 +154,8 @@ def legend(panel: Panel, ax: Axes) -> None:
     if not given:
         return
     handles, labels = [handle for handle, _ in given], [label for _, label in given]
-    brief = max(map(len, labels)) < 29
-    labels = [textwrap.fill(label, 60) for label in labels]
+    brief = max(map(len, labels)) < 27
+    labels = [textwrap.fill(label, 54) for label in labels]
     columns = 2 if brief and len(labels) > 1 else 1
     lines = sum(label.count("\n") + 1 for label in labels) / columns
     width, height = panel.figure.get_size_inches()
@@ -166,6 +166,8 @@ def legend(panel: Panel, ax: Axes) -> None:
 
 def curve(ax: Axes, series: Mapping[float, Sequence[float]], label: str, style: Mapping[str, Any]) -> None:
     """A line through means over seeds, in a band of one standard deviation."""
+    if not series:
+        return  # of a network that nobody trained here
     x = sorted(series)
     y = [mean(series[at]) for at in x]
     spread = [stdev(series[at]) if len(series[at]) > 1 else 0.0 for at in x]

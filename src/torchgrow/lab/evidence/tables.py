@@ -46,8 +46,11 @@ class Beside:
     notes: list[str]
 
     def markdown(self) -> str:
-        """As one Markdown table."""
-        body = [[name, *line] for name, lines in self.lines.items() for line in lines]
+        """As one Markdown table, in which every line names its method."""
+        body = list[list[str]]()
+        for network, lines in self.lines.items():
+            for method, *cells in lines:
+                body.append([network, method or body[-1][1], *cells])
         notes = "\n".join(f"* {note}" for note in self.notes)
         return f"**{self.title}**\n\n{grid(['network', *self.head], body)}\n\n{notes}"
 

@@ -68,9 +68,10 @@ def _verdict(task: Task, method: str, budget: str) -> Verdict:
         sentences.append(words)
     if "direct" in others:
         sentences.append(_beside(task, method, "direct", "its own structure trained from scratch")[2])
-    if "dense" in others:
-        sentences.append(f"The dense network: {scored(task, others['dense'])}.")
-    names = [name for name in dict.fromkeys((method, "uniform", "direct", "dense")) if name in others]
+    for other, what in (("dense", "The dense network"), ("before", "The network before it was shrunk")):
+        if other in others:
+            sentences.append(f"{what}: {scored(task, others[other])}.")
+    names = [name for name in dict.fromkeys((method, "uniform", "direct", "dense", "before")) if name in others]
     numbers = "; ".join(f"{name} {scored(task, others[name])}" for name in names)
     return Verdict(badge, kind, method, in_words(budget), numbers, sentences)
 
