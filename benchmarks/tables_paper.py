@@ -2,7 +2,9 @@
 
 import math
 from collections import defaultdict
+from pathlib import Path
 
+from torchgrow.lab.evidence.tables import PAPER, beside
 from torchgrow.lab.pages import Row, grid, machine
 
 SCHEDULED = ("paced", "constants as they are")
@@ -107,3 +109,9 @@ def schedules(rows: list[Row]) -> str:
         f"with its constants as they are. Parameters after as much progress as epochs {epochs} of 160.\n\nCommand: "
         f"`python benchmarks/paper_dynamics.py --schedules`. Measured on {machine(found)}.\n\n" + grid(head, body)
     )
+
+
+def beside_ours(folder: Path) -> str:
+    """All tables of the paper with what comparisons have found; `folder` is that of their results files."""
+    tables = [f"### Table {number}\n\n{beside(int(number), folder).markdown()}" for number in PAPER["tables"]]
+    return "Command: `torchgrow table 1` and so on. What was not measured is empty.\n\n" + "\n\n".join(tables)

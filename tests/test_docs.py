@@ -69,6 +69,12 @@ def test_commands_are_read(page: Path, line: str, monkeypatch: pytest.MonkeyPatc
     trainings = ("run.run", "run.resume", "search.search", "search.resume", "compare.compare")
     for name in (f"torchgrow.lab.{training}" for training in trainings):
         monkeypatch.setattr(name, lambda *_, **__: calls.append("trained"))
+
+    def write(*_: object) -> list[str]:
+        calls.append("written")
+        return []
+
+    monkeypatch.setattr("torchgrow.lab.evidence.page.write", write)
     (tmp_path / "my_recipe.py").write_text(
         "from dataclasses import replace\nfrom torchgrow.lab.recipes import get\n"
         "def recipe():\n    return replace(get('digits'), name='mine')\n"
@@ -84,4 +90,4 @@ def test_commands_are_read(page: Path, line: str, monkeypatch: pytest.MonkeyPatc
         words[words.index("torchvision:resnet50")] = "torchvision:resnet18"  # as good here, and a third of the time
     done = CliRunner().invoke(app, words[1:])
     assert done.exit_code == 0, done.output
-    assert calls or words[1] in ("list", "inspect")
+    assert calls or words[1] in ("list", "inspect", "table")

@@ -1,22 +1,22 @@
 """The ``torchgrow`` command: ``run``, ``search`` and ``compare RECIPE``, ``shrink`` and ``inspect MODEL``, ``list``.
 
+``report`` and ``table``, which train nothing, are in `torchgrow.evidence_commands`.
+
 PyTorch takes seconds to import, so a command imports what it needs once its arguments have been read.
 """
 
 import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
-from torchgrow import Budget, TorchgrowError
+from torchgrow import Budget, TorchgrowError, evidence_commands
 from torchgrow.lab import names
 from torchgrow.lab.user_files import is_file, is_library
 from torchgrow.options import (
@@ -49,6 +49,8 @@ from torchgrow.options import (
     sized,
     variant,
 )
+from torchgrow.terminal import clean_exit as _clean_exit
+from torchgrow.terminal import console as _console
 
 if TYPE_CHECKING:
     from torchgrow.lab.recipes import Recipe
@@ -85,36 +87,6 @@ _RUNGS_HELP = "Shares of the epochs after each of which the worse half goes. Def
 _ANEW_HELP = "Train the winner from new weights, those of the next seed; else it goes on from what it has."
 _VALIDATE_HELP = "Judge by training images outside the subset, or by a fifth of it."
 _COLOURS_HELP = "Of the colours of the images it was trained on, as in 0.5,0.5,0.5. Default: the data set's."
-
-
-@contextmanager
-def _clean_exit(console: Console) -> Iterator[None]:
-    """Errors that torchgrow means to raise are for the user to read, without a traceback."""
-    try:
-        yield
-    except TorchgrowError as error:
-        where = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""  # torchrun's
-        console.print(Text.assemble((f"error{where}: ", "bold red"), str(error)), soft_wrap=True)
-        raise typer.Exit(1) from None
-    except (OSError, MemoryError, RuntimeError) as error:
-        short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        short = short or "allocate memory" in str(error)
-        if isinstance(error, RuntimeError) and not short:
-            raise  # a fault of ours
-        what = f"out of memory; a smaller batch or network may fit ({error})" if short else str(error)
-        console.print(Text.assemble(("error: ", "bold red"), what), soft_wrap=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        console.print("stopped")
-        raise typer.Exit(130) from None
-
-
-def _console() -> Console:
-    """Where results go: what goes into a file need not fit a window."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160
-    return console
 
 
 def _version(asked: bool) -> None:
@@ -453,3 +425,7 @@ def inspect_model(
         raise typer.Exit(3)
     if seen.exact is False or seen.feasible is False:
         raise typer.Exit(1)
+
+
+app.command()(evidence_commands.report)
+app.command()(evidence_commands.table)

@@ -267,7 +267,7 @@ def test_a_text_too_short_says_so(folder: Path, tmp_path: Path) -> None:
 
 def test_pictures_show_the_low_end_of_perplexity() -> None:
     """The first epochs are cut off at the top, never the best value at the bottom."""
-    low, high = report._span_of_perplexity([900.0, 130.0, 120.0, 115.0, 110.0])
+    low, high = report.span([900.0, 130.0, 120.0, 115.0, 110.0], PERPLEXITY)
     assert low < 110 < 130 < high < 900
 
 

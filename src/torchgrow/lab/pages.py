@@ -11,6 +11,7 @@ from torchgrow import Method
 from torchgrow.lab import recipes
 from torchgrow.lab.compare import AFTER, Job
 from torchgrow.lab.metrics import PERPLEXITY, Metric, metric_of
+from torchgrow.lab.names import RECIPES
 from torchgrow.lab.results import by_budget, difference
 
 Row = dict[str, Any]
@@ -45,32 +46,41 @@ def alike(folder: Path) -> dict[str, list[Row]]:
     """
     pictures: dict[str, list[Row]] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        settings: dict[str, list[Row]] = defaultdict(list)
-        for row in map(json.loads, path.read_text().splitlines()):
-            varying = (
-                "seed",
-                "budget",
-                "method",
-                "growing",
-                "preset",
-                "epochs",
-                "depth",
-                "meta",
-                "updates_per_epoch",
-                "system",
-            )
-            same = {key: value for key, value in row["config"].items() if key not in varying}
-            row["method"] = label(row)
-            settings[json.dumps([same, row["config"]["epochs"]], sort_keys=True)].append(row)
-        pictures |= {f"{path.stem}-{number}.png": found for number, found in enumerate(settings.values(), start=1)}
+        settings = by_setting([json.loads(line) for line in path.read_text().splitlines()])
+        pictures |= {f"{path.stem}-{number}.png": found for number, found in enumerate(settings, start=1)}
     return pictures
+
+
+VARYING = (
+    "seed",
+    "budget",
+    "method",
+    "growing",
+    "preset",
+    "epochs",
+    "depth",
+    "meta",
+    "updates_per_epoch",
+    "system",
+)
+"""Settings that may differ between rows that stand beside each other."""
+
+
+def by_setting(rows: list[Row]) -> list[list[Row]]:
+    """Rows of one recipe that differ in method, seed and budget only; `label` becomes their method."""
+    settings: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        same = {key: value for key, value in row["config"].items() if key not in VARYING}
+        row["method"] = label(row)
+        settings[json.dumps([same, row["config"]["epochs"]], sort_keys=True)].append(row)
+    return list(settings.values())
 
 
 def label(row: Row) -> str:
     """The method; with the option that lets layers grow, or not, if the recipe differs; and what a preset was then."""
     method: str = row["method"]
     then = row["config"].get("growing")
-    if then is None:
+    if then is None or row["recipe"] not in RECIPES:  # of a recipe in a file nobody knows what it was then
         return method
     recipe, depth = recipes.get(row["recipe"]), row["config"]["depth"]
     suffix = "" if depth == recipe.depth else " --depth" if depth else " --no-depth"

@@ -173,21 +173,21 @@ def _scores(records: list[dict[str, Any]], metric: Metric, before: float | None)
     for ax in (by_epoch, by_flops):
         # The first epochs would squeeze the rest, in which networks differ, into a few pixels.
         scores = [*(record[metric.name] for record in records), *([] if before is None else [before])]
-        ax.set_ylim(*(_span_of_perplexity(scores) if metric.lower_is_better else _span(scores)))
+        ax.set_ylim(*span(scores, metric))
     by_flops.xaxis.set_major_formatter(EngFormatter())
     _legend(figure, by_epoch)
     return figure
 
 
-def _span(accuracy: list[float]) -> tuple[float, float]:
-    best = max(accuracy)
-    low = max(min(accuracy), best - 4 * (best - sorted(accuracy)[len(accuracy) // 2]) - 10)
+def span(scores: list[float], metric: Metric) -> tuple[float, float]:
+    """From where to where an axis of scores goes, so that the last ones can be told apart."""
+    middle = sorted(scores)[len(scores) // 2]
+    if metric.lower_is_better:
+        best = min(scores)
+        return 0.95 * best, min(1.05 * max(scores), best + 4 * (middle - best) + 0.1 * best)
+    best = max(scores)
+    low = max(min(scores), best - 4 * (best - middle) - 10)
     return low - 1, min(100.5, best + 1)
-
-
-def _span_of_perplexity(perplexity: list[float]) -> tuple[float, float]:
-    best, middle = min(perplexity), sorted(perplexity)[len(perplexity) // 2]
-    return 0.95 * best, min(1.05 * max(perplexity), best + 4 * (middle - best) + 0.1 * best)
 
 
 def _widths(records: list[dict[str, Any]], frame: dict[str, Any]) -> Figure:

@@ -162,7 +162,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         ax.set_ylabel(f"{metric.name}{metric.unit}")
     for ax, (budget, some) in zip(axes, budgets.items(), strict=False):
         ax.set(title=budget, xlabel="training FLOPs / dense (all of them)")
-        low, high = _range(some, metric)
+        low, high = shown_range(some, metric)
         for method, fine in _by_method(some).items():
             score = mean(row[metric.name] for row in fine)
             if low <= score <= high:
@@ -242,7 +242,7 @@ def _by_method(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
     return {name: [row for row in fine if row["method"] == name] for name in dict.fromkeys(r["method"] for r in fine)}
 
 
-def _range(rows: Sequence[dict[str, Any]], metric: Metric) -> tuple[float, float]:
+def shown_range(rows: Sequence[dict[str, Any]], metric: Metric) -> tuple[float, float]:
     """Scores that are shown: as far from the networks that always stand there as these are apart, twice."""
     usual = ("dense", "uniform", "direct", "default", "l1")
     scores = [r[metric.name] for r in rows if "error" not in r and r["method"].partition(" ")[0] in usual]

@@ -249,6 +249,7 @@ def _go(recipe: Recipe, data: Data, run_folder: RunFolder, console: Console, sta
             console.print(line, soft_wrap=True)
     console.print("Pictures:", *(f"  {run_folder.out / picture}" for picture in pictures), sep="\n", soft_wrap=True)
     console.print(f"Everything about this run: {run_folder.out}", soft_wrap=True)
+    console.print(f"As one page: torchgrow report {run_folder.out}", soft_wrap=True)
     return run_folder.out
 
 

@@ -179,7 +179,8 @@ def _row(job: Job, bench: Bench, model: nn.Module, frame: Cost, spent: Sequence[
 
 def _brief(epoch: Epoch) -> dict[str, Any]:
     """An epoch as it stands in a row: without what the row says already, and what no table reads."""
-    return {key: value for key, value in asdict(epoch).items() if key not in ("network", "temperature", "updates")}
+    without = ("network", "updates", *(() if epoch.temperature else ("temperature",)))
+    return {key: value for key, value in asdict(epoch).items() if key not in without}
 
 
 def _head(job: Job, bench: Bench) -> dict[str, Any]:

@@ -1,0 +1,182 @@
+"""The paper's tables beside what was measured here; what was not measured stays empty."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from torchgrow import TorchgrowError
+from torchgrow.lab.evidence.rows import Task, in_words, read
+from torchgrow.lab.pages import Row, grid, spread
+
+PAPER = json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
+"""The paper's numbers, with their source. A cell that the paper leaves empty is not there."""
+ALSO = {"default": "torchgrow's default", "uniform": "narrowed by one factor", "direct": "grown structure from scratch"}
+"""Methods that stand beside the paper's, whose tables do not have them."""
+_HERE: dict[str, Callable[[list[Row]], str]] = {
+    "params": lambda rows: f"{mean(row['params'] for row in rows) / 1e6:.3g}",
+    "kept": lambda rows: f"{100 * mean(row['params'] / row['dense_params'] for row in rows):.1f}",
+    "flops": lambda rows: f"{100 * mean(row['flops'] / row['dense_flops'] for row in rows):.1f}",
+    "saving": lambda rows: _saving(rows),
+    "test": lambda rows: spread([row["test_perplexity"] for row in rows]) if "test_perplexity" in rows[0] else "",
+    "found": lambda rows: _found(rows[0]),
+}
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A table of the paper with our rows in it.
+
+    Attributes:
+        title: of the table.
+        head: of its columns.
+        lines: of every network; the cells of a row are text.
+        notes: what was measured here, and how it differs.
+    """
+
+    title: str
+    head: list[str]
+    lines: dict[str, list[list[str]]]
+    notes: list[str]
+
+    def markdown(self) -> str:
+        """As one Markdown table, in which every line names its method."""
+        body = list[list[str]]()
+        for network, lines in self.lines.items():
+            for method, *cells in lines:
+                body.append([network, method or body[-1][1], *cells])
+        notes = "\n".join(f"* {note}" for note in self.notes)
+        return f"**{self.title}**\n\n{grid(['network', *self.head], body)}\n\n{notes}"
+
+    def rich(self) -> list[Table | Text]:
+        """For a terminal."""
+        shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=self.title, title_justify="left")
+        for number, name in enumerate(self.head):
+            shown.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
+        for name, lines in self.lines.items():
+            shown.add_row(Text(name, style="bold"))
+            for line in lines:
+                shown.add_row(*map(Text, line), style="bold" if line[1] == "here" else "")
+            shown.add_section()
+        return [shown, *(Text(f"{note}") for note in self.notes)]
+
+
+def beside(number: int, results: Path) -> Beside:
+    """Table ``number`` of the paper, with what results files hold for it.
+
+    What counts as measured here: rows of the recipe that the table's network has here, judged by test data, in the
+    setting with most training (epochs x samples) and, of those alike, most rows; of its budgets the one whose networks
+    keep a share nearest to the paper's. All methods stand at that one budget.
+
+    Args:
+        number: 1 to 8.
+        results: folder of results files of `torchgrow compare`; one that is not there holds nothing.
+
+    Raises:
+        TorchgrowError: there is no such table, or a results file is damaged.
+    """
+    if str(number) not in PAPER["tables"]:
+        raise TorchgrowError(f"the paper has tables 1 to 8, not {number}")
+    table, units = PAPER["tables"][str(number)], PAPER["units"]
+    lines, notes = {}, []
+    for group in table["groups"]:
+        task, note = _measured(group, results)
+        lines[group["name"]] = _lines(group, table["columns"], task)
+        notes.append(f"{group['name']}: {note}")
+    names = [table["score"] if column == "score" else units[column] for column in table["columns"]]
+    saving = "Saving: the dense network's training FLOPs over those of growing or pruning phases, the paper's rule."
+    notes += [saving] * ("saving" in table["columns"]) + [f"paper: {PAPER['source'].partition(':')[0]}."]
+    title = f"Table {number} of the paper: {table['title']}"
+    return Beside(title, ["method", "by", *names, "n"], lines, notes)
+
+
+def _measured(group: dict[str, Any], results: Path) -> tuple[Task | None, str]:
+    """The rows that stand for a network of the paper, and how they were measured."""
+    if group["recipe"] is None:
+        return None, "not measured here: no recipe trains it as the paper does."
+    path = results / f"{group['recipe']}.jsonl"
+    tasks = [task for task in read([path]) if not task.config["validate"] and task.fine] if path.is_file() else []
+    if not tasks:
+        return None, f"not measured here yet: torchgrow compare {group['recipe']} --data FOLDER."
+    chosen = max(tasks, key=lambda task: (task.config["epochs"] * task.config["samples"][0], len(task.fine)))
+    budgets = chosen.budgets()
+    budget = min(budgets, key=lambda name: _apart(group.get("near"), budgets[name]))
+    config, full = chosen.config, group["full"]
+    samples = config["samples"][0]
+    few = [f"{samples:,} of {full['samples']:,} samples"] if samples < full["samples"] else []
+    if config["epochs"] < full.get("epochs", 0):
+        few.append(f"{config['epochs']} of {full['epochs']} epochs")
+    hidden = config["model_arguments"].get("hidden", [full.get("hidden")])[0]
+    if hidden != full.get("hidden"):
+        few.append(f"{hidden} of {full['hidden']} hidden units")
+    how = f"a short run ({', '.join(few)})" if few else "as long as the paper's"
+    size = f"{chosen.fine[0]['dense_params'] / 1e6:.3g} M parameters dense"
+    kept = f", {in_words(budget)}" if budget != "none" else ""
+    return budgets[budget], f"here {group['recipe']}, {how}; {chosen.setting()}; {size}{kept}."
+
+
+def _apart(near: dict[str, float] | None, task: Task) -> float:
+    """How far the networks of a budget are from what the paper keeps."""
+    if near is None:
+        return 0.0
+    part, wanted = next(iter(near.items()))
+    field = {"kept": "params", "flops": "flops"}[part]
+    shares = [100 * row[field] / row[f"dense_{field}"] for row in task.fine if row["budget"] is not None]
+    return abs(mean(shares) - wanted) if shares else 100.0
+
+
+def _lines(group: dict[str, Any], columns: list[str], task: Task | None) -> list[list[str]]:
+    """Two lines for every method of the paper, its own and ours, and one for each of ours beside them."""
+    methods, lines = task.methods() if task else {}, []
+    told = {row["method"] for row in group["rows"]}
+    for row in group["rows"]:
+        cells = ["" if column not in row else _cell(row, column) for column in columns]
+        lines.append([row["name"], "paper", *cells, ""])
+        lines.append(["", "here", *_ours(task, methods.get(row["method"], []), columns, group)])
+    for method, name in ALSO.items():
+        if method in methods and method not in told:
+            lines.append([name, "here", *_ours(task, methods[method], columns, group)])
+    return lines
+
+
+def _cell(row: dict[str, Any], column: str) -> str:
+    value = row[column]
+    return f"{value:.2f} ± {row['spread']:.2f}" if column == "score" and "spread" in row else str(value)
+
+
+def _ours(task: Task | None, rows: list[Row], columns: list[str], group: dict[str, Any]) -> list[str]:
+    """Cells of our line, empty where there is nothing; FLOPs as the table counts them."""
+    if not rows or task is None:
+        return [""] * (len(columns) + 1)
+    cells = []
+    for column in columns:
+        if column == "score":
+            cells.append(spread([row[task.metric.name] for row in rows]))
+        elif column == "flops" and "flops_of" in group:
+            narrow = task.methods().get(group["flops_of"], [])
+            whole = mean(row["flops"] for row in narrow) if narrow else 0
+            cells.append(f"{100 * mean(row['flops'] for row in rows) / whole:.1f}" if whole else "")
+        else:
+            cells.append(_HERE[column](rows) if column in _HERE else "")
+    return [*cells, str(len(rows))]
+
+
+def _saving(rows: list[Row]) -> str:
+    """By the paper's rule."""
+    spent = [(row["train_flops_paper_rule"], row["dense_train_flops"]) for row in rows]
+    return f"{mean(dense / own for own, dense in spent):.2f}" if all(own for own, _ in spent) else ""
+
+
+def _found(row: Row) -> str:
+    """Blocks of the stages, or hidden units of an LSTM's layers, of the first seed."""
+    last, config = row["epochs"][-1] if row["epochs"] else {}, row["config"]
+    if config["model"] == "LSTM":
+        hidden = config["model_arguments"]["hidden"] if row["method"] == "dense" else last.get("widths", {}).values()
+        return ", ".join(map(str, hidden))
+    return "-".join(map(str, last.get("depths", {}).values()))

@@ -1,0 +1,41 @@
+"""How commands speak: where results go, and errors without a traceback."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from torchgrow import TorchgrowError
+
+
+@contextmanager
+def clean_exit(errors: Console) -> Iterator[None]:
+    """Errors that torchgrow means to raise are for the user to read, without a traceback."""
+    try:
+        yield
+    except TorchgrowError as error:
+        where = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""  # torchrun's
+        errors.print(Text.assemble((f"error{where}: ", "bold red"), str(error)), soft_wrap=True)
+        raise typer.Exit(1) from None
+    except (OSError, MemoryError, RuntimeError) as error:
+        short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        short = short or "allocate memory" in str(error)
+        if isinstance(error, RuntimeError) and not short:
+            raise  # a fault of ours
+        what = f"out of memory; a smaller batch or network may fit ({error})" if short else str(error)
+        errors.print(Text.assemble(("error: ", "bold red"), what), soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        errors.print("stopped")
+        raise typer.Exit(130) from None
+
+
+def console() -> Console:
+    """Where results go: what goes into a file need not fit a window."""
+    found = Console()
+    if not found.is_terminal:
+        found.width = 160
+    return found

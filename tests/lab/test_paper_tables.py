@@ -1,0 +1,141 @@
+"""`torchgrow table`: the paper's numbers as printed, ours only where something was measured."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from measured import results_file, row
+from torchgrow import TorchgrowError
+from torchgrow.cli import app
+from torchgrow.lab.evidence.tables import PAPER, beside
+
+RESNET = {"name": "resnet20-cifar10", "model": "ResNet", "dataset": "cifar10", "samples": [50000, 10000]}
+
+
+def cifar(method: str, seed: int, score: float, *, epochs: int = 160, **other: Any) -> Any:
+    """A row of ResNet-20; of its 1000 parameters, 360 are kept."""
+    one = row(method, seed, score, **{"budget": "params <= 36%", **other})
+    one["recipe"], one["config"] = "resnet20-cifar10", {**one["config"], **RESNET, "epochs": epochs}
+    one["config"].pop("growing", None)
+    return one if method == "dense" else {**one, "params": 360, **other}
+
+
+def line(table: Any, network: str, method: str) -> list[str]:
+    lines = table.lines[network]
+    at = next(n for n, cells in enumerate(lines) if cells[0] == method)
+    found: list[str] = lines[at + 1] if lines[at][1] == "paper" else lines[at]
+    return found
+
+
+def printed(number: Any) -> tuple[float, float]:
+    """The least and the most that a number may be before it was rounded."""
+    half = 0.5 * 10.0 ** -len(str(number).partition(".")[2])
+    return float(number) - half, float(number) + half
+
+
+def test_the_papers_numbers_add_up() -> None:
+    """What is kept is parameters over the original's, to the digits printed: a slip of the pen would show."""
+    checked, apart = 0, []
+    for table in PAPER["tables"].values():
+        for group in table["groups"]:
+            whole = next((r for r in group["rows"] if r["name"].startswith("Original") and "params" in r), None)
+            for one in group["rows"]:
+                if whole and "kept" in one and "params" in one:
+                    (low, high), (least, most) = printed(one["params"]), printed(whole["params"])
+                    (under, over) = printed(one["kept"])
+                    apart += [(group["name"], one["name"])] * (100 * low / most > over or 100 * high / least < under)
+                    checked += 1
+            ours = next(r for r in group["rows"] if r["method"] in ("paper", "nas"))
+            for part, wanted in group.get("near", {}).items():
+                assert part not in ours or float(ours[part]) == wanted
+    assert checked >= 14
+    assert apart == [("WRN-28-10", "the paper's method")], "3.443 of 36.5 M are 9.4 %; the paper prints 9.3"
+
+
+def test_one_method_has_one_accuracy_in_all_tables() -> None:
+    """Table 5 repeats Table 1's."""
+    first, fifth = (
+        {g["name"]: next(r for r in g["rows"] if r["method"] == "paper") for g in PAPER["tables"][n]["groups"]}
+        for n in "15"
+    )
+    assert {n: (r["score"], r["spread"]) for n, r in first.items()} == {
+        n: (r["score"], r["spread"]) for n, r in fifth.items()
+    }
+
+
+def test_every_table_prints_without_results(tmp_path: Path) -> None:
+    for number in range(1, 9):
+        done = CliRunner().invoke(app, ["table", str(number), "--results", str(tmp_path)])
+        assert done.exit_code == 0, done.output
+        assert f"Table {number} of the paper" in done.output
+        found = beside(number, tmp_path)
+        assert {cell for lines in found.lines.values() for one in lines if one[1] == "here" for cell in one[2:]} == {""}
+        columns = {len(cells) for cells in found.lines[next(iter(found.lines))]} | {len(found.head)}
+        assert len(columns) == 1
+
+
+def test_ours_stand_beside_at_the_nearest_budget(tmp_path: Path) -> None:
+    rows = [cifar("dense", seed, 91.0 + seed) for seed in range(2)]
+    rows += [cifar("paper", seed, 90.0 + seed) for seed in range(3)]
+    rows += [cifar("paper", 0, 50.0, budget="params <= 90%", params=900), cifar("default", 0, 90.5)]
+    results_file(tmp_path / "resnet20-cifar10.jsonl", rows)
+    found = beside(1, tmp_path)
+    assert found.head[:3] == ["method", "by", "accuracy, %"]
+    assert found.head[3:] == ["parameters, M", "parameters kept, %", "FLOPs kept, %", "training cost saved, x", "n"]
+    assert found.lines["ResNet-20"][-3][:3] == ["the paper's method", "paper", "90.91 ± 0.07"]
+    assert line(found, "ResNet-20", "the paper's method") == [
+        "", "here", "91.00 ± 1.00", "0.00036", "36.0", "40.0", "2.50", "3"
+    ]  # fmt: skip
+    assert line(found, "ResNet-20", "Original")[2] == "91.50 ± 0.71"
+    assert line(found, "ResNet-20", "torchgrow's default")[2] == "90.50"
+    assert line(found, "ResNet-20", "SoftNet") == ["", "here", *[""] * 6]
+    assert "as long as the paper's" in found.notes[1]
+    assert "at most 36 % of the parameters" in found.notes[1]
+    assert found.notes[0] == "VGG-16: not measured here yet: torchgrow compare vgg16-cifar10 --data FOLDER."
+
+
+def test_a_short_run_says_so_and_gives_way_to_a_long_one(tmp_path: Path) -> None:
+    path = tmp_path / "resnet20-cifar10.jsonl"
+    short = [cifar("paper", seed, 70.0, epochs=20) for seed in range(5)]
+    results_file(path, short)
+    assert "a short run (20 of 160 epochs)" in beside(1, tmp_path).notes[1]
+    assert line(beside(1, tmp_path), "ResNet-20", "the paper's method")[2] == "70.00 ± 0.00"
+    results_file(path, [*short, cifar("paper", 0, 90.0)])
+    assert line(beside(1, tmp_path), "ResNet-20", "the paper's method")[2] == "90.00"
+
+
+def test_what_was_chosen_by_is_not_a_result(tmp_path: Path) -> None:
+    held = cifar("paper", 0, 99.0)
+    held["config"]["validate"] = True
+    results_file(tmp_path / "resnet20-cifar10.jsonl", [held])
+    assert line(beside(1, tmp_path), "ResNet-20", "the paper's method")[2] == ""
+
+
+def test_markdown_has_the_same_cells(tmp_path: Path) -> None:
+    results_file(tmp_path / "resnet20-cifar10.jsonl", [cifar("paper", 0, 90.0)])
+    done = CliRunner().invoke(app, ["table", "1", "--results", str(tmp_path), "--markdown"])
+    lines = [line for line in done.output.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+    assert sum(map(len, beside(1, tmp_path).lines.values())) == len(lines) - 2
+    assert re.search(r"\| ResNet-20 \| the paper's method \| here \| 90.00 \|", done.output)
+
+
+def test_there_are_eight_tables(tmp_path: Path) -> None:
+    assert list(PAPER["tables"]) == [str(number) for number in range(1, 9)]
+    assert "arXiv 2007.15353v2" in PAPER["source"]
+    with pytest.raises(TorchgrowError, match="the paper has tables 1 to 8, not 9"):
+        beside(9, tmp_path)
+    assert CliRunner().invoke(app, ["table", "9"]).exit_code == 2
+
+
+def test_the_data_file_is_plain() -> None:
+    """Numbers as printed: a text where zeros at the end count."""
+    for table in PAPER["tables"].values():
+        for group in table["groups"]:
+            for one in group["rows"]:
+                assert set(one) <= {"name", "method", "spread", *table["columns"]}, one
+    assert json.dumps(PAPER).isascii()
