@@ -18,8 +18,8 @@ LAB = sorted(ROOT.glob("lab/**/*.py"))
 
 # Each may import only what stands before it, and packages what is in themselves.
 ORDER = [
-    "errors", "exchange", "onednn_guard", "moved", "distributed", "adapters", "structure", "persistence", "tracing",
-    "policies", "growth", "integrations", "__init__",
+    "errors", "exchange", "onednn_guard", "moved", "renamed", "distributed", "adapters", "structure", "persistence",
+    "tracing", "policies", "growth", "integrations", "__init__",
 ]  # fmt: skip
 APART = {"tracing": "persistence"}
 """Packages that stand before, and are no business of theirs."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..renamed import frames_to_user
 from ..structure.cost import Cost, CostModel
 from ..structure.limits import Budget, Limits
 
@@ -125,7 +126,7 @@ def warn_if_trained(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer
             'it, use Grower(..., start="frame"); to grow from scratch, build the model anew. If it '
             "is meant so, silence this with warnings.filterwarnings('ignore', message='.*looks trained')",
             UserWarning,
-            stacklevel=5,
+            stacklevel=frames_to_user(),
         )
     return bool(sign)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import OptimizerError, StructureError
+from ..renamed import frames_to_user
 from ..structure.cost import Cost
 from ..structure.limits import Budget
 from ..structure.record import growths, recorded
@@ -44,7 +45,7 @@ def tell_share(model: nn.Module, budget: Budget, cost: Cost) -> None:
         warnings.warn(
             f"the budget {shares[0]} is a share of the network as it is, {cost.params:,} parameters, which was cut "
             f"from a frame of {first:,} before; for a share of that frame give a number, such as Budget(params=...)",
-            stacklevel=5,
+            stacklevel=frames_to_user(),
         )
 
 

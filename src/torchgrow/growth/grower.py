@@ -16,6 +16,7 @@ from ..errors import BudgetError, TorchgrowError
 from ..exchange import Exchange, trainable
 from ..policies import Policy, named, policy_of
 from ..policies.indicators import Method
+from ..renamed import frames_to_user, renamed_arguments
 from ..structure.limits import Budget
 from ..structure.optimizers import optimizers_of
 from ..structure.space import Place
@@ -66,7 +67,7 @@ class Grower(Shown):
         policy: how it grows, as an object in place of a name: `torchgrow.policies.Paper(lambda_base=0.3)`, or a
             `torchgrow.policies.Policy` of your own. The grower works on a copy, `grower.policy`.
         seed: of all draws.
-        freeze: what keeps its shape, as for `trace`.
+        protect: what keeps its shape, as for `trace`.
         couple: what is cut alike, as for `trace`.
         depth: whether layers grow too, as for `trace`. A layer that is left out costs nothing: its module hands its
             input on, and its parameters (still the same objects, in the optimizer too) are empty.
@@ -82,6 +83,7 @@ class Grower(Shown):
         StructureError: every unit of the model is frozen.
     """
 
+    @renamed_arguments(freeze="protect")
     def __init__(
         self,
         model: nn.Module,
@@ -95,7 +97,7 @@ class Grower(Shown):
         preset: str | Method | None = None,
         policy: Policy | None = None,
         seed: int = 0,
-        freeze: Sequence[str | Place] = (),
+        protect: Sequence[str | Place] = (),
         couple: Couples = (),
         depth: bool | Sequence[Named] = False,
         carried: Carries | None = None,
@@ -108,7 +110,7 @@ class Grower(Shown):
         self.optimizers = optimizers_of(optimizer)
         check_free(model, self.optimizers)
         with _all_or_nothing(model) as exchange:
-            space = trace(model, example_inputs, freeze=freeze, couple=couple, carried=carried, depth=depth)
+            space = trace(model, example_inputs, protect=protect, couple=couple, carried=carried, depth=depth)
             if not space.proven:  # a frame on the meta device
                 space = prove(model, space, example_inputs)
             self.run = Run.begin(self, chosen, space, example_inputs, exchange)
@@ -314,7 +316,7 @@ def _policy(preset: str | Method | None, policy: Policy | None, *, layers: bool)
             "Method is deprecated and goes with the next version: give Grower a policy, as in policy="
             f'torchgrow.policies.{type(policy_of(preset)).__name__}(...), or a name, preset="default:peak=1"',
             DeprecationWarning,
-            stacklevel=3,
+            stacklevel=frames_to_user(),
         )
     if policy is not None:
         return copy.copy(policy)

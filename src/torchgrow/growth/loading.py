@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from ..distributed import Ranks
 from ..errors import StructureError, TorchgrowError
 from ..exchange import Exchange, forget_compiled, trainable
 from ..policies import Policy, View
+from ..renamed import frames_to_user
 from ..structure.bank import Bank
 from ..structure.cost import Cost
 from ..structure.kept import keep_of
@@ -191,11 +191,3 @@ def tell_end(model: nn.Module, cost: Cost, limits: Limits) -> None:
         "compare only networks on the budget, choose the best one after the last update",
         stacklevel=frames_to_user(),
     )
-
-
-def frames_to_user() -> int:
-    """How far up the first frame outside of PyTorch and torchgrow is, as `stacklevel` of a warning of the caller."""
-    frame, level, ours = sys._getframe(1), 1, ("torch", "torchgrow", "contextlib", "functools")
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ours:
-        frame, level = frame.f_back, level + 1
-    return level

@@ -14,6 +14,7 @@ from ..errors import StructureError, TorchgrowError
 from ..onednn_guard import guard_
 from ..persistence.portable import shrink_
 from ..policies import Shrink
+from ..renamed import renamed_arguments
 from ..structure.cost import Cost
 from ..structure.limits import Budget
 from ..structure.space import Place, Space, live_positions
@@ -31,13 +32,14 @@ SINGLE, HALF = 1e-3, 0.1
 """Largest relative error of outputs after a cut that was not proven, in float32 and above, and in 16 bits."""
 
 
+@renamed_arguments(freeze="protect")
 def prune_(
     model: nn.Module,
     example_inputs: Any,
     *,
     budget: Budget,
     policy: Shrink | None = None,
-    freeze: Sequence[str | Place] = (),
+    protect: Sequence[str | Place] = (),
     couple: Couples = (),
     depth: bool | Sequence[Named] = False,
     carried: Carries | None = None,
@@ -58,7 +60,7 @@ def prune_(
         policy: what says how much a unit matters and from where units go; its plan has no say here. With "taylor" it
             is the gradients that the model has: call `backward` on some batches before. Default:
             `Shrink(importance="group_norm")`.
-        freeze: as for `trace`.
+        protect: as for `trace`.
         couple: as for `trace`.
         depth: as for `trace`.
         carried: as for `trace`.
@@ -76,13 +78,13 @@ def prune_(
     """
     _check(model, budget, policy)
     check_free(model, ())
-    space = trace(model, example_inputs, freeze=freeze, couple=couple, depth=depth, carried=carried, proof=proof)
+    space = trace(model, example_inputs, protect=protect, couple=couple, depth=depth, carried=carried, proof=proof)
     if not bool(space.removable.any()):
         reasons = "; ".join(str(frozen) for frozen in space.frozen[:5]) or "the model has no units"
         raise StructureError(f"nothing can be cut here, because {reasons}")
     plan = Plan.of(model, space, budget, updates=2, seed=seed)
     keep = _chosen(model, plan, policy or Shrink(importance="group_norm"))
-    expected = None if space.proven or space.slots else _without(model, space, keep, example_inputs)
+    expected = None if space.proven or space.blocks else _without(model, space, keep, example_inputs)
     shrink_(model, space, keep, store=False)
     guard_(model)
     if expected is not None:
@@ -147,7 +149,7 @@ def _compare(found: list[Tensor], expected: list[Tensor]) -> None:
         raise StructureError(
             f"the cut model's outputs differ by {worst:.1e} from those of the model with the same units zeroed, so an "
             "operation or attribute depends on what went. It is of no use now: load its weights again, and leave out "
-            "proof=False, or freeze what is cut wrongly (freeze=[...])"
+            "proof=False, or protect what is cut wrongly (protect=[...])"
         )
 
 

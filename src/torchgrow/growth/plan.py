@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import TorchgrowError
 from ..policies import Policy, Shrink, View, named
 from ..policies.kit import evenly, one_per_group
+from ..policies.policy import RECORDED
 from ..structure.budget import check_feasible, fit
 from ..structure.cost import Cost, CostModel
 from ..structure.limits import Budget, Limits
@@ -132,5 +133,5 @@ class Plan:
             "start": self.begins,
             "rescale": self.rescale,
             "policy": type(policy).__name__,
-            **{f"policy.{name}": value for name, value in policy.settings().items()},
+            **{f"policy.{RECORDED.get(name, name)}": value for name, value in policy.settings().items()},
         }

@@ -130,7 +130,7 @@ class Run:
         plan = replace(plan, start=keep, begins=name_of(asked.start, keep), rescale=asked.rescale)
         guard_(model)
         device = tensors(examples_of(example_inputs)[0])[0].device
-        return cls(model, plan, plan.policy(policy, layers=bool(space.slots)), layouts, device, exchange)
+        return cls(model, plan, plan.policy(policy, layers=bool(space.blocks)), layouts, device, exchange)
 
     def course(self) -> Course:
         """See `Grower.course`."""

@@ -21,6 +21,7 @@ from ..onednn_guard import guard_
 from ..persistence.portable import shrink_
 from ..policies.kit import fit, one_per_group
 from ..policies.shapes import Shape, counts, proposals, stages
+from ..renamed import renamed_arguments
 from ..structure.cost import Cost
 from ..structure.limits import Budget
 from ..structure.space import Place, Space
@@ -211,6 +212,7 @@ class Search:
         return [trial for trial in trials if trial in kept]
 
 
+@renamed_arguments(freeze="protect")
 def search(
     factory: Callable[[], nn.Module],
     budget: Budget,
@@ -222,7 +224,7 @@ def search(
     candidates: int | Sequence[Shape | Tensor] | None = None,
     rungs: Sequence[float] = RUNGS,
     seed: int = 0,
-    freeze: Sequence[str | Place] = (),
+    protect: Sequence[str | Place] = (),
     couple: Couples = (),
     depth: bool | Sequence[Named] = False,
     carried: Carries | None = None,
@@ -250,7 +252,7 @@ def search(
             that the search and a whole training of the winner from new weights cost less than one dense training.
         rungs: rising shares of `length` after each of which the worse half goes; after the last one the best wins.
         seed: of all first weights, and of proposals.
-        freeze: as for `trace`.
+        protect: as for `trace`.
         couple: as for `trace`.
         depth: as for `trace`: whether candidates differ in layers too.
         carried: as for `trace`.
@@ -263,7 +265,7 @@ def search(
     at = _rungs(rungs, length)
     _check(budget, candidates, samples, train)
     frame = _frame(factory, seed)
-    space = trace(frame, example_inputs, freeze=freeze, couple=couple, depth=depth, carried=carried)
+    space = trace(frame, example_inputs, protect=protect, couple=couple, depth=depth, carried=carried)
     plan = Plan.of(frame, space, budget, updates=2, seed=seed)
     trials = [
         Trial(number, name, keep, plan.costs.cost(keep), space.widths(keep), depths_of(frame, space, keep))

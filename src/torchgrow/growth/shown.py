@@ -81,11 +81,11 @@ def depths_of(model: nn.Module, space: Space, keep: Tensor) -> dict[str, int]:
     Those that were left out by an earlier run are gone.
     """
     found: dict[str, int] = {}
-    own = {path for slot in space.slots for path in slot.modules}
-    for slot in space.slots:
-        stage = model.get_submodule(slot.stage).named_children() if slot.stage else ()
-        blocks = [name for name, child in stage if f"{slot.stage}.{name}" in own or LEFT_OUT not in vars(child)]
-        live = bool(keep[slot.unit])
-        found.setdefault(slot.stage, len(blocks))
-        found[slot.stage] += int(live) if not slot.stage else int(live) - 1
+    own = {path for block in space.blocks for path in block.modules}
+    for block in space.blocks:
+        stage = model.get_submodule(block.stage).named_children() if block.stage else ()
+        blocks = [name for name, child in stage if f"{block.stage}.{name}" in own or LEFT_OUT not in vars(child)]
+        live = bool(keep[block.unit])
+        found.setdefault(block.stage, len(blocks))
+        found[block.stage] += int(live) if not block.stage else int(live) - 1
     return found

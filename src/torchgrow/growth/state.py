@@ -34,8 +34,8 @@ def fingerprint(space: Space, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     for attribute in space.attributes:
         units.update(f"attribute {attribute.module} {attribute.name} ".encode())
         units.update(attribute.units.cpu().numpy().tobytes())
-    for slot in space.slots:
-        units.update(f"layer {slot.unit} {slot.modules} {slot.residual} ".encode())
+    for block in space.blocks:
+        units.update(f"layer {block.unit} {block.modules} {block.residual} ".encode())
     units.update(space.group_of.cpu().numpy().tobytes() + space.removable.cpu().numpy().tobytes())
     return {
         "shapes": {name: list(shape) for name, shape in space.shapes.items()},
@@ -63,7 +63,7 @@ def check_frame(field: Field, own: dict[str, Any]) -> None:
                 )
     if saved["units"].value != own["units"]:
         raise SavedModelError(
-            "the state has other units than this frame, though the shapes agree: was it made with another freeze, "
+            "the state has other units than this frame, though the shapes agree: was it made with another protect, "
             f"couple, set of trained parameters or version of torchgrow? {advice}. Nothing was changed"
         )
 

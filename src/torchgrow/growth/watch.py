@@ -146,7 +146,7 @@ def warn_spread(model: nn.Module, space: Space) -> None:
 def _can_change(space: Space, name: str) -> bool:
     """Whether units that can go live on a tensor."""
     places = [space.unit_of[name, axis] for axis in space.cut_axes.get(name, ()) if (name, axis) in space.unit_of]
-    units = torch.cat([torch.tensor([space.slot_of.get(name, -1)]), *(vector.flatten() for vector in places)])
+    units = torch.cat([torch.tensor([space.block_of.get(name, -1)]), *(vector.flatten() for vector in places)])
     return bool(space.removable[units[units >= 0]].any())
 
 

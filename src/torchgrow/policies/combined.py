@@ -37,9 +37,9 @@ class Combined(Policy):
             )
         self.indicators = own = Indicators(space, method, view.updates, view.generator)
         self.lambda_share = torch.ones(space.n_units, dtype=torch.float64)  # of lambda_1, by unit
-        for slot in space.slots:
-            self.lambda_share[slot.unit] = method.layer_lambda_base / (method.lambda_base or 1.0)
-        if space.slots and method.draws == "ranked":
+        for block in space.blocks:
+            self.lambda_share[block.unit] = method.layer_lambda_base / (method.lambda_base or 1.0)
+        if space.blocks and method.draws == "ranked":
             # The peak widens what the budget holds: a layer beyond it would be trained only to be taken out again.
             own.hold_layers(largest_shift(own.shifted(), view.costs, view.limits)[0])
         seed = own.seed_structure()
@@ -150,7 +150,7 @@ def policy_of(method: Method) -> Policy:
             penalised=method.penalised,
             start=method.start,
             paced=method.paced,
-            heat=method.heat,
+            final_inverse_temperature=method.heat,
             temperature_rises=method.temperature,
             relaxation=method.relaxation,
             settle=method.settle,

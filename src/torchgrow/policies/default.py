@@ -52,8 +52,8 @@ class Default(Policy):
         """One unit per group, no layer that can be left out; ranks in random order."""
         space = view.space
         self.rank, self.importance = (torch.zeros(space.n_units, dtype=torch.float64) for _ in range(2))
-        layers = [slot.unit for slot in space.slots]
-        stages, turn = len({slot.stage for slot in space.slots}), 0
+        layers = [block.unit for block in space.blocks]
+        stages, turn = len({block.stage for block in space.blocks}), 0
         for pool in pools(space):  # stages take turns, the last one first: one layer comes at a time
             order = torch.randperm(pool.numel(), generator=view.generator).double()
             torch.rand(1, generator=view.generator, dtype=torch.float64)  # keeps the draws of earlier versions

@@ -123,9 +123,9 @@ def _sums(view: View, power: int, wanted: Callable[[str, int], bool]) -> list[Te
             live = vector[live_positions(vector, view.keep)]
             total = torch.zeros(n + 1, dtype=torch.float64)  # the last entry is of positions that no unit owns
             found.append(total.index_add_(0, torch.where(live < 0, n, live), _along(own, axis, power))[:n])
-        if name in space.slot_of and own.numel():
+        if name in space.block_of and own.numel():
             part = torch.zeros(n, dtype=torch.float64)
-            part[space.slot_of[name]] = float(_along(own.reshape(1, -1), 0, power)) / own.numel()
+            part[space.block_of[name]] = float(_along(own.reshape(1, -1), 0, power)) / own.numel()
             found.append(part)
     return found
 

@@ -20,6 +20,7 @@ from ..structure.budget import aligned
 from ..structure.space import Space
 from .kit import SMALLEST_GATE
 from .pace import UPDATES
+from .policy import RECORDED
 
 
 def read_edits(plain: Any, edits: str) -> dict[str, Any]:
@@ -33,6 +34,7 @@ def read_edits(plain: Any, edits: str) -> dict[str, Any]:
     for edit in filter(None, edits.split(",")):
         key, _, value = (part.strip() for part in edit.partition("="))
         try:
+            key = RECORDED.get(key, key) if key not in kinds else key
             kind = kinds[key]
             changed[key] = {"True": True, "False": False}[value] if kind is bool else kind(value)
         except (KeyError, ValueError):
@@ -72,7 +74,7 @@ class Method:
             1: any width, as in `default()` ("plan" only).
         settle: share of the updates at the end in which the structure no longer changes; at least the last one
             (0.5: a unit born late, at a low learning rate, is never trained).
-        heat: gamma^T, how often beta is multiplied over the whole run for a unit that is always present (100).
+        heat: `final_inverse_temperature` of `Paper`: gamma^T, beta in the end of a unit that is always present (100).
         temperature: when beta rises: "unit": in updates in which the unit is present (Eq 7); "global": in every one,
             for all alike; "learning_rate": as "unit", each time by gamma^(present / initial learning rate), our
             reading of A.10's gamma that decays with the learning rate.
@@ -267,9 +269,9 @@ class Indicators:
         space = self.space
         layer = torch.zeros(space.n_units, dtype=torch.bool)
         stages: dict[str, list[int]] = {}
-        for slot in space.slots:
-            layer[slot.unit] = True
-            stages.setdefault(slot.stage, []).append(slot.unit)
+        for block in space.blocks:
+            layer[block.unit] = True
+            stages.setdefault(block.stage, []).append(block.unit)
         groups = [pool for pool in _by_group(space, ~layer) if pool.numel()]
         return groups + [torch.tensor(units) for units in stages.values()]
 
@@ -280,8 +282,8 @@ class Indicators:
         of n layers gets p^layer_lag n of them, and stages take turns, the last one first: one layer comes at a time.
         """
         spread = torch.empty(self.space.n_units, dtype=torch.float64)
-        layers = {slot.unit for slot in self.space.slots}
-        stages = len({slot.stage for slot in self.space.slots})
+        layers = {block.unit for block in self.space.blocks}
+        stages = len({block.stage for block in self.space.blocks})
         turn = 0
         for units in self._pools():
             order = torch.randperm(units.numel(), generator=self.generator).double()
@@ -342,7 +344,7 @@ class Indicators:
 
     def hold_layers(self, shift: float) -> None:
         """Let no more layers in than `shift` has now, however far indicators rise."""
-        layers = [slot.unit for slot in self.space.slots]
+        layers = [block.unit for block in self.space.blocks]
         self.most[layers] = torch.sigmoid(self.beta * (self.s + shift))[layers]
 
     def score(self) -> Tensor:

@@ -38,9 +38,9 @@ def pools(space: Space) -> list[Tensor]:
     """Units that stand for each other (ids, int64): those of a group, then the layers of a stage."""
     layer = torch.zeros(space.n_units, dtype=torch.bool)
     stages: dict[str, list[int]] = {}
-    for slot in space.slots:
-        layer[slot.unit] = True
-        stages.setdefault(slot.stage, []).append(slot.unit)
+    for block in space.blocks:
+        layer[block.unit] = True
+        stages.setdefault(block.stage, []).append(block.unit)
     units = torch.nonzero(~layer).flatten()
     groups = space.group_of[units]
     sizes = torch.bincount(groups, minlength=space.n_groups).tolist()

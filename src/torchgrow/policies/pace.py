@@ -6,7 +6,7 @@ In units of progress (0 to 1 over a run of T updates with S steps each) the cour
   of SGD with the force taken anew in each, since it is far from constant while a gate opens. The rate of s is what
   scales, lambda stays as it is: it weighs the penalty against the task, and both act k times as long. Not further where
   updates are fewer: between two of them lambda cannot see what it has done.
-- beta is multiplied by gamma = heat^(1/T) in an update, so by `heat` over any run.
+- beta is multiplied by gamma = h^(1/T) in an update, h = `final_inverse_temperature`, so by h over any run.
 - draws: one stands for d = 160 / T of the paper's, so that at the start a unit comes with probability 1 - (1 - m)^d.
 
 With 160 updates the course is the same in any number of steps; with fewer it is as good as so few draws allow.

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..renamed import renamed_arguments, renamed_attribute
 from .kit import SMALLEST_GATE, gap, gumbel, none, one_per_group, settled, spread
 from .pace import pace, starts
 from .policy import Policy, View
@@ -22,7 +23,7 @@ class Paper(Policy):
         penalised: whose gates the L1 norm of Eq 6 sums: "present": of the network that is trained; "all": of all units.
         start: at first m = size^-start, in a group of that size or a stage of so many layers; 1: one unit expected.
         paced: whether a run shorter than the paper's goes through its course faster (docs/paper.md).
-        heat: gamma^T, how often beta is multiplied over the run for a unit that is always present.
+        final_inverse_temperature: gamma^T, beta at the end of the run of a unit that is always present.
         temperature_rises: when: "unit": in updates in which the unit is present (Eq 7); "global": in every one, for
             all alike; "learning_rate": as "unit", each time by gamma^(present / initial learning rate) (A.10).
         relaxation: "sigmoid": m = sigma(beta s); "gumbel": m = sigma(beta (s + g_1 - g_0)), with noise g (3.2).
@@ -36,7 +37,7 @@ class Paper(Policy):
     penalised: str = "present"
     start: float = 0.5
     paced: bool = True
-    heat: float = 100.0
+    final_inverse_temperature: float = 100.0
     temperature_rises: str = "unit"
     relaxation: str = "sigmoid"
     settle: float = 0.0
@@ -44,10 +45,11 @@ class Paper(Policy):
     momentum: float = 0.9
     weight_decay: float = 1e-6
     sensitive: ClassVar[bool] = True
+    heat = renamed_attribute("heat", "final_inverse_temperature")
 
     def __post_init__(self) -> None:
-        self.check(settle=(0, 1), momentum=(0, 1), heat=(1, 1e6), lr=(0, 1e3), relaxation=("sigmoid", "gumbel"))
-        self.check(penalised=("present", "all"), start=(0, 10), paced=(True, False))
+        self.check(settle=(0, 1), momentum=(0, 1), final_inverse_temperature=(1, 1e6), lr=(0, 1e3))
+        self.check(penalised=("present", "all"), start=(0, 10), paced=(True, False), relaxation=("sigmoid", "gumbel"))
         self.check(temperature_rises=("unit", "global", "learning_rate"))
 
     def seed(self, view: View) -> Tensor:
@@ -55,10 +57,10 @@ class Paper(Policy):
         space, self.steps, self.pace = view.space, 0, 1.0
         self.s, self.t, self._removable = starts(view, self.start, self.paced), none(space).long(), space.removable
         self.velocity, self.exponent, self.noise = (torch.zeros_like(self.s) for _ in range(3))
-        base = self.lambda_base if self.lambda_base is not None else 1.0 if space.slots else 0.5
+        base = self.lambda_base if self.lambda_base is not None else 1.0 if space.blocks else 0.5
         self._base, self.lambda_share = base, torch.ones_like(self.s)  # of lambda_1, by unit
-        self.lambda_share[[slot.unit for slot in space.slots]] = self.layer_lambda_base / (base or 1.0)
-        self.gamma = self.heat ** (1 / max(view.updates, 1))
+        self.lambda_share[[block.unit for block in space.blocks]] = self.layer_lambda_base / (base or 1.0)
+        self.gamma = self.final_inverse_temperature ** (1 / max(view.updates, 1))
         return one_per_group(space, none(space), -spread(view))
 
     def step(self, view: View, sensitivity: Tensor) -> None:
@@ -117,3 +119,6 @@ class Paper(Policy):
     def _set_gates(self) -> None:
         gate = torch.sigmoid(self.beta * (self.s + self.noise)).clamp(min=SMALLEST_GATE)
         self.gate = torch.where(self._removable, gate, 1.0)
+
+
+Paper.__init__ = renamed_arguments(heat="final_inverse_temperature")(Paper.__init__)  # type: ignore[method-assign]

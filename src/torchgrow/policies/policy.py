@@ -16,6 +16,9 @@ from ..persistence.plain_data import is_data
 from ..structure.cost import CostModel
 from ..structure.space import Space
 
+RECORDED = {"final_inverse_temperature": "heat"}
+"""Settings that states and rows hold by an earlier name."""
+
 
 @dataclass(frozen=True)
 class View:

@@ -38,7 +38,7 @@ class Shape:
     Attributes:
         name: for tables.
         depths: how many of a stage's layers that may be left out there are, by the name of the stage (as in
-            `Slot.stage`), the first ones; of stages that are not named all.
+            `Block.stage`), the first ones; of stages that are not named all.
         widths: by the name of a group, or a pattern such as "layer*.conv1" (`fnmatch`): its width is multiplied by
             this beside the others. What matches several patterns is multiplied by all of them.
     """
@@ -133,15 +133,15 @@ def limits_of(view: View) -> Limits:
 def stages(space: Space) -> dict[str, list[int]]:
     """Units of the layers that may be left out, by stage, in the order of the model."""
     found: dict[str, list[int]] = {}
-    for slot in space.slots:
-        found.setdefault(slot.stage, []).append(slot.unit)
+    for block in space.blocks:
+        found.setdefault(block.stage, []).append(block.unit)
     return found
 
 
 def counts(space: Space, keep: Tensor) -> tuple[int, ...]:
     """How many units of every group are there, and how many layers of every stage: what tells structures apart."""
     live = torch.bincount(space.group_of[space.present(keep)], minlength=space.n_groups).tolist()
-    layers = {int(space.group_of[slot.unit]) for slot in space.slots}
+    layers = {int(space.group_of[block.unit]) for block in space.blocks}
     widths = (count for group, count in enumerate(live) if group not in layers)
     return (*widths, *(int(keep[units].sum()) for units in stages(space).values()))
 
@@ -186,7 +186,7 @@ def _depths(space: Space) -> list[dict[str, int]]:
 def _homes(space: Space) -> dict[int, str]:
     """By group the innermost module that all its tensors lie in; "" is the model. Layers are no such groups."""
     homes: dict[int, list[str]] = {}
-    layers = {int(space.group_of[slot.unit]) for slot in space.slots}
+    layers = {int(space.group_of[block.unit]) for block in space.blocks}
     for (name, _), vector in space.unit_of.items():
         path = name.split(".")[:-1]
         for group in space.group_of[vector[vector >= 0]].unique().tolist() if has_units(vector) else ():

@@ -91,7 +91,7 @@ class Change:
                 exchange.put(state, key, value)
         for path, numbers in self._attributes().items():
             exchange.fields(modules[path], **replaced(modules[path], numbers))
-        for path in (path for slot in bank.space.slots for path in slot.modules):
+        for path in (path for block in bank.space.blocks for path in block.modules):
             if path in skipped:  # as `skip_` does
                 exchange.fields(modules[path], **{"forward": skipped[path].forward, LEFT_OUT: True})
             else:
@@ -350,7 +350,7 @@ class Bank:
 
     def skipped(self, keep: Tensor) -> dict[str, PassThrough]:
         """Modules of the layers that `keep` leaves out, and what they compute instead."""
-        return {path: slot.skip for slot in self.space.slots if not bool(keep[slot.unit]) for path in slot.modules}
+        return {path: b.skip for b in self.space.blocks if not bool(keep[b.unit]) for path in b.modules}
 
     def record_of(self, keep: Tensor) -> Record:
         """The record of a structure, relative to the first frame."""
@@ -360,7 +360,7 @@ class Bank:
         kept = {name: where for name in space.cut_axes if (where := index_of(space, name, keep, absent=False))}
         shapes = {alias: space.shapes[name] for name in space.cut_axes for alias in names[name]}
         everywhere = {alias: where for name, where in kept.items() for alias in names[name]}
-        blocks = tuple(slot.modules for slot in space.slots)
+        blocks = tuple(block.modules for block in space.blocks)
         return Record(shapes, everywhere, wholes, attributes, blocks, self.growth).on(self.base)
 
 

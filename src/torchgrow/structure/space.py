@@ -4,7 +4,7 @@ Legend: a *unit* is what an indicator switches (a channel, a neuron, a head). Fo
 and buffer `Space.unit_of[(name, axis)]` holds one unit id per position, -1 for a position no unit owns. All
 later work is data on these vectors: surgery is `index_select(axis, alive[unit_of])`, cost is a product of counts.
 
-A layer that may be left out (`Slot`) is a unit too. It carries no positions: without it, all tensors below it are
+A layer that may be left out (`Block`) is a unit too. It carries no positions: without it, all tensors below it are
 empty, and whatever indicators say of the units inside, none of them is there.
 """
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StructureError
+from ..renamed import renamed_attribute
 
 Place = tuple[str, int]
 """A tensor name (as in `named_parameters` / `named_buffers`) and one of its axes."""
@@ -131,7 +132,7 @@ PassThrough.hand_on.__wrapped__ = _scripted  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
-class Slot:
+class Block:
     """A layer that may be left out.
 
     Attributes:
@@ -188,10 +189,10 @@ class Space:
         carried: tensors that go from one call of the model to the next, and are cut as it is.
         parts: where the forward cuts an axis at places that attributes may hold.
         proven: whether the units were tried on the model itself; never on the meta device, where nothing can run.
-        slots: layers that may be left out.
+        blocks: layers that may be left out.
         cut_axes: for every tensor that surgery changes, the axes that carry units.
-        slot_of: the layer unit of every tensor that lies below a slot.
-        owner: int64 [n], the layer unit of a unit that lives inside a slot only, -1 for others.
+        block_of: the layer unit of every tensor that lies below a block.
+        owner: int64 [n], the layer unit of a unit that lives inside a block only, -1 for others.
         least: int64 [G], fewest units that a group keeps: those that cannot go and at least one, of a layer none.
     """
 
@@ -209,33 +210,35 @@ class Space:
     carried: tuple[Carried, ...] = ()
     parts: tuple[Parts, ...] = ()
     proven: bool = False
-    slots: tuple[Slot, ...] = ()
+    blocks: tuple[Block, ...] = ()
     cut_axes: Mapping[str, tuple[int, ...]] = field(init=False, repr=False)
-    slot_of: Mapping[str, int] = field(init=False, repr=False)
+    block_of: Mapping[str, int] = field(init=False, repr=False)
     owner: Tensor = field(init=False, repr=False)
     least: Tensor = field(init=False, repr=False)
+    slots = renamed_attribute("slots", "blocks")
+    slot_of = renamed_attribute("slot_of", "block_of")
 
     def __post_init__(self) -> None:
         """Index what later loops ask for again and again."""
-        slot_of = {name: slot.unit for slot in self.slots for name in self.shapes if slot.holds(name)}
-        axes: dict[str, list[int]] = {name: [] for name in slot_of}
+        block_of = {name: block.unit for block in self.blocks for name in self.shapes if block.holds(name)}
+        axes: dict[str, list[int]] = {name: [] for name in block_of}
         owner = torch.full((self.n_units,), -2, dtype=torch.int64)  # -2: no place seen yet
         for (name, axis), vector in self.unit_of.items():
             if has_units(vector):
                 axes.setdefault(name, []).append(axis)
-                if self.slots:
+                if self.blocks:
                     units = vector[vector >= 0]
-                    here, before = slot_of.get(name, -1), owner[units]
+                    here, before = block_of.get(name, -1), owner[units]
                     owner[units] = torch.where((before == -2) | (before == here), here, -1)
         stuck = torch.bincount(self.group_of[~self.removable], minlength=self.n_groups)
         least = stuck.clamp(min=1)
-        for slot in self.slots:
-            least[self.group_of[slot.unit]] = stuck[self.group_of[slot.unit]]
+        for block in self.blocks:
+            least[self.group_of[block.unit]] = stuck[self.group_of[block.unit]]
         cut_axes = {name: tuple(sorted(found)) for name, found in axes.items()}
         for name, value in (
             ("frozen", self._ordered(self.frozen)),
             ("cut_axes", cut_axes),
-            ("slot_of", slot_of),
+            ("block_of", block_of),
             ("owner", owner.clamp(min=-1)),
             ("least", least),
         ):
@@ -268,11 +271,11 @@ class Space:
 
     def present(self, keep: Tensor) -> Tensor:
         """Bool [n], the units that are there: those of `keep` but for the ones inside layers left out."""
-        return keep & (keep[self.owner] | (self.owner < 0)) if self.slots else keep
+        return keep & (keep[self.owner] | (self.owner < 0)) if self.blocks else keep
 
     def absent(self, name: str, keep: Tensor) -> bool:
         """Whether a tensor lies below a layer that is left out."""
-        unit = self.slot_of.get(name)
+        unit = self.block_of.get(name)
         return unit is not None and not bool(keep[unit])
 
     def widths(self, keep: Tensor) -> dict[str, int]:

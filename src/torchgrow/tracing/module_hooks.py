@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..structure.space import Slot
+from ..structure.space import Block
 from .context import TraceContext
 from .nested import tensors
 from .notes import tensors_among
@@ -29,15 +29,15 @@ class ModuleHooks:
         model: the frame.
         context: what is known.
         pending: steps whose labels wait.
-        slots: layers that may hand their input on.
+        blocks: layers that may hand their input on.
 
     Attributes:
         stack: paths of the modules under way.
         whole: the module under way that has a rule of its own.
     """
 
-    def __init__(self, model: nn.Module, context: TraceContext, pending: Pending, slots: Sequence[Slot] = ()) -> None:
-        self.model, self.context, self.pending, self.slots = model, context, pending, slots
+    def __init__(self, model: nn.Module, context: TraceContext, pending: Pending, blocks: Sequence[Block] = ()) -> None:
+        self.model, self.context, self.pending, self.blocks = model, context, pending, blocks
         self.module_names = {id(module): name for name, module in context.modules.items()}
         self.clear()
 
@@ -57,10 +57,10 @@ class ModuleHooks:
             if type(module) in MODULE_RULES:
                 handles.append(module.register_forward_pre_hook(self._enter_whole))
                 handles.append(module.register_forward_hook(self._leave_whole, with_kwargs=True))
-        for slot in self.slots:
-            first, last = (self.model.get_submodule(slot.modules[k]) for k in (0, -1))
-            handles.append(first.register_forward_pre_hook(partial(self._enter_slot, slot), with_kwargs=True))
-            handles.append(last.register_forward_hook(partial(self._leave_slot, slot)))
+        for block in self.blocks:
+            first, last = (self.model.get_submodule(block.modules[k]) for k in (0, -1))
+            handles.append(first.register_forward_pre_hook(partial(self._enter_block, block), with_kwargs=True))
+            handles.append(last.register_forward_hook(partial(self._leave_block, block)))
         try:
             yield
         finally:
@@ -82,16 +82,16 @@ class ModuleHooks:
         found = [value] if isinstance(value, Tensor) else tensors(value)
         self.context.visible.setdefault(path, []).extend(self.context.note(x) for x in found)
 
-    def _enter_slot(self, slot: Slot, module: nn.Module, args: Any, kwargs: Any) -> None:
-        x = slot.skip(*args, **kwargs)
-        self.entering[slot.unit] = x[0] if slot.skip.outputs else x
+    def _enter_block(self, block: Block, module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = block.skip(*args, **kwargs)
+        self.entering[block.unit] = x[0] if block.skip.outputs else x
 
-    def _leave_slot(self, slot: Slot, module: nn.Module, args: Any, output: Any) -> None:
+    def _leave_block(self, block: Block, module: nn.Module, args: Any, output: Any) -> None:
         """Whatever follows a layer that may be left out reads its output or its input: their labels are one."""
         self.pending.catch_up()
         self.context.module = self.module_names.get(id(module), type(module).__name__)
         self.context.op, self.context.line = "left out", user_line()
-        ends = self.entering.pop(slot.unit), output[0] if slot.skip.outputs else output
+        ends = self.entering.pop(block.unit), output[0] if block.skip.outputs else output
         self.pending.obey(partial(either, self.context, *ends), ends, ends)
 
     def _enter_whole(self, module: nn.Module, inputs: Any) -> None:

@@ -165,7 +165,9 @@ class Prover:
         space = self.space
         keep = space.everything()
         groups = list(range(space.n_groups)) if groups is None else groups
-        layers = torch.tensor([s.unit for s in space.slots if int(space.group_of[s.unit]) in groups], dtype=torch.int64)
+        layers = torch.tensor(
+            [s.unit for s in space.blocks if int(space.group_of[s.unit]) in groups], dtype=torch.int64
+        )
         for group in groups:
             units = torch.nonzero((space.group_of == group) & space.removable).flatten()
             size = int((space.group_of == group).sum())
@@ -224,12 +226,12 @@ class Prover:
                     dead = torch.nonzero(~live_positions(self.space.unit_of[name, axis], keep)).flatten()
                     self.bank.tensors[name].index_fill_(axis, dead.to(self.bank.tensors[name].device), ZERO)
             plain = {}  # layers whose gate of 0 is not removal: the frame without them is the reference (Eq 2)
-            for slot in self.space.slots:
-                if not keep[slot.unit] and not slot.residual:
-                    plain.update(dict.fromkeys(slot.modules, slot.skip))
-                elif not keep[slot.unit]:
+            for block in self.space.blocks:
+                if not keep[block.unit] and not block.residual:
+                    plain.update(dict.fromkeys(block.modules, block.skip))
+                elif not keep[block.unit]:
                     for name, axis in self.space.fold:
-                        if axis == WHOLE and self.space.slot_of[name] == slot.unit:
+                        if axis == WHOLE and self.space.block_of[name] == block.unit:
                             self.bank.tensors[name].fill_(ZERO)
             skip_(self.frame, plain, plain)
             expected = self._outputs(shown=keep)

@@ -18,7 +18,8 @@ from torch import nn
 
 from ..adapters.registry import adapted
 from ..errors import TraceError
-from ..structure.space import Place, Slot, Space
+from ..renamed import frames_to_user
+from ..structure.space import Block, Place, Space
 from .carried_states import CarriedStates, Entering, States
 from .context import Failed, TraceContext
 from .dispatch import Dispatch, Readers, ValuesRead
@@ -56,17 +57,17 @@ class Tracer:
 
     Args:
         model: the frame.
-        slots: layers that may hand their input on.
+        blocks: layers that may hand their input on.
         values: see `Dispatch`.
         failed: how often the proof has failed on a cut of an axis there, by module and line.
     """
 
     def __init__(
-        self, model: nn.Module, slots: Sequence[Slot] = (), *, values: bool = True, failed: Failed | None = None
+        self, model: nn.Module, blocks: Sequence[Block] = (), *, values: bool = True, failed: Failed | None = None
     ) -> None:
         self.model, self.context = model, TraceContext(model, failed)
         self.pending = Pending(self.context)
-        self.hooks = ModuleHooks(model, self.context, self.pending, slots)
+        self.hooks = ModuleHooks(model, self.context, self.pending, blocks)
         self.dispatch = Dispatch(self.context, self.pending, self.hooks, values=values)
         self.carried = CarriedStates(self.context)
         self.pristine = model  # what a copy is made of where one is needed
@@ -212,7 +213,7 @@ class Tracer:
                 f"in training mode the forward failed on all of example_inputs ({type(errors[0]).__name__}: "
                 f"{errors[0]}), so that what it does only there is neither followed nor proven; add an example that it "
                 "takes in training: example_inputs=[for_evaluation, for_training]",
-                stacklevel=2,
+                stacklevel=frames_to_user(),
             )
 
     def _join(self) -> None:
@@ -269,9 +270,9 @@ class Tracer:
                 current = self.context.labels.merge_along(current, axis)
 
 
-def _on_a_copy(model: nn.Module, slots: Sequence[Slot], failed: Failed | None, *, values: bool) -> Tracer:
+def _on_a_copy(model: nn.Module, blocks: Sequence[Block], failed: Failed | None, *, values: bool) -> Tracer:
     """A tracer of a copy, so that nothing the forward writes reaches the model."""
-    tracer = Tracer(twin(model), slots, values=values, failed=failed)
+    tracer = Tracer(twin(model), blocks, values=values, failed=failed)
     tracer.pristine, tracer.context.original = model, storages(model)
     return tracer
 
@@ -287,9 +288,9 @@ def replay(
     model: nn.Module,
     example_inputs: Any,
     *,
-    freeze: Sequence[str | Place] = (),
+    protect: Sequence[str | Place] = (),
     couple: Couples = (),
-    slots: Sequence[Slot] = (),
+    blocks: Sequence[Block] = (),
     carried: Carries | None = None,
     failed: Failed | None = None,
     counting: bool = False,
@@ -300,10 +301,10 @@ def replay(
         model: the frame, on one device, not wrapped and not compiled.
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs, or a list of several such
             examples; the first axis of the first tensor is taken for the batch.
-        freeze: parameters or modules that keep their shape, by qualified name or pattern ("head.*"); or single
+        protect: parameters or modules that keep their shape, by qualified name or pattern ("head.*"); or single
             axes, such as ("head.weight", 1).
         couple: pairs of axes that are cut alike, position by position, such as (("a.weight", 0), ("b.weight", 0)).
-        slots: layers that may hand their input on instead; they become units in `depth.with_layers`.
+        blocks: layers that may hand their input on instead; they become units in `depth.with_layers`.
         carried: outputs that become arguments of the next call, {argument: output}, by position or name.
         failed: how often the proof has failed on parts of an axis (`Space.parts`), by module and line.
         counting: run the first example in evaluation mode only: enough for parameters and FLOPs, not for cutting.
@@ -312,8 +313,8 @@ def replay(
         TraceError: the model or the inputs cannot be traced; the message says what would work.
     """
     check_model(model, example_inputs)
-    tracer, settled, values = _on_a_copy(model, slots, failed, values=False), False, False
-    wanted = frozen_by_name(tracer.context.found.symbols, freeze), coupled(tracer.context.found.symbols, couple)
+    tracer, settled, values = _on_a_copy(model, blocks, failed, values=False), False, False
+    wanted = frozen_by_name(tracer.context.found.symbols, protect), coupled(tracer.context.found.symbols, couple)
     while True:
         tracer.settled = settled
         try:
@@ -323,7 +324,7 @@ def replay(
             values = True
         except Unsettled:
             settled = True
-        tracer = _on_a_copy(model, slots, failed, values=values)
+        tracer = _on_a_copy(model, blocks, failed, values=values)
         if settled:
             settle(tracer.model, example_inputs)
     tracer.context.op = "the user"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TraceError
+from ..renamed import renamed_arguments
 from ..structure.cost import CostModel
 from ..structure.space import Frozen, Place, Space
 from ..structure.store import is_meta
@@ -78,7 +79,7 @@ def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) ->
     if not free:
         return replace(space, proven=True)
     prover = Prover(model, space, example_inputs, seed)
-    if space.slots:
+    if space.blocks:
         space = prover.space = prover.bank.space = gated(space, prover.frame, prover._outputs, TOLERANCE)
         free = _free_groups(space)
     found: list[Guess] | None = None
@@ -122,7 +123,7 @@ def _draws(space: Space) -> list[tuple[float | str, bool]]:
 
     Of few layers the same one may go in all draws, and what is inside it is tried in none.
     """
-    return [(fraction, whole) for whole in ((False, True) if space.slots else (False,)) for fraction in FRACTIONS]
+    return [(fraction, whole) for whole in ((False, True) if space.blocks else (False,)) for fraction in FRACTIONS]
 
 
 def _only(space: Space, groups: list[int], draw: Tensor) -> Tensor:
@@ -159,11 +160,12 @@ def _failing(prover: Prover, groups: list[int], draw: Tensor) -> dict[int, str]:
     return found or dict.fromkeys(groups, reason)  # exact apart, wrong together: none of them is proven
 
 
+@renamed_arguments(freeze="protect")
 def trace(
     model: nn.Module,
     example_inputs: Any,
     *,
-    freeze: Sequence[str | Place] = (),
+    protect: Sequence[str | Place] = (),
     couple: Couples = (),
     depth: bool | Sequence[Named] = False,
     carried: Carries | None = None,
@@ -182,7 +184,7 @@ def trace(
             several such examples, for forwards that take other ways on other inputs or other arguments in training:
             `[images, (images, targets)]`. Each is run in both modes, and must run in one of them; the first must in
             evaluation mode.
-        freeze: parameters or modules that keep their shape, by qualified name or pattern ("head.*"); or single
+        protect: parameters or modules that keep their shape, by qualified name or pattern ("head.*"); or single
             axes, such as ("head.weight", 1).
         couple: pairs of axes that are cut alike, position by position, such as (("a.weight", 0), ("b.weight", 0)).
         depth: whether layers may be left out as well (paper Eq 2). True finds them: blocks of one class that follow
@@ -202,12 +204,14 @@ def trace(
     if not proof and not is_meta(model):
         check_model(model, example_inputs)
         model = twin_on_meta(model)
-    slots = find(model, example_inputs, depth)
+    blocks = find(model, example_inputs, depth)
     failed: dict[tuple[str, str], int] = {}
     best: tuple[int, Space] | None = None
     while True:
-        found = replay(model, example_inputs, freeze=freeze, couple=couple, carried=carried, slots=slots, failed=failed)
-        space = with_layers(found, slots)
+        found = replay(
+            model, example_inputs, protect=protect, couple=couple, carried=carried, blocks=blocks, failed=failed
+        )
+        space = with_layers(found, blocks)
         if is_meta(model):
             return space if proof else undecided_frozen(model, space, example_inputs)
         proven = prove(model, space, example_inputs)
@@ -232,6 +236,7 @@ def _broken_parts(space: Space, proven: Space) -> set[tuple[str, str]]:
     }
 
 
+@renamed_arguments(freeze="protect")
 def verify(
     model: nn.Module,
     example_inputs: Any,
@@ -239,7 +244,7 @@ def verify(
     seed: int = 0,
     trials: int = 3,
     *,
-    freeze: Sequence[str | Place] = (),
+    protect: Sequence[str | Place] = (),
     couple: Couples = (),
     depth: bool | Sequence[Named] = False,
     carried: Carries | None = None,
@@ -253,7 +258,7 @@ def verify(
         fraction: share of the units removed from every group, in (0, 1).
         seed: of weights and subsets.
         trials: number of random subsets.
-        freeze: as for `trace`.
+        protect: as for `trace`.
         couple: as for `trace`.
         depth: as for `trace`.
         carried: as for `trace`.
@@ -265,12 +270,12 @@ def verify(
     if not 0 < fraction < 1:
         raise TraceError(f"fraction must lie between 0 and 1, got {fraction}")
     if space is None:
-        space = trace(model, example_inputs, freeze=freeze, couple=couple, carried=carried, depth=depth)
+        space = trace(model, example_inputs, protect=protect, couple=couple, carried=carried, depth=depth)
     if not space.proven:
         raise TraceError("the model is on the meta device, where nothing can be proven; use trace for its units")
     prover = Prover(model, space, example_inputs, seed)
     count = trials if _free_groups(space) else 0
-    ways = (False, True) if space.slots else (False,)
+    ways = (False, True) if space.blocks else (False,)
     errors = [prover.error(prover.draw(fraction, whole=whole))[0] for _ in range(count) for whole in ways]
     costs = CostModel(space)
     full, least = int(costs.both(costs.sizes)[0]), int(costs.both(costs.smallest())[0])
