@@ -1,6 +1,8 @@
 """Old names: they work for one version more, warn at the user's own line, and say the new name."""
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +61,31 @@ def test_slots_are_an_old_name_of_blocks() -> None:
         assert space.slots is space.blocks
     with pytest.warns(DeprecationWarning, match="the name 'slot_of' is deprecated .* write 'block_of'"):
         assert space.slot_of is space.block_of
+
+
+def test_layers_are_an_old_name_of_what_is_labelled() -> None:
+    """A rule as users have written it: it finds the labels of its argument, and passes them on."""
+
+    @torch.library.custom_op("old::wave", mutates_args=())
+    def wave(x: torch.Tensor) -> torch.Tensor:
+        return x + x.sin()
+
+    @torchgrow.rule("wave")
+    def wave_rule(context: Any, func: Any, named: dict[str, Any], out: torch.Tensor) -> None:
+        layers = context.layers(named["x"])
+        context.set_layers(out, [layer.with_silence(True, layer.sources) for layer in layers])
+
+    class Waved(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.as_tensor(self[1](wave(self[0](x))))
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        space = torchgrow.trace(Waved(nn.Linear(4, 8), nn.Linear(8, 2)), X)
+    assert space.widths(space.everything()) == {"0": 8}
+    said = "".join(str(one.message) for one in seen)
+    for old, new in (("layers", "labelled"), ("set_layers", "set_labelled"), ("with_silence", "with_zeros")):
+        assert f"the name {old!r} is deprecated and goes with the next version; write {new!r}" in said
 
 
 def test_heat_is_an_old_name_of_the_final_inverse_temperature() -> None:

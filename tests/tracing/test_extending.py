@@ -325,7 +325,7 @@ def in_place(y: torch.Tensor) -> torch.Tensor:
 
 def failing(context: Context, func: object, named: dict[str, object], out: torch.Tensor) -> None:
     """A rule that has already passed labels on, and lost an argument, when it fails."""
-    context.set_layers(out, context.layers(named.pop(next(iter(named)))))  # type: ignore[arg-type]
+    context.set_labelled(out, context.labelled(named.pop(next(iter(named)))))  # type: ignore[arg-type]
     raise ValueError("no such axis\nand more")
 
 

@@ -162,7 +162,7 @@ class LiveNetwork:
         *,
         first: bool,
         last: bool,
-        silent: Tensor | None,
+        zeroed: Tensor | None,
         as_is: bool = False,
     ) -> bool:
         """Have `exchange` make `keep` the live structure of the model and its followers; nothing is written before.
@@ -173,14 +173,14 @@ class LiveNetwork:
             gate: that the weights shall be folded with, float64 [n], or None.
             first: of the run, so that everything is written even if it seems the same.
             last: the hooks come off and the banks are emptied.
-            silent: bool [n], units that enter with gated weights of 0.
+            zeroed: bool [n], units that enter with gated weights of 0.
             as_is: what lives computes what it did without gates: its raw weights are divided by them.
 
         Returns:
             Whether a tensor will have another shape.
         """
         stays = not first and torch.equal(keep, self.keep) and self.gates.folded_with(gate)
-        changes, installed = ([self.bank.unchanged()], None) if stays else self._stage(keep, gate, silent, as_is)
+        changes, installed = ([self.bank.unchanged()], None) if stays else self._stage(keep, gate, zeroed, as_is)
         reshapes = changes[0].reshapes
         for change in changes:
             change.into(exchange)
@@ -199,18 +199,18 @@ class LiveNetwork:
         return reshapes
 
     def _stage(
-        self, keep: Tensor, gate: Tensor | None, silent: Tensor | None, as_is: bool
+        self, keep: Tensor, gate: Tensor | None, zeroed: Tensor | None, as_is: bool
     ) -> tuple[list[Change], tuple[Fold, list[Tensor], dict[tuple[str, str], Tensor]]]:
         """The changes of the network and its followers, not made as yet, and what `Folding.install` needs."""
         bank = self.bank
         raw = self.raw() or {name: self.parameters[name].detach() for name in self.gated}
         change = bank.stage(keep, raw, self.gates.raw_copies())
         fresh = {name: change.swaps[name].new for name in self.gated if not self.space.absent(name, keep)}
-        if silent is not None:
-            _silence(self.space, fresh, keep, silent)
+        if zeroed is not None:
+            _zero(self.space, fresh, keep, zeroed)
             for name in fresh:
                 for part in change.swaps[name].raw_copies().values():
-                    _silence(self.space, {name: part}, keep, silent)
+                    _zero(self.space, {name: part}, keep, zeroed)
         fold = self.fold(keep, fresh, gate)
         factors = fold.factors(gate)
         for name, factor in zip(fold.names, factors, strict=True) if as_is and factors else ():
@@ -277,16 +277,16 @@ class LiveNetwork:
             raise
 
 
-def _silence(space: Space, raw: Mapping[str, Tensor], keep: Tensor, silent: Tensor) -> None:
-    """Zero the gated raw weights of the units in `silent` (bool [n])."""
+def _zero(space: Space, raw: Mapping[str, Tensor], keep: Tensor, zeroed: Tensor) -> None:
+    """Zero the gated raw weights of the units in `zeroed` (bool [n])."""
     for (name, axis), vector in space.fold.items():
         if name not in raw:
             continue
         if axis == WHOLE:
-            if bool(silent[vector]):
+            if bool(zeroed[vector]):
                 raw[name].zero_()
             continue
         live = vector[live_positions(space.unit_of[name, axis], keep)]
-        positions = torch.nonzero((live >= 0) & silent[live.clamp(min=0)]).flatten()
+        positions = torch.nonzero((live >= 0) & zeroed[live.clamp(min=0)]).flatten()
         if positions.numel():
             raw[name].index_fill_(axis, positions.to(raw[name].device), 0)

@@ -129,14 +129,14 @@ class Dispatch(TorchDispatchMode):
         root = target if target._base is None else target._base
         note = self.context.note(root)
         values = note.shadow if root.is_meta else root
-        if note.from_input or note.name or (note.layers is not None and not note.filled) or values is None:
+        if note.from_input or note.name or (note.labelled is not None and not note.filled) or values is None:
             return None
         if not values.numel() or values.is_complex():
             return None
         first = values[(0,) * values.dim()]
         if bool((values == first).all()):
             return Fresh(root, float(first))
-        return Fresh(root, 1.0) if note.filled and not note.layers else None  # uninitialised: anything, but not zero
+        return Fresh(root, 1.0) if note.filled and not note.labelled else None  # uninitialised: anything, but not zero
 
     def _shaped(self, operation: Operation, args: Any, notes: list[Note]) -> Any:
         """Zeros in place of what depends on the inputs, of the most costly operations; None for what is computed.

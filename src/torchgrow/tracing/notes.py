@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..structure.space import Frozen
-from .labels import Layer
+from .labels import Labelled
 from .rules.pointwise import pointwise
 from .rules.registry import RULES, Rule
 
@@ -22,7 +22,7 @@ class Note:
 
     Attributes:
         tensor: the tensor it is about.
-        layers: its labels; None if no rule has spoken of it.
+        labels: its labels; None if no rule has spoken of it.
         from_input: whether it was computed from the inputs.
         filled: whether it was made with one value everywhere.
         deferred: what its use would freeze.
@@ -32,10 +32,10 @@ class Note:
     """
 
     tensor: ref[Tensor]
-    layers: tuple[Layer, ...] | None = None
+    labelled: tuple[Labelled, ...] | None = None
     from_input: bool = False
     filled: bool = False
-    deferred: tuple[tuple[Layer, Frozen], ...] = ()
+    deferred: tuple[tuple[Labelled, Frozen], ...] = ()
     shadow: Tensor | None = None
     name: str = ""
     used: bool = False

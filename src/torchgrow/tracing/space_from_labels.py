@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..structure.space import Attribute, Carried, FlopTerm, Frozen, Parts, Place, Space, has_units
-from .labels import FIXED, Array, Labels, Layer
+from .labels import FIXED, Array, Labelled, UnionFind
 
 UNREAD = "is computed, but nothing reads it in any run; add an example that does: example_inputs=[..., ...]"
 """Reason of what stays because no run told who reads it."""
@@ -20,8 +20,8 @@ UNREAD = "is computed, but nothing reads it in any run; add an example that does
 class Read:
     """A contraction reading produced values through the columns of a weight."""
 
-    produced: Layer
-    weight: Layer
+    produced: Labelled
+    weight: Labelled
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Findings:
     """
 
     model: nn.Module
-    labels: Labels
+    classes: UnionFind
     parameters: tuple[str, ...]
     tensors: dict[str, Tensor]
     symbols: dict[Place, Tensor] = field(default_factory=dict)
@@ -65,11 +65,11 @@ class Findings:
     def space(self, batch: int) -> Space:
         """The space, before the proof; `batch` is the number of samples in the example inputs."""
         parameters = set(self.parameters)
-        roots = self.labels.find(torch.arange(self.labels.count))
+        roots = self.classes.find(torch.arange(self.classes.count))
         sizes = [symbols.numel() for symbols in self.symbols.values()]
         of_parameters = [name in parameters for name, _ in self.symbols]
         in_parameters = torch.tensor(of_parameters, dtype=torch.bool).repeat_interleave(torch.tensor(sizes))
-        owned = torch.zeros(self.labels.count, dtype=torch.bool)  # roots of which a parameter has a position
+        owned = torch.zeros(self.classes.count, dtype=torch.bool)  # roots of which a parameter has a position
         owned[roots[1 : sum(sizes) + 1][in_parameters]] = True
         owned[FIXED] = False
         real = owned.nonzero().flatten()
@@ -142,8 +142,8 @@ class Findings:
         for read in self.reads:
             read_units = units(read.produced.symbols).flatten().numpy()
             owned = read_units >= 0
-            if not read.produced.all_silent:
-                by_producer[read_units[owned & ~read.produced.silent.flatten().numpy()]] = False
+            if not read.produced.all_zero:
+                by_producer[read_units[owned & ~read.produced.zero.flatten().numpy()]] = False
             reads.append((read_units[owned], read.produced.sources, read.weight.sources))
         fold: dict[Place, Array] = {}
         here = np.zeros(n + 1, dtype=np.bool_)  # the last entry stands for -1, "no unit"

@@ -23,7 +23,7 @@ from ..structure.space import Block, Place, Space
 from .carried_states import CarriedStates, Entering, States
 from .context import Failed, TraceContext
 from .dispatch import Dispatch, Readers, ValuesRead
-from .labels import FIXED, Array, Layer
+from .labels import FIXED, Array, Labelled
 from .model_call import Carries, call, carried_outputs, check_model, examples_of, fresh
 from .module_hooks import ModuleHooks
 from .nested import mapped, put_out, tensors
@@ -87,7 +87,7 @@ class Tracer:
         if self.context.meta:
             examples = [self._on_meta(example) for example in examples]
         given = [self.carried.given(example, carries or {}) for example in examples]
-        self.context.ends = *self.context.ends[:2], self.context.labels.count
+        self.context.ends = *self.context.ends[:2], self.context.classes.count
         failed: dict[Pass, Exception] = {}
         waiting = [Pass()] if counting else passes(len(examples))
         while waiting:
@@ -104,7 +104,7 @@ class Tracer:
                     raise self._failure(examples[one.example], replace(one, training=False), failed) from error
                 continue
             finally:
-                self.finished.append(self.context.labels.set_aside())
+                self.finished.append(self.context.classes.set_aside())
             if decides and one.draw == HIGH and not counting:
                 waiting += one.drawn_anew()
             self.context.first = False
@@ -114,8 +114,8 @@ class Tracer:
         self._join()
         if not counting:
             self._freeze_unused()
-        for layer in self.context.split_layers:
-            self._make_box(layer)
+        for labels in self.context.split_labelled:
+            self._make_box(labels)
         self.context.notes.clear()
 
     def _on_meta(self, example: Any) -> Any:
@@ -142,7 +142,7 @@ class Tracer:
         for still_norms in (False, True):
             own = self._own(example)
             given = tensors(own)
-            self.context.labels.set_aside()  # a run that failed half way begins again
+            self.context.classes.set_aside()  # a run that failed half way begins again
             self.context.label_anew()
             for i, symbols in states.items():
                 self.carried.label_state(given[i], symbols)
@@ -172,8 +172,8 @@ class Tracer:
                 if self.context.first:
                     self.context.found.carried.append((leaving[i], i, states[leaving[i]]))
                 continue
-            for layer in self.context.layers(x):
-                self.context.freeze(layer, "is an output of the model")
+            for labels in self.context.labelled(x):
+                self.context.freeze(labels, "is an output of the model")
         if entering and not self.context.first:
             self.carried.same_states(leaving, states)
         return chance.decides
@@ -222,11 +222,11 @@ class Tracer:
         Every run has labels to itself, as rules take what is FIXED for what cannot be seen through: one that met
         what another run has kept would keep more than either of them has to.
         """
-        self.context.labels.join(self.finished)
+        self.context.classes.join(self.finished)
         for freezing in self.context.found.freezings:  # known by the places of its class too, as another run sees it
-            freezing.symbols = torch.cat([freezing.symbols, self.context.labels.find(freezing.symbols)]).unique()
+            freezing.symbols = torch.cat([freezing.symbols, self.context.classes.find(freezing.symbols)]).unique()
         for roots in self.finished:
-            self.context.labels.freeze(torch.from_numpy(np.flatnonzero(roots == FIXED)))
+            self.context.classes.freeze(torch.from_numpy(np.flatnonzero(roots == FIXED)))
         self.context.label_anew()
 
     def _freeze_unused(self) -> None:
@@ -240,8 +240,8 @@ class Tracer:
         unused = [name for name, tensor in self.context.found.tensors.items() if not self.context.note(tensor).used]
         for name in unused:
             self.context.op, self.context.module = "unused", name.rpartition(".")[0]
-            for layer in self.context.layers(self.context.found.tensors[name]):
-                self.context.freeze(layer, "is not used by the forward")
+            for labels in self.context.labelled(self.context.found.tensors[name]):
+                self.context.freeze(labels, "is not used by the forward")
         for name in unused:
             tensor = parameters.get(name)
             if tensor is None or not tensor.requires_grad or (tensor.dim() < 2 and tensor.numel() < 2):
@@ -250,12 +250,12 @@ class Tracer:
             for path in (".".join(above[:n]) for n in range(len(above), -1, -1)):
                 self.context.op, self.context.module = "unused", path
                 for note in self.context.visible.get(path, ()):
-                    for layer in filter(None, map(self.context.labels.canonical, note.layers or ())):
-                        self.context.freeze(layer, UNSEEN.format(name=name))
+                    for labels in filter(None, map(self.context.classes.canonical, note.labelled or ())):
+                        self.context.freeze(labels, UNSEEN.format(name=name))
 
-    def _make_box(self, layer: Layer) -> None:
+    def _make_box(self, labels: Labelled) -> None:
         """Live positions of a view over several axes must form a box: keep freedom along one axis only."""
-        current = self.context.labels.canonical(layer)
+        current = self.context.classes.canonical(labels)
         if current is None or len(current.axes) < 2:
             return
 
@@ -267,7 +267,7 @@ class Tracer:
         free = max(current.axes, key=lambda axis: (distinct(axis), symbols.shape[axis]))
         for axis in current.axes:
             if axis != free and current is not None:
-                current = self.context.labels.merge_along(current, axis)
+                current = self.context.classes.merge_along(current, axis)
 
 
 def _on_a_copy(model: nn.Module, blocks: Sequence[Block], failed: Failed | None, *, values: bool) -> Tracer:

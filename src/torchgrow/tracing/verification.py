@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,9 +174,8 @@ def trace(
 ) -> Space:
     """Find the units of a model and prove them on the model itself.
 
-    Copies of the model are run a few times in evaluation and in training mode, without dropout; the model itself, with
-    its parameters, buffers, modes and random state, is as before. What no run reaches cannot be followed: what a
-    trainable parameter that takes part in none of them could read is frozen.
+    Copies of the model are run a few times in evaluation and in training mode, without dropout; the model itself and
+    the random state are as before. What a trainable parameter that takes part in no run could read is frozen.
 
     Args:
         model: a module on one device, not wrapped and not compiled. It is the frame: the largest network.
@@ -207,11 +207,9 @@ def trace(
     blocks = find(model, example_inputs, depth)
     failed: dict[tuple[str, str], int] = {}
     best: tuple[int, Space] | None = None
+    run = partial(replay, model, example_inputs, protect=protect, couple=couple, carried=carried, blocks=blocks)
     while True:
-        found = replay(
-            model, example_inputs, protect=protect, couple=couple, carried=carried, blocks=blocks, failed=failed
-        )
-        space = with_layers(found, blocks)
+        space = with_layers(run(failed=failed), blocks)
         if is_meta(model):
             return space if proof else undecided_frozen(model, space, example_inputs)
         proven = prove(model, space, example_inputs)
