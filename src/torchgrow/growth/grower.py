@@ -1,4 +1,4 @@
-"""What grows a model: the face of the library."""
+"""The Grower: the public interface of a run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .start import check_start
 from .teacher import recalibrate, teacher_of
 
 PLANNED = {"model", "optimizers", "budget", "limits", "updates", "seed", "start", "rescale", "policy", "space", "run"}
-"""Attributes of a grower that stay as they are."""
+"""Attributes of a grower that cannot be set again."""
 
 
 class Grower(Shown):
@@ -54,12 +54,12 @@ class Grower(Shown):
             examples, for forwards that take other ways on other inputs, or other arguments in training.
         budget: what the final network may cost; it is never above and no removable unit still fits under it.
         updates: T, the number of updates in the run. The structure is final from update T-1 on.
-        start: what the run begins with: "seed"; "frame", the model as it is, with what it has learnt; some of its
-            units, bool [n] as in `space`; or a network that was cut from such a model before, as `torchgrow.load` or
-            a run left it: what that has learnt is taken into the model, and the run goes on from there.
-        rescale: whether weights that nothing has trained begin at the scale of the widths that the run is to end
-            with, rather than the frame's: as those of a network built so small (He et al., 2015, Eq 10). The rule they
-            were initialised by is told from their variance; where none with a fan fits, they stay. Never with `start`.
+        start: what the run begins with: "seed"; "frame", the whole model with its weights; some of its units, bool [n]
+            as in `space`; or a network that was cut from such a model before, from `torchgrow.load` or an earlier
+            run: its weights are copied into the model, and the run begins from its structure.
+        rescale: whether untrained weights are rescaled from the widths of the frame to those planned for the end of the
+            run, as in a network built that small (He et al., 2015, Eq 10). The initialisation rule is identified from
+            the variance of the weights; if no rule with a fan fits, they stay. Never with `start`.
         preset: how it grows, by name: "default" (evenly beyond the budget, then the least important units of every
             group go), "shrink" (from the start down to the budget), "paper" (its own), "global" (with one temperature
             for all), "nas" (its settings for architecture search), "random" (its baseline); with other values behind
@@ -67,8 +67,8 @@ class Grower(Shown):
         policy: how it grows, as an object in place of a name: `torchgrow.policies.Paper(lambda_base=0.3)`, or a
             `torchgrow.policies.Policy` of your own. The grower works on a copy, `grower.policy`.
         seed: of all draws.
-        protect: what keeps its shape, as for `trace`.
-        couple: what is cut alike, as for `trace`.
+        protect: parameters or modules that keep their shape, as for `trace`.
+        couple: axes that are cut alike, as for `trace`.
         depth: whether layers grow too, as for `trace`. A layer that is left out costs nothing: its module hands its
             input on, and its parameters (still the same objects, in the optimizer too) are empty.
         carried: outputs that become arguments of the next call, as for `trace`; see `carry`.
@@ -139,8 +139,8 @@ class Grower(Shown):
     def finish(self) -> Event:
         """End the run now: the network is brought to the budget, the bank is emptied, the hooks come off.
 
-        Called before update T-1 the network may have to change once more; units that enter here have gated weights
-        of 0, so that the function of the network is what survived of it.
+        Called before update T-1 the network may change once more. Units that enter here have gated weights of 0: the
+        other units compute what they did.
 
         Raises:
             TorchgrowError: the run is over already, or the ranks do not agree.
@@ -164,8 +164,8 @@ class Grower(Shown):
     def follow(self, module: nn.Module) -> None:
         """Let a second model of the same frame, such as a moving average, follow every change of structure.
 
-        It keeps weights and buffers of its own, those of detached units too: a unit that comes back is in it as it
-        left. A unit that a copy has no history of starts in it as in the network.
+        It keeps its own weights and buffers, also of detached units: one that comes back has the values it left with.
+        A unit that is new to the copy starts with the network's values.
 
         Args:
             module: a copy of the frame or of the live network, or what holds one in `.module`, such as
@@ -180,7 +180,7 @@ class Grower(Shown):
 
     @trainable()
     def carry(self, state: Any) -> Any:
-        """What the model put out before the last change of structure, as it takes it now.
+        """Re-cut a hidden state that the model returned before the last change of structure.
 
         Truncated backpropagation through time hands the hidden state of a recurrent network from one step to the
         next. Where the structure changes in between, call this once: after every `update()`, after `finish()`, and
@@ -200,9 +200,9 @@ class Grower(Shown):
 
     @trainable()
     def teacher(self) -> nn.Module:
-        """The network as it was when the run began: frozen, in evaluation mode, sharing nothing with it.
+        """A copy of the network that the run began with: no gradients, evaluation mode, no shared tensors.
 
-        Of a run from the seed, the frame; of one that took over a smaller network, that.
+        For a run from the seed that is the frame, for a run from a smaller network that network.
 
         For distillation: ask for it before the first step, and train with `torchgrow.distillation_loss`.
 
@@ -215,7 +215,7 @@ class Grower(Shown):
     def recalibrate(self, loader: Iterable[Any]) -> None:
         """Estimate the running statistics of all batch norms anew: means over the batches, nothing else moves.
 
-        After units have left, statistics are of activations that are no more. Followers keep their own.
+        After units have left, the old statistics belong to other activations. Followers keep theirs.
 
         Args:
             loader: of inputs, or of tuples and lists that begin with them; a few batches will do. Dicts are keywords.
@@ -242,7 +242,7 @@ class Grower(Shown):
 
     @trainable()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a run where `state_dict` left it: everything is checked first, then all of it is taken, or nothing.
+        """Load the `state_dict` of a run. Everything is checked first; then all of it is loaded, or nothing.
 
         Build model, optimizer and grower as in the saved run; what this grower did before is lost. The state is
         copied, so it can be loaded again. Let followers follow before, and load the state of a learning rate
@@ -257,7 +257,7 @@ class Grower(Shown):
     def release(self) -> dict[str, Any]:
         """Bring the whole frame back and end this run; returns its state, which another Grower can load.
 
-        For loops that make their optimizer anew in mid-run.
+        For training loops that build a new optimizer during the run.
 
         Raises:
             TorchgrowError: the run is over, and what was stored is gone.
@@ -265,7 +265,7 @@ class Grower(Shown):
         return self.run.loading.release()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """What a run was planned with stays: a new value would be shown, but not followed."""
+        """Refuse to change what the run was planned with: a new value would be shown, but have no effect."""
         if name in ("history", "finished") or (name in PLANNED and name in vars(self)):
             raise TorchgrowError(
                 f"{name} of a Grower cannot be changed during the run, which is planned with it; finish() this one "
@@ -274,13 +274,13 @@ class Grower(Shown):
         super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        """Neither copied nor pickled: it acts on the very model and optimizer it was given."""
+        """Refuse to be copied or pickled: a grower belongs to one model and one optimizer."""
         _refuse_copy()
 
 
 @contextmanager
 def _all_or_nothing(model: nn.Module) -> Iterator[Exchange]:
-    """The model is as before if the block raises."""
+    """Restore the model if the block raises."""
     exchange = Exchange()
     if isinstance(model, nn.Module):
         exchange.remember(model)
@@ -302,10 +302,10 @@ def _check(budget: Budget, updates: int) -> None:
 
 
 def _policy(preset: str | Method | None, policy: Policy | None, *, layers: bool) -> Policy | None:
-    """The policy that was asked for, as a copy; None where nothing was.
+    """A copy of the policy that was asked for; None for the default.
 
     Raises:
-        TorchgrowError: it is none, or no name of one.
+        TorchgrowError: it is no policy, or not the name of one.
     """
     if policy is not None and not isinstance(policy, Policy):
         raise TorchgrowError(

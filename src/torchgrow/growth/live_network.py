@@ -1,4 +1,4 @@
-"""The live network: cut from its frame, with its gates folded in, and with the copies that follow it.
+"""The live network: the model cut from its frame, its folded gates, and the copies that follow it.
 
 A change of structure is computed first and written afterwards by one `Exchange`, all of it or nothing.
 """
@@ -27,15 +27,15 @@ from .watch import Watch
 
 
 class LiveNetwork:
-    """A model that grows, the storage for what is not live, its gates, and the copies that follow it.
+    """A model that grows, the storage for inactive units, its gates, and the copies that follow it.
 
     Args:
         model: the frame, at full size; `change` cuts it.
         plan: of the run.
         layouts: of the optimizers that train it.
-        policy: whose gates are folded in, and which is told of steps; the run changes this very object.
+        policy: its gates are folded in, and it is called after steps; the run changes this object in place.
         on_step: called after optimizer steps with m dL/dm, float64 [n].
-        device: where a frame on the meta device comes to life.
+        device: of the real tensors of a frame on the meta device.
         exchange: its `undo` will bring the model back.
 
     Attributes:
@@ -44,7 +44,7 @@ class LiveNetwork:
         gates: what is folded into the weights around every optimizer step.
         followers: the banks of the copies.
         wrappers: the copies as they were given, which may be wrappers around a model.
-        copies: those of the followers that began with the frame's own weights.
+        copies: those of the followers that started with the frame's weights.
     """
 
     def __init__(
@@ -100,15 +100,15 @@ class LiveNetwork:
         return [parameter for bank in self.banks for parameter in bank.model.parameters()]
 
     def fold(self, keep: Tensor, raw: Mapping[str, Tensor], gate: Tensor | None) -> Fold:
-        """Where the units of a structure live, and what is folded there; nowhere if the policy does not ask."""
+        """Positions of the units of a structure and what is folded there; empty if the policy needs neither."""
         asked = gate is not None or self.policy.sensitive
         space = self.space if asked else replace(self.space, fold={})
         return Fold(space, self.parameters if asked else {}, keep, raw, gated=gate is not None)
 
-    # --- is it as it was left? ---
+    # --- consistency checks ---
 
     def check(self) -> None:
-        """The optimizer trains, and the bank writes into, the parameter objects that were there at the start.
+        """Check that the parameter objects of the model are those that optimizer and bank work on.
 
         Raises:
             StructureError: a tensor was exchanged or converted, or one of a follower; the message names it.
@@ -143,7 +143,7 @@ class LiveNetwork:
                     )
 
     def check_trained(self) -> None:
-        """The optimizers that were given train the network, and no other.
+        """Check that the given optimizers train the network, and no other.
 
         Raises:
             TrainingError: the last step did not finish, or another optimizer trains it.
@@ -171,10 +171,10 @@ class LiveNetwork:
             exchange: makes it.
             keep: bool [n].
             gate: that the weights shall be folded with, float64 [n], or None.
-            first: of the run, so that everything is written even if it seems the same.
+            first: whether it is the first change of the run, so that everything is written.
             last: the hooks come off and the banks are emptied.
             zeroed: bool [n], units that enter with gated weights of 0.
-            as_is: what lives computes what it did without gates: its raw weights are divided by them.
+            as_is: whether live units keep their function although they get gates: raw weights are divided by the gates.
 
         Returns:
             Whether a tensor will have another shape.
@@ -201,7 +201,7 @@ class LiveNetwork:
     def _stage(
         self, keep: Tensor, gate: Tensor | None, zeroed: Tensor | None, as_is: bool
     ) -> tuple[list[Change], tuple[Fold, list[Tensor], dict[tuple[str, str], Tensor]]]:
-        """The changes of the network and its followers, not made as yet, and what `Folding.install` needs."""
+        """The staged changes of the network and its followers, and the arguments of `Folding.install`."""
         bank = self.bank
         raw = self.raw() or {name: self.parameters[name].detach() for name in self.gated}
         change = bank.stage(keep, raw, self.gates.raw_copies())

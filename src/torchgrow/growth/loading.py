@@ -1,4 +1,4 @@
-"""A state dict of another structure is loaded into a network that grows: the run goes on from that structure."""
+"""Loading a state dict of another structure into a growing network: the run continues from that structure."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .run_state import RunState
 
 
 class Running(Protocol):
-    """A run, as far as it is needed here; see `Run`."""
+    """The part of `Run` that is used here."""
 
     plan: Plan
     policy: Policy
@@ -45,7 +45,7 @@ class Running(Protocol):
 
 
 class Loading:
-    """Takes over what `model.load_state_dict(state)` brings, for one run."""
+    """Handles `model.load_state_dict(state)` for one run."""
 
     def __init__(self, run: Running) -> None:
         self.run = run
@@ -61,9 +61,9 @@ class Loading:
     ) -> None:
         """Cut the network to the structure of a state dict that PyTorch is about to load into it.
 
-        While the run lasts it is as if an update had chosen that structure: optimizer state is carried along, what
-        leaves is stored, followers follow. After its end nothing is stored any more, so the optimizer state of what
-        changes begins anew.
+        During the run this is like an update to that structure: optimizer state is re-cut, units that leave are stored,
+        followers change too. After the run nothing is stored any more, so optimizer state of tensors that change is
+        reset.
 
         Args:
             model: the network, or a follower.
@@ -129,7 +129,7 @@ class Loading:
 
 
 def check_follower(live: LiveNetwork, model: nn.Module) -> None:
-    """Refuse a structure for a copy that follows.
+    """Refuse to load another structure into a follower.
 
     Raises:
         StructureError: the model is not the network itself.
@@ -144,7 +144,7 @@ def check_follower(live: LiveNetwork, model: nn.Module) -> None:
 
 
 def check_gates(policy: Policy) -> None:
-    """Refuse another structure for a policy with gates.
+    """Refuse to load another structure under a policy with gates.
 
     Raises:
         StructureError: it has some.
@@ -165,7 +165,7 @@ def change_at_end(
     contents: Mapping[str, Tensor],
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
-    """Have `exchange` change a structure that is final: nothing is stored, and optimizer state of what changes is gone.
+    """Have `exchange` change a final structure: nothing is stored; optimizer state of changed tensors is reset.
 
     Args:
         exchange: makes it.
@@ -183,7 +183,7 @@ def change_at_end(
 
 
 def tell_end(model: nn.Module, cost: Cost, limits: Limits) -> None:
-    """Say that a network that was final is of another structure now."""
+    """Warn that a finished network gets another structure."""
     known = ((cost.params, limits.params, "parameters"), (cost.flops, limits.flops, "FLOPs"))
     costs = " and ".join(f"{now:,} {what}, of {most:,} in the budget" for now, most, what in known if most is not None)
     warnings.warn(

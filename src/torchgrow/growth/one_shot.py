@@ -1,4 +1,4 @@
-"""A trained network cut to a budget at once, without a run around it."""
+"""One-shot pruning: cut a trained network to a budget at once."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def prune_(
     Args:
         model: the trained network.
         example_inputs: as for `trace`.
-        budget: what may be left of it.
+        budget: what the cut model may cost.
         policy: what says how much a unit matters and from where units go; its plan has no say here. With "taylor" it
             is the gradients that the model has: call `backward` on some batches before. Default:
             `Shrink(importance="group_norm")`.
@@ -69,7 +69,7 @@ def prune_(
         seed: of importance "random".
 
     Returns:
-        What is left.
+        Cost of the cut model.
 
     Raises:
         TraceError, BudgetError, StructureError: as for `Grower`; nothing was changed. StructureError also if the cut
@@ -111,7 +111,7 @@ def _check(model: nn.Module, budget: Budget, policy: Shrink | None) -> None:
 
 @torch.no_grad()
 def _without(model: nn.Module, space: Space, keep: Tensor, example_inputs: Any) -> list[Tensor]:
-    """What the model puts out with all that will go set to zero, in place."""
+    """Outputs of the model with all units that will be removed set to zero, in place."""
     tensors = dict(model.named_parameters())
     for name in space.parameters:
         for axis in space.cut_axes.get(name, ()):
@@ -122,7 +122,7 @@ def _without(model: nn.Module, space: Space, keep: Tensor, example_inputs: Any) 
 
 @torch.no_grad()
 def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    """Numbers that the model puts out in evaluation mode for the first example."""
+    """Outputs of the model in evaluation mode for the first example."""
     modes = {module: module.training for module in model.modules()}
     try:
         found = call(model.eval(), fresh(examples_of(example_inputs)[0]))
@@ -133,7 +133,7 @@ def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
 
 
 def _compare(found: list[Tensor], expected: list[Tensor]) -> None:
-    """Refuse a cut after which the model computes something else.
+    """Raise if the cut has changed what the model computes.
 
     Raises:
         StructureError: it does.

@@ -1,4 +1,4 @@
-"""The order of things (Algorithm 1): measure, press, draw, cut, count."""
+"""A run, in the order of Algorithm 1: measure, update the penalty, draw, cut, record."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ log = logging.getLogger("torchgrow")
 
 
 class Asked(Protocol):
-    """What a run is asked for: a `Grower`."""
+    """The arguments of a run, as attributes of a `Grower`."""
 
     model: nn.Module
     optimizers: tuple[torch.optim.Optimizer, ...]
@@ -99,17 +99,17 @@ class Run:
         self.seed_cost = plan.costs.both(plan.costs.live(seed))
         log.info("%s goes %s", type(model).__name__, self.course())
         policy.applied(replace(view, keep=seed))
-        policy.state_dict()  # what could not be kept is told now, not at the first checkpoint
+        policy.state_dict()  # state that cannot be saved is refused now, not at the first checkpoint
         self._change_to(seed, policy, self.state.generator, time.perf_counter(), exchange=exchange)
         self.loading = Loading(self)
         owned_(model, self.loading)
 
     @classmethod
     def begin(cls, asked: Asked, policy: Policy | None, space: Space, example_inputs: Any, exchange: Exchange) -> Run:
-        """Bring a model to what it begins with.
+        """Bring a model to the structure that its run begins with.
 
         Args:
-            asked: for what, from what start, with which optimizers.
+            asked: the grower, with its arguments.
             policy: decides which units live; None: one that suits the start.
             space: of the model.
             example_inputs: for the device.
@@ -216,7 +216,7 @@ class Run:
         return self.plan.view(number, keep, rate, self.state.generator, self.live.contents)
 
     def _step(self, sensitivity: Tensor) -> None:
-        """After every optimizer step: the policy is told."""
+        """Call the policy after an optimizer step."""
         self.policy.step(self._view(len(self.state.history) - 1), sensitivity)
 
     def _update(self, number: int) -> Event:
@@ -268,7 +268,7 @@ class Run:
         exchange.append(state.history, event)
         self._note(exchange, [*state.history, event], last)
         self.ranks.invalidate(exchange)
-        exchange.call(torch.clear_autocast_cache)  # casts of weights as they were, if a context is open
+        exchange.call(torch.clear_autocast_cache)  # autocast keeps casts of the old weights
         if reshapes:
             forget_compiled()
         self.ranks.agree(lambda: self._decided(keep, policy, generator))
@@ -278,7 +278,7 @@ class Run:
         return event
 
     def _note(self, exchange: Exchange, history: list[Event], finished: bool) -> None:
-        """Have `exchange` write on the network how far the run has come, for `save` and for another grower to see."""
+        """Have `exchange` note the progress of the run on the network, for `save` and other growers."""
         growth, last, limits = self.live.bank.growth, history[-1], self.plan.limits
         costs = (("parameters", last.params, limits.params), ("FLOPs", last.flops, limits.flops))
         known = tuple((what, now, most) for what, now, most in costs if most is not None)
@@ -287,7 +287,7 @@ class Run:
     def _decided(
         self, keep: Tensor | None, policy: Policy, generator: torch.Generator
     ) -> dict[str, list[Tensor | str]]:
-        """What must be the same on all ranks: before anything else (keep None), and at every update."""
+        """What must be equal on all ranks, before a change (keep None) and at every update."""
         plan, settings = self.plan, policy.settings()
         limits, updates, shapes = plan.limits, plan.updates, sorted(plan.space.shapes.items())
         weights: list[Tensor | str] = []
@@ -308,7 +308,7 @@ class Run:
 
 
 def _give_back() -> None:
-    """Let glibc return the memory that is free: between blocks of ever other sizes it keeps more with every update."""
+    """Have glibc return free memory: tensors of ever new sizes fragment the heap, which grows with every update."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

@@ -1,4 +1,4 @@
-"""Shapes found by trying: candidates on the budget, trained a little, the better ones more (successive halving).
+"""Search for shapes by successive halving: candidates on the budget are trained, the better half further.
 
 Successive halving: Jamieson and Talwalkar, *Non-stochastic Best Arm Identification and Hyperparameter Optimization*
 (AISTATS 2016). Judged is by the mean training loss, which tells shapes apart while the learning rate is high.
@@ -53,11 +53,11 @@ class Trial:
         cost: parameters and FLOPs of one sample.
         widths: units by group.
         depths: blocks by stage; empty where layers are not looked at.
-        model: the network, small and plain, with what it has learnt; None once it has been left behind.
-        memory: what `train` wants to find again at the next rung, such as the optimizer; emptied with the model.
+        model: the trained network, small and plain; None once it has been dropped.
+        memory: anything `train` needs at the next rung, such as the optimizer; emptied with the model.
         losses: what `train` returned, one a rung.
-        done: how long it was trained, in the unit of `train`.
-        training_flops: 3 x forward FLOPs x samples of that.
+        done: how long it was trained so far, in the unit of `train`.
+        training_flops: 3 x forward FLOPs x samples so far.
     """
 
     number: int
@@ -82,7 +82,7 @@ class Trial:
 
 
 class Search:
-    """Candidates and what became of them; iterate over it to search. See `search`.
+    """Candidates and their results; iterate over it to search. See `search`.
 
     Attributes:
         trials: all candidates.
@@ -137,7 +137,7 @@ class Search:
 
     @property
     def winner(self) -> Trial:
-        """The candidate with the lowest loss in the last rung; its `model` has learnt what it was trained so far.
+        """The candidate with the lowest loss in the last rung; its `model` is trained as far as that.
 
         Raises:
             TorchgrowError: the search is not over.
@@ -169,7 +169,7 @@ class Search:
 
     @property
     def most(self) -> float:
-        """What the search and a whole training of its winner, from new weights, may cost at most, beside one dense."""
+        """Most that the search and a whole training of its winner, from new weights, may cost relative to one dense."""
         return _most([trial.cost.flops for trial in self.trials], self.rungs, self.length) / _whole(
             self.frame_cost.flops, self.length
         )
@@ -236,7 +236,7 @@ def search(
     far as the last rung; train it on (`search.length - best.done`), begin anew with `search.fresh(best)`, or let it
     grow further: `Grower(factory(), ..., start=best.model)`.
 
-    Memory: the networks of all candidates that are still in the race, and what `train` keeps for them.
+    Memory: the networks of all remaining candidates, and what `train` keeps for them.
 
     Args:
         factory: makes the frame, the largest network there may be, with new weights; called for every candidate.
@@ -277,7 +277,7 @@ def search(
 def network_of(factory: Callable[[], nn.Module], space: Space, keep: Tensor, seed: int) -> nn.Module:
     """A plain network of a structure (bool [n]), with new weights of the right scale.
 
-    Random numbers elsewhere go on as if nothing had been drawn here.
+    The global random state does not change.
     """
     model = _frame(factory, seed)
     if not trained(model):
@@ -363,7 +363,7 @@ def _given(plan: Plan, one: Any) -> Tensor:
 
 
 def _most(flops: Sequence[int], rungs: Sequence[int], length: int) -> int:
-    """What a search and a whole training of its winner cost at most, wherever it leads: FLOPs forward x length."""
+    """Most that a search and a whole training of its winner can cost, in forward FLOPs x length."""
     dearest, total, done, left = sorted(flops, reverse=True), 0, 0, len(flops)
     for rung in rungs:
         total += sum(dearest[:left]) * (rung - done)
@@ -376,7 +376,7 @@ def _whole(flops: int, length: int) -> int:
 
 
 def _finite(loss: float) -> float:
-    """A loss as it is compared: what is no finite number is the worst."""
+    """A loss for comparison: infinite unless it is finite."""
     return loss if math.isfinite(loss) else math.inf
 
 
@@ -399,7 +399,7 @@ def _rungs(shares: Sequence[float], length: int) -> list[int]:
 
 
 def _check(budget: Budget, candidates: Any, samples: int, train: object) -> None:
-    """Refuse early what would fail late.
+    """Check arguments early.
 
     Raises:
         TorchgrowError: no budget, no candidates, no samples.

@@ -66,7 +66,7 @@ class GrowCallback(TrainerCallback):
         self.loop.wait(given["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Model and optimizer are there, those of a checkpoint too."""
+        """Model and optimizer exist, restored if there is a checkpoint."""
         one_process(args.world_size, "this Trainer")
         optimizer, every = given["optimizer"], self.loop.every_n_steps
         optimizer = getattr(optimizer, "optimizer", optimizer)  # in accelerate's wrapper, which takes no hooks
@@ -115,5 +115,5 @@ class GrowCallback(TrainerCallback):
             save_checkpoint(folder, self.loop.grower, extra={"offset": self.loop.offset}, keep=1)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """However the training ended, unless by an exception; the best model is loaded."""
+        """Called at every end of training except by an exception; the best model is loaded."""
         self.loop.end()

@@ -1,4 +1,4 @@
-"""The structure travels inside `state_dict()`: one uint8 tensor with the record, and a module that is cut as it says.
+"""The structure inside `state_dict()`: a uint8 tensor with the record, by which a module is cut before loading.
 
 A hook after `state_dict()` adds the record, a hook before `load_state_dict()` takes it out again, checks it and cuts
 the module. So whatever stores and loads a `state_dict` (torch, safetensors, Lightning, accelerate) does so with grown
@@ -133,11 +133,11 @@ def shrink_(
 
 
 class Owner(Protocol):
-    """What cuts a model while it is loaded: a run of growth."""
+    """Cuts a model while a state dict is loaded: a run of growth."""
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is stored any more."""
+        """Whether the run is over and nothing is stored any more."""
 
     def loaded(
         self, model: nn.Module, record: Record, left_out: Collection[str], contents: Mapping[str, Tensor]
@@ -168,7 +168,7 @@ def put_aside_(model: nn.Module) -> None:
 
 
 def aside(model: nn.Module) -> dict[str, Tensor]:
-    """What was put aside, by the names of the module; from now on state dicts are loaded again."""
+    """The state dict that was put aside, by names of the module; further state dicts are loaded again."""
     return vars(model).pop(ASIDE, {})
 
 
@@ -265,7 +265,7 @@ def take_structure(module: nn.Module, state: MutableMapping[str, Any], prefix: s
 
 
 def _put_aside(module: nn.Module, state: MutableMapping[str, Any], prefix: str, blob: Tensor) -> None:
-    """Keep what a state dict has for a module, and load into it what it has already."""
+    """Put the state dict of a module aside, and load its present contents instead."""
     vars(module)[ASIDE] = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     vars(module)[ASIDE][KEY] = blob
     for name, tensor in _all_tensors(module).items():
@@ -320,7 +320,7 @@ def _read(blob: Any, key: str, fits: Callable[[], bool]) -> dict[str, Any] | Non
 
 
 def _plan(module: nn.Module, structure: dict[str, Any], state: Mapping[str, Any], prefix: str, where: str) -> Cut:
-    """Check a record for a module and the tensors beside it; nothing is touched."""
+    """Check a record and its tensors for a module; nothing changes."""
     modules = plain_modules(module)
     own, now = stored_tensors(modules), recorded(modules.items())
     frame = {name: _shaped(now.shapes.get(name, tuple(x.shape)), x) for name, x in own.items()}
@@ -373,7 +373,7 @@ def _shaped(shape: tuple[int, ...], like: Tensor) -> Tensor:
 def _interim(
     name: str, tensor: Tensor, old: Index | None, new: Index | None, shape: tuple[int, ...], given: bool
 ) -> Tensor:
-    """What a tensor holds between the cut and the loading: what it has of the new structure, else anything.
+    """Contents of a tensor between cut and load: its part of the new structure, else arbitrary.
 
     Raises:
         StructureError: nobody will load it, and it has not all of it.

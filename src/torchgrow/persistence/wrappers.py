@@ -1,4 +1,4 @@
-"""Wrappers around a model, looked through: the names of what is inside are those of the plain model."""
+"""Unwrapping: models inside wrappers, with the names of the plain model."""
 
 from __future__ import annotations
 

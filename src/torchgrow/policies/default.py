@@ -1,7 +1,7 @@
 """The default, top to bottom: grow all groups evenly beyond the budget, then give up the least important units.
 
 One number decides, the share p: every pool (a group, or the layers of a stage) keeps its p best-ranked units, where p
-is the largest whose cost stays under the plan. Ranks are dealt out anew at every update, by importance.
+is the largest whose cost stays under the plan. Units are re-ranked by importance at every update.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Default(Policy):
         self.rank, self.importance = (torch.zeros(space.n_units, dtype=torch.float64) for _ in range(2))
         layers = [block.unit for block in space.blocks]
         stages, turn = len({block.stage for block in space.blocks}), 0
-        for pool in pools(space):  # stages take turns, the last one first: one layer comes at a time
+        for pool in pools(space):  # stages alternate, the last one first: one layer enters at a time
             order = torch.randperm(pool.numel(), generator=view.generator).double()
             torch.rand(1, generator=view.generator, dtype=torch.float64)  # keeps the draws of earlier versions
             is_stage = int(pool[0]) in layers
@@ -64,18 +64,18 @@ class Default(Policy):
         self.rank = around(space, self.rank, view.start)
         sizes = torch.bincount(space.group_of, minlength=space.n_groups)
         self.multiples = self._steps = torch.where(sizes >= 2 * self.align, self.align, 1)
-        self._most = torch.ones_like(self.rank)  # a layer beyond the budget would be trained only to be taken out again
+        self._most = torch.ones_like(self.rank)  # a layer beyond the budget would be trained only to be removed again
         self._most[layers] = self._within(view, view.limits)[1] if layers else 1.0
         seed = one_per_group(space, none(space), -self.rank) if view.start is None else view.start
         self._start = view.cost(seed)
         return seed
 
     def step(self, view: View, sensitivity: Tensor) -> None:
-        """Importance is noted."""
+        """Update the running mean of importance."""
         self.importance = MEMORY * self.importance + (1 - MEMORY) * sensitivity**2
 
     def update(self, view: View) -> tuple[Tensor, bool]:
-        """The largest structure within the plan, those that live and matter most first."""
+        """The largest structure within the plan: live units by importance, then others."""
         final = self.final(view.updates)
         if view.update > final:
             return view.keep, False
@@ -87,11 +87,11 @@ class Default(Policy):
         return self._within(view, planned)[0], exactly
 
     def score(self, view: View) -> Tensor:
-        """The best rank stays first."""
+        """The lower the rank, the longer a unit stays."""
         return -self.rank
 
     def target(self, view: View) -> Tensor:
-        """What is best-ranked now, at the budget."""
+        """The best-ranked units now, at the budget."""
         return self._within(view, view.limits)[0]
 
     def planned(self, view: View) -> Tensor:
@@ -103,7 +103,7 @@ class Default(Policy):
         return settled(updates, self.settle)
 
     def check_state(self, state: dict[str, Any], events: int) -> str:
-        """Numbers that no run comes to."""
+        """Numbers that no run reaches."""
         fine = bool((state["rank"] >= 0).all() and (state["rank"] <= 1).all() and (state["importance"] >= 0).all())
         return "" if fine else "rank must lie in [0, 1], importance must not be negative"
 

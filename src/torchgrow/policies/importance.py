@@ -73,7 +73,7 @@ def bn_scale(view: View, squared: Tensor) -> Tensor:
 
 
 def random(view: View, squared: Tensor) -> Tensor:
-    """A uniform number in (0, 1): what any other has to beat."""
+    """A uniform number in (0, 1): the baseline for all others."""
     drawn = torch.rand(view.space.n_units, generator=view.generator, dtype=torch.float64)
     return torch.where(view.space.present(view.keep), drawn, 0.0)
 
@@ -108,7 +108,7 @@ def _added(view: View, parts: list[Tensor]) -> Tensor:
 def _sums(view: View, power: int, wanted: Callable[[str, int], bool]) -> list[Tensor]:
     """For every wanted axis of a parameter the sum of |w|^power by unit, float64 [n]; a layer has the mean below it.
 
-    Without a copy of the parameter in float64, which of large ones would not fit into memory.
+    Computed in parts, since a float64 copy of a large parameter would not fit into memory.
     """
     space, n, found = view.space, view.space.n_units, []
     weights = view.weights()

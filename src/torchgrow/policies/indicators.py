@@ -50,9 +50,9 @@ class Method:
         controller: "pressure": the paper's L1 penalty with lambda of Eq 4; "plan": all indicators are shifted by
             the one number for which the realised cost follows a planned one.
         draws: "independent": q ~ Bernoulli(m), anew at every update; "persistent": one uniform number per unit,
-            spread evenly over each group, kept for the whole run; "ranked": the same numbers, but dealt out anew at
-            every update, the best for the present units of most worth, so that the least worth of each group goes
-            first and no present unit goes for an absent one.
+            spread evenly over each group, kept for the whole run; "ranked": the same numbers, re-assigned by importance
+            at every update: the lowest go to the most important present units, so that the least important unit of
+            a group leaves first, and no present unit is replaced by an absent one.
         lambda_base: lambda_1^base of Eq 4 (controller "pressure" only).
         layer_lambda_base: lambda_2^base, the same for layers.
         penalised: whose gates the penalty counts: "present" or "all"; only for `Paper`, as `start` and `paced` are.
@@ -73,7 +73,7 @@ class Method:
             hardware computes channels in blocks; only the remainder that fills the budget up goes elsewhere.
             1: any width, as in `default()` ("plan" only).
         settle: share of the updates at the end in which the structure no longer changes; at least the last one
-            (0.5: a unit born late, at a low learning rate, is never trained).
+            (0.5: a unit that enters late, at a low learning rate, is hardly trained).
         heat: `final_inverse_temperature` of `Paper`: gamma^T, beta in the end of a unit that is always present (100).
         temperature: when beta rises: "unit": in updates in which the unit is present (Eq 7); "global": in every one,
             for all alike; "learning_rate": as "unit", each time by gamma^(present / initial learning rate), our
@@ -218,10 +218,10 @@ PRESETS = {
 
 
 MEMORY = 0.99
-"""Of the running mean of worth, per step."""
+"""Decay of the running mean of importance, per step."""
 
 STATE = ("s", "velocity", "t", "exponent", "noise", "uniform", "worth")
-"""What of the indicators changes in a run, apart from the generator; all of one entry per unit."""
+"""State of the indicators, apart from the generator; one entry per unit each."""
 
 
 class Indicators:
@@ -265,7 +265,7 @@ class Indicators:
         self.gate = self._gate()
 
     def _pools(self) -> list[Tensor]:
-        """Units that stand for each other: those of a group, and the layers of a stage."""
+        """Interchangeable units: those of a group, and the layers of a stage."""
         space = self.space
         layer = torch.zeros(space.n_units, dtype=torch.bool)
         stages: dict[str, list[int]] = {}
@@ -343,7 +343,7 @@ class Indicators:
         return _Shifted(self.s, self.beta, self.uniform, must, self.space, self.steps, self.most)
 
     def hold_layers(self, shift: float) -> None:
-        """Let no more layers in than `shift` has now, however far indicators rise."""
+        """Limit layers to those that `shift` gives now, however far indicators rise."""
         layers = [block.unit for block in self.space.blocks]
         self.most[layers] = torch.sigmoid(self.beta * (self.s + shift))[layers]
 
@@ -377,7 +377,7 @@ class Indicators:
         self.s = self.s + amount
 
     def rank(self, keep: Tensor) -> None:
-        """Deal the uniform numbers of every pool out anew: to present units by falling worth, then to the others."""
+        """Re-assign the uniform numbers of every pool: to present units by falling importance, then to the others."""
         present = self.space.present(keep)
         self.worth = torch.where(present, self.worth, 0.0)
         if self.method.draws != "ranked":
@@ -391,7 +391,7 @@ class Indicators:
         self.uniform = dealt
 
     def copy(self) -> Indicators:
-        """Indicators that an update may change while these stay."""
+        """A copy that an update may change."""
         other = copy.copy(self)
         other.generator = torch.Generator()
         other.generator.set_state(self.generator.get_state())

@@ -1,4 +1,4 @@
-"""What policies are put together from: pools of units, plans of cost, and ways to meet a cost. Pure functions."""
+"""Building blocks of policies, all pure functions: pools of units, plans of cost, and ways to meet a cost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SMALLEST_GATE = 1e-6
 
 
 def pools(space: Space) -> list[Tensor]:
-    """Units that stand for each other (ids, int64): those of a group, then the layers of a stage."""
+    """Interchangeable units (ids, int64): those of a group, then the layers of a stage."""
     layer = torch.zeros(space.n_units, dtype=torch.bool)
     stages: dict[str, list[int]] = {}
     for block in space.blocks:
@@ -76,7 +76,7 @@ def spread(view: View) -> Tensor:
 
 
 def deal(space: Space, rank: Tensor, importance: Tensor, keep: Tensor) -> Tensor:
-    """The ranks of every pool dealt out anew: the lowest to live units by falling importance, then to the others."""
+    """Re-rank the units of every pool: live units by falling importance, then the others."""
     dealt = rank.clone()
     for pool in pools(space):
         order = torch.argsort(rank[pool], stable=True)
@@ -89,7 +89,7 @@ def deal(space: Space, rank: Tensor, importance: Tensor, keep: Tensor) -> Tensor
 def around(space: Space, rank: Tensor, start: Tensor | None) -> Tensor:
     """Ranks in (0, 1) that order each pool as before, but all units of a structure (bool [n]) before all others.
 
-    The share of units in the structure is the share at which just it lives. None changes nothing.
+    So the share of units in the structure selects exactly the structure. None changes nothing.
     """
     if start is None:
         return rank
@@ -144,7 +144,7 @@ def largest_share(view: View, ranks: Tensor, keep_at: Callable[[float], Tensor],
 
 
 def settled(updates: int, share: float) -> int:
-    """The last update that changes the structure, where it rests for a share of them; at least for the last one."""
+    """The last update that changes the structure, if it stays fixed for this share of them, at least for one."""
     return max(1, updates - max(1, math.ceil(share * updates)))
 
 

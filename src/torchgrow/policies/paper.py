@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..renamed import renamed_arguments, renamed_attribute
 from .kit import SMALLEST_GATE, gap, gumbel, none, one_per_group, settled, spread
 from .pace import pace, starts
 from .policy import Policy, View
@@ -45,7 +44,6 @@ class Paper(Policy):
     momentum: float = 0.9
     weight_decay: float = 1e-6
     sensitive: ClassVar[bool] = True
-    heat = renamed_attribute("heat", "final_inverse_temperature")
 
     def __post_init__(self) -> None:
         self.check(settle=(0, 1), momentum=(0, 1), final_inverse_temperature=(1, 1e6), lr=(0, 1e3))
@@ -64,7 +62,7 @@ class Paper(Policy):
         return one_per_group(space, none(space), -spread(view))
 
     def step(self, view: View, sensitivity: Tensor) -> None:
-        """One step of SGD on s, or as many of the paper's as it stands for."""
+        """One step of SGD on s, or in a short run several of the paper's."""
         self.steps += view.update == 0
         self._move(view, sensitivity, self.pace)
         if self.relaxation == "gumbel":
@@ -75,7 +73,7 @@ class Paper(Policy):
         """Algorithm 1: q ~ Bernoulli(m), for all units anew; in the end exactly to the budget."""
         if view.update > self.final(view.updates):
             return view.keep, False
-        if view.update == 1 and self.paced:  # now that the steps are counted, those of the first update make up
+        if view.update == 1 and self.paced:  # the steps of an update are known now; make up for those of the first
             self.pace = pace(self.steps)
             self._move(view, torch.zeros_like(self.s), (self.pace - 1) * self.steps)
         drawn = torch.rand(self.s.numel(), generator=view.generator, dtype=torch.float64) < self.score(view)
@@ -102,12 +100,12 @@ class Paper(Policy):
         return settled(updates, self.settle)
 
     def check_state(self, state: dict[str, Any], events: int) -> str:
-        """Counters beyond the number of updates."""
+        """Counters must not exceed the number of updates."""
         wrong = [key for key in ("t", "exponent") if bool(((state[key] < 0) | (state[key] > events)).any())]
         return f"{wrong[0]} must lie in [0, {events}], the number of updates" if wrong else ""
 
     def _move(self, view: View, sensitivity: Tensor, steps: float) -> None:
-        """Eq 6 and 8: so many steps of SGD on L(m w) + lambda |m|, where dL/ds = beta (1 - m) m dL/dm."""
+        """Eq 6 and 8: `steps` steps of SGD on L(m w) + lambda |m|, where dL/ds = beta (1 - m) m dL/dm."""
         assert self.gate is not None
         task = sensitivity / self.gate
         for _ in range(count := round(steps)):
@@ -119,6 +117,3 @@ class Paper(Policy):
     def _set_gates(self) -> None:
         gate = torch.sigmoid(self.beta * (self.s + self.noise)).clamp(min=SMALLEST_GATE)
         self.gate = torch.where(self._removable, gate, 1.0)
-
-
-Paper.__init__ = renamed_arguments(heat="final_inverse_temperature")(Paper.__init__)  # type: ignore[method-assign]

@@ -39,7 +39,7 @@ class Random(Policy):
         return keep_at(largest_share(view, self.drawn, keep_at, view.limits)), True
 
     def score(self, view: View) -> Tensor:
-        """Who was drawn first."""
+        """The lower the draw, the longer a unit stays."""
         return -self.drawn
 
     def planned(self, view: View) -> Tensor:

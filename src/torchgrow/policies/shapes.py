@@ -1,6 +1,6 @@
-"""Shapes: how deep every stage and how wide every group is beside the others; structures of them, exactly at a budget.
+"""Shapes: depths of stages and relative widths of groups, and their structures exactly at a budget.
 
-A shape says counts, not units. Between groups it says ratios only: one common factor brings it to the budget.
+A shape fixes counts, not units. Widths are ratios between groups: one common factor brings them to the budget.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TILT = 2.0
 
 @dataclass(frozen=True)
 class Shape:
-    """How deep every stage and how wide every group is beside the others.
+    """Depths of stages and relative widths of groups.
 
     Attributes:
         name: for tables.
@@ -48,7 +48,7 @@ class Shape:
     widths: Mapping[str, float] = field(default_factory=dict)
 
     def ranks(self, space: Space) -> Tensor:
-        """At which common factor each unit comes in, float64 [n]; below 0: always, infinite: never.
+        """The common factor at which each unit enters, float64 [n]; below 0: always, infinite: never.
 
         Raises:
             StructureError: a name that the space does not have, or a number that means nothing.
@@ -147,7 +147,7 @@ def counts(space: Space, keep: Tensor) -> tuple[int, ...]:
 
 
 def proposals(space: Space, seed: int = 0) -> Iterator[Shape]:
-    """Shapes worth trying, most telling first: even, then one thing changed at a time, then two.
+    """Shapes worth trying, in order: even, then one change at a time, then two.
 
     What is changed: the depths of all stages, of the first one or of the last; the widths of a kind of group that
     repeats from block to block (the inside of blocks, attention heads, hidden neurons) beside all others; first groups

@@ -1,8 +1,8 @@
-"""The bank: everything of a frame at full size; the live model is cut from it and written back to it.
+"""The bank: storage for all tensors of a frame at full size. The model is cut from it and written back to it.
 
-The `Bank` holds every cut tensor and optimizer slot at full size on the host; of a frame on the meta device only what
-ever lived. A change of structure is computed first (`Bank.stage`) and swapped in afterwards (`Bank.commit`) by one call
-into C, all of it or nothing, so the model is always whole. Parameter and optimizer objects keep their identity.
+The `Bank` holds every cut tensor and optimizer slot at full size on the host; of a frame on the meta device it holds
+only units that were ever live. A change of structure is computed first (`Bank.stage`) and written
+afterwards (`Bank.commit`) by one call into C, all of it or nothing. Parameter and optimizer objects stay the same.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .surgery import materialise_, named_tensors, replace_
 
 @dataclass
 class _Swap:
-    """New contents for a tensor and for its optimizer slots, some of which may be copies of it."""
+    """New contents for a tensor and its optimizer slots. Some slots may be copies of the tensor."""
 
     tensor: Tensor
     new: Tensor
@@ -49,7 +49,7 @@ class _Swap:
 
 
 class Change:
-    """A change of structure, computed and not yet made.
+    """A change of structure, computed but not yet made.
 
     Attributes:
         swaps: by tensor name, what will be written; values may be replaced before the change is made.
@@ -72,11 +72,11 @@ class Change:
 
     @property
     def reshapes(self) -> bool:
-        """Whether a tensor will have another shape; to be asked before the change is made."""
+        """Whether any tensor changes its shape. Ask before the change is made."""
         return any(swap.tensor.shape != swap.new.shape for swap in self.swaps.values())
 
     def contents(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """What the tensors of those names will hold, as far as they change."""
+        """New contents of the tensors of those names; those that do not change are left out."""
         return {name: self.swaps[name].new for name in names if name in self.swaps}
 
     def into(self, exchange: Exchange) -> None:
@@ -103,7 +103,7 @@ class Change:
         exchange.fields(bank, trained=self.trained, order=self.order)
 
     def _attributes(self) -> dict[str, dict[str, int]]:
-        """Numbers that the change sets, by module and name; others in the record are of generations before."""
+        """Int attributes that the change sets, by module and name; the others in the record are of earlier cuts."""
         numbers, found = self.record.attributes, dict[str, dict[str, int]]()
         for attribute in self.bank.space.attributes:
             if (attribute.module, attribute.name) in numbers:
@@ -113,17 +113,17 @@ class Change:
 
 
 class Bank:
-    """Everything of a frame at full size; the live model is cut from it and written back to it.
+    """Storage for all tensors of a frame at full size.
 
     Args:
         model: the frame, at full size.
         space: its space.
         optimizer: the user's optimizer, or several, whose state is cut along with the parameters.
         seed: of initial values, for a frame on the meta device.
-        device: where a frame on the meta device comes to life; nothing of it is there before the first change.
+        device: of the real tensors of a frame on the meta device; there are none before the first change.
         layouts: what the optimizers keep, where that is known already.
         exchange: its `undo` will bring a frame back to the meta device.
-        stores: whether anything is stored; without, what is cut off is gone.
+        stores: whether inactive units are stored; if not, they are lost.
         scales: what initial values are multiplied by, by name: of a frame on the meta device here, else before.
 
     Attributes:
@@ -153,7 +153,7 @@ class Bank:
                 "frame (trace it again, or restore it from its bank first)"
             )
         self.names = _all_names(model)
-        self.base = self.record = recorded(model.named_modules())  # of the generations before
+        self.base = self.record = recorded(model.named_modules())  # of earlier cuts
         self.growth: Growth | None = None
         self.adapted = _adaptable_and_cut(model, space)
         self.scales = dict(scales or {})
@@ -177,10 +177,10 @@ class Bank:
         values: Mapping[str, Tensor] | None = None,
         copies: Mapping[tuple[str, str], Tensor] | None = None,
     ) -> Change:
-        """Write the live tensors back and compute those for `keep` (bool [n]); nothing live is touched.
+        """Write the live tensors back and compute those for `keep` (bool [n]). The model does not change yet.
 
         Args:
-            keep: units that shall live.
+            keep: the live units.
             values: what to write back instead of a parameter's own contents (raw values of gated ones).
             copies: likewise for slots that are copies of one, by name and key.
         """
@@ -196,7 +196,7 @@ class Bank:
         self.tensors = named_tensors(self.model)  # a forward may have put another object in a buffer's place
         present = self.space.present(self.keep)
         newborn = self.space.present(keep) & ~self.trained & ~present
-        past = self.trained & ~present  # stored, with slots that belong to the step count as it is
+        past = self.trained & ~present  # stored units, whose slots fit the step count as it is
         had_state = keep & False
         swaps: dict[str, _Swap] = {}
         index: dict[str, Index | None] = {}
@@ -231,9 +231,9 @@ class Bank:
     def stored(
         self, raw: Mapping[str, Tensor], copies: Mapping[tuple[str, str], Tensor]
     ) -> tuple[dict[str, Store], dict[tuple[str, str], Store]]:
-        """Copies of what is stored, tensors and optimizer slots, as `stage` would leave them: written back to.
+        """Copies of all stored tensors and optimizer slots, with the live contents written back as `stage` does.
 
-        They do not tell whether a change was computed, and perhaps never made, since the last one.
+        The result does not depend on changes that were computed and never made.
 
         Args:
             raw: as `values` of `stage`.
@@ -254,14 +254,14 @@ class Bank:
         return full, {place: slots[place] for place in sorted(slots)}
 
     def unchanged(self) -> Change:
-        """The change to what is live already, which only lets go of gradients and of graphs built before."""
+        """A change that keeps the structure: it only drops gradients and invalidates graphs built before."""
         self.tensors = named_tensors(self.model)  # as in `stage`
         return Change(self, self.keep, {}, self.index, self.record)
 
     def stage_contents(self, keep: Tensor, contents: Mapping[str, Tensor]) -> Change:
         """Compute the change to a structure whose live tensors, by name, shall hold just these contents.
 
-        Nothing is written back: what is live now is lost, and optimizer slots are not the change's business.
+        Nothing is written back: the present contents are lost. Optimizer slots do not change.
         """
         keep = self.space.check_keep(keep)
         index = {name: index_of(self.space, name, keep) for name in self.space.cut_axes}
@@ -282,14 +282,14 @@ class Bank:
         exchange.make()
 
     def resize_(self, keep: Tensor) -> None:
-        """Make the live model the one with the units in `keep`; detached ones are stored with all they had."""
+        """Cut the model to the units in `keep`; units that leave are stored with their optimizer slots."""
         self.commit(self.stage(keep))
 
     def recut_(self, keep: Tensor) -> None:
-        """Make the live model the one with the units in `keep`, with what is stored here; what is live is lost.
+        """Cut the model to the units in `keep` with the stored contents; the present contents are lost.
 
-        One tensor after the other and without a way back, so it takes no memory beyond frame and bank: for a copy
-        that nobody else holds.
+        It changes one tensor after the other and cannot be undone, so it needs no further memory. For a copy that
+        nobody else holds.
         """
         keep = self.space.check_keep(keep)
         index = {name: index_of(self.space, name, keep) for name in self.space.cut_axes}
@@ -303,7 +303,7 @@ class Bank:
         self.resize_(self.space.everything())
 
     def empty(self) -> None:
-        """Forget what is stored; the live model stays as it is and cannot be changed any more."""
+        """Drop all stored contents. The model stays as it is and cannot change any more."""
         self.full, self.slots = {}, {}
 
     def _store(self, name: str) -> Store:
@@ -313,7 +313,7 @@ class Bank:
         return Store(lambda: births.full(name), shape, tensor.dtype, whole=False)
 
     def blank(self) -> dict[str, Store]:
-        """Stores for all tensors that are ever cut, to be filled with what a state says."""
+        """Stores for all tensors that can be cut, to be filled from a state."""
         return {name: self._store(name) if self.births else self._whole(name) for name in self.space.cut_axes}
 
     def _whole(self, name: str) -> Store:
@@ -321,7 +321,7 @@ class Bank:
         return Store(lambda: torch.zeros(shape, dtype=dtype), shape, dtype, whole=True)
 
     def empty_slot(self, name: str, dtype: torch.dtype, slot: Slot) -> Store:
-        """Storage for an optimizer slot that nothing has trained yet; for a copy, what is stored of the weights."""
+        """Storage for an optimizer slot before its first step; for a copy of the weights, the stored weights."""
         if slot.kind == "copy":
             return self.full[name].copy(dtype)
         unborn = blank(slot, self.space.shapes[name], dtype)
@@ -340,7 +340,7 @@ class Bank:
         return [] if layout is None else layout.of(tensor, len(self.space.shapes[name]))
 
     def _materialise(self, births: Births, device: torch.device | str, exchange: Exchange) -> None:
-        """Give the model's own tensors a device: nothing yet of those that are cut, the initial value of the others."""
+        """Move the model's tensors off the meta device: empty where they are cut, else with their initial values."""
 
         def born(name: str) -> Tensor:
             full = births.full(name)
@@ -349,7 +349,7 @@ class Bank:
         materialise_(self.model, self.tensors, born, exchange)
 
     def skipped(self, keep: Tensor) -> dict[str, PassThrough]:
-        """Modules of the layers that `keep` leaves out, and what they compute instead."""
+        """Modules of the blocks that `keep` leaves out, and what they compute instead."""
         return {path: b.skip for b in self.space.blocks if not bool(keep[b.unit]) for path in b.modules}
 
     def record_of(self, keep: Tensor) -> Record:
@@ -397,7 +397,7 @@ def _all_names(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _adaptable_and_cut(model: nn.Module, space: Space) -> tuple[str, ...]:
-    """Modules that need their adapter: something can go in them or below them."""
+    """Modules that need their adapter: some units in them or below them can be removed."""
     cut = [name for name, axes in space.cut_axes.items() if axes]
     return tuple(path for path in adaptable(model) if any(name.startswith(f"{path}." if path else "") for name in cut))
 
@@ -409,7 +409,7 @@ def _same(a: Index | None, b: Index | None) -> bool:
 
 
 def _places(space: Space, name: str, index: Index | None, units: Tensor) -> dict[int, Tensor]:
-    """By cut axis of a tensor, which places of the part at `index` hold one of `units`; not those of none."""
+    """By cut axis of a tensor, the positions of the part at `index` that belong to `units`; only axes with some."""
     found = {}
     for axis in space.cut_axes[name] if index is not None and bool(units.any()) else ():
         vector = space.unit_of[name, axis]

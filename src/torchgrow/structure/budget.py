@@ -1,4 +1,4 @@
-"""The exact structure that uses a budget, and ways to meet a cost on the way to it."""
+"""Structures exactly at a budget, and structures that meet a planned cost."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def largest_shift(
 
     Returns:
         The shift and its keep vector. Bisection to 1e-6; exact in cost, since the realised cost is what is bisected.
-        Where everything fits, the smallest shift that lets everything in, and 0 if any does: indicators that rose on
-        and on could not follow a plan that falls later.
+        Where everything fits, the smallest shift that lets everything in, or 0 if that does too: indicators must not
+        rise further, since the plan may fall later.
     """
     low, high = -span, span
     best, most = keep_at(low), keep_at(high)

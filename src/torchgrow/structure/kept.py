@@ -1,4 +1,4 @@
-"""From a record back to units: which of a frame's units a network has that was cut before."""
+"""From a record to units: which units of a frame a network has that was cut before."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def keep_of(bank: Bank, record: Record, left_out: Collection[str], what: str, *,
         bank: of the frame.
         record: of the network.
         left_out: its modules that are left out.
-        what: has it, for errors.
+        what: where the record comes from, for errors.
         earlier: whether layers may be left out for long, so that what is noted of their insides is of other widths.
 
     Raises:

@@ -4,8 +4,8 @@ Legend: a *unit* is what an indicator switches (a channel, a neuron, a head). Fo
 and buffer `Space.unit_of[(name, axis)]` holds one unit id per position, -1 for a position no unit owns. All
 later work is data on these vectors: surgery is `index_select(axis, alive[unit_of])`, cost is a product of counts.
 
-A layer that may be left out (`Block`) is a unit too. It carries no positions: without it, all tensors below it are
-empty, and whatever indicators say of the units inside, none of them is there.
+A block that may be left out (`Block`) is a unit too. It has no positions of its own: if it is left out, all tensors
+below it are empty and no unit inside it is present.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ WHOLE = -1
 
 @dataclass(frozen=True)
 class PassThrough:
-    """What a layer computes that is left out: it hands its input on (x_out = x_in, paper Eq 2).
+    """What a block that is left out computes: it returns its input (x_out = x_in, paper Eq 2).
 
     Attributes:
         keyword: name of the input, where it is passed by keyword.
@@ -119,7 +119,7 @@ class PassThrough:
         return self if self.outputs else self.hand_on
 
     def hand_on(self, *args: Any, **kwargs: Any) -> Any:
-        """Their input."""
+        """The input, unchanged."""
         return self(*args, **kwargs)
 
 
@@ -133,12 +133,12 @@ PassThrough.hand_on.__wrapped__ = _scripted  # type: ignore[attr-defined]
 
 @dataclass(frozen=True)
 class Block:
-    """A layer that may be left out.
+    """One or several modules that may be left out together.
 
     Attributes:
         unit: id of its unit.
         modules: qualified names of its modules, which run one after the other.
-        stage: where it stands among its like: the name of the container, for modules named by the user "".
+        stage: name of the container in which it follows blocks of its class; "" for modules named by the user.
         skip: what its modules compute when it is left out.
         residual: whether a gate of 0 leaves it out (x + m f(x)); else the gate scales its output (m f(x)).
     """
@@ -156,7 +156,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Carried:
-    """A tensor that the model puts out and is given again at its next call, such as the hidden state of an LSTM.
+    """A tensor that the model returns and takes again at its next call, such as the hidden state of an LSTM.
 
     Attributes:
         input: which of the tensors among the example inputs it is.
@@ -189,11 +189,11 @@ class Space:
         carried: tensors that go from one call of the model to the next, and are cut as it is.
         parts: where the forward cuts an axis at places that attributes may hold.
         proven: whether the units were tried on the model itself; never on the meta device, where nothing can run.
-        blocks: layers that may be left out.
+        blocks: modules that may be left out; each is a unit.
         cut_axes: for every tensor that surgery changes, the axes that carry units.
-        block_of: the layer unit of every tensor that lies below a block.
-        owner: int64 [n], the layer unit of a unit that lives inside a block only, -1 for others.
-        least: int64 [G], fewest units that a group keeps: those that cannot go and at least one, of a layer none.
+        block_of: the unit of the block that a tensor lies in, by name of the tensor.
+        owner: int64 [n], the unit of the block that a unit lives in exclusively, -1 for others.
+        least: int64 [G], fewest units that a group keeps: those that cannot go and at least one; 0 for blocks.
     """
 
     unit_of: Mapping[Place, Tensor]
@@ -219,7 +219,7 @@ class Space:
     slot_of = renamed_attribute("slot_of", "block_of")
 
     def __post_init__(self) -> None:
-        """Index what later loops ask for again and again."""
+        """Precompute what is looked up often."""
         block_of = {name: block.unit for block in self.blocks for name in self.shapes if block.holds(name)}
         axes: dict[str, list[int]] = {name: [] for name in block_of}
         owner = torch.full((self.n_units,), -2, dtype=torch.int64)  # -2: no place seen yet
@@ -245,7 +245,7 @@ class Space:
             object.__setattr__(self, name, value)
 
     def _ordered(self, frozen: tuple[Frozen, ...]) -> tuple[Frozen, ...]:
-        """What matters first: by the parameters of the tensors that are kept, then by their positions."""
+        """Largest first: by the parameters of the tensors that stay whole, then by positions."""
         parameters = set(self.parameters)
 
         def cost(one: Frozen) -> tuple[int, int]:
@@ -270,11 +270,11 @@ class Space:
         return torch.ones(self.n_units, dtype=torch.bool)
 
     def present(self, keep: Tensor) -> Tensor:
-        """Bool [n], the units that are there: those of `keep` but for the ones inside layers left out."""
+        """Bool [n], the units in `keep` that are not inside a block that is left out."""
         return keep & (keep[self.owner] | (self.owner < 0)) if self.blocks else keep
 
     def absent(self, name: str, keep: Tensor) -> bool:
-        """Whether a tensor lies below a layer that is left out."""
+        """Whether a tensor lies in a block that is left out."""
         unit = self.block_of.get(name)
         return unit is not None and not bool(keep[unit])
 

@@ -1,8 +1,8 @@
-"""Depth: layers that may be left out (paper Eq 2), found in the stages of a model or named by the user.
+"""Depth: blocks that may be left out (paper Eq 2), found in the stages of a model or named by the user.
 
-A *block* is a module that returns a tensor like the one it is given: without it x_out = x_in. Its gate sits on those
-parameters that make the layer hand its input on (x + m f(x)) or give nothing (m f(x)) when they are zero; which they
-are is found by trying, on the randomised copy that the proof works with.
+A *block* is a module that returns a tensor like the one it is given: without it x_out = x_in. Its gate sits on
+parameters that make the block return its input (x + m f(x)) or zero (m f(x)) when they are zero. They are found by
+trial on the randomised copy of the proof.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _Call:
 
 
 def find(model: nn.Module, example_inputs: Any, wanted: bool | Sequence[Named]) -> tuple[Block, ...]:
-    """The layers of a model that may be left out; unit ids are those of a space without other units.
+    """The blocks of a model that may be left out; unit ids are those of a space without other units.
 
     Args:
         model: the frame.
@@ -127,10 +127,10 @@ def _fault(model: nn.Module, seen: dict[str, list[_Call]], path: str) -> str:
 def _in_containers(model: nn.Module, seen: dict[str, list[_Call]]) -> list[Block]:
     """Blocks of one class, linked in a container; where they nest, the innermost.
 
-    A mere sequence of layers (conv, norm, activation) inside a block is no block of its own.
+    A plain sequence of layers (conv, norm, activation) inside a block is not a block.
     """
     found: list[Block] = []
-    every: list[Block] = []  # those too that must stay
+    every: list[Block] = []  # also those that must stay
     for stage, container in model.named_modules():
         if not isinstance(container, CONTAINERS):
             continue
@@ -205,7 +205,7 @@ def with_layers(space: Space, blocks: Sequence[Block]) -> Space:
 def _left_out(
     frame: nn.Module, blocks: Sequence[Block], judge: Callable[[Block, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    """While the frame runs, every block hands its input on, after `judge` has seen what it would have computed."""
+    """While the frame runs, every block returns its input, after `judge` has seen its real output."""
     entering: dict[int, Any] = {}
 
     def enter(block: Block) -> Callable[..., None]:
@@ -257,9 +257,9 @@ def _running_order(frame: nn.Module, run: Callable[[], Any]) -> dict[str, int]:
 def gated(space: Space, frame: nn.Module, run: Callable[[], Any], tolerance: float) -> Space:
     """Find where the gate of each layer sits: as few of its parameters as will do, the last ones if there is a choice.
 
-    With all parameters of a layer at zero it must hand its input on (a residual layer) or give zero (a plain one).
-    Then one parameter after the other gets its value back for good, unless the layer would no longer do so. All
-    layers are tried side by side, each on what it is given when all others are left out too.
+    With all its parameters at zero a layer must return its input (a residual layer) or zero (a plain one). Then one
+    parameter after the other gets its value back, unless that changes this. All layers are tried at the same time,
+    each on its input when all others are left out too.
 
     Args:
         space: the space with its blocks.

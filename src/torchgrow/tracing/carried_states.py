@@ -1,4 +1,4 @@
-"""States that a model carries on: what comes out has the units of what goes into the next call."""
+"""Carried states: a state that the model returns has the units of the argument it becomes in the next call."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class CarriedStates:
         return entering, {i: self.new_state(found[i]) for indices in entering.values() for i in indices}
 
     def new_state(self, state: Tensor) -> dict[int, Tensor]:
-        """Fresh symbols for every axis of a carried input, of which nothing is known but that it comes back."""
+        """Fresh symbols for every axis of a carried input."""
         return {axis: self.context.classes.new(size) for axis, size in enumerate(state.shape) if size > 1}
 
     def label_state(self, state: Tensor, symbols: Mapping[int, Tensor]) -> None:

@@ -32,7 +32,7 @@ class TraceContext:
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self.classes = UnionFind()
         self.found = Findings(model, self.classes, tuple(name for name, _ in model.named_parameters()), tensors)
-        self.notes: dict[int, Note] = {}  # by id, which a tensor takes with it when it goes
+        self.notes: dict[int, Note] = {}  # by id; removed when the tensor dies
         self.split_labelled: list[Labelled] = []
         self.ends = 0, 0, 0  # of the symbols of parameters, of buffers, of carried states; followers come after
         self.modules, self.failed = dict(model.named_modules()), failed or {}
@@ -43,7 +43,7 @@ class TraceContext:
         self.original: dict[int, str] = {}  # memory of the model of which this one is a copy
         self.first = True  # no run has ended yet
         self.own: dict[str, tuple[Labelled, ...]] = {}  # the labels that every parameter and buffer begins with
-        self.visible: dict[str, list[Note]] = {}  # what the forward of every module has at hand
+        self.visible: dict[str, list[Note]] = {}  # tensors that the forward of every module can see
         self._label(tensors)
 
     def note(self, tensor: Tensor) -> Note:
@@ -83,7 +83,7 @@ class TraceContext:
         self.tie(first, second)
 
     def tie(self, a: Tensor, b: Tensor) -> None:
-        """Tie two tensors of symbols entry by entry; what meets FIXED is frozen, on the record."""
+        """Tie two tensors of symbols entry by entry; what meets FIXED is frozen and recorded."""
         self._record(self.classes.unify(a, b), "meets values that cannot be removed")
 
     def freeze(self, labels: Labelled, reason: str) -> None:
@@ -95,7 +95,7 @@ class TraceContext:
         self.note(out).deferred += ((labels, self.reason(reason)),)
 
     def used(self, notes: Iterable[Note | None]) -> None:
-        """Make the freezes that waited for a use of these tensors."""
+        """Apply the freezes that waited for a use of these tensors."""
         for note in notes:
             if note is not None and note.deferred:
                 deferred, note.deferred = note.deferred, ()
@@ -114,7 +114,7 @@ class TraceContext:
         self._record(self.classes.freeze(symbols), reason)
 
     def _record(self, roots: Tensor, reason: str | Frozen) -> None:
-        """Put on the record what was frozen, if anything was."""
+        """Record what was frozen, if anything was."""
         if roots.numel() and reason:
             frozen = self.reason(reason) if isinstance(reason, str) else reason
             self.found.freezings.append(Freezing(frozen, roots))
@@ -148,14 +148,14 @@ class TraceContext:
             self.found.counted[note.name.rpartition(".")[0], attribute] = symbols
 
     def owned(self, labels: Labelled) -> bool:
-        """Whether any of its symbols is of a parameter or a carried state."""
+        """Whether any of their symbols belongs to a parameter or a carried state."""
         roots = self.classes.find(labels.symbols)  # the smallest of their classes; parameters come before buffers
         of_parameters, of_tensors, given = self.ends
         owned = (roots > FIXED) & (roots < of_parameters) | (roots >= of_tensors) & (roots < given)
         return bool(owned.any())
 
     def follows(self, labels: Labelled) -> bool:
-        """Whether it has met nothing but followers yet."""
+        """Whether they have met only followers so far."""
         return bool((self.classes.find(labels.symbols) >= self.ends[2]).all())
 
     def follower(self, size: int) -> Labelled:
@@ -163,7 +163,7 @@ class TraceContext:
         return Labelled(self.classes.new(size) << 1, frozenset(), compact=True)
 
     def constant_along(self, tensor: Tensor, axis: int) -> bool:
-        """Constant by construction (stride 0), or by value where no input has a say."""
+        """Constant by construction (stride 0), or by value where it does not depend on inputs."""
         if tensor.layout != torch.strided:
             return False
         if tensor.stride(axis) == 0 or (self.fresh is not None and self.fresh.shown_by(tensor)):
@@ -245,12 +245,12 @@ class TraceContext:
         self.label_anew()
 
     def label_anew(self) -> None:
-        """Give every parameter and buffer the labels of its own."""
+        """Give every parameter and buffer its own labels again."""
         for name, labelled in self.own.items():
             self.note(self.found.tensors[name]).labelled = labelled
 
     def show(self, path: str, notes: Iterable[Note]) -> None:
-        """Note what the forward of a module has at hand."""
+        """Note tensors that the forward of a module can see."""
         self.visible.setdefault(path, []).extend(note for note in notes if note.labelled and not note.name)
 
 

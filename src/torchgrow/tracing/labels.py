@@ -38,7 +38,7 @@ class Lazy(Generic[T]):
         self.compute, self.name, self.__doc__ = compute, compute.__name__, compute.__doc__
 
     def __get__(self, instance: Any, owner: type) -> T:
-        """Compute, and leave the value where Python looks first."""
+        """Compute, and store the value in the instance, where Python looks first."""
         value = instance.__dict__[self.name] = self.compute(instance)
         return value
 
@@ -99,7 +99,7 @@ class Labelled:
 def standing(shape: Sequence[int]) -> tuple[int, ...]:
     """A shape to replay movements of an empty tensor in: labels do not vary along its empty axes, but still others do.
 
-    Experts that no token goes to, and boxes that no image has, have channels all the same.
+    An expert without tokens, or a box in no image, still has channels.
     """
     return tuple(size or 2 for size in shape)
 

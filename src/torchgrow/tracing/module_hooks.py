@@ -1,4 +1,4 @@
-"""Hooks on the modules of a model that is traced: which of them is under way, and what it has at hand."""
+"""Hooks on the modules of a traced model: which module is running, and which tensors it can see."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class ModuleHooks:
         blocks: layers that may hand their input on.
 
     Attributes:
-        stack: paths of the modules under way.
-        whole: the module under way that has a rule of its own.
+        stack: paths of the running modules.
+        whole: the running module that has a rule of its own.
     """
 
     def __init__(self, model: nn.Module, context: TraceContext, pending: Pending, blocks: Sequence[Block] = ()) -> None:
@@ -42,14 +42,14 @@ class ModuleHooks:
         self.clear()
 
     def clear(self) -> None:
-        """No module is under way."""
+        """Forget all running modules."""
         self.stack: list[str] = []
         self.whole: nn.Module | None = None
-        self.entering: dict[int, Tensor] = {}  # inputs of the layers under way that may be left out
+        self.entering: dict[int, Tensor] = {}  # inputs of the running blocks
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """The tracer's hooks on the model, for a while."""
+        """A context with the tracer's hooks on the model."""
         pre = nn.modules.module.register_module_forward_pre_hook(self._enter)
         post = nn.modules.module.register_module_forward_hook(self._leave, always_call=True)
         handles: list[Any] = [pre, post]
@@ -78,7 +78,7 @@ class ModuleHooks:
             self._at_hand(self.stack[-1] if self.stack else "", output)
 
     def _at_hand(self, path: str, value: Any) -> None:
-        """What is handed to a module, or back to one; it may be without labels yet."""
+        """Note tensors passed to or returned by a module; they may have no labels yet."""
         found = [value] if isinstance(value, Tensor) else tensors(value)
         self.context.visible.setdefault(path, []).extend(self.context.note(x) for x in found)
 
@@ -87,7 +87,7 @@ class ModuleHooks:
         self.entering[block.unit] = x[0] if block.skip.outputs else x
 
     def _leave_block(self, block: Block, module: nn.Module, args: Any, output: Any) -> None:
-        """Whatever follows a layer that may be left out reads its output or its input: their labels are one."""
+        """Tie the output of a block to its input, since readers get the one or the other."""
         self.pending.catch_up()
         self.context.module = self.module_names.get(id(module), type(module).__name__)
         self.context.op, self.context.line = "left out", user_line()
@@ -95,7 +95,7 @@ class ModuleHooks:
         self.pending.obey(partial(either, self.context, *ends), ends, ends)
 
     def _enter_whole(self, module: nn.Module, inputs: Any) -> None:
-        """Look away until `_leave_whole`: the module has a rule of its own."""
+        """Stop tracing until `_leave_whole`: the module has a rule of its own."""
         if self.whole is None:
             self.whole = module
 

@@ -1,4 +1,4 @@
-"""Operations that have run and whose labels wait: they are passed on many at once."""
+"""The queue of operations that have run, whose labels are passed on later, many at a time."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ class Pending:
     def __init__(self, context: TraceContext) -> None:
         self.context = context
         self.steps: list[Step] = []
-        self.bytes = 0  # that their results hold
+        self.bytes = 0  # of their results
 
     def add(self, step: Step, results: Iterable[Tensor]) -> None:
-        """Put a step off, unless too much memory hangs on those that wait."""
+        """Queue a step; if the queue holds too much memory, process it."""
         self.steps.append(step)
         self.bytes += sum(x.nbytes for x in results if x.layout == torch.strided)
         if self.bytes > PENDING_BYTES:
             self.catch_up()
 
     def clear(self) -> None:
-        """Forget what waits: its run has failed."""
+        """Drop the queue after a run that failed."""
         self.steps, self.bytes = [], 0
 
     def catch_up(self) -> None:
         """Pass the labels through all pending steps.
 
-        Many at once and not each after its operation: a convolution leaves nothing of the tracer in the caches of
-        the processor, and the tracer then takes several times as long.
+        Many at a time, not each after its operation: a convolution evicts the tracer from the processor's caches, which
+        makes it several times as slow.
         """
         steps, self.steps, self.bytes = self.steps, [], 0
         for step in steps:
@@ -80,10 +80,10 @@ class Pending:
         )
 
     def obey(self, rule: Callable[[], None], given: Iterable[Tensor | Note], results: Iterable[Tensor]) -> None:
-        """Apply a rule; one that raises keeps what enters, as an operation without a rule does.
+        """Apply a rule; if it raises, freeze what enters, as for an operation without a rule.
 
         Raises:
-            RecursionError: the forward has left no stack for the rule, which is not the rule's fault.
+            RecursionError: the forward has used up the stack.
         """
         notes = [x if isinstance(x, Note) else self.context.note(x) for x in given]
         entering = [labels for note in notes for labels in note.labelled or ()]
@@ -129,7 +129,7 @@ class Pending:
         )
 
     def harmless(self, operation: Operation, target: Any) -> bool:
-        """Whether no pending step would see a difference if this in-place operation ran before it.
+        """Whether all pending steps would give the same if this in-place operation ran before them.
 
         Rules read values of nothing that depends on the inputs.
         """

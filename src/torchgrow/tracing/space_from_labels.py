@@ -1,4 +1,4 @@
-"""Reading the space off a finished replay: units, groups, where gates sit, what counts an axis, what stays and why."""
+"""From the labels of a finished replay to the space: units, groups, places of gates, attributes, frozen positions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..structure.space import Attribute, Carried, FlopTerm, Frozen, Parts, Place
 from .labels import FIXED, Array, Labelled, UnionFind
 
 UNREAD = "is computed, but nothing reads it in any run; add an example that does: example_inputs=[..., ...]"
-"""Reason of what stays because no run told who reads it."""
+"""Reason for freezing units that nothing reads."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Freezing:
 
 @dataclass
 class Findings:
-    """What a replay has noted about a frame.
+    """The findings of a replay.
 
     Attributes:
         model: the frame.
@@ -112,7 +112,7 @@ class Findings:
         return self._without_unread(space, units)
 
     def _without_unread(self, space: Space, units: Callable[[Tensor], Tensor]) -> Space:
-        """Units that are computed and that nothing reads: nothing can be proven of what would."""
+        """Freeze units that nothing reads: nothing can be proven about their readers."""
         unread = space.everything()
         for symbols in [read.produced.symbols for read in self.reads]:
             found = units(symbols).flatten()
@@ -133,8 +133,8 @@ class Findings:
     ) -> dict[Place, Tensor]:
         """Where each unit's gate sits.
 
-        On the last affine map that produces the unit, if every reader sees zero when that is zero; else on
-        the columns of everything that reads it.
+        On the last affine map that produces the unit, if all readers see zero when it is zero; else on the columns of
+        all readers.
         """
         parameters = set(self.parameters)
         by_producer = np.ones(n, dtype=np.bool_)
@@ -190,7 +190,7 @@ class Findings:
         return tuple(Attribute(module, name, vector) for (module, name), vector in found.items() if has_units(vector))
 
     def _frozen(self) -> tuple[Frozen, ...]:
-        """Freezings with the places of their symbols; those of nothing but axes of carried tensors go unsaid.
+        """Freezings with the places of their symbols; those of carried tensors alone are left out.
 
         So do those of kernels, of which nothing could ever go. What one operation keeps for one reason, in several
         runs perhaps, is said once.

@@ -1,4 +1,4 @@
-"""Label replay: run the frame, carry labels beside every tensor, read off the space.
+"""Label replay: run the frame, carry labels beside every tensor, derive the space.
 
 A copy of the model runs as it is, on real tensors, under a `TorchDispatchMode`: data-dependent Python, helper functions
 and raw parameters need no special care. What cannot be understood is frozen with its operation, module and line.
@@ -49,7 +49,7 @@ UNSEEN = (
 
 
 class Unsettled(BaseException):
-    """The forward writes into parameters: at its first call, or at every one; not an `Exception`, as below."""
+    """The forward writes into parameters, at its first call or at every one. Not an `Exception`, as `ValuesRead`."""
 
 
 class Tracer:
@@ -73,7 +73,7 @@ class Tracer:
         self.pristine = model  # what a copy is made of where one is needed
         self.settled: bool | None = None  # False: a forward that writes into parameters is to be reported
         self.finished: list[Array] = []  # what each run has found of the symbols: their roots
-        self.made: list[Any] = []  # examples, held on to
+        self.made: list[Any] = []  # keeps the examples alive
 
     def run(self, example_inputs: Any, carries: Carries | None = None, *, counting: bool = False) -> None:
         """Run the frame on every example in both modes; afterwards freeze what the runs left open.
@@ -138,7 +138,7 @@ class Tracer:
         return own
 
     def _run_pass(self, example: Any, one: Pass, entering: Entering, states: States) -> bool:
-        """One run; returns whether chance may have decided which way it went."""
+        """One run; returns whether random numbers may have decided its control flow."""
         for still_norms in (False, True):
             own = self._own(example)
             given = tensors(own)
@@ -179,7 +179,7 @@ class Tracer:
         return chance.decides
 
     def _failure(self, example: Any, one: Pass, failed: Mapping[Pass, Exception]) -> TraceError:
-        """What to say of a run that failed: whether the model cannot be run, or only the tracer cannot follow."""
+        """The error for a failed run: either the model cannot be run, or only the tracer cannot follow it."""
         error = failed[one]
         model, fault = twin(self.pristine), None
         try:
@@ -206,7 +206,7 @@ class Tracer:
         )
 
     def _warn_of_untrained(self, failed: Mapping[Pass, Exception], examples: int) -> None:
-        """Say so if the forward ran on no example in training mode."""
+        """Warn if the forward ran on no example in training mode."""
         errors = [error for one, error in failed.items() if one.training and one.draw == HIGH]
         if len(errors) == examples:
             warnings.warn(
@@ -217,10 +217,10 @@ class Tracer:
             )
 
     def _join(self) -> None:
-        """Put together what the runs have found: equal is what one of them ties, and fixed what one of them keeps.
+        """Join the findings of all runs: symbols are equal if one run ties them, and FIXED if one run freezes them.
 
-        Every run has labels to itself, as rules take what is FIXED for what cannot be seen through: one that met
-        what another run has kept would keep more than either of them has to.
+        Every run has its own labels, since rules treat FIXED as opaque: a run that met what another one has frozen
+        would freeze more than either of them has to.
         """
         self.context.classes.join(self.finished)
         for freezing in self.context.found.freezings:  # known by the places of its class too, as another run sees it
@@ -230,7 +230,7 @@ class Tracer:
         self.context.label_anew()
 
     def _freeze_unused(self) -> None:
-        """Freeze tensors that no run used, and what parameters among them could read in a run that was not made.
+        """Freeze tensors that no run used, and everything that parameters among them might read in another run.
 
         The forward of a module can give a parameter what it was given, what its submodules return, and what it computes
         itself, but not what is computed inside of them. Lengths do not tell what meets: by slices and concatenations
@@ -271,14 +271,14 @@ class Tracer:
 
 
 def _on_a_copy(model: nn.Module, blocks: Sequence[Block], failed: Failed | None, *, values: bool) -> Tracer:
-    """A tracer of a copy, so that nothing the forward writes reaches the model."""
+    """A tracer of a copy of the model, which the forward may write to."""
     tracer = Tracer(twin(model), blocks, values=values, failed=failed)
     tracer.pristine, tracer.context.original = model, storages(model)
     return tracer
 
 
 def settle(model: nn.Module, example_inputs: Any) -> None:
-    """Run a copy as the user's loop would, for what a forward does at its first call only."""
+    """Run a copy once as the user's loop would, since some forwards do more at their first call."""
     for one in passes(len(examples := examples_of(example_inputs))):
         with suppress(Exception), running(model, one), Steady():
             call(model, fresh(examples[one.example]))

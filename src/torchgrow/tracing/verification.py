@@ -71,7 +71,7 @@ class Report:
 
 
 def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) -> Space:
-    """Try the space on a randomised copy; freeze, with the reason, every group that does not come out exact.
+    """Try the space on a randomised copy; freeze every group that is not exact, with the reason.
 
     Where a size kept in an attribute may be the reason, the attribute is made to follow, if that proves exact.
     """
@@ -122,7 +122,7 @@ def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) ->
 def _draws(space: Space) -> list[tuple[float | str, bool]]:
     """What to draw: every share, and where layers may go every share with all of them as well.
 
-    Of few layers the same one may go in all draws, and what is inside it is tried in none.
+    With few layers, one might be left out in all draws, and the units inside it be tried in none.
     """
     return [(fraction, whole) for whole in ((False, True) if space.blocks else (False,)) for fraction in FRACTIONS]
 
@@ -158,7 +158,7 @@ def _failing(prover: Prover, groups: list[int], draw: Tensor) -> dict[int, str]:
         return {groups[0]: reason}
     half = len(groups) // 2
     found = {**_failing(prover, groups[:half], draw), **_failing(prover, groups[half:], draw)}
-    return found or dict.fromkeys(groups, reason)  # exact apart, wrong together: none of them is proven
+    return found or dict.fromkeys(groups, reason)  # exact alone, wrong together: none of them is proven
 
 
 @renamed_arguments(freeze="protect")
@@ -215,16 +215,16 @@ def trace(
         proven = prove(model, space, example_inputs)
         costs = CostModel(proven)
         least = int(costs.both(costs.smallest())[0])
-        if best is None or least <= best[0]:  # if as much can go, the one that names the place
+        if best is None or least <= best[0]:  # at equal cost, the later one, whose reasons name the place
             best = least, proven
         broken = _broken_parts(space, proven)
         if not broken:
             return best[1]
-        failed.update({place: failed.get(place, 0) + 1 for place in broken})  # at 2 the place is taken for fixed
+        failed.update({place: failed.get(place, 0) + 1 for place in broken})  # at 2 the cut counts as fixed
 
 
 def _broken_parts(space: Space, proven: Space) -> set[tuple[str, str]]:
-    """Where the forward cuts an axis by attributes, as it seemed, and the proof kept a piece whole."""
+    """Places where the forward seemed to cut an axis by attributes, but the proof kept a piece whole."""
     alone = torch.bincount(space.group_of, minlength=space.n_groups)[space.group_of] == 1
     kept = space.removable & ~proven.removable & ~alone
     return {
@@ -260,7 +260,7 @@ def verify(
         couple: as for `trace`.
         depth: as for `trace`.
         carried: as for `trace`.
-        space: what `trace` found for this model and these inputs, if it was called; the four before then have no say.
+        space: what `trace` found for this model and these inputs, if it was called; the four before are then ignored.
 
     Raises:
         TraceError: as for `trace`.

@@ -213,7 +213,7 @@ def product(
 ) -> None:
     """A [..., n, k] times b [..., k, m], plus a bias [m] or of the shape of the output."""
     rank = out.dim()
-    if a.dim() < 2 or b.dim() < 2 or max(a.dim(), b.dim()) != rank:  # vectors: rare, not worth a case
+    if a.dim() < 2 or b.dim() < 2 or max(a.dim(), b.dim()) != rank:  # vectors are rare: not handled
         for labels in [*of_a, *of_b, *ctx.labelled(bias)]:
             ctx.freeze(labels, "is a product with a vector, which has no rule")
         ctx.set_labelled(out, [])
@@ -226,7 +226,7 @@ def product(
         ctx, [x for x in of_b if x.axes != (rank - 2,)], [rank - 2], several)  # fmt: skip
     summed_a, summed_b = on_axis(of_a, rank - 1), on_axis(of_b, rank - 2)
     if summed_a is None and not ctx.depends_on_input(a) and ctx.constant_along(a, a.dim() - 1):
-        pass  # the zeros that a recurrent cell starts from: they are as many as the columns that read them
+        pass  # zeros as the initial state of a recurrent cell: as many as the columns that read them
     else:
         contract(ctx, *sorted_by_input(ctx, (a, summed_a), (b, summed_b)))
     left = [x for x in of_a if rank - 1 not in x.axes]

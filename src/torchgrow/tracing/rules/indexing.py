@@ -195,15 +195,15 @@ def copy(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
 
 
 def write_through(ctx: Context, view: Tensor) -> None:
-    """What an operation has written to a view is written to its base.
+    """Pass on to its base what an operation has written to a view.
 
-    Labels go over along axes that both have. Where the base had none there, the rest of it must be the same all along.
+    Labels pass along axes that both have. If the base had none there, the rest of it must be constant along the axis.
     """
     base = view._base
     assert base is not None
     under = ctx.labelled(base)
     written = {axis for labels in ctx.labelled(view) if (axis := _axis_of_base(view, base, labels)) is not None}
-    for i, old in enumerate(under):  # other values stand beside them now, zero or not
+    for i, old in enumerate(under):  # other values may lie beside them now
         if written.isdisjoint(old.axes):
             under[i] = old.with_zeros(False, frozenset())
     kept = [labels for labels in ctx.labelled(view) if _carried_over(ctx, view, base, under, labels)]

@@ -99,4 +99,4 @@ def _worth_keeping(
 
 
 PROBES = (0.7391, -1.913)
-"""Arbitrary non-zero values standing for "anything" when asking what an operation makes of zeros."""
+"""Arbitrary non-zero values for "any value", to test what an operation does with zeros."""

@@ -1,4 +1,4 @@
-"""Rules for what moves entries and computes none: shapes, orders, windows, concatenation."""
+"""Rules for operations that only move entries: shapes, orders, windows, concatenation."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def _reshaped(source: Sequence[int], out: Sequence[int]) -> tuple[tuple[int, ...
 def _apart(ctx: Context, labelled: Sequence[Labelled], joined: Callable[[Labelled], Labelled | None]) -> list[Labelled]:
     """Labels after a view that joins axes; of two that now vary along one axis the second is frozen.
 
-    A position there would go with either of two units. What parameters own stays before what follows, and then what
-    varied along the outer axis: heads, not what is the same in each of them. Of followers the inner one stays: the
-    outer one is the batch.
+    A position there would belong to two units. Labels of parameters take precedence over followers, then the outer
+    axis over the inner one: heads, rather than what is the same in each of them. Of followers the inner one stays:
+    the outer one is the batch.
     """
     kept: list[Labelled] = []
     if len(labelled) > 1:
@@ -70,7 +70,7 @@ def _apart(ctx: Context, labelled: Sequence[Labelled], joined: Callable[[Labelle
 
 @rule("expand", "broadcast_to", "expand_as")
 def expand(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """One position shown many times: as many as the labels ask for that it meets."""
+    """One position repeated: as often as the labels need that it meets."""
     source, lead = named["self"], out.dim() - named["self"].dim()
     labelled: list[Labelled | None] = list(aligned(ctx.labelled(source), out.dim()))
     if labelled or ctx.depends_on_input(source):
@@ -175,9 +175,9 @@ def roll(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     "replication_pad2d", "replication_pad3d",
 )  # fmt: skip
 def pad(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """Padding an axis by a number fixed in the forward fixes what is beside it in place; cropping fixes the axis.
+    """Padding by a fixed number freezes the padding, cropping by a fixed number freezes the axis.
 
-    Labels that do not vary along a padded axis stay as they are: a channel that is gone has no padding either.
+    Labels that do not vary along a padded axis stay: a removed channel has no padding either.
     """
     source, amounts = named["self"], list(named["pad"] if "pad" in named else named["padding"])
     constant = func._overloadpacket.__name__ == "constant_pad_nd" or named.get("mode") == "constant"

@@ -1,8 +1,8 @@
-"""Rules for what takes parts of an axis: slices, splits and halves.
+"""Rules for parts of an axis: slices, splits and halves.
 
-Equal parts tie index by index: however their size came about, they stay equal. Unequal parts can be cut each on its
-own if their sizes are attributes of the modules under way, or sums and multiples of such; whether they really are
-is for the proof to say, which makes the attributes follow. Any other cut is at a place fixed in the forward.
+Equal parts are tied index by index: however their size is computed, they stay equal. Unequal parts can be cut
+independently if their sizes are attributes of the modules under way, or sums and multiples of such; the proof
+decides whether they are, and makes the attributes follow. Any other cut is at a place fixed in the forward.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FIXED_PLACE = "takes a part of this axis at a place fixed in the forward"
 
 @rule("slice", "narrow")
 def slice_(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """A full slice moves; of another the part is cut off from what is before and behind it."""
+    """A full slice is a movement; any other cuts the axis before and behind the slice."""
     source = named["self"]
     dim = named["dim"] % source.dim()
     size, length = source.shape[dim], out.shape[dim]

@@ -1,4 +1,4 @@
-"""Rules for operations entry by entry, and for those without a rule."""
+"""Rules for pointwise operations, and for operations without a rule."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .registry import RANDOM, RULES, Context, rule
 
 @dataclass(frozen=True)
 class StandIn:
-    """A tensor among the arguments of an operation whose values are not looked at.
+    """An argument tensor whose values are not used.
 
     Attributes:
         index: which of the labelled operands it is; None for another tensor computed from the inputs.
@@ -60,7 +60,7 @@ def probed(func: Any, call: tuple[tuple[str, Any], ...], carriers: int) -> tuple
     """`zero_if`, by running the operation on zeros."""
 
     def result_is_zero(zeroed: set[int]) -> bool:
-        """Whether zeros for these operands, and anything for the others, give zero."""
+        """Whether zeros for these operands and any values for the others give zero."""
         for probe in PROBES:
 
             def stand_in(value: Any, probe: float = probe) -> Any:
@@ -86,7 +86,7 @@ def probed(func: Any, call: tuple[tuple[str, Any], ...], carriers: int) -> tuple
 
 
 probed_once = lru_cache(maxsize=1024)(probed)
-"""`probed` for calls in which no values count: a network has few kinds of them."""
+"""`probed`, cached, for calls that do not depend on values: a network has few kinds of them."""
 
 
 def pointwise(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
@@ -175,7 +175,7 @@ def same(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
 
 @rule(*RANDOM)
 def noise(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
-    """Random values for as many positions: those of a unit go with it, though others are then drawn for the rest."""
+    """Random values of the same shape: a unit's values go with it, though the rest is then drawn differently."""
     ctx.set_labelled(out, [labels.with_zeros(False, frozenset()) for labels in ctx.labelled(named["self"])])
 
 

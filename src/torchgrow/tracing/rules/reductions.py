@@ -1,4 +1,4 @@
-"""Rules for what takes statistics over an axis: normalisation, softmax, reductions, pooling and resampling."""
+"""Rules for statistics over an axis: normalisation, softmax, reductions, pooling and resampling."""
 
 from __future__ import annotations
 
@@ -95,11 +95,11 @@ MIXING = {
     "logcumsumexp": False, "argsort": False, "cumsum": True, "cumprod": True, "cummax": True, "cummin": True,
     "sort": True, "topk": True, "_fft_c2c": True, "_fft_r2c": True, "_fft_c2r": True,
 }  # fmt: skip
-"""What mixes values along one axis or several, and whether it makes zeros of zeros."""
+"""Operations that mix values along axes, and whether they map zeros to zeros."""
 
 
 def along_axes(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """Mixes values along some axes, which stay; what comes beside the values are positions."""
+    """Mixes values along some axes, which stay; further results are positions."""
     x, dims = named["self"], named["dim"]
     dims = [dim % max(1, x.dim()) for dim in ([dims] if isinstance(dims, int) else dims)]
     labelled = without_axes(ctx, ctx.labelled(x), dims, "mixes values along this axis")
@@ -123,7 +123,7 @@ REDUCTIONS = {
     "max": True, "min": True, "median": True,
     "nanmedian": True, "mode": True, "kthvalue": True, **dict.fromkeys(SUMS, True), "aminmax": True,
 }  # fmt: skip
-"""Reductions, and whether they make zeros of zeros (where they return values and positions, of the values)."""
+"""Reductions, and whether they map zeros to zeros (if they return values and positions, for the values)."""
 
 
 def reduction(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
@@ -139,7 +139,7 @@ def reduction(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
         (inside if set(labels.axes) <= set(dims) else across).append(labels)
     for labels in inside:
         if _adds_nothing(name, named, labels):
-            if ctx.depends_on_input(x):  # whoever reads the sum reads these units: they are gated where they are made
+            if ctx.depends_on_input(x):  # a reader of the sum reads these units: they are gated where they are computed
                 ctx.read(labels, labels.with_zeros(True, frozenset()))
             continue
         for part in parts:

@@ -1,4 +1,4 @@
-"""The table of rules: how labels pass through every kind of operation, and what a rule may ask."""
+"""The table of rules: how labels pass through every kind of operation, and what a rule may use (`Context`)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Context(Protocol):
         """The labels made constant along `axis`: merged if they vary elsewhere too, else frozen (None)."""
 
     def freeze_if_used(self, out: Tensor, labels: Labelled, reason: str) -> None:
-        """Freeze as soon as anything reads `out`; a result that nobody looks at costs no freedom."""
+        """Freeze as soon as anything reads `out`; an unused result freezes nothing."""
 
     def read(self, produced: Labelled, weight: Labelled) -> None:
         """Note that a contraction reads `produced` through the columns `weight`."""
@@ -44,13 +44,13 @@ class Context(Protocol):
         """Note that an int attribute of the module owning a parameter counts `symbols`."""
 
     def owned(self, labels: Labelled) -> bool:
-        """Whether any of its symbols is of a parameter or a carried state."""
+        """Whether any of their symbols belongs to a parameter or a carried state."""
 
     def follows(self, labels: Labelled) -> bool:
-        """Whether it has met nothing but followers yet."""
+        """Whether they have met only followers so far."""
 
     def follower(self, size: int) -> Labelled:
-        """New labels along one axis, of positions that will be as many as those they meet."""
+        """New labels along one axis that takes the size of whatever it meets."""
 
     def constant_along(self, tensor: Tensor, axis: int) -> bool:
         """Whether an unlabelled tensor has the same values all along an axis, whatever the inputs are."""
@@ -70,7 +70,7 @@ class Context(Protocol):
     def held(self) -> tuple[list[tuple[int, ...]], bool]:
         """Sizes that attributes of the modules under way hold: single ones, and those of lists and tuples.
 
-        And whether to take them with care, since the proof has failed on a cut made here before.
+        Also whether to be careful, since the proof has failed on an earlier cut at this place.
         """
 
     def part(self, pieces: Sequence[Tensor]) -> None:
@@ -90,11 +90,11 @@ RULES: dict[str, Rule] = {}
 
 
 MODULE_RULES: dict[type, ModuleRule] = {}
-"""Modules that are followed as a whole: nothing inside them is looked at."""
+"""Modules that are traced as one operation."""
 
 
 COUNTED: set[Rule] = set()
-"""Rules that count FLOPs, and so must run even where nothing carries labels."""
+"""Rules that count FLOPs, and so must run even without labels."""
 
 
 def rule(*names: str, counted: bool = False) -> Callable[[Rule], Rule]:
@@ -136,4 +136,4 @@ CONSTANT = frozenset(
 
 
 FILLED = CONSTANT | {"zeros", "ones", "full", "empty"}
-"""What makes tensors with one value everywhere (or with none that counts)."""
+"""Operations that make tensors of one value (or uninitialised ones)."""

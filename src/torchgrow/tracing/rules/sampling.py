@@ -1,4 +1,4 @@
-"""Rules for what samples maps at places of its own: grids, boxes, deformed kernels. Channels pass."""
+"""Rules for sampling maps at given places: grids, boxes, deformed kernels. Channels pass."""
 
 from __future__ import annotations
 

@@ -60,14 +60,14 @@ def attention(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
 
 @rule("_pack_padded_sequence")
 def pack(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """[T, N, F] (or [N, T, F]) to one row per step that is there."""
+    """[T, N, F] (or [N, T, F]) to one row per valid step."""
     labelled = without_axes(ctx, ctx.labelled(named["input"]), [0, 1], "packs sequences along this axis")
     ctx.set_labelled(out[0], [Labelled(labels.packed[0], labels.sources) for labels in labelled])
 
 
 @rule("_pad_packed_sequence")
 def unpack(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """And back, with steps that are not there filled in."""
+    """And back, with padding for the other steps."""
     filled = named["padding_value"] != 0
     labelled = without_axes(ctx, ctx.labelled(named["data"]), [0], "packs sequences along this axis")
     spread = [Labelled(labels.packed[None], labels.sources) for labels in labelled]
@@ -139,7 +139,7 @@ def recurrent(ctx: Context, module: nn.RNNBase, named: dict[str, Any], output: A
 def _put_out(
     ctx: Context, named: dict[str, Any], output: Any, sequence: Labelled, shown: Labelled, cell: Labelled
 ) -> None:
-    """Label what a recurrent layer puts out: the sequence, and the last states, which may have been given too."""
+    """Label the outputs of a recurrent layer: the sequence and the last states, which tie to given initial states."""
     given = named.get("hx")
     given = given if isinstance(given, (tuple, list)) else [given]
     out, ends = output
