@@ -93,7 +93,7 @@ def test_heat_is_an_old_name_of_the_final_inverse_temperature() -> None:
         policy = Paper(heat=7.0)  # type: ignore[call-arg]
     assert policy.final_inverse_temperature == 7.0
     with pytest.warns(DeprecationWarning, match="'heat'"):
-        assert policy.heat == 7.0
+        assert policy.heat == 7.0  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("preset", ["paper:heat=7", "paper:final_inverse_temperature=7"])

@@ -22,9 +22,9 @@ from ..adapters.registry import ADAPTERS, adapt_, adaptable
 from ..errors import SavedModelError, StructureError, TorchgrowError
 from ..exchange import Exchange, forget_compiled
 from ..onednn_guard import guard_
-from ..structure.attributes import get, replaced
+from ..structure.attributes import get
 from ..structure.bank import Bank, cut_
-from ..structure.record import LEFT_OUT, RECORD, Mark, Record, growths, mark_of, recorded, skip_of
+from ..structure.record import Mark, Record, growths, mark_of, recorded, rewrite, skip_of
 from ..structure.space import PassThrough, Space
 from ..structure.store import Index, gather, laid_out, live_shape, memory_order
 from .folder import SEAL, check_size, digest
@@ -414,18 +414,8 @@ def _make(cut: Cut) -> None:
         adapt_(module, [names.get(modules[path], path) if path in modules else path for path in cut.adapted])
         for name, new in cut.contents.items():
             exchange.write(own[name], new)
-        by_module: dict[str, dict[str, int]] = {}
-        for (path, name), number in cut.attributes.items():
-            by_module.setdefault(path, {})[name] = number
-        for path, numbers in by_module.items():
-            exchange.fields(modules[path], **replaced(modules[path], numbers))
-        for path, one in modules.items():
-            if path in cut.skipped:
-                exchange.fields(one, **{"forward": cut.skipped[path].forward, LEFT_OUT: True})
-            elif skip_of(one) is not None:
-                exchange.drop(vars(one), "forward")
-                exchange.drop(vars(one), LEFT_OUT)
-            exchange.fields(one, **{RECORD: Mark(cut.record, path)})
+        paths = [path for path, one in modules.items() if path in cut.skipped or skip_of(one) is not None]
+        rewrite(exchange, modules, cut.record, cut.attributes, paths, cut.skipped)
         exchange.make()
     except BaseException:
         exchange.undo()

@@ -12,7 +12,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .kit import aligned, around, deal, largest_share, none, one_per_group, pools, settled, shed, trapezoid
+from .kit import (
+    aligned,
+    around,
+    deal,
+    largest_share,
+    multiples,
+    none,
+    one_per_group,
+    settled,
+    shed,
+    staggered,
+    trapezoid,
+)
 from .policy import Policy, View
 
 MEMORY = 0.99  # of the running mean of importance, per step
@@ -51,19 +63,9 @@ class Default(Policy):
     def seed(self, view: View) -> Tensor:
         """One unit per group, no layer that can be left out; ranks in random order."""
         space = view.space
-        self.rank, self.importance = (torch.zeros(space.n_units, dtype=torch.float64) for _ in range(2))
-        layers = [block.unit for block in space.blocks]
-        stages, turn = len({block.stage for block in space.blocks}), 0
-        for pool in pools(space):  # stages alternate, the last one first: one layer enters at a time
-            order = torch.randperm(pool.numel(), generator=view.generator).double()
-            torch.rand(1, generator=view.generator, dtype=torch.float64)  # keeps the draws of earlier versions
-            is_stage = int(pool[0]) in layers
-            lag, late = (self.layer_lag, turn / stages) if is_stage else (1.0, 0.0)
-            turn += is_stage
-            self.rank[pool] = ((order + 1 - late) / pool.numel() * (1 - 1e-9)) ** (1 / lag)
-        self.rank = around(space, self.rank, view.start)
-        sizes = torch.bincount(space.group_of, minlength=space.n_groups)
-        self.multiples = self._steps = torch.where(sizes >= 2 * self.align, self.align, 1)
+        self.rank = around(space, staggered(view, self.layer_lag), view.start)
+        self.importance, layers = torch.zeros_like(self.rank), [block.unit for block in space.blocks]
+        self.multiples = self._steps = multiples(space, self.align)
         self._most = torch.ones_like(self.rank)  # a layer beyond the budget would be trained only to be removed again
         self._most[layers] = self._within(view, view.limits)[1] if layers else 1.0
         seed = one_per_group(space, none(space), -self.rank) if view.start is None else view.start

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import TorchgrowError
-from ..structure.budget import aligned
 from ..structure.space import Space
-from .kit import SMALLEST_GATE
+from .kit import SMALLEST_GATE, aligned, deal, gumbel, multiples, none, one_per_group, pools, spread, staggered
 from .pace import UPDATES
 from .policy import RECORDED
 
@@ -255,47 +254,13 @@ class Indicators:
         self.s = torch.zeros(n, dtype=torch.float64)
         if method.controller == "pressure" and n:
             # one active unit per group (and layer per stage): sigma(s) = 1 / size, so that sum sigma(s) = 1
-            for pool in self._pools():
+            for pool in pools(space):
                 self.s[pool] = torch.logit(torch.tensor(1 / pool.numel(), dtype=torch.float64).clamp(max=0.5))
-        sizes = torch.bincount(space.group_of, minlength=space.n_groups)
-        self.steps = torch.where(sizes >= 2 * method.align, method.align, 1)  # int64 [G]
-        self.uniform = self._spread()
+        self.steps = multiples(space, method.align)
+        self.uniform = staggered(self, method.layer_lag) if method.draws == "ranked" else spread(self)
         self.most = torch.ones(n, dtype=torch.float64)  # largest probability of each unit
         self.beta = torch.ones(n, dtype=torch.float64)
         self.gate = self._gate()
-
-    def _pools(self) -> list[Tensor]:
-        """Interchangeable units: those of a group, and the layers of a stage."""
-        space = self.space
-        layer = torch.zeros(space.n_units, dtype=torch.bool)
-        stages: dict[str, list[int]] = {}
-        for block in space.blocks:
-            layer[block.unit] = True
-            stages.setdefault(block.stage, []).append(block.unit)
-        groups = [pool for pool in _by_group(space, ~layer) if pool.numel()]
-        return groups + [torch.tensor(units) for units in stages.values()]
-
-    def _spread(self) -> Tensor:
-        """One number in (0, 1) per unit, spread evenly over each pool in random order: low-variance draws.
-
-        Where they are ranked, a probability p gives every group the same share: p times its size, rounded down. A stage
-        of n layers gets p^layer_lag n of them, and stages take turns, the last one first: one layer comes at a time.
-        """
-        spread = torch.empty(self.space.n_units, dtype=torch.float64)
-        layers = {block.unit for block in self.space.blocks}
-        stages = len({block.stage for block in self.space.blocks})
-        turn = 0
-        for units in self._pools():
-            order = torch.randperm(units.numel(), generator=self.generator).double()
-            offset = torch.rand(1, generator=self.generator, dtype=torch.float64)
-            if self.method.draws == "ranked":
-                is_stage = int(units[0]) in layers
-                lag, late = (self.method.layer_lag, turn / stages) if is_stage else (1.0, 0.0)
-                turn += is_stage
-                spread[units] = ((order + 1 - late) / units.numel() * (1 - 1e-9)) ** (1 / lag)
-            else:
-                spread[units] = (order + offset) / units.numel()
-        return spread
 
     def _gate(self) -> Tensor:
         if not self.method.gates:
@@ -303,43 +268,23 @@ class Indicators:
         gate = torch.sigmoid(self.beta * (self.s + self.noise)).clamp(min=SMALLEST_GATE)
         return torch.where(self.space.removable, gate, 1.0)
 
-    def _stir(self) -> None:
-        """Draw Gumbel noise anew, one for presence and one for absence."""
-        if self.method.relaxation == "gumbel":
-            uniform = torch.rand(2, self.space.n_units, generator=self.generator, dtype=torch.float64)
-            gumbel = -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12)))
-            self.noise = gumbel[1] - gumbel[0]
-
     def seed_structure(self) -> Tensor:
         """The seed (bool [n]): one unit per group, no layer that can be left out, and what cannot be removed."""
-        keep = ~self.space.removable
-        return keep | self._first_of_empty(keep, -self.uniform)
-
-    def _first_of_empty(self, keep: Tensor, score: Tensor) -> Tensor:
-        """The best-scored unit of every group of which `keep` has none."""
-        chosen = torch.zeros_like(keep)
-        live = torch.bincount(self.space.group_of[keep], minlength=self.space.n_groups)
-        empty = torch.nonzero(live < self.space.least).flatten().tolist()
-        units_of = _by_group(self.space, torch.ones_like(keep)) if empty else []
-        for group in empty:
-            units = units_of[group]
-            chosen[units[score[units].argmax()]] = True
-        return chosen
+        return one_per_group(self.space, none(self.space), -self.uniform)
 
     def draw(self) -> Tensor:
         """Draw q ~ Bernoulli(sigma(beta s)), bool [n]; a group left without any unit gets its likeliest one."""
         uniform = self.uniform
         if self.method.draws == "independent":
             uniform = torch.rand(self.space.n_units, generator=self.generator, dtype=torch.float64)
-        keep = (uniform < torch.sigmoid(self.beta * self.s)) | ~self.space.removable
-        return keep | self._first_of_empty(keep, torch.sigmoid(self.beta * self.s))
+        probability = torch.sigmoid(self.beta * self.s)
+        return one_per_group(self.space, uniform < probability, probability)
 
     def shifted(self) -> _Shifted:
         """Draws as a function of a common shift of all s, with one set of uniform numbers."""
         if self.method.draws == "independent":
             self.uniform = torch.rand(self.space.n_units, generator=self.generator, dtype=torch.float64)
-        must = ~self.space.removable
-        must = must | self._first_of_empty(must, torch.sigmoid(self.beta * self.s) - self.uniform)
+        must = one_per_group(self.space, none(self.space), torch.sigmoid(self.beta * self.s) - self.uniform)
         return _Shifted(self.s, self.beta, self.uniform, must, self.space, self.steps, self.most)
 
     def hold_layers(self, shift: float) -> None:
@@ -369,7 +314,8 @@ class Indicators:
         self.worth = MEMORY * self.worth + (1 - MEMORY) * task_gradient**2
         self.velocity.mul_(self.method.momentum).add_(gradient)
         self.s = self.s - self.method.lr * rate * self.velocity
-        self._stir()
+        if self.method.relaxation == "gumbel":
+            self.noise = gumbel(self)
         self.gate = self._gate()
 
     def shift(self, amount: float) -> None:
@@ -380,15 +326,8 @@ class Indicators:
         """Re-assign the uniform numbers of every pool: to present units by falling importance, then to the others."""
         present = self.space.present(keep)
         self.worth = torch.where(present, self.worth, 0.0)
-        if self.method.draws != "ranked":
-            return
-        dealt = self.uniform.clone()
-        for pool in self._pools():
-            order = torch.argsort(self.uniform[pool], stable=True)
-            order = order[torch.argsort(self.worth[pool][order], descending=True, stable=True)]
-            order = order[torch.argsort(keep[pool][order].int(), descending=True, stable=True)]
-            dealt[pool[order]] = self.uniform[pool].sort().values
-        self.uniform = dealt
+        if self.method.draws == "ranked":
+            self.uniform = deal(self.space, self.uniform, self.worth, keep)
 
     def copy(self) -> Indicators:
         """A copy that an update may change."""
@@ -418,14 +357,6 @@ class Indicators:
         self.exponent = self.exponent + (rise * rate if temperature == "learning_rate" else rise)
         self.beta = self.gamma**self.exponent
         self.gate = self._gate()
-
-
-def _by_group(space: Space, chosen: Tensor) -> list[Tensor]:
-    """Ids of the chosen units (bool [n]) of every group, rising."""
-    units = torch.nonzero(chosen).flatten()
-    groups = space.group_of[units]
-    sizes = torch.bincount(groups, minlength=space.n_groups).tolist()
-    return list(units[torch.argsort(groups, stable=True)].split(sizes))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kit import around, fit, largest_share, none, one_per_group, pools
+from .kit import around, fit, none, one_per_group, pools, top_share
 from .policy import Policy, View
 from .shapes import limits_of, stages
 
@@ -48,16 +48,9 @@ class Late(Policy):
     def seed(self, view: View) -> Tensor:
         """The small structure; of a run with a start the grown one has it, as far as the budget holds."""
         space = view.space
-        rank = self._ranks(view)
-        must = one_per_group(space, none(space), -rank)
-
-        def keep_at(share: float) -> Tensor:
-            return (rank < share) | must
-
-        keep = keep_at(largest_share(view, rank, keep_at, view.limits))
-        steps = torch.ones(space.n_groups, dtype=torch.int64)
-        self.grown = fit(space, view.costs, keep, -rank, limits_of(view), steps)
-        self.rank = rank
+        self.rank, ones = self._ranks(view), torch.ones(space.n_groups, dtype=torch.int64)
+        keep = top_share(view, self.rank, view.limits)
+        self.grown = fit(space, view.costs, keep, -self.rank, limits_of(view), ones)
         return self._small(view) if view.start is None else view.start
 
     def update(self, view: View) -> tuple[Tensor, bool]:

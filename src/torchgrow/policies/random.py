@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kit import largest_share, one_per_group, settled, spread
+from .kit import one_per_group, settled, spread, top_share
 from .policy import Policy, View
 
 
@@ -32,11 +32,7 @@ class Random(Policy):
         if view.update > self.final(view.updates):
             return view.keep, False
         self.drawn = torch.rand(view.space.n_units, generator=view.generator, dtype=torch.float64)
-
-        def keep_at(probability: float) -> Tensor:
-            return one_per_group(view.space, self.drawn < probability, -self.drawn)
-
-        return keep_at(largest_share(view, self.drawn, keep_at, view.limits)), True
+        return top_share(view, self.drawn, view.limits), True
 
     def score(self, view: View) -> Tensor:
         """The lower the draw, the longer a unit stays."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .importance import IMPORTANCES, levelled
-from .kit import aligned, around, deal, largest_share, none, one_per_group, shed
+from .kit import aligned, around, deal, largest_share, multiples, none, one_per_group, shed
 from .policy import Policy, View
 
 MEMORY = 0.99
@@ -58,8 +58,7 @@ class Shrink(Policy):
         self.rank, self.squared = (torch.zeros(space.n_units, dtype=torch.float64) for _ in range(2))
         start = space.everything() if view.start is None else view.start
         self.rank = around(space, self.rank, start)
-        sizes = torch.bincount(space.group_of, minlength=space.n_groups)
-        self.multiples = self._steps = torch.where(sizes >= 2 * self.align, self.align, 1)
+        self.multiples = self._steps = multiples(space, self.align)
         self._start = view.cost(start)
         return start
 

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from ..adapters.registry import adapt_, adaptable
 from ..errors import OptimizerError, StructureError
 from ..exchange import Exchange
-from .attributes import replaced
 from .optimizer_slots import Layout, LiveSlot, begun, begun_anew, blank
 from .optimizer_trial import Slot
 from .optimizers import layouts_of
-from .record import LEFT_OUT, RECORD, Growth, Mark, Record, mark_of, recorded
+from .record import Growth, Record, mark_of, recorded, rewrite
 from .space import PassThrough, Space, live_positions
 from .store import Births, Index, Store, gather, index_of, is_meta, laid_out, memory_order
 from .surgery import materialise_, named_tensors, replace_
@@ -89,27 +88,12 @@ class Change:
             exchange.write(swap.tensor, laid_out(swap.new, self.order.get(name, ())))
             for state, key, value in swap.slots:
                 exchange.put(state, key, value)
-        for path, numbers in self._attributes().items():
-            exchange.fields(modules[path], **replaced(modules[path], numbers))
-        for path in (path for block in bank.space.blocks for path in block.modules):
-            if path in skipped:  # as `skip_` does
-                exchange.fields(modules[path], **{"forward": skipped[path].forward, LEFT_OUT: True})
-            else:
-                exchange.drop(modules[path].__dict__, "forward")
-                exchange.drop(modules[path].__dict__, LEFT_OUT)
-        for path, module in modules.items():
-            exchange.fields(module, **{RECORD: Mark(self.record, path)})
+        own = {(attribute.module, attribute.name) for attribute in bank.space.attributes}
+        numbers = {place: number for place, number in self.record.attributes.items() if place in own}
+        paths = [path for block in bank.space.blocks for path in block.modules]
+        rewrite(exchange, modules, self.record, numbers, paths, skipped)
         exchange.fields(bank, keep=self.keep, index=self.index, record=self.record)
         exchange.fields(bank, trained=self.trained, order=self.order)
-
-    def _attributes(self) -> dict[str, dict[str, int]]:
-        """Int attributes that the change sets, by module and name; the others in the record are of earlier cuts."""
-        numbers, found = self.record.attributes, dict[str, dict[str, int]]()
-        for attribute in self.bank.space.attributes:
-            if (attribute.module, attribute.name) in numbers:
-                number = numbers[attribute.module, attribute.name]
-                found.setdefault(attribute.module, {})[attribute.name] = number
-        return found
 
 
 class Bank:

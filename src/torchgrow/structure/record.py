@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from ..exchange import Exchange
+from .attributes import replaced
 from .space import PassThrough
 from .store import Index
 
@@ -183,6 +185,27 @@ def skip_(model: nn.Module, paths: Iterable[str], skipped: Mapping[str, PassThro
         if path in skipped:
             module.forward = skipped[path].forward
             setattr(module, LEFT_OUT, True)
+
+
+def rewrite(
+    exchange: Exchange,
+    modules: Mapping[str, nn.Module],
+    record: Record,
+    attributes: Mapping[Named, int],
+    paths: Iterable[str],
+    skipped: Mapping[str, PassThrough],
+) -> None:
+    """Have `exchange` write a cut to all modules: marks, attributes, and as `skip_` which of `paths` are left out."""
+    for path, numbers in _by_module(attributes).items():
+        exchange.fields(modules[path], **replaced(modules[path], numbers))
+    for path in paths:
+        if path in skipped:
+            exchange.fields(modules[path], **{"forward": skipped[path].forward, LEFT_OUT: True})
+        else:
+            exchange.drop(vars(modules[path]), "forward")
+            exchange.drop(vars(modules[path]), LEFT_OUT)
+    for path, module in modules.items():
+        exchange.fields(module, **{RECORD: Mark(record, path)})
 
 
 def skip_of(module: nn.Module) -> PassThrough | None:
