@@ -322,7 +322,7 @@ class _Hooks:
         self._unfolded = False
         self._gradient: Tensor | None = None  # m dL/dm of the step under way; None if the step changes nothing
         self._lent: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, its own gradient, the optimizer's
-        self._handles: list[RemovableHandle] = []  # None: the hooks do nothing
+        self._handles: list[RemovableHandle] = []  # empty: the hooks do nothing
 
     def attach(self, exchange: Exchange) -> None:
         """As `Folding.attach`, of this optimizer only."""

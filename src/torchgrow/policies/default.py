@@ -12,19 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .kit import (
-    aligned,
-    around,
-    deal,
-    largest_share,
-    multiples,
-    none,
-    one_per_group,
-    settled,
-    shed,
-    staggered,
-    trapezoid,
-)
+from .kit import aligned, around, deal, largest_share, multiples, settled, shed, smallest, staggered, trapezoid
 from .policy import Policy, View
 
 MEMORY = 0.99  # of the running mean of importance, per step
@@ -68,7 +56,7 @@ class Default(Policy):
         self.multiples = self._steps = multiples(space, self.align)
         self._most = torch.ones_like(self.rank)  # a layer beyond the budget would be trained only to be removed again
         self._most[layers] = self._within(view, view.limits)[1] if layers else 1.0
-        seed = one_per_group(space, none(space), -self.rank) if view.start is None else view.start
+        seed = smallest(space, self.rank) if view.start is None else view.start
         self._start = view.cost(seed)
         return seed
 
@@ -111,7 +99,7 @@ class Default(Policy):
 
     def _within(self, view: View, allowed: Tensor) -> tuple[Tensor, float]:
         """The best-ranked units of every pool, of all the same share: the largest that is allowed (int64 [2])."""
-        must = one_per_group(view.space, none(view.space), -self.rank)
+        must = smallest(view.space, self.rank)
 
         def keep_at(share: float) -> Tensor:
             margin = self._most.clamp(max=share) - self.rank

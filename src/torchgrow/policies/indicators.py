@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import TorchgrowError
 from ..structure.space import Space
-from .kit import SMALLEST_GATE, aligned, deal, gumbel, multiples, none, one_per_group, pools, spread, staggered
+from .kit import SMALLEST_GATE, aligned, deal, gumbel, multiples, one_per_group, pools, smallest, spread, staggered
 from .pace import UPDATES
 from .policy import RECORDED
 
@@ -270,7 +270,7 @@ class Indicators:
 
     def seed_structure(self) -> Tensor:
         """The seed (bool [n]): one unit per group, no layer that can be left out, and what cannot be removed."""
-        return one_per_group(self.space, none(self.space), -self.uniform)
+        return smallest(self.space, self.uniform)
 
     def draw(self) -> Tensor:
         """Draw q ~ Bernoulli(sigma(beta s)), bool [n]; a group left without any unit gets its likeliest one."""
@@ -284,7 +284,7 @@ class Indicators:
         """Draws as a function of a common shift of all s, with one set of uniform numbers."""
         if self.method.draws == "independent":
             self.uniform = torch.rand(self.space.n_units, generator=self.generator, dtype=torch.float64)
-        must = one_per_group(self.space, none(self.space), torch.sigmoid(self.beta * self.s) - self.uniform)
+        must = smallest(self.space, self.uniform - torch.sigmoid(self.beta * self.s))
         return _Shifted(self.s, self.beta, self.uniform, must, self.space, self.steps, self.most)
 
     def hold_layers(self, shift: float) -> None:

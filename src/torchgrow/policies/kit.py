@@ -28,6 +28,7 @@ __all__ = [
     "pools",
     "settled",
     "shed",
+    "smallest",
     "spread",
     "staggered",
     "top_share",
@@ -78,6 +79,11 @@ def one_per_group(space: Space, keep: Tensor, score: Tensor) -> Tensor:
         sizes = torch.bincount(space.group_of, minlength=space.n_groups)
         keep[order[(torch.cumsum(sizes, 0) - sizes)[empty]]] = True
     return keep
+
+
+def smallest(space: Space, rank: Tensor) -> Tensor:
+    """The unit of lowest rank of every group, no removable block, and all that cannot be removed; bool [n]."""
+    return one_per_group(space, none(space), -rank)
 
 
 def spread(run: Drawing) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .kit import SMALLEST_GATE, gap, gumbel, none, one_per_group, settled, spread
+from .kit import SMALLEST_GATE, gap, gumbel, none, one_per_group, settled, smallest, spread
 from .pace import pace, starts
 from .policy import Policy, View
 
@@ -59,7 +59,7 @@ class Paper(Policy):
         self._base, self.lambda_share = base, torch.ones_like(self.s)  # of lambda_1, by unit
         self.lambda_share[[block.unit for block in space.blocks]] = self.layer_lambda_base / (base or 1.0)
         self.gamma = self.final_inverse_temperature ** (1 / max(view.updates, 1))
-        return one_per_group(space, none(space), -spread(view))
+        return smallest(space, spread(view))
 
     def step(self, view: View, sensitivity: Tensor) -> None:
         """One step of SGD on s, or in a short run several of the paper's."""

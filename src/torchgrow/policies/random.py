@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kit import one_per_group, settled, spread, top_share
+from .kit import settled, smallest, spread, top_share
 from .policy import Policy, View
 
 
@@ -25,7 +25,7 @@ class Random(Policy):
     def seed(self, view: View) -> Tensor:
         """One unit per group, at random."""
         self.drawn = spread(view)
-        return one_per_group(view.space, torch.zeros_like(self.drawn, dtype=torch.bool), -self.drawn)
+        return smallest(view.space, self.drawn)
 
     def update(self, view: View) -> tuple[Tensor, bool]:
         """A draw at the budget, topped up to it exactly."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .importance import IMPORTANCES, levelled
-from .kit import aligned, around, deal, largest_share, multiples, none, one_per_group, shed
+from .kit import aligned, around, deal, largest_share, multiples, shed, smallest
 from .policy import Policy, View
 
 MEMORY = 0.99
@@ -101,7 +101,7 @@ class Shrink(Policy):
 
     def _alike(self, view: View, allowed: Tensor) -> Tensor:
         """The best-ranked units of every pool, of all the same share: the largest that is allowed (int64 [2])."""
-        must = one_per_group(view.space, none(view.space), -self.rank)
+        must = smallest(view.space, self.rank)
 
         def keep_at(share: float) -> Tensor:
             keep = (self.rank < share) | must

@@ -44,7 +44,7 @@ class CarriedStates:
 
     def label_state(self, state: Tensor, symbols: Mapping[int, Tensor]) -> None:
         """Give a carried input its symbols."""
-        labelled = [placed(Labelled(s << 1, frozenset()), state.dim(), axis) for axis, s in symbols.items()]
+        labelled = [placed(Labelled(s << 1), state.dim(), axis) for axis, s in symbols.items()]
         self.context.set_labelled(state, labelled)
 
     def close_state(self, out: Tensor, symbols: dict[int, Tensor]) -> None:

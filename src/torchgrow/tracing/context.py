@@ -160,7 +160,7 @@ class TraceContext:
 
     def follower(self, size: int) -> Labelled:
         """Fresh symbols: no tensor of the model has them."""
-        return Labelled(self.classes.new(size) << 1, frozenset(), compact=True)
+        return Labelled(self.classes.new(size) << 1, compact=True)
 
     def constant_along(self, tensor: Tensor, axis: int) -> bool:
         """Constant by construction (stride 0), or by value where it does not depend on inputs."""

@@ -55,7 +55,7 @@ class Labelled:
     """
 
     packed: Tensor
-    sources: frozenset[Place]
+    sources: frozenset[Place] = frozenset()
     compact: bool = False
     with_silence = renamed_attribute("with_silence", "with_zeros")
 
@@ -84,7 +84,7 @@ class Labelled:
         """Axes along which the labels vary."""
         return tuple(k for k, size in enumerate(self.packed.shape) if size > 1)
 
-    def with_zeros(self, zero: Tensor | bool, sources: frozenset[Place]) -> Labelled:
+    def with_zeros(self, zero: Tensor | bool, sources: frozenset[Place] = frozenset()) -> Labelled:
         """The same symbols, with `zero` and `sources` as given."""
         if isinstance(zero, bool) and zero and self.all_zero:
             return Labelled(self.packed, sources, self.compact)

@@ -8,11 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from ..labels import Labelled
-from .labelled import aligned, first_tensor, harmonize, on_axis, placed, without_axes
+from .labelled import aligned, first_tensor, harmonize, on_axis, placed, tie_rows, without_axes
 from .registry import Context, rule
 
+Side = Labelled | None
+"""The labels on one side of a contraction, if there are any."""
 
-def contract(ctx: Context, produced: Labelled | None, weight: Labelled | None) -> None:
+
+def contract(ctx: Context, produced: Side, weight: Side) -> None:
     """Sum over an axis: tie what enters with the columns that read it; freeze the side that stands alone."""
     produced, weight = (_met(ctx, labels) for labels in (produced, weight))
     if produced is not None and weight is not None:
@@ -24,7 +27,7 @@ def contract(ctx: Context, produced: Labelled | None, weight: Labelled | None) -
         ctx.freeze(produced, "is summed over against values that carry no labels")
 
 
-def _met(ctx: Context, labels: Labelled | None) -> Labelled | None:
+def _met(ctx: Context, labels: Side) -> Side:
     """The labels, unless they have met nothing that they could follow."""
     if labels is not None and ctx.follows(labels):
         ctx.freeze(labels, "")
@@ -62,7 +65,7 @@ def convolution(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> 
     )
 
 
-def output(ctx: Context, rows: Labelled | None, bias: Labelled | None, rank: int, axis: int) -> Labelled | None:
+def output(ctx: Context, rows: Side, bias: Side, rank: int, axis: int) -> Side:
     """The labels of a contraction's output, from the weight's rows and the bias."""
     if rows is None:
         if bias is not None:
@@ -79,13 +82,10 @@ def output(ctx: Context, rows: Labelled | None, bias: Labelled | None, rank: int
     return rows.with_zeros(rows.zero & bias.zero, sources)
 
 
-def grouped(
-    ctx: Context, x: Tensor, weight: Tensor, entering: Labelled | None, rows: Labelled | None, columns: Labelled | None,
-    groups: int,
-) -> None:  # fmt: skip
+def grouped(ctx: Context, x: Tensor, weight: Tensor, entering: Side, rows: Side, columns: Side, groups: int) -> None:
     """Grouped convolution: whole groups are units if there are at least as many as channels in each.
 
-    Otherwise the same slot of every group is one unit.
+    Otherwise the same place in every group is one unit.
     """
     per_group = weight.shape[1]
     whole = groups >= per_group
@@ -93,8 +93,7 @@ def grouped(
         if rows is not None and whole:
             ctx.freeze(rows, "is grouped over values that cannot be removed")
         elif rows is not None:  # as many outputs must stay in every group
-            slots = rows.symbols.reshape(groups, -1)
-            ctx.tie(slots, slots[:1])
+            tie_rows(ctx, rows.symbols.reshape(groups, -1))
         if columns is not None:
             ctx.freeze(columns, "reads values that cannot be removed")
         return
@@ -109,10 +108,9 @@ def grouped(
             ctx.freeze(columns, "every group keeps all its inputs: whole groups are the units")
         ctx.count(weight, "groups", inputs[:, 0])
         return
-    ctx.tie(inputs, inputs[:1])
+    tie_rows(ctx, inputs)
     if rows is not None:
-        slots = rows.symbols.reshape(groups, -1)
-        ctx.tie(slots, slots[:1])
+        tie_rows(ctx, rows.symbols.reshape(groups, -1))
     if columns is None:
         ctx.freeze(entering, "is read by columns that cannot be removed")
     else:
@@ -120,14 +118,7 @@ def grouped(
         ctx.read(entering, columns)
 
 
-def grouped_transposed(
-    ctx: Context,
-    weight: Tensor,
-    entering: Labelled | None,
-    rows: Labelled | None,
-    columns: Labelled | None,
-    groups: int,
-) -> Labelled | None:
+def grouped_transposed(ctx: Context, weight: Tensor, entering: Side, rows: Side, columns: Side, groups: int) -> Side:
     """Weight [in, out / groups, ...]: as `grouped`, with the output channels on columns that all groups share.
 
     Returns the labels of the output channels, one-axis.
@@ -174,9 +165,7 @@ def with_vector(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> 
     ctx.flop(2, *(on_axis(rows, k) or a.shape[k] for k in range(a.dim() - 1)), on_axis(labelled, last) or a.shape[-1])
 
 
-def sorted_by_input(
-    ctx: Context, first: tuple[Tensor, Labelled | None], second: tuple[Tensor, Labelled | None]
-) -> tuple[Labelled | None, Labelled | None]:
+def sorted_by_input(ctx: Context, first: tuple[Tensor, Side], second: tuple[Tensor, Side]) -> tuple[Side, Side]:
     """The operand computed from the inputs, then the one that reads it."""
     turned = ctx.depends_on_input(second[0]) and not ctx.depends_on_input(first[0])
     return (second[1], first[1]) if turned else (first[1], second[1])
@@ -254,7 +243,7 @@ def product(
                 continue
             ctx.unify(mate, labels)
             result[result.index(mate)] = mate.with_zeros(mate.zero & labels.zero, mate.sources | labels.sources)
-        result = [x if any(x.axes == y.axes for y in added) else x.with_zeros(False, frozenset()) for x in result]
+        result = [x if any(x.axes == y.axes for y in added) else x.with_zeros(False) for x in result]
     ctx.set_labelled(out, result)
 
 
@@ -271,7 +260,7 @@ def solve(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
         for mate in batches:
             if mate.axes == labels.axes:
                 ctx.unify(labels, mate)
-    alone = [x.with_zeros(False, frozenset()) for x in batches if all(x.axes != y.axes for y in sides)]
+    alone = [x.with_zeros(False) for x in batches if all(x.axes != y.axes for y in sides)]
     ctx.set_labelled(out, [*sides, *alone])
 
 
@@ -328,7 +317,7 @@ def distances(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> No
     for labels in [*rows, *columns]:
         mate = next((x for x in result if x.axes == labels.axes), None)
         if mate is None:
-            result.append(labels.with_zeros(False, frozenset()))
+            result.append(labels.with_zeros(False))
         else:
             ctx.unify(mate, labels)
     ctx.set_labelled(out, result)

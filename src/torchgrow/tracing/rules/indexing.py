@@ -92,7 +92,7 @@ def gather(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     labelled = without_axes(ctx, ctx.labelled(source), sorted(axes), reason)
     places = without_axes(ctx, ctx.labelled(index_), sorted(axes), reason)
     if places:
-        operands = [(source, labelled), (index_, [place.with_zeros(True, frozenset()) for place in places])]
+        operands = [(source, labelled), (index_, [place.with_zeros(True) for place in places])]
         labelled = met(ctx, operands, [k for k in range(rank) if k not in axes], rank, reason)
     ctx.set_labelled(out, labelled)
 
@@ -114,10 +114,10 @@ def scatter(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None
         operands.append((source, without_axes(ctx, ctx.labelled(source), axes, WRITTEN)))
     if by_element and ctx.labelled(index_):
         places = without_axes(ctx, ctx.labelled(index_), axes, WRITTEN)
-        operands.append((index_, [place.with_zeros(True, frozenset()) for place in places]))
+        operands.append((index_, [place.with_zeros(True) for place in places]))
     result = met(ctx, operands, [k for k in range(rank) if k not in axes], rank, WRITTEN)
     zero = not isinstance(value, Tensor) and value == 0
-    ctx.set_labelled(out, result if zero else [labels.with_zeros(False, frozenset()) for labels in result])
+    ctx.set_labelled(out, result if zero else [labels.with_zeros(False) for labels in result])
 
 
 @rule("index_put", "_unsafe_index_put", "_index_put_impl", "_index_put_impl_")
@@ -160,7 +160,7 @@ def _masked_fill(ctx: Context, target: Tensor, mask: Tensor, start: int, value: 
     rank = target.dim()
     behind = (1,) * (rank - start - mask.dim())
     chosen = [
-        Labelled(x.packed.reshape((1,) * start + x.packed.shape + behind), x.sources).with_zeros(True, frozenset())
+        Labelled(x.packed.reshape((1,) * start + x.packed.shape + behind), x.sources).with_zeros(True)
         for x in ctx.labelled(mask)
     ]
     labelled = ctx.labelled(target)
@@ -173,7 +173,7 @@ def _masked_fill(ctx: Context, target: Tensor, mask: Tensor, start: int, value: 
         for labels in chosen:
             ctx.freeze(labels, WRITTEN)
         labelled = without_axes(ctx, labelled, covered, WRITTEN)
-    ctx.set_labelled(out, labelled if ctx.zero(value) else [x.with_zeros(False, frozenset()) for x in labelled])
+    ctx.set_labelled(out, labelled if ctx.zero(value) else [x.with_zeros(False) for x in labelled])
 
 
 @rule("fill", "zero")
@@ -181,7 +181,7 @@ def fill(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     """One value everywhere, for as many positions as before."""
     value = named.get("value", 0)
     zero = ctx.zero(value) if isinstance(value, Tensor) else value == 0
-    ctx.set_labelled(out, [labels.with_zeros(zero, frozenset()) for labels in ctx.labelled(named["self"])])
+    ctx.set_labelled(out, [labels.with_zeros(zero) for labels in ctx.labelled(named["self"])])
 
 
 @rule("copy")
@@ -190,7 +190,7 @@ def copy(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     target, source = named["self"], named["src"]
     labelled = aligned(ctx.labelled(source), target.dim())
     if not labelled and ctx.zero(source):
-        labelled = [labels.with_zeros(True, frozenset()) for labels in ctx.labelled(target)]
+        labelled = [labels.with_zeros(True) for labels in ctx.labelled(target)]
     ctx.set_labelled(target, labelled)
 
 
@@ -205,7 +205,7 @@ def write_through(ctx: Context, view: Tensor) -> None:
     written = {axis for labels in ctx.labelled(view) if (axis := _axis_of_base(view, base, labels)) is not None}
     for i, old in enumerate(under):  # other values may lie beside them now
         if written.isdisjoint(old.axes):
-            under[i] = old.with_zeros(False, frozenset())
+            under[i] = old.with_zeros(False)
     kept = [labels for labels in ctx.labelled(view) if _carried_over(ctx, view, base, under, labels)]
     ctx.set_labelled(base, under)
     ctx.set_labelled(view, kept)
@@ -232,7 +232,7 @@ def _carried_over(ctx: Context, view: Tensor, base: Tensor, under: list[Labelled
         ctx.unify(old, moved)
         under[under.index(old)] = combined(old, [(0, old), (1, moved)], set(), True, 2)
     elif ctx.filled(base):
-        under.append(moved if ctx.zero(base) else moved.with_zeros(False, frozenset()))
+        under.append(moved if ctx.zero(base) else moved.with_zeros(False))
     else:
         ctx.freeze(labels, "is written beside values that cannot be removed")
         return False

@@ -51,6 +51,11 @@ def placed(labels: Labelled, rank: int, axis: int) -> Labelled:
     return Labelled(labels.packed.reshape(shape), labels.sources, labels.compact)
 
 
+def tie_rows(ctx: Context, symbols: Tensor) -> None:
+    """Tie the rows of a matrix of symbols: the same place in every row is one unit."""
+    ctx.tie(symbols, symbols[:1])
+
+
 def harmonize(
     ctx: Context, operands: Sequence[tuple[Tensor, list[Labelled]]], axes: Sequence[int], rank: int, reason: str
 ) -> None:

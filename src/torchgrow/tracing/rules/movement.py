@@ -115,8 +115,8 @@ def windows(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None
     result: list[Labelled | None] = []
     for labels in ctx.labelled(source):
         if labels.axes == (dim,) and beside:
-            slots = labels.symbols.flatten().reshape(-1, size)
-            ctx.tie(slots, slots[:, :1])
+            window = labels.symbols.reshape(-1, size)
+            ctx.tie(window, window[:, :1])
             result.append(labels.move(source.shape, lambda t: t.unfold(dim, size, size)))
         else:
             kept = without_axes(ctx, [labels], [dim], "slides a window along this axis")
@@ -189,7 +189,7 @@ def pad(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     result: list[Labelled | None] = []
     for labels in labelled:
         here = [amount if source.dim() - 1 - i // 2 in labels.axes else 0 for i, amount in enumerate(amounts)]
-        zero = labels.with_zeros(False, frozenset()) if constant and value != 0 else labels
+        zero = labels.with_zeros(False) if constant and value != 0 else labels
         # the filler 0 is FIXED
         result.append(compressed(Labelled(torch.nn.functional.pad(zero.packed, here), zero.sources)))
     ctx.set_labelled(out, result)
@@ -220,7 +220,7 @@ def constant(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     kind = func._overloadpacket.__name__
     if kind.endswith("_like") and out is not None:
         zero = kind == "zeros_like"
-        ctx.set_labelled(out, [labels.with_zeros(zero, frozenset()) for labels in ctx.labelled(named["self"])])
+        ctx.set_labelled(out, [labels.with_zeros(zero) for labels in ctx.labelled(named["self"])])
 
 
 @rule("cat", "concat", "concatenate")
@@ -281,11 +281,11 @@ def stack(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
         for labels in labelled:
             by_axes.setdefault(labels.axes, [None] * len(parts))[index] = labels
     result: list[Labelled | None] = []
-    for slots in by_axes.values():
-        head = next(labels for labels in slots if labels is not None)
-        packed = [(head.with_zeros(False, frozenset()) if x is None else x).packed for x in slots]
+    for members in by_axes.values():
+        head = next(labels for labels in members if labels is not None)
+        packed = [(head.with_zeros(False) if x is None else x).packed for x in members]
         shape = torch.broadcast_shapes(*(x.shape for x in packed))
-        sources = frozenset().union(*(x.sources for x in slots if x is not None))
+        sources = frozenset().union(*(x.sources for x in members if x is not None))
         full = Labelled(torch.stack([x.expand(shape) for x in packed], dim), sources)
         result.append(full.move(full.packed.shape, lambda t: t))
     for stacked in result:

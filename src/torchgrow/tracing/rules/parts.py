@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..labels import Labelled
+from .labelled import tie_rows
 from .registry import Context, rule
 
 MULTIPLES = (2, 3, 4)
@@ -87,8 +88,7 @@ def cut(
             ctx.part(parts)
             return [labels]
         if chunk and all(size % chunk == 0 for size in sizes):
-            slots = symbols.reshape(-1, chunk)
-            ctx.tie(slots, slots[:1])
+            tie_rows(ctx, symbols.reshape(-1, chunk))
             return [labels]
     rest = ctx.without_axis(labels, axis, FIXED_PLACE)
     return [] if rest is None else [rest]
@@ -154,12 +154,12 @@ def glu(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
 
 @rule("channel_shuffle", "native_channel_shuffle")
 def channel_shuffle(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """Interleaves a fixed number of groups: the same slot of every group is one unit."""
-    source, slots = named["self"], named["groups"]
-    each = source.shape[1] // slots
-    labelled = [kept for labels in ctx.labelled(source) for kept in cut(ctx, labels, 1, [each] * slots, chunk=each)]
+    """Interleaves a fixed number of groups: the same place in every group is one unit."""
+    source, groups = named["self"], named["groups"]
+    each = source.shape[1] // groups
+    labelled = [kept for labels in ctx.labelled(source) for kept in cut(ctx, labels, 1, [each] * groups, chunk=each)]
 
     def shuffled(t: Tensor) -> Tensor:
-        return t.unflatten(1, (slots, -1)).transpose(1, 2).flatten(1, 2)
+        return t.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
     ctx.set_labelled(out, [labels.move(source.shape, shuffled) for labels in labelled])

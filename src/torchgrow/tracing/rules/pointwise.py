@@ -147,7 +147,7 @@ def combined(
         for _, labels in members[1:]:
             zero = zero & labels.zero
         return head.with_zeros(zero, sources)
-    return head.with_zeros(False, frozenset())
+    return head.with_zeros(False)
 
 
 def either(ctx: Context, one: Tensor, other: Tensor) -> None:
@@ -176,7 +176,7 @@ def same(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
 @rule(*RANDOM)
 def noise(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     """Random values of the same shape: a unit's values go with it, though the rest is then drawn differently."""
-    ctx.set_labelled(out, [labels.with_zeros(False, frozenset()) for labels in ctx.labelled(named["self"])])
+    ctx.set_labelled(out, [labels.with_zeros(False) for labels in ctx.labelled(named["self"])])
 
 
 def unknown(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:

@@ -29,7 +29,7 @@ def affine(
     if known:
         ctx.tie(torch.stack([vector.symbols for vector in known]), labels.symbols.flatten())
     if weight is None or len(own) < len(given):
-        return labels.with_zeros(False, frozenset())
+        return labels.with_zeros(False)
     sources = frozenset().union(*(vector.sources for vector in own))
     if all(vector.all_zero for vector in own):
         return labels.with_zeros(True, sources)
@@ -87,7 +87,7 @@ def layer_norm(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None
     for vector in (named.get("weight"), named.get("bias")):
         for labels in ctx.labelled(vector):
             ctx.freeze(labels, reason)
-    ctx.set_labelled(out, [labels.with_zeros(False, frozenset()) for labels in labelled])
+    ctx.set_labelled(out, [labels.with_zeros(False) for labels in labelled])
 
 
 MIXING = {
@@ -112,7 +112,7 @@ RULES.update(dict.fromkeys(MIXING, along_axes))
 
 
 def _any_values(labelled: Sequence[Labelled]) -> list[Labelled]:
-    return [labels.with_zeros(False, frozenset()) for labels in labelled]
+    return [labels.with_zeros(False) for labels in labelled]
 
 
 SUMS = {"sum", "nansum", "any", "norm", "linalg_vector_norm"}
@@ -140,7 +140,7 @@ def reduction(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     for labels in inside:
         if _adds_nothing(name, named, labels):
             if ctx.depends_on_input(x):  # a reader of the sum reads these units: they are gated where they are computed
-                ctx.read(labels, labels.with_zeros(True, frozenset()))
+                ctx.read(labels, labels.with_zeros(True))
             continue
         for part in parts:
             ctx.freeze_if_used(part, labels, reason)
@@ -197,7 +197,7 @@ def weight_norm(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> Non
     rest = without_axes(ctx, [x for x in labelled if x.axes != (dim,)], [dim], reason)
     operands = [(v, along), (named["g"], ctx.labelled(named["g"]))]
     harmonize(ctx, operands, [dim], v.dim(), reason)
-    result = [labels.with_zeros(False, frozenset()) for labels in rest]
+    result = [labels.with_zeros(False) for labels in rest]
     for direction, length in zip(along, operands[1][1], strict=True):
         ctx.unify(direction, length)
         result.append(length)
@@ -215,7 +215,7 @@ def spatial(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     labelled = without_axes(ctx, ctx.labelled(x), axes, "pools or resamples along this axis")
     ctx.set_labelled(out, labelled)
     for part in places:
-        ctx.set_labelled(part, [labels.with_zeros(False, frozenset()) for labels in labelled])
+        ctx.set_labelled(part, [labels.with_zeros(False) for labels in labelled])
 
 
 @rule("max_unpool2d", "max_unpool3d")

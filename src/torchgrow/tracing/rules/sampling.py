@@ -9,7 +9,7 @@ from torch import Tensor
 from ..labels import Labelled
 from .contractions import convolution
 from .indexing import met
-from .labelled import on_axis, placed, without_axes
+from .labelled import on_axis, placed, tie_rows, without_axes
 from .registry import Context, rule
 
 PLACES = "says where values are sampled"
@@ -22,7 +22,7 @@ def grid_sample(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> 
     labelled = without_axes(ctx, ctx.labelled(x), range(2, rank), "is sampled along this axis")
     places = without_axes(ctx, ctx.labelled(grid), range(1, rank), PLACES)
     if places or any(0 in labels.axes for labels in labelled):  # channels in the batch
-        operands = [(x, labelled), (grid, [labels.with_zeros(True, frozenset()) for labels in places])]
+        operands = [(x, labelled), (grid, [labels.with_zeros(True) for labels in places])]
         labelled = met(ctx, operands, [0], rank, PLACES)
     ctx.set_labelled(out, labelled)
 
@@ -32,7 +32,7 @@ def regions(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """Boxes of maps [N, C, H, W], resampled to [boxes, C, h, w] (torchvision)."""
     labelled = _of_channels(ctx, named)
     for part, zero in zip([out] if isinstance(out, Tensor) else out, (True, False), strict=False):
-        ctx.set_labelled(part, [x if zero else x.with_zeros(False, frozenset()) for x in labelled])
+        ctx.set_labelled(part, [x if zero else x.with_zeros(False) for x in labelled])
 
 
 @rule("ps_roi_align", "ps_roi_pool")
@@ -66,6 +66,5 @@ def deform_conv(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> 
     labelled = without_axes(ctx, ctx.labelled(x), [0], "is sampled along this axis")
     channels, groups = on_axis(labelled, 1), named["offset_groups"]
     if channels is not None and groups > 1:  # as many must stay in each
-        slots = channels.symbols.reshape(groups, -1)
-        ctx.tie(slots, slots[:1])
+        tie_rows(ctx, channels.symbols.reshape(groups, -1))
     convolution(ctx, func, {**named, "transposed": False}, out)

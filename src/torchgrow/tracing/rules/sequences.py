@@ -13,8 +13,6 @@ from ..labels import Labelled
 from .labelled import aligned, first_tensor, harmonize, on_axis, placed, without_axes
 from .registry import Context, module_rule, rule
 
-NO_SOURCES: frozenset[Any] = frozenset()
-
 
 @rule(
     "scaled_dot_product_attention", "_scaled_dot_product_attention_math", "_scaled_dot_product_flash_attention",
@@ -48,7 +46,7 @@ def attention(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
         for labels in labelled:
             mate = next((x for x in result if x.axes == labels.axes), None)
             if mate is None:
-                result.append(labels if labelled is v else labels.with_zeros(False, NO_SOURCES))
+                result.append(labels if labelled is v else labels.with_zeros(False))
             else:
                 ctx.unify(mate, labels)
     ctx.set_labelled(out, result)
@@ -71,7 +69,7 @@ def unpack(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     filled = named["padding_value"] != 0
     labelled = without_axes(ctx, ctx.labelled(named["data"]), [0], "packs sequences along this axis")
     spread = [Labelled(labels.packed[None], labels.sources) for labels in labelled]
-    ctx.set_labelled(out[0], [labels.with_zeros(False, NO_SOURCES) if filled else labels for labels in spread])
+    ctx.set_labelled(out[0], [labels.with_zeros(False) if filled else labels for labels in spread])
 
 
 def _repeated(labels: Labelled, axis: int, times: int) -> Labelled:
@@ -117,7 +115,7 @@ def recurrent(ctx: Context, module: nn.RNNBase, named: dict[str, Any], output: A
         )
     if len(shown) != directions * module.num_layers:
         for symbols in [*cells, *(part.symbols for part in shown)]:
-            of_layer = Labelled(symbols.flatten() << 1, NO_SOURCES)
+            of_layer = Labelled(symbols.flatten() << 1)
             ctx.freeze(of_layer, "shares its size with a recurrent layer that cannot be cut")
         return
     for symbols in cells[1:]:
@@ -133,7 +131,7 @@ def recurrent(ctx: Context, module: nn.RNNBase, named: dict[str, Any], output: A
     if columns is not None:
         ctx.count(first, "input_size", columns.symbols.flatten())
     assert entering is not None
-    _put_out(ctx, named, output, entering, shown[0], Labelled(cells[0] << 1, NO_SOURCES))
+    _put_out(ctx, named, output, entering, shown[0], Labelled(cells[0] << 1))
 
 
 def _put_out(
@@ -169,13 +167,11 @@ def one_direction(
     biases = [on_axis(ctx.labelled(weights[key]), 0) for key in ("bias_ih", "bias_hh") if weights[key] is not None]
     if rows is None or back_rows is None or back is None or any(bias is None for bias in biases):
         return None
-    slots = rows.symbols.reshape(-1, size)
-    ctx.tie(slots, slots[:1])
-    for other in (back_rows, *biases):
+    for other in (rows, back_rows, *biases):
         assert other is not None
-        ctx.tie(other.symbols.reshape(-1, size), slots[:1])
-    cell = slots[0]
-    shown = Labelled(cell << 1, NO_SOURCES)
+        ctx.tie(other.symbols.reshape(-1, size), rows.symbols[:size])
+    cell = rows.symbols[:size]
+    shown = Labelled(cell << 1)
     if projection is not None:
         down, across = on_axis(ctx.labelled(projection), 0), on_axis(ctx.labelled(projection), 1)
         if down is None or across is None:
