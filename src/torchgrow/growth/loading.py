@@ -39,7 +39,8 @@ class Running(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """The whole run."""
 
-    def _view(self, number: int) -> View: ...
+    def view(self, number: int) -> View:
+        """The run as a policy sees it at an update."""
 
     def _note(self, exchange: Exchange, history: list[Event], finished: bool) -> None: ...
 
@@ -87,7 +88,7 @@ class Loading:
             change_at_end(exchange, live.bank, keep, contents, run.optimizers)
         else:
             check_gates(policy)
-            view = run._view(len(state.history) - 1)
+            view = run.view(len(state.history) - 1)
             live.change(exchange, keep, None, first=True, last=False, zeroed=None)
             policy.applied(replace(view, keep=keep))
             exchange.fields(run.policy, **vars(policy))

@@ -135,7 +135,7 @@ class Run:
     def course(self) -> Course:
         """See `Grower.course`."""
         plan, policy = self.plan, self.policy
-        costs = [policy.planned(self._view(number)) for number in range(plan.updates + 1)]
+        costs = [policy.planned(self.view(number)) for number in range(plan.updates + 1)]
         planned = [cost for cost in costs if cost is not None]
         return course(self.seed_cost, planned, plan.frame_cost, plan.limits, policy.final(plan.updates))
 
@@ -207,23 +207,23 @@ class Run:
         self.live.follow(module)
         owned_(self.live.followers[-1].model, self.loading)
 
-    # --- how it is done ---
-
-    def _view(self, number: int) -> View:
+    def view(self, number: int) -> View:
         """The run as the policy sees it at an update."""
         keep = self.live.keep if self.state.history else self.plan.space.everything()
         rate = self.state.rate(self.optimizers[0])
         return self.plan.view(number, keep, rate, self.state.generator, self.live.contents)
 
+    # --- how it is done ---
+
     def _step(self, sensitivity: Tensor) -> None:
         """Call the policy after an optimizer step."""
-        self.policy.step(self._view(len(self.state.history) - 1), sensitivity)
+        self.policy.step(self.view(len(self.state.history) - 1), sensitivity)
 
     def _update(self, number: int) -> Event:
         start = time.perf_counter()
         generator = torch.Generator()
         generator.set_state(self.state.generator.get_state())
-        policy, view = self.policy.copied(), replace(self._view(number), generator=generator)
+        policy, view = self.policy.copied(), replace(self.view(number), generator=generator)
         wanted = policy.update(view)
         if not isinstance(wanted, tuple) or len(wanted) != 2:
             raise TorchgrowError(
@@ -238,7 +238,7 @@ class Run:
 
     def _finish(self, early: bool = False) -> Event:
         start, old = time.perf_counter(), self.live.keep
-        keep = self.plan.fitted(old, self.policy, self._view(len(self.state.history) - 1))
+        keep = self.plan.fitted(old, self.policy, self.view(len(self.state.history) - 1))
         generator, zeroed = self.state.generator, keep & ~old
         return self._change_to(keep, self.policy, generator, start, zeroed=zeroed, last=True, early=early)
 
