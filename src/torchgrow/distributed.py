@@ -165,7 +165,7 @@ class Ranks:
         """A new DistributedDataParallel over the model; the model itself where no process group was started.
 
         Raises:
-            TorchgrowError: torchrun started several processes and nobody connected them.
+            TorchgrowError: torchrun started several processes, but there is no process group.
         """
         if not (dist.is_available() and dist.is_initialized()):
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -220,9 +220,9 @@ def _deliver(held: deque[tuple[int, Any]], handlers: Mapping[int, Any]) -> None:
 
 
 def forget_compiled() -> None:
-    """Let Dynamo forget code compiled for the old shapes, which it guards on; it is compiled anew at its next call.
+    """Drop the code that Dynamo compiled for the old shapes; it is recompiled at its next call.
 
-    Left alone, Dynamo gives a function up after 8 recompilations and stays eager from then on, with a warning at most.
+    Otherwise Dynamo stops compiling a function after 8 recompilations and stays eager, with a warning at most.
     """
     if "torch._dynamo" in sys.modules:  # else nothing has been compiled
         torch.compiler.reset()

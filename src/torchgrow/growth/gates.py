@@ -320,7 +320,7 @@ class _Hooks:
         self._factors: list[Tensor] = []
         self._raw_copies: dict[tuple[str, str], Tensor] = {}
         self._unfolded = False
-        self._gradient: Tensor | None = None  # m dL/dm of the step under way; None if the step changes nothing
+        self._gradient: Tensor | None = None  # m dL/dm of the present step; None if the step changes nothing
         self._lent: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, its own gradient, the optimizer's
         self._handles: list[RemovableHandle] = []  # empty: the hooks do nothing
 
@@ -356,7 +356,7 @@ class _Hooks:
 
     @torch.no_grad()
     def adopt_edits(self) -> None:
-        """Take over what somebody else wrote into gated parameters and copies of them."""
+        """Take over edits of gated parameters and of copies of them, made by other code."""
         if self.fold is not None:
             self.fold.adopt_edits(self._factors)
             self._raw_copies = self.raw_copies()

@@ -119,7 +119,7 @@ class Grower(Shown):
         self.space, self.limits, self.frame_cost = plan.space, plan.limits, plan.frame_cost
 
     def update(self) -> Event:
-        """Grow, detach and regrow once. Evaluate before: newborn units are untrained.
+        """Grow, detach and regrow once. Evaluate before: new units are untrained.
 
         With several processes every rank calls it; buffers such as running statistics become rank 0's, and every rank
         hears of the random states of all, for `save_checkpoint`.
@@ -149,7 +149,7 @@ class Grower(Shown):
             return self.run.finish()
 
     def wrap(self, **settings: Any) -> nn.Module:
-        """The network for data-parallel training; call it anew after every update: `ddp = grower.wrap()`.
+        """The network for data-parallel training; call it again after every update: `ddp = grower.wrap()`.
 
         Returns a new DistributedDataParallel, or, where no process group was started, the model itself. Wrappers
         made before an update raise when they are called after it. Evaluate and save the model, not the wrapper.
@@ -213,7 +213,7 @@ class Grower(Shown):
 
     @trainable()
     def recalibrate(self, loader: Iterable[Any]) -> None:
-        """Estimate the running statistics of all batch norms anew: means over the batches, nothing else moves.
+        """Re-estimate the running statistics of all batch norms, as means over the batches; nothing else changes.
 
         After units have left, the old statistics belong to other activations. Followers keep theirs.
 
@@ -229,7 +229,7 @@ class Grower(Shown):
     def state_dict(self) -> dict[str, Any]:
         """The whole run so far: network, bank, indicators, counters, draws, history, optimizer; as copies.
 
-        Plain data: nested dicts and lists of tensors, numbers and text. A grower built alike that loads it goes on bit
+        Plain data: nested dicts and lists of tensors, numbers and text. An equal grower that loads it continues bit
         for bit (with the same number of threads). Gradients are part of it, so it may be taken between `backward`
         and `step`; call `optimizer.zero_grad()` before if they are spent. So are followers. Random numbers outside the
         grower (dropout, shuffling) are not; `save_checkpoint` stores those too.

@@ -63,7 +63,7 @@ class Run:
         plan: what the run is planned with.
         policy: decides which units live; its attributes change in place.
         layouts: of the optimizers that train the model.
-        device: where a frame on the meta device comes to life.
+        device: of the real tensors of a frame on the meta device.
         exchange: its `undo` takes all of it back.
     """
 

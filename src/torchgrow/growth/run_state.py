@@ -31,7 +31,7 @@ class RunState:
         history: an event for the seed and one for every update.
         finished: whether the structure is final.
         early: whether `finish()` ended the run, before `update()` could.
-        released: whether `release()` did, so that another run goes on from its state; not saved.
+        released: whether `release()` did, so that another run continues from its state; not saved.
     """
 
     generator: torch.Generator

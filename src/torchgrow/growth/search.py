@@ -233,7 +233,7 @@ def search(
 
     A candidate is a plain small network, cut from a fresh frame, which your own loop trains. Nothing is trained before
     you iterate: `for trial in search: print(trial)`, or `best = search.run()`. Afterwards `best.model` is trained as
-    far as the last rung; train it on (`search.length - best.done`), begin anew with `search.fresh(best)`, or let it
+    far as the last rung; train it on (`search.length - best.done`), start again from `search.fresh(best)`, or let it
     grow further: `Grower(factory(), ..., start=best.model)`.
 
     Memory: the networks of all remaining candidates, and what `train` keeps for them.
@@ -242,7 +242,7 @@ def search(
         factory: makes the frame, the largest network there may be, with new weights; called for every candidate.
         budget: what each candidate uses exactly.
         example_inputs: as for `trace`.
-        train: `train(trial, more)` trains `trial.model` further, by `more` epochs, steps or whatever you count in, and
+        train: `train(trial, more)` trains `trial.model` further, by `more` epochs or steps (your unit), and
             returns the mean training loss of that. Keep the learning rate constant as long as the rungs last, and let
             it fall afterwards. What the next call needs, such as the optimizer, goes into `trial.memory`.
         length: of a whole training, in the unit of `train`.

@@ -18,8 +18,8 @@ class GrowCallback(Callback):
 
     Updates come at the start of an epoch, when the one before is validated and saved. When `fit` ends, also by
     EarlyStopping or `max_time`, the network is brought to its budget; after an exception it is not, and another
-    `fit` goes on. A `fit` after the end trains on and grows nothing. Checkpoints hold the whole run, and
-    `fit(ckpt_path=...)` goes on bit for bit. Averages of Lightning's WeightAveraging callbacks follow. To load a
+    `fit` resumes. A `fit` after the end trains on and grows nothing. Checkpoints hold the whole run, and
+    `fit(ckpt_path=...)` resumes bit for bit. Averages of Lightning's WeightAveraging callbacks follow. To load a
     checkpoint into a fresh module, call `torchgrow.portable_` on the same part in its constructor.
 
     Args:

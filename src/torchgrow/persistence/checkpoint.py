@@ -182,7 +182,7 @@ def load_checkpoint(
         SavedModelError: there is no checkpoint, none that is whole, or it does not fit; nothing was changed.
 
     Warns:
-        UserWarning: the checkpoint has no random state of this rank, which goes on with the numbers it has.
+        UserWarning: the checkpoint has no random state of this rank, which keeps its present one.
     """
     _check_grower(grower)
     contents = Field(_latest(Path(folder)), "checkpoint").fields(("grower", "scheduler", "random", "extra"), ("ranks",))

@@ -138,7 +138,7 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
     """A lock for one process or thread at a time; without effect on systems that have no file locks.
 
     Args:
-        folder: to be worked in, or to be read with `shared`: any number of readers, and nobody who writes.
+        folder: to be worked in, or to be read with `shared`: any number of readers, but no writer.
         shared: as said.
 
     Raises:
@@ -265,7 +265,7 @@ def read_folder(
             for name, right in ((record_name, digest(record)), (tensors_name, _digest_of_file(source / tensors_name))):
                 if not isinstance(seal, dict) or seal.get(name) != right:
                     raise SavedModelError(f"{source / name} is damaged: its contents do not fit its checksum")
-        # Copies: the tensors are views of the mapped file otherwise, and change when somebody writes to it.
+        # Copies: the tensors are views of the mapped file otherwise, and change when it is written to.
         return record, {name: tensor.clone() for name, tensor in load_file(source / tensors_name).items()}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # RecursionError as well
         raise SavedModelError(f"{source / tensors_name} is damaged: {error}") from error

@@ -140,8 +140,8 @@ def _replaced(
         for name in mark.record.kept:
             shape = mark.record.shapes[name]
             here = (f"{path}." if path else "") + name[len(lead) :]
-            stranger = name.startswith(lead) and here in tensors and here not in record.shapes
-            if stranger and tensors[here].shape != shape:
+            unrecorded = name.startswith(lead) and here in tensors and here not in record.shapes
+            if unrecorded and tensors[here].shape != shape:
                 found[here] = shape
     return found
 

@@ -1,7 +1,7 @@
 """The structure inside `state_dict()`: a uint8 tensor with the record, by which a module is cut before loading.
 
 A hook after `state_dict()` adds the record, a hook before `load_state_dict()` takes it out again, checks it and cuts
-the module. So whatever stores and loads a `state_dict` (torch, safetensors, Lightning, accelerate) does so with grown
+the module. So code that stores and loads a `state_dict` (torch, safetensors, Lightning, accelerate) works with grown
 networks too. The hooks are functions of this module: copies and pickles of a model keep them.
 """
 
@@ -41,7 +41,7 @@ from .structure_record import (
 from .wrappers import plain_modules, stored_tensors, unwrapped
 
 KEY = "torchgrow_structure__load_into_torchgrow_portable_"
-"""Key of the record in a state dict. PyTorch prints it, as unexpected, where nobody takes it: so it says what to do."""
+"""Key of the record in a state dict. PyTorch prints it as unexpected if no hook takes it, so it says what to do."""
 
 ASIDE = "_torchgrow_aside"
 """Name of a plain attribute: a dict into which the state dict of another structure goes, in place of the module."""
@@ -66,7 +66,7 @@ def portable_(model: Kind, on: bool = True) -> Kind:
 
     A model that was never cut adds nothing to its state dict. Load before you wrap a model in
     DistributedDataParallel, and before you make its optimizer: both know the shapes there were. A model that a Grower
-    is growing takes a state dict of another structure too: the run goes on from that structure.
+    is growing takes a state dict of another structure too: the run continues from that structure.
 
     Args:
         model: the model, or a part of a larger one; of wrappers (`torch.compile`, DataParallel,
@@ -188,7 +188,7 @@ def add_structure(module: nn.Module, state: MutableMapping[str, Any], prefix: st
 
 
 def structure_of(module: nn.Module) -> tuple[dict[str, Any], Tensor] | None:
-    """The record of a module, and that as a tensor; None for a whole frame that nobody is growing."""
+    """The record of a module, and that as a tensor; None for a whole frame that is not growing."""
     modules = plain_modules(module)
     marks = [(path, mark) for path, one in modules.items() if (mark := mark_of(one)) is not None]
     cut = any(mark.record.growth or mark.record.kept for _, mark in marks)
@@ -376,7 +376,7 @@ def _interim(
     """Contents of a tensor between cut and load: its part of the new structure, else arbitrary.
 
     Raises:
-        StructureError: nobody will load it, and it has not all of it.
+        StructureError: the state dict lacks it, and the model has only a part of it.
     """
     tensor = tensor.detach()
     if new is None:

@@ -22,7 +22,7 @@ def _inside(module: nn.Module) -> nn.Module | None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model in whatever wrappers, an average of its weights included."""
+    """The model inside any wrappers, including an average of its weights."""
     inner = model.module if isinstance(model, AveragedModel) else _inside(model)
     return model if inner is None else unwrapped(inner)
 

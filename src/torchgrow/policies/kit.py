@@ -120,13 +120,13 @@ def multiples(space: Space, align: int) -> Tensor:
 
 def deal(space: Space, rank: Tensor, importance: Tensor, keep: Tensor) -> Tensor:
     """Re-rank the units of every pool: live units by falling importance, then the others."""
-    dealt = rank.clone()
+    ranked = rank.clone()
     for pool in pools(space):
         order = torch.argsort(rank[pool], stable=True)
         order = order[torch.argsort(importance[pool][order], descending=True, stable=True)]
         order = order[torch.argsort(keep[pool][order].int(), descending=True, stable=True)]
-        dealt[pool[order]] = rank[pool].sort().values
-    return dealt
+        ranked[pool[order]] = rank[pool].sort().values
+    return ranked
 
 
 def around(space: Space, rank: Tensor, start: Tensor | None) -> Tensor:
@@ -217,7 +217,7 @@ def gap(view: View, keep: Tensor) -> float:
 
 
 def gumbel(run: Drawing) -> Tensor:
-    """The difference of two Gumbel variables for every unit, float64 [n], drawn anew."""
+    """The difference of two Gumbel variables for every unit, float64 [n]; a new draw."""
     uniform = torch.rand(2, run.space.n_units, generator=run.generator, dtype=torch.float64)
     drawn = -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12)))
     return drawn[1] - drawn[0]

@@ -3,7 +3,7 @@
 In units of progress (0 to 1 over a run of T updates with S steps each) the schedule stays the same:
 
 - s: an update stands for an epoch, so a step moves the indicators as far as k = 390 / S of the paper's do: as k steps
-  of SGD with the force taken anew in each, since it is far from constant while a gate opens. The rate of s is what
+  of SGD with the gradient recomputed in each, since it is far from constant while a gate opens. The rate of s is what
   scales, lambda stays as it is: it weighs the penalty against the task, and both act k times as long. Not further where
   updates are fewer: between two of them lambda cannot see what it has done.
 - beta is multiplied by gamma = h^(1/T) in an update, h = `final_inverse_temperature`, so by h over any run.

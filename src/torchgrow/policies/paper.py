@@ -70,7 +70,7 @@ class Paper(Policy):
             self._set_gates()
 
     def update(self, view: View) -> tuple[Tensor, bool]:
-        """Algorithm 1: q ~ Bernoulli(m), for all units anew; in the end exactly to the budget."""
+        """Algorithm 1: a new draw q ~ Bernoulli(m) of all units; in the end exactly to the budget."""
         if view.update > self.final(view.updates):
             return view.keep, False
         if view.update == 1 and self.paced:  # the steps of an update are known now; make up for those of the first

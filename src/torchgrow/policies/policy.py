@@ -28,7 +28,7 @@ class View:
         space: the units of the frame, n of them.
         costs: what structures cost; `cost` is the short way.
         limits: the budget, int64 [2]: parameters and FLOPs; what is not limited is the largest int64.
-        update: number of the update under way, or of the last one; 0 is the seed.
+        update: number of the present update, or of the last one; 0 is the seed.
         updates: how many there will be.
         keep: the live units, bool [n].
         rate: present over full learning rate of the weights, at most 1.

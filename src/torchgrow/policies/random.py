@@ -13,7 +13,7 @@ from .policy import Policy, View
 
 @dataclass(eq=False)
 class Random(Policy):
-    """At every update all units are drawn anew with one probability, at which the draw costs what the budget allows.
+    """Every update draws all units with one probability, at which the draw costs what the budget allows.
 
     Attributes:
         settle: share of the updates at the end in which the structure no longer changes; at least the last one.

@@ -179,7 +179,7 @@ class Bank:
             )
         self.tensors = named_tensors(self.model)  # a forward may have put another object in a buffer's place
         present = self.space.present(self.keep)
-        newborn = self.space.present(keep) & ~self.trained & ~present
+        fresh_units = self.space.present(keep) & ~self.trained & ~present
         past = self.trained & ~present  # stored units, whose slots fit the step count as it is
         had_state = keep & False
         swaps: dict[str, _Swap] = {}
@@ -193,7 +193,7 @@ class Bank:
                 continue
             live = values[name] if values is not None and gated else tensor.detach()
             self.full[name].write(old, live.cpu())
-            born, slots = _places(self.space, name, new, newborn), []
+            born, slots = _places(self.space, name, new, fresh_units), []
             for slot in self.live_slots(name):
                 had_state = present
                 if (name, slot.key) not in self.slots:

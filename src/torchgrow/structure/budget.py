@@ -97,7 +97,7 @@ def shed(space: Space, costs: CostModel, keep: Tensor, worth: Tensor, allowed: T
     Groups give up their units of least worth, from multiple to multiple of their step, in the order of rising worth
     per marginal cost: that of the units that go, over what the network then costs less, as a share of what is
     allowed. In every round the cheapest go, of one group as many as are cheapest, until a tenth of the excess is
-    saved; then marginal costs, which change, are computed anew.
+    saved; then marginal costs, which have changed, are recomputed.
     One unit of every group stays, of layers none need to.
 
     Args:

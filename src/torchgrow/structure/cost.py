@@ -133,7 +133,7 @@ class CostModel:
 
 
 class Tally:
-    """What a structure costs while one group after the other changes: only products that contain it are counted anew.
+    """What a structure costs while one group after the other changes: only products that contain it are recomputed.
 
     Args:
         costs: of the space.

@@ -160,10 +160,10 @@ def begun(part: Tensor, slot: Slot, live: Tensor) -> Tensor:
     missing = part == _mark(part.dtype)
     if not bool(missing.any()):
         return part
-    living = live if live.numel() else part[~missing]  # a block that comes back has no other live units
-    living = living[living.isfinite()]
-    negative = not living.is_complex() and bool((living < 0).any())
-    mean = living.mean() if living.numel() and not (slot.kind == "unknown" and negative) else part.new_zeros(())
+    values = live if live.numel() else part[~missing]  # a block that comes back has no other live units
+    values = values[values.isfinite()]
+    negative = not values.is_complex() and bool((values < 0).any())
+    mean = values.mean() if values.numel() and not (slot.kind == "unknown" and negative) else part.new_zeros(())
     return part.masked_fill_(missing, mean.to(part.dtype))
 
 

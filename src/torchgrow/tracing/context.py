@@ -106,7 +106,7 @@ class TraceContext:
         return f"{self.line[0].rpartition('/')[2]}:{self.line[1]}" if self.line else ""
 
     def reason(self, reason: str) -> Frozen:
-        """A reason with the operation, module and line under way."""
+        """A reason with the operation, module and line that are running."""
         return Frozen(self.op, self.module, self._line(), reason, ())
 
     def freeze_symbols(self, symbols: Tensor, reason: str | Frozen) -> None:
@@ -203,7 +203,7 @@ class TraceContext:
         return note is not None and note.from_input
 
     def held(self) -> tuple[list[tuple[int, ...]], bool]:
-        """Sizes that attributes of the modules under way hold, and whether to take them with care."""
+        """Sizes that attributes of the running modules hold, and whether to take them with care."""
         failed = self.failed.get((self.module, self._line()), 0)
         if failed > 1 or self.meta or self.module not in self.modules:  # on meta nothing can be proven
             return [], True

@@ -53,7 +53,7 @@ class Dispatch(TorchDispatchMode):
     Args:
         context: what is known.
         pending: steps whose labels wait.
-        hooks: which module is under way.
+        hooks: which module is running.
         values: whether to compute convolutions, matrix products and the like of what depends on the inputs. Labels do
             not need them, and a forward seldom looks at values; where it does, `ValuesRead` is raised.
     """

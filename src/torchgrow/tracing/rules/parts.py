@@ -1,7 +1,7 @@
 """Rules for parts of an axis: slices, splits and halves.
 
 Equal parts are tied index by index: however their size is computed, they stay equal. Unequal parts can be cut
-independently if their sizes are attributes of the modules under way, or sums and multiples of such; the proof
+independently if their sizes are attributes of the running modules, or sums and multiples of such; the proof
 decides whether they are, and makes the attributes follow. Any other cut is at a place fixed in the forward.
 """
 

@@ -50,7 +50,7 @@ class Context(Protocol):
         """Whether they have met only followers so far."""
 
     def follower(self, size: int) -> Labelled:
-        """New labels along one axis that takes the size of whatever it meets."""
+        """New labels along one axis of no fixed size: as many positions as those they are tied to."""
 
     def constant_along(self, tensor: Tensor, axis: int) -> bool:
         """Whether an unlabelled tensor has the same values all along an axis, whatever the inputs are."""
@@ -68,7 +68,7 @@ class Context(Protocol):
         """Whether a tensor was computed from the model's inputs."""
 
     def held(self) -> tuple[list[tuple[int, ...]], bool]:
-        """Sizes that attributes of the modules under way hold: single ones, and those of lists and tuples.
+        """Sizes that attributes of the running modules hold: single ones, and those of lists and tuples.
 
         Also whether to be careful, since the proof has failed on an earlier cut at this place.
         """
