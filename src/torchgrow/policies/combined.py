@@ -63,8 +63,7 @@ class Combined(Policy):
             return own.draw(), view.update == final
         exactly = view.update == final or torch.equal(planned, view.limits)
         if method.prune == "worth" and bool((view.cost(view.keep) > planned).any()):
-            worth = own.worth.sqrt()
-            return shed(view.space, view.costs, view.keep, worth, planned, own.steps), exactly
+            return shed(view.space, view.costs, view.keep, own.worth.sqrt(), planned, own.steps), exactly
         self.pressure, keep = largest_shift(own.shifted(), view.costs, planned)
         own.shift(self.pressure)
         return keep, exactly

@@ -84,7 +84,7 @@ IMPORTANCES: dict[str, Importance] = {
 
 
 def levelled(view: View, importance: Tensor) -> Tensor:
-    """Importance as a multiple of its mean over what lives of each pool, so that no pool is worth more than another."""
+    """Importance as a multiple of its mean over what lives of each pool, so that all pools weigh the same."""
     found, present = importance.clone(), view.space.present(view.keep)
     for pool in pools(view.space):
         mean = importance[pool][present[pool]].mean() if bool(present[pool].any()) else importance.new_zeros(())

@@ -66,8 +66,8 @@ class Method:
             budget holds, and they widen.
         hold: share of the updates after which the planned cost falls from the peak to the budget, which it reaches
             where the structure settles ("plan" only; 1 - settle or more: all at once).
-        prune: what goes where the planned cost falls: "alike": the same share of every group; "worth": the units of
-            least worth, as |m dL/dm|, for the parameters or FLOPs that go with them ("plan" only).
+        prune: what goes where the planned cost falls: "alike": the same share of every group; "worth": the least
+            important units, by |m dL/dm|, for the parameters or FLOPs that go with them ("plan" only).
         align: widths of groups with at least 2 x align units are held at multiples of it (8), or below it, since
             hardware computes channels in blocks; only the remainder that fills the budget up goes elsewhere.
             1: any width, as in `default()` ("plan" only).
@@ -171,7 +171,7 @@ class Method:
 
     @classmethod
     def default(cls) -> Method:
-        """Grow evenly beyond the budget, then give up the least worth of every group; no gates, hence no task gradient.
+        """Grow evenly beyond the budget, then give up the least important units of every group; no gates, hence no task gradient.
 
         How it was found, and what each ingredient is worth: docs/log.md.
         """
@@ -293,7 +293,7 @@ class Indicators:
         self.most[layers] = torch.sigmoid(self.beta * (self.s + shift))[layers]
 
     def score(self) -> Tensor:
-        """What a unit is worth when the structure must be trimmed or filled: probability minus its own draw.
+        """Priority of units when the structure is trimmed or filled: probability minus draw.
 
         The paper's probability alone where every unit was drawn by itself (controller "pressure").
         """

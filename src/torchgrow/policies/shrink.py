@@ -76,9 +76,9 @@ class Shrink(Policy):
         planned = self.planned(view)
         if self.allocation == "uniform":
             return self._alike(view, planned), view.update == final
-        worth = importance.sqrt() if self.importance == "taylor" else importance
-        worth = levelled(view, worth) if self.allocation == "levelled" else worth
-        return shed(view.space, view.costs, view.keep, worth, planned, self._steps), view.update == final
+        importance = importance.sqrt() if self.importance == "taylor" else importance
+        importance = levelled(view, importance) if self.allocation == "levelled" else importance
+        return shed(view.space, view.costs, view.keep, importance, planned, self._steps), view.update == final
 
     def score(self, view: View) -> Tensor:
         """The more important, the longer a unit stays; by importance now, as the run may end before an update."""

@@ -45,7 +45,7 @@ class Prover:
 
     def __init__(self, model: nn.Module, space: Space, example_inputs: Any, seed: int) -> None:
         self.space = space
-        self.counting: frozenset[str] = frozenset()  # names of attributes that had to follow
+        self.followed: frozenset[str] = frozenset()  # names of attributes that had to follow
         self.generator = torch.Generator().manual_seed(seed)
         self.frame = twin(model)
         examples = examples_of(example_inputs)
@@ -241,12 +241,12 @@ class Prover:
     def adopt(self, found: list[Guess], keep: Tensor, *, thorough: bool = False) -> bool:
         """Have the first choice of attributes that makes `keep` exact follow the surgery; False if there is none."""
         before = self.space
-        for choice in choices(found, self.counting, thorough=thorough):
+        for choice in choices(found, self.followed, thorough=thorough):
             chosen = {(guess.attribute.module, guess.attribute.name): guess.attribute for guess in choice}
             others = tuple(a for a in before.attributes if (a.module, a.name) not in chosen)
             self.space = self.bank.space = replace(before, attributes=(*others, *chosen.values()))
             if self.error(keep)[0] <= TOLERANCE:
-                self.counting |= {guess.attribute.name for guess in choice}
+                self.followed |= {guess.attribute.name for guess in choice}
                 return True
         self.space = self.bank.space = before
         return False
