@@ -29,7 +29,7 @@ class Default(Policy):
         settle: share of the updates at the end in which the structure no longer changes.
         layer_lag: where every group has the share p of its units, every stage has p^layer_lag of its layers. 3 suits a
             frame as deep as networks one would train, 16 one far deeper than that.
-        prune: what goes where the plan falls: "alike": the same share of every group; "worth": least importance for its cost.
+        prune: what goes where the plan falls: "alike": the same share of every group; "worth": by importance per cost.
         align: widths of groups with at least 2 x align units are held at multiples of it, or below it.
         rank: in its pool, in (0, 1), the best lowest, float64 [n].
         importance: running mean of (dL/dm)^2 (Molchanov et al., 2019) over steps in which a unit lived, float64 [n].
