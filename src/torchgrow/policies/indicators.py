@@ -171,7 +171,7 @@ class Method:
 
     @classmethod
     def default(cls) -> Method:
-        """Grow evenly beyond the budget, then give up the least important units of every group; no gates, no task gradient.
+        """Grow evenly beyond the budget, then give up the least important units of every group; no gates.
 
         How it was found, and what each ingredient is worth: docs/log.md.
         """
