@@ -167,10 +167,10 @@ def one_direction(
     biases = [on_axis(ctx.labelled(weights[key]), 0) for key in ("bias_ih", "bias_hh") if weights[key] is not None]
     if rows is None or back_rows is None or back is None or any(bias is None for bias in biases):
         return None
+    cell = rows.symbols.reshape(-1, size)[0]
     for other in (rows, back_rows, *biases):
         assert other is not None
-        ctx.tie(other.symbols.reshape(-1, size), rows.symbols[:size])
-    cell = rows.symbols[:size]
+        ctx.tie(other.symbols.reshape(-1, size), cell[None])
     shown = Labelled(cell << 1)
     if projection is not None:
         down, across = on_axis(ctx.labelled(projection), 0), on_axis(ctx.labelled(projection), 1)
