@@ -66,7 +66,7 @@ def one(case: str, blocks: int) -> dict[str, Any]:
         bank = grower.run.live.bank
         tensors["bank"] = nbytes(store.held for store in [*bank.full.values(), *bank.slots.values()])
         tensors["gates"] = nbytes(grower.run.live.raw().values())
-        row |= {"layers": len(grower.space.slots), "frame_params": grower.frame_cost.params, **vars(grower.cost())}
+        row |= {"layers": len(grower.space.blocks), "frame_params": grower.frame_cost.params, **vars(grower.cost())}
     return {**row, "tensors": tensors, "bytes": sum(tensors.values())}
 
 

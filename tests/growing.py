@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -181,3 +182,15 @@ def begun_as(grower: Grower, frame: nn.Module) -> nn.Module:
     for name, scale in grower.run.plan.scales.items():
         frame.get_parameter(name).detach().mul_(scale)
     return frame
+
+
+def interrupted_step(optimizer: torch.optim.Optimizer) -> None:
+    """Begin a step that another hook stops once the weights are unfolded; the optimizer's own state stays."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = optimizer.register_step_pre_hook(stop)
+    with suppress(KeyboardInterrupt):
+        optimizer.step()
+    handle.remove()

@@ -88,6 +88,6 @@ def cut(
     keep = torch.rand(space.n_units, generator=torch.Generator().manual_seed(seed)) > share
     for group in range(space.n_groups):
         keep[torch.nonzero(space.group_of == group)[0]] = True
-    for slot in space.slots:
-        keep[slot.unit] = False
+    for block in space.blocks:
+        keep[block.unit] = False
     return torchgrow.shrink_(model, space, keep | ~space.removable)

@@ -18,7 +18,7 @@ LAB = sorted(ROOT.glob("lab/**/*.py"))
 
 # Each may import only what stands before it, and packages what is in themselves.
 ORDER = [
-    "errors", "default_device", "exchange", "onednn_guard", "moved", "distributed", "adapters", "structure",
+    "errors", "default_device", "exchange", "onednn_guard", "moved", "renamed", "distributed", "adapters", "structure",
     "persistence", "tracing", "policies", "growth", "integrations", "__init__",
 ]  # fmt: skip
 APART = {"tracing": "persistence"}

@@ -1,8 +1,8 @@
-"""Several processes that grow one network: they decide alike because they compute alike, and this proves it.
+"""Several processes that grow one network: checks that all ranks compute the same.
 
-Ranks share reduced gradients, a seeded generator and the same code, so none has to tell another what to do. Once per
-update each sends one hash per part of its state to all; where a hash differs, all ranks stop before anything is
-changed, with the same message. Without `torch.distributed` (or with one rank) nothing here does anything.
+Ranks share reduced gradients, a seeded generator and the same code, so they take the same decisions. Once per update
+each sends one hash per part of its state to all. If a hash differs, all ranks stop before anything changes, with the
+same message. Without `torch.distributed` (or with one rank) nothing here has an effect.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PARTS = {
     "structure": "the ranks computed different structures from the same numbers, which differing machines may do: "
     "use the same torch version and kind of CPU",
 }
-"""What ranks compare, and how to put it right; where several parts differ, the first is the cause."""
+"""Parts of the state that ranks compare, and what to do if one differs; the first one that differs is the cause."""
 
 
 class Ranks:
@@ -54,7 +54,7 @@ class Ranks:
 
     def __init__(self) -> None:
         self.rank, self.size = here()
-        # A group of its own: what is sent here must never be taken for a step of somebody's DDP. It is not kept alive
+        # A separate group: messages must never mix with those of a user's DDP. It is not kept alive
         # beyond destroy_process_group(): its threads must not outlive the interpreter.
         self._held: weakref.ref[dist.ProcessGroup] | None = None
         if self.size > 1:
@@ -75,7 +75,7 @@ class Ranks:
 
     @contextmanager
     def together(self, tensors: Iterable[Tensor], random: Callable[[], Any]) -> Iterator[None]:
-        """Around what all ranks do alike, ending in `agree`: where one fails before, the others need not wait for it.
+        """A context for work that ends in `agree`: if one rank fails before, the others do not wait for it.
 
         Args:
             tensors: made equal to rank 0's first; such as running statistics, which every rank has its own of.
@@ -93,7 +93,7 @@ class Ranks:
             raise
 
     def agree(self, parts: Callable[[], Mapping[str, Iterable[Tensor | str]]]) -> None:
-        """Return if all ranks hold the same in every part of `PARTS`.
+        """Return if all ranks are equal in every part of `PARTS`.
 
         Args:
             parts: returns what this rank holds; called only if there are several.
@@ -165,7 +165,7 @@ class Ranks:
         """A new DistributedDataParallel over the model; the model itself where no process group was started.
 
         Raises:
-            TorchgrowError: torchrun started several processes and nobody connected them.
+            TorchgrowError: torchrun started several processes, but there is no process group.
         """
         if not (dist.is_available() and dist.is_initialized()):
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -184,7 +184,7 @@ class Ranks:
         return wrapper
 
     def invalidate(self, exchange: Exchange) -> None:
-        """Have `exchange` forbid every wrapper made so far: it hangs on gradients of the old shapes."""
+        """Have `exchange` invalidate all wrappers made so far, which hold gradients of the old shapes."""
         for wrapper in self._wrappers:
             exchange.fields(wrapper, stale=True)
         exchange.fields(self, _wrappers=weakref.WeakSet())

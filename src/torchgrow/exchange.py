@@ -1,8 +1,8 @@
-"""Changing many objects together: plain writes, prepared in advance and made by one call into C.
+"""Atomic changes of many objects: plain writes, prepared in advance and made by one call into C.
 
 Signal handlers, trace functions and exceptions sent by other threads come in between two instructions of Python.
-`Exchange.make` has none: it hands a list of built-in calls to a built-in loop. So no exception ever finds one half of
-them made, and if one of the calls itself fails, all of them are taken back.
+`Exchange.make` has none: it hands a list of built-in calls to a built-in loop. So no exception can leave
+half of them made, and if one of the calls itself fails, all of them are undone.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def outdate(tensor: Tensor) -> None:
 
 
 class Exchange:
-    """Writes that are made together or not at all; what they replace is noted when they are added."""
+    """Writes that are made together or not at all; the old values are noted when they are added."""
 
     def __init__(self) -> None:
         self._forth: list[Call] = []
@@ -63,12 +63,12 @@ class Exchange:
         self._outdated: list[Tensor] = []
 
     def _add(self, forth: Sequence[Call], back: Sequence[Call] = ()) -> None:
-        """What is made after all else, and what takes it back before all else."""
+        """Add a call made after all others, and its undo, made before all others."""
         self._forth.extend(forth)
         self._back.extendleft(reversed(back))
 
     def call(self, function: Callable[..., object], *arguments: Any) -> None:
-        """Something built in that needs no taking back."""
+        """Call a built-in that needs no undo."""
         self._add([partial(function, *arguments)])
 
     def put(self, mapping: MutableMapping[Any, Any], key: Any, value: Any) -> None:
@@ -128,12 +128,12 @@ class Exchange:
                 self._add([], [partial(setattr, buffer, "data", buffer.data), contents])
 
     def after(self, call: Callable[..., object], *arguments: Any) -> None:
-        """Have `undo` make a call, to take back what has just been done outside this exchange."""
+        """Have `undo` make a call that undoes something done outside this exchange."""
         self._add([], [partial(call, *arguments)])
 
     def make(self) -> None:
         """Make all writes, or, if one fails, none."""
-        for tensor in self._outdated:  # before: a graph that is refused for nothing is better than a wrong gradient
+        for tensor in self._outdated:  # first: refusing a valid graph is better than a wrong gradient
             outdate(tensor)
         with uninterrupted():  # dicts and tensors may be of classes written in Python
             try:
@@ -143,7 +143,7 @@ class Exchange:
                 raise
 
     def undo(self) -> None:
-        """Take everything back, whatever of it was made; if one call fails, the others are made nevertheless."""
+        """Undo everything that was made; if one call fails, the others are still made."""
         calls, failed = iter(tuple(self._back)), None
         for _ in range(len(self._back) + 1):
             try:
@@ -168,7 +168,7 @@ def _as_before(tensor: Tensor, before: Tensor, version: int) -> None:
 
 @contextmanager
 def trainable() -> Iterator[None]:
-    """Leave `torch.inference_mode` and the default device for a while: what is made in there can never be trained.
+    """A context outside `torch.inference_mode` and the default device: tensors made inside could never be trained.
 
     Whether gradients are on is as before afterwards, also if an exception came while a `no_grad` was left.
     """
@@ -182,7 +182,7 @@ def trainable() -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold all signals back that have a handler in Python, until the block is through; then deliver them in order.
+    """Defer all signals that have a handler in Python to the end of the block, then deliver them in order.
 
     Nothing to do outside the main thread, where Python runs no handlers.
     """
@@ -222,9 +222,9 @@ def _deliver(held: deque[tuple[int, Any]], handlers: Mapping[int, Any]) -> None:
 
 
 def forget_compiled() -> None:
-    """Let Dynamo forget code compiled for the old shapes, which it guards on; it is compiled anew at its next call.
+    """Drop the code that Dynamo compiled for the old shapes; it is recompiled at its next call.
 
-    Left alone, Dynamo gives a function up after 8 recompilations and stays eager from then on, with a warning at most.
+    Otherwise Dynamo stops compiling a function after 8 recompilations and stays eager, with a warning at most.
     """
     if "torch._dynamo" in sys.modules:  # else nothing has been compiled
         torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""Old names of modules: what an earlier version pickled asks for them (whole models, budgets, histories)."""
+"""Old names of modules, which pickles of an earlier version refer to (whole models, budgets, histories)."""
 
 import sys
 from collections.abc import Sequence

@@ -45,8 +45,8 @@ class Tuples(nn.Module):
         return self.head(x)
 
 
-def slots(space: Space) -> dict[str, int]:
-    return {slot.modules[0]: slot.unit for slot in space.slots if space.removable[slot.unit]}
+def blocks(space: Space) -> dict[str, int]:
+    return {block.modules[0]: block.unit for block in space.blocks if space.removable[block.unit]}
 
 
 FRAMES = {
@@ -77,29 +77,29 @@ def test_found_and_exact(name: str) -> None:
     torch.manual_seed(0)
     model, x = factory(), torch.randn(shape)
     space = trace(model, x, depth=True)
-    assert sorted(slots(space)) == expected
+    assert sorted(blocks(space)) == expected
     prover = Prover(model, space, x, seed=5)
     for fraction in (0.3, 0.6, "ends"):
         keep = prover.draw(fraction)
-        assert any(not keep[unit] for unit in slots(space).values())
+        assert any(not keep[unit] for unit in blocks(space).values())
         assert prover.error(keep)[0] <= 1e-9
 
 
 def test_strided_blocks_stay() -> None:
     space = trace(torchvision.models.resnet18(), torch.randn(1, 3, 32, 32), depth=True)
-    assert not any(slot.holds("layer2.0.conv1.weight") for slot in space.slots)
+    assert not any(block.holds("layer2.0.conv1.weight") for block in space.blocks)
 
 
 def test_named() -> None:
     model, (x, _) = Stages().double(), batch()
-    assert list(slots(trace(model, x, depth=["stage.0", "stage.2"]))) == ["stage.0", "stage.2"]
+    assert list(blocks(trace(model, x, depth=["stage.0", "stage.2"]))) == ["stage.0", "stage.2"]
     flat = nn.Sequential(
         nn.Conv2d(3, 5, 1), nn.Conv2d(5, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 2, 1)
     )
     space = trace(flat, x.float(), depth=[("1", "2", "3")])
-    assert space.slots[0].modules == ("1", "2", "3")
-    assert not space.slots[0].residual
-    bank = shrink_(flat, space, space.everything() & ~_only(space, space.slots[0].unit))
+    assert space.blocks[0].modules == ("1", "2", "3")
+    assert not space.blocks[0].residual
+    bank = shrink_(flat, space, space.everything() & ~_only(space, space.blocks[0].unit))
     assert flat[1].weight.shape == (0,)
     alone = nn.Sequential(flat[0], flat[4])
     torch.testing.assert_close(flat.eval()(x.float()), alone(x.float()))
@@ -153,7 +153,7 @@ def test_a_layer_that_never_hands_its_input_on_stays() -> None:
 
     model = nn.Sequential(nn.Linear(3, 5), Shift(), nn.Linear(5, 2))
     space = trace(model, torch.randn(2, 3), depth=["1"])
-    assert not slots(space)
+    assert not blocks(space)
     assert any("neither hands its input on nor gives zero" in frozen.reason for frozen in space.frozen)
 
 
@@ -169,7 +169,7 @@ def test_detach_then_regrow_is_the_identity() -> None:
     objects = dict(model.named_parameters())
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     keep = space.everything()
-    keep[[slots(space)["stage.1"], slots(space)["stage.3"]]] = False
+    keep[[blocks(space)["stage.1"], blocks(space)["stage.3"]]] = False
     bank = shrink_(model, space, keep, optimizer)
     assert all(objects[name] is p for name, p in model.named_parameters())
     assert all(t.numel() == 0 for name, t in model.state_dict().items() if name.startswith(("stage.1", "stage.3")))
@@ -221,10 +221,10 @@ class WithLayers(Eq6):
     """Eq 6 with layers: an absent one hands its input on, the gate of a present one scales f (Eq 2)."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        for slot in self.space.slots:
-            module = self.frame.get_submodule(slot.modules[0])
+        for block in self.space.blocks:
+            module = self.frame.get_submodule(block.modules[0])
             module.__dict__.pop("forward", None)
-            if not self.q[slot.unit]:
+            if not self.q[block.unit]:
                 module.forward = lambda x: x
         return super().__call__(x)
 
@@ -271,7 +271,7 @@ def test_grows_like_eq_6(block: type[nn.Module], kind: str) -> None:
             extra.backward()
             step_both(grower, oracle, live, literal, 0.0)
         same_indicators(grower, oracle)
-        seen.add(tuple(grower.keep[[slot.unit for slot in grower.space.slots]].tolist()))
+        seen.add(tuple(grower.keep[[block.unit for block in grower.space.blocks]].tolist()))
         grower.update()
         oracle.update(grower.keep, indicators.gamma, indicators.t)
         raw = {**dict(grower.model.named_parameters()), **grower.run.live.raw()}
@@ -439,7 +439,7 @@ def test_layers_come_after_channels_by_the_lag(lag: float, share: float) -> None
     policy.seed(view_of(space, Limits(params=None, flops=None), updates=8))
     drawn = policy.rank < share
     for stage, layers, ahead in (("first", 8, 0.0), ("last", 4, 0.5)):
-        units = torch.tensor([slot.unit for slot in space.slots if slot.stage == stage])
+        units = torch.tensor([block.unit for block in space.blocks if block.stage == stage])
         assert int(drawn[units].sum()) == min(layers, math.floor(share**lag * layers + ahead))
     channels = space.unit_of[("first.0.conv1.weight", 0)]
     assert int(drawn[channels].sum()) == math.floor(share * 5)

@@ -127,7 +127,7 @@ def test_a_plan_falls_from_the_frame_and_no_weight_is_lost_on_the_way() -> None:
     grower = begin(model, policy=Shrink(until=0.5))
     for group in grower.optimizer.param_groups:
         group["lr"] = 0.0
-    view = grower.run._view
+    view = grower.run.view
     planned = [int(grower.policy.planned(view(number))[0]) for number in range(1, 9)]  # type: ignore[index]
     assert all(after < before for before, after in itertools.pairwise([grower.frame_cost.params, *planned[:4]]))
     sizes = run(grower)

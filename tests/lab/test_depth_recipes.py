@@ -31,7 +31,7 @@ def test_staged_networks_have_layers_to_leave_out(unit: Any, stem: Any) -> None:
     x = torch.randn(2, 3, 32, 32)
     assert model(x).shape == (2, 7)
     space = trace(model, x, depth=True)
-    assert [slot.modules[0] for slot in space.slots if space.removable[slot.unit]] == [
+    assert [block.modules[0] for block in space.blocks if space.removable[block.unit]] == [
         "stages.0.1",
         "stages.1.1",
         "stages.1.2",

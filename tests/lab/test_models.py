@@ -130,11 +130,11 @@ def test_hidden_units_heads_and_neurons_can_go_exactly(name: str, units: Any) ->
     """With the embedding kept, as the recipes do; the residual stream of a transformer stays by itself."""
     model = TINY[name]()
     x, carried = inputs(name, model), getattr(model, "carried", None)
-    freeze = ("embedding",) if name == "lstm" else ()
-    space = trace(model, x, freeze=freeze, carried=carried)
+    protect = ("embedding",) if name == "lstm" else ()
+    space = trace(model, x, protect=protect, carried=carried)
     assert int(space.removable.sum()) == units
     assert not [frozen for frozen in space.frozen if frozen.op == "proof"]
-    assert verify(model, x, freeze=freeze, carried=carried).ok
+    assert verify(model, x, protect=protect, carried=carried).ok
 
 
 @pytest.mark.parametrize(("name", "names"), [("lstm", ("layers",)), ("gpt", ("blocks",)), ("vit", ("blocks",))])

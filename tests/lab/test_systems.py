@@ -433,7 +433,7 @@ def lstm(hidden: tuple[int, ...] = (2, 3)) -> tuple[LSTM, Groups]:
     torch.manual_seed(0)
     model = LSTM(words=7, embedding=5, hidden=hidden)
     words = torch.randint(7, (2, 4))
-    space = trace(model, (words, model.start(2)), carried=model.carried, freeze=("embedding",))
+    space = trace(model, (words, model.start(2)), carried=model.carried, protect=("embedding",))
     return model, Groups(model, space, 0.1, 1e-4)
 
 
@@ -455,7 +455,7 @@ def test_the_group_of_a_unit_counted_by_hand() -> None:
 
 def test_small_weights_become_zero_and_a_zero_unit_is_cut_for_nothing() -> None:
     model, groups = lstm()
-    space = trace(model, (torch.randint(7, (2, 4)), model.start(2)), carried=model.carried, freeze=("embedding",))
+    space = trace(model, (torch.randint(7, (2, 4)), model.start(2)), carried=model.carried, protect=("embedding",))
     unit = int(space.unit_of["layers.0.weight_hh_l0", 1][1])
     with torch.no_grad():
         model.decoder.bias[0], model.decoder.bias[1] = 0.9e-4, -1.1e-4

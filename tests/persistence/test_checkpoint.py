@@ -22,7 +22,18 @@ import torchgrow.exchange
 import torchgrow.persistence.folder
 import torchgrow.structure.bank
 from damage import damage, reseal
-from growing import batch, breaking, differences, everything, failing, make, run, sgd, train
+from growing import (
+    batch,
+    breaking,
+    differences,
+    everything,
+    failing,
+    interrupted_step,
+    make,
+    run,
+    sgd,
+    train,
+)
 from lookalikes import Prodigy, SlowWeights
 from oracle import SmallResNet
 from torchgrow import Budget, Grower, SavedModelError, TorchgrowError, TrainingError, load_checkpoint, save_checkpoint
@@ -540,10 +551,10 @@ def test_a_failed_load_changes_nothing(
 def test_an_unfinished_step_has_no_state_but_can_be_replaced(state: dict[str, Any]) -> None:
     grower = run(make("paper", updates=6), 1)
     train(grower, 6, 1)
-    grower.run.live.gates._hooks[0]._unfold()
+    interrupted_step(grower.optimizer)
     with pytest.raises(TrainingError, match=r"the last optimizer\.step\(\) did not finish"):
         grower.state_dict()
-    grower.run.live.gates._hooks[0]._unfold()
+    interrupted_step(grower.optimizer)
     grower.load_state_dict(state)
     expected = make("paper", updates=6)
     expected.load_state_dict(state)

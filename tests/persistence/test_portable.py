@@ -449,7 +449,7 @@ def test_followers_and_what_is_around_a_run_refuse() -> None:
 
 
 def test_a_structure_that_the_run_cannot_have() -> None:
-    grower = begun(freeze=["first"])
+    grower = begun(protect=["first"])
     before = saved(grower.model)
     with pytest.raises(StructureError, match=r"are not removable|that this run cannot have"):
         grower.model.load_state_dict(saved(network(updates=0)))
@@ -579,7 +579,7 @@ def test_only_layers_are_left_out() -> None:
     frame = build()
     space = torchgrow.trace(frame, IMAGES, depth=True)
     keep = space.everything()
-    keep[space.slots[0].unit] = False
+    keep[space.blocks[0].unit] = False
     torchgrow.shrink_(frame, space, keep)
     other, again = portable_(build()), portable_(build())
     other.load_state_dict(saved(frame))

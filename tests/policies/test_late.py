@@ -112,7 +112,7 @@ def test_what_lives_goes_on() -> None:
 
 def test_the_course_tells_both_sizes() -> None:
     grower = make(policy=Late(until=0.5))
-    planned = [grower.policy.planned(grower.run._view(number)) for number in range(11)]
+    planned = [grower.policy.planned(grower.run.view(number)) for number in range(11)]
     sizes = [int(cost[0]) for cost in planned if cost is not None]
     assert sizes[:5] == [grower.cost().params] * 5
     run(grower)

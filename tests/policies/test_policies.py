@@ -137,7 +137,10 @@ def test_state_that_no_checkpoint_could_keep_is_refused_at_the_start() -> None:
     [
         (lambda: Default(ramp=2), r"Default\(ramp=2\): ramp must lie in \[0, 1\]"),
         (lambda: Default(prune="all"), r"Default\(prune='all'\): prune must be one of \('alike', 'worth'\)"),
-        (lambda: Paper(heat=0.5), r"Paper\(heat=0\.5\): heat must lie in \[1, 1000000\.0\]"),
+        (
+            lambda: Paper(final_inverse_temperature=0.5),
+            r"Paper\(final_inverse_temperature=0\.5\): final_inverse_temperature must lie in \[1, 1000000\.0\]",
+        ),
         (lambda: Paper(relaxation="hot"), r"Paper\(relaxation='hot'\): relaxation must be one of"),
     ],
 )

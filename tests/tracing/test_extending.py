@@ -70,7 +70,7 @@ def test_the_document_does_what_it_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("freeze", "left"),
+    ("protect", "left"),
     [
         (["stem"], {"a": 5}),
         (["a.*"], {}),  # its columns read the stem
@@ -79,12 +79,12 @@ def test_the_document_does_what_it_says(tmp_path: Path) -> None:
         (["bn1.running_mean"], {"stem": 6}),
     ],
 )
-def test_named_parts_keep_their_shape(freeze: list[str | tuple[str, int]], left: dict[str, int]) -> None:
+def test_named_parts_keep_their_shape(protect: list[str | tuple[str, int]], left: dict[str, int]) -> None:
     model, example = zoo.build("residual"), zoo.inputs("residual")
-    space = trace(model, example, freeze=freeze)
+    space = trace(model, example, protect=protect)
     assert space.widths(space.everything()) == left
     assert "was named to stay as it is" in {frozen.reason for frozen in space.frozen}
-    assert verify(model, example, freeze=freeze).groups == left
+    assert verify(model, example, protect=protect).groups == left
     assert verify(model, example).groups == {"stem": 6, "a": 5}, "and only for as long as one says so"
 
 
@@ -102,9 +102,9 @@ def test_couplings_cut_alike() -> None:
     assert torch.equal(tied.unit_of["0.weight", 0], tied.unit_of["4.weight", 1])
 
 
-@pytest.mark.parametrize("argument", ["freeze", "couple"])
+@pytest.mark.parametrize("argument", ["protect", "couple"])
 def test_unknown_names_are_answered_with_close_ones(argument: str) -> None:
-    value = ["stam.weight"] if argument == "freeze" else [(("stam.weight", 0), ("a.weight", 0))]
+    value = ["stam.weight"] if argument == "protect" else [(("stam.weight", 0), ("a.weight", 0))]
     with pytest.raises(
         TraceError, match=rf"{argument} names .*stam.weight.* close are stem.weight \(axes \[0, 1, 2, 3\]\)"
     ):
@@ -115,7 +115,12 @@ def test_a_grower_takes_both() -> None:
     model = zoo.build("residual")
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     grower = Grower(
-        model, optimizer, example_inputs=zoo.inputs("residual"), budget=Budget(params="80%"), updates=2, freeze=["stem"]
+        model,
+        optimizer,
+        example_inputs=zoo.inputs("residual"),
+        budget=Budget(params="80%"),
+        updates=2,
+        protect=["stem"],
     )
     assert grower.widths() == {"a": 1}
     assert model.stem.out_channels == 6
@@ -245,7 +250,7 @@ def test_what_was_adapted_is_recorded_and_comes_back(tmp_path: Path) -> None:
 
 def test_only_what_can_be_cut_is_adapted() -> None:
     model, example = zoo.build("multihead"), zoo.inputs("multihead")
-    space = trace(model, example, freeze=["attention"])
+    space = trace(model, example, protect=["attention"])
     shrink_(model, space, space.everything())
     assert type(model.attention) is nn.MultiheadAttention
 
@@ -320,7 +325,7 @@ def in_place(y: torch.Tensor) -> torch.Tensor:
 
 def failing(context: Context, func: object, named: dict[str, object], out: torch.Tensor) -> None:
     """A rule that has already passed labels on, and lost an argument, when it fails."""
-    context.set_layers(out, context.layers(named.pop(next(iter(named)))))  # type: ignore[arg-type]
+    context.set_labelled(out, context.labelled(named.pop(next(iter(named)))))  # type: ignore[arg-type]
     raise ValueError("no such axis\nand more")
 
 

@@ -71,7 +71,7 @@ def adapt_(model: nn.Module, paths: Iterable[str]) -> None:
 
 @contextmanager
 def adapted(model: nn.Module) -> Iterator[None]:
-    """All adapters on, for a while."""
+    """A context in which all adapters are in place."""
     modules, paths = dict(model.named_modules()), adaptable(model)
     before = [(modules[path], type(modules[path])) for path in paths]
     try:

@@ -54,7 +54,7 @@ EDITS = {
     "view(self.bias_shape)": "view(*self.bias_shape[:-1], -1)",
     # a scale read from the width of the heads, where that is what may go: hiera has stages of one head
     "F.scaled_dot_product_attention(q, k, v)": "F.scaled_dot_product_attention(q, k, v, scale=self.scale)",
-    # position biases kept from the first call on, whatever becomes of the heads
+    # position biases cached at the first call, although heads may change
     "if torch.jit.is_tracing() or self.training:": "if True:",
 }
 """What has to be replaced in their source besides."""

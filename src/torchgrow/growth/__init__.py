@@ -1,1 +1,1 @@
-"""Growth: the order of things in a run, on a live network, towards a budget."""
+"""Growth: a run that changes the structure of a network in training until it meets a budget."""

@@ -1,4 +1,4 @@
-"""What a grower says before it starts: how the budget will be reached, and whether the model looks trained."""
+"""What is reported before a run: how the budget will be reached, and whether the model looks trained."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..renamed import frames_to_user
 from ..structure.cost import Cost, CostModel
 from ..structure.limits import Budget, Limits
 
@@ -18,7 +19,7 @@ OUTLIER = 1.25
 torchvision and our own have 0.86 to 1.02; small ones trained for ten epochs 1.3 to 2.1 in half of their matrices."""
 
 SMALLEST_SIDE, LARGEST_MATRIX, MATRICES = 8, 2**22, 12
-"""Which matrices are looked at: not those too small to say anything, nor more than takes a moment."""
+"""Sizes of the matrices that are tested: not too small to be informative, not too large to be fast."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ _MOST = 12
 
 
 def warn_if_trained(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], keep: Tensor) -> bool:
-    """Whether a model looks trained; if it is about to be cut to a seed, `keep`, that is told, with the ways on."""
+    """Whether a model looks trained. Warns if it is about to be cut to a seed, `keep`, and says what else to do."""
     sign = trained(model, optimizers)
     if sign and not bool(keep.all()):
         warnings.warn(
@@ -125,7 +126,7 @@ def warn_if_trained(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer
             'it, use Grower(..., start="frame"); to grow from scratch, build the model anew. If it '
             "is meant so, silence this with warnings.filterwarnings('ignore', message='.*looks trained')",
             UserWarning,
-            stacklevel=5,
+            stacklevel=frames_to_user(),
         )
     return bool(sign)
 
@@ -133,8 +134,8 @@ def warn_if_trained(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer
 def trained(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()) -> str:
     """Why a model looks trained, in words; "" if it does not, or lies on the meta device.
 
-    An optimizer has stepped; a batch norm has seen batches; or a quarter of the weight matrices have a singular value
-    far above those of independent random entries (Marchenko and Pastur, 1967): gradients of low rank leave one behind.
+    The signs: an optimizer has stepped; a batch norm has seen batches; or a quarter of the weight matrices have a
+    singular value far above those of random matrices (Marchenko and Pastur, 1967), since gradients have low rank.
     """
     if any(_stepped(state) for optimizer in optimizers for state in optimizer.state.values()):
         return "its optimizer has stepped"
@@ -149,7 +150,7 @@ def trained(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()) 
 
 
 def _stepped(state: dict[str, Any]) -> bool:
-    """Whether the state of a parameter is that of a step; some optimizers make it before the first."""
+    """Whether the state of a parameter shows a step; some optimizers create it before the first one."""
     if "step" in state:
         return float(state["step"]) > 0
     return any(isinstance(slot, Tensor) and bool(slot.any()) for slot in state.values())
@@ -157,7 +158,7 @@ def _stepped(state: dict[str, Any]) -> bool:
 
 @torch.no_grad()
 def outlier(matrix: Tensor) -> float | None:
-    """Largest singular value over that of independent entries of the same size and spread; None if it says nothing."""
+    """Largest singular value over that of a random matrix of the same size and spread; None if the size is no use."""
     rows, columns = matrix.shape
     if min(rows, columns) < SMALLEST_SIDE:
         return None

@@ -1,4 +1,4 @@
-"""What is looked at before a model grows: whether it may, what of it is trained, what its budget is a share of."""
+"""Checks before a model grows: is it free, which parameters are trained, what a relative budget refers to."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import OptimizerError, StructureError
+from ..renamed import frames_to_user
 from ..structure.cost import Cost
 from ..structure.limits import Budget
 from ..structure.record import growths, recorded
@@ -18,7 +19,7 @@ from .gates import attached
 
 
 def check_free(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Refuse a model and optimizers that another grower has not finished with.
+    """Refuse a model and optimizers that another, unfinished grower uses.
 
     Raises:
         StructureError: the model, a part of it or a model around it is growing.
@@ -44,7 +45,7 @@ def tell_share(model: nn.Module, budget: Budget, cost: Cost) -> None:
         warnings.warn(
             f"the budget {shares[0]} is a share of the network as it is, {cost.params:,} parameters, which was cut "
             f"from a frame of {first:,} before; for a share of that frame give a number, such as Budget(params=...)",
-            stacklevel=5,
+            stacklevel=frames_to_user(),
         )
 
 
@@ -55,7 +56,7 @@ def trained_names(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer])
 
 
 def pin_untrained(space: Space, trained: set[str]) -> Space:
-    """Pin units whose gate would have no place, or a place that is not trained: no gradient could reach it."""
+    """Mark units as not removable if their gate has no place, or only untrained ones: no gradient would reach it."""
     gated = torch.zeros(space.n_units, dtype=torch.bool)
     for (name, axis), vector in space.fold.items():
         units = vector[vector >= 0].unique()

@@ -1,9 +1,9 @@
-"""Initial weights at the scale of the network that is to come, not of the frame that it comes from.
+"""Initial weights at the scale of the planned network rather than of the frame.
 
 Initial weights have a variance c/n, where n is a fan of their tensor (He et al., 2015, arXiv 1502.01852, Eq 10; Glorot
-and Bengio, 2010, Eq 12). Cut out of a wide frame, those of a small network are too small by the root of the ratio of
-the two fans, in every layer once more; a norm hides it, without one signals and gradients die out. So weights that
-nothing has trained are multiplied by that root, for the widths that the run is to end with.
+and Bengio, 2010, Eq 12). Cut out of a wide frame, the weights of a small network are too small by the root of
+the ratio of the two fans, in every layer. Normalisation hides this; without it signals and gradients vanish. So
+untrained weights are multiplied by that root, for the widths planned for the end of the run.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ CONSTANTS = (UNIFORM, 1.0, 2.0, 25 / 9)
 """Variances times fan: PyTorch's own uniform rule; LeCun's, Glorot's and orthogonal ones; He's; with tanh's gain."""
 
 STANDARD_ERRORS = 4.0
-"""By how many of its own a variance may miss a rule."""
+"""By how many standard errors a variance may differ from a rule."""
 
 VAGUE = 0.2
-"""A weight that can be told no better than so, and is alone of its kind, stays."""
+"""Largest standard error of a single weight of its kind for a rule to be identified; otherwise it is not rescaled."""
 
 MOST = 2**20
 """Values of a tensor that are looked at, about."""
@@ -80,11 +80,11 @@ class _Tensor:
 
     @property
     def miss(self) -> float:
-        """By how much the logarithm of its variance may miss a rule."""
+        """Tolerance of the logarithm of its variance."""
         return STANDARD_ERRORS * math.sqrt(2 / self.count) + 0.01
 
     def rules(self) -> Iterator[Rule]:
-        """Fans and constants that give its variance, as near as can be told."""
+        """Fans and constants that give its variance, within the tolerance."""
         for fan, (frame, _) in self.fans.items():
             for constant in CONSTANTS:
                 if abs(math.log(self.variance * frame / constant)) < self.miss:
@@ -95,7 +95,7 @@ class _Tensor:
         return abs(math.log(self.variance / other.variance)) < max(self.miss, other.miss)
 
     def beyond(self, rule: Rule) -> bool:
-        """Whether a value lies outside the bounds of PyTorch's uniform rule, if it is that."""
+        """Whether a value lies outside the bounds of PyTorch's uniform rule, if that is the rule."""
         fan, constant = rule
         return constant == UNIFORM and self.top > 1 / math.sqrt(self.fans[fan][0])
 
@@ -106,16 +106,16 @@ def birth_scales(
 ) -> dict[str, float]:
     """What to multiply fresh parameters of a frame by, by name; those that stay as they are are left out.
 
-    The rule a parameter was initialised by is told from its variance, together with the others of its kind. Where no
-    rule with a fan fits, or one variance fits all shapes of the kind as well, it stays: weights of a fixed spread, as
-    transformers have them. Where values of any tensor are none that its rule draws, something was trained: all stay.
+    The rule that initialised a parameter is identified from its variance, together with the others of its kind. Not
+    rescaled are weights to which no rule with a fan fits, or to which one fixed variance fits as well, as in
+    transformers. If any tensor has values that its rule cannot draw, the model was trained and nothing is rescaled.
 
     Args:
         model: the frame, untrained.
         space: of it.
         planned: bool [n], a structure of the widths that the run is to end with.
         seed: of all values of a frame on the meta device.
-        held: names of the parameters that are trained; others stay. None: all are.
+        held: names of the parameters that will be trained; others are not rescaled. None: all.
     """
     kinds: dict[str, list[_Tensor]] = {}
     full = Births(model, seed).full if is_meta(model) else model.get_parameter
@@ -154,7 +154,7 @@ def _random(model: nn.Module, space: Space, planned: Tensor, full: Callable[[str
         shapes = {key: _shapes(space, names[id(p)], tuple(p.shape), planned) for key, p in own.items()}
         for key, parameter in own.items():
             name, fans = names[id(parameter)], _fans(module, key, shapes)
-            at_home = name == (f"{path}.{key}" if path else key)  # else it is another module's, tied
+            at_home = name == (f"{path}.{key}" if path else key)  # else it is tied, and another module has it
             if fans and at_home and parameter.numel() > 1:
                 whole = full(name).detach()
                 values = whole.flatten()[:: 1 + whole.numel() // MOST].double()
@@ -164,7 +164,7 @@ def _random(model: nn.Module, space: Space, planned: Tensor, full: Callable[[str
                     plain = isinstance(module, (nn.Linear, _ConvNd))
                     kind = f"{'' if plain else type(module).__name__} {'bias' if parameter.dim() == 1 else 'weight'}"
                     top = float(whole.abs().max()) / (1 + 4 * torch.finfo(whole.dtype).eps)
-                    trained = _trained(key, whole, mean)  # now: of a frame on the meta device one tensor is there
+                    trained = _trained(key, whole, mean)  # now: a frame on the meta device has one tensor at a time
                     yield _Tensor(kind, name, fans, variance, values.numel(), mean, top, trained)
 
 

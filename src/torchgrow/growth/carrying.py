@@ -1,4 +1,4 @@
-"""States that a model hands from one call to the next, as it takes them after a change of structure."""
+"""Hidden states that a model carries from one call to the next, re-cut after a change of structure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..tracing.nested import mapped, tensors
 
 
 def carried_over(space: Space, state: Any, old: Tensor, new: Tensor) -> Any:
-    """A carried state of the network `old` (bool [n]) as the network `new` takes it; see `Grower.carry`.
+    """Re-cut a carried state from structure `old` to `new` (bool [n]); see `Grower.carry`.
 
     Raises:
         StructureError: nothing was declared as carried, or the state is not the one of the structure before.

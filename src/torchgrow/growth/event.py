@@ -1,4 +1,4 @@
-"""What an update did: the history of a run is a list of these."""
+"""Events: what an update did. The history of a run is a list of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..persistence.plain_data import Field
 class Event:
     """What one update did; event 0 is the seed.
 
-    Where `load_state_dict` brought a network of another structure since, the event tells of that one.
+    If `load_state_dict` has changed the structure since, the event describes the new one.
 
     Attributes:
         update: number of the update.

@@ -24,7 +24,7 @@ from ..structure.space import WHOLE, Space, live_positions
 
 
 def converted(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> str:
-    """What to say of a tensor that has another dtype or device than when the grower was made."""
+    """The error text for a tensor whose dtype or device has changed since the grower was made."""
     return (
         f"{name} is {tensor.dtype} on {tensor.device} now, but was {dtype} on {device} when Grower was made: raw "
         "weights, optimizer slots and what is stored beside them still are. Convert or move the model before "
@@ -40,9 +40,9 @@ class Fold:
         space: the space.
         parameters: the model's parameters by name, at their live size.
         keep: bool [n], the live units; gates of layers left out have no place.
-        raw: raw live values of gated parameters; of those not named, the present contents are raw.
-        gated: whether there are gates. Without them parameters hold raw contents, and nothing is kept beside; what is
-            left is where units live, for m dL/dm with m = 1.
+        raw: raw live values of gated parameters; for those not named, the present contents.
+        gated: whether there are gates. Without them parameters hold raw contents and no copies are kept; only the
+            positions of units are used, for m dL/dm with m = 1.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Fold:
         self._lengths = [vector.numel() for vector in units]
 
     def part(self, names: Collection[str]) -> Fold:
-        """Some of the parameters only; raw contents are shared with the whole."""
+        """The same for some of the parameters; raw contents are shared."""
         part = object.__new__(Fold)
         chosen = [i for i, name in enumerate(self.names) if name in names]
         part.n, part.gated = self.n, self.gated
@@ -97,7 +97,7 @@ class Fold:
         return dict(zip(self.names, self.raw, strict=True)) if self.gated else {}
 
     def factors(self, gate: Tensor | None) -> list[Tensor]:
-        """What every gated parameter is multiplied by, broadcastable to it; `gate`: float64 [n], or None for none."""
+        """Factor of every gated parameter, broadcastable to it. `gate`: float64 [n], or None without gates."""
         if gate is None or not self.gated:
             return []
         extended = torch.cat([gate, torch.ones(1, dtype=gate.dtype)])
@@ -135,7 +135,7 @@ class Fold:
         return total[: self.n].cpu()
 
     def adopt_edits(self, factors: list[Tensor]) -> None:
-        """Take over what somebody else wrote into gated parameters since they were folded (a loaded state, say).
+        """Take over edits of gated parameters made by other code since they were folded (a loaded state, say).
 
         Contents are compared, since an edit through `.data` leaves no other trace. `factors` are those they were
         folded with.
@@ -153,7 +153,7 @@ class Folding:
     """Unfold, step, refold: hooks on the user's optimizers.
 
     Between steps `.grad` is the gradient of what the model holds, dL/dw~; the optimizer sees m dL/dw~ = dL/dw.
-    Whatever the user does to gradients before the step (clipping, say) is therefore done to dL/dw~.
+    So clipping and other changes of gradients before the step act on dL/dw~.
 
     Every optimizer unfolds its own parameters. With several, the indicators move once all of those that hold gates
     have stepped since the last time, by the sum of what these steps gave; until then the gates stay. With a new
@@ -187,9 +187,9 @@ class Folding:
     def install(
         self, exchange: Exchange, fold: Fold, factors: list[Tensor], copies: Mapping[tuple[str, str], Tensor]
     ) -> None:
-        """Have `exchange` install a new structure whose parameters will hold contents folded with `factors`.
+        """Have `exchange` install the gates of a new structure, whose parameters will be folded with `factors`.
 
-        A step that did not finish is forgotten with the structure it was taken on.
+        An unfinished optimizer step is discarded.
 
         Args:
             exchange: makes it.
@@ -224,11 +224,11 @@ class Folding:
 
     @property
     def listens(self) -> bool:
-        """Whether what optimizers do is told to `on_step`."""
+        """Whether `on_step` is called."""
         return self.fold is not None and bool(self.fold.names)
 
     def folded_with(self, gate: Tensor | None) -> bool:
-        """Whether the weights are folded with just these gates, float64 [n], as they are."""
+        """Whether the weights are folded with exactly these gates, float64 [n]."""
         return all(hooks.folded_with(gate) for hooks in self._hooks)
 
     def attach(self, exchange: Exchange) -> None:
@@ -237,13 +237,13 @@ class Folding:
             hooks.attach(exchange)
 
     def state_dict(self) -> dict[str, Any]:
-        """Which optimizers have yet to step before the indicators move, what the others' steps gave, and all counts."""
+        """Optimizers that must still step before the indicators move, the sum of the others' steps, and counts."""
         total = None if self._sum is None else self._sum.clone()
         waiting = [hooks in self._waiting for hooks in self._hooks]
         return {"waiting": waiting, "sum": total, "taken": self.taken, "moved": self.moved}
 
     def load_state(self, exchange: Exchange, waiting: Sequence[bool], total: Tensor | None) -> None:
-        """Have `exchange` take over what `state_dict` said, once checked; after `install`."""
+        """Have `exchange` load a checked `state_dict`; call after `install`."""
         still = [hooks for hooks, waits in zip(self._hooks, waiting, strict=True) if waits]
         exchange.fields(self, _waiting=still, _sum=total)
 
@@ -318,9 +318,9 @@ class _Hooks:
         self._factors: list[Tensor] = []
         self._raw_copies: dict[tuple[str, str], Tensor] = {}
         self._unfolded = False
-        self._gradient: Tensor | None = None  # m dL/dm of the step under way; None if the step changes nothing
+        self._gradient: Tensor | None = None  # m dL/dm of the present step; None if the step changes nothing
         self._lent: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, its own gradient, the optimizer's
-        self._handles: list[RemovableHandle] = []  # none: the hooks do nothing, wherever they are
+        self._handles: list[RemovableHandle] = []  # empty: the hooks do nothing
 
     def attach(self, exchange: Exchange) -> None:
         """As `Folding.attach`, of this optimizer only."""
@@ -329,7 +329,7 @@ class _Hooks:
         before = self.optimizer.register_step_pre_hook(self._before)
         after = self.optimizer.register_step_post_hook(self._after)
         for handle, hook in ((before, self._before), (after, self._after)):
-            handle.remove()  # now it is known where the hook goes
+            handle.remove()  # its place among the hooks is known now
             exchange.put(_hooks_of(handle), handle.id, hook)
         exchange.fields(self, _handles=[before, after])
 
@@ -354,7 +354,7 @@ class _Hooks:
 
     @torch.no_grad()
     def adopt_edits(self) -> None:
-        """Take over what somebody else wrote into gated parameters and copies of them."""
+        """Take over edits of gated parameters and of copies of them, made by other code."""
         if self.fold is not None:
             self.fold.adopt_edits(self._factors)
             self._raw_copies = self.raw_copies()
@@ -377,10 +377,10 @@ class _Hooks:
         return found
 
     def refold(self) -> None:
-        """The gates have moved though this optimizer took no step."""
+        """Fold again after gates have moved without a step of this optimizer."""
         if self.fold is None or not self.fold.gated:
             return
-        if not self._unfolded:  # a step that failed is folded when it is recovered
+        if not self._unfolded:  # a failed step is folded in `recover`
             self.adopt_edits()
             self._refold()
 
@@ -396,7 +396,7 @@ class _Hooks:
     @on_host()
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Pre-step hook: unfold, now or, with a closure, as soon as it has computed the gradients."""
-        if self.fold is None or not self._handles:  # nobody asks: nothing is spent
+        if self.fold is None or not self._handles:  # no hooks wanted: cost nothing
             return None
         self.recover()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer itself
@@ -453,7 +453,7 @@ class _Hooks:
 
     @on_host()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Post-step hook: the policy is told, the weights are folded with the new gates."""
+        """Post-step hook: call the policy, then fold the weights with the new gates."""
         self.taken += 1
         if self.fold is None:
             return
@@ -466,7 +466,7 @@ class _Hooks:
 
     @torch.no_grad()
     def _move(self) -> None:
-        """What follows a step with gates."""
+        """Move the gates after a step and fold again."""
         assert self.fold is not None
         if not self._unfolded:  # a closure that was never called
             return
@@ -480,7 +480,7 @@ class _Hooks:
     def _refold(self) -> None:
         assert self.fold is not None
         for parameter, gradient, product in self._lent:
-            if parameter.grad is product:  # else somebody has dropped it since
+            if parameter.grad is product:  # else other code has dropped it since
                 parameter.grad = gradient
         self._factors = self.fold.factors(self._gate())
         torch._foreach_copy_(self.fold.parameters, self.fold.raw)

@@ -1,4 +1,4 @@
-"""What grows a model: the face of the library."""
+"""The Grower: the public interface of a run."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..errors import BudgetError, TorchgrowError
 from ..exchange import Exchange, trainable
 from ..policies import Policy, named, policy_of
 from ..policies.indicators import Method
+from ..renamed import frames_to_user, renamed_arguments
 from ..structure.limits import Budget
 from ..structure.optimizers import optimizers_of
 from ..structure.space import Place
@@ -33,7 +34,7 @@ from .start import check_start
 from .teacher import recalibrate, teacher_of
 
 PLANNED = {"model", "optimizers", "budget", "limits", "updates", "seed", "start", "rescale", "policy", "space", "run"}
-"""Attributes of a grower that stay as they are."""
+"""Attributes of a grower that cannot be set again."""
 
 
 class Grower(Shown):
@@ -53,12 +54,12 @@ class Grower(Shown):
             examples, for forwards that take other ways on other inputs, or other arguments in training.
         budget: what the final network may cost; it is never above and no removable unit still fits under it.
         updates: T, the number of updates in the run. The structure is final from update T-1 on.
-        start: what the run begins with: "seed"; "frame", the model as it is, with what it has learnt; some of its
-            units, bool [n] as in `space`; or a network that was cut from such a model before, as `torchgrow.load` or
-            a run left it: what that has learnt is taken into the model, and the run goes on from there.
-        rescale: whether weights that nothing has trained begin at the scale of the widths that the run is to end
-            with, rather than the frame's: as those of a network built so small (He et al., 2015, Eq 10). The rule they
-            were initialised by is told from their variance; where none with a fan fits, they stay. Never with `start`.
+        start: what the run begins with: "seed"; "frame", the whole model with its weights; some of its units, bool [n]
+            as in `space`; or a network that was cut from such a model before, from `torchgrow.load` or an earlier
+            run: its weights are copied into the model, and the run begins from its structure.
+        rescale: whether untrained weights are rescaled from the widths of the frame to those planned for the end of the
+            run, as in a network built that small (He et al., 2015, Eq 10). The initialisation rule is identified from
+            the variance of the weights; if no rule with a fan fits, they stay. Never with `start`.
         preset: how it grows, by name: "default" (evenly beyond the budget, then the least important units of every
             group go), "shrink" (from the start down to the budget), "paper" (its own), "global" (with one temperature
             for all), "nas" (its settings for architecture search), "random" (its baseline); with other values behind
@@ -66,8 +67,8 @@ class Grower(Shown):
         policy: how it grows, as an object in place of a name: `torchgrow.policies.Paper(lambda_base=0.3)`, or a
             `torchgrow.policies.Policy` of your own. The grower works on a copy, `grower.policy`.
         seed: of all draws.
-        freeze: what keeps its shape, as for `trace`.
-        couple: what is cut alike, as for `trace`.
+        protect: parameters or modules that keep their shape, as for `trace`.
+        couple: axes that are cut alike, as for `trace`.
         depth: whether layers grow too, as for `trace`. A layer that is left out costs nothing: its module hands its
             input on, and its parameters (still the same objects, in the optimizer too) are empty.
         carried: outputs that become arguments of the next call, as for `trace`; see `carry`.
@@ -82,6 +83,7 @@ class Grower(Shown):
         StructureError: every unit of the model is frozen.
     """
 
+    @renamed_arguments(freeze="protect")
     def __init__(
         self,
         model: nn.Module,
@@ -95,7 +97,7 @@ class Grower(Shown):
         preset: str | Method | None = None,
         policy: Policy | None = None,
         seed: int = 0,
-        freeze: Sequence[str | Place] = (),
+        protect: Sequence[str | Place] = (),
         couple: Couples = (),
         depth: bool | Sequence[Named] = False,
         carried: Carries | None = None,
@@ -108,7 +110,7 @@ class Grower(Shown):
         self.optimizers = optimizers_of(optimizer)
         check_free(model, self.optimizers)
         with _all_or_nothing(model) as exchange:
-            space = trace(model, example_inputs, freeze=freeze, couple=couple, carried=carried, depth=depth)
+            space = trace(model, example_inputs, protect=protect, couple=couple, carried=carried, depth=depth)
             if not space.proven:  # a frame on the meta device
                 space = prove(model, space, example_inputs)
             self.run = Run.begin(self, chosen, space, example_inputs, exchange)
@@ -117,7 +119,7 @@ class Grower(Shown):
         self.space, self.limits, self.frame_cost = plan.space, plan.limits, plan.frame_cost
 
     def update(self) -> Event:
-        """Grow, detach and regrow once. Evaluate before: newborn units are untrained.
+        """Grow, detach and regrow once. Evaluate before: new units are untrained.
 
         With several processes every rank calls it; buffers such as running statistics become rank 0's, and every rank
         hears of the random states of all, for `save_checkpoint`.
@@ -137,8 +139,8 @@ class Grower(Shown):
     def finish(self) -> Event:
         """End the run now: the network is brought to the budget, the bank is emptied, the hooks come off.
 
-        Called before update T-1 the network may have to change once more; units that enter here have gated weights
-        of 0, so that the function of the network is what survived of it.
+        Called before update T-1 the network may change once more. Units that enter here have gated weights of 0: the
+        other units compute what they did.
 
         Raises:
             TorchgrowError: the run is over already, or the ranks do not agree.
@@ -147,7 +149,7 @@ class Grower(Shown):
             return self.run.finish()
 
     def wrap(self, **settings: Any) -> nn.Module:
-        """The network for data-parallel training; call it anew after every update: `ddp = grower.wrap()`.
+        """The network for data-parallel training; call it again after every update: `ddp = grower.wrap()`.
 
         Returns a new DistributedDataParallel, or, where no process group was started, the model itself. Wrappers
         made before an update raise when they are called after it. Evaluate and save the model, not the wrapper.
@@ -162,8 +164,8 @@ class Grower(Shown):
     def follow(self, module: nn.Module) -> None:
         """Let a second model of the same frame, such as a moving average, follow every change of structure.
 
-        It keeps weights and buffers of its own, those of detached units too: a unit that comes back is in it as it
-        left. A unit that a copy has no history of starts in it as in the network.
+        It keeps its own weights and buffers, also of detached units: one that comes back has the values it left with.
+        A unit that is new to the copy starts with the network's values.
 
         Args:
             module: a copy of the frame or of the live network, or what holds one in `.module`, such as
@@ -178,7 +180,7 @@ class Grower(Shown):
 
     @trainable()
     def carry(self, state: Any) -> Any:
-        """What the model put out before the last change of structure, as it takes it now.
+        """Re-cut a hidden state that the model returned before the last change of structure.
 
         Truncated backpropagation through time hands the hidden state of a recurrent network from one step to the
         next. Where the structure changes in between, call this once: after every `update()`, after `finish()`, and
@@ -198,9 +200,9 @@ class Grower(Shown):
 
     @trainable()
     def teacher(self) -> nn.Module:
-        """The network as it was when the run began: frozen, in evaluation mode, sharing nothing with it.
+        """A copy of the network that the run began with: no gradients, evaluation mode, no shared tensors.
 
-        Of a run from the seed, the frame; of one that took over a smaller network, that.
+        For a run from the seed that is the frame, for a run from a smaller network that network.
 
         For distillation: ask for it before the first step, and train with `torchgrow.distillation_loss`.
 
@@ -211,9 +213,9 @@ class Grower(Shown):
 
     @trainable()
     def recalibrate(self, loader: Iterable[Any]) -> None:
-        """Estimate the running statistics of all batch norms anew: means over the batches, nothing else moves.
+        """Re-estimate the running statistics of all batch norms, as means over the batches; nothing else changes.
 
-        After units have left, statistics are of activations that are no more. Followers keep their own.
+        After units have left, the old statistics belong to other activations. Followers keep theirs.
 
         Args:
             loader: of inputs, or of tuples and lists that begin with them; a few batches will do. Dicts are keywords.
@@ -227,7 +229,7 @@ class Grower(Shown):
     def state_dict(self) -> dict[str, Any]:
         """The whole run so far: network, bank, indicators, counters, draws, history, optimizer; as copies.
 
-        Plain data: nested dicts and lists of tensors, numbers and text. A grower built alike that loads it goes on bit
+        Plain data: nested dicts and lists of tensors, numbers and text. An equal grower that loads it continues bit
         for bit (with the same number of threads). Gradients are part of it, so it may be taken between `backward`
         and `step`; call `optimizer.zero_grad()` before if they are spent. So are followers. Random numbers outside the
         grower (dropout, shuffling) are not; `save_checkpoint` stores those too.
@@ -240,7 +242,7 @@ class Grower(Shown):
 
     @trainable()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a run where `state_dict` left it: everything is checked first, then all of it is taken, or nothing.
+        """Load the `state_dict` of a run. Everything is checked first; then all of it is loaded, or nothing.
 
         Build model, optimizer and grower as in the saved run; what this grower did before is lost. The state is
         copied, so it can be loaded again. Let followers follow before, and load the state of a learning rate
@@ -255,7 +257,7 @@ class Grower(Shown):
     def release(self) -> dict[str, Any]:
         """Bring the whole frame back and end this run; returns its state, which another Grower can load.
 
-        For loops that make their optimizer anew in mid-run.
+        For training loops that build a new optimizer during the run.
 
         Raises:
             TorchgrowError: the run is over, and what was stored is gone.
@@ -263,7 +265,7 @@ class Grower(Shown):
         return self.run.loading.release()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """What a run was planned with stays: a new value would be shown, but not followed."""
+        """Refuse to change what the run was planned with: a new value would be shown, but have no effect."""
         if name in ("history", "finished") or (name in PLANNED and name in vars(self)):
             raise TorchgrowError(
                 f"{name} of a Grower cannot be changed during the run, which is planned with it; finish() this one "
@@ -272,13 +274,13 @@ class Grower(Shown):
         super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        """Neither copied nor pickled: it acts on the very model and optimizer it was given."""
+        """Refuse to be copied or pickled: a grower belongs to one model and one optimizer."""
         _refuse_copy()
 
 
 @contextmanager
 def _all_or_nothing(model: nn.Module) -> Iterator[Exchange]:
-    """The model is as before if the block raises."""
+    """Restore the model if the block raises."""
     exchange = Exchange()
     if isinstance(model, nn.Module):
         exchange.remember(model)
@@ -302,10 +304,10 @@ def _check(budget: Budget, updates: int, rescale: bool) -> None:
 
 
 def _policy(preset: str | Method | None, policy: Policy | None, *, layers: bool) -> Policy | None:
-    """The policy that was asked for, as a copy; None where nothing was.
+    """A copy of the policy that was asked for; None for the default.
 
     Raises:
-        TorchgrowError: it is none, or no name of one.
+        TorchgrowError: it is no policy, or not the name of one.
     """
     if policy is not None and not isinstance(policy, Policy):
         raise TorchgrowError(
@@ -316,7 +318,7 @@ def _policy(preset: str | Method | None, policy: Policy | None, *, layers: bool)
             "Method is deprecated and goes with the next version: give Grower a policy, as in policy="
             f'torchgrow.policies.{type(policy_of(preset)).__name__}(...), or a name, preset="default:peak=1"',
             DeprecationWarning,
-            stacklevel=3,
+            stacklevel=frames_to_user(),
         )
     if policy is not None:
         return copy.copy(policy)

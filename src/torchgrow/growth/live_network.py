@@ -1,4 +1,4 @@
-"""The live network: cut from its frame, with its gates folded in, and with the copies that follow it.
+"""The live network: the model cut from its frame, its folded gates, and the copies that follow it.
 
 A change of structure is computed first and written afterwards by one `Exchange`, all of it or nothing.
 """
@@ -27,15 +27,15 @@ from .watch import Watch
 
 
 class LiveNetwork:
-    """A model that grows, the storage for what is not live, its gates, and the copies that follow it.
+    """A model that grows, the storage for inactive units, its gates, and the copies that follow it.
 
     Args:
         model: the frame, at full size; `change` cuts it.
         plan: of the run.
         layouts: of the optimizers that train it.
-        policy: whose gates are folded in, and which is told of steps; the run changes this very object.
+        policy: its gates are folded in, and it is called after steps; the run changes this object in place.
         on_step: called after optimizer steps with m dL/dm, float64 [n].
-        device: where a frame on the meta device comes to life.
+        device: of the real tensors of a frame on the meta device.
         exchange: its `undo` will bring the model back.
 
     Attributes:
@@ -44,7 +44,7 @@ class LiveNetwork:
         gates: what is folded into the weights around every optimizer step.
         followers: the banks of the copies.
         wrappers: the copies as they were given, which may be wrappers around a model.
-        copies: those of the followers that began with the frame's own weights.
+        copies: those of the followers that started with the frame's weights.
     """
 
     def __init__(
@@ -100,15 +100,15 @@ class LiveNetwork:
         return [parameter for bank in self.banks for parameter in bank.model.parameters()]
 
     def fold(self, keep: Tensor, raw: Mapping[str, Tensor], gate: Tensor | None) -> Fold:
-        """Where the units of a structure live, and what is folded there; nowhere if the policy does not ask."""
+        """Positions of the units of a structure and what is folded there; empty if the policy needs neither."""
         asked = gate is not None or self.policy.sensitive
         space = self.space if asked else replace(self.space, fold={})
         return Fold(space, self.parameters if asked else {}, keep, raw, gated=gate is not None)
 
-    # --- is it as it was left? ---
+    # --- consistency checks ---
 
     def check(self) -> None:
-        """The optimizer trains, and the bank writes into, the parameter objects that were there at the start.
+        """Check that the parameter objects of the model are those that optimizer and bank work on.
 
         Raises:
             StructureError: a tensor was exchanged or converted, or one of a follower; the message names it.
@@ -143,7 +143,7 @@ class LiveNetwork:
                     )
 
     def check_trained(self) -> None:
-        """The optimizers that were given train the network, and no other.
+        """Check that the given optimizers train the network, and no other.
 
         Raises:
             TrainingError: the last step did not finish, or another optimizer trains it.
@@ -162,7 +162,7 @@ class LiveNetwork:
         *,
         first: bool,
         last: bool,
-        silent: Tensor | None,
+        zeroed: Tensor | None,
         as_is: bool = False,
     ) -> bool:
         """Have `exchange` make `keep` the live structure of the model and its followers; nothing is written before.
@@ -171,16 +171,16 @@ class LiveNetwork:
             exchange: makes it.
             keep: bool [n].
             gate: that the weights shall be folded with, float64 [n], or None.
-            first: of the run, so that everything is written even if it seems the same.
+            first: whether it is the first change of the run, so that everything is written.
             last: the hooks come off and the banks are emptied.
-            silent: bool [n], units that enter with gated weights of 0.
-            as_is: what lives computes what it did without gates: its raw weights are divided by them.
+            zeroed: bool [n], units that enter with gated weights of 0.
+            as_is: whether live units keep their function although they get gates: raw weights are divided by the gates.
 
         Returns:
             Whether a tensor will have another shape.
         """
         stays = not first and torch.equal(keep, self.keep) and self.gates.folded_with(gate)
-        changes, installed = ([self.bank.unchanged()], None) if stays else self._stage(keep, gate, silent, as_is)
+        changes, installed = ([self.bank.unchanged()], None) if stays else self._stage(keep, gate, zeroed, as_is)
         reshapes = changes[0].reshapes
         for change in changes:
             change.into(exchange)
@@ -199,18 +199,18 @@ class LiveNetwork:
         return reshapes
 
     def _stage(
-        self, keep: Tensor, gate: Tensor | None, silent: Tensor | None, as_is: bool
+        self, keep: Tensor, gate: Tensor | None, zeroed: Tensor | None, as_is: bool
     ) -> tuple[list[Change], tuple[Fold, list[Tensor], dict[tuple[str, str], Tensor]]]:
-        """The changes of the network and its followers, not made as yet, and what `Folding.install` needs."""
+        """The staged changes of the network and its followers, and the arguments of `Folding.install`."""
         bank = self.bank
         raw = self.raw() or {name: self.parameters[name].detach() for name in self.gated}
         change = bank.stage(keep, raw, self.gates.raw_copies())
         fresh = {name: change.swaps[name].new for name in self.gated if not self.space.absent(name, keep)}
-        if silent is not None:
-            _silence(self.space, fresh, keep, silent)
+        if zeroed is not None:
+            _zero(self.space, fresh, keep, zeroed)
             for name in fresh:
                 for part in change.swaps[name].raw_copies().values():
-                    _silence(self.space, {name: part}, keep, silent)
+                    _zero(self.space, {name: part}, keep, zeroed)
         fold = self.fold(keep, fresh, gate)
         factors = fold.factors(gate)
         for name, factor in zip(fold.names, factors, strict=True) if as_is and factors else ():
@@ -277,16 +277,16 @@ class LiveNetwork:
             raise
 
 
-def _silence(space: Space, raw: Mapping[str, Tensor], keep: Tensor, silent: Tensor) -> None:
-    """Zero the gated raw weights of the units in `silent` (bool [n])."""
+def _zero(space: Space, raw: Mapping[str, Tensor], keep: Tensor, zeroed: Tensor) -> None:
+    """Zero the gated raw weights of the units in `zeroed` (bool [n])."""
     for (name, axis), vector in space.fold.items():
         if name not in raw:
             continue
         if axis == WHOLE:
-            if bool(silent[vector]):
+            if bool(zeroed[vector]):
                 raw[name].zero_()
             continue
         live = vector[live_positions(space.unit_of[name, axis], keep)]
-        positions = torch.nonzero((live >= 0) & silent[live.clamp(min=0)]).flatten()
+        positions = torch.nonzero((live >= 0) & zeroed[live.clamp(min=0)]).flatten()
         if positions.numel():
             raw[name].index_fill_(axis, positions.to(raw[name].device), 0)

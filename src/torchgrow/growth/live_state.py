@@ -1,4 +1,4 @@
-"""The state of a live network as plain data: all contents, live or stored, optimizers, copies that follow."""
+"""The state of a live network as plain data: live and stored tensors, optimizers, followers."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def state_of(live: LiveNetwork, finished: bool) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Follower:
-    """What a state holds of a follower: live contents, what is stored beside them, what its wrapper holds."""
+    """State of a follower: live contents, stored contents, and tensors of its wrapper."""
 
     network: dict[str, Tensor]
     bank: dict[str, Store]
@@ -88,7 +88,7 @@ class Follower:
 
 @dataclass(frozen=True, kw_only=True)
 class LiveState:
-    """What `state_of` gave away, checked, as copies on the right devices; the names are those of its fields."""
+    """The checked result of `state_of`, as copies on the right devices, with fields of the same names."""
 
     keep: Tensor
     trained: Tensor
@@ -112,7 +112,7 @@ class LiveState:
 
         Args:
             saved: fields of a state.
-            live: the network that it shall go to.
+            live: the network that it is for.
             keep: bool [n], the structure of the state.
             finished: whether it is final, so that nothing is stored beside it.
 
@@ -157,7 +157,7 @@ class LiveState:
         )
 
     def into(self, exchange: Exchange, live: LiveNetwork, policy: Policy) -> None:
-        """Have `exchange` make the network this one; `policy`: with the gates of the state."""
+        """Have `exchange` load this state into the network; `policy` has the gates of the state."""
         fold = live.fold(self.keep, self.raw, policy.gate)
         factors = fold.factors(policy.gate)
         raw_copies: dict[tuple[str, str], Tensor] = {}
@@ -189,7 +189,7 @@ class LiveState:
 
     @contextmanager
     def extra_states_set(self, live: LiveNetwork) -> Iterator[None]:
-        """Modules have the extra states of this state; the old ones come back if the block raises."""
+        """Set the modules' extra states to those of this state; restore the old ones if the block raises."""
         with ExitStack() as stack:
             for one, states in zip(live.banks, self.extra_states, strict=True):
                 stack.enter_context(extra_states_set(one.model, states))
@@ -199,7 +199,7 @@ class LiveState:
 def _read_followers(
     field: Field, live: LiveNetwork, shapes: Mapping[str, tuple[int, ...]], finished: bool
 ) -> list[Follower]:
-    """What a state holds of every follower."""
+    """The state of every follower."""
     saved = field.items()
     if len(saved) != len(live.followers):
         raise SavedModelError(
@@ -223,7 +223,7 @@ def _read_followers(
 
 
 def _read_extra_states(field: Field, live: LiveNetwork) -> list[dict[str, Any]]:
-    """Those of the model and of every follower, of the same modules as here."""
+    """Extra states of the model and of every follower, for the same modules as here."""
     if field.value is None:
         return [{} for _ in live.banks]
     found = zip(field.items(len(live.banks)), live.banks, strict=True)

@@ -1,8 +1,7 @@
-"""A state dict of another structure is loaded into a network that grows: the run goes on from that structure."""
+"""Loading a state dict of another structure into a growing network: the run continues from that structure."""
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from ..distributed import Ranks
 from ..errors import StructureError, TorchgrowError
 from ..exchange import Exchange, forget_compiled, trainable
 from ..policies import Policy, View
+from ..renamed import frames_to_user
 from ..structure.bank import Bank
 from ..structure.cost import Cost
 from ..structure.kept import keep_of
@@ -27,7 +27,7 @@ from .run_state import RunState
 
 
 class Running(Protocol):
-    """A run, as far as it is needed here; see `Run`."""
+    """The part of `Run` that is used here."""
 
     plan: Plan
     policy: Policy
@@ -39,13 +39,14 @@ class Running(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """The whole run."""
 
-    def _view(self, number: int) -> View: ...
+    def view(self, number: int) -> View:
+        """The run as a policy sees it at an update."""
 
     def _note(self, exchange: Exchange, history: list[Event], finished: bool) -> None: ...
 
 
 class Loading:
-    """Takes over what `model.load_state_dict(state)` brings, for one run."""
+    """Handles `model.load_state_dict(state)` for one run."""
 
     def __init__(self, run: Running) -> None:
         self.run = run
@@ -61,9 +62,9 @@ class Loading:
     ) -> None:
         """Cut the network to the structure of a state dict that PyTorch is about to load into it.
 
-        While the run lasts it is as if an update had chosen that structure: optimizer state is carried along, what
-        leaves is stored, followers follow. After its end nothing is stored any more, so the optimizer state of what
-        changes begins anew.
+        During the run this is like an update to that structure: optimizer state is re-cut, units that leave are stored,
+        followers change too. After the run nothing is stored any more, so optimizer state of tensors that change is
+        reset.
 
         Args:
             model: the network, or a follower.
@@ -87,8 +88,8 @@ class Loading:
             change_at_end(exchange, live.bank, keep, contents, run.optimizers)
         else:
             check_gates(policy)
-            view = run._view(len(state.history) - 1)
-            live.change(exchange, keep, None, first=True, last=False, silent=None)
+            view = run.view(len(state.history) - 1)
+            live.change(exchange, keep, None, first=True, last=False, zeroed=None)
             policy.applied(replace(view, keep=keep))
             exchange.fields(run.policy, **vars(policy))
         cost = run.plan.costs.cost(keep)
@@ -119,7 +120,7 @@ class Loading:
                 "the run is over and the structure final; there is nothing another grower could go on with"
             )
         state, exchange = run.state_dict(), Exchange()
-        run.live.change(exchange, run.plan.space.everything(), None, first=True, last=True, silent=None)
+        run.live.change(exchange, run.plan.space.everything(), None, first=True, last=True, zeroed=None)
         exchange.fields(run.state, finished=True, early=True, released=True)
         exchange.fields(run.live.bank.growth, finished=True)
         run.ranks.invalidate(exchange)
@@ -129,7 +130,7 @@ class Loading:
 
 
 def check_follower(live: LiveNetwork, model: nn.Module) -> None:
-    """Refuse a structure for a copy that follows.
+    """Refuse to load another structure into a follower.
 
     Raises:
         StructureError: the model is not the network itself.
@@ -144,7 +145,7 @@ def check_follower(live: LiveNetwork, model: nn.Module) -> None:
 
 
 def check_gates(policy: Policy) -> None:
-    """Refuse another structure for a policy with gates.
+    """Refuse to load another structure under a policy with gates.
 
     Raises:
         StructureError: it has some.
@@ -165,7 +166,7 @@ def change_at_end(
     contents: Mapping[str, Tensor],
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
-    """Have `exchange` change a structure that is final: nothing is stored, and optimizer state of what changes is gone.
+    """Have `exchange` change a final structure: nothing is stored; optimizer state of changed tensors is reset.
 
     Args:
         exchange: makes it.
@@ -183,7 +184,7 @@ def change_at_end(
 
 
 def tell_end(model: nn.Module, cost: Cost, limits: Limits) -> None:
-    """Say that a network that was final is of another structure now."""
+    """Warn that a finished network gets another structure."""
     known = ((cost.params, limits.params, "parameters"), (cost.flops, limits.flops, "FLOPs"))
     costs = " and ".join(f"{now:,} {what}, of {most:,} in the budget" for now, most, what in known if most is not None)
     warnings.warn(
@@ -191,11 +192,3 @@ def tell_end(model: nn.Module, cost: Cost, limits: Limits) -> None:
         "compare only networks on the budget, choose the best one after the last update",
         stacklevel=frames_to_user(),
     )
-
-
-def frames_to_user() -> int:
-    """How far up the first frame outside of PyTorch and torchgrow is, as `stacklevel` of a warning of the caller."""
-    frame, level, ours = sys._getframe(1), 1, ("torch", "torchgrow", "contextlib", "functools")
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ours:
-        frame, level = frame.f_back, level + 1
-    return level

@@ -1,4 +1,4 @@
-"""A trained network cut to a budget at once, without a run around it."""
+"""One-shot pruning: cut a trained network to a budget at once."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ..errors import StructureError, TorchgrowError
 from ..onednn_guard import guard_
 from ..persistence.portable import shrink_
 from ..policies import Shrink
+from ..renamed import renamed_arguments
 from ..structure.cost import Cost
 from ..structure.limits import Budget
 from ..structure.space import Place, Space, live_positions
@@ -33,13 +34,14 @@ SINGLE, HALF = 1e-3, 0.1
 
 
 @on_host()
+@renamed_arguments(freeze="protect")
 def prune_(
     model: nn.Module,
     example_inputs: Any,
     *,
     budget: Budget,
     policy: Shrink | None = None,
-    freeze: Sequence[str | Place] = (),
+    protect: Sequence[str | Place] = (),
     couple: Couples = (),
     depth: bool | Sequence[Named] = False,
     carried: Carries | None = None,
@@ -56,11 +58,11 @@ def prune_(
     Args:
         model: the trained network.
         example_inputs: as for `trace`.
-        budget: what may be left of it.
+        budget: what the cut model may cost.
         policy: what says how much a unit matters and from where units go; its plan has no say here. With "taylor" it
             is the gradients that the model has: call `backward` on some batches before. Default:
             `Shrink(importance="group_norm")`.
-        freeze: as for `trace`.
+        protect: as for `trace`.
         couple: as for `trace`.
         depth: as for `trace`.
         carried: as for `trace`.
@@ -69,7 +71,7 @@ def prune_(
         seed: of importance "random".
 
     Returns:
-        What is left.
+        Cost of the cut model.
 
     Raises:
         TraceError, BudgetError, StructureError: as for `Grower`; nothing was changed. StructureError also if the cut
@@ -78,13 +80,13 @@ def prune_(
     """
     _check(model, budget, policy)
     check_free(model, ())
-    space = trace(model, example_inputs, freeze=freeze, couple=couple, depth=depth, carried=carried, proof=proof)
+    space = trace(model, example_inputs, protect=protect, couple=couple, depth=depth, carried=carried, proof=proof)
     if not bool(space.removable.any()):
         reasons = "; ".join(str(frozen) for frozen in space.frozen[:5]) or "the model has no units"
         raise StructureError(f"nothing can be cut here, because {reasons}")
     plan = Plan.of(model, space, budget, updates=2, seed=seed)
     keep = _chosen(model, plan, policy or Shrink(importance="group_norm"))
-    expected = None if space.proven or space.slots else _without(model, space, keep, example_inputs)
+    expected = None if space.proven or space.blocks else _without(model, space, keep, example_inputs)
     shrink_(model, space, keep, store=False)
     guard_(model)
     if expected is not None:
@@ -111,7 +113,7 @@ def _check(model: nn.Module, budget: Budget, policy: Shrink | None) -> None:
 
 @torch.no_grad()
 def _without(model: nn.Module, space: Space, keep: Tensor, example_inputs: Any) -> list[Tensor]:
-    """What the model puts out with all that will go set to zero, in place."""
+    """Outputs of the model with all units that will be removed set to zero, in place."""
     tensors = dict(model.named_parameters())
     for name in space.parameters:
         for axis in space.cut_axes.get(name, ()):
@@ -122,7 +124,7 @@ def _without(model: nn.Module, space: Space, keep: Tensor, example_inputs: Any) 
 
 @torch.no_grad()
 def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    """Numbers that the model puts out in evaluation mode for the first example."""
+    """Outputs of the model in evaluation mode for the first example."""
     modes = {module: module.training for module in model.modules()}
     try:
         found = call(model.eval(), fresh(examples_of(example_inputs)[0]))
@@ -133,7 +135,7 @@ def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
 
 
 def _compare(found: list[Tensor], expected: list[Tensor]) -> None:
-    """Refuse a cut after which the model computes something else.
+    """Raise if the cut has changed what the model computes.
 
     Raises:
         StructureError: it does.
@@ -149,7 +151,7 @@ def _compare(found: list[Tensor], expected: list[Tensor]) -> None:
         raise StructureError(
             f"the cut model's outputs differ by {worst:.1e} from those of the model with the same units zeroed, so an "
             "operation or attribute depends on what went. It is of no use now: load its weights again, and leave out "
-            "proof=False, or freeze what is cut wrongly (freeze=[...])"
+            "proof=False, or protect what is cut wrongly (protect=[...])"
         )
 
 

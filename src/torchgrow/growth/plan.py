@@ -1,4 +1,4 @@
-"""What a run is planned with, and does not change: the space, what its networks cost, the budget."""
+"""The constants of a run: space, costs, budget, schedule length, seed, start."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import TorchgrowError
 from ..policies import Policy, Shrink, View, named
 from ..policies.kit import evenly, one_per_group
+from ..policies.policy import RECORDED
 from ..structure.budget import check_feasible, fit
 from ..structure.cost import Cost, CostModel
 from ..structure.limits import Budget, Limits
@@ -24,7 +25,7 @@ from .start import SEED
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is planned with.
+    """The constants of a run.
 
     Attributes:
         space: the units of the frame, n of them.
@@ -35,7 +36,7 @@ class Plan:
         updates: how many there will be.
         seed: of all draws.
         start: bool [n], the structure it begins with; None: the policy chooses.
-        begins: the same as a state keeps it.
+        begins: the same, as stored in a state.
         rescale: whether fresh weights begin at the scale of the widths that are planned.
         scales: what that multiplies them by, by name.
     """
@@ -123,7 +124,7 @@ class Plan:
         return fit(self.space, self.costs, keep, score, self.limits, ones if multiples is None else multiples)
 
     def settings(self, policy: Policy) -> dict[str, Any]:
-        """What a state must share with the run that loads it."""
+        """Settings that must be equal when a state is loaded."""
         return {
             "updates": self.updates,
             "seed": self.seed,
@@ -132,5 +133,5 @@ class Plan:
             "start": self.begins,
             "rescale": self.rescale,
             "policy": type(policy).__name__,
-            **{f"policy.{name}": value for name, value in policy.settings().items()},
+            **{f"policy.{RECORDED.get(name, name)}": value for name, value in policy.settings().items()},
         }

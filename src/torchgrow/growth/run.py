@@ -1,4 +1,4 @@
-"""The order of things (Algorithm 1): measure, press, draw, cut, count."""
+"""A run, in the order of Algorithm 1: measure, update the penalty, draw, cut, record."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ log = logging.getLogger("torchgrow")
 
 
 class Asked(Protocol):
-    """What a run is asked for: a `Grower`."""
+    """The arguments of a run, as attributes of a `Grower`."""
 
     model: nn.Module
     optimizers: tuple[torch.optim.Optimizer, ...]
@@ -63,7 +63,7 @@ class Run:
         plan: what the run is planned with.
         policy: decides which units live; its attributes change in place.
         layouts: of the optimizers that train the model.
-        device: where a frame on the meta device comes to life.
+        device: of the real tensors of a frame on the meta device.
         exchange: its `undo` takes all of it back.
     """
 
@@ -99,17 +99,17 @@ class Run:
         self.seed_cost = plan.costs.both(plan.costs.live(seed))
         log.info("%s goes %s", type(model).__name__, self.course())
         policy.applied(replace(view, keep=seed))
-        policy.state_dict()  # what could not be kept is told now, not at the first checkpoint
+        policy.state_dict()  # state that cannot be saved is refused now, not at the first checkpoint
         self._change_to(seed, policy, self.state.generator, time.perf_counter(), exchange=exchange)
         self.loading = Loading(self)
         owned_(model, self.loading)
 
     @classmethod
     def begin(cls, asked: Asked, policy: Policy | None, space: Space, example_inputs: Any, exchange: Exchange) -> Run:
-        """Bring a model to what it begins with.
+        """Bring a model to the structure that its run begins with.
 
         Args:
-            asked: for what, from what start, with which optimizers.
+            asked: the grower, with its arguments.
             policy: decides which units live; None: one that suits the start.
             space: of the model.
             example_inputs: for the device.
@@ -130,12 +130,12 @@ class Run:
         plan = replace(plan, start=keep, begins=name_of(asked.start, keep), rescale=asked.rescale)
         guard_(model)
         device = tensors(examples_of(example_inputs)[0])[0].device
-        return cls(model, plan, plan.policy(policy, layers=bool(space.slots)), layouts, device, exchange)
+        return cls(model, plan, plan.policy(policy, layers=bool(space.blocks)), layouts, device, exchange)
 
     def course(self) -> Course:
         """See `Grower.course`."""
         plan, policy = self.plan, self.policy
-        costs = [policy.planned(self._view(number)) for number in range(plan.updates + 1)]
+        costs = [policy.planned(self.view(number)) for number in range(plan.updates + 1)]
         planned = [cost for cost in costs if cost is not None]
         return course(self.seed_cost, planned, plan.frame_cost, plan.limits, policy.final(plan.updates))
 
@@ -207,23 +207,23 @@ class Run:
         self.live.follow(module)
         owned_(self.live.followers[-1].model, self.loading)
 
-    # --- how it is done ---
-
-    def _view(self, number: int) -> View:
+    def view(self, number: int) -> View:
         """The run as the policy sees it at an update."""
         keep = self.live.keep if self.state.history else self.plan.space.everything()
         rate = self.state.rate(self.optimizers[0])
         return self.plan.view(number, keep, rate, self.state.generator, self.live.contents)
 
+    # --- how it is done ---
+
     def _step(self, sensitivity: Tensor) -> None:
-        """After every optimizer step: the policy is told."""
-        self.policy.step(self._view(len(self.state.history) - 1), sensitivity)
+        """Call the policy after an optimizer step."""
+        self.policy.step(self.view(len(self.state.history) - 1), sensitivity)
 
     def _update(self, number: int) -> Event:
         start = time.perf_counter()
         generator = torch.Generator()
         generator.set_state(self.state.generator.get_state())
-        policy, view = self.policy.copied(), replace(self._view(number), generator=generator)
+        policy, view = self.policy.copied(), replace(self.view(number), generator=generator)
         wanted = policy.update(view)
         if not isinstance(wanted, tuple) or len(wanted) != 2:
             raise TorchgrowError(
@@ -238,9 +238,9 @@ class Run:
 
     def _finish(self, early: bool = False) -> Event:
         start, old = time.perf_counter(), self.live.keep
-        keep = self.plan.fitted(old, self.policy, self._view(len(self.state.history) - 1))
-        generator, silent = self.state.generator, keep & ~old
-        return self._change_to(keep, self.policy, generator, start, silent=silent, last=True, early=early)
+        keep = self.plan.fitted(old, self.policy, self.view(len(self.state.history) - 1))
+        generator, zeroed = self.state.generator, keep & ~old
+        return self._change_to(keep, self.policy, generator, start, zeroed=zeroed, last=True, early=early)
 
     def _change_to(
         self,
@@ -249,7 +249,7 @@ class Run:
         generator: torch.Generator,
         start: float,
         *,
-        silent: Tensor | None = None,
+        zeroed: Tensor | None = None,
         last: bool = False,
         early: bool = False,
         exchange: Exchange | None = None,
@@ -258,7 +258,7 @@ class Run:
         self.live.check()
         state, exchange, previous = self.state, exchange or Exchange(), self.live.keep
         first, as_is = not state.history, not state.history and self.plan.start is not None
-        reshapes = self.live.change(exchange, keep, policy.gate, first=first, last=last, silent=silent, as_is=as_is)
+        reshapes = self.live.change(exchange, keep, policy.gate, first=first, last=last, zeroed=zeroed, as_is=as_is)
         event = event_of(self.plan.costs, state, keep, previous if state.history else keep, policy, start)
         if last:
             exchange.fields(state, finished=True, early=early)
@@ -268,7 +268,7 @@ class Run:
         exchange.append(state.history, event)
         self._note(exchange, [*state.history, event], last)
         self.ranks.invalidate(exchange)
-        exchange.call(torch.clear_autocast_cache)  # casts of weights as they were, if a context is open
+        exchange.call(torch.clear_autocast_cache)  # autocast keeps casts of the old weights
         if reshapes:
             forget_compiled()
         self.ranks.agree(lambda: self._decided(keep, policy, generator))
@@ -278,7 +278,7 @@ class Run:
         return event
 
     def _note(self, exchange: Exchange, history: list[Event], finished: bool) -> None:
-        """Have `exchange` write on the network how far the run has come, for `save` and for another grower to see."""
+        """Have `exchange` note the progress of the run on the network, for `save` and other growers."""
         growth, last, limits = self.live.bank.growth, history[-1], self.plan.limits
         costs = (("parameters", last.params, limits.params), ("FLOPs", last.flops, limits.flops))
         known = tuple((what, now, most) for what, now, most in costs if most is not None)
@@ -287,7 +287,7 @@ class Run:
     def _decided(
         self, keep: Tensor | None, policy: Policy, generator: torch.Generator
     ) -> dict[str, list[Tensor | str]]:
-        """What must be the same on all ranks: before anything else (keep None), and at every update."""
+        """What must be equal on all ranks, before a change (keep None) and at every update."""
         plan, settings = self.plan, policy.settings()
         limits, updates, shapes = plan.limits, plan.updates, sorted(plan.space.shapes.items())
         weights: list[Tensor | str] = []
@@ -308,7 +308,7 @@ class Run:
 
 
 def _give_back() -> None:
-    """Let glibc return the memory that is free: between blocks of ever other sizes it keeps more with every update."""
+    """Have glibc return free memory: tensors of ever new sizes fragment the heap, which grows with every update."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

@@ -1,4 +1,4 @@
-"""How far a run has come, apart from its weights: saved, examined and taken over as one."""
+"""The state of a run beside weights, policy and optimizers: saved, checked and loaded as one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .event import Event, read_event
 
 @dataclass
 class RunState:
-    """Everything that a run changes beside network, policy and optimizers.
+    """What changes in a run, beside network, policy and optimizers.
 
     Attributes:
         generator: of all draws.
@@ -31,7 +31,7 @@ class RunState:
         history: an event for the seed and one for every update.
         finished: whether the structure is final.
         early: whether `finish()` ended the run, before `update()` could.
-        released: whether `release()` did, so that another run goes on from its state; not saved.
+        released: whether `release()` did, so that another run continues from its state; not saved.
     """
 
     generator: torch.Generator
@@ -58,8 +58,8 @@ class RunState:
     def rate(self, optimizer: torch.optim.Optimizer) -> float:
         """Present over full learning rate of the weights, never above 1.
 
-        Full is the peak of a one-cycle schedule, else the first rate or the highest since: where the first is low the
-        indicators' own would be carried many times beyond what it is made for.
+        The full rate is the peak of a one-cycle schedule, else the highest rate so far. With the first rate alone, a
+        schedule that starts low would scale the indicators' rate far above 1.
         """
         rate = present_rate(optimizer)
         self.initial_lr = max(self.initial_lr, rate)
@@ -80,7 +80,7 @@ class RunState:
 
     @classmethod
     def read(cls, saved: dict[str, Field], costs: CostModel, keep: Tensor, updates: int) -> RunState:
-        """What `state_dict` gave away, checked.
+        """The checked result of `state_dict`.
 
         Args:
             saved: fields of a state.
@@ -105,12 +105,12 @@ class RunState:
         )
 
     def take_over(self, exchange: Exchange, other: RunState) -> None:
-        """Have `exchange` make this the other."""
+        """Have `exchange` copy all fields of the other."""
         exchange.fields(self, **{field.name: getattr(other, field.name) for field in fields(other)})
 
 
 def event_of(costs: CostModel, state: RunState, keep: Tensor, old: Tensor, policy: Policy, start: float) -> Event:
-    """What a change of structure is.
+    """The event of a change of structure.
 
     Args:
         costs: of the space.

@@ -1,4 +1,4 @@
-"""The state of a whole run: what it holds, and whether it fits this one."""
+"""The state dict of a run: its fields, and the check that it fits this run."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ FIELDS = (
 """Fields of a state of format `FORMAT`."""
 
 LATER = ("extra_states", "early", "buffers")
-"""Those that states of older versions lack; with what came later in their fields, a run goes on as it did then."""
+"""Fields that states of older versions lack."""
 
 
 def examine(state: Any, frame: dict[str, Any], settings: Mapping[str, Any], unborn: bool) -> dict[str, Field]:
-    """The fields of a state that was saved by a grower such as this one, of a frame such as this one.
+    """The fields of a state, once it is known to fit this grower and frame.
 
     Args:
         state: what `Grower.load_state_dict` was given.
         frame: what `fingerprint` says of the frame here.
         settings: of the run here.
-        unborn: whether weights come to be only when their unit is born, as of a frame on the meta device.
+        unborn: whether weights are initialised only when their unit first enters (a frame on the meta device).
 
     Raises:
         SavedModelError: it is no state, or of another run; the message names what differs.
@@ -48,7 +48,7 @@ def examine(state: Any, frame: dict[str, Any], settings: Mapping[str, Any], unbo
     later = ("start", "rescale")
     for key, field in saved["settings"].fields(settings.keys() - {*later}, later).items():
         if field.value is None and ((key == "rescale" and not unborn) or (key == "start" and settings[key] == SEED)):
-            continue  # there was no other, and its weights are in the state
+            continue  # older versions had no other, and the weights are in the state
         if field.value is None and key == "rescale":
             if not settings[key]:
                 continue
@@ -65,7 +65,7 @@ def examine(state: Any, frame: dict[str, Any], settings: Mapping[str, Any], unbo
 
 
 def _no_state(given: Any) -> str:
-    """What to do with something that is no state of a grower."""
+    """The error text for something that is no state of a grower."""
     advice = "weights alone go into model.load_state_dict(...)"
     if isinstance(given, (str, os.PathLike)):
         advice = "of a folder, torchgrow.load_checkpoint(folder, grower)"

@@ -1,4 +1,4 @@
-"""The state of optimizers in a saved run, by names of parameters, and its examination."""
+"""The state of optimizers in a saved run, by names of parameters, and its checks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def optimizer_state(
     """State and settings of an optimizer, by the names of its parameters, as copies.
 
     Slots that are copies of gated weights are stored as they are in `raw`, by parameter and key.
-    Settings that are no data, a dtype or a function, are left out: a run that goes on has its own.
+    Settings that are not data (a dtype, a function) are left out: the resumed run has its own.
     """
     name_of = {id(parameter): name for name, parameter in parameters.items()}
     groups = [
@@ -142,7 +142,7 @@ def _settings(
 
 
 def _check_values(optimizer: torch.optim.Optimizer, settings: Mapping[str, Any], path: str) -> None:
-    """Refuse settings that the constructor refuses; asked of PyTorch's own optimizers, which do nothing else there.
+    """Refuse settings that the constructor of one of PyTorch's own optimizers refuses.
 
     Raises:
         SavedModelError: with what the constructor says.
@@ -178,7 +178,7 @@ def _slots(
 
 
 def _judged(field: Field, shape: tuple[int, ...]) -> Slot:
-    """What a slot is that no trial made, by what is there."""
+    """The kind of a saved slot that no trial showed."""
     value = field.value
     if isinstance(value, Tensor):
         if value.shape != shape and value.numel() > 1:

@@ -1,4 +1,4 @@
-"""Shapes found by trying: candidates on the budget, trained a little, the better ones more (successive halving).
+"""Search for shapes by successive halving: candidates on the budget are trained, the better half further.
 
 Successive halving: Jamieson and Talwalkar, *Non-stochastic Best Arm Identification and Hyperparameter Optimization*
 (AISTATS 2016). Judged is by the mean training loss, which tells shapes apart while the learning rate is high.
@@ -23,6 +23,7 @@ from ..onednn_guard import guard_
 from ..persistence.portable import shrink_
 from ..policies.kit import fit, one_per_group
 from ..policies.shapes import Shape, counts, proposals, stages
+from ..renamed import renamed_arguments
 from ..structure.cost import Cost
 from ..structure.limits import Budget
 from ..structure.space import Place, Space
@@ -55,11 +56,11 @@ class Trial:
         cost: parameters and FLOPs of one sample.
         widths: units by group.
         depths: blocks by stage; empty where layers are not looked at.
-        model: the network, small and plain, with what it has learnt; None once it has been left behind.
-        memory: what `train` wants to find again at the next rung, such as the optimizer; emptied with the model.
+        model: the trained network, small and plain; None once it has been dropped.
+        memory: anything `train` needs at the next rung, such as the optimizer; emptied with the model.
         losses: what `train` returned, one a rung.
-        done: how long it was trained, in the unit of `train`.
-        training_flops: 3 x forward FLOPs x samples of that.
+        done: how long it was trained so far, in the unit of `train`.
+        training_flops: 3 x forward FLOPs x samples so far.
     """
 
     number: int
@@ -84,7 +85,7 @@ class Trial:
 
 
 class Search:
-    """Candidates and what became of them; iterate over it to search. See `search`.
+    """Candidates and their results; iterate over it to search. See `search`.
 
     Attributes:
         trials: all candidates.
@@ -139,7 +140,7 @@ class Search:
 
     @property
     def winner(self) -> Trial:
-        """The candidate with the lowest loss in the last rung; its `model` has learnt what it was trained so far.
+        """The candidate with the lowest loss in the last rung; its `model` is trained as far as that.
 
         Raises:
             TorchgrowError: the search is not over.
@@ -171,7 +172,7 @@ class Search:
 
     @property
     def most(self) -> float:
-        """What the search and a whole training of its winner, from new weights, may cost at most, beside one dense."""
+        """Most that the search and a whole training of its winner, from new weights, may cost relative to one dense."""
         return _most([trial.cost.flops for trial in self.trials], self.rungs, self.length) / _whole(
             self.frame_cost.flops, self.length
         )
@@ -215,6 +216,7 @@ class Search:
 
 
 @on_host()
+@renamed_arguments(freeze="protect")
 def search(
     factory: Callable[[], nn.Module],
     budget: Budget,
@@ -226,7 +228,7 @@ def search(
     candidates: int | Sequence[Shape | Tensor] | None = None,
     rungs: Sequence[float] = RUNGS,
     seed: int = 0,
-    freeze: Sequence[str | Place] = (),
+    protect: Sequence[str | Place] = (),
     couple: Couples = (),
     depth: bool | Sequence[Named] = False,
     carried: Carries | None = None,
@@ -235,16 +237,16 @@ def search(
 
     A candidate is a plain small network, cut from a fresh frame, which your own loop trains. Nothing is trained before
     you iterate: `for trial in search: print(trial)`, or `best = search.run()`. Afterwards `best.model` is trained as
-    far as the last rung; train it on (`search.length - best.done`), begin anew with `search.fresh(best)`, or let it
+    far as the last rung; train it on (`search.length - best.done`), start again from `search.fresh(best)`, or let it
     grow further: `Grower(factory(), ..., start=best.model)`.
 
-    Memory: the networks of all candidates that are still in the race, and what `train` keeps for them.
+    Memory: the networks of all remaining candidates, and what `train` keeps for them.
 
     Args:
         factory: makes the frame, the largest network there may be, with new weights; called for every candidate.
         budget: what each candidate uses exactly.
         example_inputs: as for `trace`.
-        train: `train(trial, more)` trains `trial.model` further, by `more` epochs, steps or whatever you count in, and
+        train: `train(trial, more)` trains `trial.model` further, by `more` epochs or steps (your unit), and
             returns the mean training loss of that. Keep the learning rate constant as long as the rungs last, and let
             it fall afterwards. What the next call needs, such as the optimizer, goes into `trial.memory`.
         length: of a whole training, in the unit of `train`.
@@ -254,7 +256,7 @@ def search(
             that the search and a whole training of the winner from new weights cost less than one dense training.
         rungs: rising shares of `length` after each of which the worse half goes; after the last one the best wins.
         seed: of all first weights, and of proposals.
-        freeze: as for `trace`.
+        protect: as for `trace`.
         couple: as for `trace`.
         depth: as for `trace`: whether candidates differ in layers too.
         carried: as for `trace`.
@@ -267,7 +269,7 @@ def search(
     at = _rungs(rungs, length)
     _check(budget, candidates, samples, train)
     frame = _frame(factory, seed)
-    space = trace(frame, example_inputs, freeze=freeze, couple=couple, depth=depth, carried=carried)
+    space = trace(frame, example_inputs, protect=protect, couple=couple, depth=depth, carried=carried)
     plan = Plan.of(frame, space, budget, updates=2, seed=seed)
     trials = [
         Trial(number, name, keep, plan.costs.cost(keep), space.widths(keep), depths_of(frame, space, keep))
@@ -280,7 +282,7 @@ def search(
 def network_of(factory: Callable[[], nn.Module], space: Space, keep: Tensor, seed: int) -> nn.Module:
     """A plain network of a structure (bool [n]), with new weights of the right scale.
 
-    Random numbers elsewhere go on as if nothing had been drawn here.
+    The global random state does not change.
 
     Raises:
         TorchgrowError: the factory does not make the frame that the space is of.
@@ -377,7 +379,7 @@ def _given(plan: Plan, one: Any) -> Tensor:
 
 
 def _most(flops: Sequence[int], rungs: Sequence[int], length: int) -> int:
-    """What a search and a whole training of its winner cost at most, wherever it leads: FLOPs forward x length."""
+    """Most that a search and a whole training of its winner can cost, in forward FLOPs x length."""
     dearest, total, done, left = sorted(flops, reverse=True), 0, 0, len(flops)
     for rung in rungs:
         total += sum(dearest[:left]) * (rung - done)
@@ -390,7 +392,7 @@ def _whole(flops: int, length: int) -> int:
 
 
 def _finite(loss: float) -> float:
-    """A loss as it is compared: what is no finite number is the worst."""
+    """A loss for comparison: infinite unless it is finite."""
     return loss if math.isfinite(loss) else math.inf
 
 
@@ -413,7 +415,7 @@ def _rungs(shares: Sequence[float], length: int) -> list[int]:
 
 
 def _check(budget: Budget, candidates: Any, samples: int, train: object) -> None:
-    """Refuse early what would fail late.
+    """Check arguments early.
 
     Raises:
         TorchgrowError: no budget, no candidates, no samples.

@@ -1,4 +1,4 @@
-"""What a grower shows: sizes, course and history of its run, all to read."""
+"""The read-only side of a grower: sizes, course and history of its run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .run import Run
 
 
 class Shown:
-    """The run behind a grower, to look at."""
+    """Read-only properties of a run."""
 
     model: nn.Module
     budget: Budget
@@ -59,7 +59,7 @@ class Shown:
         return depths_of(self.model, self.space, self.space.everything())
 
     def course(self) -> Course:
-        """How the cost goes over the run: seed, peak, end, and after how many updates; logged at the start (INFO)."""
+        """The planned course of the cost: seed, peak, end, and at which updates; logged at the start (INFO)."""
         return self.run.course()
 
     def summary(self) -> str:
@@ -78,14 +78,14 @@ class Shown:
 def depths_of(model: nn.Module, space: Space, keep: Tensor) -> dict[str, int]:
     """Blocks per stage of a structure (bool [n]), those that always stay included; layers named by the user under "".
 
-    Those that were left out by an earlier run are gone.
+    Blocks that an earlier run left out do not count.
     """
     found: dict[str, int] = {}
-    own = {path for slot in space.slots for path in slot.modules}
-    for slot in space.slots:
-        stage = model.get_submodule(slot.stage).named_children() if slot.stage else ()
-        blocks = [name for name, child in stage if f"{slot.stage}.{name}" in own or LEFT_OUT not in vars(child)]
-        live = bool(keep[slot.unit])
-        found.setdefault(slot.stage, len(blocks))
-        found[slot.stage] += int(live) if not slot.stage else int(live) - 1
+    own = {path for block in space.blocks for path in block.modules}
+    for block in space.blocks:
+        stage = model.get_submodule(block.stage).named_children() if block.stage else ()
+        blocks = [name for name, child in stage if f"{block.stage}.{name}" in own or LEFT_OUT not in vars(child)]
+        live = bool(keep[block.unit])
+        found.setdefault(block.stage, len(blocks))
+        found[block.stage] += int(live) if not block.stage else int(live) - 1
     return found

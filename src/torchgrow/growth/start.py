@@ -1,4 +1,4 @@
-"""What a run begins with: a seed, the whole frame, some of its units, or a network that was cut from it before."""
+"""The start of a run: a seed, the whole frame, some of its units, or a network that was cut from it before."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SEED, FRAME = "seed", "frame"
 
 
 def check_start(start: Any) -> None:
-    """Refuse what no run begins with.
+    """Refuse an invalid `start`.
 
     Raises:
         TorchgrowError: it is neither a name, nor a structure, nor a network.
@@ -38,7 +38,7 @@ def check_start(start: Any) -> None:
 
 
 def check_unspent(start: Any, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Refuse optimizers that have stepped on weights which a smaller network replaces.
+    """Refuse optimizers that have stepped on weights that will be replaced by those of a smaller network.
 
     Raises:
         OptimizerError: one has.
@@ -75,7 +75,7 @@ def begin(start: str | Tensor | nn.Module, model: nn.Module, space: Space, excha
 
 
 def name_of(start: str | Tensor | nn.Module, keep: Tensor | None) -> str:
-    """A start as a state keeps it: by name, or by a digest of its units."""
+    """A start as stored in a state: its name, or a digest of its units."""
     if isinstance(start, str) or keep is None:
         return str(start)
     kind = "network" if isinstance(start, nn.Module) else "units"
@@ -83,10 +83,10 @@ def name_of(start: str | Tensor | nn.Module, keep: Tensor | None) -> str:
 
 
 def _checked(keep: Tensor, space: Space) -> Tensor:
-    """The units that are named, if they can live alone.
+    """The given units, if they are a legal structure.
 
     Raises:
-        StructureError: they cannot.
+        StructureError: they are not.
     """
     keep = space.check_keep(keep)
     live = torch.bincount(space.group_of[keep], minlength=space.n_groups)
@@ -101,7 +101,7 @@ def _checked(keep: Tensor, space: Space) -> Tensor:
 
 @torch.no_grad()
 def _taken_over(model: nn.Module, space: Space, small: nn.Module, exchange: Exchange) -> Tensor:
-    """Give the model what a network has learnt that was cut from such a frame; returns where it lives (bool [n])."""
+    """Copy the weights of a network that was cut from such a frame into the model; returns its units (bool [n])."""
     if is_meta(model) or is_meta(small):
         raise TorchgrowError(
             f"{type(model if is_meta(model) else small).__name__} is on the meta device, without weights to be "

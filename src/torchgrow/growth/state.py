@@ -18,7 +18,7 @@ from ..structure.store import Store
 
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies that nothing writes to, with the same order of elements in memory."""
+    """Copies with the same order of elements in memory."""
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
@@ -26,7 +26,7 @@ def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fingerprint(space: Space, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a state must share with the frame it is loaded into: shapes and dtypes by name, and all units."""
+    """What must be equal in the frame that loads a state: shapes and dtypes by name, and all units."""
     units = hashlib.sha256()
     for kind, vectors in (("unit", space.unit_of), ("gate", space.fold)):
         for (name, axis), vector in sorted(vectors.items()):
@@ -34,8 +34,8 @@ def fingerprint(space: Space, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     for attribute in space.attributes:
         units.update(f"attribute {attribute.module} {attribute.name} ".encode())
         units.update(attribute.units.cpu().numpy().tobytes())
-    for slot in space.slots:
-        units.update(f"layer {slot.unit} {slot.modules} {slot.residual} ".encode())
+    for block in space.blocks:
+        units.update(f"layer {block.unit} {block.modules} {block.residual} ".encode())
     units.update(space.group_of.cpu().numpy().tobytes() + space.removable.cpu().numpy().tobytes())
     return {
         "shapes": {name: list(shape) for name, shape in space.shapes.items()},
@@ -63,13 +63,13 @@ def check_frame(field: Field, own: dict[str, Any]) -> None:
                 )
     if saved["units"].value != own["units"]:
         raise SavedModelError(
-            "the state has other units than this frame, though the shapes agree: was it made with another freeze, "
+            "the state has other units than this frame, though the shapes agree: was it made with another protect, "
             f"couple, set of trained parameters or version of torchgrow? {advice}. Nothing was changed"
         )
 
 
 def store_state(store: Store) -> dict[str, Any]:
-    """What a store holds, not copied; its box as positions by axis, None for nothing."""
+    """Contents of a store, not copied, with its box as positions by axis; None for an empty one."""
     box = None if store.box is None else {str(axis): positions.clone() for axis, positions in store.box.items()}
     return {"box": box, "held": None if box is None else store.held.detach()}
 
@@ -80,14 +80,14 @@ def stores_state(stores: Mapping[str, Store]) -> dict[str, Any]:
 
 
 def read_store(field: Field, present: Store, dtype: torch.dtype, shape: Sequence[int]) -> Store:
-    """A copy of a present store that holds what the state says."""
+    """A copy of a present store with the contents of a state."""
     saved, held, box = field.fields(("box", "held")), list(shape), None
     if saved["box"].value is not None:
         box = {}
         for key, entry in saved["box"].fields().items():
             axis = int(key) if key in map(str, range(len(held))) else entry.refuse("positions of an axis")
             count = entry.value.numel() if isinstance(entry.value, Tensor) else 0
-            if count > held[axis]:  # however few bytes are behind it: the stride may be 0
+            if count > held[axis]:  # even if it has little memory: the stride may be 0
                 entry.refuse(f"at most {held[axis]} positions")
             positions = entry.tensor((count,), torch.int64).cpu()
             bounded = torch.cat([torch.tensor([-1]), positions, torch.tensor([held[axis]])])
@@ -130,7 +130,7 @@ def read_tensors(
 
 
 def read_policy(field: Field, policy: Policy, events: int) -> Policy:
-    """A policy like the one that is there with a saved state, of so many events; see `Policy.state_dict`."""
+    """A copy of the present policy with a saved state of so many events; see `Policy.state_dict`."""
     here = policy.state_dict()
     found = {key: _like(one, here[key]) for key, one in field.fields(here).items()}
     wrong = policy.check_state(found, events)

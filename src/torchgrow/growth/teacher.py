@@ -1,4 +1,4 @@
-"""What helps a network over the loss of its units: its frame as a teacher, and statistics of what it is now."""
+"""Recovery after pruning: distillation from the frame, and re-estimated statistics of batch norms."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def teacher_of(run: Run) -> nn.Module:
             "load its first weights and keep a copy.deepcopy(model).eval() of it before Grower(...)"
         )
     model, bank, plan = twin(live.model), copy.copy(live.bank), run.plan
-    if plan.start is not None:  # what lives computes what it did, whatever was loaded into it since
+    if plan.start is not None:  # live units keep their function, whatever was loaded since
         bank.full = live.bank.stored({}, {})[0]
     bank.model, bank.layouts, bank.slots = model, (), {}
-    known = plan.start if plan.begins.startswith("network") else None  # of the frame around it nothing is learnt yet
+    known = plan.start if plan.begins.startswith("network") else None  # the rest of the frame is untrained
     bank.recut_(plan.space.everything() if known is None else known)
     record = bank.base if known is None else replace(bank.record, growth=None)
     cut = bool(record.kept)

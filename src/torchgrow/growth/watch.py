@@ -1,7 +1,7 @@
-"""Whether the network is trained as the grower believes: by the optimizers that it was given, and by no other.
+"""Checks that the network is trained by the given optimizers, and by no other.
 
-An optimizer that the grower does not know takes steps that the indicators never hear of, and keeps slots that nobody
-cuts. It is found by what it does: weights that have changed though the optimizer that holds them took no step.
+Steps of an unknown optimizer would not move the indicators, and its slots would not be cut. It is detected by its
+effect: weights have changed although the optimizer that holds them took no step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..structure.space import Space
 
 
 class Watch:
-    """Over the weights, from one change of structure to the next.
+    """Watches the weights from one change of structure to the next.
 
     Args:
         space: the space; of parameters that no optimizer holds, those that can be cut are watched.
@@ -45,11 +45,11 @@ class Watch:
             )
 
     def begin(self, exchange: Exchange, contents: Mapping[str, Tensor]) -> None:
-        """Have `exchange` remember the weights as they will be; `contents`: of all parameters, raw where gated."""
+        """Have `exchange` remember the weights after the change; `contents`: of all parameters, raw where gated."""
         exchange.fields(self, _norms=_norms(contents))
 
     def check_trained(self, contents: Mapping[str, Tensor], taken: Sequence[int]) -> None:
-        """Find out whether somebody else has trained the network since `begin`.
+        """Raise if another optimizer has trained the network since `begin`.
 
         Args:
             contents: as for `begin`.
@@ -88,7 +88,7 @@ class Watch:
 
 
 def warn_idle(optimizers: Sequence[torch.optim.Optimizer], taken: Sequence[int], moved: bool) -> None:
-    """Say what an update cannot know: nothing was learned since the last one.
+    """Warn if nothing was learned since the last update.
 
     Args:
         optimizers: those that were given.
@@ -112,7 +112,7 @@ def warn_idle(optimizers: Sequence[torch.optim.Optimizer], taken: Sequence[int],
 
 
 def warn_spread(model: nn.Module, space: Space) -> None:
-    """Say that a whole copy of the frame was averaged with the seed, each of whose units went into all of a layer.
+    """Warn that a full-size copy of the frame was averaged with the seed, so that one unit was broadcast over a layer.
 
     To be called once, before the first change of a seed: it looks at every object of the model's class in the process.
     """
@@ -133,7 +133,7 @@ def warn_spread(model: nn.Module, space: Space) -> None:
                 continue
             values = tensor.detach()
             alike = bool((values == values.narrow(axis, 0, 1)).all())
-            if alike and not bool((values == values.flatten()[0]).all()):  # nor filled with one number by its owner
+            if alike and not bool((values == values.flatten()[0]).all()):  # nor initialised with one constant
                 warnings.warn(
                     f"all {values.shape[axis]} units of {name} (axis {axis}) are alike in another "
                     f"{type(model).__name__} of the frame's size: PyTorch averages other sizes by broadcasting, "
@@ -144,14 +144,14 @@ def warn_spread(model: nn.Module, space: Space) -> None:
 
 
 def _can_change(space: Space, name: str) -> bool:
-    """Whether units that can go live on a tensor."""
+    """Whether a tensor has removable units."""
     places = [space.unit_of[name, axis] for axis in space.cut_axes.get(name, ()) if (name, axis) in space.unit_of]
-    units = torch.cat([torch.tensor([space.slot_of.get(name, -1)]), *(vector.flatten() for vector in places)])
+    units = torch.cat([torch.tensor([space.block_of.get(name, -1)]), *(vector.flatten() for vector in places)])
     return bool(space.removable[units[units >= 0]].any())
 
 
 def _norms(contents: Mapping[str, Tensor]) -> dict[str, float]:
-    """One number per tensor that tells whether it has changed, without a copy of it."""
+    """One number per tensor, which shows whether the tensor has changed."""
     with torch.no_grad():
         real = [torch.view_as_real(x.detach()) if x.is_complex() else x.detach() for x in contents.values()]
     norms = [torch.linalg.vector_norm(x, dtype=torch.float64).cpu() for x in real]

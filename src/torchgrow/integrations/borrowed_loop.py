@@ -1,4 +1,4 @@
-"""One run of growth inside a training loop that belongs to somebody else: what its callbacks have in common."""
+"""A run inside the training loop of another framework: the part that all callbacks share."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class BorrowedLoop:
         self.offset = 0  # updates that were made before the loop began to count
 
     def wait(self, *models: nn.Module) -> None:
-        """Let models that have not begun to grow keep their full size when the loop loads a checkpoint into them."""
+        """Keep models at full size when the loop loads a checkpoint into them before the run begins."""
         if self.grower is None:
             for model in models:
                 put_aside_(model)
@@ -52,7 +52,7 @@ class BorrowedLoop:
         planned: int,
         followers: Sequence[nn.Module] = (),
     ) -> dict[str, Any]:
-        """Begin to grow, or go on where the last call of the loop stopped; a run that has ended stays ended.
+        """Begin a run, or resume that of the last call of the loop; a finished run stays finished.
 
         Returns:
             The state dict that the loop has tried to load into the model meanwhile; empty if there was none.

@@ -18,8 +18,8 @@ class GrowCallback(Callback):
 
     Updates come at the start of an epoch, when the one before is validated and saved. When `fit` ends, also by
     EarlyStopping or `max_time`, the network is brought to its budget; after an exception it is not, and another
-    `fit` goes on. A `fit` after the end trains on and grows nothing. Checkpoints hold the whole run, and
-    `fit(ckpt_path=...)` goes on bit for bit. Averages of Lightning's WeightAveraging callbacks follow. To load a
+    `fit` resumes. A `fit` after the end trains on and grows nothing. Checkpoints hold the whole run, and
+    `fit(ckpt_path=...)` resumes bit for bit. Averages of Lightning's WeightAveraging callbacks follow. To load a
     checkpoint into a fresh module, call `torchgrow.portable_` on the same part in its constructor.
 
     Args:
@@ -70,11 +70,11 @@ class GrowCallback(Callback):
             self.loop.wait(*nets)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Optimizers are there, and not restored as yet."""
+        """Optimizers exist, but are not restored yet."""
         every, epochs, steps = self.loop.every_n_steps, trainer.max_epochs or 0, trainer.max_steps
         planned = (steps if steps > 0 else int(trainer.estimated_stepping_batches)) // every if every else epochs
         saved = self._waiting.get("grower", {}).get("settings", {}).get("updates")
-        planned = saved if type(saved) is int else planned  # a run that trains longer now grows as it was planned
+        planned = saved if type(saved) is int else planned  # a resumed run that trains longer still grows as planned
         net, *averages = self._nets(trainer, pl_module)
         inputs = trainer.strategy.batch_to_device(self.example_inputs)
         found = self.loop.begin(net, trainer.optimizers, inputs, max(1, planned), averages)
@@ -95,7 +95,7 @@ class GrowCallback(Callback):
             self.loop.offset, self._waiting = self._waiting["offset"], {}
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Where the checkpoint's epochs were all there are, nothing was trained, and what it holds waits still."""
+        """If the checkpoint is at the last epoch nothing was trained, and its state is still to be loaded."""
         if self._waiting:
             self.on_train_start(trainer, pl_module)
             self.loop.end()
@@ -111,7 +111,7 @@ class GrowCallback(Callback):
             self.loop.update(trainer.global_step // self.loop.every_n_steps)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """However the training ended, unless by an exception."""
+        """Called at every end of training except by an exception."""
         if not trainer.interrupted:
             self.loop.end()
 

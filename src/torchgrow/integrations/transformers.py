@@ -22,10 +22,10 @@ class GrowCallback(TrainerCallback):
     """Grows the model of a Trainer to a budget while `train()` trains it; give it to the Trainer's constructor.
 
     Updates come at the start of an epoch, when the one before is evaluated and saved; with each that changes the
-    structure the search for the best model begins anew, so that `load_best_model_at_end` and early stopping compare
+    structure the search for the best model restarts, so that `load_best_model_at_end` and early stopping compare
     networks of one structure. When `train()` ends, also early, the network is brought to its budget; a `train()` after
     that trains on and grows nothing. Every checkpoint has a folder `torchgrow` with the whole run, and
-    `train(resume_from_checkpoint=True)` goes on bit for bit. `from_pretrained` of this module loads what the Trainer
+    `train(resume_from_checkpoint=True)` resumes bit for bit. `from_pretrained` of this module loads what the Trainer
     or `save_pretrained` saved.
 
     Args:
@@ -33,7 +33,7 @@ class GrowCallback(TrainerCallback):
         updates: planned updates; None for the number of epochs, or of spans of `every_n_steps`.
         every_n_steps: optimizer steps between two updates; None for one update an epoch.
         example_inputs: as for `Grower`; None for two samples of the training data, without labels.
-        resume_from: the checkpoint that a run goes on from, if it does not lie in the output folder.
+        resume_from: the checkpoint that a run resumes from, if it does not lie in the output folder.
         **settings: further arguments of `Grower`, such as `depth` or `policy`.
 
     Attributes:
@@ -66,7 +66,7 @@ class GrowCallback(TrainerCallback):
         self.loop.wait(given["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Model and optimizer are there, those of a checkpoint too."""
+        """Model and optimizer exist, restored if there is a checkpoint."""
         one_process(args.world_size, "this Trainer")
         optimizer, every = given["optimizer"], self.loop.every_n_steps
         optimizer = getattr(optimizer, "optimizer", optimizer)  # in accelerate's wrapper, which takes no hooks
@@ -115,5 +115,5 @@ class GrowCallback(TrainerCallback):
             save_checkpoint(folder, self.loop.grower, extra={"offset": self.loop.offset}, keep=1)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """However the training ended, unless by an exception; the best model is loaded."""
+        """Called at every end of training except by an exception; the best model is loaded."""
         self.loop.end()

@@ -170,7 +170,7 @@ def make_grower(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, 
         start="frame" if recipe.weights else "seed",
         preset=recipe.preset,
         seed=recipe.seed,
-        freeze=recipe.freeze,
+        protect=recipe.freeze,
         carried=carried,
         depth=recipe.depth,
     )

@@ -195,8 +195,8 @@ def _parts(space: Space, costs: CostModel, frame: Cost) -> tuple[Part, ...]:
             for group in space.group_of[units[units >= 0]].unique().tolist():
                 position.setdefault(group, index)
         module = name.rpartition(".")[0] or name  # a parameter of the model itself stands for itself
-        if name in space.slot_of:
-            position.setdefault(int(space.group_of[space.slot_of[name]]), index)
+        if name in space.block_of:
+            position.setdefault(int(space.group_of[space.block_of[name]]), index)
         if axes:
             cut.add(module)
         first, count = whole.get(module, (index, 0))

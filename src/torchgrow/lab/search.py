@@ -202,7 +202,7 @@ def _search(recipe: Recipe, data: Data, trials: _Trials, how: dict[str, Any]) ->
         candidates=how["candidates"],
         **({"rungs": how["rungs"]} if how["rungs"] else {}),
         seed=recipe.seed,
-        freeze=recipe.freeze,
+        protect=recipe.freeze,
         carried=carried,
         depth=recipe.depth,
     )

@@ -1,4 +1,4 @@
-"""What a state holds beside the weights: buffers at any shape, extra states of modules, tensors of an average."""
+"""State beside the weights: buffers of any shape, extra states of modules, tensors of an average."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .plain_data import Field
 
 
 def late_buffers(space: Space, model: nn.Module) -> set[str]:
-    """Names of buffers that nothing cuts: a forward may replace them, at any shape, make them or drop them."""
+    """Names of buffers that are never cut: a forward may create, drop or replace them, with any shape."""
     return {name for name, _ in model.named_buffers() if name not in space.cut_axes}
 
 
@@ -53,7 +53,7 @@ def check_late(field: Field, found: Mapping[str, Tensor], space: Space, model: n
 
 
 def check_network(space: Space, keep: Tensor, model: nn.Module) -> None:
-    """Refuse to save what could never be loaded.
+    """Refuse to save a network that could not be loaded.
 
     Raises:
         SavedModelError: a parameter, or a buffer that is cut, is not as the structure makes it; the message names it.
@@ -78,7 +78,7 @@ def read_network(
     fixed, modules = present.keys() - free, dict(model.named_modules())
     known = {name for name in found if name in present or may_appear(modules, name)}
     if not fixed <= known or len(known) < len(found):
-        field.fields(fixed | known)  # says what is missing, what foreign
+        field.fields(fixed | known)  # raises if names are missing or unknown
     tensors = {}
     for name, entry in found.items():
         if name in fixed:
@@ -118,7 +118,7 @@ def take_buffers(exchange: Exchange, model: nn.Module, contents: Mapping[str, Te
 
 
 def extra_states(model: nn.Module) -> dict[str, Any]:
-    """What modules give away by `get_extra_state`, by path, as copies.
+    """Results of the modules' `get_extra_state`, by path, as copies.
 
     Raises:
         SavedModelError: one of them is not plain data; the message names the module.
@@ -133,7 +133,7 @@ def extra_states(model: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def extra_states_set(model: nn.Module, states: Mapping[str, Any]) -> Iterator[None]:
-    """Give modules other extra states; the old ones come back if the block raises.
+    """Set extra states of modules; restore the old ones if the block raises.
 
     Raises:
         SavedModelError: a module does not take its own; the message names it.

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: network, bank, indicators, optimizer, schedule and random numbers, so that it can go on.
+"""Checkpoints of a run: network, bank, indicators, optimizer, scheduler and random states, to resume it.
 
-A run that is stopped at any moment, `kill -9` included, and goes on from its last checkpoint ends bit for bit where it
-would have ended (same versions, same number of threads). Files are data, never code.
+A run that is stopped at any moment, also by SIGKILL, and resumed from its last checkpoint ends bit for bit as the
+unbroken run does (same versions, same number of threads). Files are data, never code.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NAME = re.compile(r"checkpoint-(\d{6,})")
 
 
 class Stateful(Protocol):
-    """A learning rate scheduler, or whatever else gives its state away and takes it back."""
+    """A learning rate scheduler, or any object with a state dict."""
 
     def state_dict(self) -> dict[str, Any]:
         """Its state."""
@@ -102,7 +102,7 @@ def save_checkpoint(
     try:
         if rank == 0:
             path = str(_write(Path(folder), grower, scheduler, states, extra, keep))
-    finally:  # so that nobody waits for a rank 0 that has failed
+    finally:  # so that no rank waits for a rank 0 that has failed
         path = gather(path)[0]
     if not path:
         raise TorchgrowError("rank 0 could not write the checkpoint, for the reason given there; the older ones stay")
@@ -150,7 +150,7 @@ def _write(
     record = {"format": FORMAT, "contents": pack(contents, tensors)}
     with locked(made(target)):  # so that no other writer takes the same number, or this one's half for a dead one's
         there = _numbered(target)
-        for left in target.glob(".checkpoint-*"):  # of a run that was killed while it wrote or deleted one
+        for left in target.glob(".checkpoint-*"):  # left by a process that was killed while writing or deleting
             shutil.rmtree(left, ignore_errors=True)
         new = target / f"checkpoint-{max(there, default=0) + 1:06d}"
         write_folder(new, record, tensors, (RECORD, TENSORS), alone=True)
@@ -166,7 +166,7 @@ def _write(
 def load_checkpoint(
     folder: str | os.PathLike[str], grower: Resumable | None = None, *, scheduler: Stateful | None = None
 ) -> Any:
-    """Go on from the latest checkpoint that is whole.
+    """Resume from the latest undamaged checkpoint.
 
     Build model, optimizer, grower and scheduler just as in the run that saved it, then call this, with several
     processes on every rank: each takes its own random state. A damaged checkpoint is passed over for the one before,
@@ -184,7 +184,7 @@ def load_checkpoint(
         SavedModelError: there is no checkpoint, none that is whole, or it does not fit; nothing was changed.
 
     Warns:
-        UserWarning: the checkpoint has no random state of this rank, which goes on with the numbers it has.
+        UserWarning: the checkpoint has no random state of this rank, which keeps its present one.
     """
     _check_grower(grower)
     contents = Field(_latest(Path(folder)), "checkpoint").fields(("grower", "scheduler", "random", "extra"), ("ranks",))
@@ -244,7 +244,7 @@ def _numbered(folder: Path) -> dict[int, Path]:
 def _latest(folder: Path) -> Any:
     """Contents of the latest whole checkpoint."""
     one = bool(NAME.fullmatch(folder.name)) or os.path.exists(folder / RECORD)  # noqa: PTH110
-    with locked(folder.parent if one else folder, shared=True):  # nobody deletes meanwhile what is read
+    with locked(folder.parent if one else folder, shared=True):  # no other process deletes it meanwhile
         return _latest_whole(folder, one)
 
 

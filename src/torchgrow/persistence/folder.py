@@ -1,6 +1,6 @@
 """Folders of data that appear whole or not at all: one JSON record and one safetensors file, sealed with checksums.
 
-Written beside the target, flushed to the disk and renamed; read with suspicion. Files are data, never code.
+Written beside the target, flushed to the disk and renamed; checked when read. Files are data, never code.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def made(folder: Path) -> Path:
 
 @contextmanager
 def _told(target: Path) -> Iterator[None]:
-    """What goes wrong with a file or its contents, as our error."""
+    """Turn errors of files and their contents into `SavedModelError`."""
     try:
         yield
     except (OSError, SafetensorError, ValueError) as error:
@@ -135,10 +135,10 @@ def real_folder(folder: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """One process or thread at a time; where the system or the file system knows no locks, all.
+    """A lock for one process or thread at a time; without effect on systems that have no file locks.
 
     Args:
-        folder: to be worked in, or to be read with `shared`: any number of readers, and nobody who writes.
+        folder: to be worked in, or to be read with `shared`: any number of readers, but no writer.
         shared: as said.
 
     Raises:
@@ -197,7 +197,7 @@ def _flush(path: Path) -> None:
 
 
 def _swap_in(staging: Path, target: Path) -> None:
-    """Put a finished folder in the place of another, which goes only once the new one stands."""
+    """Put a finished folder in the place of another, which is deleted afterwards."""
     if not target.exists():
         staging.rename(target)
         return
@@ -265,7 +265,7 @@ def read_folder(
             for name, right in ((record_name, digest(record)), (tensors_name, _digest_of_file(source / tensors_name))):
                 if not isinstance(seal, dict) or seal.get(name) != right:
                     raise SavedModelError(f"{source / name} is damaged: its contents do not fit its checksum")
-        # Copies: the tensors are views of the mapped file otherwise, and change when somebody writes to it.
+        # Copies: the tensors are views of the mapped file otherwise, and change when it is written to.
         return record, {name: tensor.clone() for name, tensor in load_file(source / tensors_name).items()}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # RecursionError as well
         raise SavedModelError(f"{source / tensors_name} is damaged: {error}") from error
@@ -326,7 +326,7 @@ def pack(value: Any, tensors: dict[str, Tensor], path: str = "", depth: int = 0)
 
 
 def _pack_tensor(tensor: Tensor, tensors: dict[str, Tensor], path: str) -> dict[str, Any]:
-    name = path.encode(errors="backslashreplace").decode()  # half a character cannot be written
+    name = path.encode(errors="backslashreplace").decode()  # a lone surrogate cannot be encoded
     while name in tensors:
         name += "'"
     tensors[name] = storable(tensor, path)
@@ -380,7 +380,7 @@ def _dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 
 def unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of `pack`; takes what it uses out of `tensors`, so that nothing can be had twice.
+    """The inverse of `pack`; removes the tensors it uses from `tensors`, so that none is used twice.
 
     Raises:
         SavedModelError: it is not what `pack` makes.

@@ -142,8 +142,8 @@ def _replaced(
         for name in mark.record.kept:
             shape = mark.record.shapes[name]
             here = (f"{path}." if path else "") + name[len(lead) :]
-            stranger = name.startswith(lead) and here in tensors and here not in record.shapes
-            if stranger and tensors[here].shape != shape:
+            unrecorded = name.startswith(lead) and here in tensors and here not in record.shapes
+            if unrecorded and tensors[here].shape != shape:
                 found[here] = shape
     return found
 
@@ -234,7 +234,7 @@ class _Saved:
 def _parsed(
     source: Path, structure: dict[str, Any], tensors: dict[str, Tensor], modules: dict[str, nn.Module]
 ) -> _Saved:
-    """Check all that a folder says against the modules of a frame."""
+    """Check the contents of a folder against the modules of a frame."""
     where, own = str(source / STRUCTURE), stored_tensors(modules)
     _check_fresh(modules, own)
     extra = {path: unpack(value, tensors) for path, value in structure["extra_state"].items()}
@@ -275,7 +275,7 @@ def _give(source: Path, found: _Saved, frame: nn.Module, modules: dict[str, nn.M
 
 
 def _check_fresh(modules: Mapping[str, nn.Module], own: Mapping[str, Tensor]) -> None:
-    """Refuse a frame that is none, or that has values nobody could give it."""
+    """Refuse a frame that is no full-size model, or has meta tensors that nothing fills."""
     cut = recorded(modules.items())
     for name, index in cut.kept.items():
         if name in own and index:
@@ -335,7 +335,7 @@ def _check_contents(
     below: tuple[str, ...],
     free: AbstractSet[str],
 ) -> None:
-    """Refuse tensors that are not what the frame's become; buffers in `free` may be of any shape."""
+    """Refuse tensors of other shapes or dtypes than the cut frame's; buffers in `free` may have any shape."""
     for name, full in own.items():
         shape = (0,) if name.startswith(below) else live_shape(tuple(full.shape), kept.get(name, {}))
         if name in free and not isinstance(full, nn.Parameter):

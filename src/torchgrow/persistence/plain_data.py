@@ -1,4 +1,4 @@
-"""Plain data of saved states, and its examination: every field is checked before anything is touched."""
+"""Plain data of saved states, and its checks: every field is checked before anything changes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from ..errors import SavedModelError
 
 LARGEST = 2**62
-"""Numbers beyond it are no counts, rates or times of a training run."""
+"""Larger numbers are refused: no count, rate or time of a run reaches it."""
 
 
 class Field:
-    """A value in a state and where it stands; raises `SavedModelError` for whatever is not as it must be.
+    """A value in a state and its path; raises `SavedModelError` if the value is not as expected.
 
     Args:
         value: the value.
@@ -27,7 +27,7 @@ class Field:
         self.value, self.path = value, path
 
     def refuse(self, wanted: str) -> NoReturn:
-        """Say what is there and what must be."""
+        """The error: what was found and what was expected."""
         value = self.value
         kind = type(value).__name__
         found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"{str(value)[:60]} ({kind})"

@@ -1,7 +1,7 @@
-"""The structure travels inside `state_dict()`: one uint8 tensor with the record, and a module that is cut as it says.
+"""The structure inside `state_dict()`: a uint8 tensor with the record, by which a module is cut before loading.
 
 A hook after `state_dict()` adds the record, a hook before `load_state_dict()` takes it out again, checks it and cuts
-the module. So whatever stores and loads a `state_dict` (torch, safetensors, Lightning, accelerate) does so with grown
+the module. So code that stores and loads a `state_dict` (torch, safetensors, Lightning, accelerate) works with grown
 networks too. The hooks are functions of this module: copies and pickles of a model keep them.
 """
 
@@ -23,9 +23,9 @@ from ..default_device import on_host
 from ..errors import SavedModelError, StructureError, TorchgrowError
 from ..exchange import Exchange, forget_compiled
 from ..onednn_guard import guard_
-from ..structure.attributes import get, replaced
+from ..structure.attributes import get
 from ..structure.bank import Bank, cut_
-from ..structure.record import LEFT_OUT, RECORD, Mark, Record, growths, mark_of, recorded, skip_of
+from ..structure.record import Mark, Record, growths, mark_of, recorded, rewrite, skip_of
 from ..structure.space import PassThrough, Space
 from ..structure.store import Index, gather, laid_out, live_shape, memory_order
 from .folder import SEAL, check_size, digest
@@ -42,7 +42,7 @@ from .structure_record import (
 from .wrappers import plain_modules, stored_tensors, unwrapped
 
 KEY = "torchgrow_structure__load_into_torchgrow_portable_"
-"""Key of the record in a state dict. PyTorch prints it, as unexpected, where nobody takes it: so it says what to do."""
+"""Key of the record in a state dict. PyTorch prints it as unexpected if no hook takes it, so it says what to do."""
 
 ASIDE = "_torchgrow_aside"
 """Name of a plain attribute: a dict into which the state dict of another structure goes, in place of the module."""
@@ -68,7 +68,7 @@ def portable_(model: Kind, on: bool = True) -> Kind:
 
     A model that was never cut adds nothing to its state dict. Load before you wrap a model in
     DistributedDataParallel, and before you make its optimizer: both know the shapes there were. A model that a Grower
-    is growing takes a state dict of another structure too: the run goes on from that structure.
+    is growing takes a state dict of another structure too: the run continues from that structure.
 
     Args:
         model: the model, or a part of a larger one; of wrappers (`torch.compile`, DataParallel,
@@ -136,11 +136,11 @@ def shrink_(
 
 
 class Owner(Protocol):
-    """What cuts a model while it is loaded: a run of growth."""
+    """Cuts a model while a state dict is loaded: a run of growth."""
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is stored any more."""
+        """Whether the run is over and nothing is stored any more."""
 
     def loaded(
         self, model: nn.Module, record: Record, left_out: Collection[str], contents: Mapping[str, Tensor]
@@ -171,7 +171,7 @@ def put_aside_(model: nn.Module) -> None:
 
 
 def aside(model: nn.Module) -> dict[str, Tensor]:
-    """What was put aside, by the names of the module; from now on state dicts are loaded again."""
+    """The state dict that was put aside, by names of the module; further state dicts are loaded again."""
     return vars(model).pop(ASIDE, {})
 
 
@@ -192,7 +192,7 @@ def add_structure(module: nn.Module, state: MutableMapping[str, Any], prefix: st
 
 
 def structure_of(module: nn.Module) -> tuple[dict[str, Any], Tensor] | None:
-    """The record of a module, and that as a tensor; None for a whole frame that nobody is growing."""
+    """The record of a module, and that as a tensor; None for a whole frame that is not growing."""
     modules = plain_modules(module)
     marks = [(path, mark) for path, one in modules.items() if (mark := mark_of(one)) is not None]
     cut = any(mark.record.growth or mark.record.kept for _, mark in marks)
@@ -270,7 +270,7 @@ def take_structure(module: nn.Module, state: MutableMapping[str, Any], prefix: s
 
 
 def _put_aside(module: nn.Module, state: MutableMapping[str, Any], prefix: str, blob: Tensor) -> None:
-    """Keep what a state dict has for a module, and load into it what it has already."""
+    """Put the state dict of a module aside, and load its present contents instead."""
     vars(module)[ASIDE] = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     vars(module)[ASIDE][KEY] = blob
     for name, tensor in _all_tensors(module).items():
@@ -325,7 +325,7 @@ def _read(blob: Any, key: str, fits: Callable[[], bool]) -> dict[str, Any] | Non
 
 
 def _plan(module: nn.Module, structure: dict[str, Any], state: Mapping[str, Any], prefix: str, where: str) -> Cut:
-    """Check a record for a module and the tensors beside it; nothing is touched."""
+    """Check a record and its tensors for a module; nothing changes."""
     modules = plain_modules(module)
     own, now = stored_tensors(modules), recorded(modules.items())
     frame = {name: _shaped(now.shapes.get(name, tuple(x.shape)), x) for name, x in own.items()}
@@ -378,10 +378,10 @@ def _shaped(shape: tuple[int, ...], like: Tensor) -> Tensor:
 def _interim(
     name: str, tensor: Tensor, old: Index | None, new: Index | None, shape: tuple[int, ...], given: bool
 ) -> Tensor:
-    """What a tensor holds between the cut and the loading: what it has of the new structure, else anything.
+    """Contents of a tensor between cut and load: its part of the new structure, else arbitrary.
 
     Raises:
-        StructureError: nobody will load it, and it has not all of it.
+        StructureError: the state dict lacks it, and the model has only a part of it.
     """
     tensor = tensor.detach()
     if new is None:
@@ -419,18 +419,8 @@ def _make(cut: Cut) -> None:
         adapt_(module, [names.get(modules[path], path) if path in modules else path for path in cut.adapted])
         for name, new in cut.contents.items():
             exchange.write(own[name], new)
-        by_module: dict[str, dict[str, int]] = {}
-        for (path, name), number in cut.attributes.items():
-            by_module.setdefault(path, {})[name] = number
-        for path, numbers in by_module.items():
-            exchange.fields(modules[path], **replaced(modules[path], numbers))
-        for path, one in modules.items():
-            if path in cut.skipped:
-                exchange.fields(one, **{"forward": cut.skipped[path].forward, LEFT_OUT: True})
-            elif skip_of(one) is not None:
-                exchange.drop(vars(one), "forward")
-                exchange.drop(vars(one), LEFT_OUT)
-            exchange.fields(one, **{RECORD: Mark(cut.record, path)})
+        paths = [path for path, one in modules.items() if path in cut.skipped or skip_of(one) is not None]
+        rewrite(exchange, modules, cut.record, cut.attributes, paths, cut.skipped)
         exchange.make()
     except BaseException:
         exchange.undo()

@@ -16,7 +16,7 @@ from .plain_data import Field
 
 
 def random_state() -> dict[str, Any]:
-    """Plain data that tell what will be drawn next: by PyTorch (host and all CUDA devices), NumPy and Python."""
+    """Random states of PyTorch (host and all CUDA devices), NumPy and Python as plain data."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = sys.modules["numpy"].random.get_state()  # safetensors has imported it
     return {
@@ -28,7 +28,7 @@ def random_state() -> dict[str, Any]:
 
 
 def read_random(field: Field) -> Callable[[], None]:
-    """Check saved random states on generators of no use; the function returned sets them."""
+    """Check saved random states on throw-away generators; the function returned sets them."""
     saved = field.fields(("torch", "cuda", "numpy", "python"))
     host = saved["torch"].generator()
     devices = [entry.value for entry in saved["cuda"].items()]

@@ -1,4 +1,4 @@
-"""The record of a structure as JSON: written of a model, and read with suspicion for a frame.
+"""The record of a structure as JSON: written for a model, and checked when read for a frame.
 
 One format for the folders of `save` and for what travels in a `state_dict()`. All of it is data, never code.
 """
@@ -24,7 +24,7 @@ FORMATS = (1, 2, 3, 4)
 no list of buffers, so that each must be as in the frame."""
 
 REPEATS = (1, 2, 3, 4)
-"""How often an axis may hold what an attribute counts: once, or packed projections and gates of recurrent cells."""
+"""How often an axis may repeat what an attribute counts: once, or for packed projections and recurrent gates."""
 
 CHANNELS = ("in_channels", "out_channels", "groups")
 """Counts of a convolution, which its weight must fit."""
@@ -66,7 +66,7 @@ def described(
         buffers: by name, whether each is persistent; None of one without a value.
 
     Raises:
-        SavedModelError: something was lowered that could not be checked when it is read.
+        SavedModelError: an attribute was lowered for which there is no evidence.
     """
     kept = {name: record.kept[name] for name in tensors if name in record.kept}
     skipped = {path: skip for path, module in modules.items() if (skip := skip_of(module)) is not None}
@@ -152,7 +152,7 @@ def _holds(
     kept: Mapping[str, Index],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> bool:
-    """Whether evidence that a record gives is some."""
+    """Whether the evidence in a record is valid."""
     tensor, axis, repeats, start = shown
     positions = kept.get(tensor, {}).get(axis)
     if positions is None:

@@ -1,4 +1,4 @@
-"""Wrappers around a model, looked through: the names of what is inside are those of the plain model."""
+"""Unwrapping: models inside wrappers, with the names of the plain model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _inside(module: nn.Module) -> nn.Module | None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model in whatever wrappers, an average of its weights included."""
+    """The model inside any wrappers, including an average of its weights."""
     inner = model.module if isinstance(model, AveragedModel) else _inside(model)
     return model if inner is None else unwrapped(inner)
 

@@ -1,5 +1,6 @@
-"""Policies: what decides which units live. The grower makes it so, and keeps the budget."""
+"""Policies decide which units live. The grower applies the decision and keeps the budget."""
 
+from ..renamed import rename_settings
 from . import importance, kit
 from .combined import policy_of
 from .default import Default
@@ -10,6 +11,8 @@ from .policy import Policy, View
 from .random import Random
 from .shapes import Shape
 from .shrink import Shrink
+
+rename_settings(Paper, heat="final_inverse_temperature")
 
 __all__ = [
     "Default",

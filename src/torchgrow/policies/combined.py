@@ -1,4 +1,4 @@
-"""Any combination of what `Method` can say, for one version more: indicators that a penalty or a plan moves."""
+"""Deprecated combinations of the settings of `Method`: indicators moved by a penalty or by a plan."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ class Combined(Policy):
             )
         self.indicators = own = Indicators(space, method, view.updates, view.generator)
         self.lambda_share = torch.ones(space.n_units, dtype=torch.float64)  # of lambda_1, by unit
-        for slot in space.slots:
-            self.lambda_share[slot.unit] = method.layer_lambda_base / (method.lambda_base or 1.0)
-        if space.slots and method.draws == "ranked":
-            # The peak widens what the budget holds: a layer beyond it would be trained only to be taken out again.
+        for block in space.blocks:
+            self.lambda_share[block.unit] = method.layer_lambda_base / (method.lambda_base or 1.0)
+        if space.blocks and method.draws == "ranked":
+            # The peak widens the layers that the budget holds: further ones would be trained only to be removed again.
             own.hold_layers(largest_shift(own.shifted(), view.costs, view.limits)[0])
         seed = own.seed_structure()
         self._start = view.cost(seed)
         return seed
 
     def step(self, view: View, sensitivity: Tensor) -> None:
-        """The indicators take one of their own."""
+        """A step of the indicators."""
         self.indicators.generator = view.generator
         self.indicators.step(sensitivity, self.penalty, view.rate)
 
@@ -63,8 +63,7 @@ class Combined(Policy):
             return own.draw(), view.update == final
         exactly = view.update == final or torch.equal(planned, view.limits)
         if method.prune == "worth" and bool((view.cost(view.keep) > planned).any()):
-            worth = own.worth.sqrt()
-            return shed(view.space, view.costs, view.keep, worth, planned, own.steps), exactly
+            return shed(view.space, view.costs, view.keep, own.worth.sqrt(), planned, own.steps), exactly
         self.pressure, keep = largest_shift(own.shifted(), view.costs, planned)
         own.shift(self.pressure)
         return keep, exactly
@@ -78,7 +77,7 @@ class Combined(Policy):
         self.penalty = (self.pressure if self.method.controller == "pressure" else 0.0) * self.lambda_share
 
     def score(self, view: View) -> Tensor:
-        """Probability less draw."""
+        """Probability minus draw."""
         return self.indicators.score()
 
     def planned(self, view: View) -> Tensor | None:
@@ -122,7 +121,7 @@ class Combined(Policy):
         self.penalty = (self.pressure if self.method.controller == "pressure" else 0.0) * self.lambda_share
 
     def check_state(self, state: dict[str, Any], events: int) -> str:
-        """Numbers that no run comes to."""
+        """Numbers that no run reaches."""
         for key in ("t", "exponent"):
             if bool(((state[key] < 0) | (state[key] > events)).any()):
                 return f"{key} must lie in [0, {events}], the number of updates"
@@ -138,7 +137,7 @@ class Combined(Policy):
 
 
 def policy_of(method: Method) -> Policy:
-    """The policy that does what a method says; `Combined` where no other does."""
+    """The policy that equals a method; `Combined` if there is no other."""
     from .default import Default
     from .paper import Paper
     from .random import Random
@@ -150,7 +149,7 @@ def policy_of(method: Method) -> Policy:
             penalised=method.penalised,
             start=method.start,
             paced=method.paced,
-            heat=method.heat,
+            final_inverse_temperature=method.heat,
             temperature_rises=method.temperature,
             relaxation=method.relaxation,
             settle=method.settle,

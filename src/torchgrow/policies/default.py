@@ -1,7 +1,7 @@
 """The default, top to bottom: grow all groups evenly beyond the budget, then give up the least important units.
 
 One number decides, the share p: every pool (a group, or the layers of a stage) keeps its p best-ranked units, where p
-is the largest whose cost stays under the plan. Ranks are dealt out anew at every update, by importance.
+is the largest whose cost stays under the plan. Units are re-ranked by importance at every update.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .kit import aligned, around, deal, largest_share, none, one_per_group, pools, settled, shed, trapezoid
+from .kit import aligned, around, deal, largest_share, multiples, settled, shed, smallest, staggered, trapezoid
 from .policy import Policy, View
 
 MEMORY = 0.99  # of the running mean of importance, per step
@@ -29,7 +29,7 @@ class Default(Policy):
         settle: share of the updates at the end in which the structure no longer changes.
         layer_lag: where every group has the share p of its units, every stage has p^layer_lag of its layers. 3 suits a
             frame as deep as networks one would train, 16 one far deeper than that.
-        prune: what goes where the plan falls: "alike": the same share of every group; "worth": least worth its cost.
+        prune: what goes where the plan falls: "alike": the same share of every group; "worth": by importance per cost.
         align: widths of groups with at least 2 x align units are held at multiples of it, or below it.
         rank: in its pool, in (0, 1), the best lowest, float64 [n].
         importance: running mean of (dL/dm)^2 (Molchanov et al., 2019) over steps in which a unit lived, float64 [n].
@@ -51,31 +51,21 @@ class Default(Policy):
     def seed(self, view: View) -> Tensor:
         """One unit per group, no layer that can be left out; ranks in random order."""
         space = view.space
-        self.rank, self.importance = (torch.zeros(space.n_units, dtype=torch.float64) for _ in range(2))
-        layers = [slot.unit for slot in space.slots]
-        stages, turn = len({slot.stage for slot in space.slots}), 0
-        for pool in pools(space):  # stages take turns, the last one first: one layer comes at a time
-            order = torch.randperm(pool.numel(), generator=view.generator).double()
-            torch.rand(1, generator=view.generator, dtype=torch.float64)  # keeps the draws of earlier versions
-            is_stage = int(pool[0]) in layers
-            lag, late = (self.layer_lag, turn / stages) if is_stage else (1.0, 0.0)
-            turn += is_stage
-            self.rank[pool] = ((order + 1 - late) / pool.numel() * (1 - 1e-9)) ** (1 / lag)
-        self.rank = around(space, self.rank, view.start)
-        sizes = torch.bincount(space.group_of, minlength=space.n_groups)
-        self.multiples = self._steps = torch.where(sizes >= 2 * self.align, self.align, 1)
-        self._most = torch.ones_like(self.rank)  # a layer beyond the budget would be trained only to be taken out again
+        self.rank = around(space, staggered(view, self.layer_lag), view.start)
+        self.importance, layers = torch.zeros_like(self.rank), [block.unit for block in space.blocks]
+        self.multiples = self._steps = multiples(space, self.align)
+        self._most = torch.ones_like(self.rank)  # a layer beyond the budget would be trained only to be removed again
         self._most[layers] = self._within(view, view.limits)[1] if layers else 1.0
-        seed = one_per_group(space, none(space), -self.rank) if view.start is None else view.start
+        seed = smallest(space, self.rank) if view.start is None else view.start
         self._start = view.cost(seed)
         return seed
 
     def step(self, view: View, sensitivity: Tensor) -> None:
-        """Importance is noted."""
+        """Update the running mean of importance."""
         self.importance = MEMORY * self.importance + (1 - MEMORY) * sensitivity**2
 
     def update(self, view: View) -> tuple[Tensor, bool]:
-        """The largest structure within the plan, those that live and matter most first."""
+        """The largest structure within the plan: live units by importance, then others."""
         final = self.final(view.updates)
         if view.update > final:
             return view.keep, False
@@ -87,11 +77,11 @@ class Default(Policy):
         return self._within(view, planned)[0], exactly
 
     def score(self, view: View) -> Tensor:
-        """The best rank stays first."""
+        """The lower the rank, the longer a unit stays."""
         return -self.rank
 
     def target(self, view: View) -> Tensor:
-        """What is best-ranked now, at the budget."""
+        """The best-ranked units now, at the budget."""
         return self._within(view, view.limits)[0]
 
     def planned(self, view: View) -> Tensor:
@@ -103,13 +93,13 @@ class Default(Policy):
         return settled(updates, self.settle)
 
     def check_state(self, state: dict[str, Any], events: int) -> str:
-        """Numbers that no run comes to."""
+        """Numbers that no run reaches."""
         fine = bool((state["rank"] >= 0).all() and (state["rank"] <= 1).all() and (state["importance"] >= 0).all())
         return "" if fine else "rank must lie in [0, 1], importance must not be negative"
 
     def _within(self, view: View, allowed: Tensor) -> tuple[Tensor, float]:
         """The best-ranked units of every pool, of all the same share: the largest that is allowed (int64 [2])."""
-        must = one_per_group(view.space, none(view.space), -self.rank)
+        must = smallest(view.space, self.rank)
 
         def keep_at(share: float) -> Tensor:
             margin = self._most.clamp(max=share) - self.rank

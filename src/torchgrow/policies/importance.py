@@ -73,7 +73,7 @@ def bn_scale(view: View, squared: Tensor) -> Tensor:
 
 
 def random(view: View, squared: Tensor) -> Tensor:
-    """A uniform number in (0, 1): what any other has to beat."""
+    """A uniform number in (0, 1): the baseline for all others."""
     drawn = torch.rand(view.space.n_units, generator=view.generator, dtype=torch.float64)
     return torch.where(view.space.present(view.keep), drawn, 0.0)
 
@@ -84,7 +84,7 @@ IMPORTANCES: dict[str, Importance] = {
 
 
 def levelled(view: View, importance: Tensor) -> Tensor:
-    """Importance as a multiple of its mean over what lives of each pool, so that no pool is worth more than another."""
+    """Importance as a multiple of its mean over what lives of each pool, so that all pools weigh the same."""
     found, present = importance.clone(), view.space.present(view.keep)
     for pool in pools(view.space):
         mean = importance[pool][present[pool]].mean() if bool(present[pool].any()) else importance.new_zeros(())
@@ -108,7 +108,7 @@ def _added(view: View, parts: list[Tensor]) -> Tensor:
 def _sums(view: View, power: int, wanted: Callable[[str, int], bool]) -> list[Tensor]:
     """For every wanted axis of a parameter the sum of |w|^power by unit, float64 [n]; a layer has the mean below it.
 
-    Without a copy of the parameter in float64, which of large ones would not fit into memory.
+    Computed in parts, since a float64 copy of a large parameter would not fit into memory.
     """
     space, n, found = view.space, view.space.n_units, []
     weights = view.weights()
@@ -123,9 +123,9 @@ def _sums(view: View, power: int, wanted: Callable[[str, int], bool]) -> list[Te
             live = vector[live_positions(vector, view.keep)]
             total = torch.zeros(n + 1, dtype=torch.float64)  # the last entry is of positions that no unit owns
             found.append(total.index_add_(0, torch.where(live < 0, n, live), _along(own, axis, power))[:n])
-        if name in space.slot_of and own.numel():
+        if name in space.block_of and own.numel():
             part = torch.zeros(n, dtype=torch.float64)
-            part[space.slot_of[name]] = float(_along(own.reshape(1, -1), 0, power)) / own.numel()
+            part[space.block_of[name]] = float(_along(own.reshape(1, -1), 0, power)) / own.numel()
             found.append(part)
     return found
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..errors import TorchgrowError
-from ..structure.budget import aligned
 from ..structure.space import Space
-from .kit import SMALLEST_GATE
+from .kit import SMALLEST_GATE, aligned, deal, gumbel, multiples, one_per_group, pools, smallest, spread, staggered
 from .pace import UPDATES
+from .policy import RECORDED
 
 
 def read_edits(plain: Any, edits: str) -> dict[str, Any]:
@@ -33,6 +33,7 @@ def read_edits(plain: Any, edits: str) -> dict[str, Any]:
     for edit in filter(None, edits.split(",")):
         key, _, value = (part.strip() for part in edit.partition("="))
         try:
+            key = RECORDED.get(key, key) if key not in kinds else key
             kind = kinds[key]
             changed[key] = {"True": True, "False": False}[value] if kind is bool else kind(value)
         except (KeyError, ValueError):
@@ -48,9 +49,9 @@ class Method:
         controller: "pressure": the paper's L1 penalty with lambda of Eq 4; "plan": all indicators are shifted by
             the one number for which the realised cost follows a planned one.
         draws: "independent": q ~ Bernoulli(m), anew at every update; "persistent": one uniform number per unit,
-            spread evenly over each group, kept for the whole run; "ranked": the same numbers, but dealt out anew at
-            every update, the best for the present units of most worth, so that the least worth of each group goes
-            first and no present unit goes for an absent one.
+            spread evenly over each group, kept for the whole run; "ranked": the same numbers, re-assigned by importance
+            at every update: the lowest go to the most important present units, so that the least important unit of
+            a group leaves first, and no present unit is replaced by an absent one.
         lambda_base: lambda_1^base of Eq 4 (controller "pressure" only).
         layer_lambda_base: lambda_2^base, the same for layers.
         penalised: whose gates the penalty counts: "present" or "all"; only for `Paper`, as `start` and `paced` are.
@@ -65,14 +66,14 @@ class Method:
             budget holds, and they widen.
         hold: share of the updates after which the planned cost falls from the peak to the budget, which it reaches
             where the structure settles ("plan" only; 1 - settle or more: all at once).
-        prune: what goes where the planned cost falls: "alike": the same share of every group; "worth": the units of
-            least worth, as |m dL/dm|, for the parameters or FLOPs that go with them ("plan" only).
+        prune: what goes where the planned cost falls: "alike": the same share of every group; "worth": the least
+            important units, by |m dL/dm|, for the parameters or FLOPs that go with them ("plan" only).
         align: widths of groups with at least 2 x align units are held at multiples of it (8), or below it, since
             hardware computes channels in blocks; only the remainder that fills the budget up goes elsewhere.
             1: any width, as in `default()` ("plan" only).
         settle: share of the updates at the end in which the structure no longer changes; at least the last one
-            (0.5: a unit born late, at a low learning rate, is never trained).
-        heat: gamma^T, how often beta is multiplied over the whole run for a unit that is always present (100).
+            (0.5: a unit that enters late, at a low learning rate, is hardly trained).
+        heat: `final_inverse_temperature` of `Paper`: gamma^T, beta in the end of a unit that is always present (100).
         temperature: when beta rises: "unit": in updates in which the unit is present (Eq 7); "global": in every one,
             for all alike; "learning_rate": as "unit", each time by gamma^(present / initial learning rate), our
             reading of A.10's gamma that decays with the learning rate.
@@ -170,7 +171,7 @@ class Method:
 
     @classmethod
     def default(cls) -> Method:
-        """Grow evenly beyond the budget, then give up the least worth of every group; no gates, hence no task gradient.
+        """Grow evenly beyond the budget, then give up the least important units of every group; no gates.
 
         How it was found, and what each ingredient is worth: docs/log.md.
         """
@@ -216,10 +217,10 @@ PRESETS = {
 
 
 MEMORY = 0.99
-"""Of the running mean of worth, per step."""
+"""Decay of the running mean of importance, per step."""
 
 STATE = ("s", "velocity", "t", "exponent", "noise", "uniform", "worth")
-"""What of the indicators changes in a run, apart from the generator; all of one entry per unit."""
+"""State of the indicators, apart from the generator; one entry per unit each."""
 
 
 class Indicators:
@@ -253,47 +254,13 @@ class Indicators:
         self.s = torch.zeros(n, dtype=torch.float64)
         if method.controller == "pressure" and n:
             # one active unit per group (and layer per stage): sigma(s) = 1 / size, so that sum sigma(s) = 1
-            for pool in self._pools():
+            for pool in pools(space):
                 self.s[pool] = torch.logit(torch.tensor(1 / pool.numel(), dtype=torch.float64).clamp(max=0.5))
-        sizes = torch.bincount(space.group_of, minlength=space.n_groups)
-        self.steps = torch.where(sizes >= 2 * method.align, method.align, 1)  # int64 [G]
-        self.uniform = self._spread()
+        self.steps = multiples(space, method.align)
+        self.uniform = staggered(self, method.layer_lag) if method.draws == "ranked" else spread(self)
         self.most = torch.ones(n, dtype=torch.float64)  # largest probability of each unit
         self.beta = torch.ones(n, dtype=torch.float64)
         self.gate = self._gate()
-
-    def _pools(self) -> list[Tensor]:
-        """Units that stand for each other: those of a group, and the layers of a stage."""
-        space = self.space
-        layer = torch.zeros(space.n_units, dtype=torch.bool)
-        stages: dict[str, list[int]] = {}
-        for slot in space.slots:
-            layer[slot.unit] = True
-            stages.setdefault(slot.stage, []).append(slot.unit)
-        groups = [pool for pool in _by_group(space, ~layer) if pool.numel()]
-        return groups + [torch.tensor(units) for units in stages.values()]
-
-    def _spread(self) -> Tensor:
-        """One number in (0, 1) per unit, spread evenly over each pool in random order: low-variance draws.
-
-        Where they are ranked, a probability p gives every group the same share: p times its size, rounded down. A stage
-        of n layers gets p^layer_lag n of them, and stages take turns, the last one first: one layer comes at a time.
-        """
-        spread = torch.empty(self.space.n_units, dtype=torch.float64)
-        layers = {slot.unit for slot in self.space.slots}
-        stages = len({slot.stage for slot in self.space.slots})
-        turn = 0
-        for units in self._pools():
-            order = torch.randperm(units.numel(), generator=self.generator).double()
-            offset = torch.rand(1, generator=self.generator, dtype=torch.float64)
-            if self.method.draws == "ranked":
-                is_stage = int(units[0]) in layers
-                lag, late = (self.method.layer_lag, turn / stages) if is_stage else (1.0, 0.0)
-                turn += is_stage
-                spread[units] = ((order + 1 - late) / units.numel() * (1 - 1e-9)) ** (1 / lag)
-            else:
-                spread[units] = (order + offset) / units.numel()
-        return spread
 
     def _gate(self) -> Tensor:
         if not self.method.gates:
@@ -301,52 +268,32 @@ class Indicators:
         gate = torch.sigmoid(self.beta * (self.s + self.noise)).clamp(min=SMALLEST_GATE)
         return torch.where(self.space.removable, gate, 1.0)
 
-    def _stir(self) -> None:
-        """Draw Gumbel noise anew, one for presence and one for absence."""
-        if self.method.relaxation == "gumbel":
-            uniform = torch.rand(2, self.space.n_units, generator=self.generator, dtype=torch.float64)
-            gumbel = -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12)))
-            self.noise = gumbel[1] - gumbel[0]
-
     def seed_structure(self) -> Tensor:
         """The seed (bool [n]): one unit per group, no layer that can be left out, and what cannot be removed."""
-        keep = ~self.space.removable
-        return keep | self._first_of_empty(keep, -self.uniform)
-
-    def _first_of_empty(self, keep: Tensor, score: Tensor) -> Tensor:
-        """The best-scored unit of every group of which `keep` has none."""
-        chosen = torch.zeros_like(keep)
-        live = torch.bincount(self.space.group_of[keep], minlength=self.space.n_groups)
-        empty = torch.nonzero(live < self.space.least).flatten().tolist()
-        units_of = _by_group(self.space, torch.ones_like(keep)) if empty else []
-        for group in empty:
-            units = units_of[group]
-            chosen[units[score[units].argmax()]] = True
-        return chosen
+        return smallest(self.space, self.uniform)
 
     def draw(self) -> Tensor:
         """Draw q ~ Bernoulli(sigma(beta s)), bool [n]; a group left without any unit gets its likeliest one."""
         uniform = self.uniform
         if self.method.draws == "independent":
             uniform = torch.rand(self.space.n_units, generator=self.generator, dtype=torch.float64)
-        keep = (uniform < torch.sigmoid(self.beta * self.s)) | ~self.space.removable
-        return keep | self._first_of_empty(keep, torch.sigmoid(self.beta * self.s))
+        probability = torch.sigmoid(self.beta * self.s)
+        return one_per_group(self.space, uniform < probability, probability)
 
     def shifted(self) -> _Shifted:
         """Draws as a function of a common shift of all s, with one set of uniform numbers."""
         if self.method.draws == "independent":
             self.uniform = torch.rand(self.space.n_units, generator=self.generator, dtype=torch.float64)
-        must = ~self.space.removable
-        must = must | self._first_of_empty(must, torch.sigmoid(self.beta * self.s) - self.uniform)
+        must = smallest(self.space, self.uniform - torch.sigmoid(self.beta * self.s))
         return _Shifted(self.s, self.beta, self.uniform, must, self.space, self.steps, self.most)
 
     def hold_layers(self, shift: float) -> None:
-        """Let no more layers in than `shift` has now, however far indicators rise."""
-        layers = [slot.unit for slot in self.space.slots]
+        """Limit layers to those that `shift` gives now, however far indicators rise."""
+        layers = [block.unit for block in self.space.blocks]
         self.most[layers] = torch.sigmoid(self.beta * (self.s + shift))[layers]
 
     def score(self) -> Tensor:
-        """What a unit is worth when the structure must be trimmed or filled: probability minus its own draw.
+        """Priority of units when the structure is trimmed or filled: probability minus draw.
 
         The paper's probability alone where every unit was drawn by itself (controller "pressure").
         """
@@ -367,7 +314,8 @@ class Indicators:
         self.worth = MEMORY * self.worth + (1 - MEMORY) * task_gradient**2
         self.velocity.mul_(self.method.momentum).add_(gradient)
         self.s = self.s - self.method.lr * rate * self.velocity
-        self._stir()
+        if self.method.relaxation == "gumbel":
+            self.noise = gumbel(self)
         self.gate = self._gate()
 
     def shift(self, amount: float) -> None:
@@ -375,21 +323,14 @@ class Indicators:
         self.s = self.s + amount
 
     def rank(self, keep: Tensor) -> None:
-        """Deal the uniform numbers of every pool out anew: to present units by falling worth, then to the others."""
+        """Re-assign the uniform numbers of every pool: to present units by falling importance, then to the others."""
         present = self.space.present(keep)
         self.worth = torch.where(present, self.worth, 0.0)
-        if self.method.draws != "ranked":
-            return
-        dealt = self.uniform.clone()
-        for pool in self._pools():
-            order = torch.argsort(self.uniform[pool], stable=True)
-            order = order[torch.argsort(self.worth[pool][order], descending=True, stable=True)]
-            order = order[torch.argsort(keep[pool][order].int(), descending=True, stable=True)]
-            dealt[pool[order]] = self.uniform[pool].sort().values
-        self.uniform = dealt
+        if self.method.draws == "ranked":
+            self.uniform = deal(self.space, self.uniform, self.worth, keep)
 
     def copy(self) -> Indicators:
-        """Indicators that an update may change while these stay."""
+        """A copy that an update may change."""
         other = copy.copy(self)
         other.generator = torch.Generator()
         other.generator.set_state(self.generator.get_state())
@@ -416,14 +357,6 @@ class Indicators:
         self.exponent = self.exponent + (rise * rate if temperature == "learning_rate" else rise)
         self.beta = self.gamma**self.exponent
         self.gate = self._gate()
-
-
-def _by_group(space: Space, chosen: Tensor) -> list[Tensor]:
-    """Ids of the chosen units (bool [n]) of every group, rising."""
-    units = torch.nonzero(chosen).flatten()
-    groups = space.group_of[units]
-    sizes = torch.bincount(groups, minlength=space.n_groups).tolist()
-    return list(units[torch.argsort(groups, stable=True)].split(sizes))
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""What policies are put together from: pools of units, plans of cost, and ways to meet a cost. Pure functions."""
+"""Building blocks of policies, all pure functions: pools of units, plans of cost, and ways to meet a cost."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,11 +23,15 @@ __all__ = [
     "gap",
     "gumbel",
     "largest_share",
+    "multiples",
     "one_per_group",
     "pools",
     "settled",
     "shed",
+    "smallest",
     "spread",
+    "staggered",
+    "top_share",
     "trapezoid",
 ]
 
@@ -34,13 +39,23 @@ SMALLEST_GATE = 1e-6
 """Gates are kept at or above this, so that a raw weight can always be told from its folded value in float32."""
 
 
+class Drawing(Protocol):
+    """What random ranks need of a run; a `View` has it."""
+
+    @property
+    def space(self) -> Space: ...
+
+    @property
+    def generator(self) -> torch.Generator: ...
+
+
 def pools(space: Space) -> list[Tensor]:
-    """Units that stand for each other (ids, int64): those of a group, then the layers of a stage."""
+    """Interchangeable units (ids, int64): those of a group, then the layers of a stage."""
     layer = torch.zeros(space.n_units, dtype=torch.bool)
     stages: dict[str, list[int]] = {}
-    for slot in space.slots:
-        layer[slot.unit] = True
-        stages.setdefault(slot.stage, []).append(slot.unit)
+    for block in space.blocks:
+        layer[block.unit] = True
+        stages.setdefault(block.stage, []).append(block.unit)
     units = torch.nonzero(~layer).flatten()
     groups = space.group_of[units]
     sizes = torch.bincount(groups, minlength=space.n_groups).tolist()
@@ -66,30 +81,58 @@ def one_per_group(space: Space, keep: Tensor, score: Tensor) -> Tensor:
     return keep
 
 
-def spread(view: View) -> Tensor:
+def smallest(space: Space, rank: Tensor) -> Tensor:
+    """The unit of lowest rank of every group, no removable block, and all that cannot be removed; bool [n]."""
+    return one_per_group(space, none(space), -rank)
+
+
+def spread(run: Drawing) -> Tensor:
     """A number in (0, 1) for every unit, float64 [n]: spread evenly over each pool, in random order."""
-    found = torch.empty(view.space.n_units, dtype=torch.float64)
-    for pool in pools(view.space):
-        order = torch.randperm(pool.numel(), generator=view.generator).double()
-        found[pool] = (order + torch.rand(1, generator=view.generator, dtype=torch.float64)) / pool.numel()
+    found = torch.empty(run.space.n_units, dtype=torch.float64)
+    for pool in pools(run.space):
+        order = torch.randperm(pool.numel(), generator=run.generator).double()
+        found[pool] = (order + torch.rand(1, generator=run.generator, dtype=torch.float64)) / pool.numel()
     return found
 
 
+def staggered(run: Drawing, layer_lag: float) -> Tensor:
+    """Ranks in (0, 1), float64 [n], in random order: those up to p are the share p of every group, rounded down.
+
+    Of a stage of n layers they are p^layer_lag n; stages alternate, the last one first, so one layer enters at a time.
+    """
+    layers, stages = {block.unit for block in run.space.blocks}, len({block.stage for block in run.space.blocks})
+    found, turn = torch.empty(run.space.n_units, dtype=torch.float64), 0
+    for pool in pools(run.space):
+        order = torch.randperm(pool.numel(), generator=run.generator).double()
+        torch.rand(1, generator=run.generator, dtype=torch.float64)  # keeps the draws of earlier versions
+        is_stage = int(pool[0]) in layers
+        lag, late = (layer_lag, turn / stages) if is_stage else (1.0, 0.0)
+        turn += is_stage
+        found[pool] = ((order + 1 - late) / pool.numel() * (1 - 1e-9)) ** (1 / lag)
+    return found
+
+
+def multiples(space: Space, align: int) -> Tensor:
+    """Multiples at which widths are held, int64 [groups]: `align` in groups of at least 2 x align units, else 1."""
+    sizes = torch.bincount(space.group_of, minlength=space.n_groups)
+    return torch.where(sizes >= 2 * align, align, 1)
+
+
 def deal(space: Space, rank: Tensor, importance: Tensor, keep: Tensor) -> Tensor:
-    """The ranks of every pool dealt out anew: the lowest to live units by falling importance, then to the others."""
-    dealt = rank.clone()
+    """Re-rank the units of every pool: live units by falling importance, then the others."""
+    ranked = rank.clone()
     for pool in pools(space):
         order = torch.argsort(rank[pool], stable=True)
         order = order[torch.argsort(importance[pool][order], descending=True, stable=True)]
         order = order[torch.argsort(keep[pool][order].int(), descending=True, stable=True)]
-        dealt[pool[order]] = rank[pool].sort().values
-    return dealt
+        ranked[pool[order]] = rank[pool].sort().values
+    return ranked
 
 
 def around(space: Space, rank: Tensor, start: Tensor | None) -> Tensor:
     """Ranks in (0, 1) that order each pool as before, but all units of a structure (bool [n]) before all others.
 
-    The share of units in the structure is the share at which just it lives. None changes nothing.
+    So the share of units in the structure selects exactly the structure. None changes nothing.
     """
     if start is None:
         return rank
@@ -143,8 +186,17 @@ def largest_share(view: View, ranks: Tensor, keep_at: Callable[[float], Tensor],
     return shares[low]
 
 
+def top_share(view: View, ranks: Tensor, allowed: Tensor) -> Tensor:
+    """The units of lowest rank, up to the largest rank that costs no more than allowed (int64 [2]); bool [n]."""
+
+    def keep_at(share: float) -> Tensor:
+        return one_per_group(view.space, ranks < share, -ranks)
+
+    return keep_at(largest_share(view, ranks, keep_at, allowed))
+
+
 def settled(updates: int, share: float) -> int:
-    """The last update that changes the structure, where it rests for a share of them; at least for the last one."""
+    """The last update that changes the structure, if it stays fixed for this share of them, at least for one."""
     return max(1, updates - max(1, math.ceil(share * updates)))
 
 
@@ -153,11 +205,7 @@ def evenly(view: View) -> Tensor:
     rank = torch.empty(view.space.n_units, dtype=torch.float64)
     for pool in pools(view.space):
         rank[pool] = (torch.arange(pool.numel(), dtype=rank.dtype) + 0.5) / pool.numel()
-
-    def keep_at(share: float) -> Tensor:
-        return one_per_group(view.space, rank < share, -rank)
-
-    return keep_at(largest_share(view, rank, keep_at, view.limits))
+    return top_share(view, rank, view.limits)
 
 
 def gap(view: View, keep: Tensor) -> float:
@@ -168,8 +216,8 @@ def gap(view: View, keep: Tensor) -> float:
     return max(present / full - limit / full for limit, full, present in costs if limit < unlimited and full)
 
 
-def gumbel(view: View) -> Tensor:
-    """The difference of two Gumbel variables for every unit, float64 [n], drawn anew."""
-    uniform = torch.rand(2, view.space.n_units, generator=view.generator, dtype=torch.float64)
+def gumbel(run: Drawing) -> Tensor:
+    """The difference of two Gumbel variables for every unit, float64 [n]; a new draw."""
+    uniform = torch.rand(2, run.space.n_units, generator=run.generator, dtype=torch.float64)
     drawn = -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12)))
     return drawn[1] - drawn[0]

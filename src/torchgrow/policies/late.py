@@ -1,7 +1,7 @@
-"""Grow once, late: a small network learns for most of the run, then takes on the size of the budget.
+"""Grow once, late: a small network trains for most of the run, then grows to the budget.
 
-The cheap steps come first. It pays, if it does, where the learning rate stays constant until after the growth and falls
-then (`torchgrow.warmup_stable_decay`); the yardstick is the final structure, trained from scratch with as many FLOPs.
+The cheap steps come first. The learning rate should stay constant until after the growth and fall then
+(`torchgrow.warmup_stable_decay`). Compare with the final structure, trained from scratch with as many FLOPs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kit import around, fit, largest_share, none, one_per_group, pools
+from .kit import around, fit, none, one_per_group, pools, top_share
 from .policy import Policy, View
 from .shapes import limits_of, stages
 
@@ -26,7 +26,7 @@ class Late(Policy):
     small one is a part of it: the units that live go on, and no group gets more than twice as many with the default.
 
     SPARKLING (arXiv 2602.02472) doubles widths at half of the training, zero/one-layer expansion (arXiv 2511.04981)
-    adds layers at 0.8 of it. Newborn units begin as the frame drew them.
+    adds layers at 0.8 of it. New units start with the initial weights of the frame.
 
     Attributes:
         until: share of the updates in which the structure is small.
@@ -48,25 +48,18 @@ class Late(Policy):
     def seed(self, view: View) -> Tensor:
         """The small structure; of a run with a start the grown one has it, as far as the budget holds."""
         space = view.space
-        rank = self._ranks(view)
-        must = one_per_group(space, none(space), -rank)
-
-        def keep_at(share: float) -> Tensor:
-            return (rank < share) | must
-
-        keep = keep_at(largest_share(view, rank, keep_at, view.limits))
-        steps = torch.ones(space.n_groups, dtype=torch.int64)
-        self.grown = fit(space, view.costs, keep, -rank, limits_of(view), steps)
-        self.rank = rank
+        self.rank, ones = self._ranks(view), torch.ones(space.n_groups, dtype=torch.int64)
+        keep = top_share(view, self.rank, view.limits)
+        self.grown = fit(space, view.costs, keep, -self.rank, limits_of(view), ones)
         return self._small(view) if view.start is None else view.start
 
     def update(self, view: View) -> tuple[Tensor, bool]:
-        """The same until the time has come, then all of it."""
+        """The small structure, then the grown one."""
         grown = view.update >= self.final(view.updates)
         return (self.grown, True) if grown else (view.keep, False)
 
     def score(self, view: View) -> Tensor:
-        """What is at the budget comes first, in the order of ranks."""
+        """Units of the grown structure first, in the order of ranks."""
         return 2.0 * self.grown - self.rank
 
     def target(self, view: View) -> Tensor:
@@ -83,7 +76,7 @@ class Late(Policy):
         return max(1, min(updates - 1, math.ceil(self.until * updates)))
 
     def check_state(self, state: dict[str, Any], events: int) -> str:
-        """A structure that no run comes to."""
+        """A structure that no run reaches."""
         fine = bool((state["rank"] >= 0).all() and (state["rank"] <= 1).all()) and state["grown"].dtype == torch.bool
         return "" if fine else "rank must lie in [0, 1], grown be a structure"
 

@@ -1,15 +1,15 @@
-"""The paper's course in fewer steps: its constants belong to 160 epochs of 390 steps, with an update after each.
+"""The paper's schedule in fewer steps. Its constants belong to 160 epochs of 390 steps, with an update per epoch.
 
-In units of progress (0 to 1 over a run of T updates with S steps each) the course stays what it is:
+In units of progress (0 to 1 over a run of T updates with S steps each) the schedule stays the same:
 
 - s: an update stands for an epoch, so a step moves the indicators as far as k = 390 / S of the paper's do: as k steps
-  of SGD with the force taken anew in each, since it is far from constant while a gate opens. The rate of s is what
+  of SGD with the gradient recomputed in each, since it is far from constant while a gate opens. The rate of s is what
   scales, lambda stays as it is: it weighs the penalty against the task, and both act k times as long. Not further where
   updates are fewer: between two of them lambda cannot see what it has done.
-- beta is multiplied by gamma = heat^(1/T) in an update, so by `heat` over any run.
+- beta is multiplied by gamma = h^(1/T) in an update, h = `final_inverse_temperature`, so by h over any run.
 - draws: one stands for d = 160 / T of the paper's, so that at the start a unit comes with probability 1 - (1 - m)^d.
 
-With 160 updates the course is the same in any number of steps; with fewer it is as good as so few draws allow.
+With 160 updates the schedule is the same in any number of steps; with fewer it is approximate.
 Longer runs keep the constants (k = d = 1), as the paper's own of 200 epochs do. Its runs on ImageNet, of 90 updates,
 have the same constants too: for these take `paced=False`.
 """
@@ -50,7 +50,7 @@ def starts(view: View, power: float, paced: bool) -> Tensor:
         first[pool] = min(0.5, pool.numel() ** -power)
     if not paced or view.updates >= UPDATES:
         return _living(view, torch.logit(first))
-    after = torch.zeros_like(first)  # the draw in which a unit comes, where every pool comes as is expected
+    after = torch.zeros_like(first)  # the draw in which a unit is expected to enter
     for pool in pools(view.space):
         place = (torch.arange(pool.numel(), dtype=torch.float64) + 0.5) / pool.numel()
         after[pool] = torch.log1p(-place) / torch.log1p(-first[pool])
@@ -60,5 +60,5 @@ def starts(view: View, power: float, paced: bool) -> Tensor:
 
 
 def _living(view: View, indicators: Tensor) -> Tensor:
-    """Those of a run that begins with a structure: its units live, each to be drawn with a probability of `LIVING`."""
+    """Indicators for a given start: each of its units is drawn with probability `LIVING`."""
     return indicators if view.start is None else torch.where(view.start, math.log(LIVING / (1 - LIVING)), indicators)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .kit import SMALLEST_GATE, gap, gumbel, none, one_per_group, settled, spread
+from .kit import SMALLEST_GATE, gap, gumbel, none, one_per_group, settled, smallest, spread
 from .pace import pace, starts
 from .policy import Policy, View
 
@@ -22,7 +22,7 @@ class Paper(Policy):
         penalised: whose gates the L1 norm of Eq 6 sums: "present": of the network that is trained; "all": of all units.
         start: at first m = size^-start, in a group of that size or a stage of so many layers; 1: one unit expected.
         paced: whether a run shorter than the paper's goes through its course faster (docs/paper.md).
-        heat: gamma^T, how often beta is multiplied over the run for a unit that is always present.
+        final_inverse_temperature: gamma^T, beta at the end of the run of a unit that is always present.
         temperature_rises: when: "unit": in updates in which the unit is present (Eq 7); "global": in every one, for
             all alike; "learning_rate": as "unit", each time by gamma^(present / initial learning rate) (A.10).
         relaxation: "sigmoid": m = sigma(beta s); "gumbel": m = sigma(beta (s + g_1 - g_0)), with noise g (3.2).
@@ -36,7 +36,7 @@ class Paper(Policy):
     penalised: str = "present"
     start: float = 0.5
     paced: bool = True
-    heat: float = 100.0
+    final_inverse_temperature: float = 100.0
     temperature_rises: str = "unit"
     relaxation: str = "sigmoid"
     settle: float = 0.0
@@ -46,8 +46,8 @@ class Paper(Policy):
     sensitive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        self.check(settle=(0, 1), momentum=(0, 1), heat=(1, 1e6), lr=(0, 1e3), relaxation=("sigmoid", "gumbel"))
-        self.check(penalised=("present", "all"), start=(0, 10), paced=(True, False))
+        self.check(settle=(0, 1), momentum=(0, 1), final_inverse_temperature=(1, 1e6), lr=(0, 1e3))
+        self.check(penalised=("present", "all"), start=(0, 10), paced=(True, False), relaxation=("sigmoid", "gumbel"))
         self.check(temperature_rises=("unit", "global", "learning_rate"))
 
     def seed(self, view: View) -> Tensor:
@@ -55,14 +55,14 @@ class Paper(Policy):
         space, self.steps, self.pace = view.space, 0, 1.0
         self.s, self.t, self._removable = starts(view, self.start, self.paced), none(space).long(), space.removable
         self.velocity, self.exponent, self.noise = (torch.zeros_like(self.s) for _ in range(3))
-        base = self.lambda_base if self.lambda_base is not None else 1.0 if space.slots else 0.5
+        base = self.lambda_base if self.lambda_base is not None else 1.0 if space.blocks else 0.5
         self._base, self.lambda_share = base, torch.ones_like(self.s)  # of lambda_1, by unit
-        self.lambda_share[[slot.unit for slot in space.slots]] = self.layer_lambda_base / (base or 1.0)
-        self.gamma = self.heat ** (1 / max(view.updates, 1))
-        return one_per_group(space, none(space), -spread(view))
+        self.lambda_share[[block.unit for block in space.blocks]] = self.layer_lambda_base / (base or 1.0)
+        self.gamma = self.final_inverse_temperature ** (1 / max(view.updates, 1))
+        return smallest(space, spread(view))
 
     def step(self, view: View, sensitivity: Tensor) -> None:
-        """One step of SGD on s, or as many of the paper's as it stands for."""
+        """One step of SGD on s, or in a short run several of the paper's."""
         self.steps += view.update == 0
         self._move(view, sensitivity, self.pace)
         if self.relaxation == "gumbel":
@@ -70,10 +70,10 @@ class Paper(Policy):
             self._set_gates()
 
     def update(self, view: View) -> tuple[Tensor, bool]:
-        """Algorithm 1: q ~ Bernoulli(m), for all units anew; in the end exactly to the budget."""
+        """Algorithm 1: a new draw q ~ Bernoulli(m) of all units; in the end exactly to the budget."""
         if view.update > self.final(view.updates):
             return view.keep, False
-        if view.update == 1 and self.paced:  # now that the steps are counted, those of the first update make up
+        if view.update == 1 and self.paced:  # the steps of an update are known now; make up for those of the first
             self.pace = pace(self.steps)
             self._move(view, torch.zeros_like(self.s), (self.pace - 1) * self.steps)
         drawn = torch.rand(self.s.numel(), generator=view.generator, dtype=torch.float64) < self.score(view)
@@ -100,12 +100,12 @@ class Paper(Policy):
         return settled(updates, self.settle)
 
     def check_state(self, state: dict[str, Any], events: int) -> str:
-        """Counters beyond the number of updates."""
+        """Counters must not exceed the number of updates."""
         wrong = [key for key in ("t", "exponent") if bool(((state[key] < 0) | (state[key] > events)).any())]
         return f"{wrong[0]} must lie in [0, {events}], the number of updates" if wrong else ""
 
     def _move(self, view: View, sensitivity: Tensor, steps: float) -> None:
-        """Eq 6 and 8: so many steps of SGD on L(m w) + lambda |m|, where dL/ds = beta (1 - m) m dL/dm."""
+        """Eq 6 and 8: `steps` steps of SGD on L(m w) + lambda |m|, where dL/ds = beta (1 - m) m dL/dm."""
         assert self.gate is not None
         task = sensitivity / self.gate
         for _ in range(count := round(steps)):

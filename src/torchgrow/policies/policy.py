@@ -1,4 +1,4 @@
-"""What decides how a network grows, and what it may look at."""
+"""The interface of policies, and the view of a run that they get."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from ..persistence.plain_data import is_data
 from ..structure.cost import CostModel
 from ..structure.space import Space
 
+RECORDED = {"final_inverse_temperature": "heat"}
+"""Settings that states and results rows store under an earlier name."""
+
 
 @dataclass(frozen=True)
 class View:
-    """A run as a policy sees it, to read only; made anew for every call.
+    """A read-only view of a run for policies; a new one for every call.
 
     Attributes:
         space: the units of the frame, n of them.
         costs: what structures cost; `cost` is the short way.
         limits: the budget, int64 [2]: parameters and FLOPs; what is not limited is the largest int64.
-        update: number of the update under way, or of the last one; 0 is the seed.
+        update: number of the present update, or of the last one; 0 is the seed.
         updates: how many there will be.
         keep: the live units, bool [n].
         rate: present over full learning rate of the weights, at most 1.
@@ -56,7 +59,7 @@ class Policy(ABC):
     Of your own you need `seed` and `update`. Settings are dataclass fields; they must be the same when a run is
     resumed. What changes in the run goes into further attributes, set first in `seed`: tensors, numbers, text, and
     lists or dicts of them. Checkpoints keep those, ranks compare them, and an update that fails takes them back.
-    A policy touches neither model nor optimizer: the grower brings its structure about, and keeps the budget.
+    A policy touches neither model nor optimizer: the grower applies its structure and keeps the budget.
 
     Attributes:
         gate: what present units are scaled by (m of Eq 1), float64 [n] in (0, 1]; None: they count in full, and
@@ -89,10 +92,10 @@ class Policy(ABC):
         """
 
     def applied(self, view: View) -> None:  # noqa: B027 - for those that need it
-        """After `seed` and every `update`: `view.keep` is the structure it came to."""
+        """Called after `seed` and every `update`; `view.keep` is the new structure."""
 
     def step(self, view: View, sensitivity: Tensor) -> None:  # noqa: B027 - for those that need it
-        """After every optimizer step of a policy that is `sensitive`.
+        """Called after every optimizer step if the policy is `sensitive`.
 
         Args:
             view: the run.
@@ -100,7 +103,7 @@ class Policy(ABC):
         """
 
     def score(self, view: View) -> Tensor:
-        """Who stays first when the grower trims or fills up to the budget, float [n]; by default who lives."""
+        """Priority of units when the grower trims or fills up to the budget, float [n]; by default the live ones."""
         return view.keep.double()
 
     def target(self, view: View) -> Tensor | None:
@@ -132,7 +135,7 @@ class Policy(ABC):
                 wanted = f"be one of {given}" if choices else f"lie in [{given[0]}, {given[1]}]"
                 raise TorchgrowError(f"{type(self).__name__}({name}={value!r}): {name} must {wanted}")
 
-    # --- what the grower does with it ---
+    # --- called by the grower ---
 
     def settings(self) -> dict[str, Any]:
         """Its dataclass fields by name."""
@@ -156,11 +159,11 @@ class Policy(ABC):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave; it has been checked to be of the same kinds and shapes."""
+        """Load a `state_dict`, which has been checked to have the same kinds and shapes."""
         vars(self).update({key: _copy(value) for key, value in state.items()})
 
     def check_state(self, state: dict[str, Any], events: int) -> str:
-        """What is wrong with a state after so many events, in words; "" if nothing is."""
+        """The error text for a state after so many events; "" if it is valid."""
         return ""
 
     def copied(self) -> Policy:
@@ -171,7 +174,7 @@ class Policy(ABC):
 
 
 def _copy(value: Any) -> Any:
-    """Of data a copy; other objects as they are."""
+    """A copy of data; other objects are returned unchanged."""
     if isinstance(value, Tensor):
         return value.clone()
     return copy.deepcopy(value) if isinstance(value, (list, dict)) else value

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kit import largest_share, one_per_group, settled, spread
+from .kit import settled, smallest, spread, top_share
 from .policy import Policy, View
 
 
 @dataclass(eq=False)
 class Random(Policy):
-    """At every update all units are drawn anew with one probability, at which the draw costs what the budget allows.
+    """Every update draws all units with one probability, at which the draw costs what the budget allows.
 
     Attributes:
         settle: share of the updates at the end in which the structure no longer changes; at least the last one.
@@ -25,21 +25,17 @@ class Random(Policy):
     def seed(self, view: View) -> Tensor:
         """One unit per group, at random."""
         self.drawn = spread(view)
-        return one_per_group(view.space, torch.zeros_like(self.drawn, dtype=torch.bool), -self.drawn)
+        return smallest(view.space, self.drawn)
 
     def update(self, view: View) -> tuple[Tensor, bool]:
         """A draw at the budget, topped up to it exactly."""
         if view.update > self.final(view.updates):
             return view.keep, False
         self.drawn = torch.rand(view.space.n_units, generator=view.generator, dtype=torch.float64)
-
-        def keep_at(probability: float) -> Tensor:
-            return one_per_group(view.space, self.drawn < probability, -self.drawn)
-
-        return keep_at(largest_share(view, self.drawn, keep_at, view.limits)), True
+        return top_share(view, self.drawn, view.limits), True
 
     def score(self, view: View) -> Tensor:
-        """Who was drawn first."""
+        """The lower the draw, the longer a unit stays."""
         return -self.drawn
 
     def planned(self, view: View) -> Tensor:

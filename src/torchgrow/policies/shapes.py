@@ -1,6 +1,6 @@
-"""Shapes: how deep every stage and how wide every group is beside the others; structures of them, exactly at a budget.
+"""Shapes: depths of stages and relative widths of groups, and their structures exactly at a budget.
 
-A shape says counts, not units. Between groups it says ratios only: one common factor brings it to the budget.
+A shape fixes counts, not units. Widths are ratios between groups: one common factor brings them to the budget.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ TILT = 2.0
 
 @dataclass(frozen=True)
 class Shape:
-    """How deep every stage and how wide every group is beside the others.
+    """Depths of stages and relative widths of groups.
 
     Attributes:
         name: for tables.
         depths: how many of a stage's layers that may be left out there are, by the name of the stage (as in
-            `Slot.stage`), the first ones; of stages that are not named all.
+            `Block.stage`), the first ones; of stages that are not named all.
         widths: by the name of a group, or a pattern such as "layer*.conv1" (`fnmatch`): its width is multiplied by
             this beside the others. What matches several patterns is multiplied by all of them.
     """
@@ -48,7 +48,7 @@ class Shape:
     widths: Mapping[str, float] = field(default_factory=dict)
 
     def ranks(self, space: Space) -> Tensor:
-        """At which common factor each unit comes in, float64 [n]; below 0: always, infinite: never.
+        """The common factor at which each unit enters, float64 [n]; below 0: always, infinite: never.
 
         Raises:
             StructureError: a name that the space does not have, or a number that means nothing.
@@ -133,21 +133,21 @@ def limits_of(view: View) -> Limits:
 def stages(space: Space) -> dict[str, list[int]]:
     """Units of the layers that may be left out, by stage, in the order of the model."""
     found: dict[str, list[int]] = {}
-    for slot in space.slots:
-        found.setdefault(slot.stage, []).append(slot.unit)
+    for block in space.blocks:
+        found.setdefault(block.stage, []).append(block.unit)
     return found
 
 
 def counts(space: Space, keep: Tensor) -> tuple[int, ...]:
     """How many units of every group are there, and how many layers of every stage: what tells structures apart."""
     live = torch.bincount(space.group_of[space.present(keep)], minlength=space.n_groups).tolist()
-    layers = {int(space.group_of[slot.unit]) for slot in space.slots}
+    layers = {int(space.group_of[block.unit]) for block in space.blocks}
     widths = (count for group, count in enumerate(live) if group not in layers)
     return (*widths, *(int(keep[units].sum()) for units in stages(space).values()))
 
 
 def proposals(space: Space, seed: int = 0) -> Iterator[Shape]:
-    """Shapes worth trying, most telling first: even, then one thing changed at a time, then two.
+    """Shapes worth trying, in order: even, then one change at a time, then two.
 
     What is changed: the depths of all stages, of the first one or of the last; the widths of a kind of group that
     repeats from block to block (the inside of blocks, attention heads, hidden neurons) beside all others; first groups
@@ -186,7 +186,7 @@ def _depths(space: Space) -> list[dict[str, int]]:
 def _homes(space: Space) -> dict[int, str]:
     """By group the innermost module that all its tensors lie in; "" is the model. Layers are no such groups."""
     homes: dict[int, list[str]] = {}
-    layers = {int(space.group_of[slot.unit]) for slot in space.slots}
+    layers = {int(space.group_of[block.unit]) for block in space.blocks}
     for (name, _), vector in space.unit_of.items():
         path = name.split(".")[:-1]
         for group in space.group_of[vector[vector >= 0]].unique().tolist() if has_units(vector) else ():

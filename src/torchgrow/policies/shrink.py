@@ -1,4 +1,4 @@
-"""From a trained network to the budget, top to bottom: the least important units leave along a planned cost."""
+"""Pruning a trained network to a budget, top to bottom: the least important units leave along a planned cost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .importance import IMPORTANCES, levelled
-from .kit import aligned, around, deal, largest_share, none, one_per_group, shed
+from .kit import aligned, around, deal, largest_share, multiples, shed, smallest
 from .policy import Policy, View
 
 MEMORY = 0.99
@@ -19,14 +19,14 @@ MEMORY = 0.99
 
 @dataclass(eq=False)
 class Shrink(Policy):
-    """Begin with what is there, all of it or a part, and give up what matters least until the budget is met.
+    """Start from the whole network or a part of it, and remove the least important units until the budget is met.
 
     The cost of the network follows budget + (start - budget) (1 - x)^power, where x goes from 0 to 1 while the plan
     falls (Zhu and Gupta, 2017, Eq 1, for power 3). How the defaults were found: docs/log.md.
 
     Attributes:
         until: share of the updates in which the plan falls; from then on the structure is final.
-        power: see above; 1 falls evenly, more gives up most at first, when what goes matters least.
+        power: see above; 1 falls evenly, more removes most at first, when the least important units are there.
         importance: what says how much a unit matters, of `torchgrow.policies.importance`: "taylor", "l1", "l2",
             "group_norm", "bn_scale", "random".
         allocation: what goes, of groups and layers: "uniform": the same share of each; "global": the least importance
@@ -49,26 +49,25 @@ class Shrink(Policy):
 
     @property
     def sensitive(self) -> bool:  # type: ignore[override]
-        """Only where gradients say what matters."""
+        """Only if importance needs gradients."""
         return self.importance == "taylor"
 
     def seed(self, view: View) -> Tensor:
-        """All of it, unless the run has a start."""
+        """The whole frame, unless the run has a start."""
         space = view.space
         self.rank, self.squared = (torch.zeros(space.n_units, dtype=torch.float64) for _ in range(2))
         start = space.everything() if view.start is None else view.start
         self.rank = around(space, self.rank, start)
-        sizes = torch.bincount(space.group_of, minlength=space.n_groups)
-        self.multiples = self._steps = torch.where(sizes >= 2 * self.align, self.align, 1)
+        self.multiples = self._steps = multiples(space, self.align)
         self._start = view.cost(start)
         return start
 
     def step(self, view: View, sensitivity: Tensor) -> None:
-        """The mean is moved on."""
+        """Update the running mean."""
         self.squared = MEMORY * self.squared + (1 - MEMORY) * sensitivity**2
 
     def update(self, view: View) -> tuple[Tensor, bool]:
-        """What costs no more than planned: those that live and matter most."""
+        """The most important live units that cost no more than planned."""
         if view.update > (final := self.final(view.updates)):
             return view.keep, False
         importance = IMPORTANCES[self.importance](view, self.squared)
@@ -77,12 +76,12 @@ class Shrink(Policy):
         planned = self.planned(view)
         if self.allocation == "uniform":
             return self._alike(view, planned), view.update == final
-        worth = importance.sqrt() if self.importance == "taylor" else importance
-        worth = levelled(view, worth) if self.allocation == "levelled" else worth
-        return shed(view.space, view.costs, view.keep, worth, planned, self._steps), view.update == final
+        importance = importance.sqrt() if self.importance == "taylor" else importance
+        importance = levelled(view, importance) if self.allocation == "levelled" else importance
+        return shed(view.space, view.costs, view.keep, importance, planned, self._steps), view.update == final
 
     def score(self, view: View) -> Tensor:
-        """The most important stays first, as it is now: the run may end before the first update."""
+        """The more important, the longer a unit stays; by importance now, as the run may end before an update."""
         importance = IMPORTANCES[self.importance](view, self.squared)
         return -deal(view.space, self.rank, importance, view.keep)
 
@@ -92,17 +91,17 @@ class Shrink(Policy):
         return view.limits + ((self._start - view.limits).clamp(min=0).double() * left).long()
 
     def final(self, updates: int) -> int:
-        """Where the plan has fallen."""
+        """The update at which the plan meets the budget."""
         return max(1, min(updates - 1, math.ceil(self.until * updates)))
 
     def check_state(self, state: dict[str, Any], events: int) -> str:
-        """Numbers that no run comes to."""
+        """Numbers that no run reaches."""
         fine = bool((state["rank"] >= 0).all() and (state["rank"] <= 1).all() and (state["squared"] >= 0).all())
         return "" if fine else "rank must lie in [0, 1], squared must not be negative"
 
     def _alike(self, view: View, allowed: Tensor) -> Tensor:
         """The best-ranked units of every pool, of all the same share: the largest that is allowed (int64 [2])."""
-        must = one_per_group(view.space, none(view.space), -self.rank)
+        must = smallest(view.space, self.rank)
 
         def keep_at(share: float) -> Tensor:
             keep = (self.rank < share) | must

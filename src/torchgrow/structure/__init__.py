@@ -1,1 +1,1 @@
-"""Structure: what a network of the space is, what it costs, and how a live one is cut from its frame in place."""
+"""Structure: the space of networks inside a frame, their costs, and how a model is cut to one of them in place."""

@@ -1,4 +1,4 @@
-"""Int attributes of modules, and the places of lists and tuples of such: "sizes[1]" names one of them."""
+"""Int attributes of modules, and entries of lists and tuples of ints, named like "sizes[1]"."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 LEVELS = 3
-"""How far above a module an attribute that counts in it is looked for: in itself, its parent, and so on."""
+"""How many modules upwards to look for an attribute that counts an axis: the module itself, its parent, and so on."""
 
 PLACE = re.compile(r"(\w+)\[(\d+)\]")
 
@@ -17,7 +17,7 @@ Sizes = tuple[int, ...]
 
 
 def held(module: nn.Module) -> dict[str, Sizes]:
-    """Ints that a module of the user's holds, by name: (8,) for an int, all entries of a list or tuple of ints."""
+    """Int attributes of a module of the user, by name: (8,) for an int, all entries of a list or tuple of ints."""
     if type(module).__module__.startswith("torch.nn."):  # those are known, not guessed
         return {}
     found: dict[str, Sizes] = {}
@@ -30,7 +30,7 @@ def held(module: nn.Module) -> dict[str, Sizes]:
 
 
 def named(found: Mapping[str, Sizes], module: nn.Module) -> dict[str, int]:
-    """What `held` found, every entry of a list under a name of its own."""
+    """The ints that `held` found, one name for every entry of a list."""
     result: dict[str, int] = {}
     for name, sizes in found.items():
         if type(vars(module)[name]) is int:
@@ -47,7 +47,7 @@ def above(path: str) -> list[str]:
 
 
 def around(modules: Mapping[str, nn.Module], path: str) -> Iterator[str]:
-    """Modules whose attributes a forward is likely to read: itself, those around it, and the ones right in it."""
+    """Modules whose attributes a forward is likely to read: the module itself, those around it, and its children."""
     yield from above(path)
     yield from (f"{path}.{name}" if path else name for name, _ in modules[path].named_children())
 
@@ -69,7 +69,7 @@ def put(module: nn.Module, name: str, number: int) -> None:
 
 
 def replaced(module: nn.Module, numbers: Mapping[str, int]) -> dict[str, Any]:
-    """New values of attributes some of whose places get other numbers: other lists, since modules may share them."""
+    """New values of attributes of which some entries change. Lists are copied, since modules may share them."""
     found: dict[str, Any] = {}
     for name, number in numbers.items():
         place = PLACE.fullmatch(name)

@@ -1,8 +1,8 @@
-"""The bank: everything of a frame at full size; the live model is cut from it and written back to it.
+"""The bank: storage for all tensors of a frame at full size. The model is cut from it and written back to it.
 
-The `Bank` holds every cut tensor and optimizer slot at full size on the host; of a frame on the meta device only what
-ever lived. A change of structure is computed first (`Bank.stage`) and swapped in afterwards (`Bank.commit`) by one call
-into C, all of it or nothing, so the model is always whole. Parameter and optimizer objects keep their identity.
+The `Bank` holds every cut tensor and optimizer slot at full size on the host; of a frame on the meta device it holds
+only units that were ever live. A change of structure is computed first (`Bank.stage`) and written
+afterwards (`Bank.commit`) by one call into C, all of it or nothing. Parameter and optimizer objects stay the same.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from ..adapters.registry import adapt_, adaptable
 from ..default_device import on_host
 from ..errors import OptimizerError, StructureError
 from ..exchange import Exchange
-from .attributes import replaced
 from .optimizer_slots import Layout, LiveSlot, begun, begun_anew, blank
 from .optimizer_trial import Slot
 from .optimizers import layouts_of
-from .record import LEFT_OUT, RECORD, Growth, Mark, Record, mark_of, recorded
+from .record import Growth, Record, mark_of, recorded, rewrite
 from .space import PassThrough, Space, live_positions
 from .store import Births, Index, Store, gather, index_of, is_meta, laid_out, memory_order
 from .surgery import materialise_, named_tensors, replace_
@@ -30,7 +29,7 @@ from .surgery import materialise_, named_tensors, replace_
 
 @dataclass
 class _Swap:
-    """New contents for a tensor and for its optimizer slots, some of which may be copies of it."""
+    """New contents for a tensor and its optimizer slots. Some slots may be copies of the tensor."""
 
     tensor: Tensor
     new: Tensor
@@ -50,7 +49,7 @@ class _Swap:
 
 
 class Change:
-    """A change of structure, computed and not yet made.
+    """A change of structure, computed but not yet made.
 
     Attributes:
         swaps: by tensor name, what will be written; values may be replaced before the change is made.
@@ -73,11 +72,11 @@ class Change:
 
     @property
     def reshapes(self) -> bool:
-        """Whether a tensor will have another shape; to be asked before the change is made."""
+        """Whether any tensor changes its shape. Ask before the change is made."""
         return any(swap.tensor.shape != swap.new.shape for swap in self.swaps.values())
 
     def contents(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """What the tensors of those names will hold, as far as they change."""
+        """New contents of the tensors of those names; those that do not change are left out."""
         return {name: self.swaps[name].new for name in names if name in self.swaps}
 
     def into(self, exchange: Exchange) -> None:
@@ -90,41 +89,26 @@ class Change:
             exchange.write(swap.tensor, laid_out(swap.new, self.order.get(name, ())))
             for state, key, value in swap.slots:
                 exchange.put(state, key, value)
-        for path, numbers in self._attributes().items():
-            exchange.fields(modules[path], **replaced(modules[path], numbers))
-        for path in (path for slot in bank.space.slots for path in slot.modules):
-            if path in skipped:  # as `skip_` does
-                exchange.fields(modules[path], **{"forward": skipped[path].forward, LEFT_OUT: True})
-            else:
-                exchange.drop(modules[path].__dict__, "forward")
-                exchange.drop(modules[path].__dict__, LEFT_OUT)
-        for path, module in modules.items():
-            exchange.fields(module, **{RECORD: Mark(self.record, path)})
+        own = {(attribute.module, attribute.name) for attribute in bank.space.attributes}
+        numbers = {place: number for place, number in self.record.attributes.items() if place in own}
+        paths = [path for block in bank.space.blocks for path in block.modules]
+        rewrite(exchange, modules, self.record, numbers, paths, skipped)
         exchange.fields(bank, keep=self.keep, index=self.index, record=self.record)
         exchange.fields(bank, trained=self.trained, order=self.order)
 
-    def _attributes(self) -> dict[str, dict[str, int]]:
-        """Numbers that the change sets, by module and name; others in the record are of generations before."""
-        numbers, found = self.record.attributes, dict[str, dict[str, int]]()
-        for attribute in self.bank.space.attributes:
-            if (attribute.module, attribute.name) in numbers:
-                number = numbers[attribute.module, attribute.name]
-                found.setdefault(attribute.module, {})[attribute.name] = number
-        return found
-
 
 class Bank:
-    """Everything of a frame at full size; the live model is cut from it and written back to it.
+    """Storage for all tensors of a frame at full size.
 
     Args:
         model: the frame, at full size.
         space: its space.
         optimizer: the user's optimizer, or several, whose state is cut along with the parameters.
         seed: of initial values, for a frame on the meta device.
-        device: where a frame on the meta device comes to life; nothing of it is there before the first change.
+        device: of the real tensors of a frame on the meta device; there are none before the first change.
         layouts: what the optimizers keep, where that is known already.
         exchange: its `undo` will bring a frame back to the meta device.
-        stores: whether anything is stored; without, what is cut off is gone.
+        stores: whether inactive units are stored; if not, they are lost.
         scales: what initial values are multiplied by, by name: of a frame on the meta device here, else before.
 
     Attributes:
@@ -155,7 +139,7 @@ class Bank:
                 "frame (trace it again, or restore it from its bank first)"
             )
         self.names = _all_names(model)
-        self.base = self.record = recorded(model.named_modules())  # of the generations before
+        self.base = self.record = recorded(model.named_modules())  # of earlier cuts
         self.growth: Growth | None = None
         self.adapted = _adaptable_and_cut(model, space)
         self.scales = dict(scales or {})
@@ -180,10 +164,10 @@ class Bank:
         values: Mapping[str, Tensor] | None = None,
         copies: Mapping[tuple[str, str], Tensor] | None = None,
     ) -> Change:
-        """Write the live tensors back and compute those for `keep` (bool [n]); nothing live is touched.
+        """Write the live tensors back and compute those for `keep` (bool [n]). The model does not change yet.
 
         Args:
-            keep: units that shall live.
+            keep: the live units.
             values: what to write back instead of a parameter's own contents (raw values of gated ones).
             copies: likewise for slots that are copies of one, by name and key.
         """
@@ -198,8 +182,8 @@ class Bank:
             )
         self.tensors = named_tensors(self.model)  # a forward may have put another object in a buffer's place
         present = self.space.present(self.keep)
-        newborn = self.space.present(keep) & ~self.trained & ~present
-        past = self.trained & ~present  # stored, with slots that belong to the step count as it is
+        fresh_units = self.space.present(keep) & ~self.trained & ~present
+        past = self.trained & ~present  # stored units, whose slots fit the step count as it is
         had_state = keep & False
         swaps: dict[str, _Swap] = {}
         index: dict[str, Index | None] = {}
@@ -212,7 +196,7 @@ class Bank:
                 continue
             live = values[name] if values is not None and gated else tensor.detach()
             self.full[name].write(old, live.cpu())
-            born, slots = _places(self.space, name, new, newborn), []
+            born, slots = _places(self.space, name, new, fresh_units), []
             for slot in self.live_slots(name):
                 had_state = present
                 if (name, slot.key) not in self.slots:
@@ -234,10 +218,10 @@ class Bank:
     def stored(
         self, raw: Mapping[str, Tensor], copies: Mapping[tuple[str, str], Tensor]
     ) -> tuple[dict[str, Store], dict[tuple[str, str], Store]]:
-        """Copies of what is stored, tensors and optimizer slots, as `stage` would leave them: written back to.
+        """Copies of all stored tensors and optimizer slots, with the live contents written back as `stage` does.
 
-        They do not tell whether a change was computed, and perhaps never made, since the last one. `raw` and `copies`
-        are `values` and `copies` of `stage`.
+        The result does not depend on changes that were computed and never made. `raw` and `copies` are `values` and
+        `copies` of `stage`.
         """
         if not self.full:
             return {}, {}
@@ -254,14 +238,14 @@ class Bank:
         return full, {place: slots[place] for place in sorted(slots)}
 
     def unchanged(self) -> Change:
-        """The change to what is live already, which only lets go of gradients and of graphs built before."""
+        """A change that keeps the structure: it only drops gradients and invalidates graphs built before."""
         self.tensors = named_tensors(self.model)  # as in `stage`
         return Change(self, self.keep, {}, self.index, self.record)
 
     def stage_contents(self, keep: Tensor, contents: Mapping[str, Tensor]) -> Change:
         """Compute the change to a structure whose live tensors, by name, shall hold just these contents.
 
-        Nothing is written back: what is live now is lost, and optimizer slots are not the change's business.
+        Nothing is written back: the present contents are lost. Optimizer slots do not change.
         """
         keep = self.space.check_keep(keep)
         index = {name: index_of(self.space, name, keep) for name in self.space.cut_axes}
@@ -282,15 +266,15 @@ class Bank:
         exchange.make()
 
     def resize_(self, keep: Tensor) -> None:
-        """Make the live model the one with the units in `keep`; detached ones are stored with all they had."""
+        """Cut the model to the units in `keep`; units that leave are stored with their optimizer slots."""
         self.commit(self.stage(keep))
 
     @on_host()
     def recut_(self, keep: Tensor) -> None:
-        """Make the live model the one with the units in `keep`, with what is stored here; what is live is lost.
+        """Cut the model to the units in `keep` with the stored contents; the present contents are lost.
 
-        One tensor after the other and without a way back, so it takes no memory beyond frame and bank: for a copy
-        that nobody else holds.
+        It changes one tensor after the other and cannot be undone, so it needs no further memory. For a copy that
+        nobody else holds.
         """
         keep = self.space.check_keep(keep)
         index = {name: index_of(self.space, name, keep) for name in self.space.cut_axes}
@@ -304,7 +288,7 @@ class Bank:
         self.resize_(self.space.everything())
 
     def empty(self) -> None:
-        """Forget what is stored; the live model stays as it is and cannot be changed any more."""
+        """Drop all stored contents. The model stays as it is and cannot change any more."""
         self.full, self.slots = {}, {}
 
     def _store(self, name: str) -> Store:
@@ -314,7 +298,7 @@ class Bank:
         return Store(lambda: births.full(name), shape, tensor.dtype, whole=False)
 
     def blank(self) -> dict[str, Store]:
-        """Stores for all tensors that are ever cut, to be filled with what a state says."""
+        """Stores for all tensors that can be cut, to be filled from a state."""
         return {name: self._store(name) if self.births else self._whole(name) for name in self.space.cut_axes}
 
     def _whole(self, name: str) -> Store:
@@ -322,7 +306,7 @@ class Bank:
         return Store(lambda: torch.zeros(shape, dtype=dtype), shape, dtype, whole=True)
 
     def empty_slot(self, name: str, dtype: torch.dtype, slot: Slot) -> Store:
-        """Storage for an optimizer slot that nothing has trained yet; for a copy, what is stored of the weights."""
+        """Storage for an optimizer slot before its first step; for a copy of the weights, the stored weights."""
         if slot.kind == "copy":
             return self.full[name].copy(dtype)
         unborn = blank(slot, self.space.shapes[name], dtype)
@@ -341,7 +325,7 @@ class Bank:
         return [] if layout is None else layout.of(tensor, len(self.space.shapes[name]))
 
     def _materialise(self, births: Births, device: torch.device | str, exchange: Exchange) -> None:
-        """Give the model's own tensors a device: nothing yet of those that are cut, the initial value of the others."""
+        """Move the model's tensors off the meta device: empty where they are cut, else with their initial values."""
 
         def born(name: str) -> Tensor:
             full = births.full(name)
@@ -350,8 +334,8 @@ class Bank:
         materialise_(self.model, self.tensors, born, exchange)
 
     def skipped(self, keep: Tensor) -> dict[str, PassThrough]:
-        """Modules of the layers that `keep` leaves out, and what they compute instead."""
-        return {path: slot.skip for slot in self.space.slots if not bool(keep[slot.unit]) for path in slot.modules}
+        """Modules of the blocks that `keep` leaves out, and what they compute instead."""
+        return {path: b.skip for b in self.space.blocks if not bool(keep[b.unit]) for path in b.modules}
 
     def record_of(self, keep: Tensor) -> Record:
         """The record of a structure, relative to the first frame."""
@@ -361,7 +345,7 @@ class Bank:
         kept = {name: where for name in space.cut_axes if (where := index_of(space, name, keep, absent=False))}
         shapes = {alias: space.shapes[name] for name in space.cut_axes for alias in names[name]}
         everywhere = {alias: where for name, where in kept.items() for alias in names[name]}
-        blocks = tuple(slot.modules for slot in space.slots)
+        blocks = tuple(block.modules for block in space.blocks)
         return Record(shapes, everywhere, wholes, attributes, blocks, self.growth).on(self.base)
 
 
@@ -398,7 +382,7 @@ def _all_names(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _adaptable_and_cut(model: nn.Module, space: Space) -> tuple[str, ...]:
-    """Modules that need their adapter: something can go in them or below them."""
+    """Modules that need their adapter: some units in them or below them can be removed."""
     cut = [name for name, axes in space.cut_axes.items() if axes]
     return tuple(path for path in adaptable(model) if any(name.startswith(f"{path}." if path else "") for name in cut))
 
@@ -410,7 +394,7 @@ def _same(a: Index | None, b: Index | None) -> bool:
 
 
 def _places(space: Space, name: str, index: Index | None, units: Tensor) -> dict[int, Tensor]:
-    """By cut axis of a tensor, which places of the part at `index` hold one of `units`; not those of none."""
+    """By cut axis of a tensor, the positions of the part at `index` that belong to `units`; only axes with some."""
     found = {}
     for axis in space.cut_axes[name] if index is not None and bool(units.any()) else ():
         vector = space.unit_of[name, axis]

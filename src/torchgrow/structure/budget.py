@@ -1,4 +1,4 @@
-"""The exact structure that uses a budget, and ways to meet a cost on the way to it."""
+"""Structures exactly at a budget, and structures that meet a planned cost."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BudgetError
+from ..renamed import renamed_arguments
 from .cost import CostModel, Tally
 from .limits import Budget, Limits
 from .space import Space
@@ -44,8 +45,8 @@ def largest_shift(
 
     Returns:
         The shift and its keep vector. Bisection to 1e-6; exact in cost, since the realised cost is what is bisected.
-        Where everything fits, the smallest shift that lets everything in, and 0 if any does: indicators that rose on
-        and on could not follow a plan that falls later.
+        Where everything fits, the smallest shift that lets everything in, or 0 if that does too: indicators must not
+        rise further, since the plan may fall later.
     """
     low, high = -span, span
     best, most = keep_at(low), keep_at(high)
@@ -91,33 +92,34 @@ def aligned(space: Space, keep: Tensor, must: Tensor, margin: Tensor, multiples:
     return found
 
 
-def shed(space: Space, costs: CostModel, keep: Tensor, worth: Tensor, allowed: Tensor, steps: Tensor) -> Tensor:
-    """The structure within `keep` that costs no more than allowed and loses the least worth for what it saves.
+@renamed_arguments(worth="importance")
+def shed(space: Space, costs: CostModel, keep: Tensor, importance: Tensor, allowed: Tensor, steps: Tensor) -> Tensor:
+    """The structure within `keep` that costs no more than allowed and loses the least importance for what it saves.
 
-    Groups give up their units of least worth, from multiple to multiple of their step, in the order of rising worth
-    per marginal cost: that of the units that go, over what the network then costs less, as a share of what is
-    allowed. In every round the cheapest go, of one group as many as are cheapest, until a tenth of the excess is
-    saved; then marginal costs, which change, are computed anew.
+    Groups give up their least important units, from multiple to multiple of their step, in the order of rising
+    importance per marginal cost: that of the units that leave, over the cost they save, as a share of what is allowed.
+    In every round the cheapest leave, of one group as many as are cheapest, until a tenth of the excess is saved; then
+    marginal costs, which have changed, are recomputed.
     One unit of every group stays, of layers none need to.
 
     Args:
         space: the space.
         costs: its cost model.
         keep: bool [n], the structure to start from.
-        worth: float64 [n], not negative; what a unit adds to the worth of its group.
+        importance: float64 [n], not negative; what a unit adds to the importance of its group.
         allowed: int64 [2], parameters and FLOPs, known to be feasible.
         steps: int64 [G], the multiple at which each group's width is held; 1 for any width.
     """
     keep, live = keep.clone(), costs.live(keep)
-    order = torch.argsort(worth, stable=True)
-    queues: list[list[int]] = [[] for _ in range(space.n_groups)]  # by group, the least worth last
+    order = torch.argsort(importance, stable=True)
+    queues: list[list[int]] = [[] for _ in range(space.n_groups)]  # by group, the least important last
     for unit in order[keep[order] & space.removable[order]].flip(0).tolist():
         queues[int(space.group_of[unit])].append(unit)
     while bool(((excess := costs.both(live) - allowed) > 0).any()):
         saved = (costs.both(live) - costs.each(live, -torch.ones_like(live))).double()  # [G, 2], of one unit
         saved = torch.where(excess > 0, saved / allowed, 0.0)
         target, gained = (excess.clamp(min=0) / allowed).double() / 10, torch.zeros(2, dtype=torch.float64)
-        first = [_cheapest(group, queues, live, space, steps, worth, saved) for group in range(space.n_groups)]
+        first = [_cheapest(group, queues, live, space, steps, importance, saved) for group in range(space.n_groups)]
         heap = [one for one in first if one is not None]
         heapify(heap)
         while heap and not (bool(gained.any()) and bool((gained >= target).all())):
@@ -126,7 +128,7 @@ def shed(space: Space, costs: CostModel, keep: Tensor, worth: Tensor, allowed: T
             del queues[group][-count:]
             live[group] -= count
             gained += saved[group] * count
-            following = _cheapest(group, queues, live, space, steps, worth, saved)
+            following = _cheapest(group, queues, live, space, steps, importance, saved)
             heappop(heap) if following is None else heapreplace(heap, following)
         if not bool(gained.any()):
             raise BudgetError(f"no unit is left that could go, but {costs.both(live).tolist()} is above {allowed}")
@@ -139,14 +141,14 @@ def _cheapest(
     live: Tensor,
     space: Space,
     steps: Tensor,
-    worth: Tensor,
+    importance: Tensor,
     saved: Tensor,
 ) -> tuple[float, int, int] | None:
-    """What the next units of a group cost in worth for what they save, the group, and how many they are."""
+    """What the next units of a group cost in importance for what they save, the group, and how many they are."""
     width, step = int(live[group]), int(steps[group])
     count = min((width - 1) % step + 1 if width > step else 1, width - int(space.least[group]), len(queues[group]))
     gain = float(saved[group].sum()) * count
-    return (float(worth[queues[group][-count:]].sum()) / gain, group, count) if count > 0 and gain > 0 else None
+    return (float(importance[queues[group][-count:]].sum()) / gain, group, count) if count > 0 and gain > 0 else None
 
 
 def fit(space: Space, costs: CostModel, keep: Tensor, score: Tensor, limits: Limits, steps: Tensor) -> Tensor:
@@ -161,7 +163,7 @@ def fit(space: Space, costs: CostModel, keep: Tensor, score: Tensor, limits: Lim
         space: the space.
         costs: its cost model.
         keep: bool [n], the structure to start from.
-        score: float [n]; higher is worth more.
+        score: float [n]; units of higher score stay longer.
         limits: absolute limits, known to be feasible.
         steps: int64 [G], the multiple at which each group's width is held; 1 for any width.
     """

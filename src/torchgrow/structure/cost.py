@@ -45,8 +45,8 @@ class CostModel:
             shape, axes = space.shapes[name], space.cut_axes.get(name, ())
             whole = [size for axis, size in enumerate(shape) if axis not in axes]
             rows = [self._row(space.unit_of[name, axis]) for axis in axes]
-            if name in space.slot_of:
-                rows.append(self._row(torch.tensor([space.slot_of[name]])))
+            if name in space.block_of:
+                rows.append(self._row(torch.tensor([space.block_of[name]])))
             terms.append((_product(whole), 0, rows))
         terms += [(0, term.constant, [self._row(v) for v in term.vectors]) for term in space.flops]
         most = max([len(rows) for *_, rows in terms] or [0])
@@ -133,7 +133,7 @@ class CostModel:
 
 
 class Tally:
-    """What a structure costs while one group after the other changes: only products that contain it are counted anew.
+    """What a structure costs while one group after the other changes: only products that contain it are recomputed.
 
     Args:
         costs: of the space.

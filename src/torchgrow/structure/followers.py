@@ -1,4 +1,4 @@
-"""Banks of copies that follow a network, such as moving averages of it."""
+"""Banks of copies that follow the structure of a network, such as moving averages."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def follower_of(bank: Bank, model: nn.Module, exchange: Exchange) -> Bank:
 
 @torch.no_grad()
 def _begun_alike_(bank: Bank, tensors: Mapping[str, Tensor], exchange: Exchange) -> None:
-    """Multiply a copy of the frame, made before its initial weights were, as they were; other weights stay."""
+    """Rescale the initial weights of a copy of the frame as the frame's were; other weights stay."""
     for name in bank.scales.keys() & bank.full.keys():
         dtype = bank.tensors[name].dtype  # an average may be kept in another
         scaled, mine = tensors[name].detach().cpu().to(dtype) * bank.scales[name], bank.full[name].copy(dtype)
@@ -82,7 +82,7 @@ def _begun_alike_(bank: Bank, tensors: Mapping[str, Tensor], exchange: Exchange)
 
 
 def stored_alike(bank: Bank, other: Bank) -> bool:
-    """Whether all parameters of another bank are what this one's are, apart from the live part."""
+    """Whether all stored parameters of another bank equal this one's, apart from the live part."""
     for name in bank.full.keys() & set(bank.space.parameters):
         index, theirs = bank.index[name], other.full[name].read({})
         mine = bank.full[name].copy(theirs.dtype)

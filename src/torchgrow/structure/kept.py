@@ -1,4 +1,4 @@
-"""From a record back to units: which of a frame's units a network has that was cut before."""
+"""From a record to units: which units of a frame a network has that was cut before."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def keep_of(bank: Bank, record: Record, left_out: Collection[str], what: str, *,
         bank: of the frame.
         record: of the network.
         left_out: its modules that are left out.
-        what: has it, for errors.
+        what: where the record comes from, for errors.
         earlier: whether layers may be left out for long, so that what is noted of their insides is of other widths.
 
     Raises:
@@ -39,8 +39,8 @@ def keep_of(bank: Bank, record: Record, left_out: Collection[str], what: str, *,
         if name.startswith(below):  # empty: what came after it was left out has passed it by
             gone = gone[space.owner[gone] >= 0]
         keep[gone] = False
-    for slot in space.slots:
-        keep[slot.unit] = not all(path in left_out for path in slot.modules)
+    for block in space.blocks:
+        keep[block.unit] = not all(path in left_out for path in block.modules)
     keep = space.check_keep(keep)
     here = bank.record_of(keep)
     there = [name for name in space.cut_axes if not name.startswith(below)]
@@ -50,7 +50,7 @@ def keep_of(bank: Bank, record: Record, left_out: Collection[str], what: str, *,
     if strange:
         raise StructureError(
             f"{what} is of a structure that this run cannot have, as {strange[0]} shows: its frame was "
-            "another, or other units could go there (freeze, couple, depth). Construct Grower as in the run that was "
+            "another, or other units could go there (protect, couple, depth). Construct Grower as in the run that was "
             "saved, or load it into a model of its own: torchgrow.portable_(build()). Nothing was changed"
         )
     return keep

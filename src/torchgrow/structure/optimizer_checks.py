@@ -1,4 +1,4 @@
-"""What an optimizer keeps, looked at: what is no data, what hides in containers, what cannot be cut along."""
+"""Checks of optimizer state: values that are not data, tensors inside containers, and shapes that cannot be cut."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def check_attributes(optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_what_is_new(optimizer: torch.optim.Optimizer, probe: torch.optim.Optimizer) -> None:
-    """Refuse what steps put elsewhere than into the state of a parameter.
+    """Refuse optimizers whose steps store tensors outside the state of their parameters.
 
     Raises:
         OptimizerError: they did so.
@@ -126,7 +126,7 @@ def reach(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def is_optimizer(value: Any) -> bool:
-    """Whether an object is one, of PyTorch's class or of its kind."""
+    """Whether an object is an optimizer: of PyTorch's class, or with the same interface."""
     if isinstance(value, torch.optim.Optimizer):
         return True
     return not isinstance(value, (dict, list, tuple)) and all(
@@ -135,12 +135,12 @@ def is_optimizer(value: Any) -> bool:
 
 
 def inner_optimizers(optimizer: Any) -> list[tuple[str, Any]]:
-    """Other optimizers that an optimizer holds, with the attributes they stand in."""
+    """Other optimizers that an optimizer holds, by attribute."""
     found = reach({k: v for k, v in vars(optimizer).items() if "hook" not in k and k != "step"})
     return [(path, leaf) for path, leaf in found if is_optimizer(leaf) and leaf is not optimizer]
 
 
 def attributes_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's own attributes: no hooks, and no `step` that a schedule has bound to the original."""
+    """An optimizer's own attributes, without hooks and without a `step` that a scheduler has wrapped."""
     left_out = ("step", "state", "param_groups", "defaults")
     return {key: value for key, value in vars(optimizer).items() if "hook" not in key and key not in left_out}

@@ -1,4 +1,4 @@
-"""Optimizer slots while a model changes: which there are, how those of newborn units begin, which begin anew."""
+"""Optimizer slots across a change of structure: which there are, initial values for new units, and resets."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .optimizer_checks import form_of
 from .optimizer_trial import Slot, take_trial
 
 CORRECTED = frozenset({"exp_avg_sq", "exp_inf"})
-"""Optimizer slots that begin at 0 and are corrected for it by the step count: Adam's and its kin's."""
+"""Slots that begin at 0 and are bias-corrected by the step count, as in Adam and its variants."""
 
 ANEW = 4
-"""A tensor of which all but one part in so many is of units that never trained begins those slots anew."""
+"""Reset these slots if less than one part in so many of a tensor was trained."""
 
 MOMENTS = CORRECTED | {"exp_avg", "max_exp_avg_sq"}
-"""All slots of such an optimizer; one that keeps more than these, say a copy of the weights, is left alone."""
+"""All slots of such an optimizer; one that keeps more, such as a copy of the weights, is not reset."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class LiveSlot:
 
 
 class Layout:
-    """What one optimizer keeps, and of which kind each slot is.
+    """The slots of one optimizer, and the kind of each.
 
     Args:
-        optimizer: is tried out on stand-ins, and stays as it is.
+        optimizer: a copy of it takes steps on stand-in parameters; it does not change.
 
     Raises:
         OptimizerError: it cannot be served.
@@ -58,7 +58,7 @@ class Layout:
         self._made_with = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
 
     def known(self, parameter: Tensor, dims: int) -> dict[str, Slot]:
-        """Slots of a parameter with `dims` axes in the frame, as the trial showed them; none for a stranger."""
+        """Slots of a parameter with `dims` axes in the frame, as the trial showed; none for a parameter of no group."""
         groups = self.optimizer.param_groups
         if id(parameter) not in self._group_of:  # at first, or a group was added since
             self._group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
@@ -71,7 +71,7 @@ class Layout:
         return made_with, self._trial.settings.get(group, {})
 
     def copies(self, parameters: Sequence[Tensor]) -> dict[tuple[int, str], Tensor]:
-        """Slots that are copies of the weights, by number of the parameter, all present, and key."""
+        """Slots that are copies of the weights, by (index of the parameter, key)."""
         if not any(slot.kind == "copy" for slots in self._trial.slots.values() for slot in slots.values()):
             return {}
         return {
@@ -120,7 +120,7 @@ class Layout:
             self._trial.settings.setdefault(group, settings)
 
     def _unknown(self, key: str, value: Any, parameter: Tensor) -> Slot:
-        """A slot that came with no trial is judged by its shape, now and for good."""
+        """The kind of a slot that no trial showed, by its shape; it is kept from then on."""
         form = form_of(self.optimizer, key, value, parameter)
         slot = Slot("number", value) if form == "number" else Slot("unknown", value.new_empty(0), form == "flat")
         signature = (self._group_of.get(id(parameter), -1), max(1, parameter.dim()), parameter.dtype)
@@ -137,20 +137,20 @@ class Layout:
 
 
 def blank(slot: Slot, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A slot of units that never trained, in no memory: 0 for a direction, a mark for what `begun` shall decide."""
+    """Contents of a slot for untrained units (no memory): 0 for a direction, else a mark that `begun` replaces."""
     return torch.full((), 0.0 if slot.kind == "direction" else _mark(dtype), dtype=dtype).expand(tuple(shape))
 
 
 def _mark(dtype: torch.dtype) -> float:
-    """What no slot holds: the lowest number there is. It is equal to itself, as NaN would not be."""
+    """A value that no slot holds: the lowest number of the dtype. NaN would not be equal to itself."""
     return torch.finfo(dtype).min
 
 
 def begun(part: Tensor, slot: Slot, live: Tensor) -> Tensor:
     """Fill in, in place, the elements that never trained.
 
-    A second moment of 0 under a large shared step count would let a newborn move several learning rates in one step,
-    so a magnitude begins as the mean of the living. Of a slot of unknown kind the living show which it is.
+    A second moment of 0 with a large step count would let a new unit move several learning rates in one step. So a
+    magnitude starts at the mean over the live units. The kind of an unknown slot is read from the live units.
 
     Args:
         part: of the slot, with the mark of `blank` where it never trained.
@@ -160,20 +160,20 @@ def begun(part: Tensor, slot: Slot, live: Tensor) -> Tensor:
     missing = part == _mark(part.dtype)
     if not bool(missing.any()):
         return part
-    living = live if live.numel() else part[~missing]  # a layer that comes back has its own past only
-    living = living[living.isfinite()]
-    negative = not living.is_complex() and bool((living < 0).any())
-    mean = living.mean() if living.numel() and not (slot.kind == "unknown" and negative) else part.new_zeros(())
+    values = live if live.numel() else part[~missing]  # a block that comes back has no other live units
+    values = values[values.isfinite()]
+    negative = not values.is_complex() and bool((values < 0).any())
+    mean = values.mean() if values.numel() and not (slot.kind == "unknown" and negative) else part.new_zeros(())
     return part.masked_fill_(missing, mean.to(part.dtype))
 
 
 def begun_anew(
     slots: list[tuple[dict[str, Any], str, Tensor]], born: Mapping[int, Tensor]
 ) -> list[tuple[dict[str, Any], str, Tensor]]:
-    """Slots as those of a new parameter, step count too, where nearly all of a tensor is newborn.
+    """Reset slots and step count to those of a new parameter, where nearly all of a tensor is new.
 
-    The fewer units there are, the larger is each one's gradient, and a second moment takes a thousand steps to
-    forget: by that of the few there were, the many would learn several times too slowly for as long.
+    With few units each one's gradient is large, and a second moment takes a thousand steps to forget that. With the
+    moments of the few, the many new ones would learn several times too slowly for as long.
     Optimizers without a correction by the step count, or with scalars beside it, keep their slots.
     """
     known = math.prod(1 - float(places.double().mean()) for places in born.values())

@@ -1,8 +1,8 @@
-"""A trial of an optimizer: what it keeps for a parameter, and what of that is what, found out by behaviour.
+"""A trial of an optimizer: which slots it keeps, and what each is, found by running steps on a copy.
 
-A copy of the optimizer takes a few steps on small random parameters, three times: as it is, with the weights moved by
-random numbers, and with all gradients turned round. What moves along with the weights is a copy of them, what turns
-round with the gradients is a direction, what minds neither is a magnitude. The original is never stepped.
+A copy of the optimizer takes a few steps on small random parameters, three times: unchanged, with shifted weights, and
+with all gradients negated. A slot that moves with the weights is a copy of them, one that
+flips its sign with the gradients is a direction, any other is a magnitude. The original is never stepped.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ class _Run:
         }
 
     def _copy(self, optimizer: torch.optim.Optimizer, mapped: bool) -> torch.optim.Optimizer:
-        """A copy that holds the stand-ins; whatever refers to the original or its parameters does so to these."""
+        """A copy of the optimizer in which every reference to the original or its parameters is replaced."""
         kind = type(optimizer)
         probe: torch.optim.Optimizer = object.__new__(kind)
         held = [p for group in optimizer.param_groups for p in group["params"]]
@@ -277,7 +277,7 @@ class _Run:
 
 
 def _first_run(optimizer: torch.optim.Optimizer, stands: Sequence[_StandIn]) -> tuple[bool, _Run]:
-    """A run from nothing; where that fails, from state as there is: some optimizers make it at construction."""
+    """A run from empty state, else from the present one: some optimizers create state at construction."""
     try:
         return False, _Run(optimizer, stands, mapped=False)
     except Exception:
@@ -305,7 +305,7 @@ def _random(stand: _StandIn, drawn: torch.Generator) -> Tensor:
 
 
 def _made_over(slot: Any, real: Tensor, stand_in: Tensor) -> Any:
-    """A slot of a real parameter as one of a stand-in: a constant, or the weights, or nothing."""
+    """Convert a slot of a real parameter for a stand-in: a constant, the weights, or zeros."""
     if not isinstance(slot, Tensor) or slot.shape != real.shape or slot.numel() < 2:
         return copy.deepcopy(slot)
     own = stand_in.detach().to(slot.dtype)
@@ -327,7 +327,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 
 @contextmanager
 def _quiet(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Without warnings, and with random numbers of its own that are the same every time."""
+    """Without warnings, and with a fixed random seed; random states are restored."""
     cuda = sorted({device.index for device in devices if device.type == "cuda"})
     with warnings.catch_warnings(), torch.random.fork_rng(devices=cuda):
         warnings.simplefilter("ignore")
@@ -339,7 +339,7 @@ def _quiet(devices: Iterable[torch.device]) -> Iterator[None]:
 
 @contextmanager
 def _left_alone(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Put the original's parameters, state and settings back if the block changed them, and refuse it then."""
+    """Restore the original's parameters, state and settings if the block changed them, and raise."""
     if type(optimizer).__module__.startswith("torch.optim."):
         yield
         return
@@ -384,7 +384,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _kind(base: Tensor, moved: Any, turned: Any, shift: Tensor) -> Kind:
-    """What a slot is, from its values after the three runs and from how the weights of the second differed.
+    """The kind of a slot, from its values after the three runs and the shift of the weights in the second.
 
     A slot may follow the weights only in part (a mean that began at 0), but then it does so along `shift`.
     """

@@ -1,4 +1,4 @@
-"""Which optimizers can be served, found out by behaviour rather than by a list of names; and their learning rates."""
+"""Which optimizers are supported, found by a trial rather than by a list of names; and their learning rates."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ HANDS_ON = {
     "_FabricOptimizer": "_optimizer",
     "OptimWrapper": "optimizer",
 }
-"""Wrappers of Accelerate, Lightning and MMEngine that leave all to the optimizer in that attribute."""
+"""Wrappers of Accelerate, Lightning and MMEngine, and the attribute that holds the optimizer."""
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The optimizer that does the work: itself, or the one inside a wrapper that only hands its calls on."""
+    """The optimizer itself, or the one inside a wrapper that only delegates to it."""
     while True:
         names = (HANDS_ON[kind.__name__] for kind in type(optimizer).__mro__ if kind.__name__ in HANDS_ON)
         inner = next((vars(optimizer)[name] for name in names if name in vars(optimizer)), None)
@@ -33,13 +33,13 @@ def unwrapped(optimizer: Any) -> Any:
 
 
 def optimizers_of(optimizer: Any) -> tuple[Any, ...]:
-    """What a user gives, one optimizer or a list of several or None, as those that do the work."""
+    """The unwrapped optimizers of what a user gives: one optimizer, a list of several, or None."""
     listed = optimizer if isinstance(optimizer, Sequence) else (optimizer,)
     return tuple(unwrapped(one) for one in listed if one is not None)
 
 
 def layouts_of(optimizer: Any) -> list[Layout]:
-    """What optimizers keep.
+    """The slots that optimizers keep.
 
     Raises:
         OptimizerError: one cannot be served.
@@ -48,7 +48,7 @@ def layouts_of(optimizer: Any) -> list[Layout]:
 
 
 def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module) -> list[Layout]:
-    """Refuse early optimizers that cannot be served, one by one and together; returns what they keep.
+    """Refuse unsupported optimizers early, alone and together; returns their slots.
 
     Raises:
         OptimizerError: there is none, or a parameter is held by two.
@@ -83,7 +83,7 @@ def untrained_hint(optimizers: Sequence[torch.optim.Optimizer], model: nn.Module
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Layout:
-    """Refuse early an optimizer that cannot be served; returns what it keeps.
+    """Refuse an unsupported optimizer early; returns its slots.
 
     A throw-away copy of the optimizer takes steps on stand-ins for the parameters; every slot it keeps must be a
     number or have the parameter's shape, so that it can be re-cut with it.
@@ -130,7 +130,7 @@ def present_rate(optimizer: torch.optim.Optimizer) -> float:
 
 
 def peak_rate(optimizer: torch.optim.Optimizer) -> float:
-    """The rate that a one-cycle schedule leads to, which it writes into the group; 0 without one."""
+    """Peak rate of a one-cycle schedule, which it stores in the group; 0 without one."""
     return float(optimizer.param_groups[0].get("max_lr") or 0.0)
 
 

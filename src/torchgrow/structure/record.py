@@ -1,8 +1,8 @@
-"""What was done to a model, noted on its own modules: where each cut tensor sits in the frame it began as.
+"""The record of all cuts, kept on the modules of a model: where each tensor lies in the original frame.
 
-Every module carries a `Mark`: the record it belongs to and its name there. So a record is found wherever its modules
-go (a part of the model, a larger model, a wrapper, a copy), and that of a network which grows on is relative to the
-first frame, however often it was cut.
+Every module carries a `Mark`: the record it belongs to and its name there. So a record stays with its modules
+(in a part of the model, a larger model, a wrapper, a copy). It is always relative to the first frame, however often
+the model was cut.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from ..exchange import Exchange
+from .attributes import replaced
 from .space import PassThrough
 from .store import Index
 
@@ -51,7 +53,7 @@ class Growth:
 
 @dataclass(frozen=True)
 class Record:
-    """What was done to a model, relative to the first frame; tied tensors are in it under all their names.
+    """All cuts of a model, relative to the first frame; tied tensors appear under all their names.
 
     Attributes:
         shapes: full shapes of the tensors that can be cut.
@@ -125,7 +127,7 @@ def mark_(modules: Iterable[tuple[str, nn.Module]], record: Record) -> None:
 
 
 def recorded(modules: Iterable[tuple[str, nn.Module]]) -> Record:
-    """One record of all that was done to modules, by the names they have now."""
+    """One record of all cuts of modules, by their present names."""
     shapes: dict[str, tuple[int, ...]] = {}
     kept: dict[str, Index] = {}
     wholes: dict[Named, int] = {}
@@ -185,8 +187,29 @@ def skip_(model: nn.Module, paths: Iterable[str], skipped: Mapping[str, PassThro
             setattr(module, LEFT_OUT, True)
 
 
+def rewrite(
+    exchange: Exchange,
+    modules: Mapping[str, nn.Module],
+    record: Record,
+    attributes: Mapping[Named, int],
+    paths: Iterable[str],
+    skipped: Mapping[str, PassThrough],
+) -> None:
+    """Have `exchange` write a cut to all modules: marks, attributes, and as `skip_` which of `paths` are left out."""
+    for path, numbers in _by_module(attributes).items():
+        exchange.fields(modules[path], **replaced(modules[path], numbers))
+    for path in paths:
+        if path in skipped:
+            exchange.fields(modules[path], **{"forward": skipped[path].forward, LEFT_OUT: True})
+        else:
+            exchange.drop(vars(modules[path]), "forward")
+            exchange.drop(vars(modules[path]), LEFT_OUT)
+    for path, module in modules.items():
+        exchange.fields(module, **{RECORD: Mark(record, path)})
+
+
 def skip_of(module: nn.Module) -> PassThrough | None:
-    """What a module that is left out computes instead; None for one that is there."""
+    """What a module that is left out computes instead; None for one that is not."""
     forward = vars(module).get("forward")
     found = getattr(forward, "__self__", forward)
     return found if isinstance(found, PassThrough) else None

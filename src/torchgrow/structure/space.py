@@ -4,8 +4,8 @@ Legend: a *unit* is what an indicator switches (a channel, a neuron, a head). Fo
 and buffer `Space.unit_of[(name, axis)]` holds one unit id per position, -1 for a position no unit owns. All
 later work is data on these vectors: surgery is `index_select(axis, alive[unit_of])`, cost is a product of counts.
 
-A layer that may be left out (`Slot`) is a unit too. It carries no positions: without it, all tensors below it are
-empty, and whatever indicators say of the units inside, none of them is there.
+A block that may be left out (`Block`) is a unit too. It has no positions of its own: if it is left out, all tensors
+below it are empty and no unit inside it is present.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import StructureError
+from ..renamed import renamed_attribute
 
 Place = tuple[str, int]
 """A tensor name (as in `named_parameters` / `named_buffers`) and one of its axes."""
@@ -96,7 +97,7 @@ WHOLE = -1
 
 @dataclass(frozen=True)
 class PassThrough:
-    """What a layer computes that is left out: it hands its input on (x_out = x_in, paper Eq 2).
+    """What a block that is left out computes: it returns its input (x_out = x_in, paper Eq 2).
 
     Attributes:
         keyword: name of the input, where it is passed by keyword.
@@ -118,7 +119,7 @@ class PassThrough:
         return self if self.outputs else self.hand_on
 
     def hand_on(self, *args: Any, **kwargs: Any) -> Any:
-        """Their input."""
+        """The input, unchanged."""
         return self(*args, **kwargs)
 
 
@@ -131,13 +132,13 @@ PassThrough.hand_on.__wrapped__ = _scripted  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
-class Slot:
-    """A layer that may be left out.
+class Block:
+    """One or several modules that may be left out together.
 
     Attributes:
         unit: id of its unit.
         modules: qualified names of its modules, which run one after the other.
-        stage: where it stands among its like: the name of the container, for modules named by the user "".
+        stage: name of the container in which it follows blocks of its class; "" for modules named by the user.
         skip: what its modules compute when it is left out.
         residual: whether a gate of 0 leaves it out (x + m f(x)); else the gate scales its output (m f(x)).
     """
@@ -155,7 +156,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Carried:
-    """A tensor that the model puts out and is given again at its next call, such as the hidden state of an LSTM.
+    """A tensor that the model returns and takes again at its next call, such as the hidden state of an LSTM.
 
     Attributes:
         input: which of the tensors among the example inputs it is.
@@ -188,11 +189,11 @@ class Space:
         carried: tensors that go from one call of the model to the next, and are cut as it is.
         parts: where the forward cuts an axis at places that attributes may hold.
         proven: whether the units were tried on the model itself; never on the meta device, where nothing can run.
-        slots: layers that may be left out.
+        blocks: modules that may be left out; each is a unit.
         cut_axes: for every tensor that surgery changes, the axes that carry units.
-        slot_of: the layer unit of every tensor that lies below a slot.
-        owner: int64 [n], the layer unit of a unit that lives inside a slot only, -1 for others.
-        least: int64 [G], fewest units that a group keeps: those that cannot go and at least one, of a layer none.
+        block_of: the unit of the block that a tensor lies in, by name of the tensor.
+        owner: int64 [n], the unit of the block that a unit lives in exclusively, -1 for others.
+        least: int64 [G], fewest units that a group keeps: those that cannot go and at least one; 0 for blocks.
     """
 
     unit_of: Mapping[Place, Tensor]
@@ -209,40 +210,42 @@ class Space:
     carried: tuple[Carried, ...] = ()
     parts: tuple[Parts, ...] = ()
     proven: bool = False
-    slots: tuple[Slot, ...] = ()
+    blocks: tuple[Block, ...] = ()
     cut_axes: Mapping[str, tuple[int, ...]] = field(init=False, repr=False)
-    slot_of: Mapping[str, int] = field(init=False, repr=False)
+    block_of: Mapping[str, int] = field(init=False, repr=False)
     owner: Tensor = field(init=False, repr=False)
     least: Tensor = field(init=False, repr=False)
+    slots = renamed_attribute("slots", "blocks")
+    slot_of = renamed_attribute("slot_of", "block_of")
 
     def __post_init__(self) -> None:
-        """Index what later loops ask for again and again."""
-        slot_of = {name: slot.unit for slot in self.slots for name in self.shapes if slot.holds(name)}
-        axes: dict[str, list[int]] = {name: [] for name in slot_of}
+        """Precompute what is looked up often."""
+        block_of = {name: block.unit for block in self.blocks for name in self.shapes if block.holds(name)}
+        axes: dict[str, list[int]] = {name: [] for name in block_of}
         owner = torch.full((self.n_units,), -2, dtype=torch.int64)  # -2: no place seen yet
         for (name, axis), vector in self.unit_of.items():
             if has_units(vector):
                 axes.setdefault(name, []).append(axis)
-                if self.slots:
+                if self.blocks:
                     units = vector[vector >= 0]
-                    here, before = slot_of.get(name, -1), owner[units]
+                    here, before = block_of.get(name, -1), owner[units]
                     owner[units] = torch.where((before == -2) | (before == here), here, -1)
         stuck = torch.bincount(self.group_of[~self.removable], minlength=self.n_groups)
         least = stuck.clamp(min=1)
-        for slot in self.slots:
-            least[self.group_of[slot.unit]] = stuck[self.group_of[slot.unit]]
+        for block in self.blocks:
+            least[self.group_of[block.unit]] = stuck[self.group_of[block.unit]]
         cut_axes = {name: tuple(sorted(found)) for name, found in axes.items()}
         for name, value in (
             ("frozen", self._ordered(self.frozen)),
             ("cut_axes", cut_axes),
-            ("slot_of", slot_of),
+            ("block_of", block_of),
             ("owner", owner.clamp(min=-1)),
             ("least", least),
         ):
             object.__setattr__(self, name, value)
 
     def _ordered(self, frozen: tuple[Frozen, ...]) -> tuple[Frozen, ...]:
-        """What matters first: by the parameters of the tensors that are kept, then by their positions."""
+        """Largest first: by the parameters of the tensors that stay whole, then by positions."""
         parameters = set(self.parameters)
 
         def cost(one: Frozen) -> tuple[int, int]:
@@ -267,12 +270,12 @@ class Space:
         return torch.ones(self.n_units, dtype=torch.bool, device="cpu")
 
     def present(self, keep: Tensor) -> Tensor:
-        """Bool [n], the units that are there: those of `keep` but for the ones inside layers left out."""
-        return keep & (keep[self.owner] | (self.owner < 0)) if self.slots else keep
+        """Bool [n], the units in `keep` that are not inside a block that is left out."""
+        return keep & (keep[self.owner] | (self.owner < 0)) if self.blocks else keep
 
     def absent(self, name: str, keep: Tensor) -> bool:
-        """Whether a tensor lies below a layer that is left out."""
-        unit = self.slot_of.get(name)
+        """Whether a tensor lies in a block that is left out."""
+        unit = self.block_of.get(name)
         return unit is not None and not bool(keep[unit])
 
     def widths(self, keep: Tensor) -> dict[str, int]:

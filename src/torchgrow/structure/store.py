@@ -1,7 +1,7 @@
-"""Storage for inactive units: index arithmetic on tensors, and stores that hold no more than ever lived.
+"""Storage for inactive units: index arithmetic on tensors, and stores that hold only what was ever live.
 
-A frame on the meta device has no values. Whatever comes to life there gets those that its own module's
-`reset_parameters` would give it, seeded by the module's name: as if the whole frame had been made at the start.
+A frame on the meta device has no values. New units get theirs from `reset_parameters` of their own module, seeded by
+the module's name, as if the whole frame had been initialised at the start.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Index = dict[int, Tensor]
 
 
 def index_of(space: Space, name: str, keep: Tensor, absent: bool = True) -> Index | None:
-    """Where the live part of a tensor sits in its full size; None where its layer is left out, if `absent`."""
+    """Positions of the live part of a tensor in its full size; None if its block is left out and `absent` is set."""
     if absent and space.absent(name, keep):
         return None
     index: Index = {}
@@ -75,7 +75,7 @@ def memory_order(tensor: Tensor, before: Sequence[int]) -> tuple[int, ...]:
 
 
 def laid_out(tensor: Tensor, order: Sequence[int]) -> Tensor:
-    """The tensor with its axes in that order in memory, outermost first; itself if it is so already."""
+    """The tensor with its axes in that order in memory, outermost first; the same object if nothing changes."""
     rising = all(axis == i for i, axis in enumerate(order))
     if tensor.dim() != len(order) or not tensor.numel() or (rising and tensor.is_contiguous()):
         return tensor
@@ -139,7 +139,7 @@ def _covers(box: Index, index: Index) -> bool:
 
 
 def _within(index: Index, box: Index) -> Index:
-    """Where the positions of `index` are in a tensor that holds `box`, which has them all."""
+    """Positions of `index` inside a tensor that holds `box`, which contains them all."""
     return {k: torch.searchsorted(box[k], positions) if k in box else positions for k, positions in index.items()}
 
 
@@ -186,7 +186,7 @@ class Births:
         return initial * self.scales[name] if name in self.scales else initial.clone()
 
     def forget(self) -> None:
-        """Drop what was computed last."""
+        """Drop the cached module."""
         self._last = None
 
     def _born(self, path: str) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Surgery: other contents of any shape for the tensors of a model, in place; the objects stay."""
+"""Surgery: new contents of any shape for the tensors of a model, in place; the objects stay the same."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def recut(tensor: Tensor, units: Mapping[int, Tensor], old: Tensor, new: Tensor) -> Tensor:
-    """A carried tensor of the network with the units in `old`, as the network with those in `new` takes it.
+    """Re-cut a carried tensor (a hidden state) from the units in `old` to the units in `new`.
 
     Args:
-        tensor: as the old network put it out.
+        tensor: as the network with `old` returned it.
         units: per axis, int64 unit ids of its positions in the frame.
         old: bool [n].
         new: bool [n].
@@ -40,7 +40,7 @@ def recut(tensor: Tensor, units: Mapping[int, Tensor], old: Tensor, new: Tensor)
 
 
 def replace_(tensor: Tensor, new: Tensor) -> None:
-    """Give a parameter or buffer other contents of any shape; the object, its hooks and requires_grad stay."""
+    """Give a parameter or buffer new contents of any shape; the object, its hooks and requires_grad stay."""
     outdate(tensor)
     run(writes(tensor, new))
 
@@ -64,7 +64,7 @@ def materialise_(
     Args:
         model: the model.
         tensors: parameters and buffers by name.
-        contents: gives what the tensor of that name shall hold.
+        contents: returns the contents for a name.
         exchange: its `undo` will bring the tensors back.
     """
     recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
@@ -84,6 +84,6 @@ def materialise_(
 
 
 def _swap_back(tensor: Tensor, other: Tensor) -> None:
-    """Undo the exchange of a tensor on the meta device for another, if it came to that."""
+    """Undo the replacement of a tensor on the meta device, if it was made."""
     if not tensor.is_meta:
         torch.utils.swap_tensors(tensor, other)

@@ -1,8 +1,8 @@
-"""Depth: layers that may be left out (paper Eq 2), found in the stages of a model or named by the user.
+"""Depth: blocks that may be left out (paper Eq 2), found in the stages of a model or named by the user.
 
-A *slot* is a module that returns a tensor like the one it is given: without it x_out = x_in. Its gate sits on those
-parameters that make the layer hand its input on (x + m f(x)) or give nothing (m f(x)) when they are zero; which they
-are is found by trying, on the randomised copy that the proof works with.
+A *block* is a module that returns a tensor like the one it is given: without it x_out = x_in. Its gate sits on
+parameters that make the block return its input (x + m f(x)) or zero (m f(x)) when they are zero. They are found by
+trial on the randomised copy of the proof.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TraceError
-from ..structure.space import WHOLE, FlopTerm, Frozen, PassThrough, Slot, Space
+from ..structure.space import WHOLE, Block, FlopTerm, Frozen, PassThrough, Space
 from ..structure.store import is_meta
 from .model_call import call, examples_of, fresh
 from .nested import mapped
@@ -52,8 +52,8 @@ class _Call:
         return x is not None and isinstance(y, Tensor) and x.shape == y.shape and x.dtype == y.dtype
 
 
-def find(model: nn.Module, example_inputs: Any, wanted: bool | Sequence[Named]) -> tuple[Slot, ...]:
-    """The layers of a model that may be left out; unit ids are those of a space without other units.
+def find(model: nn.Module, example_inputs: Any, wanted: bool | Sequence[Named]) -> tuple[Block, ...]:
+    """The blocks of a model that may be left out; unit ids are those of a space without other units.
 
     Args:
         model: the frame.
@@ -70,14 +70,14 @@ def find(model: nn.Module, example_inputs: Any, wanted: bool | Sequence[Named]) 
         return ()
     model = twin(model)
     seen = _calls(model, examples_of(example_inputs)[0])
-    found = _blocks(model, seen) if wanted is True else [_named(model, seen, name) for name in wanted]
+    found = _in_containers(model, seen) if wanted is True else [_named(model, seen, name) for name in wanted]
     if not found:
         raise TraceError(
             "depth=True, but no container of the model holds blocks of one class that follow each other and return a "
             "tensor like the one they are given; name the layers that may be left out (depth=['blocks.1', ...]), or "
             "leave depth out"
         )
-    return tuple(replace(slot, unit=unit) for unit, slot in enumerate(found))
+    return tuple(replace(block, unit=unit) for unit, block in enumerate(found))
 
 
 def _calls(model: nn.Module, example: Any) -> dict[str, list[_Call]]:
@@ -124,13 +124,13 @@ def _fault(model: nn.Module, seen: dict[str, list[_Call]], path: str) -> str:
     return ""
 
 
-def _blocks(model: nn.Module, seen: dict[str, list[_Call]]) -> list[Slot]:
+def _in_containers(model: nn.Module, seen: dict[str, list[_Call]]) -> list[Block]:
     """Blocks of one class, linked in a container; where they nest, the innermost.
 
-    A mere sequence of layers (conv, norm, activation) inside a block is no block of its own.
+    A plain sequence of layers (conv, norm, activation) inside a block is not a block.
     """
-    found: list[Slot] = []
-    every: list[Slot] = []  # those too that must stay
+    found: list[Block] = []
+    every: list[Block] = []  # also those that must stay
     for stage, container in model.named_modules():
         if not isinstance(container, CONTAINERS):
             continue
@@ -143,14 +143,14 @@ def _blocks(model: nn.Module, seen: dict[str, list[_Call]]) -> list[Slot]:
                 linked |= {before, after}
         blocks = [path for path in paths if path in linked and _composite(model.get_submodule(path))]
         fine = [path for path in blocks if not _fault(model, seen, path)]
-        every += [Slot(0, (path,), stage, PassThrough()) for path in blocks]
-        found += [Slot(0, (path,), stage, seen[path][0].skip) for path in (fine if fine != blocks else fine[1:])]
+        every += [Block(0, (path,), stage, PassThrough()) for path in blocks]
+        found += [Block(0, (path,), stage, seen[path][0].skip) for path in (fine if fine != blocks else fine[1:])]
 
-    def inside(slot: Slot, others: Sequence[Slot]) -> bool:
-        return any(slot.modules != other.modules and other.holds(slot.modules[0]) for other in others)
+    def inside(block: Block, others: Sequence[Block]) -> bool:
+        return any(block.modules != other.modules and other.holds(block.modules[0]) for other in others)
 
     found = [x for x in found if not _sequence(model.get_submodule(x.modules[0])) or not inside(x, every)]
-    return [slot for slot in found if not any(inside(other, [slot]) for other in found)]
+    return [block for block in found if not any(inside(other, [block]) for other in found)]
 
 
 def _sequence(module: nn.Module) -> bool:
@@ -164,8 +164,8 @@ def _composite(module: nn.Module) -> bool:
     return has_layers and (plain or not isinstance(module, CONTAINERS))
 
 
-def _named(model: nn.Module, seen: dict[str, list[_Call]], name: Named) -> Slot:
-    """The slot of modules named by the user."""
+def _named(model: nn.Module, seen: dict[str, list[_Call]], name: Named) -> Block:
+    """The block of modules named by the user."""
     paths = (name,) if isinstance(name, str) else tuple(name)
     for path in paths:
         if path not in dict(model.named_modules()):
@@ -178,55 +178,57 @@ def _named(model: nn.Module, seen: dict[str, list[_Call]], name: Named) -> Slot:
             raise TraceError(
                 f"depth names {before!r} and {after!r} as one layer, but the second does not read the first"
             )
-    return Slot(0, paths, "", seen[paths[0]][0].skip)
+    return Block(0, paths, "", seen[paths[0]][0].skip)
 
 
-def with_layers(space: Space, slots: Sequence[Slot]) -> Space:
-    """The space with one more unit and group per slot; where its gate sits is left to `gated`."""
-    if not slots:
+def with_layers(space: Space, blocks: Sequence[Block]) -> Space:
+    """The space with one more unit and group per block; where its gate sits is left to `gated`."""
+    if not blocks:
         return space
     n = space.n_units
-    slots = tuple(replace(slot, unit=n + k) for k, slot in enumerate(slots))
+    blocks = tuple(replace(block, unit=n + k) for k, block in enumerate(blocks))
     flops = [
-        FlopTerm(t.constant, (*t.vectors, *(torch.tensor([s.unit]) for s in slots if s.holds(t.module))), t.module)
+        FlopTerm(t.constant, (*t.vectors, *(torch.tensor([s.unit]) for s in blocks if s.holds(t.module))), t.module)
         for t in space.flops
     ]
     return replace(
         space,
-        removable=torch.cat([space.removable, torch.ones(len(slots), dtype=torch.bool)]),
-        group_of=torch.cat([space.group_of, space.n_groups + torch.arange(len(slots))]),
-        group_names=(*space.group_names, *(f"{' + '.join(slot.modules)} (layer)" for slot in slots)),
+        removable=torch.cat([space.removable, torch.ones(len(blocks), dtype=torch.bool)]),
+        group_of=torch.cat([space.group_of, space.n_groups + torch.arange(len(blocks))]),
+        group_names=(*space.group_names, *(f"{' + '.join(block.modules)} (layer)" for block in blocks)),
         flops=tuple(flops),
-        slots=slots,
+        blocks=blocks,
     )
 
 
 @contextmanager
-def _left_out(frame: nn.Module, slots: Sequence[Slot], judge: Callable[[Slot, Tensor, Tensor], None]) -> Iterator[None]:
-    """While the frame runs, every slot hands its input on, after `judge` has seen what it would have computed."""
+def _left_out(
+    frame: nn.Module, blocks: Sequence[Block], judge: Callable[[Block, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """While the frame runs, every block returns its input, after `judge` has seen its real output."""
     entering: dict[int, Any] = {}
 
-    def enter(slot: Slot) -> Callable[..., None]:
+    def enter(block: Block) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            given = slot.skip(*args, **kwargs)
-            x = given[0] if slot.skip.outputs else given
-            entering[slot.unit] = x.clone()  # the layer may write into it
+            given = block.skip(*args, **kwargs)
+            x = given[0] if block.skip.outputs else given
+            entering[block.unit] = x.clone()  # the layer may write into it
 
         return hook
 
-    def leave(slot: Slot) -> Callable[..., Any]:
+    def leave(block: Block) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            x = entering.pop(slot.unit)
-            judge(slot, x, output[0] if slot.skip.outputs else output)
-            return (x, *output[1:]) if slot.skip.outputs else x
+            x = entering.pop(block.unit)
+            judge(block, x, output[0] if block.skip.outputs else output)
+            return (x, *output[1:]) if block.skip.outputs else x
 
         return hook
 
     handles = []
-    for slot in slots:
-        first, last = (frame.get_submodule(slot.modules[k]) for k in (0, -1))
-        handles.append(first.register_forward_pre_hook(enter(slot), with_kwargs=True))
-        handles.append(last.register_forward_hook(leave(slot)))
+    for block in blocks:
+        first, last = (frame.get_submodule(block.modules[k]) for k in (0, -1))
+        handles.append(first.register_forward_pre_hook(enter(block), with_kwargs=True))
+        handles.append(last.register_forward_hook(leave(block)))
     try:
         yield
     finally:
@@ -255,29 +257,29 @@ def _running_order(frame: nn.Module, run: Callable[[], Any]) -> dict[str, int]:
 def gated(space: Space, frame: nn.Module, run: Callable[[], Any], tolerance: float) -> Space:
     """Find where the gate of each layer sits: as few of its parameters as will do, the last ones if there is a choice.
 
-    With all parameters of a layer at zero it must hand its input on (a residual layer) or give zero (a plain one).
-    Then one parameter after the other gets its value back for good, unless the layer would no longer do so. All
-    layers are tried side by side, each on what it is given when all others are left out too.
+    With all its parameters at zero a layer must return its input (a residual layer) or zero (a plain one). Then one
+    parameter after the other gets its value back, unless that changes this. All layers are tried at the same time,
+    each on its input when all others are left out too.
 
     Args:
-        space: the space with its slots.
+        space: the space with its blocks.
         frame: a copy of the frame, full size, randomised; left as it was.
         run: runs the frame.
         tolerance: largest relative error that counts as equal.
     """
     tensors = dict(frame.named_parameters())
-    names = {slot.unit: [name for name in tensors if slot.holds(name)] for slot in space.slots}
+    names = {block.unit: [name for name in tensors if block.holds(name)] for block in space.blocks}
     order = _running_order(frame, run)
     for below in names.values():
         below.sort(key=lambda name: order.get(name.rpartition(".")[0], 0))
     values = {name: tensors[name].detach().clone() for below in names.values() for name in below}
     holds: dict[int, tuple[bool, bool]] = {}
 
-    def judge(slot: Slot, x: Tensor, y: Tensor) -> None:
+    def judge(block: Block, x: Tensor, y: Tensor) -> None:
         bound = tolerance * max(float(x.abs().max()), 1e-12)
-        holds[slot.unit] = float((y - x).abs().max()) <= bound, float(y.abs().max()) <= bound
+        holds[block.unit] = float((y - x).abs().max()) <= bound, float(y.abs().max()) <= bound
 
-    with torch.no_grad(), _left_out(frame, space.slots, judge):
+    with torch.no_grad(), _left_out(frame, space.blocks, judge):
         for name in values:
             tensors[name].zero_()
         run()
@@ -295,13 +297,13 @@ def gated(space: Space, frame: nn.Module, run: Callable[[], Any], tolerance: flo
         for name, value in values.items():
             tensors[name].copy_(value)
     fold = dict(space.fold)
-    for slot in space.slots:
-        for name in gates[slot.unit]:
-            fold[name, WHOLE] = torch.tensor([slot.unit])
-    slots = tuple(replace(slot, residual=kinds[slot.unit][0]) for slot in space.slots)
-    space = replace(space, fold=fold, slots=slots)
-    for slot in slots:
-        if not any(kinds[slot.unit]) or not gates[slot.unit]:
+    for block in space.blocks:
+        for name in gates[block.unit]:
+            fold[name, WHOLE] = torch.tensor([block.unit])
+    blocks = tuple(replace(block, residual=kinds[block.unit][0]) for block in space.blocks)
+    space = replace(space, fold=fold, blocks=blocks)
+    for block in blocks:
+        if not any(kinds[block.unit]) or not gates[block.unit]:
             reason = "with its weights at zero the layer neither hands its input on nor gives zero"
-            space = space.freeze([slot.unit], Frozen("depth", slot.modules[0], "", reason, ()))
+            space = space.freeze([block.unit], Frozen("depth", block.modules[0], "", reason, ()))
     return space

@@ -1,4 +1,4 @@
-"""States that a model carries on: what comes out has the units of what goes into the next call."""
+"""Carried states: a state that the model returns has the units of the argument it becomes in the next call."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..errors import TraceError
 from .context import TraceContext
-from .labels import Layer
+from .labels import Labelled
 from .model_call import Carries, carried_inputs
 from .nested import tensors
-from .rules.layers import placed
+from .rules.labelled import placed
 
 Entering = dict[tuple[int | str, int | str], list[int]]
 """For every (argument, output) that is carried, the indices of the argument's tensors in an example."""
@@ -39,22 +39,22 @@ class CarriedStates:
         return entering, {i: self.new_state(found[i]) for indices in entering.values() for i in indices}
 
     def new_state(self, state: Tensor) -> dict[int, Tensor]:
-        """Fresh symbols for every axis of a carried input, of which nothing is known but that it comes back."""
-        return {axis: self.context.labels.new(size) for axis, size in enumerate(state.shape) if size > 1}
+        """Fresh symbols for every axis of a carried input."""
+        return {axis: self.context.classes.new(size) for axis, size in enumerate(state.shape) if size > 1}
 
     def label_state(self, state: Tensor, symbols: Mapping[int, Tensor]) -> None:
         """Give a carried input its symbols."""
-        layers = [placed(Layer(s << 1, frozenset()), state.dim(), axis) for axis, s in symbols.items()]
-        self.context.set_layers(state, layers)
+        labelled = [placed(Labelled(s << 1), state.dim(), axis) for axis, s in symbols.items()]
+        self.context.set_labelled(state, labelled)
 
     def close_state(self, out: Tensor, symbols: dict[int, Tensor]) -> None:
         """A carried output is the input of the next call: the same units at the same positions."""
-        layers = self.context.layers(out)
-        for layer in layers:
-            if len(layer.axes) != 1:
-                self.context.freeze(layer, "is carried on, but not along one axis")
+        labelled = self.context.labelled(out)
+        for labels in labelled:
+            if len(labels.axes) != 1:
+                self.context.freeze(labels, "is carried on, but not along one axis")
         for axis, own in symbols.items():
-            ends = [layer for layer in layers if layer.axes == (axis,)]
+            ends = [labels for labels in labelled if labels.axes == (axis,)]
             for end in ends:
                 self.context.tie(own, end.symbols.flatten())
             if not ends:

@@ -8,9 +8,10 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from ..renamed import renamed_attribute
 from ..structure.attributes import around, held
 from ..structure.space import Frozen, Parts
-from .labels import FIXED, Labels, Layer
+from .labels import FIXED, Labelled, UnionFind
 from .notes import Fresh, Note
 from .passes import foreign
 from .space_from_labels import Findings, Freezing, Read
@@ -29,10 +30,10 @@ class TraceContext:
 
     def __init__(self, model: nn.Module, failed: Failed | None = None) -> None:
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        self.labels = Labels()
-        self.found = Findings(model, self.labels, tuple(name for name, _ in model.named_parameters()), tensors)
-        self.notes: dict[int, Note] = {}  # by id, which a tensor takes with it when it goes
-        self.split_layers: list[Layer] = []
+        self.classes = UnionFind()
+        self.found = Findings(model, self.classes, tuple(name for name, _ in model.named_parameters()), tensors)
+        self.notes: dict[int, Note] = {}  # by id; removed when the tensor dies
+        self.split_labelled: list[Labelled] = []
         self.ends = 0, 0, 0  # of the symbols of parameters, of buffers, of carried states; followers come after
         self.modules, self.failed = dict(model.named_modules()), failed or {}
         self.fresh: Fresh | None = None  # what the operation whose labels are looked at writes to
@@ -41,8 +42,8 @@ class TraceContext:
         self.meta = any(parameter.is_meta for parameter in model.parameters())
         self.original: dict[int, str] = {}  # memory of the model of which this one is a copy
         self.first = True  # no run has ended yet
-        self.own: dict[str, tuple[Layer, ...]] = {}  # the labels that every parameter and buffer begins with
-        self.visible: dict[str, list[Note]] = {}  # what the forward of every module has at hand
+        self.own: dict[str, tuple[Labelled, ...]] = {}  # the labels that every parameter and buffer begins with
+        self.visible: dict[str, list[Note]] = {}  # tensors that the forward of every module can see
         self._label(tensors)
 
     def note(self, tensor: Tensor) -> Note:
@@ -54,79 +55,82 @@ class TraceContext:
             found = notes[key] = Note(ref(tensor, lambda _: notes.pop(key, None)))
         return found
 
-    def layers(self, tensor: Tensor | None) -> list[Layer]:
-        """Canonical layers of a tensor."""
+    layers = renamed_attribute("layers", "labelled")
+    set_layers = renamed_attribute("set_layers", "set_labelled")
+
+    def labelled(self, tensor: Tensor | None) -> list[Labelled]:
+        """Labels of a tensor, every symbol by its root."""
         if tensor is None:
             return []
         note = self.notes.get(id(tensor))
         if note is None:
             return []
         note.used = True
-        if not note.layers:
+        if not note.labelled:
             return []
-        note.layers = tuple(layer for layer in map(self.labels.canonical, note.layers) if layer is not None)
-        return list(note.layers)
+        note.labelled = tuple(labels for labels in map(self.classes.canonical, note.labelled) if labels is not None)
+        return list(note.labelled)
 
-    def set_layers(self, tensor: Tensor, layers: Sequence[Layer | None]) -> None:
-        """Give an output its layers."""
-        self.note(tensor).layers = tuple(layer for layer in layers if layer is not None)
+    def set_labelled(self, tensor: Tensor, labelled: Sequence[Labelled | None]) -> None:
+        """Give an output its labels."""
+        self.note(tensor).labelled = tuple(labels for labels in labelled if labels is not None)
 
-    def unify(self, a: Layer, b: Layer) -> None:
-        """Tie two layers; one-axis layers are matched along their axes."""
+    def unify(self, a: Labelled, b: Labelled) -> None:
+        """Tie labels to labels; those along one axis are matched along it."""
         first, second = a.symbols, b.symbols
         if len(a.axes) == 1 and len(b.axes) == 1:
             first, second = first.flatten(), second.flatten()
         self.tie(first, second)
 
     def tie(self, a: Tensor, b: Tensor) -> None:
-        """Tie two tensors of symbols entry by entry; what meets FIXED is frozen, on the record."""
-        self._record(self.labels.unify(a, b), "meets values that cannot be removed")
+        """Tie two tensors of symbols entry by entry; what meets FIXED is frozen and recorded."""
+        self._record(self.classes.unify(a, b), "meets values that cannot be removed")
 
-    def freeze(self, layer: Layer, reason: str) -> None:
-        """Never remove anything of this layer; an empty reason goes unrecorded."""
-        self.freeze_symbols(layer.symbols, reason)
+    def freeze(self, labels: Labelled, reason: str) -> None:
+        """Never remove anything of these labels; an empty reason goes unrecorded."""
+        self.freeze_symbols(labels.symbols, reason)
 
-    def freeze_if_used(self, out: Tensor, layer: Layer, reason: str) -> None:
+    def freeze_if_used(self, out: Tensor, labels: Labelled, reason: str) -> None:
         """Freeze as soon as anything reads `out`."""
-        self.note(out).deferred += ((layer, self.reason(reason)),)
+        self.note(out).deferred += ((labels, self.reason(reason)),)
 
     def used(self, notes: Iterable[Note | None]) -> None:
-        """Make the freezes that waited for a use of these tensors."""
+        """Apply the freezes that waited for a use of these tensors."""
         for note in notes:
             if note is not None and note.deferred:
                 deferred, note.deferred = note.deferred, ()
-                for layer, frozen in deferred:
-                    self.freeze_symbols(layer.symbols, frozen)
+                for labels, frozen in deferred:
+                    self.freeze_symbols(labels.symbols, frozen)
 
     def _line(self) -> str:
         return f"{self.line[0].rpartition('/')[2]}:{self.line[1]}" if self.line else ""
 
     def reason(self, reason: str) -> Frozen:
-        """A reason with the operation, module and line under way."""
+        """A reason with the operation, module and line that are running."""
         return Frozen(self.op, self.module, self._line(), reason, ())
 
     def freeze_symbols(self, symbols: Tensor, reason: str | Frozen) -> None:
         """Never remove anything of these symbols; an empty reason goes unrecorded."""
-        self._record(self.labels.freeze(symbols), reason)
+        self._record(self.classes.freeze(symbols), reason)
 
     def _record(self, roots: Tensor, reason: str | Frozen) -> None:
-        """Put on the record what was frozen, if anything was."""
+        """Record what was frozen, if anything was."""
         if roots.numel() and reason:
             frozen = self.reason(reason) if isinstance(reason, str) else reason
             self.found.freezings.append(Freezing(frozen, roots))
 
-    def without_axis(self, layer: Layer, axis: int, reason: str) -> Layer | None:
-        """Merge the axis away if the layer varies elsewhere too, else freeze it."""
-        if len(layer.axes) > 1:
-            return self.labels.merge_along(layer, axis)
-        self.freeze(layer, reason)
+    def without_axis(self, labels: Labelled, axis: int, reason: str) -> Labelled | None:
+        """Merge the axis away if the labels vary elsewhere too, else freeze them."""
+        if len(labels.axes) > 1:
+            return self.classes.merge_along(labels, axis)
+        self.freeze(labels, reason)
         return None
 
-    def read(self, produced: Layer, weight: Layer) -> None:
+    def read(self, produced: Labelled, weight: Labelled) -> None:
         """Note a contraction."""
         self.found.reads.append(Read(produced, weight))
 
-    def flop(self, constant: int, *counted: Layer | int) -> None:
+    def flop(self, constant: int, *counted: Labelled | int) -> None:
         """Count FLOPs."""
         vectors: list[Tensor] = []
         for item in counted:
@@ -143,29 +147,29 @@ class TraceContext:
         if note is not None and note.name:
             self.found.counted[note.name.rpartition(".")[0], attribute] = symbols
 
-    def owned(self, layer: Layer) -> bool:
-        """Whether any of its symbols is of a parameter or a carried state."""
-        roots = self.labels.find(layer.symbols)  # the smallest of their classes; parameters come before buffers
+    def owned(self, labels: Labelled) -> bool:
+        """Whether any of their symbols belongs to a parameter or a carried state."""
+        roots = self.classes.find(labels.symbols)  # the smallest of their classes; parameters come before buffers
         of_parameters, of_tensors, given = self.ends
         owned = (roots > FIXED) & (roots < of_parameters) | (roots >= of_tensors) & (roots < given)
         return bool(owned.any())
 
-    def follows(self, layer: Layer) -> bool:
-        """Whether it has met nothing but followers yet."""
-        return bool((self.labels.find(layer.symbols) >= self.ends[2]).all())
+    def follows(self, labels: Labelled) -> bool:
+        """Whether they have met only followers so far."""
+        return bool((self.classes.find(labels.symbols) >= self.ends[2]).all())
 
-    def follower(self, size: int) -> Layer:
+    def follower(self, size: int) -> Labelled:
         """Fresh symbols: no tensor of the model has them."""
-        return Layer(self.labels.new(size) << 1, frozenset(), compact=True)
+        return Labelled(self.classes.new(size) << 1, compact=True)
 
     def constant_along(self, tensor: Tensor, axis: int) -> bool:
-        """Constant by construction (stride 0), or by value where no input has a say."""
+        """Constant by construction (stride 0), or by value where it does not depend on inputs."""
         if tensor.layout != torch.strided:
             return False
         if tensor.stride(axis) == 0 or (self.fresh is not None and self.fresh.shown_by(tensor)):
             return True
         note = self.notes.get(id(tensor))
-        if note is not None and (note.from_input or (note.layers is not None and not note.filled)):
+        if note is not None and (note.from_input or (note.labelled is not None and not note.filled)):
             return False
         values = tensor if not tensor.is_meta else note.shadow if note is not None else None
         return values is not None and bool((values == values.narrow(axis, 0, 1)).all())
@@ -179,7 +183,7 @@ class TraceContext:
     def zero(self, tensor: Tensor) -> bool:
         """Unlabelled zeros."""
         note = self.notes.get(id(tensor))
-        if (note is not None and note.layers) or self.depends_on_input(tensor):
+        if (note is not None and note.labelled) or self.depends_on_input(tensor):
             return False
         values = self.before(tensor)
         values = values if not values.is_meta or note is None or note.shadow is None else note.shadow
@@ -199,7 +203,7 @@ class TraceContext:
         return note is not None and note.from_input
 
     def held(self) -> tuple[list[tuple[int, ...]], bool]:
-        """Sizes that attributes of the modules under way hold, and whether to take them with care."""
+        """Sizes that attributes of the running modules hold, and whether to take them with care."""
         failed = self.failed.get((self.module, self._line()), 0)
         if failed > 1 or self.meta or self.module not in self.modules:  # on meta nothing can be proven
             return [], True
@@ -210,23 +214,23 @@ class TraceContext:
         """Note a cut at places that attributes may hold."""
         self.found.parts.append(Parts(self.module, self._line(), tuple(pieces)))
 
-    def split_view(self, layer: Layer) -> None:
-        """Note a layer whose live positions must form a box."""
-        self.split_layers.append(layer)
+    def split_view(self, labels: Labelled) -> None:
+        """Note labels whose live positions must form a box."""
+        self.split_labelled.append(labels)
 
     def _label(self, tensors: dict[str, Tensor]) -> None:
         """Fresh symbols for every axis of every parameter and buffer; sparse buffers stay whole."""
         dense = {name: tensor for name, tensor in tensors.items() if tensor.layout == torch.strided}
         places = [(name, k) for name, tensor in dense.items() for k, size in enumerate(tensor.shape) if size > 1]
         sizes = [tensors[name].shape[axis] for name, axis in places]
-        symbols = self.labels.new(sum(sizes))
+        symbols = self.classes.new(sum(sizes))
         self.found.symbols.update(zip(places, symbols.split(sizes), strict=True))
         packed = dict(zip(places, (symbols << 1 | 1).split(sizes), strict=True))
         parameters = set(self.found.parameters)
         of_parameters = sum(n for (name, _), n in zip(places, sizes, strict=True) if name in parameters)
-        self.ends = 1 + of_parameters, self.labels.count, self.labels.count
+        self.ends = 1 + of_parameters, self.classes.count, self.classes.count
         for name, tensor in tensors.items():
-            layers = []
+            labelled = []
             for axis, size in enumerate(tensor.shape):
                 if size < 2 or name not in dense:
                     continue
@@ -236,18 +240,18 @@ class TraceContext:
                     own ^= 1 if tensor.is_meta else _nonzero_along(tensor, axis)
                 shape = [1] * tensor.dim()
                 shape[axis] = size
-                layers.append(Layer(own.view(shape), sources, compact=True))
-            self.note(tensor).name, self.own[name] = name, tuple(layers)
+                labelled.append(Labelled(own.view(shape), sources, compact=True))
+            self.note(tensor).name, self.own[name] = name, tuple(labelled)
         self.label_anew()
 
     def label_anew(self) -> None:
-        """Give every parameter and buffer the labels of its own."""
-        for name, layers in self.own.items():
-            self.note(self.found.tensors[name]).layers = layers
+        """Give every parameter and buffer its own labels again."""
+        for name, labelled in self.own.items():
+            self.note(self.found.tensors[name]).labelled = labelled
 
     def show(self, path: str, notes: Iterable[Note]) -> None:
-        """Note what the forward of a module has at hand."""
-        self.visible.setdefault(path, []).extend(note for note in notes if note.layers and not note.name)
+        """Note tensors that the forward of a module can see."""
+        self.visible.setdefault(path, []).extend(note for note in notes if note.labelled and not note.name)
 
 
 def _nonzero_along(tensor: Tensor, axis: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Running every operation of a model that is traced, and noting what its labels will be passed through."""
+"""Runs every operation of a traced model and queues it, so that its labels can be passed on."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from .shapes import SHAPES, beside
 from .source_line import user_line
 
 IN_PLACE_VIEWS = {"squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
-"""Operations that give a tensor another shape in place, so that afterwards nobody knows the one it had."""
+"""Operations that change the shape of a tensor in place, so that its old shape is lost."""
 
 READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
-"""What looks at values without running an operation."""
+"""Methods that read values without running an operation."""
 
 
 class ValuesRead(BaseException):
-    """The forward looks at values that were not computed; not an `Exception`, which a forward might catch."""
+    """The forward reads values that were not computed. Not an `Exception`, which a forward might catch."""
 
 
 class Readers(TorchFunctionMode):
-    """Calls `on_read` with what Python looks at without running an operation."""
+    """Calls `on_read` with tensors whose values Python reads without running an operation."""
 
     def __init__(self, on_read: Callable[[Tensor], None]) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Dispatch(TorchDispatchMode):
     Args:
         context: what is known.
         pending: steps whose labels wait.
-        hooks: which module is under way.
+        hooks: which module is running.
         values: whether to compute convolutions, matrix products and the like of what depends on the inputs. Labels do
             not need them, and a forward seldom looks at values; where it does, `ValuesRead` is raised.
     """
@@ -100,14 +100,14 @@ class Dispatch(TorchDispatchMode):
         self._trace_values(operation, tensors, notes, results)
         if self.hooks.whole is None and tensors:
             module = self.hooks.stack[-1] if self.hooks.stack else ""
-            # torch makes another tensor of a factory's result if somebody holds on to it
+            # torch copies a factory's result if there are other references to it
             held = ref(out) if operation.handler is constant else out
             step = Step(operation, func, args, kwargs, held, notes, not results, fresh, module, user_line())
             self.pending.add(step, results)
         return out
 
     def _as_a_view(self, operation: Operation, func: Any, args: Any, kwargs: Any) -> Tensor:
-        """Run an operation that gives a tensor another shape in place: what it was stands in for what enters."""
+        """Run an operation that changes a shape in place; a view of the old shape stands for its input."""
         self.pending.catch_up()
         target, note = args[0], self.context.note(args[0])
         before = target.detach()
@@ -125,20 +125,20 @@ class Dispatch(TorchDispatchMode):
         return target
 
     def _fresh(self, target: Any, tensors: Sequence[Tensor]) -> Fresh | None:
-        """What an in-place operation is about to write to, if it is the same everywhere whatever the inputs are."""
+        """The tensor that an in-place operation is about to write to, if it holds one value whatever the inputs are."""
         if not isinstance(target, Tensor) or target.layout != torch.strided or len(tensors) < 2:
             return None
         root = target if target._base is None else target._base
         note = self.context.note(root)
         values = note.shadow if root.is_meta else root
-        if note.from_input or note.name or (note.layers is not None and not note.filled) or values is None:
+        if note.from_input or note.name or (note.labelled is not None and not note.filled) or values is None:
             return None
         if not values.numel() or values.is_complex():
             return None
         first = values[(0,) * values.dim()]
         if bool((values == first).all()):
             return Fresh(root, float(first))
-        return Fresh(root, 1.0) if note.filled and not note.layers else None  # uninitialised: anything, but not zero
+        return Fresh(root, 1.0) if note.filled and not note.labelled else None  # uninitialised: anything, but not zero
 
     def _shaped(self, operation: Operation, args: Any, notes: list[Note]) -> Any:
         """Zeros in place of what depends on the inputs, of the most costly operations; None for what is computed.
@@ -162,10 +162,10 @@ class Dispatch(TorchDispatchMode):
         return args[0] if operation.name == "relu_" else None
 
     def read_values(self, tensor: Tensor) -> None:
-        """Python looks at a tensor.
+        """Python reads the values of a tensor.
 
         Raises:
-            ValuesRead: its values are not there.
+            ValuesRead: they were not computed.
         """
         if not self.values and self.context.depends_on_input(tensor):
             raise ValuesRead
@@ -187,9 +187,9 @@ class Dispatch(TorchDispatchMode):
             self.context.note(tensors[0] if tensors[0]._base is None else tensors[0]._base).filled = False
 
     def _shadow(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], notes: list[Note]) -> Any:
-        """On the meta device, what the operation gives in fact: positions and masks decide which way a forward goes.
+        """On the meta device, the real result of the operation, since positions and masks may decide control flow.
 
-        None where a weight or a floating-point input has a say, whose values nobody knows.
+        None if it depends on a weight or a floating-point input, whose values are unknown.
         """
         shadows = {id(x): note.shadow for x, note in zip(tensors, notes, strict=True)}
         if any(shadows.get(id(x)) is None for x in tensors):

@@ -1,12 +1,12 @@
 """Labels: which positions of a tensor belong together. The algebra under tracing, free of any operation.
 
 A *symbol* is one position of one axis of a parameter or buffer; symbol 0 is FIXED, "can never be removed". Symbols
-only ever become equal (`Labels.unify`) or FIXED (`Labels.freeze`), so the order of operations does not matter,
+only ever become equal (`UnionFind.unify`) or FIXED (`UnionFind.freeze`), so the order of operations does not matter,
 and a rule that says too much only costs freedom, never correctness.
 
-A tensor carries `Layer`s. A layer has the tensor's rank and size 1 on every axis along which it does not vary:
-an activation [N, C, H, W] with labelled channels has one layer of shape [1, C, 1, 1]; a weight [O, I, 3, 3] has
-two, [O, 1, 1, 1] and [1, I, 1, 1]. A position is absent as soon as one of its layers' symbols is.
+A tensor carries a list of `Labelled`. Each has the tensor's rank, and size 1 on every axis along which it does not
+vary: an activation [N, C, H, W] with labelled channels has one, of shape [1, C, 1, 1]; a weight [O, I, 3, 3] has two,
+[O, 1, 1, 1] and [1, I, 1, 1]. A position is absent as soon as one of its symbols is.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..renamed import renamed_attribute
 from ..structure.space import Place
 
 FIXED = 0
@@ -37,25 +38,26 @@ class Lazy(Generic[T]):
         self.compute, self.name, self.__doc__ = compute, compute.__name__, compute.__doc__
 
     def __get__(self, instance: Any, owner: type) -> T:
-        """Compute, and leave the value where Python looks first."""
+        """Compute, and store the value in the instance, where Python looks first."""
         value = instance.__dict__[self.name] = self.compute(instance)
         return value
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
-    """One set of labels on a tensor.
+class Labelled:
+    """Labels of a tensor along some of its axes.
 
     Attributes:
-        packed: int64, symbol * 2 + silent. `silent` says: this position is zero whenever the parameters
-            in `sources` that carry its unit are zero. Packing lets data movement replay both at once.
-        sources: the places whose zeroing silences the silent positions (empty for constants).
+        packed: int64, symbol * 2 + zero. `zero` says: this position is zero when its sources are zero, that is,
+            where the parameters in `sources` carry its unit. Packing lets data movement replay both at once.
+        sources: the places that decide it (empty for constants).
         compact: known to be as `compressed` leaves it.
     """
 
     packed: Tensor
-    sources: frozenset[Place]
+    sources: frozenset[Place] = frozenset()
     compact: bool = False
+    with_silence = renamed_attribute("with_silence", "with_zeros")
 
     @Lazy
     def array(self) -> Array:
@@ -68,43 +70,43 @@ class Layer:
         return torch.from_numpy(self.array)
 
     @Lazy
-    def silent(self) -> Tensor:
+    def zero(self) -> Tensor:
         """Bool, same shape as `packed`."""
         return (self.packed & 1).bool()
 
     @Lazy
-    def all_silent(self) -> bool:
-        """Whether every position is silent."""
+    def all_zero(self) -> bool:
+        """Whether `zero` holds everywhere."""
         return int(np.bitwise_and.reduce(self.packed.numpy(), axis=None)) & 1 == 1
 
     @Lazy
     def axes(self) -> tuple[int, ...]:
-        """Axes along which the layer varies."""
+        """Axes along which the labels vary."""
         return tuple(k for k, size in enumerate(self.packed.shape) if size > 1)
 
-    def with_silence(self, silent: Tensor | bool, sources: frozenset[Place]) -> Layer:
-        """The same symbols with other knowledge about silence."""
-        if isinstance(silent, bool) and silent and self.all_silent:
-            return Layer(self.packed, sources, self.compact)
-        bit = silent.to(torch.int64) if isinstance(silent, Tensor) else int(silent)
-        return Layer((self.packed & ~1) | bit, sources)
+    def with_zeros(self, zero: Tensor | bool, sources: frozenset[Place] = frozenset()) -> Labelled:
+        """The same symbols, with `zero` and `sources` as given."""
+        if isinstance(zero, bool) and zero and self.all_zero:
+            return Labelled(self.packed, sources, self.compact)
+        bit = zero.to(torch.int64) if isinstance(zero, Tensor) else int(zero)
+        return Labelled((self.packed & ~1) | bit, sources)
 
-    def move(self, shape: Sequence[int], op: Callable[[Tensor], Tensor]) -> Layer | None:
+    def move(self, shape: Sequence[int], op: Callable[[Tensor], Tensor]) -> Labelled | None:
         """Replay a data movement on the labels: expand to the tensor's full `shape`, move, compress again."""
-        return compressed(Layer(op(self.packed.expand(standing(shape))), self.sources))
+        return compressed(Labelled(op(self.packed.expand(standing(shape))), self.sources))
 
 
 def standing(shape: Sequence[int]) -> tuple[int, ...]:
     """A shape to replay movements of an empty tensor in: labels do not vary along its empty axes, but still others do.
 
-    Experts that no token goes to, and boxes that no image has, have channels all the same.
+    An expert without tokens, or a box in no image, still has channels.
     """
     return tuple(size or 2 for size in shape)
 
 
-def compressed(layer: Layer) -> Layer | None:
-    """Reduce every axis along which the layer does not vary to size 1; None if all is FIXED."""
-    packed = layer.packed.numpy()
+def compressed(labels: Labelled) -> Labelled | None:
+    """Reduce every axis along which the labels do not vary to size 1; None if all is FIXED."""
+    packed = labels.packed.numpy()
     if not packed.size:
         return None
     for axis, size in enumerate(packed.shape):
@@ -118,10 +120,10 @@ def compressed(layer: Layer) -> Layer | None:
                 packed = first
     if packed.size == 0 or packed.max() <= 1:
         return None
-    return Layer(torch.from_numpy(packed).contiguous(), layer.sources, compact=True)
+    return Labelled(torch.from_numpy(packed).contiguous(), labels.sources, compact=True)
 
 
-class Labels:
+class UnionFind:
     """A union-find over symbols, vectorised: every call works on whole tensors of symbols.
 
     The smallest symbol of a class is its root, so FIXED (0) absorbs whatever it meets. Inside are numpy arrays: most
@@ -205,17 +207,17 @@ class Labels:
             free = np.flatnonzero(roots != FIXED)
             self.unify(torch.from_numpy(free), torch.from_numpy(roots[free]))
 
-    def canonical(self, layer: Layer) -> Layer | None:
-        """The layer with every symbol replaced by its root, compressed; itself, if that changes nothing."""
-        roots = self._roots(layer.array)
-        if roots is layer.array:
-            return layer if layer.compact else compressed(layer)
-        packed = roots << 1 | (layer.packed.numpy() & 1)
-        return compressed(Layer(torch.from_numpy(packed), layer.sources))
+    def canonical(self, labels: Labelled) -> Labelled | None:
+        """The labels with every symbol replaced by its root, compressed; the same object, if that changes nothing."""
+        roots = self._roots(labels.array)
+        if roots is labels.array:
+            return labels if labels.compact else compressed(labels)
+        packed = roots << 1 | (labels.packed.numpy() & 1)
+        return compressed(Labelled(torch.from_numpy(packed), labels.sources))
 
-    def merge_along(self, layer: Layer, axis: int) -> Layer | None:
-        """Unify all positions along `axis`, so that the layer varies no longer there (it must vary elsewhere)."""
-        first = layer.packed.narrow(axis, 0, 1)
-        self.unify(layer.symbols, first >> 1)
-        silent = layer.silent.all(dim=axis, keepdim=True)
-        return self.canonical(Layer((first & ~1) | silent.to(torch.int64), layer.sources))
+    def merge_along(self, labels: Labelled, axis: int) -> Labelled | None:
+        """Unify all positions along `axis`, so that the labels no longer vary there (they must vary elsewhere)."""
+        first = labels.packed.narrow(axis, 0, 1)
+        self.unify(labels.symbols, first >> 1)
+        zero = labels.zero.all(dim=axis, keepdim=True)
+        return self.canonical(Labelled((first & ~1) | zero.to(torch.int64), labels.sources))

@@ -1,4 +1,4 @@
-"""What a model costs as it is."""
+"""The cost of a model as it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a model is called: example inputs, what it can be called with, what it carries on to its next call."""
+"""How a model is called: example inputs, their checks, and states carried to the next call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hooks on the modules of a model that is traced: which of them is under way, and what it has at hand."""
+"""Hooks on the modules of a traced model: which module is running, and which tensors it can see."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..default_device import on_host
-from ..structure.space import Slot
+from ..structure.space import Block
 from .context import TraceContext
 from .nested import tensors
 from .notes import tensors_among
@@ -30,27 +30,27 @@ class ModuleHooks:
         model: the frame.
         context: what is known.
         pending: steps whose labels wait.
-        slots: layers that may hand their input on.
+        blocks: layers that may hand their input on.
 
     Attributes:
-        stack: paths of the modules under way.
-        whole: the module under way that has a rule of its own.
+        stack: paths of the running modules.
+        whole: the running module that has a rule of its own.
     """
 
-    def __init__(self, model: nn.Module, context: TraceContext, pending: Pending, slots: Sequence[Slot] = ()) -> None:
-        self.model, self.context, self.pending, self.slots = model, context, pending, slots
+    def __init__(self, model: nn.Module, context: TraceContext, pending: Pending, blocks: Sequence[Block] = ()) -> None:
+        self.model, self.context, self.pending, self.blocks = model, context, pending, blocks
         self.module_names = {id(module): name for name, module in context.modules.items()}
         self.clear()
 
     def clear(self) -> None:
-        """No module is under way."""
+        """Forget all running modules."""
         self.stack: list[str] = []
         self.whole: nn.Module | None = None
-        self.entering: dict[int, Tensor] = {}  # inputs of the layers under way that may be left out
+        self.entering: dict[int, Tensor] = {}  # inputs of the running blocks
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """The tracer's hooks on the model, for a while."""
+        """A context with the tracer's hooks on the model."""
         pre = nn.modules.module.register_module_forward_pre_hook(self._enter)
         post = nn.modules.module.register_module_forward_hook(self._leave, always_call=True)
         handles: list[Any] = [pre, post]
@@ -58,10 +58,10 @@ class ModuleHooks:
             if type(module) in MODULE_RULES:
                 handles.append(module.register_forward_pre_hook(self._enter_whole))
                 handles.append(module.register_forward_hook(self._leave_whole, with_kwargs=True))
-        for slot in self.slots:
-            first, last = (self.model.get_submodule(slot.modules[k]) for k in (0, -1))
-            handles.append(first.register_forward_pre_hook(partial(self._enter_slot, slot), with_kwargs=True))
-            handles.append(last.register_forward_hook(partial(self._leave_slot, slot)))
+        for block in self.blocks:
+            first, last = (self.model.get_submodule(block.modules[k]) for k in (0, -1))
+            handles.append(first.register_forward_pre_hook(partial(self._enter_block, block), with_kwargs=True))
+            handles.append(last.register_forward_hook(partial(self._leave_block, block)))
         try:
             yield
         finally:
@@ -81,27 +81,27 @@ class ModuleHooks:
             self._at_hand(self.stack[-1] if self.stack else "", output)
 
     def _at_hand(self, path: str, value: Any) -> None:
-        """What is handed to a module, or back to one; it may be without labels yet."""
+        """Note tensors passed to or returned by a module; they may have no labels yet."""
         found = [value] if isinstance(value, Tensor) else tensors(value)
         self.context.visible.setdefault(path, []).extend(self.context.note(x) for x in found)
 
     @on_host()
-    def _enter_slot(self, slot: Slot, module: nn.Module, args: Any, kwargs: Any) -> None:
-        x = slot.skip(*args, **kwargs)
-        self.entering[slot.unit] = x[0] if slot.skip.outputs else x
+    def _enter_block(self, block: Block, module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = block.skip(*args, **kwargs)
+        self.entering[block.unit] = x[0] if block.skip.outputs else x
 
     @on_host()
-    def _leave_slot(self, slot: Slot, module: nn.Module, args: Any, output: Any) -> None:
-        """Whatever follows a layer that may be left out reads its output or its input: their labels are one."""
+    def _leave_block(self, block: Block, module: nn.Module, args: Any, output: Any) -> None:
+        """Tie the output of a block to its input, since readers get the one or the other."""
         self.pending.catch_up()
         self.context.module = self.module_names.get(id(module), type(module).__name__)
         self.context.op, self.context.line = "left out", user_line()
-        ends = self.entering.pop(slot.unit), output[0] if slot.skip.outputs else output
+        ends = self.entering.pop(block.unit), output[0] if block.skip.outputs else output
         self.pending.obey(partial(either, self.context, *ends), ends, ends)
 
     @on_host()
     def _enter_whole(self, module: nn.Module, inputs: Any) -> None:
-        """Look away until `_leave_whole`: the module has a rule of its own."""
+        """Stop tracing until `_leave_whole`: the module has a rule of its own."""
         if self.whole is None:
             self.whole = module
 

@@ -1,8 +1,8 @@
-"""Opening values: every tensor inside arguments and outputs, whatever object holds it.
+"""Walks over nested values: every tensor inside arguments and outputs, in any kind of object.
 
-One walk serves example inputs, outputs, carried states, replay and proof, so that none of them sees less than the
-others. It opens containers, dataclasses, instances (`__dict__` and `__slots__`), what functions close over, and
-tensors with attributes; what it cannot look into is a leaf of its own.
+Example inputs, outputs, carried states, replay and proof share one walk, so that all see the same tensors. It
+opens containers, dataclasses, instances (`__dict__` and `__slots__`), closures, and tensors with attributes; what it
+cannot open is a leaf.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _of_instance(value: Any) -> Sequence[Part] | None:
 
 
 def _shows_all(kind: type) -> bool:
-    """Whether everything in an instance is in `__dict__` or `__slots__`: no base of its class keeps more, in C."""
+    """Whether `__dict__` and `__slots__` hold everything of an instance: no base class keeps more, in C."""
     bases = [base for base in kind.__mro__ if not base.__flags__ & HEAP_TYPE]
     keeps = kind.__dictoffset__ != 0 or any("__slots__" in base.__dict__ for base in kind.__mro__)
     return keeps and all(base in (object, types.SimpleNamespace, Generic) for base in bases)
@@ -195,9 +195,9 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor], name: str = "example_
         elif _inside(leaf.value) is None:
             memo[id(leaf.value)] = leaf.value
     try:
-        for x in given:  # what Python code has hung on a tensor
+        for x in given:  # attributes that Python code has set on a tensor
             vars(memo[id(x)]).update(copy.deepcopy(vars(x), memo))
-        result = copy.deepcopy(value, memo)  # which takes from the memo what is in there
+        result = copy.deepcopy(value, memo)  # which finds the parts in the memo
     except Exception as error:
         raise TraceError(
             f"{name} cannot be copied with other tensors in it ({type(error).__name__}: {error}); give tensors, "

@@ -1,4 +1,4 @@
-"""What the tracer notes of tensors and operations while a model runs."""
+"""What the tracer records about tensors and operations while a model runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..structure.space import Frozen
-from .labels import Layer
+from .labels import Labelled
 from .rules.pointwise import pointwise
 from .rules.registry import RULES, Rule
 
@@ -22,27 +22,27 @@ class Note:
 
     Attributes:
         tensor: the tensor it is about.
-        layers: its labels; None if no rule has spoken of it.
+        labels: its labels; None if no rule has set them.
         from_input: whether it was computed from the inputs.
         filled: whether it was made with one value everywhere.
-        deferred: what its use would freeze.
-        shadow: on the meta device, the values of what no weight has touched.
+        deferred: labels that are frozen as soon as it is used.
+        shadow: on the meta device, its real values, if no weight influences them.
         name: of a parameter or buffer.
         used: whether a rule has asked for its labels.
     """
 
     tensor: ref[Tensor]
-    layers: tuple[Layer, ...] | None = None
+    labelled: tuple[Labelled, ...] | None = None
     from_input: bool = False
     filled: bool = False
-    deferred: tuple[tuple[Layer, Frozen], ...] = ()
+    deferred: tuple[tuple[Labelled, Frozen], ...] = ()
     shadow: Tensor | None = None
     name: str = ""
     used: bool = False
 
 
 BY_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-"""Tags of operations whose results depend on values in what they are or in shape."""
+"""Tags of operations whose results depend on values, in kind or shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class Fresh:
-    """A tensor that an operation is about to write to, and what it holds everywhere as yet."""
+    """A tensor that an operation is about to write to, and the one value that it holds so far."""
 
     tensor: Tensor
     value: float
@@ -93,7 +93,7 @@ class Fresh:
 
 @dataclass(slots=True)
 class Step:
-    """An operation that has run and whose labels have not been looked at yet."""
+    """An operation that has run and whose labels have not been passed on yet."""
 
     operation: Operation
     func: Any

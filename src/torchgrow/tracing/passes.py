@@ -1,8 +1,8 @@
-"""Passes: the runs of a model that tracing and proof share, on copies, in both modes, with chance held still.
+"""Passes: the runs of a model that tracing and proof share, on copies, in both modes, with fixed random numbers.
 
 Legend: a *pass* is one run on one of the example inputs, in evaluation or training mode. Dropout is off in all of them.
-Other random numbers are the same in every run and do not depend on how many units there are; where a forward may let
-chance decide which way it goes, it is run on several draws.
+Other random numbers are the same in every run and do not depend on the number of units. A forward whose control flow
+may depend on them is run on several draws.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from ..errors import TraceError
 from .nested import leaves
 
 HIGH, LOW = 0, 1
-"""Draws in which every coin comes up and every uniform number is near its top, and the reverse; others are drawn."""
+"""Extreme draws: all Bernoulli draws 1 and all uniform numbers near their maximum, and the reverse."""
 
 DRAWS = (LOW, 2, 3)
-"""Further draws for a forward that may let chance decide."""
+"""Further draws for a forward whose control flow may depend on random numbers."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def passes(examples: int) -> list[Pass]:
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A copy that shares no tensor with the model, without gradients: what a forward writes there stays there.
+    """A copy that shares no tensor with the model, without gradients.
 
     Raises:
         TraceError: the model cannot be copied.
@@ -104,7 +104,7 @@ def twin_on_meta(model: nn.Module) -> nn.Module:
 
 
 def _uncopied(model: nn.Module) -> dict[int, Any]:
-    """What deepcopy fails on, by id: tensors with a history are cut from it, locks and open files are shared.
+    """Objects on which deepcopy fails, by id: tensors with a history are detached, locks and open files are shared.
 
     It also fails on tensors in compressed rows or columns.
     """
@@ -124,7 +124,7 @@ def _uncopied(model: nn.Module) -> dict[int, Any]:
 
 
 def storage(tensor: Tensor) -> int:
-    """What tensors that show the same memory have in common; 0 for tensors without memory of their own."""
+    """A key of a tensor's memory, equal for views of the same memory; 0 for tensors without memory of their own."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
@@ -154,7 +154,7 @@ def foreign(tensor: Tensor, original: Mapping[int, str]) -> None:
 
 
 def fingerprint(model: nn.Module) -> list[tuple[int, str]]:
-    """Tells whether a forward has written into the parameters, by whatever way."""
+    """A fingerprint of the parameters, to detect a forward that writes into them."""
     with torch.no_grad():
         seen = [(p, p.detach().flatten()) for p in model.parameters() if not p.is_meta]
         return [(p.data_ptr(), str(flat[:: 1 + flat.numel() // 1024].sum().item())) for p, flat in seen]
@@ -167,7 +167,7 @@ def _states() -> tuple[Any, ...]:
 
 
 def too_small(error: Exception) -> bool:
-    """Whether a batch norm has complained that its batch has no statistics."""
+    """Whether an error says that a batch is too small for batch norm."""
     return isinstance(error, ValueError) and "more than 1 value per channel" in str(error)
 
 
@@ -214,7 +214,7 @@ BARE = frozenset(vars(nn.Module()))
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """What modules hold beside parameters and buffers is as before afterwards: counters, schedules, histories.
+    """Restore afterwards what modules hold beside parameters and buffers: counters, schedules, histories.
 
     Containers have their entries again, instances of Python classes their attributes, tensors their values, and
     generators their states; the objects stay the same. A cache that is there stays, one that was made is gone.
@@ -272,7 +272,7 @@ def _write_back(tensor: Tensor, value: Tensor, version: int) -> None:
 COINS = frozenset({"bernoulli"})
 UNIFORM = frozenset({"rand", "rand_like", "uniform"})
 SPREAD = COINS | UNIFORM | {"randn", "randn_like", "normal", "exponential", "cauchy", "log_normal", "geometric"}
-"""Random numbers that are made the same along all axes but the first: on which of them the units are is not known."""
+"""Random numbers that are made equal along all axes but the first, since units may lie on any of them."""
 
 
 class Chance(TorchDispatchMode):
@@ -282,8 +282,8 @@ class Chance(TorchDispatchMode):
         draw: `HIGH`, `LOW`, or the number of a common draw.
 
     Attributes:
-        decides: whether a single number was drawn: a forward may go by it.
-        original: the memory of the model of which a copy is run, which its forward must not read.
+        decides: whether a single number was drawn, on which control flow may depend.
+        original: the memory of the original model, which the forward of its copy must not read.
     """
 
     def __init__(self, draw: int = HIGH) -> None:
@@ -354,7 +354,7 @@ LEAVING_OUT: dict[Any, tuple[int, str]] = {
 
 
 class Steady(TorchFunctionMode):
-    """No dropout, whoever asks for it."""
+    """Switches dropout off everywhere."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function of torch."""

@@ -1,4 +1,4 @@
-"""Operations that have run and whose labels wait: they are passed on many at once."""
+"""The queue of operations that have run, whose labels are passed on later, many at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .context import TraceContext
-from .labels import NOTHING, Layer
+from .labels import NOTHING, Labelled
 from .notes import Note, Operation, Step, tensors_among
 from .rules.indexing import write_through
 from .rules.movement import constant
@@ -31,24 +31,24 @@ class Pending:
     def __init__(self, context: TraceContext) -> None:
         self.context = context
         self.steps: list[Step] = []
-        self.bytes = 0  # that their results hold
+        self.bytes = 0  # of their results
 
     def add(self, step: Step, results: Iterable[Tensor]) -> None:
-        """Put a step off, unless too much memory hangs on those that wait."""
+        """Queue a step; if the queue holds too much memory, process it."""
         self.steps.append(step)
         self.bytes += sum(x.nbytes for x in results if x.layout == torch.strided)
         if self.bytes > PENDING_BYTES:
             self.catch_up()
 
     def clear(self) -> None:
-        """Forget what waits: its run has failed."""
+        """Drop the queue after a run that failed."""
         self.steps, self.bytes = [], 0
 
     def catch_up(self) -> None:
         """Pass the labels through all pending steps.
 
-        Many at once and not each after its operation: a convolution leaves nothing of the tracer in the caches of
-        the processor, and the tracer then takes several times as long.
+        Many at a time, not each after its operation: a convolution evicts the tracer from the processor's caches, which
+        makes it several times as slow.
         """
         steps, self.steps, self.bytes = self.steps, [], 0
         for step in steps:
@@ -58,21 +58,21 @@ class Pending:
         """Pass the labels through one operation."""
         handler = step.operation.handler
         self.context.used(step.notes)
-        if handler not in COUNTED and not any(note.layers for note in step.notes):
+        if handler not in COUNTED and not any(note.labelled for note in step.notes):
             return
         self.context.op = f"{step.func.namespace}.{step.operation.name}"
         self.context.module, self.context.line, self.context.fresh = step.module, step.line, step.fresh
         target = step.args[0] if step.operation.mutable and step.args else None
         mutated = target if isinstance(target, Tensor) and target._is_view() else None
-        before = self.context.layers(mutated) if mutated is not None else []
+        before = self.context.labelled(mutated) if mutated is not None else []
         named = step.operation.bind(step.args, step.kwargs)
         rule = unknown if handler is None or step.empty else handler
         out = step.out() if handler is constant else step.out  # None, if it has gone
-        kept, results = self._own_layers(target), tensors_among((out,))
+        kept, results = self._own_labelled(target), tensors_among((out,))
         self.obey(partial(rule, self.context, step.func, named, out), step.notes, results)
         if isinstance(target, Tensor) and kept is not None:
             self._keep_own(target, kept)
-        if mutated is not None and not self._unchanged(before, self.context.layers(mutated)):
+        if mutated is not None and not self._unchanged(before, self.context.labelled(mutated)):
             self.obey(partial(write_through, self.context, mutated), step.notes, [mutated])
         self.context.fresh = None
         self.context.show(
@@ -80,13 +80,13 @@ class Pending:
         )
 
     def obey(self, rule: Callable[[], None], given: Iterable[Tensor | Note], results: Iterable[Tensor]) -> None:
-        """Apply a rule; one that raises keeps what enters, as an operation without a rule does.
+        """Apply a rule; if it raises, freeze what enters, as for an operation without a rule.
 
         Raises:
-            RecursionError: the forward has left no stack for the rule, which is not the rule's fault.
+            RecursionError: the forward has used up the stack.
         """
         notes = [x if isinstance(x, Note) else self.context.note(x) for x in given]
-        entering = [layer for note in notes for layer in note.layers or ()]
+        entering = [labels for note in notes for labels in note.labelled or ()]
         try:
             rule()
         except RecursionError:
@@ -96,40 +96,40 @@ class Pending:
             reason = f"has a rule that failed ({type(error).__name__}: {text}), so what enters it is kept"
             for note in notes:
                 note.used = True
-            said = [layer for note in map(self.context.note, results) for layer in note.layers or ()]
+            said = [labels for note in map(self.context.note, results) for labels in note.labelled or ()]
             self.context.freeze_symbols(
-                torch.cat([NOTHING, *(layer.symbols.flatten() for layer in (*entering, *said))]), reason
+                torch.cat([NOTHING, *(labels.symbols.flatten() for labels in (*entering, *said))]), reason
             )
 
-    def _own_layers(self, target: Any) -> list[Layer] | None:
+    def _own_labelled(self, target: Any) -> list[Labelled] | None:
         """The labels of a parameter or buffer that an operation is about to write to; None for another tensor."""
         note = self.context.notes.get(id(target)) if isinstance(target, Tensor) else None
-        return self.context.layers(target) if note is not None and note.name else None
+        return self.context.labelled(target) if note is not None and note.name else None
 
-    def _keep_own(self, target: Tensor, own: Sequence[Layer]) -> None:
+    def _keep_own(self, target: Tensor, own: Sequence[Labelled]) -> None:
         """What is written into a parameter or buffer has its labels, which it keeps."""
-        written = self.context.layers(target)
-        for layer in written:
-            mate = next((x for x in own if x.axes == layer.axes), None)
+        written = self.context.labelled(target)
+        for labels in written:
+            mate = next((x for x in own if x.axes == labels.axes), None)
             if mate is None:
-                self.context.freeze(layer, "is written to a parameter or buffer that does not vary with it")
+                self.context.freeze(labels, "is written to a parameter or buffer that does not vary with it")
             else:
-                self.context.unify(mate, layer)
-        for layer in own:
-            if not any(layer.axes == x.axes for x in written):
-                self.context.freeze(layer, "is overwritten with values that cannot be removed")
-        self.context.set_layers(target, own)
+                self.context.unify(mate, labels)
+        for labels in own:
+            if not any(labels.axes == x.axes for x in written):
+                self.context.freeze(labels, "is overwritten with values that cannot be removed")
+        self.context.set_labelled(target, own)
 
-    def _unchanged(self, before: list[Layer], after: list[Layer]) -> bool:
+    def _unchanged(self, before: list[Labelled], after: list[Labelled]) -> bool:
         """Whether an operation in place has left the labels of its target as they were."""
         return len(before) == len(after) and all(
-            torch.equal(a.symbols, b.symbols) and torch.equal(a.silent, b.silent)
-            for a, b in zip(map(self.context.labels.canonical, before), after, strict=True)
+            torch.equal(a.symbols, b.symbols) and torch.equal(a.zero, b.zero)
+            for a, b in zip(map(self.context.classes.canonical, before), after, strict=True)
             if a is not None
         )
 
     def harmless(self, operation: Operation, target: Any) -> bool:
-        """Whether no pending step would see a difference if this in-place operation ran before it.
+        """Whether all pending steps would give the same if this in-place operation ran before them.
 
         Rules read values of nothing that depends on the inputs.
         """

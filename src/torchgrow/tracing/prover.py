@@ -1,4 +1,4 @@
-"""A randomised float64 copy of a frame, against which subsets of its units are tried."""
+"""The proof on a randomised float64 copy of the frame: cut networks are compared with zeroed ones."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ NOISE = 1_000_003
 
 
 ZERO = 1e-100
-"""What stands for zero where a parameter is zeroed: as good as nothing to a sum, but it can be normalised.
+"""What stands for zero where a parameter is zeroed: negligible in a sum, but it can be normalised.
 
 A weight-normalised row of true zeros is 0 / 0, which is no answer to compare with.
 """
 
 
 class Prover:
-    """A randomised float64 copy of a frame, against which subsets are tried."""
+    """A randomised float64 copy of a frame, on which subsets of units are tried."""
 
     def __init__(self, model: nn.Module, space: Space, example_inputs: Any, seed: int) -> None:
         self.space = space
-        self.counting: frozenset[str] = frozenset()  # names of attributes that had to follow
+        self.followed: frozenset[str] = frozenset()  # names of attributes that had to follow
         self.generator = torch.Generator().manual_seed(seed)
         self.frame = twin(model)
         examples = examples_of(example_inputs)
@@ -59,7 +59,7 @@ class Prover:
             _double_inside({name: value for name, value in vars(module).items() if name not in BARE}, vars(module))
         self.examples = [mapped(example, lambda x: _doubled(x.detach().clone())) for example in examples]
         self._randomize()
-        for state in space.carried:  # anything, not the zeros that most examples begin with
+        for state in space.carried:  # random, not the zeros that most examples begin with
             for example in self.examples:
                 given = tensors(example)[state.input]
                 given.copy_(torch.randn(given.shape, generator=self.generator, dtype=torch.float64))
@@ -86,7 +86,7 @@ class Prover:
             )
 
     def _settled(self, original: dict[int, str]) -> list[Pass]:
-        """The passes that run, after one of each: what a forward does at its first call only has been done then.
+        """The passes that run, each after one trial run, since some forwards do more at their first call.
 
         Raises:
             TraceError: the forward reads tensors of the model itself.
@@ -123,7 +123,7 @@ class Prover:
 
     @contextmanager
     def _running(self, one: Pass, original: dict[int, str]) -> Iterator[Chance]:
-        """Everything held still that must not differ between two runs."""
+        """A context in which all runs share random numbers, modes and state."""
         small = one.training and one.example in self.small
         with running(self.frame, one, still_norms=small) as chance, _no_fast_path(), Steady(), chance:
             chance.original = original
@@ -160,12 +160,14 @@ class Prover:
         """A keep vector that drops about `fraction` of the removable units of each group (all groups if None).
 
         "ends" drops the first and the last one (the first only where that would leave none). With `whole` all layers
-        stay: nothing inside one that is left out is tried.
+        stay: units inside a layer that is left out would not be tried.
         """
         space = self.space
         keep = space.everything()
         groups = list(range(space.n_groups)) if groups is None else groups
-        layers = torch.tensor([s.unit for s in space.slots if int(space.group_of[s.unit]) in groups], dtype=torch.int64)
+        layers = torch.tensor(
+            [s.unit for s in space.blocks if int(space.group_of[s.unit]) in groups], dtype=torch.int64
+        )
         for group in groups:
             units = torch.nonzero((space.group_of == group) & space.removable).flatten()
             size = int((space.group_of == group).sum())
@@ -217,19 +219,19 @@ class Prover:
         return worst, f"the compact network's outputs differ by {worst:.1e}"
 
     def _expected(self, keep: Tensor) -> list[Tensor]:
-        """What the frame puts out with the absent structures zeroed; what was zeroed stays so."""
+        """Outputs of the frame with the absent units zeroed; they stay zeroed."""
         with torch.no_grad():
             for name in self.space.parameters:
                 for axis in self.space.cut_axes.get(name, ()):
                     dead = torch.nonzero(~live_positions(self.space.unit_of[name, axis], keep)).flatten()
                     self.bank.tensors[name].index_fill_(axis, dead.to(self.bank.tensors[name].device), ZERO)
             plain = {}  # layers whose gate of 0 is not removal: the frame without them is the reference (Eq 2)
-            for slot in self.space.slots:
-                if not keep[slot.unit] and not slot.residual:
-                    plain.update(dict.fromkeys(slot.modules, slot.skip))
-                elif not keep[slot.unit]:
+            for block in self.space.blocks:
+                if not keep[block.unit] and not block.residual:
+                    plain.update(dict.fromkeys(block.modules, block.skip))
+                elif not keep[block.unit]:
                     for name, axis in self.space.fold:
-                        if axis == WHOLE and self.space.slot_of[name] == slot.unit:
+                        if axis == WHOLE and self.space.block_of[name] == block.unit:
                             self.bank.tensors[name].fill_(ZERO)
             skip_(self.frame, plain, plain)
             expected = self._outputs(shown=keep)
@@ -237,25 +239,24 @@ class Prover:
         return expected
 
     def adopt(self, found: list[Guess], keep: Tensor, *, thorough: bool = False) -> bool:
-        """Let the first choice of attributes follow the surgery that makes `keep` exact; False if none does."""
+        """Have the first choice of attributes that makes `keep` exact follow the surgery; False if there is none."""
         before = self.space
-        for choice in choices(found, self.counting, thorough=thorough):
+        for choice in choices(found, self.followed, thorough=thorough):
             chosen = {(guess.attribute.module, guess.attribute.name): guess.attribute for guess in choice}
             others = tuple(a for a in before.attributes if (a.module, a.name) not in chosen)
             self.space = self.bank.space = replace(before, attributes=(*others, *chosen.values()))
             if self.error(keep)[0] <= TOLERANCE:
-                self.counting |= {guess.attribute.name for guess in choice}
+                self.followed |= {guess.attribute.name for guess in choice}
                 return True
         self.space = self.bank.space = before
         return False
 
     def _outputs(self, keep: Tensor | None = None, *, shown: Tensor | None = None) -> list[Tensor]:
-        """All tensors and numbers the network puts out, in all passes, which begin in the same state every time.
+        """All tensors and numbers that the network returns, in all passes, from the same state every time.
 
         Args:
             keep: the units of the network: given states are cut as it is.
-            shown: units of which the carried outputs show no others; what a removed one carries on is nobody's
-                business.
+            shown: units whose entries of carried outputs are compared; those of removed units are dropped.
         """
         found: list[Tensor] = []
         with unchanged(self.frame):
@@ -266,7 +267,7 @@ class Prover:
                 values = [p.detach().clone() for p in self.frame.parameters()] if self.restless else []
                 with self._running(one, {}):
                     outputs = call(self.frame, fresh(example))
-                    own = [leaf.value.clone() for leaf in put_out(outputs)]  # of a buffer, before it is as it was
+                    own = [leaf.value.clone() for leaf in put_out(outputs)]  # buffers may be restored afterwards
                 if shown is not None:
                     for state in self.space.carried:
                         own[state.output] = recut(own[state.output], state.units, self.space.everything(), shown)
@@ -278,7 +279,7 @@ class Prover:
         return [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in found]
 
     def _cut_states(self, example: Any, keep: Tensor) -> Any:
-        """An example with its carried states as the network with the units in `keep` takes them."""
+        """An example with its carried states cut to the units in `keep`."""
         units, whole = {state.input: state.units for state in self.space.carried}, self.space.everything()
         cut = iter([recut(x, units.get(i, {}), whole, keep) for i, x in enumerate(tensors(example))])
         return mapped(example, lambda x: next(cut))
@@ -317,7 +318,7 @@ def _doubled(x: Tensor) -> Tensor:
 
 
 def _double_inside(held: Mapping[str, Any] | list[Any], container: Any) -> None:
-    """Give a container doubled tensors in place of those it holds, in dicts and lists inside too; parameters stay."""
+    """Replace the tensors in a container by doubled ones, in dicts and lists inside too; parameters stay."""
     for key, value in list(held.items() if isinstance(held, Mapping) else enumerate(held)):
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             container[key] = _doubled(value.detach())

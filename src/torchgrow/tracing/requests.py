@@ -24,7 +24,7 @@ def frozen_by_name(symbols: dict[Place, Tensor], names: Sequence[str | Place]) -
         else:
             matching = [name] if name in symbols else []
         if not matching:
-            raise TraceError(f"freeze names {name!r}, which no parameter or buffer {_close(name, symbols)}")
+            raise TraceError(f"protect names {name!r}, which no parameter or buffer {_close(name, symbols)}")
         found += matching
     return found
 

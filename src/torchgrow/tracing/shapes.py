@@ -1,4 +1,4 @@
-"""Shapes of the results of costly operations, which tracing knows without computing them."""
+"""Shapes of the results of costly operations, so that tracing need not compute them."""
 
 from __future__ import annotations
 

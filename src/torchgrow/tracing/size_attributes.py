@@ -1,4 +1,4 @@
-"""Attributes that count an axis (`num_heads`, `all_head_size`, ...): guesses, to be judged by the proof.
+"""Attributes that count an axis (`num_heads`, `all_head_size`, ...): guesses, which the proof accepts or rejects.
 
 Legend: a *guess* is an `Attribute`: an int attribute of a module together with the unit ids it may count. It is
 *strong* if it equals the length of an axis or the number of units on it, *sure* if besides nothing else in its
@@ -32,10 +32,10 @@ FLIPS = 16
 """How many single guesses are added or left out, one at a time."""
 
 RIVALRIES = 64
-"""How many ways are tried to let one attribute count what several may."""
+"""How many ways are tried in which one of several candidates is the attribute that counts."""
 
 SUBSETS = 6
-"""Of how many attributes every subset is tried in the end."""
+"""Up to how many attributes every subset is tried in the end."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Counted:
     Attributes:
         near: qualified names of the modules.
         units: int64 unit ids, -1 for positions that always live.
-        cut: whether it is a piece cut off: what holds its size is hardly there for anything else.
+        cut: whether it is a piece cut off: an attribute of that size is most likely its size.
     """
 
     near: tuple[str, ...]
@@ -121,7 +121,7 @@ def _cut_off(model: nn.Module, space: Space) -> Iterator[Counted]:
 def choices(
     found: list[Guess], known: frozenset[str] = frozenset(), *, thorough: bool = False
 ) -> Iterator[list[Guess]]:
-    """What to try, in this order: what served before, what is sure, the same without lists, what is strong, everything.
+    """Choices to try, in this order: what worked before, sure guesses, these without lists, strong guesses, all.
 
     Args:
         found: guesses, sure ones first, then strong ones.

@@ -11,7 +11,7 @@ from .model_call import call
 def user_line() -> tuple[str, int] | None:
     """File and line of the innermost frame of the model itself; None where all its modules are torch's or ours.
 
-    What lies outside of the call of the model, such as a command line or a test runner, is not to blame.
+    Frames outside the call of the model, such as a command line or a test runner, do not count.
     """
     frame = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__") != call.__module__:

@@ -1,4 +1,4 @@
-"""Reading the space off a finished replay: units, groups, where gates sit, what counts an axis, what stays and why."""
+"""From the labels of a finished replay to the space: units, groups, places of gates, attributes, frozen positions."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from ..structure.space import Attribute, Carried, FlopTerm, Frozen, Parts, Place, Space, has_units
-from .labels import FIXED, Array, Labels, Layer
+from .labels import FIXED, Array, Labelled, UnionFind
 
 UNREAD = "is computed, but nothing reads it in any run; add an example that does: example_inputs=[..., ...]"
-"""Reason of what stays because no run told who reads it."""
+"""Reason for freezing units that nothing reads."""
 
 
 @dataclass
 class Read:
     """A contraction reading produced values through the columns of a weight."""
 
-    produced: Layer
-    weight: Layer
+    produced: Labelled
+    weight: Labelled
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Freezing:
 
 @dataclass
 class Findings:
-    """What a replay has noted about a frame.
+    """The findings of a replay.
 
     Attributes:
         model: the frame.
@@ -51,7 +51,7 @@ class Findings:
     """
 
     model: nn.Module
-    labels: Labels
+    classes: UnionFind
     parameters: tuple[str, ...]
     tensors: dict[str, Tensor]
     symbols: dict[Place, Tensor] = field(default_factory=dict)
@@ -65,11 +65,11 @@ class Findings:
     def space(self, batch: int) -> Space:
         """The space, before the proof; `batch` is the number of samples in the example inputs."""
         parameters = set(self.parameters)
-        roots = self.labels.find(torch.arange(self.labels.count))
+        roots = self.classes.find(torch.arange(self.classes.count))
         sizes = [symbols.numel() for symbols in self.symbols.values()]
         of_parameters = [name in parameters for name, _ in self.symbols]
         in_parameters = torch.tensor(of_parameters, dtype=torch.bool).repeat_interleave(torch.tensor(sizes))
-        owned = torch.zeros(self.labels.count, dtype=torch.bool)  # roots of which a parameter has a position
+        owned = torch.zeros(self.classes.count, dtype=torch.bool)  # roots of which a parameter has a position
         owned[roots[1 : sum(sizes) + 1][in_parameters]] = True
         owned[FIXED] = False
         real = owned.nonzero().flatten()
@@ -112,7 +112,7 @@ class Findings:
         return self._without_unread(space, units)
 
     def _without_unread(self, space: Space, units: Callable[[Tensor], Tensor]) -> Space:
-        """Units that are computed and that nothing reads: nothing can be proven of what would."""
+        """Freeze units that nothing reads: nothing can be proven about their readers."""
         unread = space.everything()
         for symbols in [read.produced.symbols for read in self.reads]:
             found = units(symbols).flatten()
@@ -133,8 +133,8 @@ class Findings:
     ) -> dict[Place, Tensor]:
         """Where each unit's gate sits.
 
-        On the last affine map that produces the unit, if every reader sees zero when that is zero; else on
-        the columns of everything that reads it.
+        On the last affine map that produces the unit, if all readers see zero when it is zero; else on the columns of
+        all readers.
         """
         parameters = set(self.parameters)
         by_producer = np.ones(n, dtype=np.bool_)
@@ -142,8 +142,8 @@ class Findings:
         for read in self.reads:
             read_units = units(read.produced.symbols).flatten().numpy()
             owned = read_units >= 0
-            if not read.produced.all_silent:
-                by_producer[read_units[owned & ~read.produced.silent.flatten().numpy()]] = False
+            if not read.produced.all_zero:
+                by_producer[read_units[owned & ~read.produced.zero.flatten().numpy()]] = False
             reads.append((read_units[owned], read.produced.sources, read.weight.sources))
         fold: dict[Place, Array] = {}
         here = np.zeros(n + 1, dtype=np.bool_)  # the last entry stands for -1, "no unit"
@@ -190,7 +190,7 @@ class Findings:
         return tuple(Attribute(module, name, vector) for (module, name), vector in found.items() if has_units(vector))
 
     def _frozen(self) -> tuple[Frozen, ...]:
-        """Freezings with the places of their symbols; those of nothing but axes of carried tensors go unsaid.
+        """Freezings with the places of their symbols; those of carried tensors alone are left out.
 
         So do those of kernels, of which nothing could ever go. What one operation keeps for one reason, in several
         runs perhaps, is said once.

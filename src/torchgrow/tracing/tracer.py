@@ -1,4 +1,4 @@
-"""Label replay: run the frame, carry labels beside every tensor, read off the space.
+"""Label replay: run the frame, carry labels beside every tensor, derive the space.
 
 A copy of the model runs as it is, on real tensors, under a `TorchDispatchMode`: data-dependent Python, helper functions
 and raw parameters need no special care. What cannot be understood is frozen with its operation, module and line.
@@ -18,11 +18,12 @@ from torch import nn
 
 from ..adapters.registry import adapted
 from ..errors import TraceError
-from ..structure.space import Place, Slot, Space
+from ..renamed import frames_to_user
+from ..structure.space import Block, Place, Space
 from .carried_states import CarriedStates, Entering, States
 from .context import Failed, TraceContext
 from .dispatch import Dispatch, Readers, ValuesRead
-from .labels import FIXED, Array, Layer
+from .labels import FIXED, Array, Labelled
 from .model_call import Carries, call, carried_outputs, check_model, examples_of, fresh
 from .module_hooks import ModuleHooks
 from .nested import mapped, put_out, tensors
@@ -48,7 +49,7 @@ UNSEEN = (
 
 
 class Unsettled(BaseException):
-    """The forward writes into parameters: at its first call, or at every one; not an `Exception`, as below."""
+    """The forward writes into parameters, at its first call or at every one. Not an `Exception`, as `ValuesRead`."""
 
 
 class Tracer:
@@ -56,23 +57,23 @@ class Tracer:
 
     Args:
         model: the frame.
-        slots: layers that may hand their input on.
+        blocks: layers that may hand their input on.
         values: see `Dispatch`.
         failed: how often the proof has failed on a cut of an axis there, by module and line.
     """
 
     def __init__(
-        self, model: nn.Module, slots: Sequence[Slot] = (), *, values: bool = True, failed: Failed | None = None
+        self, model: nn.Module, blocks: Sequence[Block] = (), *, values: bool = True, failed: Failed | None = None
     ) -> None:
         self.model, self.context = model, TraceContext(model, failed)
         self.pending = Pending(self.context)
-        self.hooks = ModuleHooks(model, self.context, self.pending, slots)
+        self.hooks = ModuleHooks(model, self.context, self.pending, blocks)
         self.dispatch = Dispatch(self.context, self.pending, self.hooks, values=values)
         self.carried = CarriedStates(self.context)
         self.pristine = model  # what a copy is made of where one is needed
         self.settled: bool | None = None  # False: a forward that writes into parameters is to be reported
         self.finished: list[Array] = []  # what each run has found of the symbols: their roots
-        self.made: list[Any] = []  # examples, held on to
+        self.made: list[Any] = []  # keeps the examples alive
 
     def run(self, example_inputs: Any, carries: Carries | None = None, *, counting: bool = False) -> None:
         """Run the frame on every example in both modes; afterwards freeze what the runs left open.
@@ -86,7 +87,7 @@ class Tracer:
         if self.context.meta:
             examples = [self._on_meta(example) for example in examples]
         given = [self.carried.given(example, carries or {}) for example in examples]
-        self.context.ends = *self.context.ends[:2], self.context.labels.count
+        self.context.ends = *self.context.ends[:2], self.context.classes.count
         failed: dict[Pass, Exception] = {}
         waiting = [Pass()] if counting else passes(len(examples))
         while waiting:
@@ -103,7 +104,7 @@ class Tracer:
                     raise self._failure(examples[one.example], replace(one, training=False), failed) from error
                 continue
             finally:
-                self.finished.append(self.context.labels.set_aside())
+                self.finished.append(self.context.classes.set_aside())
             if decides and one.draw == HIGH and not counting:
                 waiting += one.drawn_anew()
             self.context.first = False
@@ -113,8 +114,8 @@ class Tracer:
         self._join()
         if not counting:
             self._freeze_unused()
-        for layer in self.context.split_layers:
-            self._make_box(layer)
+        for labels in self.context.split_labelled:
+            self._make_box(labels)
         self.context.notes.clear()
 
     def _on_meta(self, example: Any) -> Any:
@@ -137,11 +138,11 @@ class Tracer:
         return own
 
     def _run_pass(self, example: Any, one: Pass, entering: Entering, states: States) -> bool:
-        """One run; returns whether chance may have decided which way it went."""
+        """One run; returns whether random numbers may have decided its control flow."""
         for still_norms in (False, True):
             own = self._own(example)
             given = tensors(own)
-            self.context.labels.set_aside()  # a run that failed half way begins again
+            self.context.classes.set_aside()  # a run that failed half way begins again
             self.context.label_anew()
             for i, symbols in states.items():
                 self.carried.label_state(given[i], symbols)
@@ -171,14 +172,14 @@ class Tracer:
                 if self.context.first:
                     self.context.found.carried.append((leaving[i], i, states[leaving[i]]))
                 continue
-            for layer in self.context.layers(x):
-                self.context.freeze(layer, "is an output of the model")
+            for labels in self.context.labelled(x):
+                self.context.freeze(labels, "is an output of the model")
         if entering and not self.context.first:
             self.carried.same_states(leaving, states)
         return chance.decides
 
     def _failure(self, example: Any, one: Pass, failed: Mapping[Pass, Exception]) -> TraceError:
-        """What to say of a run that failed: whether the model cannot be run, or only the tracer cannot follow."""
+        """The error for a failed run: either the model cannot be run, or only the tracer cannot follow it."""
         error = failed[one]
         model, fault = twin(self.pristine), None
         try:
@@ -205,31 +206,31 @@ class Tracer:
         )
 
     def _warn_of_untrained(self, failed: Mapping[Pass, Exception], examples: int) -> None:
-        """Say so if the forward ran on no example in training mode."""
+        """Warn if the forward ran on no example in training mode."""
         errors = [error for one, error in failed.items() if one.training and one.draw == HIGH]
         if len(errors) == examples:
             warnings.warn(
                 f"in training mode the forward failed on all of example_inputs ({type(errors[0]).__name__}: "
                 f"{errors[0]}), so that what it does only there is neither followed nor proven; add an example that it "
                 "takes in training: example_inputs=[for_evaluation, for_training]",
-                stacklevel=2,
+                stacklevel=frames_to_user(),
             )
 
     def _join(self) -> None:
-        """Put together what the runs have found: equal is what one of them ties, and fixed what one of them keeps.
+        """Join the findings of all runs: symbols are equal if one run ties them, and FIXED if one run freezes them.
 
-        Every run has labels to itself, as rules take what is FIXED for what cannot be seen through: one that met
-        what another run has kept would keep more than either of them has to.
+        Every run has its own labels, since rules treat FIXED as opaque: a run that met what another one has frozen
+        would freeze more than either of them has to.
         """
-        self.context.labels.join(self.finished)
+        self.context.classes.join(self.finished)
         for freezing in self.context.found.freezings:  # known by the places of its class too, as another run sees it
-            freezing.symbols = torch.cat([freezing.symbols, self.context.labels.find(freezing.symbols)]).unique()
+            freezing.symbols = torch.cat([freezing.symbols, self.context.classes.find(freezing.symbols)]).unique()
         for roots in self.finished:
-            self.context.labels.freeze(torch.from_numpy(np.flatnonzero(roots == FIXED)))
+            self.context.classes.freeze(torch.from_numpy(np.flatnonzero(roots == FIXED)))
         self.context.label_anew()
 
     def _freeze_unused(self) -> None:
-        """Freeze tensors that no run used, and what parameters among them could read in a run that was not made.
+        """Freeze tensors that no run used, and everything that parameters among them might read in another run.
 
         The forward of a module can give a parameter what it was given, what its submodules return, and what it computes
         itself, but not what is computed inside of them. Lengths do not tell what meets: by slices and concatenations
@@ -239,8 +240,8 @@ class Tracer:
         unused = [name for name, tensor in self.context.found.tensors.items() if not self.context.note(tensor).used]
         for name in unused:
             self.context.op, self.context.module = "unused", name.rpartition(".")[0]
-            for layer in self.context.layers(self.context.found.tensors[name]):
-                self.context.freeze(layer, "is not used by the forward")
+            for labels in self.context.labelled(self.context.found.tensors[name]):
+                self.context.freeze(labels, "is not used by the forward")
         for name in unused:
             tensor = parameters.get(name)
             if tensor is None or not tensor.requires_grad or (tensor.dim() < 2 and tensor.numel() < 2):
@@ -249,12 +250,12 @@ class Tracer:
             for path in (".".join(above[:n]) for n in range(len(above), -1, -1)):
                 self.context.op, self.context.module = "unused", path
                 for note in self.context.visible.get(path, ()):
-                    for layer in filter(None, map(self.context.labels.canonical, note.layers or ())):
-                        self.context.freeze(layer, UNSEEN.format(name=name))
+                    for labels in filter(None, map(self.context.classes.canonical, note.labelled or ())):
+                        self.context.freeze(labels, UNSEEN.format(name=name))
 
-    def _make_box(self, layer: Layer) -> None:
+    def _make_box(self, labels: Labelled) -> None:
         """Live positions of a view over several axes must form a box: keep freedom along one axis only."""
-        current = self.context.labels.canonical(layer)
+        current = self.context.classes.canonical(labels)
         if current is None or len(current.axes) < 2:
             return
 
@@ -266,18 +267,18 @@ class Tracer:
         free = max(current.axes, key=lambda axis: (distinct(axis), symbols.shape[axis]))
         for axis in current.axes:
             if axis != free and current is not None:
-                current = self.context.labels.merge_along(current, axis)
+                current = self.context.classes.merge_along(current, axis)
 
 
-def _on_a_copy(model: nn.Module, slots: Sequence[Slot], failed: Failed | None, *, values: bool) -> Tracer:
-    """A tracer of a copy, so that nothing the forward writes reaches the model."""
-    tracer = Tracer(twin(model), slots, values=values, failed=failed)
+def _on_a_copy(model: nn.Module, blocks: Sequence[Block], failed: Failed | None, *, values: bool) -> Tracer:
+    """A tracer of a copy of the model, which the forward may write to."""
+    tracer = Tracer(twin(model), blocks, values=values, failed=failed)
     tracer.pristine, tracer.context.original = model, storages(model)
     return tracer
 
 
 def settle(model: nn.Module, example_inputs: Any) -> None:
-    """Run a copy as the user's loop would, for what a forward does at its first call only."""
+    """Run a copy once as the user's loop would, since some forwards do more at their first call."""
     for one in passes(len(examples := examples_of(example_inputs))):
         with suppress(Exception), running(model, one), Steady():
             call(model, fresh(examples[one.example]))
@@ -287,9 +288,9 @@ def replay(
     model: nn.Module,
     example_inputs: Any,
     *,
-    freeze: Sequence[str | Place] = (),
+    protect: Sequence[str | Place] = (),
     couple: Couples = (),
-    slots: Sequence[Slot] = (),
+    blocks: Sequence[Block] = (),
     carried: Carries | None = None,
     failed: Failed | None = None,
     counting: bool = False,
@@ -300,10 +301,10 @@ def replay(
         model: the frame, on one device, not wrapped and not compiled.
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs, or a list of several such
             examples; the first axis of the first tensor is taken for the batch.
-        freeze: parameters or modules that keep their shape, by qualified name or pattern ("head.*"); or single
+        protect: parameters or modules that keep their shape, by qualified name or pattern ("head.*"); or single
             axes, such as ("head.weight", 1).
         couple: pairs of axes that are cut alike, position by position, such as (("a.weight", 0), ("b.weight", 0)).
-        slots: layers that may hand their input on instead; they become units in `depth.with_layers`.
+        blocks: layers that may hand their input on instead; they become units in `depth.with_layers`.
         carried: outputs that become arguments of the next call, {argument: output}, by position or name.
         failed: how often the proof has failed on parts of an axis (`Space.parts`), by module and line.
         counting: run the first example in evaluation mode only: enough for parameters and FLOPs, not for cutting.
@@ -312,8 +313,8 @@ def replay(
         TraceError: the model or the inputs cannot be traced; the message says what would work.
     """
     check_model(model, example_inputs)
-    tracer, settled, values = _on_a_copy(model, slots, failed, values=False), False, False
-    wanted = frozen_by_name(tracer.context.found.symbols, freeze), coupled(tracer.context.found.symbols, couple)
+    tracer, settled, values = _on_a_copy(model, blocks, failed, values=False), False, False
+    wanted = frozen_by_name(tracer.context.found.symbols, protect), coupled(tracer.context.found.symbols, couple)
     while True:
         tracer.settled = settled
         try:
@@ -323,7 +324,7 @@ def replay(
             values = True
         except Unsettled:
             settled = True
-        tracer = _on_a_copy(model, slots, failed, values=values)
+        tracer = _on_a_copy(model, blocks, failed, values=values)
         if settled:
             settle(tracer.model, example_inputs)
     tracer.context.op = "the user"

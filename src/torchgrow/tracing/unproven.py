@@ -1,4 +1,4 @@
-"""What stays where nothing is tried: units that an attribute may count which the forward reads."""
+"""Without a proof: freeze units that an attribute may count which the forward reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .size_attributes import guesses
 
 
 def undecided_frozen(model: nn.Module, space: Space, example_inputs: Any) -> Space:
-    """The space without what attributes may count: whether these have to follow, only the proof can tell.
+    """The space with units frozen that attributes may count: only a proof could tell whether these must follow.
 
     Args:
         model: on the meta device, a copy.
@@ -34,7 +34,7 @@ def undecided_frozen(model: nn.Module, space: Space, example_inputs: Any) -> Spa
                 try:
                     call(model, fresh(examples[one.example]))
                 except Exception:
-                    continue  # one that does not run in this mode, or at all on meta: it was traced before
+                    continue  # it does not run in this mode or on meta; it was traced before
     for guess in found:
         module, name = guess.attribute.module, guess.attribute.name
         units = torch.isin(space.group_of, torch.tensor(sorted(guess.groups))) & space.removable

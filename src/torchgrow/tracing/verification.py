@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ..default_device import on_host
 from ..errors import TraceError
+from ..renamed import renamed_arguments
 from ..structure.cost import CostModel
 from ..structure.space import Frozen, Place, Space
 from ..structure.store import is_meta
@@ -70,7 +72,7 @@ class Report:
 
 
 def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) -> Space:
-    """Try the space on a randomised copy; freeze, with the reason, every group that does not come out exact.
+    """Try the space on a randomised copy; freeze every group that is not exact, with the reason.
 
     Where a size kept in an attribute may be the reason, the attribute is made to follow, if that proves exact.
     """
@@ -79,7 +81,7 @@ def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) ->
     if not free:
         return replace(space, proven=True)
     prover = Prover(model, space, example_inputs, seed)
-    if space.slots:
+    if space.blocks:
         space = prover.space = prover.bank.space = gated(space, prover.frame, prover._outputs, TOLERANCE)
         free = _free_groups(space)
     found: list[Guess] | None = None
@@ -121,9 +123,9 @@ def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) ->
 def _draws(space: Space) -> list[tuple[float | str, bool]]:
     """What to draw: every share, and where layers may go every share with all of them as well.
 
-    Of few layers the same one may go in all draws, and what is inside it is tried in none.
+    With few layers, one might be left out in all draws, and the units inside it be tried in none.
     """
-    return [(fraction, whole) for whole in ((False, True) if space.slots else (False,)) for fraction in FRACTIONS]
+    return [(fraction, whole) for whole in ((False, True) if space.blocks else (False,)) for fraction in FRACTIONS]
 
 
 def _only(space: Space, groups: list[int], draw: Tensor) -> Tensor:
@@ -157,15 +159,16 @@ def _failing(prover: Prover, groups: list[int], draw: Tensor) -> dict[int, str]:
         return {groups[0]: reason}
     half = len(groups) // 2
     found = {**_failing(prover, groups[:half], draw), **_failing(prover, groups[half:], draw)}
-    return found or dict.fromkeys(groups, reason)  # exact apart, wrong together: none of them is proven
+    return found or dict.fromkeys(groups, reason)  # exact alone, wrong together: none of them is proven
 
 
 @on_host()
+@renamed_arguments(freeze="protect")
 def trace(
     model: nn.Module,
     example_inputs: Any,
     *,
-    freeze: Sequence[str | Place] = (),
+    protect: Sequence[str | Place] = (),
     couple: Couples = (),
     depth: bool | Sequence[Named] = False,
     carried: Carries | None = None,
@@ -173,9 +176,8 @@ def trace(
 ) -> Space:
     """Find the units of a model and prove them on the model itself.
 
-    Copies of the model are run a few times in evaluation and in training mode, without dropout; the model itself, with
-    its parameters, buffers, modes and random state, is as before. What no run reaches cannot be followed: what a
-    trainable parameter that takes part in none of them could read is frozen.
+    Copies of the model are run a few times in evaluation and in training mode, without dropout; the model itself and
+    the random state are as before. What a trainable parameter that takes part in no run could read is frozen.
 
     Args:
         model: a module on one device, not wrapped and not compiled. It is the frame: the largest network.
@@ -183,7 +185,7 @@ def trace(
         example_inputs: a small batch: a tensor, a tuple of positional inputs, or a dict of keywords. A list holds
             several such examples, for forwards that take other ways on other inputs or other arguments in training:
             `[images, (images, targets)]`. Each must run in one of the modes, the first in evaluation mode.
-        freeze: parameters or modules that keep their shape, by qualified name or pattern ("head.*"); or single
+        protect: parameters or modules that keep their shape, by qualified name or pattern ("head.*"); or single
             axes, such as ("head.weight", 1).
         couple: pairs of axes that are cut alike, position by position, such as (("a.weight", 0), ("b.weight", 0)).
         depth: whether layers may be left out as well (paper Eq 2). True finds them: blocks of one class that follow
@@ -203,27 +205,27 @@ def trace(
     if not proof and not is_meta(model):
         check_model(model, example_inputs)
         model = twin_on_meta(model)
-    slots = find(model, example_inputs, depth)
+    blocks = find(model, example_inputs, depth)
     failed: dict[tuple[str, str], int] = {}
     best: tuple[int, Space] | None = None
+    run = partial(replay, model, example_inputs, protect=protect, couple=couple, carried=carried, blocks=blocks)
     while True:
-        found = replay(model, example_inputs, freeze=freeze, couple=couple, carried=carried, slots=slots, failed=failed)
-        space = with_layers(found, slots)
+        space = with_layers(run(failed=failed), blocks)
         if is_meta(model):
             return space if proof else undecided_frozen(model, space, example_inputs)
         proven = prove(model, space, example_inputs)
         costs = CostModel(proven)
         least = int(costs.both(costs.smallest())[0])
-        if best is None or least <= best[0]:  # if as much can go, the one that names the place
+        if best is None or least <= best[0]:  # at equal cost, the later one, whose reasons name the place
             best = least, proven
         broken = _broken_parts(space, proven)
         if not broken:
             return best[1]
-        failed.update({place: failed.get(place, 0) + 1 for place in broken})  # at 2 the place is taken for fixed
+        failed.update({place: failed.get(place, 0) + 1 for place in broken})  # at 2 the cut counts as fixed
 
 
 def _broken_parts(space: Space, proven: Space) -> set[tuple[str, str]]:
-    """Where the forward cuts an axis by attributes, as it seemed, and the proof kept a piece whole."""
+    """Places where the forward seemed to cut an axis by attributes, but the proof kept a piece whole."""
     alone = torch.bincount(space.group_of, minlength=space.n_groups)[space.group_of] == 1
     kept = space.removable & ~proven.removable & ~alone
     return {
@@ -234,6 +236,7 @@ def _broken_parts(space: Space, proven: Space) -> set[tuple[str, str]]:
 
 
 @on_host()
+@renamed_arguments(freeze="protect")
 def verify(
     model: nn.Module,
     example_inputs: Any,
@@ -241,7 +244,7 @@ def verify(
     seed: int = 0,
     trials: int = 3,
     *,
-    freeze: Sequence[str | Place] = (),
+    protect: Sequence[str | Place] = (),
     couple: Couples = (),
     depth: bool | Sequence[Named] = False,
     carried: Carries | None = None,
@@ -255,11 +258,11 @@ def verify(
         fraction: share of the units removed from every group, in (0, 1).
         seed: of weights and subsets.
         trials: number of random subsets.
-        freeze: as for `trace`.
+        protect: as for `trace`.
         couple: as for `trace`.
         depth: as for `trace`.
         carried: as for `trace`.
-        space: what `trace` found for this model and these inputs, if it was called; the four before then have no say.
+        space: what `trace` found for this model and these inputs, if it was called; the four before are then ignored.
 
     Raises:
         TraceError: as for `trace`.
@@ -267,12 +270,12 @@ def verify(
     if not 0 < fraction < 1:
         raise TraceError(f"fraction must lie between 0 and 1, got {fraction}")
     if space is None:
-        space = trace(model, example_inputs, freeze=freeze, couple=couple, carried=carried, depth=depth)
+        space = trace(model, example_inputs, protect=protect, couple=couple, carried=carried, depth=depth)
     if not space.proven:
         raise TraceError("the model is on the meta device, where nothing can be proven; use trace for its units")
     prover = Prover(model, space, example_inputs, seed)
     count = trials if _free_groups(space) else 0
-    ways = (False, True) if space.slots else (False,)
+    ways = (False, True) if space.blocks else (False,)
     errors = [prover.error(prover.draw(fraction, whole=whole))[0] for _ in range(count) for whole in ways]
     costs = CostModel(space)
     full, least = int(costs.both(costs.sizes)[0]), int(costs.both(costs.smallest())[0])

@@ -51,7 +51,7 @@ class Recipe:
         channels_last: whether images lie in memory channel by channel within a pixel, which is faster on some
             processors; results differ by rounding.
         clip: largest norm of all gradients together; None means any.
-        freeze: parameters or modules that keep their width, as for `torchgrow.Grower`.
+        freeze: parameters or modules that keep their width: `protect` of `torchgrow.Grower`.
         shift: augmentation, largest shift of a training image in pixels.
         mirror: augmentation, whether half the training images are mirrored.
         mean: of the colours of pixels in [0, 1], which is subtracted; None: the data set's own.

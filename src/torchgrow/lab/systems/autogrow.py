@@ -97,8 +97,8 @@ class Growing(Hooks):
         self.generator = torch.Generator().manual_seed(task.recipe.seed)
         self.keep = self.whole.space.everything()
         self.asleep: dict[str, list[int]] = {}
-        for slot in self.whole.space.slots:
-            self.asleep.setdefault(slot.stage, []).append(slot.unit)
+        for block in self.whole.space.blocks:
+            self.asleep.setdefault(block.stage, []).append(block.unit)
         if not self.asleep:
             raise UnfitError("AutoGrow adds blocks, and this network has none that may be left out")
         for units in self.asleep.values():
@@ -120,7 +120,7 @@ class Growing(Hooks):
         unit = next(unit for unit in list(self.asleep.values())[stage] if not self.keep[unit])
         self.keep[unit] = True
         self.bank.resize_(self.keep)
-        paths = next(slot.modules for slot in self.whole.space.slots if slot.unit == unit)
+        paths = next(block.modules for block in self.whole.space.blocks if block.unit == unit)
         norms = [
             module
             for path in paths

@@ -34,7 +34,7 @@ class Structure:
 
     def __init__(self, model: nn.Module, task: Task, *, depth: bool = False) -> None:
         inputs, carried = example(model, task.data)
-        self.model, self.space = model, trace(model, inputs, carried=carried, freeze=task.recipe.freeze, depth=depth)
+        self.model, self.space = model, trace(model, inputs, carried=carried, protect=task.recipe.freeze, depth=depth)
         self.costs = CostModel(self.space)
 
     def cost(self, keep: Tensor) -> Tensor:

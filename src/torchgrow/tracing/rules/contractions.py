@@ -7,14 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
-from ..labels import Layer
-from .layers import aligned, first_tensor, harmonize, on_axis, placed, without_axes
+from ..labels import Labelled
+from .labelled import aligned, first_tensor, harmonize, on_axis, placed, tie_rows, without_axes
 from .registry import Context, rule
 
+Side = Labelled | None
+"""The labels on one side of a contraction, if there are any."""
 
-def contract(ctx: Context, produced: Layer | None, weight: Layer | None) -> None:
+
+def contract(ctx: Context, produced: Side, weight: Side) -> None:
     """Sum over an axis: tie what enters with the columns that read it; freeze the side that stands alone."""
-    produced, weight = (_met(ctx, layer) for layer in (produced, weight))
+    produced, weight = (_met(ctx, labels) for labels in (produced, weight))
     if produced is not None and weight is not None:
         ctx.unify(produced, weight)
         ctx.read(produced, weight)
@@ -24,12 +27,12 @@ def contract(ctx: Context, produced: Layer | None, weight: Layer | None) -> None
         ctx.freeze(produced, "is summed over against values that carry no labels")
 
 
-def _met(ctx: Context, layer: Layer | None) -> Layer | None:
-    """The layer, unless it has met nothing that it could follow."""
-    if layer is not None and ctx.follows(layer):
-        ctx.freeze(layer, "")
+def _met(ctx: Context, labels: Side) -> Side:
+    """The labels, unless they have met nothing that they could follow."""
+    if labels is not None and ctx.follows(labels):
+        ctx.freeze(labels, "")
         return None
-    return layer
+    return labels
 
 
 @rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution", counted=True)
@@ -38,21 +41,21 @@ def convolution(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> 
     x, weight, bias = named["input"], named["weight"], named["bias"]
     groups, transposed, rank = named["groups"], named["transposed"], out.dim()
     spatial = list(range(2, rank))
-    x_layers = without_axes(ctx, ctx.layers(x), spatial, "convolves over this axis")
-    x_layers = [layer for layer in x_layers if layer.axes == (1,)] + without_axes(
-        ctx, [layer for layer in x_layers if layer.axes != (1,)], [1], ""
+    of_x = without_axes(ctx, ctx.labelled(x), spatial, "convolves over this axis")
+    of_x = [labels for labels in of_x if labels.axes == (1,)] + without_axes(
+        ctx, [labels for labels in of_x if labels.axes != (1,)], [1], ""
     )  # heads in the batch: their width is kept
-    w_layers = without_axes(ctx, ctx.layers(weight), spatial, "")  # kernel axes: not worth a mention
+    of_weight = without_axes(ctx, ctx.labelled(weight), spatial, "")  # kernel axes: not worth a mention
     row_axis, column_axis = (1, 0) if transposed else (0, 1)
-    entering, rows, columns = on_axis(x_layers, 1), on_axis(w_layers, row_axis), on_axis(w_layers, column_axis)
-    offset, counted = on_axis(ctx.layers(bias), 0), (rows, columns)
+    entering, rows, columns = on_axis(of_x, 1), on_axis(of_weight, row_axis), on_axis(of_weight, column_axis)
+    offset, counted = on_axis(ctx.labelled(bias), 0), (rows, columns)
     if transposed and groups > 1:
         rows = grouped_transposed(ctx, weight, entering, rows, columns, groups)
     elif groups > 1:
         grouped(ctx, x, weight, entering, rows, columns, groups)
     else:
         contract(ctx, entering, columns)
-    ctx.set_layers(out, [layer for layer in x_layers if layer.axes == (0,)] + [output(ctx, rows, offset, rank, 1)])
+    ctx.set_labelled(out, [labels for labels in of_x if labels.axes == (0,)] + [output(ctx, rows, offset, rank, 1)])
     positions = math.prod((x if transposed else out).shape[2:])
     kernel = math.prod(weight.shape[2:])
     ctx.flop(
@@ -62,8 +65,8 @@ def convolution(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> 
     )
 
 
-def output(ctx: Context, rows: Layer | None, bias: Layer | None, rank: int, axis: int) -> Layer | None:
-    """The layer of a contraction's output, from the weight's rows and the bias."""
+def output(ctx: Context, rows: Side, bias: Side, rank: int, axis: int) -> Side:
+    """The labels of a contraction's output, from the weight's rows and the bias."""
     if rows is None:
         if bias is not None:
             ctx.freeze(bias, "is added to values that cannot be removed")
@@ -74,18 +77,15 @@ def output(ctx: Context, rows: Layer | None, bias: Layer | None, rank: int, axis
     bias = placed(bias, rank, axis)
     ctx.unify(rows, bias)
     sources = rows.sources | bias.sources
-    if rows.all_silent and bias.all_silent:
-        return rows.with_silence(True, sources)
-    return rows.with_silence(rows.silent & bias.silent, sources)
+    if rows.all_zero and bias.all_zero:
+        return rows.with_zeros(True, sources)
+    return rows.with_zeros(rows.zero & bias.zero, sources)
 
 
-def grouped(
-    ctx: Context, x: Tensor, weight: Tensor, entering: Layer | None, rows: Layer | None, columns: Layer | None,
-    groups: int,
-) -> None:  # fmt: skip
+def grouped(ctx: Context, x: Tensor, weight: Tensor, entering: Side, rows: Side, columns: Side, groups: int) -> None:
     """Grouped convolution: whole groups are units if there are at least as many as channels in each.
 
-    Otherwise the same slot of every group is one unit.
+    Otherwise the same place in every group is one unit.
     """
     per_group = weight.shape[1]
     whole = groups >= per_group
@@ -93,8 +93,7 @@ def grouped(
         if rows is not None and whole:
             ctx.freeze(rows, "is grouped over values that cannot be removed")
         elif rows is not None:  # as many outputs must stay in every group
-            slots = rows.symbols.reshape(groups, -1)
-            ctx.tie(slots, slots[:1])
+            tie_rows(ctx, rows.symbols.reshape(groups, -1))
         if columns is not None:
             ctx.freeze(columns, "reads values that cannot be removed")
         return
@@ -109,10 +108,9 @@ def grouped(
             ctx.freeze(columns, "every group keeps all its inputs: whole groups are the units")
         ctx.count(weight, "groups", inputs[:, 0])
         return
-    ctx.tie(inputs, inputs[:1])
+    tie_rows(ctx, inputs)
     if rows is not None:
-        slots = rows.symbols.reshape(groups, -1)
-        ctx.tie(slots, slots[:1])
+        tie_rows(ctx, rows.symbols.reshape(groups, -1))
     if columns is None:
         ctx.freeze(entering, "is read by columns that cannot be removed")
     else:
@@ -120,18 +118,16 @@ def grouped(
         ctx.read(entering, columns)
 
 
-def grouped_transposed(
-    ctx: Context, weight: Tensor, entering: Layer | None, rows: Layer | None, columns: Layer | None, groups: int
-) -> Layer | None:
+def grouped_transposed(ctx: Context, weight: Tensor, entering: Side, rows: Side, columns: Side, groups: int) -> Side:
     """Weight [in, out / groups, ...]: as `grouped`, with the output channels on columns that all groups share.
 
-    Returns the layer of the output channels, one-axis.
+    Returns the labels of the output channels, one-axis.
     """
     per_group = weight.shape[0] // groups
     if entering is None or columns is None:
-        for layer in (entering, columns):
-            if layer is not None:
-                ctx.freeze(layer, "enters a grouped transposed convolution beside values that cannot be removed")
+        for labels in (entering, columns):
+            if labels is not None:
+                ctx.freeze(labels, "enters a grouped transposed convolution beside values that cannot be removed")
     if groups >= per_group:
         if rows is not None:
             ctx.freeze(rows, "every group keeps all its outputs: whole groups are the units")
@@ -142,13 +138,13 @@ def grouped_transposed(
         ctx.tie(own >> 1, inputs[:, :1])
         ctx.count(weight, "groups", inputs[:, 0])
         whole = own[:, :1] & ~1 | (own & 1).min(1, keepdim=True).values
-        return Layer(whole.repeat(1, weight.shape[1]).flatten(), columns.sources)
+        return Labelled(whole.repeat(1, weight.shape[1]).flatten(), columns.sources)
     if entering is not None and columns is not None:
         inputs = entering.symbols.reshape(groups, per_group)
         ctx.tie(inputs, inputs[:1])
         ctx.tie(columns.symbols.reshape(groups, per_group), inputs)
         ctx.read(entering, columns)
-    return None if rows is None else Layer(rows.packed.flatten().repeat(groups), rows.sources)
+    return None if rows is None else Labelled(rows.packed.flatten().repeat(groups), rows.sources)
 
 
 @rule("mv", "dot", "vdot", "inner", counted=True)
@@ -157,20 +153,19 @@ def with_vector(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> 
     a = named["self"]
     vector = next(x for key, x in named.items() if key != "self" and isinstance(x, Tensor))
     if vector.dim() != 1:
-        for layer in [*ctx.layers(a), *ctx.layers(vector)]:
-            ctx.freeze(layer, "is an inner product of matrices, which has no rule")
+        for labels in [*ctx.labelled(a), *ctx.labelled(vector)]:
+            ctx.freeze(labels, "is an inner product of matrices, which has no rule")
         return
-    layers = ctx.layers(a)
+    labelled = ctx.labelled(a)
     last = a.dim() - 1
-    contract(ctx, *sorted_by_input(ctx, (a, on_axis(layers, last)), (vector, on_axis(ctx.layers(vector), 0))))
-    rows = without_axes(ctx, [x for x in layers if x.axes != (last,)], [last], "sums over one of several labelled axes")
-    ctx.set_layers(out, [Layer(layer.packed.squeeze(last), layer.sources) for layer in rows])
-    ctx.flop(2, *(on_axis(rows, k) or a.shape[k] for k in range(a.dim() - 1)), on_axis(layers, last) or a.shape[-1])
+    contract(ctx, *sorted_by_input(ctx, (a, on_axis(labelled, last)), (vector, on_axis(ctx.labelled(vector), 0))))
+    rest = [x for x in labelled if x.axes != (last,)]
+    rows = without_axes(ctx, rest, [last], "sums over one of several labelled axes")
+    ctx.set_labelled(out, [Labelled(labels.packed.squeeze(last), labels.sources) for labels in rows])
+    ctx.flop(2, *(on_axis(rows, k) or a.shape[k] for k in range(a.dim() - 1)), on_axis(labelled, last) or a.shape[-1])
 
 
-def sorted_by_input(
-    ctx: Context, first: tuple[Tensor, Layer | None], second: tuple[Tensor, Layer | None]
-) -> tuple[Layer | None, Layer | None]:
+def sorted_by_input(ctx: Context, first: tuple[Tensor, Side], second: tuple[Tensor, Side]) -> tuple[Side, Side]:
     """The operand computed from the inputs, then the one that reads it."""
     turned = ctx.depends_on_input(second[0]) and not ctx.depends_on_input(first[0])
     return (second[1], first[1]) if turned else (first[1], second[1])
@@ -180,8 +175,8 @@ def sorted_by_input(
 def linear(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     """Input [..., k] times weight [m, k], plus bias [m]."""
     x, weight = named["input"], named["weight"]
-    turned = [Layer(layer.packed.t(), layer.sources) for layer in ctx.layers(weight)]
-    product(ctx, x, ctx.layers(x), weight.t(), turned, named["bias"], out)
+    turned = [Labelled(labels.packed.t(), labels.sources) for labels in ctx.labelled(weight)]
+    product(ctx, x, ctx.labelled(x), weight.t(), turned, named["bias"], out)
 
 
 @rule("mm", "bmm", "matmul", "_sparse_mm_reduce_impl", counted=True)
@@ -189,7 +184,7 @@ def matmul(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """A [..., n, k] times B [..., k, m]; of a sparse A also the mean or the largest of the products."""
     a, b = named["self"], named.get("mat2", named.get("other"))
     assert isinstance(b, Tensor)
-    product(ctx, a, ctx.layers(a), b, ctx.layers(b), None, first_tensor(out))
+    product(ctx, a, ctx.labelled(a), b, ctx.labelled(b), None, first_tensor(out))
 
 
 @rule("addmm", "baddbmm", "addbmm", "_sparse_addmm", counted=True)
@@ -199,57 +194,57 @@ def addmm(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     assert isinstance(a, Tensor)
     assert isinstance(b, Tensor)
     bias = named["self"] if named.get("beta", 1) != 0 else None  # then it is not read
-    product(ctx, a, ctx.layers(a), b, ctx.layers(b), bias, out)
+    product(ctx, a, ctx.labelled(a), b, ctx.labelled(b), bias, out)
 
 
 def product(
-    ctx: Context, a: Tensor, a_layers: list[Layer], b: Tensor, b_layers: list[Layer], bias: Tensor | None, out: Tensor
+    ctx: Context, a: Tensor, of_a: list[Labelled], b: Tensor, of_b: list[Labelled], bias: Tensor | None, out: Tensor
 ) -> None:
     """A [..., n, k] times b [..., k, m], plus a bias [m] or of the shape of the output."""
     rank = out.dim()
-    if a.dim() < 2 or b.dim() < 2 or max(a.dim(), b.dim()) != rank:  # vectors: rare, not worth a case
-        for layer in [*a_layers, *b_layers, *ctx.layers(bias)]:
-            ctx.freeze(layer, "is a product with a vector, which has no rule")
-        ctx.set_layers(out, [])
+    if a.dim() < 2 or b.dim() < 2 or max(a.dim(), b.dim()) != rank:  # vectors are rare: not handled
+        for labels in [*of_a, *of_b, *ctx.labelled(bias)]:
+            ctx.freeze(labels, "is a product with a vector, which has no rule")
+        ctx.set_labelled(out, [])
         return
-    a_layers, b_layers = aligned(a_layers, rank), aligned(b_layers, rank)
+    of_a, of_b = aligned(of_a, rank), aligned(of_b, rank)
     several = "sums over one of several labelled axes"
-    a_layers = [x for x in a_layers if x.axes == (rank - 1,)] + without_axes(
-        ctx, [x for x in a_layers if x.axes != (rank - 1,)], [rank - 1], several)  # fmt: skip
-    b_layers = [x for x in b_layers if x.axes == (rank - 2,)] + without_axes(
-        ctx, [x for x in b_layers if x.axes != (rank - 2,)], [rank - 2], several)  # fmt: skip
-    summed_a, summed_b = on_axis(a_layers, rank - 1), on_axis(b_layers, rank - 2)
+    of_a = [x for x in of_a if x.axes == (rank - 1,)] + without_axes(
+        ctx, [x for x in of_a if x.axes != (rank - 1,)], [rank - 1], several)  # fmt: skip
+    of_b = [x for x in of_b if x.axes == (rank - 2,)] + without_axes(
+        ctx, [x for x in of_b if x.axes != (rank - 2,)], [rank - 2], several)  # fmt: skip
+    summed_a, summed_b = on_axis(of_a, rank - 1), on_axis(of_b, rank - 2)
     if summed_a is None and not ctx.depends_on_input(a) and ctx.constant_along(a, a.dim() - 1):
-        pass  # the zeros that a recurrent cell starts from: they are as many as the columns that read them
+        pass  # zeros as the initial state of a recurrent cell: as many as the columns that read them
     else:
         contract(ctx, *sorted_by_input(ctx, (a, summed_a), (b, summed_b)))
-    left = [x for x in a_layers if rank - 1 not in x.axes]
-    right = [x for x in b_layers if rank - 2 not in x.axes]
+    left = [x for x in of_a if rank - 1 not in x.axes]
+    right = [x for x in of_b if rank - 2 not in x.axes]
     if rank > 2:
         harmonize(ctx, [(a, left), (b, right)], range(rank - 2), rank, "multiplies batches with different labels")
-    groups: dict[tuple[int, ...], list[Layer]] = {}
-    for layer in [*left, *right]:
-        groups.setdefault(layer.axes, []).append(layer)
-    result: list[Layer] = []
+    groups: dict[tuple[int, ...], list[Labelled]] = {}
+    for labels in [*left, *right]:
+        groups.setdefault(labels.axes, []).append(labels)
+    result: list[Labelled] = []
     for members in groups.values():
         for other in members[1:]:
             ctx.unify(members[0], other)
-        result.append(next((x for x in members if x.all_silent), members[0]))
+        result.append(next((x for x in members if x.all_zero), members[0]))
     rows, columns = on_axis(result, rank - 2), on_axis(result, rank - 1)
-    batch: list[Layer | int] = [on_axis(result, k) or out.shape[k] for k in range(rank - 2)]
+    batch: list[Labelled | int] = [on_axis(result, k) or out.shape[k] for k in range(rank - 2)]
     ctx.flop(2, *batch, rows or out.shape[-2], columns or out.shape[-1], summed_a or summed_b or a.shape[-1])
-    added = aligned(ctx.layers(bias), rank)
+    added = aligned(ctx.labelled(bias), rank)
     if bias is not None and (added or result):
         operands = [(out, result), (bias, added)]
         harmonize(ctx, operands, range(rank), rank, "adds a bias with different or no labels")
-        for layer in added:
-            mate = next((x for x in result if x.axes == layer.axes), None)
+        for labels in added:
+            mate = next((x for x in result if x.axes == labels.axes), None)
             if mate is None:
                 continue
-            ctx.unify(mate, layer)
-            result[result.index(mate)] = mate.with_silence(mate.silent & layer.silent, mate.sources | layer.sources)
-        result = [x if any(x.axes == y.axes for y in added) else x.with_silence(False, frozenset()) for x in result]
-    ctx.set_layers(out, result)
+            ctx.unify(mate, labels)
+            result[result.index(mate)] = mate.with_zeros(mate.zero & labels.zero, mate.sources | labels.sources)
+        result = [x if any(x.axes == y.axes for y in added) else x.with_zeros(False) for x in result]
+    ctx.set_labelled(out, result)
 
 
 @rule("linalg_solve_triangular")
@@ -258,57 +253,57 @@ def solve(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     a, b, rank = named["self"], named["B"], out.dim()
     reason = "solves for values along this axis"
     mixed = rank - 2 if named.get("left", True) else rank - 1
-    batches = without_axes(ctx, aligned(ctx.layers(a), rank), [rank - 2, rank - 1], reason)
-    sides = without_axes(ctx, aligned(ctx.layers(b), rank), [mixed], reason)
+    batches = without_axes(ctx, aligned(ctx.labelled(a), rank), [rank - 2, rank - 1], reason)
+    sides = without_axes(ctx, aligned(ctx.labelled(b), rank), [mixed], reason)
     harmonize(ctx, [(a, batches), (b, sides)], range(rank - 2), rank, "solves batches with different or no labels")
-    for layer in sides:
+    for labels in sides:
         for mate in batches:
-            if mate.axes == layer.axes:
-                ctx.unify(layer, mate)
-    alone = [x.with_silence(False, frozenset()) for x in batches if all(x.axes != y.axes for y in sides)]
-    ctx.set_layers(out, [*sides, *alone])
+            if mate.axes == labels.axes:
+                ctx.unify(labels, mate)
+    alone = [x.with_zeros(False) for x in batches if all(x.axes != y.axes for y in sides)]
+    ctx.set_labelled(out, [*sides, *alone])
 
 
 @rule("embedding")
 def embedding(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     """Rows are looked up by the input and stay; columns are features."""
-    layers = without_axes(ctx, ctx.layers(named["weight"]), [0], "looks rows up by index")
-    ctx.set_layers(out, [placed(layer, out.dim(), out.dim() - 1) for layer in layers])
+    labelled = without_axes(ctx, ctx.labelled(named["weight"]), [0], "looks rows up by index")
+    ctx.set_labelled(out, [placed(labels, out.dim(), out.dim() - 1) for labels in labelled])
 
 
 @rule("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
 def embedding_bag(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """As `embedding`, with rows summed, averaged or maximised: each feature on its own."""
-    layers = without_axes(ctx, ctx.layers(named["weight"]), [0], "looks rows up by index")
+    labelled = without_axes(ctx, ctx.labelled(named["weight"]), [0], "looks rows up by index")
     first = first_tensor(out)
-    ctx.set_layers(first, [placed(layer, first.dim(), first.dim() - 1) for layer in layers])
+    ctx.set_labelled(first, [placed(labels, first.dim(), first.dim() - 1) for labels in labelled])
 
 
 @rule("_trilinear", counted=True)
 def bilinear(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     """As `nn.Bilinear` calls it: a [N, A], weight [O, A, B], b [N, B] to [N, O]."""
     a, weight, b = named["i1"], named["i2"], named["i3"]
-    layers = [ctx.layers(tensor) for tensor in (a, weight, b)]
+    labelled = [ctx.labelled(tensor) for tensor in (a, weight, b)]
     expected = ([1, 3], [0], [1, 2], [2, 3])
     if tuple(list(named[key]) for key in ("expand1", "expand2", "expand3", "sumdim")) != expected:
-        for layer in (layer for found in layers for layer in found):
-            ctx.freeze(layer, "is a trilinear product of another form than nn.Bilinear's, which has no rule")
-        ctx.set_layers(out, [])
+        for labels in (labels for found in labelled for labels in found):
+            ctx.freeze(labels, "is a trilinear product of another form than nn.Bilinear's, which has no rule")
+        ctx.set_labelled(out, [])
         return
-    rows, first, second = (on_axis(layers[1], axis) for axis in range(3))
-    contract(ctx, on_axis(layers[0], 1), first)
-    contract(ctx, on_axis(layers[2], 1), second)
-    ctx.set_layers(out, [] if rows is None else [placed(rows, out.dim(), 1)])
-    ctx.flop(2 * out.shape[0], *(layer or weight.shape[k] for k, layer in enumerate((rows, first, second))))
+    rows, first, second = (on_axis(labelled[1], axis) for axis in range(3))
+    contract(ctx, on_axis(labelled[0], 1), first)
+    contract(ctx, on_axis(labelled[2], 1), second)
+    ctx.set_labelled(out, [] if rows is None else [placed(rows, out.dim(), 1)])
+    ctx.flop(2 * out.shape[0], *(labels or weight.shape[k] for k, labels in enumerate((rows, first, second))))
 
 
 @rule("_cdist_forward", "_euclidean_dist")
 def distances(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     """Distances of vectors a [..., P, M] and b [..., R, M], as [..., P, R]: what is zero in both adds nothing."""
     a, b, rank, reason = named["x1"], named["x2"], out.dim(), "is compared with values that carry no labels"
-    sides = [(tensor, aligned(ctx.layers(tensor), rank)) for tensor in (a, b)]
-    vectors = [on_axis(layers, rank - 1) for _, layers in sides]
-    if any(vector is None or not vector.all_silent for vector in vectors) or not named.get("p", 2) > 0:
+    sides = [(tensor, aligned(ctx.labelled(tensor), rank)) for tensor in (a, b)]
+    vectors = [on_axis(labelled, rank - 1) for _, labelled in sides]
+    if any(vector is None or not vector.all_zero for vector in vectors) or not named.get("p", 2) > 0:
         for vector in vectors:
             if vector is not None:
                 ctx.freeze(vector, reason)
@@ -316,13 +311,13 @@ def distances(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> No
         contract(ctx, vectors[0], vectors[1])
     rows = without_axes(ctx, [x for x in sides[0][1] if x is not vectors[0]], [rank - 1], reason)
     columns = without_axes(ctx, [x for x in sides[1][1] if x is not vectors[1]], [rank - 1], reason)
-    columns = [Layer(layer.packed.transpose(-1, -2), layer.sources) for layer in columns]
+    columns = [Labelled(labels.packed.transpose(-1, -2), labels.sources) for labels in columns]
     harmonize(ctx, [(a, rows), (b, columns)], range(rank - 2), rank, reason)
-    result: list[Layer] = []
-    for layer in [*rows, *columns]:
-        mate = next((x for x in result if x.axes == layer.axes), None)
+    result: list[Labelled] = []
+    for labels in [*rows, *columns]:
+        mate = next((x for x in result if x.axes == labels.axes), None)
         if mate is None:
-            result.append(layer.with_silence(False, frozenset()))
+            result.append(labels.with_zeros(False))
         else:
-            ctx.unify(mate, layer)
-    ctx.set_layers(out, result)
+            ctx.unify(mate, labels)
+    ctx.set_labelled(out, result)

@@ -12,27 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..labels import Layer
-from .layers import aligned, harmonize, on_axis, placed, without_axes
+from ..labels import Labelled
+from .labelled import aligned, harmonize, on_axis, placed, without_axes
 from .pointwise import combined
 from .registry import Context, rule
 
-Operand = tuple[Tensor, list[Layer]]
+Operand = tuple[Tensor, list[Labelled]]
 
 
-def met(ctx: Context, operands: Sequence[Operand], axes: Sequence[int], rank: int, reason: str) -> list[Layer]:
-    """Layers of a result in which operands meet along `axes`, position by position; silent where all of them are."""
+def met(ctx: Context, operands: Sequence[Operand], axes: Sequence[int], rank: int, reason: str) -> list[Labelled]:
+    """Labels of a result in which operands meet along `axes`, position by position; zero where all of them are."""
     harmonize(ctx, operands, axes, rank, reason)
-    loud = [(tensor, layers) for tensor, layers in operands if layers or not ctx.zero(tensor)]
-    groups: dict[tuple[int, ...], list[tuple[int, Layer]]] = {}
-    for index, (_, layers) in enumerate(loud):
-        for layer in layers:
-            groups.setdefault(layer.axes, []).append((index, layer))
+    counted = [(tensor, labelled) for tensor, labelled in operands if labelled or not ctx.zero(tensor)]
+    groups: dict[tuple[int, ...], list[tuple[int, Labelled]]] = {}
+    for index, (_, labelled) in enumerate(counted):
+        for labels in labelled:
+            groups.setdefault(labels.axes, []).append((index, labels))
     result = []
     for members in groups.values():
         for _, other in members[1:]:
             ctx.unify(members[0][1], other)
-        result.append(combined(members[0][1], members, set(), True, len(loud)))
+        result.append(combined(members[0][1], members, set(), True, len(counted)))
     return result
 
 
@@ -54,33 +54,33 @@ def looked_up(indices: Sequence[Tensor | None]) -> tuple[list[int], int, int]:
     return axes, axes[0] if adjacent else 0, max(ranks)
 
 
-def _shown(layer: Layer, axes: Sequence[int], first: int, width: int) -> Layer:
-    """A layer of a tensor that does not vary along the axes looked up, in the axes of the result."""
-    packed = layer.packed.squeeze(tuple(axes))
-    return Layer(packed.reshape(*packed.shape[:first], *[1] * width, *packed.shape[first:]), layer.sources)
+def _shown(labels: Labelled, axes: Sequence[int], first: int, width: int) -> Labelled:
+    """Labels of a tensor that do not vary along the axes looked up, in the axes of the result."""
+    packed = labels.packed.squeeze(tuple(axes))
+    return Labelled(packed.reshape(*packed.shape[:first], *[1] * width, *packed.shape[first:]), labels.sources)
 
 
-def _put_back(layer: Layer, axes: Sequence[int], first: int, width: int) -> Layer:
+def _put_back(labels: Labelled, axes: Sequence[int], first: int, width: int) -> Labelled:
     """The inverse of `_shown`."""
-    packed = layer.packed.squeeze(tuple(range(first, first + width)))
+    packed = labels.packed.squeeze(tuple(range(first, first + width)))
     for axis in axes:
         packed = packed.unsqueeze(axis)
-    return Layer(packed, layer.sources)
+    return Labelled(packed, labels.sources)
 
 
 @rule("index", "_unsafe_index")
 def index(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     """Positions of some axes are looked up; the other axes pass."""
     axes, first, width = looked_up(named["indices"])
-    layers = without_axes(ctx, ctx.layers(named["self"]), axes, "looks this axis up by index")
-    ctx.set_layers(out, [_shown(layer, axes, first, width) for layer in layers])
+    labelled = without_axes(ctx, ctx.labelled(named["self"]), axes, "looks this axis up by index")
+    ctx.set_labelled(out, [_shown(labels, axes, first, width) for labels in labelled])
 
 
 @rule("index_select")
 def index_select(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     """As `index`, along one axis, which stays."""
     axis = named["dim"] % max(1, named["self"].dim())
-    ctx.set_layers(out, without_axes(ctx, ctx.layers(named["self"]), [axis], "looks this axis up by index"))
+    ctx.set_labelled(out, without_axes(ctx, ctx.labelled(named["self"]), [axis], "looks this axis up by index"))
 
 
 @rule("gather")
@@ -89,12 +89,12 @@ def gather(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     source, index_ = named["self"], named["index"]
     rank, reason = out.dim(), "looks this axis up by index"
     axes = {named["dim"] % max(1, rank), *(k for k in range(rank) if index_.shape[k] != source.shape[k])}
-    layers = without_axes(ctx, ctx.layers(source), sorted(axes), reason)
-    places = without_axes(ctx, ctx.layers(index_), sorted(axes), reason)
+    labelled = without_axes(ctx, ctx.labelled(source), sorted(axes), reason)
+    places = without_axes(ctx, ctx.labelled(index_), sorted(axes), reason)
     if places:
-        operands = [(source, layers), (index_, [place.with_silence(True, frozenset()) for place in places])]
-        layers = met(ctx, operands, [k for k in range(rank) if k not in axes], rank, reason)
-    ctx.set_layers(out, layers)
+        operands = [(source, labelled), (index_, [place.with_zeros(True) for place in places])]
+        labelled = met(ctx, operands, [k for k in range(rank) if k not in axes], rank, reason)
+    ctx.set_labelled(out, labelled)
 
 
 WRITTEN = "is written to by index"
@@ -109,15 +109,15 @@ def scatter(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None
     by_element = func._overloadpacket.__name__.startswith("scatter")  # each element has a place of its own
     spans = index_.shape if by_element else source.shape if isinstance(source, Tensor) else target.shape
     axes = sorted({named["dim"] % max(1, rank), *(k for k in range(rank) if spans[k] != target.shape[k])})
-    operands = [(target, without_axes(ctx, ctx.layers(target), axes, WRITTEN))]
+    operands = [(target, without_axes(ctx, ctx.labelled(target), axes, WRITTEN))]
     if isinstance(source, Tensor):
-        operands.append((source, without_axes(ctx, ctx.layers(source), axes, WRITTEN)))
-    if by_element and ctx.layers(index_):
-        places = without_axes(ctx, ctx.layers(index_), axes, WRITTEN)
-        operands.append((index_, [place.with_silence(True, frozenset()) for place in places]))
+        operands.append((source, without_axes(ctx, ctx.labelled(source), axes, WRITTEN)))
+    if by_element and ctx.labelled(index_):
+        places = without_axes(ctx, ctx.labelled(index_), axes, WRITTEN)
+        operands.append((index_, [place.with_zeros(True) for place in places]))
     result = met(ctx, operands, [k for k in range(rank) if k not in axes], rank, WRITTEN)
     zero = not isinstance(value, Tensor) and value == 0
-    ctx.set_layers(out, result if zero else [layer.with_silence(False, frozenset()) for layer in result])
+    ctx.set_labelled(out, result if zero else [labels.with_zeros(False) for labels in result])
 
 
 @rule("index_put", "_unsafe_index_put", "_index_put_impl", "_index_put_impl_")
@@ -132,13 +132,13 @@ def index_put(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> No
     axes, first, width = looked_up(indices)
     full = rank - len(axes) + width
     within = range(first, first + width)
-    layers = without_axes(ctx, ctx.layers(target), axes, WRITTEN)
+    labelled = without_axes(ctx, ctx.labelled(target), axes, WRITTEN)
     operands = [
-        (_stand_in(ctx, target, axes, within), [_shown(layer, axes, first, width) for layer in layers]),
-        (values, without_axes(ctx, aligned(ctx.layers(values), full), within, WRITTEN)),
+        (_stand_in(ctx, target, axes, within), [_shown(labels, axes, first, width) for labels in labelled]),
+        (values, without_axes(ctx, aligned(ctx.labelled(values), full), within, WRITTEN)),
     ]
     result = met(ctx, operands, [k for k in range(full) if k not in within], full, WRITTEN)
-    ctx.set_layers(out, [_put_back(layer, axes, first, width) for layer in result])
+    ctx.set_labelled(out, [_put_back(labels, axes, first, width) for labels in result])
 
 
 def _stand_in(ctx: Context, target: Tensor, axes: Sequence[int], within: range) -> Tensor:
@@ -160,20 +160,20 @@ def _masked_fill(ctx: Context, target: Tensor, mask: Tensor, start: int, value: 
     rank = target.dim()
     behind = (1,) * (rank - start - mask.dim())
     chosen = [
-        Layer(x.packed.reshape((1,) * start + x.packed.shape + behind), x.sources).with_silence(True, frozenset())
-        for x in ctx.layers(mask)
+        Labelled(x.packed.reshape((1,) * start + x.packed.shape + behind), x.sources).with_zeros(True)
+        for x in ctx.labelled(mask)
     ]
-    layers = ctx.layers(target)
+    labelled = ctx.labelled(target)
     covered = range(start, start + mask.dim())
     if not chosen:  # the mask is not of these units: it says which positions of its axes are written
-        layers = without_axes(ctx, layers, [k for k in covered if not ctx.constant_along(mask, k - start)], WRITTEN)
+        labelled = without_axes(ctx, labelled, [k for k in covered if not ctx.constant_along(mask, k - start)], WRITTEN)
     elif start + mask.dim() == rank:
-        layers = met(ctx, [(target, layers), (mask, chosen)], range(rank), rank, WRITTEN)
+        labelled = met(ctx, [(target, labelled), (mask, chosen)], range(rank), rank, WRITTEN)
     else:
-        for layer in chosen:
-            ctx.freeze(layer, WRITTEN)
-        layers = without_axes(ctx, layers, covered, WRITTEN)
-    ctx.set_layers(out, layers if ctx.zero(value) else [x.with_silence(False, frozenset()) for x in layers])
+        for labels in chosen:
+            ctx.freeze(labels, WRITTEN)
+        labelled = without_axes(ctx, labelled, covered, WRITTEN)
+    ctx.set_labelled(out, labelled if ctx.zero(value) else [x.with_zeros(False) for x in labelled])
 
 
 @rule("fill", "zero")
@@ -181,59 +181,59 @@ def fill(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     """One value everywhere, for as many positions as before."""
     value = named.get("value", 0)
     zero = ctx.zero(value) if isinstance(value, Tensor) else value == 0
-    ctx.set_layers(out, [layer.with_silence(zero, frozenset()) for layer in ctx.layers(named["self"])])
+    ctx.set_labelled(out, [labels.with_zeros(zero) for labels in ctx.labelled(named["self"])])
 
 
 @rule("copy")
 def copy(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     """Overwrites a tensor, or the part of one that a view shows."""
     target, source = named["self"], named["src"]
-    layers = aligned(ctx.layers(source), target.dim())
-    if not layers and ctx.zero(source):
-        layers = [layer.with_silence(True, frozenset()) for layer in ctx.layers(target)]
-    ctx.set_layers(target, layers)
+    labelled = aligned(ctx.labelled(source), target.dim())
+    if not labelled and ctx.zero(source):
+        labelled = [labels.with_zeros(True) for labels in ctx.labelled(target)]
+    ctx.set_labelled(target, labelled)
 
 
 def write_through(ctx: Context, view: Tensor) -> None:
-    """What an operation has written to a view is written to its base.
+    """Pass on to its base what an operation has written to a view.
 
-    Labels go over along axes that both have. Where the base had none there, the rest of it must be the same all along.
+    Labels pass along axes that both have. If the base had none there, the rest of it must be constant along the axis.
     """
     base = view._base
     assert base is not None
-    under = ctx.layers(base)
-    written = {axis for layer in ctx.layers(view) if (axis := _axis_of_base(view, base, layer)) is not None}
-    for i, old in enumerate(under):  # other values stand beside them now, zero or not
+    under = ctx.labelled(base)
+    written = {axis for labels in ctx.labelled(view) if (axis := _axis_of_base(view, base, labels)) is not None}
+    for i, old in enumerate(under):  # other values may lie beside them now
         if written.isdisjoint(old.axes):
-            under[i] = old.with_silence(False, frozenset())
-    kept = [layer for layer in ctx.layers(view) if _carried_over(ctx, view, base, under, layer)]
-    ctx.set_layers(base, under)
-    ctx.set_layers(view, kept)
+            under[i] = old.with_zeros(False)
+    kept = [labels for labels in ctx.labelled(view) if _carried_over(ctx, view, base, under, labels)]
+    ctx.set_labelled(base, under)
+    ctx.set_labelled(view, kept)
 
 
-def _axis_of_base(view: Tensor, base: Tensor, layer: Layer) -> int | None:
-    """The axis of the base that is the one along which a layer of a view varies."""
-    if len(layer.axes) != 1:
+def _axis_of_base(view: Tensor, base: Tensor, labels: Labelled) -> int | None:
+    """The axis of the base that is the one along which labels of a view vary."""
+    if len(labels.axes) != 1:
         return None
-    place = (view.stride(layer.axes[0]), view.shape[layer.axes[0]])
+    place = (view.stride(labels.axes[0]), view.shape[labels.axes[0]])
     fitting = [k for k in range(base.dim()) if (base.stride(k), base.shape[k]) == place]
     return fitting[0] if len(fitting) == 1 else None
 
 
-def _carried_over(ctx: Context, view: Tensor, base: Tensor, under: list[Layer], layer: Layer) -> bool:
-    """Carry a layer over to the base of a view, if the axis is one of the base's; else freeze it."""
-    axis = _axis_of_base(view, base, layer)
+def _carried_over(ctx: Context, view: Tensor, base: Tensor, under: list[Labelled], labels: Labelled) -> bool:
+    """Carry labels over to the base of a view, if the axis is one of the base's; else freeze them."""
+    axis = _axis_of_base(view, base, labels)
     if axis is None:
-        ctx.freeze(layer, "is written to a part of a tensor")
+        ctx.freeze(labels, "is written to a part of a tensor")
         return False
-    moved = placed(layer, base.dim(), axis)
+    moved = placed(labels, base.dim(), axis)
     old = on_axis(under, axis)
     if old is not None:
         ctx.unify(old, moved)
         under[under.index(old)] = combined(old, [(0, old), (1, moved)], set(), True, 2)
     elif ctx.filled(base):
-        under.append(moved if ctx.zero(base) else moved.with_silence(False, frozenset()))
+        under.append(moved if ctx.zero(base) else moved.with_zeros(False))
     else:
-        ctx.freeze(layer, "is written beside values that cannot be removed")
+        ctx.freeze(labels, "is written beside values that cannot be removed")
         return False
     return True

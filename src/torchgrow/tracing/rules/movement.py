@@ -1,4 +1,4 @@
-"""Rules for what moves entries and computes none: shapes, orders, windows, concatenation."""
+"""Rules for operations that only move entries: shapes, orders, windows, concatenation."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..labels import Layer, compressed, standing
-from .layers import aligned, harmonize, placed, without_axes
+from ..labels import Labelled, compressed, standing
+from .labelled import aligned, harmonize, placed, without_axes
 from .pointwise import combined
 from .registry import CONSTANT, Context, rule
 
@@ -22,17 +22,17 @@ def reshape(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     before, after = _reshaped(source.shape, out.shape)
     empty = [axis for axis, size in enumerate(out.shape) if not size]
 
-    def moved(labels: Tensor) -> Tensor:
-        labels = labels.reshape(after)
+    def moved(packed: Tensor) -> Tensor:
+        packed = packed.reshape(after)
         for axis in empty:  # no two positions there that could differ
-            labels = labels.narrow(axis, 0, 1)
-        return labels
+            packed = packed.narrow(axis, 0, 1)
+        return packed
 
-    layers = _apart(ctx, ctx.layers(source), lambda layer: layer.move(before, moved))
-    for layer in layers:
-        if len(layer.axes) > 1:
-            ctx.split_view(layer)
-    ctx.set_layers(out, layers)
+    labelled = _apart(ctx, ctx.labelled(source), lambda labels: labels.move(before, moved))
+    for labels in labelled:
+        if len(labels.axes) > 1:
+            ctx.split_view(labels)
+    ctx.set_labelled(out, labelled)
 
 
 def _reshaped(source: Sequence[int], out: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -47,22 +47,22 @@ def _reshaped(source: Sequence[int], out: Sequence[int]) -> tuple[tuple[int, ...
     return shapes[0], shapes[1]
 
 
-def _apart(ctx: Context, layers: Sequence[Layer], joined: Callable[[Layer], Layer | None]) -> list[Layer]:
-    """Layers after a view that joins axes; of two that now vary along one axis the second is frozen.
+def _apart(ctx: Context, labelled: Sequence[Labelled], joined: Callable[[Labelled], Labelled | None]) -> list[Labelled]:
+    """Labels after a view that joins axes; of two that now vary along one axis the second is frozen.
 
-    A position there would go with either of two units. What parameters own stays before what follows, and then what
-    varied along the outer axis: heads, not what is the same in each of them. Of followers the inner one stays: the
-    outer one is the batch.
+    A position there would belong to two units. Labels of parameters take precedence over followers, then the outer
+    axis over the inner one: heads, rather than what is the same in each of them. Of followers the inner one stays:
+    the outer one is the batch.
     """
-    kept: list[Layer] = []
-    if len(layers) > 1:
-        layers = sorted(layers, key=lambda x: (0, x.axes[0]) if ctx.owned(x) else (1, -x.axes[0]))
-    for layer in layers:
-        moved = joined(layer)
+    kept: list[Labelled] = []
+    if len(labelled) > 1:
+        labelled = sorted(labelled, key=lambda x: (0, x.axes[0]) if ctx.owned(x) else (1, -x.axes[0]))
+    for labels in labelled:
+        moved = joined(labels)
         if moved is None:
             continue
         if any(not set(other.axes).isdisjoint(moved.axes) for other in kept):
-            ctx.freeze(layer, "lies along one axis with other units")
+            ctx.freeze(labels, "lies along one axis with other units")
         else:
             kept.append(moved)
     return kept
@@ -70,13 +70,13 @@ def _apart(ctx: Context, layers: Sequence[Layer], joined: Callable[[Layer], Laye
 
 @rule("expand", "broadcast_to", "expand_as")
 def expand(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """One position shown many times: as many as the labels ask for that it meets."""
+    """One position repeated: as often as the labels need that it meets."""
     source, lead = named["self"], out.dim() - named["self"].dim()
-    layers: list[Layer | None] = list(aligned(ctx.layers(source), out.dim()))
-    if layers or ctx.depends_on_input(source):
+    labelled: list[Labelled | None] = list(aligned(ctx.labelled(source), out.dim()))
+    if labelled or ctx.depends_on_input(source):
         stretched = [k for k in range(out.dim()) if out.shape[k] > 1 and (k < lead or source.shape[k - lead] == 1)]
-        layers += [placed(ctx.follower(out.shape[axis]), out.dim(), axis) for axis in reversed(stretched)]
-    ctx.set_layers(out, layers)
+        labelled += [placed(ctx.follower(out.shape[axis]), out.dim(), axis) for axis in reversed(stretched)]
+    ctx.set_labelled(out, labelled)
 
 
 @rule(
@@ -87,23 +87,23 @@ def movement(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """Replay the same operation on the labels."""
     source = named.pop("self")
     named.update({key: standing(named[key]) for key in ("size", "repeats") if key in named})
-    ctx.set_layers(
-        out, _apart(ctx, ctx.layers(source), lambda layer: layer.move(source.shape, lambda t: func(t, **named)))
+    ctx.set_labelled(
+        out, _apart(ctx, ctx.labelled(source), lambda labels: labels.move(source.shape, lambda t: func(t, **named)))
     )
 
 
 @rule("view_as_real")
 def view_as_real(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     """Real and imaginary part, side by side along a new last axis."""
-    ctx.set_layers(out, [Layer(layer.packed[..., None], layer.sources) for layer in ctx.layers(named["self"])])
+    ctx.set_labelled(out, [Labelled(x.packed[..., None], x.sources) for x in ctx.labelled(named["self"])])
 
 
 @rule("view_as_complex")
 def view_as_complex(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     """And back."""
     source = named["self"]
-    layers = without_axes(ctx, ctx.layers(source), [out.dim()], "takes this axis for real and imaginary parts")
-    ctx.set_layers(out, [Layer(layer.packed[..., 0], layer.sources) for layer in layers])
+    labelled = without_axes(ctx, ctx.labelled(source), [out.dim()], "takes this axis for real and imaginary parts")
+    ctx.set_labelled(out, [Labelled(labels.packed[..., 0], labels.sources) for labels in labelled])
 
 
 @rule("unfold")
@@ -112,16 +112,16 @@ def windows(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None
     source, size = named["self"], named["size"]
     dim = named["dimension"] % max(1, source.dim())
     beside = size == named["step"] and source.shape[dim] == out.shape[dim] * size
-    result: list[Layer | None] = []
-    for layer in ctx.layers(source):
-        if layer.axes == (dim,) and beside:
-            slots = layer.symbols.flatten().reshape(-1, size)
-            ctx.tie(slots, slots[:, :1])
-            result.append(layer.move(source.shape, lambda t: t.unfold(dim, size, size)))
+    result: list[Labelled | None] = []
+    for labels in ctx.labelled(source):
+        if labels.axes == (dim,) and beside:
+            window = labels.symbols.reshape(-1, size)
+            ctx.tie(window, window[:, :1])
+            result.append(labels.move(source.shape, lambda t: t.unfold(dim, size, size)))
         else:
-            kept = without_axes(ctx, [layer], [dim], "slides a window along this axis")
-            result += [Layer(x.packed[..., None], x.sources) for x in kept]
-    ctx.set_layers(out, result)
+            kept = without_axes(ctx, [labels], [dim], "slides a window along this axis")
+            result += [Labelled(x.packed[..., None], x.sources) for x in kept]
+    ctx.set_labelled(out, result)
 
 
 @rule("im2col")
@@ -129,17 +129,17 @@ def image_windows(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> N
     """[N, C, H, W] to [N, C x kernel, positions]: every channel becomes a block of rows."""
     source = named["self"]
     spatial = [source.dim() - 2, source.dim() - 1]
-    layers = without_axes(ctx, ctx.layers(source), spatial, "slides a window along this axis")
-    ctx.set_layers(out, [windowed(layer, out.dim(), named["kernel_size"]) for layer in layers])
+    labelled = without_axes(ctx, ctx.labelled(source), spatial, "slides a window along this axis")
+    ctx.set_labelled(out, [windowed(labels, out.dim(), named["kernel_size"]) for labels in labelled])
 
 
-def windowed(layer: Layer, rank: int, kernel: Sequence[int]) -> Layer:
-    """A layer of images, constant along both sides, on their windows."""
-    packed = layer.packed.squeeze(-1)  # the sides are of size 1
+def windowed(labels: Labelled, rank: int, kernel: Sequence[int]) -> Labelled:
+    """Labels of images, constant along both sides, on their windows."""
+    packed = labels.packed.squeeze(-1)  # the sides are of size 1
     axis = rank - 2
-    if axis in layer.axes:
+    if axis in labels.axes:
         packed = packed.repeat_interleave(kernel[0] * kernel[1], axis)
-    return Layer(packed, layer.sources)
+    return Labelled(packed, labels.sources)
 
 
 @rule("col2im")
@@ -148,17 +148,17 @@ def fold(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     source, kernel = named["self"], named["kernel_size"]
     rows, last, each = source.dim() - 2, source.dim() - 1, kernel[0] * kernel[1]
     result = []
-    for layer in without_axes(ctx, ctx.layers(source), [last], "slides a window along this axis"):
-        if layer.axes == (rows,):
-            channels = layer.packed.flatten().reshape(-1, each)
+    for labels in without_axes(ctx, ctx.labelled(source), [last], "slides a window along this axis"):
+        if labels.axes == (rows,):
+            channels = labels.packed.flatten().reshape(-1, each)
             ctx.tie(channels >> 1, channels[:, :1] >> 1)
             whole = channels[:, 0] & ~1 | (channels & 1).amin(1)
-            result.append(placed(Layer(whole, layer.sources), out.dim(), out.dim() - 3))
+            result.append(placed(Labelled(whole, labels.sources), out.dim(), out.dim() - 3))
         else:
             result += [
-                Layer(x.packed[..., None], x.sources) for x in without_axes(ctx, [layer], [rows], "folds windows")
+                Labelled(x.packed[..., None], x.sources) for x in without_axes(ctx, [labels], [rows], "folds windows")
             ]
-    ctx.set_layers(out, result)
+    ctx.set_labelled(out, result)
 
 
 @rule("roll")
@@ -166,7 +166,8 @@ def roll(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """Rolls axes by numbers fixed in the forward: what wraps around is no longer the same once an axis is cut."""
     source = named["self"]
     axes = [axis % source.dim() for axis in named["dims"]] or list(range(source.dim()))
-    ctx.set_layers(out, without_axes(ctx, ctx.layers(source), axes, "rolls this axis by a number fixed in the forward"))
+    reason = "rolls this axis by a number fixed in the forward"
+    ctx.set_labelled(out, without_axes(ctx, ctx.labelled(source), axes, reason))
 
 
 @rule(
@@ -174,24 +175,24 @@ def roll(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     "replication_pad2d", "replication_pad3d",
 )  # fmt: skip
 def pad(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """Padding an axis by a number fixed in the forward fixes what is beside it in place; cropping fixes the axis.
+    """Padding by a fixed number freezes the padding, cropping by a fixed number freezes the axis.
 
-    Labels that do not vary along a padded axis stay as they are: a channel that is gone has no padding either.
+    Labels that do not vary along a padded axis stay: a removed channel has no padding either.
     """
     source, amounts = named["self"], list(named["pad"] if "pad" in named else named["padding"])
     constant = func._overloadpacket.__name__ == "constant_pad_nd" or named.get("mode") == "constant"
     value = named.get("value") or 0
-    layers = ctx.layers(source)
+    labelled = ctx.labelled(source)
     if not constant or any(amount < 0 for amount in amounts):
         axes = [source.dim() - 1 - i // 2 for i, amount in enumerate(amounts) if amount]
-        layers = without_axes(ctx, layers, axes, "pads with values or crops by a number fixed in the forward")
-    result: list[Layer | None] = []
-    for layer in layers:
-        here = [amount if source.dim() - 1 - i // 2 in layer.axes else 0 for i, amount in enumerate(amounts)]
-        silent = layer.with_silence(False, frozenset()) if constant and value != 0 else layer
+        labelled = without_axes(ctx, labelled, axes, "pads with values or crops by a number fixed in the forward")
+    result: list[Labelled | None] = []
+    for labels in labelled:
+        here = [amount if source.dim() - 1 - i // 2 in labels.axes else 0 for i, amount in enumerate(amounts)]
+        zero = labels.with_zeros(False) if constant and value != 0 else labels
         # the filler 0 is FIXED
-        result.append(compressed(Layer(torch.nn.functional.pad(silent.packed, here), silent.sources)))
-    ctx.set_layers(out, result)
+        result.append(compressed(Labelled(torch.nn.functional.pad(zero.packed, here), zero.sources)))
+    ctx.set_labelled(out, result)
 
 
 @rule("select", "unbind")
@@ -199,10 +200,10 @@ def select(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """Taking one index of an axis: the axis is merged away first."""
     source = named["self"]
     dim = named.get("dim", 0) % source.dim()
-    layers = without_axes(ctx, ctx.layers(source), [dim], "takes one index of this axis")
-    moved = [layer.move(source.shape, lambda t: t.select(dim, 0)) for layer in layers]
+    labelled = without_axes(ctx, ctx.labelled(source), [dim], "takes one index of this axis")
+    moved = [labels.move(source.shape, lambda t: t.select(dim, 0)) for labels in labelled]
     for part in [out] if isinstance(out, Tensor) else out:
-        ctx.set_layers(part, moved)
+        ctx.set_labelled(part, moved)
 
 
 @rule("tril", "triu")
@@ -210,7 +211,7 @@ def triangle(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """Zeros on one side of the diagonal of matrices in the last two axes."""
     source = named["self"]
     axes = [source.dim() - 2, source.dim() - 1]
-    ctx.set_layers(out, without_axes(ctx, ctx.layers(source), axes, "sets a triangle of these axes to zero"))
+    ctx.set_labelled(out, without_axes(ctx, ctx.labelled(source), axes, "sets a triangle of these axes to zero"))
 
 
 @rule(*CONSTANT)
@@ -219,7 +220,7 @@ def constant(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     kind = func._overloadpacket.__name__
     if kind.endswith("_like") and out is not None:
         zero = kind == "zeros_like"
-        ctx.set_layers(out, [layer.with_silence(zero, frozenset()) for layer in ctx.layers(named["self"])])
+        ctx.set_labelled(out, [labels.with_zeros(zero) for labels in ctx.labelled(named["self"])])
 
 
 @rule("cat", "concat", "concatenate")
@@ -227,42 +228,42 @@ def cat(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """Labels are laid side by side; a part without labels is FIXED."""
     parts = [part for part in named["tensors"] if part.dim() == out.dim()]  # torch leaves out empty vectors
     dim = named.get("dim", 0) % out.dim()
-    operands = [(part, ctx.layers(part)) for part in parts]
+    operands = [(part, ctx.labelled(part)) for part in parts]
     others = [axis for axis in range(out.dim()) if axis != dim]
     harmonize(ctx, operands, others, out.dim(), "concatenates parts with different or no labels")
-    along = [[layer for layer in layers if dim in layer.axes] for _, layers in operands]
-    if len({tuple(layer.axes for layer in layers) for layers in along}) > 1 or len(along[0]) > 1:
+    along = [[labels for labels in labelled if dim in labels.axes] for _, labelled in operands]
+    if len({tuple(labels.axes for labels in labelled) for labelled in along}) > 1 or len(along[0]) > 1:
         reason = "concatenates along one of several labelled axes"
-        for _, layers in operands:  # only now: the other axes may have been given up already
-            multi = [layer for layer in layers if dim in layer.axes and len(layer.axes) > 1]
-            single = [layer for layer in layers if layer not in multi]
-            layers[:] = single + without_axes(ctx, multi, [dim], reason)
-        along = [[layer for layer in layers if layer.axes == (dim,)] for _, layers in operands]
-    result: list[Layer | None] = []
+        for _, labelled in operands:  # only now: the other axes may have been given up already
+            multi = [labels for labels in labelled if dim in labels.axes and len(labels.axes) > 1]
+            single = [labels for labels in labelled if labels not in multi]
+            labelled[:] = single + without_axes(ctx, multi, [dim], reason)
+        along = [[labels for labels in labelled if labels.axes == (dim,)] for _, labelled in operands]
+    result: list[Labelled | None] = []
     if any(along):
         result.append(_in_a_row(ctx, [part.shape[dim] for part in parts], along, dim))
-    groups: dict[tuple[int, ...], list[tuple[int, Layer]]] = {}
-    for index, (_, layers) in enumerate(operands):
-        for layer in layers:
-            if dim not in layer.axes:
-                groups.setdefault(layer.axes, []).append((index, layer))
+    groups: dict[tuple[int, ...], list[tuple[int, Labelled]]] = {}
+    for index, (_, labelled) in enumerate(operands):
+        for labels in labelled:
+            if dim not in labels.axes:
+                groups.setdefault(labels.axes, []).append((index, labels))
     for members in groups.values():
         for _, other in members[1:]:
             ctx.unify(members[0][1], other)
         result.append(combined(members[0][1], members, set(), True, len(operands)))
-    ctx.set_layers(out, result)
+    ctx.set_labelled(out, result)
 
 
-def _in_a_row(ctx: Context, sizes: Sequence[int], along: Sequence[Sequence[Layer]], dim: int) -> Layer:
-    """The labels of parts of such sizes along an axis; of each the layer that varies there, if one does."""
-    given = [layers[0] for layers in along if layers]
-    rest = torch.broadcast_shapes(*(layer.packed.movedim(dim, 0).shape[1:] for layer in given))
+def _in_a_row(ctx: Context, sizes: Sequence[int], along: Sequence[Sequence[Labelled]], dim: int) -> Labelled:
+    """The labels of parts of such sizes along an axis; of each those that vary there, if any do."""
+    given = [labelled[0] for labelled in along if labelled]
+    rest = torch.broadcast_shapes(*(labels.packed.movedim(dim, 0).shape[1:] for labels in given))
     nothing = torch.zeros((1,) * given[0].packed.dim(), dtype=torch.int64)
     packed = [
-        (layers[0].packed if layers else nothing).expand(*rest[:dim], size, *rest[dim:])
-        for size, layers in zip(sizes, along, strict=True)
+        (labelled[0].packed if labelled else nothing).expand(*rest[:dim], size, *rest[dim:])
+        for size, labelled in zip(sizes, along, strict=True)
     ]
-    row = Layer(torch.cat(packed, dim), frozenset().union(*(layer.sources for layer in given)))
+    row = Labelled(torch.cat(packed, dim), frozenset().union(*(labels.sources for labels in given)))
     if len(row.axes) > 1:
         ctx.split_view(row)
     return row
@@ -273,21 +274,21 @@ def stack(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """Parts laid side by side along a new axis, labels as they are; a part without labels follows the others."""
     parts = named["tensors"]
     dim, rank = named.get("dim", 0) % out.dim(), out.dim() - 1
-    operands = [(part, ctx.layers(part)) for part in parts]
+    operands = [(part, ctx.labelled(part)) for part in parts]
     harmonize(ctx, operands, range(rank), rank, "stacks parts with different or no labels")
-    by_axes: dict[tuple[int, ...], list[Layer | None]] = {}
-    for index, (_, layers) in enumerate(operands):
-        for layer in layers:
-            by_axes.setdefault(layer.axes, [None] * len(parts))[index] = layer
-    result: list[Layer | None] = []
-    for slots in by_axes.values():
-        head = next(layer for layer in slots if layer is not None)
-        packed = [(head.with_silence(False, frozenset()) if x is None else x).packed for x in slots]
+    by_axes: dict[tuple[int, ...], list[Labelled | None]] = {}
+    for index, (_, labelled) in enumerate(operands):
+        for labels in labelled:
+            by_axes.setdefault(labels.axes, [None] * len(parts))[index] = labels
+    result: list[Labelled | None] = []
+    for members in by_axes.values():
+        head = next(labels for labels in members if labels is not None)
+        packed = [(head.with_zeros(False) if x is None else x).packed for x in members]
         shape = torch.broadcast_shapes(*(x.shape for x in packed))
-        sources = frozenset().union(*(x.sources for x in slots if x is not None))
-        full = Layer(torch.stack([x.expand(shape) for x in packed], dim), sources)
+        sources = frozenset().union(*(x.sources for x in members if x is not None))
+        full = Labelled(torch.stack([x.expand(shape) for x in packed], dim), sources)
         result.append(full.move(full.packed.shape, lambda t: t))
     for stacked in result:
         if stacked is not None and len(stacked.axes) > 1:
             ctx.split_view(stacked)
-    ctx.set_layers(out, result)
+    ctx.set_labelled(out, result)

@@ -1,8 +1,8 @@
-"""Rules for what takes parts of an axis: slices, splits and halves.
+"""Rules for parts of an axis: slices, splits and halves.
 
-Equal parts tie index by index: however their size came about, they stay equal. Unequal parts can be cut each on its
-own if their sizes are attributes of the modules under way, or sums and multiples of such; whether they really are
-is for the proof to say, which makes the attributes follow. Any other cut is at a place fixed in the forward.
+Equal parts are tied index by index: however their size is computed, they stay equal. Unequal parts can be cut
+independently if their sizes are attributes of the running modules, or sums and multiples of such; the proof
+decides whether they are, and makes the attributes follow. Any other cut is at a place fixed in the forward.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..labels import Layer
+from ..labels import Labelled
+from .labelled import tie_rows
 from .registry import Context, rule
 
 MULTIPLES = (2, 3, 4)
@@ -25,21 +26,21 @@ FIXED_PLACE = "takes a part of this axis at a place fixed in the forward"
 
 @rule("slice", "narrow")
 def slice_(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """A full slice moves; of another the part is cut off from what is before and behind it."""
+    """A full slice is a movement; any other cuts the axis before and behind the slice."""
     source = named["self"]
     dim = named["dim"] % source.dim()
     size, length = source.shape[dim], out.shape[dim]
-    layers = ctx.layers(source)
+    labelled = ctx.labelled(source)
     if not length:
-        ctx.set_layers(out, [layer for layer in layers if dim not in layer.axes])
+        ctx.set_labelled(out, [labels for labels in labelled if dim not in labels.axes])
         return
     if length != size:
         start = named["start"] or 0
         start = max(0, start + size) if start < 0 else start
         sizes = [start, length, size - start - length] if named.get("step", 1) == 1 else []
-        layers = [kept for layer in layers for kept in cut(ctx, layer, dim, sizes, chunk=length, said=False)]
+        labelled = [kept for labels in labelled for kept in cut(ctx, labels, dim, sizes, chunk=length, said=False)]
     rest = {key: value for key, value in named.items() if key != "self"}
-    ctx.set_layers(out, [layer.move(source.shape, lambda t: func(t, **rest)) for layer in layers])
+    ctx.set_labelled(out, [labels.move(source.shape, lambda t: func(t, **rest)) for labels in labelled])
 
 
 @rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes")
@@ -50,29 +51,31 @@ def split(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     sizes = [part.shape[dim] for part in out]
     lengths = [size for size in sizes if size]
     chunk = lengths[0] if len(set(lengths)) == 1 else 0
-    layers = ctx.layers(source)
+    labelled = ctx.labelled(source)
     if len(lengths) > 1:
-        layers = [kept for layer in layers for kept in cut(ctx, layer, dim, sizes, chunk=chunk)]
+        labelled = [kept for labels in labelled for kept in cut(ctx, labels, dim, sizes, chunk=chunk)]
     start = 0
     for part, size in zip(out, sizes, strict=True):
         if size:
             here = partial(torch.narrow, dim=dim, start=start, length=size)
-            ctx.set_layers(part, [layer.move(source.shape, here) for layer in layers])
+            ctx.set_labelled(part, [labels.move(source.shape, here) for labels in labelled])
         else:
-            ctx.set_layers(part, [layer for layer in layers if dim not in layer.axes])
+            ctx.set_labelled(part, [labels for labels in labelled if dim not in labels.axes])
         start += size
 
 
-def cut(ctx: Context, layer: Layer, axis: int, sizes: Sequence[int], *, chunk: int, said: bool = True) -> list[Layer]:
-    """Make a layer ready to be cut along an axis into parts of such sizes (none: in another way).
+def cut(
+    ctx: Context, labels: Labelled, axis: int, sizes: Sequence[int], *, chunk: int, said: bool = True
+) -> list[Labelled]:
+    """Make labels ready to be cut along an axis into parts of such sizes (none: in another way).
 
     `chunk` is the size of equal chunks that the cuts may lie between, `said` whether the forward names all sizes.
-    Returns the layer, or what is left of it.
+    Returns the labels, or what is left of them.
     """
-    if axis not in layer.axes:
-        return [layer]
-    if len(layer.axes) == 1 and sizes:
-        symbols = layer.symbols.flatten()
+    if axis not in labels.axes:
+        return [labels]
+    if len(labels.axes) == 1 and sizes:
+        symbols = labels.symbols.flatten()
         sizes = [size for size in sizes if size]
         held, careful = ctx.held()
         found = explained(sizes, held, careful=careful, said=said) if held and len(set(sizes)) > 1 else None
@@ -83,12 +86,11 @@ def cut(ctx: Context, layer: Layer, axis: int, sizes: Sequence[int], *, chunk: i
                 for other in others:
                     ctx.tie(parts[first], parts[other])
             ctx.part(parts)
-            return [layer]
+            return [labels]
         if chunk and all(size % chunk == 0 for size in sizes):
-            slots = symbols.reshape(-1, chunk)
-            ctx.tie(slots, slots[:1])
-            return [layer]
-    rest = ctx.without_axis(layer, axis, FIXED_PLACE)
+            tie_rows(ctx, symbols.reshape(-1, chunk))
+            return [labels]
+    rest = ctx.without_axis(labels, axis, FIXED_PLACE)
     return [] if rest is None else [rest]
 
 
@@ -143,21 +145,21 @@ def _multiple(size: int, known: set[int]) -> list[int]:
 
 @rule("glu")
 def glu(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """First half times sigmoid of the second: the halves tie, and the first silences."""
+    """First half times sigmoid of the second: the halves tie, and a first half of zero makes the result zero."""
     source, dim = named["self"], named["dim"] % named["self"].dim()
     half: int = out.shape[dim]
-    layers = [kept for layer in ctx.layers(source) for kept in cut(ctx, layer, dim, [half, half], chunk=half)]
-    ctx.set_layers(out, [layer.move(source.shape, lambda t: t.narrow(dim, 0, half)) for layer in layers])
+    labelled = [kept for labels in ctx.labelled(source) for kept in cut(ctx, labels, dim, [half, half], chunk=half)]
+    ctx.set_labelled(out, [labels.move(source.shape, lambda t: t.narrow(dim, 0, half)) for labels in labelled])
 
 
 @rule("channel_shuffle", "native_channel_shuffle")
 def channel_shuffle(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """Interleaves a fixed number of groups: the same slot of every group is one unit."""
-    source, slots = named["self"], named["groups"]
-    each = source.shape[1] // slots
-    layers = [kept for layer in ctx.layers(source) for kept in cut(ctx, layer, 1, [each] * slots, chunk=each)]
+    """Interleaves a fixed number of groups: the same place in every group is one unit."""
+    source, groups = named["self"], named["groups"]
+    each = source.shape[1] // groups
+    labelled = [kept for labels in ctx.labelled(source) for kept in cut(ctx, labels, 1, [each] * groups, chunk=each)]
 
     def shuffled(t: Tensor) -> Tensor:
-        return t.unflatten(1, (slots, -1)).transpose(1, 2).flatten(1, 2)
+        return t.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
-    ctx.set_layers(out, [layer.move(source.shape, shuffled) for layer in layers])
+    ctx.set_labelled(out, [labels.move(source.shape, shuffled) for labels in labelled])

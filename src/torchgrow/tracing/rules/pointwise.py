@@ -1,4 +1,4 @@
-"""Rules for operations entry by entry, and for those without a rule."""
+"""Rules for pointwise operations, and for operations without a rule."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..labels import Layer
-from .layers import PROBES, aligned, first_tensor, harmonize
+from ..labels import Labelled
+from .labelled import PROBES, aligned, first_tensor, harmonize
 from .registry import RANDOM, RULES, Context, rule
 
 
 @dataclass(frozen=True)
 class StandIn:
-    """A tensor among the arguments of an operation whose values are not looked at.
+    """An argument tensor whose values are not used.
 
     Attributes:
         index: which of the labelled operands it is; None for another tensor computed from the inputs.
@@ -30,7 +30,7 @@ class StandIn:
     dtype: torch.dtype
 
 
-def silencers(ctx: Context, func: Any, named: dict[str, Any], labelled: Sequence[Tensor]) -> tuple[set[int], bool]:
+def zero_if(ctx: Context, func: Any, named: dict[str, Any], carriers: Sequence[Tensor]) -> tuple[set[int], bool]:
     """Which labelled operands alone make the result zero when they are zero, and whether all together do."""
     if func._schema.is_mutable:
         packet = getattr(torch.ops.aten, func._overloadpacket.__name__.rstrip("_"), None)
@@ -46,21 +46,21 @@ def silencers(ctx: Context, func: Any, named: dict[str, Any], labelled: Sequence
             return tuple(described(v) for v in value)
         if not isinstance(value, Tensor):
             return value
-        index = next((i for i, t in enumerate(labelled) if t is value), None)
+        index = next((i for i, t in enumerate(carriers) if t is value), None)
         if index is None and not ctx.depends_on_input(value):
             values = True
             return ctx.before(value)
         return StandIn(index, value.dim(), value.dtype)
 
     call = tuple((key, described(value)) for key, value in named.items())
-    return (probed if values else probed_once)(func, call, len(labelled))
+    return (probed if values else probed_once)(func, call, len(carriers))
 
 
-def probed(func: Any, call: tuple[tuple[str, Any], ...], labelled: int) -> tuple[set[int], bool]:
-    """`silencers`, by running the operation on zeros."""
+def probed(func: Any, call: tuple[tuple[str, Any], ...], carriers: int) -> tuple[set[int], bool]:
+    """`zero_if`, by running the operation on zeros."""
 
     def result_is_zero(zeroed: set[int]) -> bool:
-        """Whether zeros for these operands, and anything for the others, give zero."""
+        """Whether zeros for these operands and any values for the others give zero."""
         for probe in PROBES:
 
             def stand_in(value: Any, probe: float = probe) -> Any:
@@ -81,12 +81,12 @@ def probed(func: Any, call: tuple[tuple[str, Any], ...], labelled: int) -> tuple
                 return False
         return True
 
-    alone = {i for i in range(labelled) if result_is_zero({i})}
-    return alone, result_is_zero(set(range(labelled)))
+    alone = {i for i in range(carriers) if result_is_zero({i})}
+    return alone, result_is_zero(set(range(carriers)))
 
 
 probed_once = lru_cache(maxsize=1024)(probed)
-"""`probed` for calls in which no values count: a network has few kinds of them."""
+"""`probed`, cached, for calls that do not depend on values: a network has few kinds of them."""
 
 
 def pointwise(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
@@ -97,22 +97,22 @@ def pointwise(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(item, Tensor) and not any(item is t for t in tensors):
                 tensors.append(item)
-    operands = [(tensor, aligned(ctx.layers(tensor), out.dim())) for tensor in tensors]
+    operands = [(tensor, aligned(ctx.labelled(tensor), out.dim())) for tensor in tensors]
     harmonize(ctx, operands, range(out.dim()), out.dim(), "operands with different or no labels meet here")
-    labelled = [tensor for tensor, layers in operands if layers]
-    alone, together = silencers(ctx, func, named, labelled) if labelled else (set(), False)
-    groups: dict[tuple[int, ...], list[tuple[int, Layer]]] = {}
-    for tensor, layers in operands:
-        for layer in layers:
-            index = next(i for i, t in enumerate(labelled) if t is tensor)
-            groups.setdefault(layer.axes, []).append((index, layer))
-    result: list[Layer | None] = []
+    carriers = [tensor for tensor, labelled in operands if labelled]
+    alone, together = zero_if(ctx, func, named, carriers) if carriers else (set(), False)
+    groups: dict[tuple[int, ...], list[tuple[int, Labelled]]] = {}
+    for tensor, labelled in operands:
+        for labels in labelled:
+            index = next(i for i, t in enumerate(carriers) if t is tensor)
+            groups.setdefault(labels.axes, []).append((index, labels))
+    result: list[Labelled | None] = []
     for members in groups.values():
         head = members[0][1]
         for _, other in members[1:]:
             ctx.unify(head, other)
-        result.append(combined(head, members, alone, together, len(labelled)))
-    ctx.set_layers(out, result)
+        result.append(combined(head, members, alone, together, len(carriers)))
+    ctx.set_labelled(out, result)
 
 
 POINTWISE = (
@@ -127,39 +127,39 @@ RULES.update(dict.fromkeys(POINTWISE, pointwise))
 
 
 def combined(
-    head: Layer, members: Sequence[tuple[int, Layer]], alone: set[int], together: bool, operands: int
-) -> Layer:
-    """What is known of the silence of a pointwise result, from that of the operands sharing its labels."""
-    enough = [layer for index, layer in members if index in alone]
+    head: Labelled, members: Sequence[tuple[int, Labelled]], alone: set[int], together: bool, operands: int
+) -> Labelled:
+    """Where a pointwise result is zero with its sources, from the operands that share its labels."""
+    enough = [labels for index, labels in members if index in alone]
     if enough:
-        whole = next((layer for layer in enough if layer.all_silent), None)
+        whole = next((labels for labels in enough if labels.all_zero), None)
         if whole is not None:
-            return head if whole is head else head.with_silence(True, whole.sources)
-        silent = enough[0].silent
-        for layer in enough[1:]:
-            silent = silent | layer.silent
-        return head.with_silence(silent, frozenset().union(*(layer.sources for layer in enough)))
+            return head if whole is head else head.with_zeros(True, whole.sources)
+        zero = enough[0].zero
+        for labels in enough[1:]:
+            zero = zero | labels.zero
+        return head.with_zeros(zero, frozenset().union(*(labels.sources for labels in enough)))
     if together and len({index for index, _ in members}) == operands:
-        sources = frozenset().union(*(layer.sources for _, layer in members))
-        if all(layer.all_silent for _, layer in members):
-            return head.with_silence(True, sources)
-        silent = members[0][1].silent
-        for _, layer in members[1:]:
-            silent = silent & layer.silent
-        return head.with_silence(silent, sources)
-    return head.with_silence(False, frozenset())
+        sources = frozenset().union(*(labels.sources for _, labels in members))
+        if all(labels.all_zero for _, labels in members):
+            return head.with_zeros(True, sources)
+        zero = members[0][1].zero
+        for _, labels in members[1:]:
+            zero = zero & labels.zero
+        return head.with_zeros(zero, sources)
+    return head.with_zeros(False)
 
 
 def either(ctx: Context, one: Tensor, other: Tensor) -> None:
-    """Whatever reads `other` may get `one` instead: both carry the same labels, silent where both are."""
-    operands = [(tensor, list(ctx.layers(tensor))) for tensor in (one, other)]
+    """Whatever reads `other` may get `one` instead: both carry the same labels, zero where both are."""
+    operands = [(tensor, list(ctx.labelled(tensor))) for tensor in (one, other)]
     harmonize(ctx, operands, range(other.dim()), other.dim(), "meets no such labels where the layer is left out")
-    result: list[Layer | None] = []
-    for layer in operands[1][1]:
-        mate = next(x for x in operands[0][1] if x.axes == layer.axes)
-        ctx.unify(layer, mate)
-        result.append(combined(layer, [(0, mate), (1, layer)], set(), True, 2))
-    ctx.set_layers(other, result)
+    result: list[Labelled | None] = []
+    for labels in operands[1][1]:
+        mate = next(x for x in operands[0][1] if x.axes == labels.axes)
+        ctx.unify(labels, mate)
+        result.append(combined(labels, [(0, mate), (1, labels)], set(), True, 2))
+    ctx.set_labelled(other, result)
 
 
 @rule(
@@ -170,13 +170,13 @@ def either(ctx: Context, one: Tensor, other: Tensor) -> None:
 def same(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """Every element stays where it is."""
     source = next(value for value in named.values() if isinstance(value, Tensor))
-    ctx.set_layers(first_tensor(out), ctx.layers(source))
+    ctx.set_labelled(first_tensor(out), ctx.labelled(source))
 
 
 @rule(*RANDOM)
 def noise(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
-    """Random values for as many positions: those of a unit go with it, though others are then drawn for the rest."""
-    ctx.set_layers(out, [layer.with_silence(False, frozenset()) for layer in ctx.layers(named["self"])])
+    """Random values of the same shape: a unit's values go with it, though the rest is then drawn differently."""
+    ctx.set_labelled(out, [labels.with_zeros(False) for labels in ctx.labelled(named["self"])])
 
 
 def unknown(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
@@ -184,5 +184,5 @@ def unknown(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     for value in named.values():
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(item, Tensor):
-                for layer in ctx.layers(item):
-                    ctx.freeze(layer, "has no rule, so what enters it is kept")
+                for labels in ctx.labelled(item):
+                    ctx.freeze(labels, "has no rule, so what enters it is kept")

@@ -1,4 +1,4 @@
-"""Rules for what takes statistics over an axis: normalisation, softmax, reductions, pooling and resampling."""
+"""Rules for statistics over an axis: normalisation, softmax, reductions, pooling and resampling."""
 
 from __future__ import annotations
 
@@ -8,25 +8,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..labels import FIXED, Layer
-from .layers import first_tensor, harmonize, on_axis, without_axes
+from ..labels import FIXED, Labelled
+from .labelled import first_tensor, harmonize, on_axis, without_axes
 from .registry import RULES, Context, rule
 
 
-def affine(ctx: Context, layer: Layer, weight: Tensor | None, bias: Tensor | None, *statistics: Tensor | None) -> Layer:
-    """Tie scale and offset [C] of a normalisation (and statistics) to the channels; the former silence them."""
-    given = [on_axis(ctx.layers(vector), 0) for vector in (weight, bias) if vector is not None]
+def _of_channels(ctx: Context, x: Tensor) -> list[Labelled]:
+    """Labels of what a normalisation takes statistics of, along the axis of channels alone."""
+    others = [k for k in range(x.dim()) if k != 1]
+    return without_axes(ctx, ctx.labelled(x), others, "takes statistics along this axis")
+
+
+def affine(
+    ctx: Context, labels: Labelled, weight: Tensor | None, bias: Tensor | None, *statistics: Tensor | None
+) -> Labelled:
+    """Tie scale and offset [C] of a normalisation (and statistics) to the channels; zero if both are."""
+    given = [on_axis(ctx.labelled(vector), 0) for vector in (weight, bias) if vector is not None]
     own = [vector for vector in given if vector is not None]
-    known = own + [x for x in (on_axis(ctx.layers(vector), 0) for vector in statistics) if x is not None]
+    known = own + [x for x in (on_axis(ctx.labelled(vector), 0) for vector in statistics) if x is not None]
     if known:
-        ctx.tie(torch.stack([vector.symbols for vector in known]), layer.symbols.flatten())
+        ctx.tie(torch.stack([vector.symbols for vector in known]), labels.symbols.flatten())
     if weight is None or len(own) < len(given):
-        return layer.with_silence(False, frozenset())
+        return labels.with_zeros(False)
     sources = frozenset().union(*(vector.sources for vector in own))
-    if all(vector.all_silent for vector in own):
-        return layer.with_silence(True, sources)
-    silent = torch.stack([vector.silent for vector in own]).all(0)
-    return layer.with_silence(silent.reshape(layer.packed.shape), sources)
+    if all(vector.all_zero for vector in own):
+        return labels.with_zeros(True, sources)
+    zero = torch.stack([vector.zero for vector in own]).all(0)
+    return labels.with_zeros(zero.reshape(labels.packed.shape), sources)
 
 
 @rule(
@@ -36,17 +44,17 @@ def affine(ctx: Context, layer: Layer, weight: Tensor | None, bias: Tensor | Non
 def batch_norm(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """Each channel on its own; scale and offset are the last affine map of the channel."""
     x, out = named["input"], first_tensor(out)
-    layers = without_axes(ctx, ctx.layers(x), [k for k in range(x.dim()) if k != 1], "takes statistics along this axis")
-    channels = on_axis(layers, 1)
+    labelled = _of_channels(ctx, x)
+    channels = on_axis(labelled, 1)
     names = ("weight", "bias", "running_mean", "running_var")
     vectors = [named.get(name) for name in names]
     if channels is None:
         for vector in vectors:
-            for layer in ctx.layers(vector):
-                ctx.freeze(layer, "normalises values that cannot be removed")
-        ctx.set_layers(out, [])
+            for labels in ctx.labelled(vector):
+                ctx.freeze(labels, "normalises values that cannot be removed")
+        ctx.set_labelled(out, [])
         return
-    ctx.set_layers(out, [affine(ctx, channels, *vectors)])
+    ctx.set_labelled(out, [affine(ctx, channels, *vectors)])
 
 
 @rule("native_group_norm", "group_norm")
@@ -55,18 +63,18 @@ def group_norm(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None
     x, out = named["input"], first_tensor(out)
     groups: int = named["group"] if "group" in named else named["num_groups"]
     weight, bias = named["weight"], named["bias"]
-    layers = without_axes(ctx, ctx.layers(x), [k for k in range(x.dim()) if k != 1], "takes statistics along this axis")
-    channels = on_axis(layers, 1)
+    labelled = _of_channels(ctx, x)
+    channels = on_axis(labelled, 1)
     if channels is None or groups == 1:
-        for layer in [*layers, *ctx.layers(weight), *ctx.layers(bias)]:
-            ctx.freeze(layer, "takes statistics over all channels")
-        ctx.set_layers(out, [])
+        for labels in [*labelled, *ctx.labelled(weight), *ctx.labelled(bias)]:
+            ctx.freeze(labels, "takes statistics over all channels")
+        ctx.set_labelled(out, [])
         return
     symbols = channels.symbols.reshape(groups, -1)
     ctx.tie(symbols, symbols[:, :1])
     if weight is not None:
         ctx.count(weight, "num_groups", symbols[:, 0])
-    ctx.set_layers(out, [affine(ctx, channels, weight, bias)])
+    ctx.set_labelled(out, [affine(ctx, channels, weight, bias)])
 
 
 @rule("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm")
@@ -75,11 +83,11 @@ def layer_norm(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None
     x, out = named["input"], first_tensor(out)
     reason = "takes statistics over this axis"
     normalized = range(x.dim() - len(named["normalized_shape"]), x.dim())
-    layers = without_axes(ctx, ctx.layers(x), normalized, reason)
+    labelled = without_axes(ctx, ctx.labelled(x), normalized, reason)
     for vector in (named.get("weight"), named.get("bias")):
-        for layer in ctx.layers(vector):
-            ctx.freeze(layer, reason)
-    ctx.set_layers(out, [layer.with_silence(False, frozenset()) for layer in layers])
+        for labels in ctx.labelled(vector):
+            ctx.freeze(labels, reason)
+    ctx.set_labelled(out, [labels.with_zeros(False) for labels in labelled])
 
 
 MIXING = {
@@ -87,24 +95,24 @@ MIXING = {
     "logcumsumexp": False, "argsort": False, "cumsum": True, "cumprod": True, "cummax": True, "cummin": True,
     "sort": True, "topk": True, "_fft_c2c": True, "_fft_r2c": True, "_fft_c2r": True,
 }  # fmt: skip
-"""What mixes values along one axis or several, and whether it makes zeros of zeros."""
+"""Operations that mix values along axes, and whether they map zeros to zeros."""
 
 
 def along_axes(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """Mixes values along some axes, which stay; what comes beside the values are positions."""
+    """Mixes values along some axes, which stay; further results are positions."""
     x, dims = named["self"], named["dim"]
     dims = [dim % max(1, x.dim()) for dim in ([dims] if isinstance(dims, int) else dims)]
-    layers = without_axes(ctx, ctx.layers(x), dims, "mixes values along this axis")
-    silent = MIXING[func._overloadpacket.__name__.removesuffix("_")]
+    labelled = without_axes(ctx, ctx.labelled(x), dims, "mixes values along this axis")
+    zero = MIXING[func._overloadpacket.__name__.removesuffix("_")]
     for i, part in enumerate([out] if isinstance(out, Tensor) else out):
-        ctx.set_layers(part, layers if silent and i == 0 else _loud(layers))
+        ctx.set_labelled(part, labelled if zero and i == 0 else _any_values(labelled))
 
 
 RULES.update(dict.fromkeys(MIXING, along_axes))
 
 
-def _loud(layers: Sequence[Layer]) -> list[Layer]:
-    return [layer.with_silence(False, frozenset()) for layer in layers]
+def _any_values(labelled: Sequence[Labelled]) -> list[Labelled]:
+    return [labels.with_zeros(False) for labels in labelled]
 
 
 SUMS = {"sum", "nansum", "any", "norm", "linalg_vector_norm"}
@@ -115,7 +123,7 @@ REDUCTIONS = {
     "max": True, "min": True, "median": True,
     "nanmedian": True, "mode": True, "kthvalue": True, **dict.fromkeys(SUMS, True), "aminmax": True,
 }  # fmt: skip
-"""Reductions, and whether they make zeros of zeros (where they return values and positions, of the values)."""
+"""Reductions, and whether they map zeros to zeros (if they return values and positions, for the values)."""
 
 
 def reduction(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
@@ -125,43 +133,44 @@ def reduction(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     dims = list(range(x.dim())) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
     dims = sorted((dim % max(1, x.dim()) for dim in dims), reverse=True)
     reason = "reduces over this axis"
-    inside: list[Layer] = []  # layers that end here
-    across: list[Layer] = []  # layers that vary elsewhere too
-    for layer in ctx.layers(x):
-        (inside if set(layer.axes) <= set(dims) else across).append(layer)
-    for layer in inside:
-        if _adds_nothing(name, named, layer):
-            if ctx.depends_on_input(x):  # whoever reads the sum reads these units: they are gated where they are made
-                ctx.read(layer, layer.with_silence(True, frozenset()))
+    inside: list[Labelled] = []  # labels that end here
+    across: list[Labelled] = []  # labels that vary elsewhere too
+    for labels in ctx.labelled(x):
+        (inside if set(labels.axes) <= set(dims) else across).append(labels)
+    for labels in inside:
+        if _adds_nothing(name, named, labels):
+            if ctx.depends_on_input(x):  # a reader of the sum reads these units: they are gated where they are computed
+                ctx.read(labels, labels.with_zeros(True))
             continue
         for part in parts:
-            ctx.freeze_if_used(part, layer, reason)
-    layers = without_axes(ctx, across, dims, reason)
+            ctx.freeze_if_used(part, labels, reason)
+    labelled = without_axes(ctx, across, dims, reason)
     if not named.get("keepdim", False):
         for dim in dims:
-            layers = [Layer(layer.packed.squeeze(dim), layer.sources) for layer in layers]
+            labelled = [Labelled(labels.packed.squeeze(dim), labels.sources) for labels in labelled]
     for i, part in enumerate(parts):
-        ctx.set_layers(part, layers if REDUCTIONS[name] and (i == 0 or name == "aminmax") else _loud(layers))
+        zero = REDUCTIONS[name] and (i == 0 or name == "aminmax")
+        ctx.set_labelled(part, labelled if zero else _any_values(labelled))
 
 
 RULES.update(dict.fromkeys(REDUCTIONS, reduction))
 
 
-def _adds_nothing(name: str, named: dict[str, Any], layer: Layer) -> bool:
-    """Whether a sum, or a norm, is the same without the units of a layer: they are zero when they go."""
+def _adds_nothing(name: str, named: dict[str, Any], labels: Labelled) -> bool:
+    """Whether a sum, or a norm, is the same without the units of these labels: they are zero when they go."""
     order = named.get("p", named.get("ord"))
     order = 2 if order is None else order
-    silent = bool((layer.silent | (layer.symbols == FIXED)).all())
-    return name in SUMS and silent and not isinstance(order, (str, Tensor)) and order > 0
+    zero = bool((labels.zero | (labels.symbols == FIXED)).all())
+    return name in SUMS and zero and not isinstance(order, (str, Tensor)) and order > 0
 
 
 @rule("segment_reduce")
 def segments(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     """Reduces rows that follow each other along one axis."""
-    layers = without_axes(
-        ctx, ctx.layers(named["data"]), [named["axis"] % named["data"].dim()], "reduces over segments"
+    labelled = without_axes(
+        ctx, ctx.labelled(named["data"]), [named["axis"] % named["data"].dim()], "reduces over segments"
     )
-    ctx.set_layers(out, _loud(layers))
+    ctx.set_labelled(out, _any_values(labelled))
 
 
 @rule("renorm")
@@ -170,29 +179,29 @@ def renorm(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     x, dim = named["self"], named["dim"] % named["self"].dim()
     across = [axis for axis in range(x.dim()) if axis != dim]
     result = []
-    for layer in ctx.layers(x):
-        if layer.axes == (dim,) or _adds_nothing("norm", named, layer):
-            result.append(layer)
+    for labels in ctx.labelled(x):
+        if labels.axes == (dim,) or _adds_nothing("norm", named, labels):
+            result.append(labels)
         else:
-            result += without_axes(ctx, [layer], across, "is normalised together with other axes")
-    ctx.set_layers(out, result)
+            result += without_axes(ctx, [labels], across, "is normalised together with other axes")
+    ctx.set_labelled(out, result)
 
 
 @rule("_weight_norm_interface")
 def weight_norm(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """Directions `v` over their norms, times lengths `g` along `dim`: a length of zero silences, nothing else does."""
+    """Directions `v` over their norms, times lengths `g` along `dim`: only a length of zero makes the result zero."""
     v, dim, out = named["v"], named["dim"] % named["v"].dim(), first_tensor(out)
     reason = "is normalised together with other axes"
-    layers = ctx.layers(v)
-    along = [x for x in layers if x.axes == (dim,)]
-    rest = without_axes(ctx, [x for x in layers if x.axes != (dim,)], [dim], reason)
-    operands = [(v, along), (named["g"], ctx.layers(named["g"]))]
+    labelled = ctx.labelled(v)
+    along = [x for x in labelled if x.axes == (dim,)]
+    rest = without_axes(ctx, [x for x in labelled if x.axes != (dim,)], [dim], reason)
+    operands = [(v, along), (named["g"], ctx.labelled(named["g"]))]
     harmonize(ctx, operands, [dim], v.dim(), reason)
-    result = [layer.with_silence(False, frozenset()) for layer in rest]
+    result = [labels.with_zeros(False) for labels in rest]
     for direction, length in zip(along, operands[1][1], strict=True):
         ctx.unify(direction, length)
         result.append(length)
-    ctx.set_layers(out, result)
+    ctx.set_labelled(out, result)
 
 
 def spatial(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
@@ -203,10 +212,10 @@ def spatial(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     out, *places = [out] if isinstance(out, Tensor) else out
     x = next(value for value in named.values() if isinstance(value, Tensor))
     axes = range(x.dim() - SPATIAL[func._overloadpacket.__name__], x.dim())
-    layers = without_axes(ctx, ctx.layers(x), axes, "pools or resamples along this axis")
-    ctx.set_layers(out, layers)
+    labelled = without_axes(ctx, ctx.labelled(x), axes, "pools or resamples along this axis")
+    ctx.set_labelled(out, labelled)
     for part in places:
-        ctx.set_layers(part, [layer.with_silence(False, frozenset()) for layer in layers])
+        ctx.set_labelled(part, [labels.with_zeros(False) for labels in labelled])
 
 
 @rule("max_unpool2d", "max_unpool3d")
@@ -215,13 +224,13 @@ def max_unpool(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> N
     x, places, rank = named["self"], named["indices"], out.dim()
     spatial_axes = range(rank - (2 if func._overloadpacket.__name__ == "max_unpool2d" else 3), rank)
     reason = "puts values back at places"
-    operands = [(t, without_axes(ctx, ctx.layers(t), spatial_axes, reason)) for t in (x, places)]
+    operands = [(t, without_axes(ctx, ctx.labelled(t), spatial_axes, reason)) for t in (x, places)]
     harmonize(ctx, operands, range(spatial_axes[0]), rank, "puts values back at places with different or no labels")
-    for layer in operands[0][1]:
+    for labels in operands[0][1]:
         for mate in operands[1][1]:
-            if mate.axes == layer.axes:
-                ctx.unify(layer, mate)
-    ctx.set_layers(out, operands[0][1])
+            if mate.axes == labels.axes:
+                ctx.unify(labels, mate)
+    ctx.set_labelled(out, operands[0][1])
 
 
 SPATIAL = {

@@ -1,4 +1,4 @@
-"""The table of rules: how labels pass through every kind of operation, and what a rule may ask."""
+"""The table of rules: how labels pass through every kind of operation, and what a rule may use (`Context`)."""
 
 from __future__ import annotations
 
@@ -7,50 +7,50 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..labels import Layer
+from ..labels import Labelled
 
 
 class Context(Protocol):
     """What a rule may do; implemented by the tracer."""
 
-    def layers(self, tensor: Tensor | None) -> list[Layer]:
-        """Canonical layers of a tensor ([] for None, inputs and constants)."""
+    def labelled(self, tensor: Tensor | None) -> list[Labelled]:
+        """Labels of a tensor, every symbol by its root ([] for None, inputs and constants)."""
 
-    def set_layers(self, tensor: Tensor, layers: Sequence[Layer | None]) -> None:
-        """Give an output its layers."""
+    def set_labelled(self, tensor: Tensor, labelled: Sequence[Labelled | None]) -> None:
+        """Give an output its labels."""
 
-    def unify(self, a: Layer, b: Layer) -> None:
-        """Tie two layers position by position (shapes broadcast)."""
+    def unify(self, a: Labelled, b: Labelled) -> None:
+        """Tie labels to labels, position by position (shapes broadcast)."""
 
     def tie(self, a: Tensor, b: Tensor) -> None:
         """Tie two tensors of symbols entry by entry."""
 
-    def freeze(self, layer: Layer, reason: str) -> None:
-        """Never remove anything of this layer; an empty reason goes unrecorded."""
+    def freeze(self, labels: Labelled, reason: str) -> None:
+        """Never remove anything of these labels; an empty reason goes unrecorded."""
 
-    def without_axis(self, layer: Layer, axis: int, reason: str) -> Layer | None:
-        """The layer made constant along `axis`: merged if it varies elsewhere too, else frozen (None)."""
+    def without_axis(self, labels: Labelled, axis: int, reason: str) -> Labelled | None:
+        """The labels made constant along `axis`: merged if they vary elsewhere too, else frozen (None)."""
 
-    def freeze_if_used(self, out: Tensor, layer: Layer, reason: str) -> None:
-        """Freeze as soon as anything reads `out`; a result that nobody looks at costs no freedom."""
+    def freeze_if_used(self, out: Tensor, labels: Labelled, reason: str) -> None:
+        """Freeze as soon as anything reads `out`; an unused result freezes nothing."""
 
-    def read(self, produced: Layer, weight: Layer) -> None:
+    def read(self, produced: Labelled, weight: Labelled) -> None:
         """Note that a contraction reads `produced` through the columns `weight`."""
 
-    def flop(self, constant: int, *counted: Layer | int) -> None:
-        """Count FLOPs: a constant times the live positions of each layer (or a plain size)."""
+    def flop(self, constant: int, *counted: Labelled | int) -> None:
+        """Count FLOPs: a constant times the live positions of all labels given (or a plain size)."""
 
     def count(self, owner: Tensor, attribute: str, symbols: Tensor) -> None:
         """Note that an int attribute of the module owning a parameter counts `symbols`."""
 
-    def owned(self, layer: Layer) -> bool:
-        """Whether any of its symbols is of a parameter or a carried state."""
+    def owned(self, labels: Labelled) -> bool:
+        """Whether any of their symbols belongs to a parameter or a carried state."""
 
-    def follows(self, layer: Layer) -> bool:
-        """Whether it has met nothing but followers yet."""
+    def follows(self, labels: Labelled) -> bool:
+        """Whether they have met only followers so far."""
 
-    def follower(self, size: int) -> Layer:
-        """A new layer, one-axis, of positions that will be as many as those they meet."""
+    def follower(self, size: int) -> Labelled:
+        """New labels along one axis of no fixed size: as many positions as those they are tied to."""
 
     def constant_along(self, tensor: Tensor, axis: int) -> bool:
         """Whether an unlabelled tensor has the same values all along an axis, whatever the inputs are."""
@@ -68,16 +68,16 @@ class Context(Protocol):
         """Whether a tensor was computed from the model's inputs."""
 
     def held(self) -> tuple[list[tuple[int, ...]], bool]:
-        """Sizes that attributes of the modules under way hold: single ones, and those of lists and tuples.
+        """Sizes that attributes of the running modules hold: single ones, and those of lists and tuples.
 
-        And whether to take them with care, since the proof has failed on a cut made here before.
+        Also whether to be careful, since the proof has failed on an earlier cut at this place.
         """
 
     def part(self, pieces: Sequence[Tensor]) -> None:
         """Note symbols of the pieces into which an axis is cut at places that attributes may hold."""
 
-    def split_view(self, layer: Layer) -> None:
-        """Note a layer that varies along several axes of a view: its live positions must form a box."""
+    def split_view(self, labels: Labelled) -> None:
+        """Note labels that vary along several axes of a view: their live positions must form a box."""
 
 
 Rule = Callable[[Context, Any, dict[str, Any], Any], None]
@@ -90,11 +90,11 @@ RULES: dict[str, Rule] = {}
 
 
 MODULE_RULES: dict[type, ModuleRule] = {}
-"""Modules that are followed as a whole: nothing inside them is looked at."""
+"""Modules that are traced as one operation."""
 
 
 COUNTED: set[Rule] = set()
-"""Rules that count FLOPs, and so must run even where nothing carries labels."""
+"""Rules that count FLOPs, and so must run even without labels."""
 
 
 def rule(*names: str, counted: bool = False) -> Callable[[Rule], Rule]:
@@ -136,4 +136,4 @@ CONSTANT = frozenset(
 
 
 FILLED = CONSTANT | {"zeros", "ones", "full", "empty"}
-"""What makes tensors with one value everywhere (or with none that counts)."""
+"""Operations that make tensors of one value (or uninitialised ones)."""
