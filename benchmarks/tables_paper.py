@@ -1,4 +1,4 @@
-"""Tables of docs/results.md on the paper's own numbers: which reading gives them, and the course in fewer steps."""
+"""Tables of docs/results.md on the paper's own numbers: its networks, which reading gives the rest, fewer steps."""
 
 import math
 from collections import defaultdict
@@ -106,4 +106,35 @@ def schedules(rows: list[Row]) -> str:
         "The same for ResNet-20 in fewer steps and in fewer updates: at the paper's pace (`paced`, the default), and "
         f"with its constants as they are. Parameters after as much progress as epochs {epochs} of 160.\n\nCommand: "
         f"`python benchmarks/paper_dynamics.py --schedules`. Measured on {machine(found)}.\n\n" + grid(head, body)
+    )
+
+
+def frames(rows: list[Row]) -> str:
+    """The recipes' frames beside the paper's dense networks."""
+    if not rows:
+        return "Not measured yet."
+    body = []
+    for row in rows:
+        paper = float(row["paper_millions"])
+        ways = [
+            f"{words}: {count / 1e6:.2f} ({100 * (count / 1e6 / paper - 1):+.1f} %)"
+            for words, count in row["counts"].items()
+        ]
+        body.append(
+            [
+                row["network"],
+                f"`{row['recipe']}`",
+                f"{row['paper_millions']} ({row['where']})",
+                "; ".join(ways),
+                "; ".join(row["equal"]) or "none of these",
+                f"{row['macs'] / 1e6:,.0f}",
+                row["of"],
+            ]
+        )
+    head = ["network", "recipe, as published", "the paper, millions", "our frame, millions", "equal as printed"]
+    return (
+        "Parameters of the frames that recipes build, on the meta device, beside those that the paper prints; where "
+        "they differ, other ways to count, and which of them gives the printed number.\n\n"
+        f"Command: `python benchmarks/frames.py`. Made on {machine(rows)}.\n\n"
+        + grid([*head, "MACs of one sample, millions", "sample"], body)
     )

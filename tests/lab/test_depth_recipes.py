@@ -69,7 +69,7 @@ def test_full_scale_is_more(name: str) -> None:
     with torch.device("meta"):
         sizes = [sum(p.numel() for p in recipe.build().parameters()) for recipe in (small, full)]
     assert sizes[1] >= sizes[0]
-    with pytest.raises(TorchgrowError, match="scale is one of small, full, got 'huge'"):
+    with pytest.raises(TorchgrowError, match="scale is one of small, full or smoke, got 'huge'"):
         with_scale(get(name), "huge")
 
 
@@ -83,7 +83,7 @@ def test_the_paper_s_frames_have_the_paper_s_sizes() -> None:
 
 
 def test_digits_have_one_scale() -> None:
-    with pytest.raises(TorchgrowError, match="recipe 'digits' has no choice of scales; leave --scale out"):
+    with pytest.raises(TorchgrowError, match="recipe 'digits' has no choice of scales but smoke; leave --scale out"):
         with_scale(get("digits"), "full")
 
 
