@@ -188,7 +188,7 @@ def test_masks_are_shifted_and_mirrored_with_their_images() -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    recipe = replace(with_scale(get("deeplabv3-voc"), "smoke"), subset=None, epochs=6, lr=0.1)
+    recipe = replace(with_scale(get("deeplabv3-voc"), "smoke"), subset=None, epochs=8, optimizer="adamw", lr=0.02)
     return run.run(
         recipe, console=Console(quiet=True), out=tmp_path_factory.mktemp("runs") / "masks", beside=("uniform",)
     )
@@ -198,7 +198,9 @@ def test_a_run_learns_masks(finished: Path) -> None:
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     grown = [record for record in records if record["network"] == "grown"]
     assert grown[-1]["loss"] < grown[0]["loss"]
-    assert grown[-1]["miou"] > grown[0]["miou"] > 0
+    labels = shapes.shapes(32, masks=True).test.labels
+    background = miou(confusion(torch.zeros_like(labels), labels, 5))
+    assert grown[-1]["miou"] > background + 5  # it has found more than that
     results = json.loads((finished / "results.json").read_text())
     assert all(math.isfinite(result["miou"]) and result["accuracy"] is None for result in results.values())
 
@@ -209,7 +211,7 @@ def test_systems_for_classes_of_images_say_so(tmp_path: Path) -> None:
     compare.compare(recipe, methods=["thinet"], seeds=range(1), budgets=[], console=console, out=tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "deeplabv3-voc.jsonl").read_text().splitlines()]
     errors = [row["error"] for row in rows if row["method"] == "thinet"]
-    assert errors == ["thinet is written for classes of images, and recipe 'deeplabv3-voc' trains on masks"]
+    assert errors == ["ThiNet is written for classes of images, and recipe 'deeplabv3-voc' trains on masks"]
 
 
 def test_shapes_have_masks() -> None:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ class Streamed:
     Trained on is a random part of 8 to 100 % of an image, resized (Szegedy et al., 2015), and judged by the middle of
     it, at 256/224 of the side; with masks, a random part of the image at half to twice the side (Chen et al., 2017),
     and judged by all of it, made smaller only where it does not fit. What is drawn at random for an image depends on
-    the generator alone, not on how many workers there are.
+    the generator alone, not on how many workers there are. A run that is resumed within an epoch reads what it skips.
 
     Attributes:
         paths: of the images.
@@ -152,15 +153,18 @@ def _as_judged(side: int, masked: bool) -> Callable[..., Any]:
     if not masked:
         return v2.Compose([v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)])
 
-    def whole(*sample: Tensor) -> tuple[Tensor, ...]:
-        h, w = sample[0].shape[-2:]
-        if max(h, w) > side:
-            h, w = (max(1, round(length * side / max(h, w))) for length in (h, w))
-            sample = tuple(v2.functional.resize(part, [h, w]) for part in sample)
-        pad, fills = [0, 0, side - w, side - h], (list(BACKGROUND), _VOID)
-        return tuple(v2.functional.pad(part, pad, fill=fill) for part, fill in zip(sample, fills, strict=True))
+    return partial(_whole, side)
 
-    return whole
+
+def _whole(side: int, *sample: Tensor) -> tuple[Tensor, ...]:
+    """An image and its mask on a square, made smaller where they do not fit."""
+    h, w = sample[0].shape[-2:]
+    longer = max(h, w)
+    if longer > side:
+        h, w = (max(1, round(length * side / longer)) for length in (h, w))
+        sample = tuple(v2.functional.resize(part, [h, w]) for part in sample)
+    pad, fills = [0, 0, side - w, side - h], (list(BACKGROUND), _VOID)
+    return tuple(v2.functional.pad(part, pad, fill=fill) for part, fill in zip(sample, fills, strict=True))
 
 
 def as_labels(mask: Tensor, void: tuple[int, ...] = ()) -> Tensor:

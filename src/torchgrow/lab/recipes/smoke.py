@@ -21,7 +21,14 @@ TINY: dict[Callable[..., nn.Module], dict[str, Any]] = {
     models.WideResNet: {"depth": 10, "widen": 1},
     models.MobileNetV1: {"widen": 1 / 8},
     ViT: {"features": 16, "layers": 2, "heads": 2, "head": 8, "neurons": 32},
-    DeepLabV3: {"unit": "basic", "units": (1, 1, 1, 1), "widths": (8, 8, 16, 16), "rates": (1, 2, 3), "pooled": 8},
+    DeepLabV3: {
+        "unit": "basic",
+        "units": (1, 1, 1, 1),
+        "widths": (8, 8, 16, 16),
+        "output_stride": 4,
+        "rates": (1, 2, 3),
+        "pooled": 8,
+    },
     LSTM: {"embedding": 16, "hidden": (16, 16)},
     GPT: {"features": 16, "layers": 2, "heads": 2, "head": 8, "neurons": 32},
 }
