@@ -164,10 +164,10 @@ def test_large_images_are_evaluated_in_small_batches() -> None:
             pixels=torch.empty(600, 1, side, side, dtype=torch.uint8, device="meta"), labels=torch.ones(600)
         )
         data = ImageData(train=images, test=images, mean=(0.5,), std=(0.2,))
-        seen = []
+        seen: list[int] = []
         object.__setattr__(data, "normalise", lambda pixels, seen=seen: seen.append(len(pixels)))
         next(data.test_batches())
-        assert seen == [size]
+        assert seen == [size], side
 
 
 # --- masks are augmented with their images
