@@ -131,7 +131,7 @@ class _Reading(Dataset[tuple[Tensor, Tensor]]):
             read = self.judged(*sample)
         else:
             with torch.random.fork_rng(devices=()):
-                torch.default_generator.manual_seed(seed)
+                torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
                 read = self.augmented(*sample)
         if isinstance(target, str):
             return read[0].as_subclass(Tensor), as_labels(read[1].as_subclass(Tensor), self.images.void)
