@@ -29,7 +29,7 @@ from torchvision.models import resnet50
 
 from torchgrow import Budget, Space, trace
 from torchgrow.lab.environment import environment
-from torchgrow.lab.models import VGG16, ResNet, WideResNet
+from torchgrow.lab.models import VGG16, MobileNetV1, ResNet, WideResNet
 from torchgrow.policies import Paper, View, kit, pace
 from torchgrow.structure.budget import fit
 from torchgrow.structure.cost import CostModel
@@ -37,31 +37,6 @@ from torchgrow.structure.cost import CostModel
 RESULTS = Path(__file__).parent.parent / "results" / "paper-dynamics.jsonl"
 SHOWN_AFTER = (1, 2, 3, 5, 8, 12, 20, 30)
 """Epochs after which the share of the parameters is noted."""
-
-
-class MobileNetV1(nn.Module):
-    """MobileNetV1 (Howard et al., 2017)."""
-
-    def __init__(self, width: float) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-
-        def add(before: int, after: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
-            convolution = nn.Conv2d(before, after, kernel, stride, kernel // 2, groups=groups, bias=False)
-            layers.extend([convolution, nn.BatchNorm2d(after), nn.ReLU()])
-
-        now = int(32 * width)
-        add(3, now, 3, 2)
-        widths = [64, 128, 128, 256, 256, *[512] * 6, 1024, 1024]
-        for number, wanted in enumerate(widths):
-            add(now, now, 3, 2 if number in (1, 3, 5, 11) else 1, now)
-            add(now, now := int(wanted * width), 1)
-        self.features, self.fc = nn.Sequential(*layers), nn.Linear(now, 1000)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scores of the classes."""
-        scores: Tensor = self.fc(self.features(x).mean((2, 3)))
-        return scores
 
 
 # --- the networks, as the paper grew them ---
@@ -108,7 +83,7 @@ def cost(model: Callable[[], nn.Module], side: int) -> int:
 
 def mobile(width: float) -> Callable[[], nn.Module]:
     """MobileNetV1 of a width."""
-    return lambda: MobileNetV1(width)
+    return lambda: MobileNetV1(width, classes=1000)
 
 
 SMALL = cost(mobile(0.25), 128) / cost(mobile(0.5), 128)

@@ -71,7 +71,9 @@ class Network:
         self.epochs = epochs or (10 if name == "resnet20" else self.recipe.epochs // 2)
         load = partial(load_images, self.recipe.dataset, folder=folder, subset=self.recipe.subset)
         self.data = replace(load(held_out=True), channels_last=self.recipe.channels_last)
-        self.test: Images = load().test
+        test = load().test
+        assert isinstance(test, Images)  # none are streamed here
+        self.test = test
 
     def factor(self, progress: float) -> float:
         """What the base's learning rate is multiplied by after a share of its training."""

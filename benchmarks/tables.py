@@ -14,7 +14,7 @@ from torchgrow.lab.results import draw, draw_sizes
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tables_models import conformance, exactness, random_networks, training_networks
-from tables_paper import beside_ours, dynamics, schedules
+from tables_paper import beside_ours, dynamics, frames, schedules
 from tables_published import published
 from tables_shrinking import shrinking
 
@@ -336,6 +336,7 @@ def page() -> str:
         "## Initial weights at the scale of the widths planned\n\n" + birth(),
         "## Trained networks made smaller\n\n" + shrinking(rows("shrinking.jsonl")),
         "## Published networks made smaller\n\n" + published(rows("published.jsonl")),
+        "## The paper's networks\n\n" + frames(rows("frames.jsonl")),
         "## The paper's tables beside ours\n\n" + beside_ours(COMPARISONS),
         "## The paper's tables, without training\n\n" + dynamics(rows("paper-dynamics.jsonl")),
         "## The paper's course in fewer steps\n\n" + schedules(rows("paper-dynamics.jsonl")),

@@ -1,4 +1,4 @@
-"""Tables of docs/results.md on the paper's own numbers: which reading gives them, and the course in fewer steps."""
+"""Tables of docs/results.md on the paper's own numbers: its networks, which reading gives the rest, fewer steps."""
 
 import math
 from collections import defaultdict
@@ -115,3 +115,34 @@ def beside_ours(folder: Path) -> str:
     """All tables of the paper with what comparisons have found; `folder` is that of their results files."""
     tables = [f"### Table {number}\n\n{beside(int(number), folder).markdown()}" for number in PAPER["tables"]]
     return "Command: `torchgrow table 1` and so on. What was not measured is empty.\n\n" + "\n\n".join(tables)
+
+
+def frames(rows: list[Row]) -> str:
+    """The recipes' frames beside the paper's dense networks."""
+    if not rows:
+        return "Not measured yet."
+    body = []
+    for row in rows:
+        paper = float(row["paper_millions"])
+        ways = [
+            f"{words}: {count / 1e6:.2f} ({100 * (count / 1e6 / paper - 1):+.1f} %)"
+            for words, count in row["counts"].items()
+        ]
+        body.append(
+            [
+                row["network"],
+                f"`{row['recipe']}`",
+                f"{row['paper_millions']} ({row['where']})",
+                "; ".join(ways),
+                "; ".join(row["equal"]) or "none of these",
+                f"{row['macs'] / 1e6:,.0f}",
+                row["of"],
+            ]
+        )
+    head = ["network", "recipe, as published", "the paper, millions", "our frame, millions", "equal as printed"]
+    return (
+        "Parameters of the frames that recipes build, on the meta device, beside those that the paper prints; where "
+        "they differ, other ways to count, and which of them gives the printed number.\n\n"
+        f"Command: `python benchmarks/frames.py`. Made on {machine(rows)}.\n\n"
+        + grid([*head, "MACs of one sample, millions", "sample"], body)
+    )

@@ -25,9 +25,9 @@ APART = {"tracing": "persistence"}
 """Packages that stand before, and are no business of theirs."""
 LAB_ORDER = [
     "__init__", "names", "user_files", "frames", "weights", "devices", "processes", "environment", "metrics", "models",
-    "recurrent", "attention", "text", "data", "recipes", "from_recipe", "hooks", "checkpoints", "train", "trained",
-    "baselines", "display", "report", "run_folder", "results", "systems", "compare", "pages", "evidence", "run",
-    "search", "sources", "inspect",
+    "segmentation", "recurrent", "attention", "text", "streamed", "images", "folders", "shapes", "data", "recipes",
+    "from_recipe", "hooks", "checkpoints", "train", "trained", "baselines", "display", "report", "run_folder",
+    "results", "systems", "compare", "pages", "evidence", "run", "search", "sources", "inspect",
 ]  # fmt: skip
 BEYOND = {
     "inspect": {"torchgrow.structure.budget", "torchgrow.structure.cost"},  # it shows the core's own counts and answers

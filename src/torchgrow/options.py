@@ -20,12 +20,14 @@ BUDGET_HELP = (
 PRECISION_HELP = f"Of the forward and backward pass: {', '.join(names.PRECISIONS)}. Default: the recipe's."
 LAYOUT_HELP = "Layout of images in memory, which decides seconds. Default: the recipe's."
 RECIPE_HELP = "One of those that `torchgrow list` shows, or path/to/file.py:function that returns a Recipe."
-DATA_HELP = "Folder with the data. Default: data/cifar10; for text, Python's manual."
+DATA_HELP = "Folder with the data. Default: data/cifar10, data/images or data/voc; for text, Python's manual."
 RESUME_HELP = "Continue this run folder where it was stopped; takes --data and --device, nothing else."
 
 Subset = Annotated[int | None, typer.Option(help="Train on this many images, or words, only.")]
 Epochs = Annotated[int | None, typer.Option(help="Passes over the training images, or text.")]
-Scale = Annotated[str | None, typer.Option(help="small (fits two CPU cores) or full (as published).")]
+Scale = Annotated[
+    str | None, typer.Option(help="small (fits two CPU cores), full (as published) or smoke (seconds, no data).")
+]
 Depth = Annotated[bool | None, typer.Option(help="Grow layers too. Default: the recipe's.")]
 Then = Annotated[int | None, typer.Option(help="Epochs after growth, with the schedule anew.")]
 Shortcut = Annotated[str | None, typer.Option(help="Shortcuts of a ResNet: A (padding) or B (1x1).")]

@@ -25,7 +25,7 @@ def test_every_recipe_is_whole(name: str) -> None:
         recipe = recipe.with_words(99)
     else:
         size, channels = (8, 1) if recipe.dataset == "digits" else (32, 3)
-        x, shape = torch.randn(2, channels, size, size), [2, 10]
+        x, shape = torch.randn(2, channels, size, size), [2, 21, 32, 32] if recipe.dataset == "voc" else [2, 10]
     for width in (1.0, 0.3):
         out = recipe.build(width)(x)
         assert (out[0] if isinstance(out, tuple) else out).shape == torch.Size(shape)
@@ -34,7 +34,8 @@ def test_every_recipe_is_whole(name: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_config_survives_json(name: str) -> None:
     config = json.loads(json.dumps(get(name).as_json()))
-    assert config["model"] in ("ResNet", "VGG16", "WideResNet", "Staged", "ViT", "LSTM", "GPT")
+    networks = ("ResNet", "VGG16", "WideResNet", "Staged", "MobileNetV1", "DeepLabV3", "ViT", "LSTM", "GPT")
+    assert config["model"] in networks
     assert config["model_arguments"]
     assert config["epochs"] == get(name).epochs
     assert config["budget"] == str(get(name).budget)
@@ -48,7 +49,7 @@ def test_config_holds_what_a_variant_changed() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "rule"),
     [
-        ("dataset", "mnist", "one of digits, cifar10, imagefolder, text"),
+        ("dataset", "mnist", "one of digits, cifar10, imagefolder, voc, text, shapes, shape-masks"),
         ("updates_per_epoch", 0, "at least 1"),
         ("steps", 0, "at least 1"),
         ("optimizer", "adam", "one of sgd, adamw"),
@@ -118,7 +119,7 @@ def test_shortcut_variant_refuses_what_has_none() -> None:
 
 def test_a_record_from_before_there_were_layouts_is_read() -> None:
     record = replace(get("digits"), seed=3).as_json()
-    del record["channels_last"]
+    del record["channels_last"], record["crop"], record["void"]
     assert recipes.from_json(record).as_json() == replace(get("digits"), seed=3).as_json()
     with pytest.raises(TorchgrowError, match="not the record of a recipe: KeyError"):
         recipes.from_json({key: value for key, value in record.items() if key != "lr"})

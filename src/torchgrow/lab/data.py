@@ -1,39 +1,33 @@
-"""Small image sets held in memory as uint8, and their batches: shifted, mirrored and normalised on the fly.
-
-Batches are contiguous NCHW unless channels_last is asked for: in that layout PyTorch's CPU build corrupts
-the heap in the backward pass of a thin, strided 1x1 convolution, so the networks need `torchgrow.guard_`.
-"""
+"""Data sets by name, from whatever form they lie on disk in."""
 
 import io
 import pickle
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
-from torch.nn import functional as F
 
 from torchgrow import TorchgrowError
-from torchgrow.lab.metrics import ACCURACY, Metric
+from torchgrow.lab import folders
+from torchgrow.lab.folders import what_is_in
+from torchgrow.lab.images import ImageData, Images, augment, train_steps
 from torchgrow.lab.names import DATASETS
+from torchgrow.lab.shapes import shapes
 from torchgrow.lab.text import TextData, load_text
+
+__all__ = ["Data", "ImageData", "Images", "augment", "dataset_in", "load", "load_images", "train_steps"]
 
 # Per channel, of the 50,000 training images with values in [0, 1]; published with the set's first ResNets.
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
-# Of ImageNet's training images, as all of torchvision's models take them.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _DIGITS_TEST_IMAGES = 360  # of 1,797
-_MOST_BYTES = 16e9  # of images in memory
 _HELD_OUT_IMAGES, _HELD_OUT_SHARE = 10_000, 0.2
 _SPLIT_SEED = 0  # the digits split and the subset draw are the same for every run seed
 
@@ -42,133 +36,6 @@ _CIFAR10_HELP = (
     "a folder with Hugging Face style train*.parquet and test*.parquet (columns img or image, and label), "
     "or --download to have torchvision fetch the data into the folder."
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Images:
-    """Labelled images in memory.
-
-    Attributes:
-        pixels: uint8 ``[N, C, H, W]``, contiguous.
-        labels: int64 ``[N]``.
-    """
-
-    pixels: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: slice | Tensor) -> "Images":
-        index = index.to(self.labels.device) if isinstance(index, Tensor) else index
-        return Images(pixels=self.pixels[index], labels=self.labels[index])
-
-    def to(self, device: torch.device) -> "Images":
-        """The same in the memory of a device."""
-        return Images(pixels=self.pixels.to(device), labels=self.labels.to(device))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageData:
-    """A training and a test set with the numbers that normalise them.
-
-    Attributes:
-        train: training images.
-        test: test images.
-        mean: mean per channel of pixels in [0, 1].
-        std: standard deviation per channel of pixels in [0, 1].
-        channels_last: whether batches have that layout in memory.
-    """
-
-    train: Images
-    test: Images
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    channels_last: bool = False
-    metric: Metric = ACCURACY
-
-    @property
-    def device(self) -> torch.device:
-        """Where the images are, and so where networks train."""
-        return self.train.labels.device
-
-    def to(self, device: torch.device) -> "ImageData":
-        """The same data on a device; what is drawn at random is drawn on the CPU, the same on every device."""
-        return replace(self, train=self.train.to(device), test=self.test.to(device))
-
-    def example(self) -> Tensor:
-        """A small batch to trace a network on, float32 ``[2, C, H, W]``."""
-        return self.normalise(self.train.pixels[:2])
-
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """Uint8 ``[N, C, H, W]`` to float32 of the same shape, about zero mean and unit variance, in the layout."""
-        shape = (1, -1, 1, 1)
-        mean, std = (torch.tensor(x, device=pixels.device).view(shape) for x in (self.mean, self.std))
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return ((pixels.float() / 255 - mean) / std).contiguous(memory_format=layout)
-
-    def train_batches(
-        self, *, batch_size: int, shift: int, mirror: bool, generator: torch.Generator
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch of augmented training batches in a fresh order.
-
-        Args:
-            batch_size: images a batch. What is left over after the last full batch sits this epoch out, so
-                that every step costs the same; a set smaller than one batch is one batch.
-            shift: largest shift in pixels along each axis; the border that appears is black.
-            mirror: whether to mirror every second image, by chance, left to right.
-            generator: source of the order and of the augmentation.
-
-        Yields:
-            float32 images ``[batch_size, C, H, W]`` and int64 labels ``[batch_size]``.
-        """
-        order = torch.randperm(len(self.train), generator=generator)
-        steps = train_steps(len(self.train), batch_size)
-        for index in order[: steps * batch_size].split(batch_size):
-            batch = self.train[index]
-            pixels = augment(batch.pixels, shift=shift, mirror=mirror, generator=generator)
-            yield self.normalise(pixels), batch.labels
-
-    def test_batches(self, *, batch_size: int = 500) -> Iterator[tuple[Tensor, Tensor]]:
-        """The test images in order, not augmented; the last batch may be smaller."""
-        for start in range(0, len(self.test), batch_size):
-            batch = self.test[start : start + batch_size]
-            yield self.normalise(batch.pixels), batch.labels
-
-
-def train_steps(images: int, batch_size: int) -> int:
-    """Batches in one epoch of `ImageData.train_batches`."""
-    return max(1, images // batch_size)
-
-
-def augment(pixels: Tensor, *, shift: int, mirror: bool, generator: torch.Generator) -> Tensor:
-    """Shift every image by up to ``shift`` pixels along each axis and mirror half of them.
-
-    Args:
-        pixels: uint8 ``[N, C, H, W]``.
-        shift: largest shift in pixels; pixels shifted in are 0.
-        mirror: whether to mirror at all.
-        generator: source of the draws.
-
-    Returns:
-        uint8 ``[N, C, H, W]``, contiguous.
-    """
-    n, c, h, w = pixels.shape
-    rows = torch.arange(h) + torch.randint(2 * shift + 1, (n, 1), generator=generator)  # [N, H]
-    columns = torch.arange(w).expand(n, w)
-    if mirror:
-        flipped = torch.rand(n, 1, generator=generator) < 0.5
-        columns = torch.where(flipped, columns.flip(1), columns)
-    columns = columns + torch.randint(2 * shift + 1, (n, 1), generator=generator)  # [N, W]
-    rows, columns = rows.to(pixels.device), columns.to(pixels.device)
-    padded = F.pad(pixels, (shift, shift, shift, shift))
-    # One gather does both: indices broadcast to [N, C, H, W].
-    return padded[
-        torch.arange(n, device=pixels.device)[:, None, None, None],
-        torch.arange(c, device=pixels.device)[None, :, None, None],
-        rows[:, None, :, None],
-        columns[:, None, None, :],
-    ]
 
 
 Data = ImageData | TextData
@@ -182,21 +49,26 @@ def load(
     subset: int | None = None,
     steps: int = 35,
     side: int = 64,
+    crop: bool = False,
+    void: tuple[int, ...] = (),
     held_out: bool = False,
 ) -> Data:
-    """Load a data set into memory.
+    """Load a data set, into memory but where images are cropped at random.
 
     Args:
         dataset: ``"digits"`` (1,437 training and 360 test images of 1 x 8 x 8, shipped with scikit-learn),
-            ``"cifar10"`` (50,000 and 10,000 images of 3 x 32 x 32), ``"imagefolder"`` (your own, in one folder a class)
-            or ``"text"`` (three files of words).
-        folder: where the data is; default for CIFAR-10 ``data/cifar10``, for a text the manual that comes with
-            Python. Digits need none.
+            ``"cifar10"`` (50,000 and 10,000 images of 3 x 32 x 32), ``"imagefolder"`` (ImageNet, or your own, in one
+            folder a class), ``"voc"`` (PASCAL VOC's masks, or your own in that layout), ``"text"`` (three files of
+            words), ``"shapes"`` or ``"shape-masks"`` (drawn, see `torchgrow.lab.shapes`).
+        folder: where the data is; default for CIFAR-10 ``data/cifar10``, for folders of images ``data/images``, for
+            VOC ``data/voc``, for a text the manual that comes with Python. Digits and shapes need none.
         download: let torchvision fetch CIFAR-10 into ``folder`` if it is not there.
         subset: number of training images to keep, drawn once and for all, whatever the run's seed, or of training
             words, from the beginning; what a network is judged by is never cut. Default: all.
         steps: words a sample, of a text.
-        side: pixels that images of ``"imagefolder"`` are resized to, along both axes.
+        side: pixels that images in folders are resized to, and shapes drawn with, along both axes.
+        crop: stream images in folders from disk, a random part of each: see `torchgrow.lab.streamed`.
+        void: classes of VOC that are neither learned nor judged.
         held_out: training images in place of the test images, for choices to be made on: those that the subset leaves
             over, at most 10,000, so that it trains as it will when the test images judge; where they are less than a
             fifth of the subset, a fifth of it, and the rest is left to train on.
@@ -215,7 +87,8 @@ def load(
                 "name a folder with your copy, or none for the manual that comes with Python"
             )
         return load_text(folder=folder, steps=steps, subset=subset)
-    return load_images(dataset, folder=folder, download=download, subset=subset, side=side, held_out=held_out)
+    places: dict[str, Any] = {"folder": folder, "download": download, "subset": subset, "held_out": held_out}
+    return load_images(dataset, side=side, crop=crop, void=void, **places)
 
 
 def load_images(
@@ -225,6 +98,8 @@ def load_images(
     download: bool = False,
     subset: int | None = None,
     side: int = 64,
+    crop: bool = False,
+    void: tuple[int, ...] = (),
     held_out: bool = False,
 ) -> ImageData:
     """`load` for every data set but a text."""
@@ -233,7 +108,11 @@ def load_images(
     elif dataset == "cifar10":
         data = _cifar10(folder or Path("data/cifar10"), download)
     elif dataset == "imagefolder":
-        data = _imagefolder(folder or Path("data/images"), side)
+        data = folders.of_classes(folder or Path("data/images"), side, crop)
+    elif dataset == "voc":
+        data = folders.voc(folder or Path("data/voc"), side, crop, void)
+    elif dataset in ("shapes", "shape-masks"):
+        data = shapes(side, masks=dataset == "shape-masks")
     else:
         raise TorchgrowError(f"there is no data set {dataset!r}; there are {', '.join(DATASETS)}")
     if subset is not None and not 1 <= subset <= len(data.train):
@@ -279,41 +158,9 @@ def _cifar10(folder: Path, download: bool) -> ImageData:
         _download_cifar10(folder)
         read = _cifar10_reader(folder)
     if read is None:
-        raise TorchgrowError(f"no CIFAR-10 in {folder}: {_found(folder)}. {_CIFAR10_HELP}")
+        raise TorchgrowError(f"no CIFAR-10 in {folder}: {what_is_in(folder)}. {_CIFAR10_HELP}")
     train, test = read("train"), read("test")
     return ImageData(train=train, test=test, mean=CIFAR10_MEAN, std=CIFAR10_STD)
-
-
-def _imagefolder(folder: Path, side: int) -> ImageData:
-    """``train/CLASS/*`` and ``val/CLASS/*`` by torchvision's `ImageFolder`, squeezed to squares in memory."""
-    from torchvision.datasets import ImageFolder
-
-    sets = {}
-    for split in ("train", "val"):
-        try:
-            found = ImageFolder(str(folder / split))
-        except (OSError, RuntimeError) as error:  # torchvision says which class has no image
-            raise TorchgrowError(
-                f"{folder} has no images in {split}/CLASS/*: {_found(folder)} ({error}); "
-                "--data names a folder that holds train/ and val/, with one folder of images a class in each"
-            ) from error
-        needed = len(found) * 3 * side**2
-        if needed > _MOST_BYTES:
-            raise TorchgrowError(
-                f"{folder / split} holds {len(found)} images, {needed / 1e9:.0f} GB at {side} x {side}; these recipes "
-                f"keep them in memory, up to {_MOST_BYTES / 1e9:.0f} GB: use fewer images, or your own training loop"
-            )
-        pixels = torch.empty(len(found), 3, side, side, dtype=torch.uint8)
-        for i, (path, _) in enumerate(track(found.samples, f"reading {split}", console=Console(stderr=True))):
-            with Image.open(path) as image:
-                square = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
-            pixels[i] = torch.from_numpy(np.array(square)).permute(2, 0, 1)
-        sets[split] = found.classes, Images(pixels=pixels, labels=torch.tensor(found.targets))
-    (classes, train), (others, test) = sets["train"], sets["val"]
-    if classes != others:
-        odd = sorted(set(classes) ^ set(others))
-        raise TorchgrowError(f"{folder}: train/ and val/ differ in classes, e.g. {odd[0]}; both need the same folders")
-    return ImageData(train=train, test=test, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
 def dataset_in(folder: Path) -> str:
@@ -327,7 +174,7 @@ def dataset_in(folder: Path) -> str:
     if (folder / "train").is_dir() and (folder / "val").is_dir():
         return "imagefolder"
     raise TorchgrowError(
-        f"{folder} holds no images to train on: {_found(folder)}. What works: train/CLASS/* and val/CLASS/*, "
+        f"{folder} holds no images to train on: {what_is_in(folder)}. What works: train/CLASS/* and val/CLASS/*, "
         "CIFAR-10 as torchvision's cifar-10-batches-py/, or as Hugging Face's train*.parquet and test*.parquet"
     )
 
@@ -341,18 +188,6 @@ def _cifar10_reader(folder: Path) -> Callable[[str], Images] | None:
         if any(_shards(place, split) for split in ("train", "test")):
             return lambda split: _read_parquet(place, split)
     return None
-
-
-def _found(folder: Path) -> str:
-    if not folder.exists():
-        return "the folder does not exist"
-    if not folder.is_dir():
-        return "it is a file, not a folder"
-    names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
-    if not names:
-        return "the folder is empty"
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"found {', '.join(names[:5])}{more}"
 
 
 def _download_cifar10(folder: Path) -> None:
@@ -386,7 +221,7 @@ def _read_batches(folder: Path, split: str) -> Images:
     names = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
-        raise TorchgrowError(f"{folder} lacks {', '.join(missing)}: {_found(folder)}. {_CIFAR10_HELP}")
+        raise TorchgrowError(f"{folder} lacks {', '.join(missing)}: {what_is_in(folder)}. {_CIFAR10_HELP}")
     pixels, labels = [], []
     for name in names:
         path = folder / name
@@ -415,7 +250,7 @@ def _read_parquet(folder: Path, split: str) -> Images:
 
     shards = _shards(folder, split)
     if not shards:
-        raise TorchgrowError(f"{folder} has no {split}*.parquet: {_found(folder)}. {_CIFAR10_HELP}")
+        raise TorchgrowError(f"{folder} has no {split}*.parquet: {what_is_in(folder)}. {_CIFAR10_HELP}")
     total = re.search(r"-of-(\d+)", shards[0].name)
     if total and int(total[1]) != len(shards):
         raise TorchgrowError(

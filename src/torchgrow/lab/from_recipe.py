@@ -34,6 +34,8 @@ def with_data(
         subset=recipe.subset,
         steps=recipe.steps,
         side=recipe.side,
+        crop=recipe.crop,
+        void=recipe.void,
         held_out=held_out,
     ).to(device or torch.device("cpu"))
     if isinstance(data, TextData):
@@ -44,7 +46,7 @@ def with_data(
         if recipe.channels_last:
             raise TorchgrowError("a text has no channels; leave --channels-last out")
         return recipe.with_words(len(data.vocabulary)), data
-    if recipe.dataset == "imagefolder" and not recipe.weights:
+    if recipe.dataset in ("imagefolder", "shapes", "shape-masks") and not recipe.weights:
         most = max(int(images.labels.max()) for images in (data.train, data.test))  # a subset may lack a class
         recipe = recipe.with_classes(1 + most)
     mean, std = recipe.mean or data.mean, recipe.std or data.std

@@ -1,8 +1,14 @@
-"""What a network is judged by on data it was not trained on: accuracy of images, perplexity of text."""
+"""What a network is judged by on data it was not trained on: accuracy of images, mIoU of masks, perplexity of text."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
+
+VOID = -100
+"""A label that is neither learned nor judged, as PyTorch's losses have it (`ignore_index`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +33,37 @@ class Metric:
 
 
 ACCURACY = Metric(name="accuracy", on="test", unit=" %", lower_is_better=False)
+MIOU = Metric(name="miou", on="validation", unit=" %", lower_is_better=False)
 PERPLEXITY = Metric(name="perplexity", on="validation", unit="", lower_is_better=True)
 
 
 def metric_of(record: Mapping[str, Any]) -> Metric:
     """The metric that a record of an epoch, or a result, holds."""
-    return PERPLEXITY if record.get("perplexity") is not None else ACCURACY
+    return next((metric for metric in (PERPLEXITY, MIOU) if record.get(metric.name) is not None), ACCURACY)
+
+
+def confusion(guesses: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """How many pixels of every class (rows) were taken for which (columns), int64 ``[classes, classes]``.
+
+    Args:
+        guesses: classes, int64, any shape.
+        labels: of the same shape; what is `VOID` is not counted.
+        classes: how many there are.
+    """
+    known = labels != VOID
+    pairs = classes * labels[known] + guesses[known]
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+
+def miou(counts: Tensor) -> float:
+    """Mean intersection over union, in percent (Everingham et al., 2010).
+
+    The mean is over the classes that occur in the labels; what is wrongly taken for another one counts against the
+    class that it is of.
+
+    Args:
+        counts: of the whole set, as `confusion` gives them.
+    """
+    right, there = counts.diag(), counts.sum(1)
+    union = there + counts.sum(0) - right
+    return 100 * float((right.double() / union)[there > 0].mean())

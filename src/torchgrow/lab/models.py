@@ -1,4 +1,4 @@
-"""The networks of the CIFAR experiments, in plain PyTorch, written so that their channels can be cut.
+"""Convolutional networks of the experiments, in plain PyTorch, written so that their channels can be cut.
 
 No ``forward`` names a channel count: every size is read from the tensors at hand, so that the same code
 runs at any width, before and after surgery. Each ``width`` scales all channel counts by one factor.
@@ -77,14 +77,18 @@ def _shortcut(kind: Shortcut, in_channels: int, out_channels: int, stride: int) 
     )
 
 
+def _conv3x3(in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1) -> HeConv2d:
+    return HeConv2d(in_channels, out_channels, 3, stride=stride, padding=dilation, dilation=dilation, bias=False)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with batch norm beside a shortcut (He et al., 2016)."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: Shortcut, dilation: int = 1) -> None:
         super().__init__()
-        self.conv1 = HeConv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.conv1 = _conv3x3(in_channels, out_channels, stride, dilation)
         self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = HeConv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.conv2 = _conv3x3(out_channels, out_channels, 1, dilation)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.shortcut = _shortcut(shortcut, in_channels, out_channels, stride)
 
@@ -152,11 +156,11 @@ def _stage(in_channels: int, out_channels: int, blocks: int, stride: int, kind: 
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolution with batch norm beside a shortcut; inside a quarter of the channels."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, dilation: int = 1) -> None:
         super().__init__()
         inside = max(1, out_channels // 4)
         self.conv1, self.bn1 = HeConv2d(in_channels, inside, 1, bias=False), nn.BatchNorm2d(inside)
-        self.conv2 = HeConv2d(inside, inside, 3, stride=stride, padding=1, bias=False)
+        self.conv2 = _conv3x3(inside, inside, stride, dilation)
         self.bn2 = nn.BatchNorm2d(inside)
         self.conv3, self.bn3 = HeConv2d(inside, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
         self.shortcut = _shortcut("B", in_channels, out_channels, stride)
@@ -170,9 +174,9 @@ class Bottleneck(nn.Module):
 class PlainUnit(nn.Module):
     """A 3x3 convolution, batch norm and ReLU, with nothing beside them."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, dilation: int = 1) -> None:
         super().__init__()
-        self.conv = HeConv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.conv = _conv3x3(in_channels, out_channels, stride, dilation)
         self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
@@ -189,6 +193,8 @@ class Staged(nn.Module):
         units: how many in each stage; the first of every stage but the first one halves the image.
         widths: channels of the stages.
         stem: ``"small"`` (a 3x3 convolution) or ``"large"`` (7x7 and a pooling, a quarter of the image's side).
+        output_stride: the image's side over that of the last stage, at most; where a stage would go beyond it, it is
+            dilated instead (Chen et al., 2017).
         in_channels: 3 for colour images, 1 for grey ones.
         classes: number of outputs.
 
@@ -206,6 +212,7 @@ class Staged(nn.Module):
         units: Sequence[int] = (3, 3, 3),
         widths: Sequence[int] = (16, 32, 64),
         stem: Literal["small", "large"] = "small",
+        output_stride: int = 32,
         in_channels: int = 3,
         classes: int = 10,
     ) -> None:
@@ -222,19 +229,28 @@ class Staged(nn.Module):
         self.conv1 = HeConv2d(in_channels, before, 7 if large else 3, 2 if large else 1, 3 if large else 1, bias=False)
         self.bn1 = nn.BatchNorm2d(before)
         self.pool = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
-        stages = []
+        stages, reached, dilation = [], 4 if large else 1, 1
         for stage, (count, after) in enumerate(zip(units, channels, strict=True)):
-            first = kinds[unit](before, after, 2 if stage else 1)
-            stages.append(nn.Sequential(first, *(kinds[unit](after, after, 1) for _ in range(count - 1))))
+            stride, dilated = 2 if stage else 1, dilation
+            if stride * reached > output_stride:
+                stride, dilation = 1, 2 * dilation
+            reached *= stride
+            first = kinds[unit](before, after, stride, dilation=dilated)
+            others = (kinds[unit](after, after, 1, dilation=dilation) for _ in range(count - 1))
+            stages.append(nn.Sequential(first, *others))
             before = after
         self.stages = nn.ModuleList(stages)
         self.fc = nn.Linear(before, classes)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def features(self, x: Tensor) -> Tensor:
+        """What the last stage puts out."""
         x = self.pool(F.relu(self.bn1(self.conv1(x))))
         for stage in self.stages:
             x = stage(x)
-        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.fc(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
 
 
 class VGG16(nn.Module):
@@ -338,3 +354,35 @@ class WideResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
         return self.fc(F.adaptive_avg_pool2d(F.relu(self.bn(x)), 1).flatten(1))
+
+
+class MobileNetV1(nn.Module):
+    """MobileNetV1 (Howard et al., 2017): 13 depthwise separable convolutions behind a 3x3 stem, one linear layer.
+
+    Args:
+        width: factor on every channel count, on top of ``widen``.
+        widen: another such factor, the paper's width multiplier. At 1.0 and 1,000 classes: 4.23M parameters.
+        in_channels: 3 for colour images, 1 for grey ones.
+        classes: number of outputs.
+
+    Shape: ``[N, in_channels, H, W] -> [N, classes]``, H and W at least 32.
+    """
+
+    units = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
+    """Channels and stride of each."""
+
+    def __init__(self, width: float = 1.0, *, widen: float = 1.0, in_channels: int = 3, classes: int = 10) -> None:
+        super().__init__()
+        now = scaled(32, width * widen)
+        layers = [HeConv2d(in_channels, now, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(now), nn.ReLU()]
+        for channels, stride in self.units:
+            # PyTorch's own initialisation: He's by fan-out would take all channels for the output of each of them.
+            depthwise = nn.Conv2d(now, now, 3, stride=stride, padding=1, groups=now, bias=False)
+            layers += [depthwise, nn.BatchNorm2d(now), nn.ReLU()]
+            before, now = now, scaled(channels, width * widen)
+            layers += [HeConv2d(before, now, 1, bias=False), nn.BatchNorm2d(now), nn.ReLU()]
+        self.features = nn.Sequential(*layers)
+        self.fc = nn.Linear(now, classes)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.fc(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))

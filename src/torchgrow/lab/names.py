@@ -1,10 +1,12 @@
 """What can be chosen by name, where the command line finds it without importing PyTorch."""
 
-DATASETS = ("digits", "cifar10", "imagefolder", "text")
+DATASETS = ("digits", "cifar10", "imagefolder", "voc", "text", "shapes", "shape-masks")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("float32", "bfloat16")
 SCALES = ("small", "full")
+SMOKE = "smoke"
+"""The scale that every recipe of the lab has, without data."""
 SCHEDULES = ("milestones", "cosine", "linear", "wsd")
 SIZES = ("small", "medium", "large")
 
@@ -18,6 +20,10 @@ RECIPES = (
     "bottleneck4resnet-imagenet",
     "plain4net-imagenet",
     "resnet18-imagenette",
+    "resnet50-imagenet",
+    "mobilenetv1-imagenet",
+    "mobilenetv1-half-imagenet",
+    "deeplabv3-voc",
     "vit-cifar10",
     "lstm-ptb",
     "gpt-ptb",

@@ -70,19 +70,24 @@ def told(value: T) -> T:
     return held[0]
 
 
-def shares(batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's share of every batch; together they are the batches that one process would train on.
+def share(batch: int) -> slice:
+    """Which samples of a batch of that size are this process's; together the processes have them all.
 
     Raises:
         TorchgrowError: a batch cannot be shared out evenly, so that the mean of shares would not be its mean.
     """
+    if batch % size():
+        raise TorchgrowError(
+            f"a batch of {batch} cannot be shared out evenly among {size()} processes; "
+            f"choose a --nproc-per-node that divides {batch}"
+        )
+    return slice(rank(), None, size())
+
+
+def shares(batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of every batch; together they are the batches that one process would train on."""
     for x, labels in batches:
-        if len(x) % size():
-            raise TorchgrowError(
-                f"a batch of {len(x)} cannot be shared out evenly among {size()} processes; "
-                f"choose a --nproc-per-node that divides {len(x)}"
-            )
-        yield x[rank() :: size()], labels[rank() :: size()]
+        yield x[share(len(x))], labels[share(len(x))]
 
 
 def mean(value: float) -> float:

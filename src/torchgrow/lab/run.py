@@ -54,6 +54,7 @@ class Result:
     """
 
     accuracy: float | None = None
+    miou: float | None = None
     perplexity: float | None = None
     test_perplexity: float | None = None
     params: int

@@ -19,7 +19,8 @@ Shape = tuple[int, ...]
 
 _SAMPLES = 2
 _TOKENS = 16  # of a text, where nothing is said
-_RECIPE_IMAGES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "imagefolder": (3, 64, 64)}  # the others read text
+# The others read text.
+_RECIPE_IMAGES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "imagefolder": (3, 64, 64), "voc": (3, 64, 64)}
 
 
 def parse_shape(text: str) -> Shape:

@@ -18,7 +18,7 @@ from torchgrow.lab.checkpoints import Checkpoints, Progress
 from torchgrow.lab.data import Data
 from torchgrow.lab.from_recipe import extent, make_schedule, updates_within
 from torchgrow.lab.hooks import Hooks
-from torchgrow.lab.metrics import ACCURACY
+from torchgrow.lab.metrics import ACCURACY, MIOU, VOID, confusion, miou
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.text import TextData
 
@@ -36,9 +36,10 @@ class Epoch:
     Attributes:
         network: ``"grown"``, ``"shrunk"`` (grown from a trained network down), ``"dense"`` or ``"uniform"``.
         epoch: counted from 1.
-        loss: mean training loss, of an image or a word.
+        loss: mean training loss, of an image, a pixel or a word.
         test_loss: mean loss on the test images, or on the words of the validation text.
-        accuracy: share of test images classified correctly, in percent; None for text.
+        accuracy: share of test images classified correctly, in percent; None for text and masks.
+        miou: mean intersection over union of the masks of validation images, in percent; None for all else.
         perplexity: of the validation text, ``exp(test_loss)``; None for images.
         params: parameters, tied ones once.
         flops: FLOPs of one sample forward, 2 x MACs.
@@ -61,6 +62,7 @@ class Epoch:
     loss: float
     test_loss: float
     accuracy: float | None = None
+    miou: float | None = None
     perplexity: float | None = None
     params: int
     flops: int
@@ -208,7 +210,7 @@ class _Run:
             progress = replace(progress, sampler=self.generator.get_state(), lr=lr, changes=(0, 0, 0), updates=[])
         between = updates_within(recipe, steps) if progress.epoch <= recipe.epochs else set()
         net, cost, start = self.net(), self.cost(), time.perf_counter()
-        batches = enumerate(processes.shares(_batches(self.model, self.data, recipe, self.generator)), start=1)
+        batches = enumerate(_batches(self.model, self.data, recipe, self.generator), start=1)
         for step, (x, labels) in islice(batches, progress.step, None):
             with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
                 scores, state = _scores(net, x, progress.state)
@@ -290,12 +292,13 @@ def _structure(grower: Grower, epochs: float) -> dict[str, Any]:
 
 
 def _batches(model: nn.Module, data: Data, recipe: Recipe, generator: torch.Generator) -> Batches:
-    """One epoch of training batches; a text goes on from batch to batch for a model that carries a state."""
+    """This process's share of an epoch's batches; a text goes on from batch to batch for a model with a state."""
     if isinstance(data, TextData):
         shuffle = None if hasattr(model, "carried") else generator
-        return data.train_batches(batch_size=recipe.batch_size, shuffle=shuffle)
+        return processes.shares(data.train_batches(batch_size=recipe.batch_size, shuffle=shuffle))
+    share = processes.share(min(recipe.batch_size, len(data.train)))
     return data.train_batches(
-        batch_size=recipe.batch_size, shift=recipe.shift, mirror=recipe.mirror, generator=generator
+        batch_size=recipe.batch_size, shift=recipe.shift, mirror=recipe.mirror, generator=generator, share=share
     )
 
 
@@ -304,6 +307,8 @@ def _scores(model: nn.Module, x: Tensor, state: Any) -> tuple[Tensor, Any]:
     out = model(x) if state is None else model(x, state)
     out = getattr(out, "logits", out)  # of transformers, and of networks with classifiers on the way
     scores, state = out if isinstance(out, tuple) else (out, None)
+    if scores.dim() == 4:  # [N, classes, H, W], as masks are predicted
+        scores = scores.movedim(1, -1)
     return scores.flatten(0, -2), None if state is None else tree_map(Tensor.detach, state)
 
 
@@ -333,16 +338,23 @@ def evaluate(model: nn.Module, data: Data, split: str | None = None) -> tuple[fl
         split: of a text, ``"valid"`` (default) or ``"test"``.
 
     Returns:
-        Accuracy in percent, or perplexity, and the loss of an image or a word.
+        Accuracy or mIoU in percent, or perplexity, and the loss of an image, a pixel or a word.
     """
     model.eval()
     correct, loss, count, state = 0, 0.0, 0, None
+    pairs: Tensor | None = None
     for x, labels in data.test_batches(split or "valid") if isinstance(data, TextData) else data.test_batches():
         scores, state = _scores(model, x, state)
-        correct += int((scores.argmax(1) == labels.flatten()).sum())
-        loss += F.cross_entropy(scores, labels.flatten(), reduction="sum").item()
-        count += labels.numel()
+        labels, guesses = labels.flatten(), scores.argmax(1)
+        correct += int((guesses == labels).sum())
+        loss += F.cross_entropy(scores, labels, reduction="sum").item()
+        count += int((labels != VOID).sum())
+        if data.metric is MIOU:
+            seen = confusion(guesses, labels, scores.shape[1])
+            pairs = seen if pairs is None else pairs + seen
     mean = loss / count
+    if pairs is not None:
+        return miou(pairs), mean
     score = 100 * correct / count if data.metric is ACCURACY else math.exp(min(mean, 700.0))  # beyond it exp overflows
     return score, mean
 

@@ -112,6 +112,8 @@ def _check(model: nn.Module, recipe: Recipe, data: Data) -> None:
             f"{name} cannot read images of {' x '.join(map(str, shape))}: {error}; give the size that it was trained "
             "with, as in --side 224"
         ) from error
+    if data.metric is not ACCURACY:
+        return  # pixels have classes, and the network is that of a recipe
     scores = getattr(out, "logits", out)
     if not isinstance(scores, Tensor) or scores.dim() != 2:
         found = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__

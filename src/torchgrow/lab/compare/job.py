@@ -58,7 +58,7 @@ class Job:
             del config["channels_last"]
         if self.recipe.schedule != "wsd":
             del config["decay"]
-        for field in ("source", "mean", "std", "weights", "distil"):
+        for field in ("source", "mean", "std", "weights", "distil", "crop", "void"):
             if not config[field]:
                 del config[field]
         del config["preset"]

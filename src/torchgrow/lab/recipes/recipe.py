@@ -9,7 +9,10 @@ from typing import Any
 from torch import nn
 
 from torchgrow import PRESETS, Budget, Method, TorchgrowError, policies
-from torchgrow.lab.names import DATASETS, OPTIMIZERS, PRECISIONS, SCHEDULES
+from torchgrow.lab.names import DATASETS, OPTIMIZERS, PRECISIONS, SCALES, SCHEDULES, SMOKE
+
+STREAMED = ("imagefolder", "voc")
+"""Data sets in folders, which need not be kept in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,9 @@ class Recipe:
         batch_size: images, or sequences of words, a step.
         steps: words a sequence, of a text.
         side: height and width that images of a folder are resized to, in pixels.
+        crop: augmentation of images in folders: whether they are streamed from disk, a random part of each, as
+            `torchgrow.lab.streamed` has it, and not kept in memory; in place of ``shift``.
+        void: classes of masks that are neither learned nor judged.
         optimizer: one of `torchgrow.lab.names.OPTIMIZERS`.
         lr: learning rate before the first milestone, or after warm-up.
         schedule: one of `torchgrow.lab.names.SCHEDULES`: "milestones", steps at ``lr_milestones``; "cosine" or
@@ -82,6 +88,8 @@ class Recipe:
     batch_size: int
     steps: int = 35
     side: int = 64
+    crop: bool = False
+    void: tuple[int, ...] = ()
     optimizer: str = "sgd"
     lr: float
     schedule: str = "milestones"
@@ -134,6 +142,9 @@ class Recipe:
         need("momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
         need("weight_decay", self.weight_decay >= 0, "at least 0")
         need("shift", self.shift >= 0, "at least 0 (pixels)")
+        need("shift", not self.shift or not self.crop, "0 with crop, which takes its place")
+        need("void", not self.void or self.dataset == "voc", "empty but for voc, which has masks")
+        need("crop", not self.crop or self.dataset in STREAMED, f"False but for {' and '.join(STREAMED)}")
         need("subset", self.subset is None or self.subset >= 1, "at least 1 (images, or words), or None for all")
         need("std", self.std is None or min(self.std, default=0) > 0, "above 0 for every colour")
         need("distil", 0 <= self.distil <= 1, "a share of the loss, at least 0 and at most 1")
@@ -178,6 +189,17 @@ class Recipe:
         if grown is not None:
             fields["grown_arguments"] = _described(grown)[1]
         return {**fields, "model": model, "budget": str(self.budget)}
+
+
+def is_small(scale: str) -> bool:
+    """Whether a recipe is made to fit two CPU cores; else as published.
+
+    Raises:
+        TorchgrowError: another scale.
+    """
+    if scale not in SCALES:
+        raise TorchgrowError(f"scale is one of {', '.join(SCALES)} or {SMOKE}, got {scale!r}")
+    return scale == "small"
 
 
 def _described(build: Callable[..., nn.Module]) -> tuple[str, dict[str, Any]]:

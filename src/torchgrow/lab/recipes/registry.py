@@ -23,6 +23,10 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "bottleneck4resnet-imagenet": images.bottleneck4resnet_imagenet,
     "plain4net-imagenet": images.plain4net_imagenet,
     "resnet18-imagenette": images.resnet18_imagenette,
+    "resnet50-imagenet": images.resnet50_imagenet,
+    "mobilenetv1-imagenet": images.mobilenetv1_imagenet,
+    "mobilenetv1-half-imagenet": images.mobilenetv1_half_imagenet,
+    "deeplabv3-voc": images.deeplabv3_voc,
     "vit-cifar10": images.vit_cifar10,
     "lstm-ptb": sequences.lstm_ptb,
     "gpt-ptb": sequences.gpt_ptb,
@@ -32,6 +36,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 
 LATER: dict[str, Any] = {
     "channels_last": False,
+    "crop": False,
+    "void": (),
     "decay": 0.3,
     "source": None,
     "mean": None,

@@ -7,9 +7,11 @@ from inspect import signature
 
 from torchgrow import TorchgrowError
 from torchgrow.lab import models
+from torchgrow.lab.names import SMOKE
 from torchgrow.lab.recipes.recipe import Recipe
 from torchgrow.lab.recipes.registry import RECIPES
 from torchgrow.lab.recipes.sequences import lstm_ptb
+from torchgrow.lab.recipes.smoke import smoke
 
 
 def with_shortcut(recipe: Recipe, kind: str) -> Recipe:
@@ -26,14 +28,16 @@ def with_shortcut(recipe: Recipe, kind: str) -> Recipe:
 
 
 def with_scale(recipe: Recipe, scale: str) -> Recipe:
-    """``recipe`` at one of the `torchgrow.lab.names.SCALES`: small enough for two CPU cores, or as published.
+    """``recipe`` small enough for two CPU cores, as published, or tiny: `torchgrow.lab.names.SCALES` and `SMOKE`.
 
     Raises:
         TorchgrowError: it has no choice of scales, or not this one.
     """
+    if scale == SMOKE:
+        return smoke(recipe)
     make: Callable[..., Recipe] = RECIPES.get(recipe.name, lambda: recipe)
     if "scale" not in signature(make).parameters:
-        raise TorchgrowError(f"recipe {recipe.name!r} has no choice of scales; leave --scale out")
+        raise TorchgrowError(f"recipe {recipe.name!r} has no choice of scales but {SMOKE}; leave --scale out")
     return make(scale)
 
 

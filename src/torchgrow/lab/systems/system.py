@@ -27,6 +27,7 @@ from torchgrow import Cost, Limits, TorchgrowError, measure
 from torchgrow.lab.data import Data, ImageData
 from torchgrow.lab.from_recipe import make_network
 from torchgrow.lab.hooks import Hooks
+from torchgrow.lab.metrics import ACCURACY
 from torchgrow.lab.recipes import Recipe
 
 
@@ -109,13 +110,15 @@ class Task:
         return measure(model, self.data.example())
 
     def images(self, who: str) -> ImageData:
-        """The data, of a system that needs images.
+        """The data, of a system that needs images and their classes.
 
         Raises:
-            UnfitError: it is a text.
+            UnfitError: it is a text, or pixels have classes.
         """
         if not isinstance(self.data, ImageData):
             raise UnfitError(f"{who} is written for images, and recipe {self.recipe.name!r} trains on a text")
+        if self.data.metric is not ACCURACY:
+            raise UnfitError(f"{who} is written for classes of images, and recipe {self.recipe.name!r} trains on masks")
         return self.data
 
     def spend(self, name: str, flops: int, seconds: float = 0.0, counted: bool = True) -> None:

@@ -1,0 +1,140 @@
+"""Images in folders: one folder a class, as ImageNet's, or with masks, as in PASCAL VOC's devkit.
+
+Both are read into memory at one size, squeezed to squares, or, where they are cropped at random, streamed from disk.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torchvision.datasets import ImageFolder
+
+from torchgrow import TorchgrowError
+from torchgrow.lab.images import IMAGENET_MEAN, IMAGENET_STD, ImageData, Images
+from torchgrow.lab.metrics import ACCURACY, MIOU
+from torchgrow.lab.streamed import Streamed, as_labels
+
+VOC_CLASSES = 21
+
+_MOST_BYTES = 16e9  # of images in memory
+_LISTS = "ImageSets/Segmentation"
+_VOC_HELP = (
+    "--data names a folder that holds VOCdevkit/VOC2012/ (or is one of the two), as VOCtrainval_11-May-2012.tar of "
+    "host.robots.ox.ac.uk/pascal/VOC unpacks to: JPEGImages/NAME.jpg, SegmentationClass/NAME.png and "
+    f"{_LISTS}/train.txt and val.txt; to train on the 10,582 augmented images, add {_LISTS}/train_aug.txt and "
+    "SegmentationClassAug/NAME.png"
+)
+
+
+def of_classes(folder: Path, side: int, crop: bool) -> ImageData:
+    """``train/CLASS/*`` and ``val/CLASS/*``, as torchvision's `ImageFolder` finds them.
+
+    Args:
+        folder: where they are.
+        side: height and width, in pixels.
+        crop: stream them, a random part of each, instead of reading them into memory.
+
+    Raises:
+        TorchgrowError: a split has no images, the two differ in classes, or memory is too small.
+    """
+    sets = {}
+    for split in ("train", "val"):
+        try:
+            found = ImageFolder(str(folder / split))
+        except (OSError, RuntimeError) as error:  # torchvision says which class has no image
+            raise TorchgrowError(
+                f"{folder} has no images in {split}/CLASS/*: {what_is_in(folder)} ({error}); "
+                "--data names a folder that holds train/ and val/, with one folder of images a class in each"
+            ) from error
+        paths = tuple(path for path, _ in found.samples)
+        images = Streamed(paths=paths, targets=tuple(found.targets), side=side)
+        sets[split] = found.classes, images if crop else _in_memory(images, folder / split)
+    (classes, train), (others, test) = sets["train"], sets["val"]
+    if classes != others:
+        odd = sorted(set(classes) ^ set(others))
+        raise TorchgrowError(f"{folder}: train/ and val/ differ in classes, e.g. {odd[0]}; both need the same folders")
+    return ImageData(train=train, test=test, mean=IMAGENET_MEAN, std=IMAGENET_STD, metric=ACCURACY)
+
+
+def voc(folder: Path, side: int, crop: bool, void: tuple[int, ...]) -> ImageData:
+    """PASCAL VOC's segmentation, in the layout of its devkit; augmented where the list and the masks for that are.
+
+    Args:
+        folder: that, or one of the folders around it.
+        side: height and width, in pixels.
+        crop: stream them, a random part of each, instead of reading them into memory.
+        void: classes that are neither learned nor judged.
+
+    Raises:
+        TorchgrowError: a list, an image or a mask is missing, or memory is too small.
+    """
+    around = [folder, *sorted(folder.glob("VOC20*")), *sorted(folder.glob("VOCdevkit/VOC20*"))]
+    root = next((place for place in around if (place / _LISTS).is_dir()), None)
+    if root is None:
+        raise TorchgrowError(f"no segmentation of PASCAL VOC in {folder}: {what_is_in(folder)}. {_VOC_HELP}")
+    augmented = (root / _LISTS / "train_aug.txt").exists() and (root / "SegmentationClassAug").is_dir()
+    lists = {
+        "train": ("train_aug", "SegmentationClassAug") if augmented else ("train", "SegmentationClass"),
+        "val": ("val", "SegmentationClass"),
+    }
+    sets = {}
+    for split, (name, masks) in lists.items():
+        listed = root / _LISTS / f"{name}.txt"
+        names = listed.read_text().split() if listed.exists() else []
+        if not names:
+            raise TorchgrowError(f"{listed} is missing or empty. {_VOC_HELP}")
+        pairs = [(root / f"JPEGImages/{name}.jpg", root / f"{masks}/{name}.png") for name in names]
+        missing = [path for pair in pairs for path in pair if not path.exists()]
+        if missing:
+            raise TorchgrowError(
+                f"{listed} names images that are not there: {len(missing)}, e.g. {missing[0]}. {_VOC_HELP}"
+            )
+        paths, targets = zip(*((str(image), str(mask)) for image, mask in pairs), strict=True)
+        images = Streamed(paths=paths, targets=targets, side=side, void=void)
+        sets[split] = images if crop else _in_memory(images, listed)
+    return ImageData(train=sets["train"], test=sets["val"], mean=IMAGENET_MEAN, std=IMAGENET_STD, metric=MIOU)
+
+
+def _in_memory(images: Streamed, place: Path) -> Images:
+    """All of them, squeezed to squares."""
+    side = images.side
+    needed = len(images) * (11 if images.masked else 3) * side**2  # a class of a pixel has 8 bytes
+    if needed > _MOST_BYTES:
+        raise TorchgrowError(
+            f"{place} holds {len(images)} images, {needed / 1e9:.0f} GB at {side} x {side}; these recipes keep them in "
+            f"memory, up to {_MOST_BYTES / 1e9:.0f} GB: use fewer images, --scale full of a recipe that has it, which "
+            "reads them batch by batch, or a recipe with crop=True, which does too"
+        )
+    pixels = torch.empty(len(images), 3, side, side, dtype=torch.uint8)
+    masks = torch.empty(len(images) if images.masked else 0, side, side, dtype=torch.int64)
+    each = track(range(len(images)), f"reading {place.stem}", console=Console(stderr=True))
+    for i in each:
+        square = _squeezed(images.paths[i], side, Image.Resampling.BILINEAR, lambda image: image.convert("RGB"))
+        pixels[i] = square.permute(2, 0, 1)
+        target = images.targets[i]
+        if isinstance(target, str):
+            masks[i] = as_labels(_squeezed(target, side, Image.Resampling.NEAREST), images.void)
+    return Images(pixels=pixels, labels=masks if images.masked else torch.tensor(images.targets))
+
+
+def _squeezed(path: str, side: int, how: Image.Resampling, convert: Callable[[Any], Any] = lambda image: image) -> Any:
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(convert(image).resize((side, side), how)))
+
+
+def what_is_in(folder: Path) -> str:
+    """What was found there, in words."""
+    if not folder.exists():
+        return "the folder does not exist"
+    if not folder.is_dir():
+        return "it is a file, not a folder"
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+    if not names:
+        return "the folder is empty"
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"found {', '.join(names[:5])}{more}"

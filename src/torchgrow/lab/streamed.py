@@ -1,0 +1,173 @@
+"""Images read from disk batch by batch, by workers, and augmented as is usual for their task."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from torchgrow.lab.metrics import VOID
+
+BACKGROUND = (124, 116, 104)  # of 255, the mean of ImageNet's training images: about 0 once it is normalised
+_VOID = 255  # void in files of masks
+_WORKERS = 16
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Streamed:
+    """Images on disk with a class, or a mask of classes, each; it stands for `torchgrow.lab.images.Images`.
+
+    Trained on is a random part of 8 to 100 % of an image, resized (Szegedy et al., 2015), and judged by the middle of
+    it, at 256/224 of the side; with masks, a random part of the image at half to twice the side (Chen et al., 2017),
+    and judged by all of it, made smaller only where it does not fit. What is drawn at random for an image depends on
+    the generator alone, not on how many workers there are. A run that is resumed within an epoch reads what it skips.
+
+    Attributes:
+        paths: of the images.
+        targets: a class each, or the path of a mask each: a picture whose values are classes, 255 for void.
+        side: height and width of what is read, in pixels.
+        void: classes of masks that become void.
+        device: where batches go.
+        workers: processes that read; 0: this one reads.
+    """
+
+    paths: tuple[str, ...]
+    targets: tuple[int, ...] | tuple[str, ...]
+    side: int
+    void: tuple[int, ...] = ()
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    workers: int = min(_WORKERS, (os.cpu_count() or 1) - 1)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: slice | Tensor) -> "Streamed":
+        chosen = range(len(self))[index] if isinstance(index, slice) else index.tolist()
+        targets: Any = tuple(self.targets[i] for i in chosen)
+        return replace(self, paths=tuple(self.paths[i] for i in chosen), targets=targets)
+
+    def to(self, device: torch.device) -> "Streamed":
+        """The same with batches on a device."""
+        return replace(self, device=device)
+
+    @property
+    def pixels(self) -> Tensor:
+        """All of them as they are judged, uint8 ``[N, 3, side, side]``; meant for a few."""
+        return self._read()[0].to(self.device)
+
+    @property
+    def labels(self) -> Tensor:
+        """Int64 ``[N]``, or masks ``[N, side, side]``, which are read: meant for a few."""
+        return (self._read()[1] if self.masked else torch.tensor(self.targets)).to(self.device)
+
+    @property
+    def masked(self) -> bool:
+        """Whether there is a mask of each."""
+        return isinstance(self.targets[0], str)
+
+    def _read(self) -> tuple[Tensor, Tensor]:
+        reading = _Reading(self)
+        pixels, labels = zip(*(reading[i, None] for i in range(len(self))), strict=True)
+        return torch.stack(pixels), torch.stack(labels)
+
+    def batches(
+        self,
+        order: Tensor,
+        *,
+        batch_size: int,
+        mirror: bool = False,
+        generator: torch.Generator | None = None,
+        share: slice = slice(None),
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of images, uint8, and of their labels.
+
+        Args:
+            order: which images, int64.
+            batch_size: images a batch; the last one may be smaller.
+            mirror: whether half of the images are mirrored.
+            generator: source of the augmentation; None: none, the images as they are judged.
+            share: which of the images of every batch are read.
+        """
+        seeds: Any = [None] * len(order)
+        if generator is not None:
+            seeds = torch.randint(2**62, (len(order),), generator=generator).tolist()
+        items = list(zip(order.tolist(), seeds, strict=True))
+        loader = DataLoader(
+            _Reading(self, mirror),
+            batch_sampler=[items[start : start + batch_size][share] for start in range(0, len(items), batch_size)],
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # else it draws from the one that dropout draws from
+        )
+        for pixels, labels in loader:
+            yield pixels.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+
+class _Reading(Dataset[tuple[Tensor, Tensor]]):
+    """What workers do: an image and its label by number, and by the seed that augments it; None: as it is judged."""
+
+    def __init__(self, images: Streamed, mirror: bool = False) -> None:
+        self.images = images
+        self.judged = _as_judged(images.side, images.masked)
+        self.augmented = _augmented(images.side, images.masked, mirror)
+
+    def __getitem__(self, item: tuple[int, int | None]) -> tuple[Tensor, Tensor]:
+        i, seed = item
+        target = self.images.targets[i]
+        with Image.open(self.images.paths[i]) as file:
+            sample = [tv_tensors.Image(v2.functional.pil_to_tensor(file.convert("RGB")))]
+        if isinstance(target, str):
+            with Image.open(target) as file:
+                sample.append(tv_tensors.Mask(torch.from_numpy(np.array(file))))
+        if seed is None:
+            read = self.judged(*sample)
+        else:
+            with torch.random.fork_rng(devices=()):
+                torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+                read = self.augmented(*sample)
+        if isinstance(target, str):
+            return read[0].as_subclass(Tensor), as_labels(read[1].as_subclass(Tensor), self.images.void)
+        return read.as_subclass(Tensor), torch.tensor(target)
+
+
+def _augmented(side: int, masked: bool, mirror: bool) -> Callable[..., Any]:
+    """A random part of an image, and of its mask."""
+    mirrored = [v2.RandomHorizontalFlip()] if mirror else []
+    if not masked:
+        return v2.Compose([v2.RandomResizedCrop(side), *mirrored])
+    fill = {tv_tensors.Image: BACKGROUND, tv_tensors.Mask: _VOID}
+    cropped = v2.RandomCrop(side, pad_if_needed=True, fill=fill)
+    return v2.Compose([v2.RandomResize(side // 2, 2 * side), cropped, *mirrored])
+
+
+def _as_judged(side: int, masked: bool) -> Callable[..., Any]:
+    """The middle of an image; or all of it and of its mask, on a background."""
+    if not masked:
+        return v2.Compose([v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)])
+
+    return partial(_whole, side)
+
+
+def _whole(side: int, *sample: Tensor) -> tuple[Tensor, ...]:
+    """An image and its mask on a square, made smaller where they do not fit."""
+    h, w = sample[0].shape[-2:]
+    longer = max(h, w)
+    if longer > side:
+        h, w = (max(1, round(length * side / longer)) for length in (h, w))
+        sample = tuple(v2.functional.resize(part, [h, w]) for part in sample)
+    pad, fills = [0, 0, side - w, side - h], (list(BACKGROUND), _VOID)
+    return tuple(v2.functional.pad(part, pad, fill=fill) for part, fill in zip(sample, fills, strict=True))
+
+
+def as_labels(mask: Tensor, void: tuple[int, ...] = ()) -> Tensor:
+    """Masks as files have them, uint8, to int64 with `VOID` for what is not judged."""
+    left_out = torch.isin(mask, torch.tensor([*void, _VOID], dtype=mask.dtype))
+    return mask.long().masked_fill(left_out, VOID)

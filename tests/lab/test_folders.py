@@ -1,0 +1,233 @@
+"""Images in folders: VOC's layout, and images that are streamed from disk instead of being kept in memory."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from torchgrow import Budget, TorchgrowError
+from torchgrow.lab import data, processes, run, shapes
+from torchgrow.lab.images import ImageData
+from torchgrow.lab.metrics import ACCURACY, MIOU, VOID
+from torchgrow.lab.names import SCALES
+from torchgrow.lab.recipes import get, with_scale
+from torchgrow.lab.streamed import BACKGROUND, Streamed, as_labels
+
+LISTS = "ImageSets/Segmentation"
+
+
+def save(path: Path, values: Any, palette: bool = False) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.asarray(values, dtype=np.uint8))
+    if palette:  # as VOC's masks are: what counts is the index, not the colour
+        image = image.convert("P")
+        image.putdata(np.asarray(values, dtype=np.uint8).flatten().tolist())
+        image.putpalette([255 - i // 3 for i in range(768)])
+    image.save(path)
+
+
+def around(side: tuple[int, int], part: int) -> tuple[slice, slice]:
+    """The middle, without one of so many parts on every side."""
+    rows, columns = (slice(length // part, length - length // part) for length in side)
+    return rows, columns
+
+
+def write_voc(folder: Path, *, side: tuple[int, int] = (20, 30), masks: str = "SegmentationClass") -> Path:
+    """Images that show fifty times their label: 0, one class of 1 to 4 each in the middle, and void around it."""
+    names = {"train": [f"a{i}" for i in range(4)], "val": [f"b{i}" for i in range(4)]}
+    for i, name in [pair for split in names.values() for pair in enumerate(split)]:
+        labels = np.zeros(side, dtype=np.uint8)
+        labels[around(side, 4)] = 255
+        labels[around(side, 3)] = i + 1
+        save(folder / f"JPEGImages/{name}.jpg", np.repeat(np.where(labels == 255, 0, 50 * labels)[..., None], 3, 2))
+        save(folder / f"{masks}/{name}.png", labels, palette=True)
+    for split, own in names.items():
+        (folder / LISTS).mkdir(parents=True, exist_ok=True)
+        (folder / LISTS / f"{split}.txt").write_text("\n".join(own) + "\n")
+    return folder
+
+
+# --- VOC's layout
+
+
+@pytest.mark.parametrize("inner", [".", "VOC2012", "VOCdevkit/VOC2012", "VOCdevkit/VOC2007"])
+@pytest.mark.parametrize("crop", [False, True])
+def test_voc_is_found_wherever_the_folder_begins(tmp_path: Path, inner: str, crop: bool) -> None:
+    write_voc(tmp_path / inner)
+    found = data.load_images("voc", folder=tmp_path, side=32, crop=crop, void=(4,))
+    assert (len(found.train), len(found.test), found.metric) == (4, 4, MIOU)
+    assert found.test.labels.dtype == torch.int64
+    assert [image.unique().tolist() for image in found.test.labels] == [[VOID, 0, c] for c in (1, 2, 3)] + [[VOID, 0]]
+    assert found.train[:2].pixels.shape == (2, 3, 32, 32)
+
+
+def test_the_augmented_list_is_taken_where_it_is_there(tmp_path: Path) -> None:
+    write_voc(tmp_path)
+    write_voc(tmp_path, masks="SegmentationClassAug")
+    assert len(data.load_images("voc", folder=tmp_path, side=8).train) == 4
+    (tmp_path / LISTS / "train_aug.txt").write_text("a0\na1\nb0\n")
+    assert len(data.load_images("voc", folder=tmp_path, side=8).train) == 3
+    train = data.load_images("voc", folder=tmp_path, side=8, crop=True).train
+    assert isinstance(train, Streamed)
+    assert all("SegmentationClassAug" in str(target) for target in train.targets)
+
+
+def test_what_is_missing_of_voc_is_named_with_what_to_put_where(tmp_path: Path) -> None:
+    def refused(text: str) -> None:
+        with pytest.raises(TorchgrowError, match=text) as caught:
+            data.load("voc", folder=tmp_path, side=8)
+        assert "JPEGImages/NAME.jpg, SegmentationClass/NAME.png and ImageSets/Segmentation/" in str(caught.value)
+
+    refused(r"no segmentation of PASCAL VOC in .*: the folder is empty\. --data names a folder that holds VOCdevkit")
+    write_voc(tmp_path)
+    (tmp_path / "SegmentationClass/b1.png").unlink()
+    (tmp_path / "JPEGImages/b2.jpg").unlink()
+    refused(r"val\.txt names images that are not there: 2, e\.g\. .*b1\.png")
+    (tmp_path / LISTS / "train.txt").write_text("")
+    refused(r"train\.txt is missing or empty")
+
+
+def test_masks_as_files_have_them() -> None:
+    mask = torch.tensor([0, 1, 20, 255], dtype=torch.uint8)
+    assert as_labels(mask, void=(20,)).tolist() == [0, 1, VOID, VOID]
+
+
+# --- streamed
+
+
+def batches(loaded: ImageData, **more: Any) -> list[tuple[Tensor, Tensor]]:
+    draw: dict[str, Any] = {"batch_size": 2, "shift": 0, "mirror": True, **more}
+    return list(loaded.train_batches(**draw, generator=torch.Generator().manual_seed(3)))
+
+
+def write_classes(folder: Path, each: int = 4) -> Path:
+    """Two classes, left half of the image dark, right half light by class."""
+    for split in ("train", "val"):
+        for c, name in enumerate(("cat", "dog")):
+            for i in range(each):
+                values = np.zeros((40 + i, 60, 3), dtype=np.uint8)
+                values[:, 30:] = 100 + 50 * c + i
+                save(folder / split / name / f"{i}.png", values)
+    return folder
+
+
+def test_a_folder_of_classes_is_streamed(tmp_path: Path) -> None:
+    loaded = data.load_images("imagefolder", folder=write_classes(tmp_path), side=28, crop=True)
+    assert isinstance(loaded.train, Streamed)
+    assert loaded.metric is ACCURACY
+    assert loaded.test.labels.tolist() == [0] * 4 + [1] * 4
+    # Resized to 32 along the shorter side, cut in the middle: dark left, light right, class by class.
+    for pixels, label in zip(loaded.test.pixels, loaded.test.labels.tolist(), strict=True):
+        assert pixels.shape == (3, 28, 28)
+        assert pixels[:, :, :12].max() < 60
+        assert pixels[:, :, 17:].min() >= 95 + 50 * label
+    drawn = batches(loaded)
+    assert [x.shape for x, _ in drawn] == [(2, 3, 28, 28)] * 4
+    assert sorted(torch.cat([labels for _, labels in drawn]).tolist()) == [0] * 4 + [1] * 4
+    assert torch.equal(torch.cat([y for _, y in loaded.test_batches(batch_size=3)]), loaded.test.labels)
+
+
+@pytest.mark.parametrize("dataset", ["imagefolder", "voc"])
+def test_what_is_drawn_depends_on_the_generator_and_not_on_the_workers(tmp_path: Path, dataset: str) -> None:
+    (write_voc if dataset == "voc" else write_classes)(tmp_path)
+    loaded = data.load_images(dataset, folder=tmp_path, side=16, crop=True)
+    assert isinstance(loaded.train, Streamed)
+    state = torch.random.get_rng_state()
+    some = [batches(replace(loaded, train=replace(loaded.train, workers=workers))) for workers in (0, 0, 2)]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for one, *others in zip(*some, strict=True):
+        assert all(torch.equal(a, b) for other in others for a, b in zip(one, other, strict=True))
+    epochs = [x for x, _ in some[0]]
+    assert not torch.equal(epochs[0][0], epochs[0][1])
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_processes_read_their_share(tmp_path: Path, crop: bool) -> None:
+    loaded = data.load_images("imagefolder", folder=write_classes(tmp_path), side=16, crop=crop)
+    whole = batches(loaded, batch_size=4)
+    shares = [batches(loaded, batch_size=4, share=slice(rank, None, 2)) for rank in (0, 1)]
+    for (x, labels), *parts in zip(whole, *shares, strict=True):
+        for rank, (mine, own) in enumerate(parts):
+            assert torch.equal(mine, x[rank::2])
+            assert torch.equal(own, labels[rank::2])
+    assert processes.share(6) == slice(0, None, 1)
+
+
+def test_masks_are_cropped_with_their_images(tmp_path: Path) -> None:
+    """Where a pixel is labelled, it shows its label; resizing blurs only what is near an edge."""
+    write_voc(tmp_path, side=(60, 60))
+    loaded = data.load_images("voc", folder=tmp_path, side=48, crop=True)
+    assert isinstance(loaded.train, Streamed)
+    order, generator = torch.arange(4).repeat(3), torch.Generator()
+    for x, labels in loaded.train.batches(order, batch_size=4, mirror=True, generator=generator):
+        for image, mask in zip(x.float().mean(1), labels, strict=True):
+            for c in set(mask.unique().tolist()) - {VOID}:
+                assert image[mask == c].median() == pytest.approx(50 * c, abs=20)
+
+
+def test_all_of_an_image_is_judged_and_made_smaller_only_where_it_must_be(tmp_path: Path) -> None:
+    write_voc(tmp_path, side=(20, 30))
+    small = data.load_images("voc", folder=tmp_path, side=32, crop=True).test
+    assert (small.labels[0][around((20, 30), 3)] == 1).all()
+    assert (small.labels[0] == 1).sum() == 8 * 10
+    assert (small.labels[0, 20:] == VOID).all()
+    assert (small.labels[0, :, 30:] == VOID).all()
+    assert small.pixels[0, :, 31, 31].tolist() == list(BACKGROUND)
+    large = data.load_images("voc", folder=tmp_path, side=15, crop=True).test
+    assert (large.labels[0, 10:] == VOID).all()
+    assert (large.labels[0, :3] == 0).sum() > 20
+
+
+def test_a_run_at_full_scale_streams(tmp_path: Path) -> None:
+    """At full scale, on few pictures: the recipe's own data, augmentation and classes."""
+    recipe = replace(
+        with_scale(get("mobilenetv1-half-imagenet"), "full"),
+        build=with_scale(get("mobilenetv1-half-imagenet"), "smoke").build,
+        epochs=2,
+        batch_size=4,
+        side=32,
+        updates_per_epoch=2,
+        budget=Budget(flops="60%"),
+    )
+    assert recipe.crop
+    out = run.run(recipe, console=Console(quiet=True), out=tmp_path / "run", folder=write_classes(tmp_path), beside=())
+    assert json.loads((out / "config.json").read_text())["model_arguments"]["classes"] == 2
+    assert json.loads((out / "results.json").read_text())["grown"]["accuracy"] >= 0
+
+
+def test_what_does_not_fit_memory_is_to_be_streamed(tmp_path: Path) -> None:
+    write_voc(tmp_path)
+    with pytest.raises(TorchgrowError, match=r"in memory, up to 16 GB: .*--scale full of a recipe that has it"):
+        data.load("voc", folder=tmp_path, side=20_000)
+    assert isinstance(data.load_images("voc", folder=tmp_path, side=20_000, crop=True).train, Streamed)
+
+
+@pytest.mark.parametrize("name", ["resnet50-imagenet", "mobilenetv1-imagenet", "plain4net-imagenet", "deeplabv3-voc"])
+def test_full_scale_is_streamed_and_small_is_not(name: str) -> None:
+    assert [with_scale(get(name), scale).crop for scale in SCALES] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "text"),
+    [
+        ("resnet50-imagenet", {"crop": True}, "shift must be 0 with crop, which takes its place, got 4"),
+        ("digits", {"crop": True, "shift": 0}, "crop must be False but for imagefolder and voc, got True"),
+        ("digits", {"void": (3,)}, r"void must be empty but for voc, which has masks, got \(3,\)"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(name: str, changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(TorchgrowError, match=text):
+        replace(get(name), **changes)
+
+
+def test_drawn_shapes_need_no_folder() -> None:
+    loaded = data.load_images("shapes", side=16, subset=8)
+    assert len(loaded.train) == 8
+    assert int(loaded.test.labels.max()) + 1 == len(shapes.SHAPES)
