@@ -238,17 +238,15 @@ def search(
     A candidate is a plain small network, cut from a fresh frame, which your own loop trains. Nothing is trained before
     you iterate: `for trial in search: print(trial)`, or `best = search.run()`. Afterwards `best.model` is trained as
     far as the last rung; train it on (`search.length - best.done`), start again from `search.fresh(best)`, or let it
-    grow further: `Grower(factory(), ..., start=best.model)`.
-
-    Memory: the networks of all remaining candidates, and what `train` keeps for them.
+    grow further: `Grower(factory(), ..., start=best.model)`. All remaining candidates are in memory.
 
     Args:
         factory: makes the frame, the largest network there may be, with new weights; called for every candidate.
         budget: what each candidate uses exactly.
         example_inputs: as for `trace`.
-        train: `train(trial, more)` trains `trial.model` further, by `more` epochs or steps (your unit), and
-            returns the mean training loss of that. Keep the learning rate constant as long as the rungs last, and let
-            it fall afterwards. What the next call needs, such as the optimizer, goes into `trial.memory`.
+        train: `train(trial, more)` trains `trial.model` further, by `more` epochs or steps (your unit), and returns
+            the mean training loss of that. Keep the learning rate constant as long as the rungs last, and let it fall
+            afterwards. What the next call needs, such as the optimizer, goes into `trial.memory`.
         length: of a whole training, in the unit of `train`.
         samples: in one such unit; only for costs in FLOPs, shares of one dense training need none.
         candidates: how many proposals, or your own: `torchgrow.policies.Shape`s, or keep vectors (bool [n]); of each
