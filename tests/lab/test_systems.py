@@ -1,7 +1,6 @@
 """Compared systems: each is held to a case worked out by hand."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,55 +10,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from small_tasks import SIDE, Two, images, task_of
 from torchgrow import Bank, Budget, Limits, measure, trace
 from torchgrow.lab import models, recipes
-from torchgrow.lab.data import ImageData, Images
+from torchgrow.lab.data import ImageData
 from torchgrow.lab.names import SYSTEMS
 from torchgrow.lab.recurrent import LSTM
-from torchgrow.lab.systems import Task, UnfitError, system
+from torchgrow.lab.systems import UnfitError, system
 from torchgrow.lab.systems.activations import readers
 from torchgrow.lab.systems.autogrow import Growing, Turns
 from torchgrow.lab.systems.bar import BETA, CAP, GAMMA, ZETA, Gated, alive, allowed, areas_of, barrier, expected
 from torchgrow.lab.systems.iss import Groups
 from torchgrow.lab.systems.l1_norm import L1Norm
-from torchgrow.lab.systems.morphnet import Shaping, penalty, terms, widened
+from torchgrow.lab.systems.morphnet import Shaping, penalty, terms
 from torchgrow.lab.systems.netadapt import candidates, targets
 from torchgrow.lab.systems.pfp import distinct, draws, sample_size, sensitivity
 from torchgrow.lab.systems.sfp import Soft
 from torchgrow.lab.systems.structure import Structure
 from torchgrow.lab.systems.system import held_out, scaled, tuned
 from torchgrow.lab.systems.thinet import ThiNet, discarded, rescaled
-
-SIDE = 4
-
-
-def images(n: int) -> Images:
-    generator = torch.Generator().manual_seed(n)
-    pixels = torch.randint(256, (n, 1, SIDE, SIDE), generator=generator, dtype=torch.uint8)
-    return Images(pixels=pixels, labels=torch.arange(n) % 2)
-
-
-def task_of(build: Callable[[], nn.Module], budget: Budget, **changes: object) -> Task:
-    """A task on 40 images of 4 x 4 pixels in two classes."""
-    data = ImageData(train=images(40), test=images(20), mean=(0.5,), std=(0.25,))
-    recipe = replace(
-        recipes.get("digits"),
-        build=lambda width=1.0: build(),
-        budget=budget,
-        batch_size=8,
-        epochs=2,
-        **changes,  # type: ignore[arg-type]
-    )
-    return Task(recipe=recipe, data=data, trained=build)
-
-
-class Two(nn.Sequential):
-    """x -> c1(1, C) -> bn? -> relu -> c1(C, 2) -> pool"""
-
-    def __init__(self, channels: int = 3, norm: bool = False) -> None:
-        between = [nn.BatchNorm2d(channels)] if norm else []
-        first, last = nn.Conv2d(1, channels, 1, bias=False), nn.Conv2d(channels, 2, 1, bias=False)
-        super().__init__(first, *between, nn.ReLU(), last, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 class Residual(nn.Module):
@@ -315,7 +284,7 @@ def test_widening_multiplies_all_widths_to_the_budget() -> None:
     task = task_of(partial(Two, 8, norm=True), Budget(params=20))
     whole = Structure(task.network(), task)
     scale = torch.tensor([0.0, 0.1, 0.2, 0.9, 0.3, 0.0, 0.8, 0.0])
-    keep = widened(whole, scale > 0.5, scale, task.limits())
+    keep = whole.widened(scale > 0.5, scale, task.limits())
     assert torch.nonzero(keep).flatten().tolist() == [2, 3, 4, 6]
 
 
@@ -329,7 +298,7 @@ def test_widening_is_by_a_factor_and_not_by_a_number() -> None:
     task = task_of(build, Budget(params=54))
     whole = Structure(task.network(), task)
     scale = torch.tensor([0.9] + [0.1] * 7 + [0.9] * 4 + [0.1] * 4)
-    keep = widened(whole, scale > 0.5, scale, task.limits())
+    keep = whole.widened(scale > 0.5, scale, task.limits())
     assert list(whole.space.widths(keep).values()) == [2, 8]
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from torchgrow import Limits, Space, policies
+from torchgrow import Space, policies
 from torchgrow.lab.baselines import initialised
 from torchgrow.lab.hooks import Hooks
 from torchgrow.lab.systems.structure import Structure
@@ -108,31 +108,6 @@ class Shaping(Hooks):
         return self.strength / self.initial * total.to(scale.device)
 
 
-def widened(whole: Structure, alive: Tensor, scale: Tensor, limits: Limits) -> Tensor:
-    """All widths of a structure (bool [n]) multiplied by one factor, the largest within the budget, then exactly there.
-
-    Args:
-        whole: the frame, beyond which no group goes.
-        alive: bool [n].
-        scale: float [n]; units of large scale come first.
-        limits: the budget.
-    """
-    space, group = whole.space, whole.space.group_of
-    widths = torch.bincount(group[alive], minlength=space.n_groups).clamp(min=1).double()
-    place = (whole.places(scale.double()) * torch.bincount(group, minlength=space.n_groups)[group]).round()
-
-    def at(factor: float) -> Tensor:
-        wanted = (widths * factor).round().clamp(min=1)
-        return (place <= wanted[group]) | ~space.removable
-
-    low, high = 0.0, float(torch.bincount(group).max())
-    for _ in range(40):
-        middle = (low + high) / 2
-        fits = bool((whole.cost(at(middle)) <= limits.tensor()).all())
-        low, high = (middle, high) if fits else (low, middle)
-    return whole.exact(at(low), -place / widths[group], limits)
-
-
 @dataclass(frozen=True)
 class MorphNet:
     """A dense training with the penalty for every strength; the structure nearest to the budget is widened to it.
@@ -165,5 +140,5 @@ class MorphNet:
         assert best is not None
         model = task.network()
         whole = Structure(model, task)
-        whole.cut(widened(whole, best[1], best[2], limits))
+        whole.cut(whole.widened(best[1], best[2], limits))
         yield Phase(name="from scratch", model=initialised(model), recipe=task.recipe, counted=False)
