@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,9 @@ from small_tasks import SIDE, Two, images, task_of
 from torchgrow import Bank, Budget, Limits, measure, trace
 from torchgrow.lab import models, recipes
 from torchgrow.lab.data import ImageData
-from torchgrow.lab.names import SYSTEMS
+from torchgrow.lab.names import PUBLISHED, SYSTEMS
 from torchgrow.lab.recurrent import LSTM
-from torchgrow.lab.systems import UnfitError, system
+from torchgrow.lab.systems import Task, UnfitError, system
 from torchgrow.lab.systems.activations import readers
 from torchgrow.lab.systems.autogrow import Growing, Turns
 from torchgrow.lab.systems.bar import BETA, CAP, GAMMA, ZETA, Gated, alive, allowed, areas_of, barrier, expected
@@ -29,6 +30,7 @@ from torchgrow.lab.systems.sfp import Soft
 from torchgrow.lab.systems.structure import Structure
 from torchgrow.lab.systems.system import held_out, scaled, tuned
 from torchgrow.lab.systems.thinet import ThiNet, discarded, rescaled
+from torchgrow.lab.text import TextData
 
 
 class Residual(nn.Module):
@@ -54,6 +56,12 @@ def test_every_system_has_a_name_and_a_line() -> None:
     for name, line in SYSTEMS.items():
         assert hasattr(system(name), "phases")
         assert line
+
+
+def test_the_page_on_compared_systems_has_them_all() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "systems.md").read_text()
+    assert [name for name in SYSTEMS if f"\n| `{name}` | " not in page] == []
+    assert [name for name in PUBLISHED if f"`{name}`" not in page] == []
 
 
 def test_published_epochs_are_scaled_to_the_recipes_and_are_two_at_least() -> None:
@@ -440,6 +448,33 @@ def test_small_weights_become_zero_and_a_zero_unit_is_cut_for_nothing() -> None:
     keep[unit] = False
     Bank(model, space).resize_(keep)
     assert torch.allclose(model(words)[0], before, atol=1e-6)
+
+
+def test_without_batch_norms_the_norm_of_a_recurrent_units_group_is_its_scale_for_morphnet() -> None:
+    """By hand, for 4 words: every matrix product, one factor after the other; rows of gates are four a unit.
+
+    Input of the first layer 5 x 4 s; its own 4 s x 2 + 8 s; of the second 4 t x 2 + 12 s; its own 4 t x 3 + 12 t; words
+    7 t; s and t are the sums of the scales of two and of three units.
+    """
+    model, _ = lstm()
+    words = torch.randint(7, (40,))
+    text = TextData(train=words, valid=words, test=words, vocabulary=tuple("abcdefg"), steps=4, source="a test")
+    recipe = replace(recipes.get("lstm-ptb"), build=lambda width=1.0: model, budget=Budget(flops="50%"))
+    task = Task(recipe=recipe, data=text, trained=lambda: model)
+    whole = Structure(model, task)
+    shaping = Shaping(whole, 1.0, 0.01, flops=True)
+    first, second = (whole.space.unit_of[f"layers.{i}.weight_hh_l0", 1] for i in (0, 1))
+    assert shaping.scale()[torch.cat([first, second])].mean().item() == pytest.approx(1.0)
+    s, t = (shaping.scale()[units].sum().item() for units in (first, second))
+    by_hand = 4 * 2 * (20 * s + (8 * s + 8 * s) + (8 * t + 12 * s) + (12 * t + 12 * t) + 7 * t)
+    assert shaping.penalty().item() == pytest.approx(by_hand / whole.cost(whole.space.everything())[1])
+    with torch.no_grad():
+        for (name, axis), vector in whole.space.unit_of.items():
+            if "weight" in name:
+                dict(model.named_parameters())[name].index_fill_(
+                    axis, torch.nonzero(vector == first[1]).flatten(), 1e-4
+                )
+    assert torch.nonzero(~shaping.alive()).flatten().tolist() == [int(first[1])]
 
 
 def test_iss_says_where_there_are_no_recurrent_units() -> None:

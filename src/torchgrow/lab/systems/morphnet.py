@@ -1,8 +1,10 @@
 """MorphNet: Gordon, Eban, Nachum, Chen, Wu, Yang, Choi, CVPR 2018 (arXiv 1711.06798).
 
 Steps: google-research/morph-net@d9286a1, with the scales of batch norms. Units that a skip connection ties share one
-scale, the largest. What has no batch norm counts as alive and is not penalised. The source widens beyond the network it
-began with; here no group gets wider than in the frame, and what is left of the budget is filled up.
+scale, the largest. What has no batch norm counts as alive and is not penalised. In a recurrent network, which has none,
+the scale of a unit is the norm of its weights (the group of ISS) over the mean norm in the beginning. That is ours,
+after the source's group lasso for layers without batch norms, which knows no LSTM. The source widens beyond the network
+it began with; here no group gets wider than in the frame, and what is left of the budget is filled up.
 Cost: a dense training for every strength of the penalty. The retraining from scratch is of a structure that is final,
 so the paper's rule leaves it out.
 """
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torchgrow import Space, policies
 from torchgrow.lab.baselines import initialised
 from torchgrow.lab.hooks import Hooks
+from torchgrow.lab.systems.iss import Groups
 from torchgrow.lab.systems.structure import Structure
 from torchgrow.lab.systems.system import Phase, Task, UnfitError
 
@@ -70,7 +73,7 @@ class Shaping(Hooks):
         flops: whether FLOPs are what costs, or parameters.
 
     Raises:
-        UnfitError: the network has no batch norm on what may go.
+        UnfitError: the network has no batch norm on what may go, and no recurrent unit.
     """
 
     def __init__(self, whole: Structure, strength: float, threshold: float, *, flops: bool) -> None:
@@ -87,11 +90,23 @@ class Shaping(Hooks):
                 if bool((vector >= 0).all()):
                     self.scales.append((module.weight, vector))
                     self.scaled[vector] = True
+        self.groups: Groups | None = None
         if not bool((self.scaled & space.removable).any()):
-            raise UnfitError("MorphNet reads the scales of batch norms, and there is none on what may go here")
+            if not any(isinstance(module, nn.RNNBase) for module in whole.model.modules()):
+                raise UnfitError("MorphNet reads the scales of batch norms, and there is none on what may go here")
+            self.groups = Groups(whole.model, space, 1.0, 0.0)
+            self.scaled = self.groups.recurrent
+            self.first = self.norms()[self.scaled].mean().item()
+
+    def norms(self) -> Tensor:
+        """Norm of every recurrent unit's weights, float [n]."""
+        assert self.groups is not None
+        return (self.groups.squares().clamp(min=0) + 1e-8).sqrt()
 
     def scale(self) -> Tensor:
-        """|gamma| of every unit, the largest of those that it has; float [n]."""
+        """|gamma| of every unit, the largest of those that it has, or its norm over the first ones' mean; float [n]."""
+        if self.groups:
+            return self.norms() / self.first
         found = torch.zeros(self.whole.space.n_units, device=self.scales[0][0].device)
         for weight, vector in self.scales:
             found = found.scatter_reduce(0, vector.to(found.device), weight.abs(), "amax")
