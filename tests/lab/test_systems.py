@@ -1,9 +1,9 @@
 """Compared systems: each is held to a case worked out by hand."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from small_tasks import SIDE, Two, images, task_of
 from torchgrow import Bank, Budget, Limits, measure, trace
 from torchgrow.lab import models, recipes
-from torchgrow.lab.data import ImageData, Images
-from torchgrow.lab.names import SYSTEMS
+from torchgrow.lab.data import ImageData
+from torchgrow.lab.names import PUBLISHED, SYSTEMS
 from torchgrow.lab.recurrent import LSTM
 from torchgrow.lab.systems import Task, UnfitError, system
 from torchgrow.lab.systems.activations import readers
@@ -22,44 +23,14 @@ from torchgrow.lab.systems.autogrow import Growing, Turns
 from torchgrow.lab.systems.bar import BETA, CAP, GAMMA, ZETA, Gated, alive, allowed, areas_of, barrier, expected
 from torchgrow.lab.systems.iss import Groups
 from torchgrow.lab.systems.l1_norm import L1Norm
-from torchgrow.lab.systems.morphnet import Shaping, penalty, terms, widened
+from torchgrow.lab.systems.morphnet import Shaping, penalty, terms
 from torchgrow.lab.systems.netadapt import candidates, targets
 from torchgrow.lab.systems.pfp import distinct, draws, sample_size, sensitivity
 from torchgrow.lab.systems.sfp import Soft
 from torchgrow.lab.systems.structure import Structure
 from torchgrow.lab.systems.system import held_out, scaled, tuned
 from torchgrow.lab.systems.thinet import ThiNet, discarded, rescaled
-
-SIDE = 4
-
-
-def images(n: int) -> Images:
-    generator = torch.Generator().manual_seed(n)
-    pixels = torch.randint(256, (n, 1, SIDE, SIDE), generator=generator, dtype=torch.uint8)
-    return Images(pixels=pixels, labels=torch.arange(n) % 2)
-
-
-def task_of(build: Callable[[], nn.Module], budget: Budget, **changes: object) -> Task:
-    """A task on 40 images of 4 x 4 pixels in two classes."""
-    data = ImageData(train=images(40), test=images(20), mean=(0.5,), std=(0.25,))
-    recipe = replace(
-        recipes.get("digits"),
-        build=lambda width=1.0: build(),
-        budget=budget,
-        batch_size=8,
-        epochs=2,
-        **changes,  # type: ignore[arg-type]
-    )
-    return Task(recipe=recipe, data=data, trained=build)
-
-
-class Two(nn.Sequential):
-    """x -> c1(1, C) -> bn? -> relu -> c1(C, 2) -> pool"""
-
-    def __init__(self, channels: int = 3, norm: bool = False) -> None:
-        between = [nn.BatchNorm2d(channels)] if norm else []
-        first, last = nn.Conv2d(1, channels, 1, bias=False), nn.Conv2d(channels, 2, 1, bias=False)
-        super().__init__(first, *between, nn.ReLU(), last, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+from torchgrow.lab.text import TextData
 
 
 class Residual(nn.Module):
@@ -85,6 +56,12 @@ def test_every_system_has_a_name_and_a_line() -> None:
     for name, line in SYSTEMS.items():
         assert hasattr(system(name), "phases")
         assert line
+
+
+def test_the_page_on_compared_systems_has_them_all() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "systems.md").read_text()
+    assert [name for name in SYSTEMS if f"\n| `{name}` | " not in page] == []
+    assert [name for name in PUBLISHED if f"`{name}`" not in page] == []
 
 
 def test_published_epochs_are_scaled_to_the_recipes_and_are_two_at_least() -> None:
@@ -315,7 +292,7 @@ def test_widening_multiplies_all_widths_to_the_budget() -> None:
     task = task_of(partial(Two, 8, norm=True), Budget(params=20))
     whole = Structure(task.network(), task)
     scale = torch.tensor([0.0, 0.1, 0.2, 0.9, 0.3, 0.0, 0.8, 0.0])
-    keep = widened(whole, scale > 0.5, scale, task.limits())
+    keep = whole.widened(scale > 0.5, scale, task.limits())
     assert torch.nonzero(keep).flatten().tolist() == [2, 3, 4, 6]
 
 
@@ -329,7 +306,7 @@ def test_widening_is_by_a_factor_and_not_by_a_number() -> None:
     task = task_of(build, Budget(params=54))
     whole = Structure(task.network(), task)
     scale = torch.tensor([0.9] + [0.1] * 7 + [0.9] * 4 + [0.1] * 4)
-    keep = widened(whole, scale > 0.5, scale, task.limits())
+    keep = whole.widened(scale > 0.5, scale, task.limits())
     assert list(whole.space.widths(keep).values()) == [2, 8]
 
 
@@ -471,6 +448,36 @@ def test_small_weights_become_zero_and_a_zero_unit_is_cut_for_nothing() -> None:
     keep[unit] = False
     Bank(model, space).resize_(keep)
     assert torch.allclose(model(words)[0], before, atol=1e-6)
+
+
+def test_without_batch_norms_the_norm_of_a_recurrent_units_group_is_its_scale_for_morphnet() -> None:
+    """By hand, for 4 words: every matrix product, one factor after the other; rows of gates are four a unit.
+
+    Input of the first layer 5 x 4 s; its own 4 s x 2 + 8 s; of the second 4 t x 2 + 12 s; its own 4 t x 3 + 12 t; words
+    7 t; s and t are the sums of the scales of two and of three units.
+    """
+    model, groups = lstm()
+    words = torch.randint(7, (40,))
+    text = TextData(train=words, valid=words, test=words, vocabulary=tuple("abcdefg"), steps=4, source="a test")
+    recipe = replace(recipes.get("lstm-ptb"), build=lambda width=1.0: model, budget=Budget(flops="50%"))
+    task = Task(recipe=recipe, data=text, trained=lambda: model)
+    whole = Structure(model, task)
+    shaping = Shaping(whole, 1.0, 0.01, flops=True)
+    first, second = (whole.space.unit_of[f"layers.{i}.weight_hh_l0", 1] for i in (0, 1))
+    norms = (shaping.scale()[torch.cat([first, second])] ** 2).tolist()
+    squares = groups.squares()[groups.recurrent].tolist()
+    assert [a / norms[0] for a in norms] == pytest.approx([a / squares[0] for a in squares])
+    assert sum(a**0.5 for a in norms) / 5 == pytest.approx(1.0)
+    s, t = (shaping.scale()[units].sum().item() for units in (first, second))
+    by_hand = 4 * 2 * (20 * s + (8 * s + 8 * s) + (8 * t + 12 * s) + (12 * t + 12 * t) + 7 * t)
+    assert shaping.penalty().item() == pytest.approx(by_hand / whole.cost(whole.space.everything())[1])
+    with torch.no_grad():
+        for (name, axis), vector in whole.space.unit_of.items():
+            if "weight" in name:
+                dict(model.named_parameters())[name].index_fill_(
+                    axis, torch.nonzero(vector == first[1]).flatten(), 1e-4
+                )
+    assert torch.nonzero(~shaping.alive()).flatten().tolist() == [int(first[1])]
 
 
 def test_iss_says_where_there_are_no_recurrent_units() -> None:

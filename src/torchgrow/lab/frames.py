@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision.models as zoo
 from torch import nn
 
 from torchgrow import TorchgrowError
@@ -91,8 +90,9 @@ def from_torchvision(name: str, classes: int | None = None) -> nn.Module:
     """A model of torchvision.
 
     Raises:
-        TorchgrowError: there is none of this name, or it cannot be built.
+        TorchgrowError: there is none of this name, it cannot be built, or torchvision is not installed.
     """
+    zoo = package("torchvision").models
     known("torchvision", name, zoo.list_models())
     builder = zoo.get_model_builder(name)
     options: dict[str, Any] = {"weights": None} | ({} if classes is None else {"num_classes": classes})

@@ -36,8 +36,16 @@ FIXED = {
     "uniform-flops": "every width thinned alike, to the FLOPs of the network that `default` found, from scratch",
     "direct": "the network that `default` found, initialised anew, from scratch",
     "l1": "the dense one, pruned by Torch-Pruning (L1 norm), then fine-tuned for half as many epochs (at least 2)",
+    "efficientnet-b0": "torchvision's EfficientNet-B0 as it is, whatever the budget, from scratch (Tan 2019)",
+    "mnasnet": "torchvision's MnasNet (B1, width 1) as it is, whatever the budget, from scratch (Tan 2019)",
 }
 """Methods whose structure does not change while they train."""
+
+PUBLISHED = {"efficientnet-b0": "torchvision:efficientnet_b0", "mnasnet": "torchvision:mnasnet1_0"}
+"""Those of them that are networks which others have searched for; `torchgrow.lab.frames` builds them."""
+
+UNBUDGETED = ("dense", *PUBLISHED)
+"""Those of them that no budget changes, so that one row serves them all."""
 
 SYSTEMS = {
     "l1-norm": "the dense one, its filters of least L1 norm cut, then fine-tuned (Li 2017)",
@@ -48,6 +56,8 @@ SYSTEMS = {
     "morphnet": "a penalty on batch norms' scales shapes it, then widened to the budget, from scratch (Gordon 2018)",
     "netadapt": "layer by layer, the cut with the best accuracy after short training (Yang 2018)",
     "autogrow": "blocks added while accuracy rises (Wen 2020)",
+    "darts": "widths and blocks by a softmax over all of them, first order, then from scratch (Liu 2019)",
+    "proxyless": "widths and blocks by sampled paths under the budgeted cost, then from scratch (Cai 2019)",
     "iss": "hidden units of LSTMs under a group penalty (Wen 2018)",
 }
 """Systems of other papers; `torchgrow.lab.systems` has a file for each. Their structure changes while they train."""

@@ -95,6 +95,15 @@ class CostModel:
         """Parameters and FLOPs (for one sample, rounded down), int64 [..., 2], of live units per group [..., G]."""
         return self._for_one(self._sums(self._counts(live)))
 
+    def expected(self, live: Tensor) -> Tensor:
+        """Parameters and FLOPs (for one sample), float [..., 2], of mean live units per group, float [..., G].
+
+        The mean over networks whose groups are drawn independently, but where a product has one group twice (a layer
+        from a group to itself); can be differentiated. Where a layer that may be left out is drawn, its group's mean
+        is the probability that it is there.
+        """
+        return self._sums(self._counts(live)) / torch.tensor([1, self.space.batch])
+
     def each(self, live: Tensor, more: Tensor) -> Tensor:
         """What `both` gives when one group alone has more units (or fewer), int64 [G, 2], for every group.
 
@@ -119,12 +128,12 @@ class CostModel:
         return self.space.least
 
     def _counts(self, live: Tensor) -> Tensor:
-        """Live positions of every row, int64 [..., R], of live units per group [..., G]."""
-        counts = self._base.expand(*live.shape[:-1], -1).clone()
+        """Live positions of every row, [..., R], of live units per group [..., G]."""
+        counts = self._base.expand(*live.shape[:-1], -1).to(live.dtype, copy=True)
         return counts.index_add_(-1, self._entry_row, live[..., self._entry_group] * self._entry_each)
 
     def _sums(self, counts: Tensor) -> Tensor:
-        """Parameters and FLOPs of the whole batch, int64 [..., 2], of counts [..., R]."""
+        """Parameters and FLOPs of the whole batch, [..., 2], of counts [..., R]."""
         return (counts[..., self._factors].prod(-1)[..., None] * self._constants).sum(-2)
 
     def _for_one(self, sums: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torchgrow import Method
-from torchgrow.lab.names import FIXED, SYSTEMS
+from torchgrow.lab.names import FIXED, SYSTEMS, UNBUDGETED
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.systems import BEGIN_TRAINED, system
 
@@ -33,10 +33,11 @@ class Job:
     def config(self) -> dict[str, Any]:
         """All that decides what comes out, as JSON holds it.
 
-        A dense network has no budget, and one of fixed structure no way of growing, so its row serves them all.
+        A dense or a published network has no budget, and one of fixed structure no way of growing, so its row serves
+        them all.
         """
         config = {**self.recipe.as_json(), "method": self.method, "samples": list(self.data), "validate": self.validate}
-        if self.method == "dense":
+        if self.method in UNBUDGETED:
             del config["budget"]
         base = replace(self, method=AFTER.get(self.method, self.method))
         if self.method in SYSTEMS:

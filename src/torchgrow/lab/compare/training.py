@@ -20,10 +20,11 @@ from torchgrow.lab.checkpoints import Checkpoints
 from torchgrow.lab.compare.job import AFTER, Job
 from torchgrow.lab.compare.progress_bars import Bars
 from torchgrow.lab.compare.pruning import PruningError, l1_pruned
+from torchgrow.lab.compare.published import published_network
 from torchgrow.lab.compare.results_file import Rows
 from torchgrow.lab.data import Data
 from torchgrow.lab.from_recipe import extent, far_from_paper, make_grower, make_network, make_optimizer
-from torchgrow.lab.names import FIXED, SYSTEMS
+from torchgrow.lab.names import FIXED, PUBLISHED, SYSTEMS, UNBUDGETED
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.systems import PHASES, Spent, Task, UnfitError, run, system
 from torchgrow.lab.text import TextData
@@ -70,7 +71,7 @@ def train(job: Job, beside: Sequence[Job], bench: Bench, bars: Bars) -> Iterator
     torch.manual_seed(recipe.seed)
     try:
         model, recipe, before = _network(job, bench)
-    except PruningError as failed:
+    except (PruningError, UnfitError) as failed:
         rows.append({**_head(job, bench), "error": str(failed)})
         return
     optimizer = make_optimizer(model, recipe)
@@ -184,7 +185,7 @@ def _brief(epoch: Epoch) -> dict[str, Any]:
 
 
 def _head(job: Job, bench: Bench) -> dict[str, Any]:
-    budget = None if job.method == "dense" else str(job.recipe.budget)
+    budget = None if job.method in UNBUDGETED else str(job.recipe.budget)
     return {
         "recipe": job.recipe.name,
         "method": job.method,
@@ -205,6 +206,8 @@ def _network(job: Job, bench: Bench) -> tuple[nn.Module, Recipe, Spent]:
         return model, replace(recipe, preset=job.preset()), NOTHING
     if method == "dense":
         return make_network(recipe.build, 1.0, data.device), recipe, NOTHING
+    if method in PUBLISHED:
+        return published_network(method, recipe, data), recipe, NOTHING
     if method == "uniform":
         frame = measure(make_network(recipe.build, 1.0, data.device), data.example())
         limits = recipe.budget.limits(frame)

@@ -5,11 +5,13 @@ What they have in common, and how they are counted, is in `torchgrow.lab.systems
 
 from torchgrow.lab.systems.autogrow import AutoGrow
 from torchgrow.lab.systems.bar import BAR
+from torchgrow.lab.systems.darts import DARTS
 from torchgrow.lab.systems.iss import ISS
 from torchgrow.lab.systems.l1_norm import L1Norm
 from torchgrow.lab.systems.morphnet import MorphNet
 from torchgrow.lab.systems.netadapt import NetAdapt
 from torchgrow.lab.systems.pfp import PFP
+from torchgrow.lab.systems.proxyless import ProxylessNAS
 from torchgrow.lab.systems.running import PHASES, run
 from torchgrow.lab.systems.sfp import SFP
 from torchgrow.lab.systems.system import Phase, Spent, System, Task, UnfitError
@@ -26,6 +28,8 @@ _SYSTEMS: dict[str, type[System]] = {
     "morphnet": MorphNet,
     "netadapt": NetAdapt,
     "autogrow": AutoGrow,
+    "darts": DARTS,
+    "proxyless": ProxylessNAS,
     "iss": ISS,
 }
 

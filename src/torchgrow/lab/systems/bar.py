@@ -23,7 +23,7 @@ from torch.func import functional_call
 from torchgrow import Cost, Space
 from torchgrow.lab.from_recipe import extent
 from torchgrow.lab.hooks import Hooks
-from torchgrow.lab.systems.structure import Structure
+from torchgrow.lab.systems.structure import Structure, folded
 from torchgrow.lab.systems.system import Phase, Task, UnfitError, scaled, tuned
 
 BETA, GAMMA, ZETA = 0.667, -0.1, 1.1
@@ -80,19 +80,8 @@ class Gated(nn.Module):
         z = drawn(self.log_alpha) if self.training else expected(self.log_alpha)
         return torch.where(self.space.removable.to(z.device), z, 1.0)
 
-    def folded(self, z: Tensor) -> dict[str, Tensor]:
-        """Parameters scaled by gates, by name."""
-        parameters, found = dict(self.model.named_parameters()), dict[str, Tensor]()
-        for (name, axis), vector in self.space.fold.items():
-            place = vector.to(z.device)
-            factor = torch.where(place >= 0, z[place.clamp(min=0)], 1.0)
-            weight = found.get(name, parameters[name])
-            shape = [-1 if i == axis else 1 for i in range(weight.dim())]
-            found[name] = weight * factor.view(shape)
-        return found
-
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        scores: Tensor = functional_call(self.model, self.folded(self.gates()), (x,))
+        scores: Tensor = functional_call(self.model, folded(self.model, self.space, self.gates()), (x,))
         return scores
 
 
@@ -225,8 +214,9 @@ class BAR:
         z = torch.where(whole.space.removable, expected(log_alpha), 1.0)
         parameters = dict(model.named_parameters())
         with torch.no_grad():
-            for name, folded in gated.folded(z.clamp(min=self.smallest).to(gated.log_alpha)).items():
-                parameters[name].copy_(folded)
+            gates = z.clamp(min=self.smallest).to(gated.log_alpha)
+            for name, weight in folded(model, whole.space, gates).items():
+                parameters[name].copy_(weight)
         whole.cut(whole.exact(z > 0, log_alpha, limits))
         adam = torch.optim.Adam(model.parameters(), lr=self.lr, weight_decay=self.decay)
         last = replace(recipe, epochs=scaled(self.last, self.dense, task.recipe))

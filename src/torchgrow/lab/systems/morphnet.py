@@ -1,8 +1,10 @@
 """MorphNet: Gordon, Eban, Nachum, Chen, Wu, Yang, Choi, CVPR 2018 (arXiv 1711.06798).
 
 Steps: google-research/morph-net@d9286a1, with the scales of batch norms. Units that a skip connection ties share one
-scale, the largest. What has no batch norm counts as alive and is not penalised. The source widens beyond the network it
-began with; here no group gets wider than in the frame, and what is left of the budget is filled up.
+scale, the largest. What has no batch norm counts as alive and is not penalised. In a recurrent network, which has none,
+the scale of a unit is the norm of its weights (the group of ISS) over the mean norm in the beginning. That is ours,
+after the source's group lasso for layers without batch norms, which knows no LSTM. The source widens beyond the network
+it began with; here no group gets wider than in the frame, and what is left of the budget is filled up.
 Cost: a dense training for every strength of the penalty. The retraining from scratch is of a structure that is final,
 so the paper's rule leaves it out.
 """
@@ -14,9 +16,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from torchgrow import Limits, Space, policies
+from torchgrow import Space, policies
 from torchgrow.lab.baselines import initialised
 from torchgrow.lab.hooks import Hooks
+from torchgrow.lab.systems.iss import Groups
 from torchgrow.lab.systems.structure import Structure
 from torchgrow.lab.systems.system import Phase, Task, UnfitError
 
@@ -70,7 +73,7 @@ class Shaping(Hooks):
         flops: whether FLOPs are what costs, or parameters.
 
     Raises:
-        UnfitError: the network has no batch norm on what may go.
+        UnfitError: the network has no batch norm on what may go, and no recurrent unit.
     """
 
     def __init__(self, whole: Structure, strength: float, threshold: float, *, flops: bool) -> None:
@@ -87,11 +90,23 @@ class Shaping(Hooks):
                 if bool((vector >= 0).all()):
                     self.scales.append((module.weight, vector))
                     self.scaled[vector] = True
+        self.groups: Groups | None = None
         if not bool((self.scaled & space.removable).any()):
-            raise UnfitError("MorphNet reads the scales of batch norms, and there is none on what may go here")
+            if not any(isinstance(module, nn.RNNBase) for module in whole.model.modules()):
+                raise UnfitError("MorphNet reads the scales of batch norms, and there is none on what may go here")
+            self.groups = Groups(whole.model, space, 1.0, 0.0)
+            self.scaled = self.groups.recurrent
+            self.first = self.norms()[self.scaled].mean().item()
+
+    def norms(self) -> Tensor:
+        """Norm of every recurrent unit's weights, float [n]."""
+        assert self.groups is not None
+        return (self.groups.squares().clamp(min=0) + 1e-8).sqrt()
 
     def scale(self) -> Tensor:
-        """|gamma| of every unit, the largest of those that it has; float [n]."""
+        """|gamma| of every unit, the largest of those that it has, or its norm over the first ones' mean; float [n]."""
+        if self.groups:
+            return self.norms() / self.first
         found = torch.zeros(self.whole.space.n_units, device=self.scales[0][0].device)
         for weight, vector in self.scales:
             found = found.scatter_reduce(0, vector.to(found.device), weight.abs(), "amax")
@@ -106,31 +121,6 @@ class Shaping(Hooks):
         scale = self.scale()
         total = penalty(self.terms, scale.cpu(), self.alive(), self.scaled)
         return self.strength / self.initial * total.to(scale.device)
-
-
-def widened(whole: Structure, alive: Tensor, scale: Tensor, limits: Limits) -> Tensor:
-    """All widths of a structure (bool [n]) multiplied by one factor, the largest within the budget, then exactly there.
-
-    Args:
-        whole: the frame, beyond which no group goes.
-        alive: bool [n].
-        scale: float [n]; units of large scale come first.
-        limits: the budget.
-    """
-    space, group = whole.space, whole.space.group_of
-    widths = torch.bincount(group[alive], minlength=space.n_groups).clamp(min=1).double()
-    place = (whole.places(scale.double()) * torch.bincount(group, minlength=space.n_groups)[group]).round()
-
-    def at(factor: float) -> Tensor:
-        wanted = (widths * factor).round().clamp(min=1)
-        return (place <= wanted[group]) | ~space.removable
-
-    low, high = 0.0, float(torch.bincount(group).max())
-    for _ in range(40):
-        middle = (low + high) / 2
-        fits = bool((whole.cost(at(middle)) <= limits.tensor()).all())
-        low, high = (middle, high) if fits else (low, middle)
-    return whole.exact(at(low), -place / widths[group], limits)
 
 
 @dataclass(frozen=True)
@@ -165,5 +155,5 @@ class MorphNet:
         assert best is not None
         model = task.network()
         whole = Structure(model, task)
-        whole.cut(widened(whole, best[1], best[2], limits))
+        whole.cut(whole.widened(best[1], best[2], limits))
         yield Phase(name="from scratch", model=initialised(model), recipe=task.recipe, counted=False)

@@ -5,11 +5,12 @@ rates, a system here keeps the same share of every group, the largest within the
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from torchgrow import Limits, policies, shrink_, trace
+from torchgrow import Limits, Space, TraceError, policies, shrink_, trace
 from torchgrow.lab.from_recipe import example
 from torchgrow.lab.systems.system import Task, UnfitError
 from torchgrow.structure.cost import CostModel
@@ -18,13 +19,25 @@ Importance = Callable[[policies.View, Tensor], Tensor]
 """As those of `torchgrow.policies.importance`."""
 
 
+def folded(model: nn.Module, space: Space, gates: Tensor) -> dict[str, Tensor]:
+    """The parameters, by name, in which gates are folded that scale what the units (float [n]) put out."""
+    parameters, found = dict(model.named_parameters()), dict[str, Tensor]()
+    for (name, axis), vector in space.fold.items():
+        place = vector.to(gates.device)
+        factor = torch.where(place >= 0, gates[place.clamp(min=0)], 1.0)
+        weight = found.get(name, parameters[name])
+        shape = [-1 if i == axis else 1 for i in range(weight.dim())]
+        found[name] = weight * factor.view(shape)
+    return found
+
+
 class Structure:
     """The units of a network and what its structures cost.
 
     Args:
         model: the network, with all its units.
         task: names what keeps its width, and the data to trace on.
-        depth: whether layers may go too.
+        depth: whether layers may go too, if the network has some that may.
 
     Attributes:
         model: the network.
@@ -34,7 +47,13 @@ class Structure:
 
     def __init__(self, model: nn.Module, task: Task, *, depth: bool = False) -> None:
         inputs, carried = example(model, task.data)
-        self.model, self.space = model, trace(model, inputs, carried=carried, protect=task.recipe.freeze, depth=depth)
+        traced = partial(trace, model, inputs, carried=carried, protect=task.recipe.freeze)
+        try:
+            self.model, self.space = model, traced(depth=depth)
+        except TraceError:
+            if not depth:
+                raise
+            self.model, self.space = model, traced()
         self.costs = CostModel(self.space)
 
     def cost(self, keep: Tensor) -> Tensor:
@@ -100,6 +119,31 @@ class Structure:
         """The structure that keeps the same share of every pool, those of high score, exactly at the budget."""
         places = self.places(score)
         return self.exact(self.alike(places, self.share(limits)), -places, limits)
+
+    def widened(self, alive: Tensor, score: Tensor, limits: Limits) -> Tensor:
+        """All widths of a structure times one factor, the largest within the budget; then exactly at the budget.
+
+        No group gets wider than it is in the network.
+
+        Args:
+            alive: bool [n], the structure.
+            score: float [n]; units of high score come first.
+            limits: the budget.
+        """
+        group, most = self.space.group_of, torch.bincount(self.space.group_of, minlength=self.space.n_groups)
+        widths = torch.bincount(group[alive], minlength=self.space.n_groups).clamp(min=1).double()
+        place = (self.places(score.double()) * most[group]).round()
+
+        def at(factor: float) -> Tensor:
+            wanted = (widths * factor).round().clamp(min=1)
+            return (place <= wanted[group]) | ~self.space.removable
+
+        low, high = 0.0, float(most.max())
+        for _ in range(40):
+            middle = (low + high) / 2
+            fits = bool((self.cost(at(middle)) <= limits.tensor()).all())
+            low, high = (middle, high) if fits else (low, middle)
+        return self.exact(at(low), -place / widths[group], limits)
 
     def cut(self, keep: Tensor, model: nn.Module | None = None) -> None:
         """Cut the network, or a copy of it, down to a structure (bool [n]), in place; what is cut off is gone."""
