@@ -54,10 +54,10 @@ class Choices:
         self.of = torch.full((space.n_units,), -1, dtype=torch.int64)
         self.alive = torch.zeros(space.n_units, max(2, len(shares)))
         options: list[int] = []
-        blocks = [slot.unit for slot in space.slots]
-        for slot in space.slots:
-            if slot.residual:
-                self.of[slot.unit], self.alive[slot.unit, 1] = len(options), 1.0
+        blocks = [block.unit for block in space.blocks]
+        for block in space.blocks:
+            if block.residual:
+                self.of[block.unit], self.alive[block.unit, 1] = len(options), 1.0
                 options.append(2)
         for group, least in enumerate(space.least.tolist()):
             units = torch.nonzero(space.group_of == group).flatten()
@@ -185,7 +185,7 @@ def chosen(task: Task, supernet: Supernet) -> nn.Module:
     best = nn.functional.one_hot(supernet.probabilities().argmax(1), supernet.alpha.shape[1]).float()
     keep, whole = supernet.choices.gates(best).cpu() > 0.5, supernet.whole
     blocks = torch.zeros_like(keep)
-    blocks[[slot.unit for slot in whole.space.slots]] = True
+    blocks[[block.unit for block in whole.space.blocks]] = True
     model = task.network()
     whole.cut(keep | ~blocks, model)
     rest = Structure(model, task)
