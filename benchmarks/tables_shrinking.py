@@ -50,7 +50,7 @@ def table(found: list[Row], bases: list[Row], judged: str) -> str:
         ]
         for rows in groups
     ]
-    known = [row for row in bases if row[judged] is not None]
+    known = list({row["seed"]: row for row in bases if row[judged] is not None}.values())
     if known:
         body.append(["base", f"{known[0]['lr']:g}", str(len(known)), spread([row[judged] for row in known]), *[""] * 5])
     return grid(HEAD, body)

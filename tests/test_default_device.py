@@ -49,6 +49,8 @@ def grown(preset: str, folder: Path | None = None) -> nn.Module:
             torchgrow.load_checkpoint(folder, second)
             model, optimizer, grower = again, other, second
         grower.update()
+        assert grower.cost() == torchgrow.measure(model, x)
+        assert all((str(grower), grower.summary(), str(grower.course()), grower.widths()))
     return model
 
 

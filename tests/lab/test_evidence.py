@@ -192,6 +192,18 @@ def test_what_is_no_evidence_is_refused(tmp_path: Path, what: str) -> None:
     assert not (tmp_path / "x.html").exists()
 
 
+def test_results_of_other_measurements_are_refused_and_rows_count_once(tmp_path: Path) -> None:
+    for line in ('{"case": "MLP"}', "[]"):
+        (tmp_path / "other.jsonl").write_text(f"{line}\n")
+        with pytest.raises(TorchgrowError, match=r"other\.jsonl holds no rows of torchgrow compare"):
+            rows.read([tmp_path])
+    run = run_folder(tmp_path / "run")
+    assert [len(one.rows) for one in rows.read([run, run])] == [len(one.rows) for one in rows.read([run])]
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(TorchgrowError, match="is damaged"):
+        rows.read([run])
+
+
 def test_the_page_has_a_name_of_its_own(tmp_path: Path) -> None:
     done = invoke("report", run_folder(tmp_path / "run"), "--out", tmp_path / "run")
     assert done.exit_code == 1

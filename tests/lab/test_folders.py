@@ -102,6 +102,21 @@ def test_masks_as_files_have_them() -> None:
 # --- streamed
 
 
+@pytest.mark.parametrize("crop", [False, True])
+@pytest.mark.parametrize(
+    ("bad", "found"),
+    [
+        (Image.new("L", (30, 20), 77), "has a class of number 77"),
+        (Image.new("RGB", (30, 20)), "is a picture of mode RGB"),
+    ],
+)
+def test_masks_that_are_none_are_named(bad: Any, found: str, crop: bool, tmp_path: Path) -> None:
+    write_voc(tmp_path)
+    bad.save(tmp_path / "SegmentationClass/b0.png")
+    with pytest.raises(TorchgrowError, match=rf"b0\.png {found}; every pixel of a mask .* \(mode P or L"):
+        list(data.load_images("voc", folder=tmp_path, side=16, crop=crop).test_batches(batch_size=4))
+
+
 def batches(loaded: ImageData, **more: Any) -> list[tuple[Tensor, Tensor]]:
     draw: dict[str, Any] = {"batch_size": 2, "shift": 0, "mirror": True, **more}
     return list(loaded.train_batches(**draw, generator=torch.Generator().manual_seed(3)))

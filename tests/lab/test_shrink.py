@@ -324,8 +324,9 @@ def test_pictures_are_as_the_network_was_trained_on_them(tmp_path: Path, monkeyp
     assert [(one.side, one.mean, one.std) for one in seen.values()] == [
         (240, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
         (64, None, None),
-        (299, None, None),  # the colours are ImageNet's, as everywhere in torchvision
+        (299, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     ]
+    assert of_model("torchvision:efficientnet_v2_l").mean == (0.5, 0.5, 0.5)
     (tmp_path / "preprocessor_config.json").write_text(
         '{"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1], "size": {"shortest_edge": 256}, "crop_size": 192}'
     )

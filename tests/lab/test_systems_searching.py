@@ -62,7 +62,7 @@ def test_choices_are_shares_of_groups_and_blocks_and_a_wide_one_holds_the_narrow
     stream = space.unit_of["conv.weight", 0]
     gates = choices.gates(weights)
     assert gates[stream].tolist() == [1.0, 0.5, 0.25, 0.25]
-    assert gates[[slot.unit for slot in space.slots]].tolist() == [0.25, 1.0]
+    assert gates[[block.unit for block in space.blocks]].tolist() == [0.25, 1.0]
     few, *_ = searched(partial(Two, 3), (0.25, 0.5, 0.75, 1.0))  # shares of three channels: 1, 2, 2 and 3
     assert few.choices.there.sum(1).tolist() == [3]
 

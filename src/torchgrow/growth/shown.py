@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..default_device import on_host
 from ..structure.cost import Cost
 from ..structure.limits import Budget
 from ..structure.record import LEFT_OUT
@@ -38,35 +39,43 @@ class Shown:
         """The live units, bool [n], as a copy; `space` says where each of them lives."""
         return self.run.live.keep.clone()
 
+    @on_host()
     def cost(self) -> Cost:
         """Cost of the live network."""
         return self.run.plan.costs.cost(self.run.live.keep)
 
+    @on_host()
     def widths(self) -> dict[str, int]:
         """Live units per group."""
         return self.space.widths(self.run.live.keep)
 
+    @on_host()
     def full_widths(self) -> dict[str, int]:
         """Units per group in the frame."""
         return self.space.widths(self.space.everything())
 
+    @on_host()
     def depths(self) -> dict[str, int]:
         """Live blocks per stage, those that always stay included; layers named by the user count under ""."""
         return depths_of(self.model, self.space, self.run.live.keep)
 
+    @on_host()
     def full_depths(self) -> dict[str, int]:
         """Blocks per stage in the frame."""
         return depths_of(self.model, self.space, self.space.everything())
 
+    @on_host()
     def course(self) -> Course:
         """The planned course of the cost: seed, peak, end, and at which updates; logged at the start (INFO)."""
         return self.run.course()
 
+    @on_host()
     def summary(self) -> str:
         """The run on one screen: how the budget is reached, what grows, what keeps its size and why."""
         name, costs, done = type(self.model).__name__, self.run.plan.costs, len(self.history) - 1
         return summary(name, self.budget, self.course(), costs, self.run.live.keep, done)
 
+    @on_host()
     def __repr__(self) -> str:
         now, stage = self.cost(), "finished" if self.finished else f"update {len(self.history) - 1} of {self.updates}"
         share = now.params / max(1, self.frame_cost.params)

@@ -4,6 +4,7 @@ Both are read into memory at one size, squeezed to squares, or, where they are c
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torchvision.datasets import ImageFolder
 from torchgrow import TorchgrowError
 from torchgrow.lab.images import IMAGENET_MEAN, IMAGENET_STD, ImageData, Images
 from torchgrow.lab.metrics import ACCURACY, MIOU
-from torchgrow.lab.streamed import Streamed, as_labels
+from torchgrow.lab.streamed import Streamed, as_labels, classes_of
 
 VOC_CLASSES = 21
 
@@ -118,7 +119,8 @@ def _in_memory(images: Streamed, place: Path) -> Images:
         pixels[i] = square.permute(2, 0, 1)
         target = images.targets[i]
         if isinstance(target, str):
-            masks[i] = as_labels(_squeezed(target, side, Image.Resampling.NEAREST), images.void)
+            mask = _squeezed(target, side, Image.Resampling.NEAREST, partial(classes_of, path=target))
+            masks[i] = as_labels(mask, images.void)
     return Images(pixels=pixels, labels=masks if images.masked else torch.tensor(images.targets))
 
 

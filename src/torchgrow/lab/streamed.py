@@ -14,10 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from torchgrow import TorchgrowError
 from torchgrow.lab.metrics import VOID
 
 BACKGROUND = (124, 116, 104)  # of 255, the mean of ImageNet's training images: about 0 once it is normalised
 _VOID = 255  # void in files of masks
+_CLASSES = 21  # of VOC, background included
 _WORKERS = 16
 
 
@@ -126,7 +128,7 @@ class _Reading(Dataset[tuple[Tensor, Tensor]]):
             sample = [tv_tensors.Image(v2.functional.pil_to_tensor(file.convert("RGB")))]
         if isinstance(target, str):
             with Image.open(target) as file:
-                sample.append(tv_tensors.Mask(torch.from_numpy(np.array(file))))
+                sample.append(tv_tensors.Mask(torch.from_numpy(np.array(classes_of(file, target)))))
         if seed is None:
             read = self.judged(*sample)
         else:
@@ -165,6 +167,23 @@ def _whole(side: int, *sample: Tensor) -> tuple[Tensor, ...]:
         sample = tuple(v2.functional.resize(part, [h, w]) for part in sample)
     pad, fills = [0, 0, side - w, side - h], (list(BACKGROUND), _VOID)
     return tuple(v2.functional.pad(part, pad, fill=fill) for part, fill in zip(sample, fills, strict=True))
+
+
+def classes_of(mask: Image.Image, path: str) -> Image.Image:
+    """The mask itself, once its pixels are seen to be numbers of classes.
+
+    Raises:
+        TorchgrowError: they are colours, or beyond VOC's classes.
+    """
+    counts = enumerate(mask.histogram()[:_VOID])
+    most = max((value for value, count in counts if count), default=0) if mask.mode in ("P", "L") else None
+    if most is None or most >= _CLASSES:
+        found = f"is a picture of mode {mask.mode}" if most is None else f"has a class of number {most}"
+        raise TorchgrowError(
+            f"{path} {found}; every pixel of a mask is the number of a class, 0 to {_CLASSES - 1}, or {_VOID} for none "
+            "(mode P or L, as in VOC's SegmentationClass)"
+        )
+    return mask
 
 
 def as_labels(mask: Tensor, void: tuple[int, ...] = ()) -> Tensor:

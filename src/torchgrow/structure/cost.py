@@ -102,7 +102,7 @@ class CostModel:
         from a group to itself); can be differentiated. Where a layer that may be left out is drawn, its group's mean
         is the probability that it is there.
         """
-        return self._sums(self._counts(live)) / torch.tensor([1, self.space.batch])
+        return self._sums(self._counts(live)) / torch.tensor([1, self.space.batch], device="cpu")
 
     def each(self, live: Tensor, more: Tensor) -> Tensor:
         """What `both` gives when one group alone has more units (or fewer), int64 [G, 2], for every group.
@@ -138,7 +138,7 @@ class CostModel:
 
     def _for_one(self, sums: Tensor) -> Tensor:
         """Parameters and FLOPs for one sample, rounded down, from those of the whole batch, int64 [..., 2]."""
-        return sums // torch.tensor([1, self.space.batch])
+        return sums // torch.tensor([1, self.space.batch], device="cpu")
 
 
 class Tally:

@@ -21,8 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import _pop_mode as _pop_function_mode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
+from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
 
 from ..errors import TraceError
 from .nested import leaves
@@ -190,7 +196,7 @@ def running(model: nn.Module, one: Pass, *, still_norms: bool = False) -> Iterat
     values = {id(b): (b, b.detach().clone()) for _, own in kept for b in own.values() if b is not None}
     states = random.getstate(), np.random.get_state()
     devices: list[int] | None = None if torch.cuda.is_initialized() else []  # counting devices takes milliseconds
-    chance = Chance(one.draw)
+    chance, modes = Chance(one.draw), _modes()
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             random.seed(one.draw)
@@ -199,6 +205,7 @@ def running(model: nn.Module, one: Pass, *, still_norms: bool = False) -> Iterat
             yield chance
         chance.decides |= began != _states()
     finally:
+        _leave_modes(*modes)
         random.setstate(states[0])
         np.random.set_state(states[1])
         for module, own in kept:
@@ -206,6 +213,19 @@ def running(model: nn.Module, one: Pass, *, still_norms: bool = False) -> Iterat
         with torch.no_grad():
             for buffer, before in values.values():
                 buffer.copy_(before)
+
+
+def _modes() -> tuple[int, int]:
+    """How many modes are in force, of operations and of functions."""
+    return len(_get_current_dispatch_mode_stack()), len(_get_current_function_mode_stack())
+
+
+def _leave_modes(operations: int, functions: int) -> None:
+    """Leave what was entered since: an interrupt between a `with` block and its exit leaves a mode behind."""
+    while len(_get_current_dispatch_mode_stack()) > operations:
+        _pop_dispatch_mode()
+    while len(_get_current_function_mode_stack()) > functions:
+        _pop_function_mode()
 
 
 BARE = frozenset(vars(nn.Module()))

@@ -96,7 +96,7 @@ def read(sources: Sequence[Path]) -> list[Task]:
     Raises:
         TorchgrowError: there is nothing to read, or it is damaged.
     """
-    rows = [row for source in sources for row in _rows(source)]
+    rows = list({json.dumps(row, sort_keys=True): row for source in sources for row in _rows(source)}.values())
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         groups[row["recipe"]].append(row)
@@ -106,7 +106,7 @@ def read(sources: Sequence[Path]) -> list[Task]:
 
 def _rows(source: Path) -> list[Row]:
     if source.suffix == ".jsonl" and source.is_file():
-        return Rows(source).read()
+        return _compared(source)
     if (source / "results.json").is_file():
         return _of_run(source)
     files = sorted(source.glob("*.jsonl")) if source.is_dir() else []
@@ -115,7 +115,22 @@ def _rows(source: Path) -> list[Row]:
             f"{source} holds nothing to report: name the folder of a finished run (with results.json), a results file "
             "of torchgrow compare (.jsonl), or a folder of those"
         )
-    return [row for file in files for row in Rows(file).read()]
+    return [row for file in files for row in _compared(file)]
+
+
+def _compared(file: Path) -> list[Row]:
+    """The rows of a results file.
+
+    Raises:
+        TorchgrowError: it is one of other measurements.
+    """
+    rows = Rows(file).read()
+    if not all(isinstance(row, dict) and {"recipe", "method", "config"} <= row.keys() for row in rows):
+        raise TorchgrowError(
+            f"{file} holds no rows of torchgrow compare, but of another measurement; leave it out: name the folder "
+            "results/compare, or files in it"
+        )
+    return rows
 
 
 def _of_run(folder: Path) -> list[Row]:
@@ -152,7 +167,7 @@ def _of_run(folder: Path) -> list[Row]:
             }
             for network, found in results.items()
         ]
-    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
         raise TorchgrowError(f"{folder} is damaged: {error!r}; leave it out") from error
 
 

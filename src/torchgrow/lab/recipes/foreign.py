@@ -59,8 +59,8 @@ def _of_timm(name: str) -> dict[str, Any]:
 
 
 def _of_torchvision(name: str) -> dict[str, Any]:
-    said = zoo.get_model_weights(name).DEFAULT.transforms
-    return {"side": int(said.keywords["crop_size"])}
+    said: Any = zoo.get_model_weights(name).DEFAULT.transforms()
+    return {"mean": tuple(said.mean), "std": tuple(said.std), "side": int(said.crop_size[0])}
 
 
 def _of_folder(folder: str) -> dict[str, Any]:
