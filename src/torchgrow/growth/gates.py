@@ -100,7 +100,7 @@ class Fold:
         """Factor of every gated parameter, broadcastable to it. `gate`: float64 [n], or None without gates."""
         if gate is None or not self.gated:
             return []
-        extended = torch.cat([gate, torch.ones(1, dtype=gate.dtype)])
+        extended = torch.cat([gate, gate.new_ones(1)])
         values = extended.to(self._units.device)[self._units].split(self._lengths)
         factors, i = [], 0
         for raw, axes in zip(self.raw, self._axes, strict=True):
@@ -286,7 +286,8 @@ class Folding:
         self._waiting = [other for other in self._waiting if other is not hooks]
         if not self._waiting:
             self.moved = True
-            self._on_step(self._sum)
+            with on_host():  # a policy of the user may make tensors
+                self._on_step(self._sum)
             for other in self._hooks:
                 if other is not hooks:
                     other.refold()
@@ -393,7 +394,6 @@ class _Hooks:
                 "Call optimizer.zero_grad(), compute the gradients again, and go on"
             )
 
-    @on_host()
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Pre-step hook: unfold, now or, with a closure, as soon as it has computed the gradients."""
         if self.fold is None or not self._handles:  # no hooks wanted: cost nothing
@@ -451,7 +451,6 @@ class _Hooks:
         for place, slot, _ in self._copies():
             slot.copy_(self._raw_copies[place])
 
-    @on_host()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Post-step hook: call the policy, then fold the weights with the new gates."""
         self.taken += 1

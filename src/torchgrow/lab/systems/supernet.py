@@ -15,6 +15,7 @@ Then from scratch.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,7 +112,7 @@ class Supernet(nn.Module):
         return self.at(self.path(), x)
 
 
-class Searching(Hooks):
+class Searching(Hooks, ABC):
     """A step of `alpha` after steps of the weights.
 
     Args:
@@ -137,9 +138,9 @@ class Searching(Hooks):
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.steps, self.flops = 0, 0
 
+    @abstractmethod
     def step(self, x: Tensor, labels: Tensor) -> int:
         """A step of `alpha` on a batch; returns the FLOPs for one image, backward too."""
-        raise NotImplementedError
 
     def stepped(self, done: float) -> None:
         """Such a step, if it is its turn."""
