@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from typer.testing import CliRunner
 from measured import DENSE, SAMPLES, TRAINED, results_file, row, run_folder
 from torchgrow import TorchgrowError
 from torchgrow.cli import app
+from torchgrow.lab.compare import Job
 from torchgrow.lab.evidence import drawing, page, pictures, rows, verdict
 from torchgrow.lab.metrics import ACCURACY, PERPLEXITY
+from torchgrow.lab.recipes import get
 
 EVIL = 'paper:"><script>alert(1)</script>$x_{'
 
@@ -172,6 +175,36 @@ def test_runs_and_seeds_of_one_setting_stand_together(tmp_path: Path) -> None:
         ["dense", "default", "dense", "paper"],
         ["dense", "default"],
     ]
+
+
+def test_a_run_stands_with_the_comparison_of_its_recipe(tmp_path: Path) -> None:
+    """What `torchgrow run` records of a recipe differs from a comparison's in nothing that decides."""
+    recipe, folder = get("digits"), run_folder(tmp_path / "run", "digits")
+    config = {**recipe.as_json(), "seed": 3, "run": {"data": None, "samples": [SAMPLES, 50]}}
+    (folder / "config.json").write_text(json.dumps(config))
+    job = Job(method="default", recipe=recipe, data=(SAMPLES, 50))
+    beside = row("default", 0, 90.0, str(recipe.budget), recipe="digits", config=job.config())
+    found = rows.read([folder, results_file(tmp_path / "digits.jsonl", [beside])])
+    assert [[one["method"] for one in each.rows] for each in found] == [["dense", "default", "default"]]
+    held_out = row("default", 0, 90.0, recipe="digits", config=replace(job, validate=True).config())
+    assert len(rows.read([folder, results_file(tmp_path / "digits.jsonl", [held_out])])) == 2
+
+
+def test_what_failed_is_not_counted_and_alone_is_no_evidence(tmp_path: Path) -> None:
+    failed = {**row("random", 0, 0.0), "error": "out of memory"}
+    page.write([results_file(tmp_path / "some.jsonl", [failed, row("dense", 0, 92.0)])], tmp_path / "some.html")
+    assert "1 trained network in 1 setting" in (tmp_path / "some.html").read_text()
+    with pytest.raises(TorchgrowError, match=r"all\.jsonl: no network came to a result.* take these rows out"):
+        page.write([results_file(tmp_path / "all.jsonl", [failed])], tmp_path / "all.html")
+    assert not (tmp_path / "all.html").exists()
+
+
+def test_a_headline_is_of_one_budget(tmp_path: Path) -> None:
+    """Where nothing was grown, too: the budget that most methods stand at, and it says which."""
+    found = [*several("uniform", [70.0], budget="params <= 10%"), *several("uniform", [90.0, 91.0])]
+    page.write([results_file(tmp_path / "a.jsonl", [*found, row("l1", 0, 80.0)])], tmp_path / "a.html")
+    text = (tmp_path / "a.html").read_text()
+    assert "uniform 90.50 ± 0.71 % (n = 2); l1 80.00 % (n = 1) (at most 40 % of the parameters)" in text
 
 
 @pytest.mark.parametrize("what", ["nothing", "empty", "partial", "damaged"])

@@ -1,6 +1,7 @@
 """Images in folders: VOC's layout, and images that are streamed from disk instead of being kept in memory."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,25 @@ def test_masks_that_are_none_are_named(bad: Any, found: str, crop: bool, tmp_pat
         list(data.load_images("voc", folder=tmp_path, side=16, crop=crop).test_batches(batch_size=4))
 
 
+@pytest.mark.parametrize("crop", [False, True])
+def test_a_mask_of_another_size_is_named(crop: bool, tmp_path: Path) -> None:
+    write_voc(tmp_path)
+    Image.new("L", (20, 30), 1).save(tmp_path / "SegmentationClass/b0.png")
+    text = r"b0\.png has 20 x 30 pixels and its picture .*b0\.jpg 30 x 20; a mask says the class of every pixel"
+    with pytest.raises(TorchgrowError, match=text):
+        list(data.load_images("voc", folder=tmp_path, side=16, crop=crop).test_batches(batch_size=4))
+
+
+@pytest.mark.parametrize("crop", [False, True])
+@pytest.mark.parametrize("bad", ["JPEGImages/b0.jpg", "SegmentationClass/b0.png"])
+@pytest.mark.parametrize("what", ["truncated", "empty", "text"])
+def test_a_damaged_picture_is_named(what: str, bad: str, crop: bool, tmp_path: Path) -> None:
+    path = write_voc(tmp_path) / bad
+    path.write_bytes({"truncated": path.read_bytes()[:-40], "empty": b"", "text": b"<html>"}[what])
+    with pytest.raises(TorchgrowError, match=rf"{Path(bad).name} is not a picture that Pillow can read .* take it out"):
+        list(data.load_images("voc", folder=tmp_path, side=16, crop=crop).test_batches(batch_size=4))
+
+
 def batches(loaded: ImageData, **more: Any) -> list[tuple[Tensor, Tensor]]:
     draw: dict[str, Any] = {"batch_size": 2, "shift": 0, "mirror": True, **more}
     return list(loaded.train_batches(**draw, generator=torch.Generator().manual_seed(3)))
@@ -131,6 +151,12 @@ def write_classes(folder: Path, each: int = 4) -> Path:
                 values[:, 30:] = 100 + 50 * c + i
                 save(folder / split / name / f"{i}.png", values)
     return folder
+
+
+def test_one_class_is_refused(tmp_path: Path) -> None:
+    shutil.rmtree(write_classes(tmp_path) / "train/dog")
+    with pytest.raises(TorchgrowError, match=r"train holds one class, cat/, so there is nothing to tell apart"):
+        data.load_images("imagefolder", folder=tmp_path, side=28)
 
 
 def test_a_folder_of_classes_is_streamed(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from measured import results_file, row
 from torchgrow import TorchgrowError
 from torchgrow.cli import app
+from torchgrow.lab.compare import RESULTS
 from torchgrow.lab.evidence.tables import PAPER, beside
 
 RESNET = {"name": "resnet20-cifar10", "model": "ResNet", "dataset": "cifar10", "samples": [50000, 10000]}
@@ -67,15 +68,26 @@ def test_one_method_has_one_accuracy_in_all_tables() -> None:
     }
 
 
-def test_every_table_prints_without_results(tmp_path: Path) -> None:
+def test_every_table_prints_without_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     for number in range(1, 9):
-        done = CliRunner().invoke(app, ["table", str(number), "--results", str(tmp_path)])
+        done = CliRunner().invoke(app, ["table", str(number)])
         assert done.exit_code == 0, done.output
         assert f"Table {number} of the paper" in done.output
-        found = beside(number, tmp_path)
+        found = beside(number, RESULTS)
         assert {cell for lines in found.lines.values() for one in lines if one[1] == "here" for cell in one[2:]} == {""}
         columns = {len(cells) for cells in found.lines[next(iter(found.lines))]} | {len(found.head)}
         assert len(columns) == 1
+
+
+def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
+    for wrong in (tmp_path, tmp_path / "nowhere"):
+        done = CliRunner().invoke(app, ["table", "1", "--results", str(wrong)])
+        assert done.exit_code == 1
+        assert (
+            "holds no results files (NAME.jsonl); name the folder that torchgrow compare wrote them into"
+            in " ".join(done.output.split())
+        )
 
 
 def test_ours_stand_beside_at_the_nearest_budget(tmp_path: Path) -> None:

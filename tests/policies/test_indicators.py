@@ -217,8 +217,12 @@ def test_methods_by_name() -> None:
     with pytest.raises(TorchgrowError, match=r"preset 'fast' is unknown; use one of \['default'"):
         Method.named("fast")
     for text in ("default:peak", "default:peek=2", "default:peak=much", "default:gates=1"):
-        with pytest.raises(TorchgrowError, match=r"is not a field of torchgrow.Method with its value; write it like"):
+        with pytest.raises(TorchgrowError, match=r"not a field of torchgrow.Method with its value, or .*write it like"):
             Method.named(text)
+    for text in ("paper:heat=9,final_inverse_temperature=3", "paper:final_inverse_temperature=3,heat=9"):
+        with pytest.raises(TorchgrowError, match=r"or there by its other name too"):
+            Method.named(text)
+    assert Method.named("default:peak=2,peak=3").peak == 3, "a recipe's own way, and what differs from it"
     with pytest.raises(TorchgrowError, match=r"Method.peak=0.5 must lie in \[1"):
         Method.named("default:peak=0.5")
 

@@ -21,7 +21,7 @@ from torchgrow.lab.names import DATASETS
 from torchgrow.lab.shapes import shapes
 from torchgrow.lab.text import TextData, load_text
 
-__all__ = ["Data", "ImageData", "Images", "augment", "dataset_in", "load", "load_images", "train_steps"]
+__all__ = ["Data", "ImageData", "Images", "augment", "dataset_in", "load", "load_images", "sizes", "train_steps"]
 
 # Per channel, of the 50,000 training images with values in [0, 1]; published with the set's first ResNets.
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -39,6 +39,12 @@ _CIFAR10_HELP = (
 
 
 Data = ImageData | TextData
+
+
+def sizes(data: Data) -> tuple[int, ...]:
+    """How many images, or words, are for training, for validation where text has that, and for the test."""
+    parts = [data.train, data.valid, data.test] if isinstance(data, TextData) else [data.train, data.test]
+    return tuple(len(part) for part in parts)
 
 
 def load(

@@ -3,22 +3,20 @@
 Both are read into memory at one size, squeezed to squares, or, where they are cropped at random, streamed from disk.
 """
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 from torchvision.datasets import ImageFolder
 
 from torchgrow import TorchgrowError
 from torchgrow.lab.images import IMAGENET_MEAN, IMAGENET_STD, ImageData, Images
 from torchgrow.lab.metrics import ACCURACY, MIOU
-from torchgrow.lab.streamed import Streamed, as_labels, classes_of
+from torchgrow.lab.streamed import Streamed, as_labels
 
 VOC_CLASSES = 21
 
@@ -41,7 +39,7 @@ def of_classes(folder: Path, side: int, crop: bool) -> ImageData:
         crop: stream them, a random part of each, instead of reading them into memory.
 
     Raises:
-        TorchgrowError: a split has no images, the two differ in classes, or memory is too small.
+        TorchgrowError: a split has no images or one class, the two differ in classes, or memory is too small.
     """
     sets = {}
     for split in ("train", "val"):
@@ -52,6 +50,11 @@ def of_classes(folder: Path, side: int, crop: bool) -> ImageData:
                 f"{folder} has no images in {split}/CLASS/*: {what_is_in(folder)} ({error}); "
                 "--data names a folder that holds train/ and val/, with one folder of images a class in each"
             ) from error
+        if len(found.classes) < 2:
+            raise TorchgrowError(
+                f"{folder / split} holds one class, {found.classes[0]}/, so there is nothing to tell apart; "
+                "give every class a folder of its own, two at least (or name the folder one above, or one below)"
+            )
         paths = tuple(path for path, _ in found.samples)
         images = Streamed(paths=paths, targets=tuple(found.targets), side=side)
         sets[split] = found.classes, images if crop else _in_memory(images, folder / split)
@@ -115,18 +118,15 @@ def _in_memory(images: Streamed, place: Path) -> Images:
     masks = torch.empty(len(images) if images.masked else 0, side, side, dtype=torch.int64)
     each = track(range(len(images)), f"reading {place.stem}", console=Console(stderr=True))
     for i in each:
-        square = _squeezed(images.paths[i], side, Image.Resampling.BILINEAR, lambda image: image.convert("RGB"))
-        pixels[i] = square.permute(2, 0, 1)
-        target = images.targets[i]
-        if isinstance(target, str):
-            mask = _squeezed(target, side, Image.Resampling.NEAREST, partial(classes_of, path=target))
-            masks[i] = as_labels(mask, images.void)
+        picture, mask = images.open(i)
+        pixels[i] = _squeezed(picture, side, Image.Resampling.BILINEAR).permute(2, 0, 1)
+        if mask is not None:
+            masks[i] = as_labels(_squeezed(mask, side, Image.Resampling.NEAREST), images.void)
     return Images(pixels=pixels, labels=masks if images.masked else torch.tensor(images.targets))
 
 
-def _squeezed(path: str, side: int, how: Image.Resampling, convert: Callable[[Any], Any] = lambda image: image) -> Any:
-    with Image.open(path) as image:
-        return torch.from_numpy(np.array(convert(image).resize((side, side), how)))
+def _squeezed(picture: Image.Image, side: int, how: Image.Resampling) -> Tensor:
+    return torch.from_numpy(np.array(picture.resize((side, side), how)))
 
 
 def what_is_in(folder: Path) -> str:

@@ -20,7 +20,7 @@ from torchgrow.lab import processes, report
 from torchgrow.lab.baselines import initialised, twin_width, uniform_width
 from torchgrow.lab.checkpoints import Checkpoints
 from torchgrow.lab.compare import RESULTS, recorded
-from torchgrow.lab.data import Data
+from torchgrow.lab.data import Data, sizes
 from torchgrow.lab.devices import chosen
 from torchgrow.lab.display import Display, short
 from torchgrow.lab.environment import environment
@@ -158,7 +158,7 @@ def _run(
     run_folder = None
     if processes.rank() == 0:
         run_folder = RunFolder(out or default_out(_filed(recipe)))
-        how = {"data": folder and str(folder.absolute()), **how}
+        how = {"data": folder and str(folder.absolute()), "samples": list(sizes(data)), **how}
         text = {"text": data.source} if isinstance(data, TextData) else {}
         run_folder.write_json("environment.json", environment(data.device))
         run_folder.write_json("config.json", {**recipe.as_json(), **text, "run": how})

@@ -23,6 +23,11 @@ _CLASSES = 21  # of VOC, background included
 _WORKERS = 16
 
 
+def _cores() -> int:
+    """Those that this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Streamed:
     """Images on disk with a class, or a mask of classes, each; it stands for `torchgrow.lab.images.Images`.
@@ -46,7 +51,7 @@ class Streamed:
     side: int
     void: tuple[int, ...] = ()
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    workers: int = min(_WORKERS, (os.cpu_count() or 1) - 1)
+    workers: int = field(default_factory=lambda: min(_WORKERS, _cores() - 1))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -74,6 +79,23 @@ class Streamed:
     def masked(self) -> bool:
         """Whether there is a mask of each."""
         return isinstance(self.targets[0], str)
+
+    def open(self, i: int) -> tuple[Image.Image, Image.Image | None]:
+        """A picture in RGB, and its mask where there is one, as the files have them.
+
+        Raises:
+            TorchgrowError: one of the two cannot be read, or the mask is not one, or not of the picture's size.
+        """
+        picture, target = _opened(self.paths[i]).convert("RGB"), self.targets[i]
+        if not isinstance(target, str):
+            return picture, None
+        mask = classes_of(_opened(target), target)
+        if mask.size != picture.size:
+            raise TorchgrowError(
+                f"{target} has {mask.width} x {mask.height} pixels and its picture {self.paths[i]} {picture.width} x "
+                f"{picture.height}; a mask says the class of every pixel, so give it the size of its picture"
+            )
+        return picture, mask
 
     def _read(self) -> tuple[Tensor, Tensor]:
         reading = _Reading(self)
@@ -124,11 +146,10 @@ class _Reading(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, item: tuple[int, int | None]) -> tuple[Tensor, Tensor]:
         i, seed = item
         target = self.images.targets[i]
-        with Image.open(self.images.paths[i]) as file:
-            sample = [tv_tensors.Image(v2.functional.pil_to_tensor(file.convert("RGB")))]
-        if isinstance(target, str):
-            with Image.open(target) as file:
-                sample.append(tv_tensors.Mask(torch.from_numpy(np.array(classes_of(file, target)))))
+        picture, mask = self.images.open(i)
+        sample = [tv_tensors.Image(v2.functional.pil_to_tensor(picture))]
+        if mask is not None:
+            sample.append(tv_tensors.Mask(torch.from_numpy(np.array(mask))))
         if seed is None:
             read = self.judged(*sample)
         else:
@@ -167,6 +188,22 @@ def _whole(side: int, *sample: Tensor) -> tuple[Tensor, ...]:
         sample = tuple(v2.functional.resize(part, [h, w]) for part in sample)
     pad, fills = [0, 0, side - w, side - h], (list(BACKGROUND), _VOID)
     return tuple(v2.functional.pad(part, pad, fill=fill) for part, fill in zip(sample, fills, strict=True))
+
+
+def _opened(path: str) -> Image.Image:
+    """All of a picture, read.
+
+    Raises:
+        TorchgrowError: it cannot be.
+    """
+    try:
+        with Image.open(path) as file:
+            file.load()
+            return file
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow says a broken PNG is a SyntaxError
+        raise TorchgrowError(
+            f"{path} is not a picture that Pillow can read ({error}); mend it or take it out"
+        ) from None
 
 
 def classes_of(mask: Image.Image, path: str) -> Image.Image:

@@ -26,14 +26,16 @@ def read_edits(plain: Any, edits: str) -> dict[str, Any]:
     """Fields of a dataclass as typed, "peak=1,gates=True", each of the type that it has in `plain`.
 
     Raises:
-        ValueError: no such field, or not a value of it; its text is the edit.
+        ValueError: no such field, not a value of it, or one that stands there by another name; its text is the edit.
     """
     kinds = {field.name: type(getattr(plain, field.name)) for field in fields(plain)}
-    changed: dict[str, Any] = {}
+    changed, names = dict[str, Any](), dict[str, str]()
     for edit in filter(None, edits.split(",")):
         key, _, value = (part.strip() for part in edit.partition("="))
         try:
-            key = RECORDED.get(key, key) if key not in kinds else key
+            name, key = key, RECORDED.get(key, key) if key not in kinds else key
+            if names.setdefault(key, name) != name:  # by two names: which value is meant?
+                raise ValueError
             kind = kinds[key]
             changed[key] = {"True": True, "False": False}[value] if kind is bool else kind(value)
         except (KeyError, ValueError):
@@ -155,8 +157,9 @@ class Method:
             return replace(base, **read_edits(base, edits))
         except ValueError as edit:
             raise TorchgrowError(
-                f"{str(edit)!r} in preset {text!r} is not a field of torchgrow.Method with its value; write it like "
-                f"{name}:peak=1,gates=True (fields: {', '.join(field.name for field in fields(cls))})"
+                f"{str(edit)!r} in preset {text!r} is not a field of torchgrow.Method with its value, or there by its "
+                f"other name too; write it like {name}:peak=1,gates=True (fields: "
+                f"{', '.join(field.name for field in fields(cls))})"
             ) from None
 
     @property

@@ -16,7 +16,7 @@ from torchgrow.lab.compare.job import AFTER, Job
 from torchgrow.lab.compare.progress_bars import Bars
 from torchgrow.lab.compare.results_file import Rows
 from torchgrow.lab.compare.training import NETWORK, Bench, train
-from torchgrow.lab.data import Data
+from torchgrow.lab.data import Data, sizes
 from torchgrow.lab.devices import chosen as chosen_device
 from torchgrow.lab.devices import random_state, set_random_state
 from torchgrow.lab.environment import environment
@@ -25,7 +25,6 @@ from torchgrow.lab.names import FIXED, SYSTEMS
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.results import draw, tables
 from torchgrow.lab.run_folder import lock
-from torchgrow.lab.text import TextData
 
 RESULTS = Path("results/compare")
 """Where results files are, unless said otherwise."""
@@ -80,7 +79,7 @@ def compare(
         for seed in seeds:
             for budget in budgets or [recipe.budget]:
                 chosen = replace(recipe, seed=seed, budget=budget)
-                now = [Job(method=m, recipe=chosen, data=_samples(data), validate=validate) for m in _ordered(methods)]
+                now = [Job(method=m, recipe=chosen, data=sizes(data), validate=validate) for m in _ordered(methods)]
                 jobs += [job for job in now if job not in jobs]
                 missing = _missing(now, bench)
                 _together([job for job in missing if job.method not in AFTER], bench)
@@ -119,7 +118,7 @@ def recorded(recipe: Recipe, data: Data, methods: Sequence[str], out: Path = RES
     found = []
     for row in Rows(path).read():
         if row["method"] in methods and "error" not in row:
-            job = Job(method=row["method"], recipe=replace(recipe, seed=row["seed"]), data=_samples(data))
+            job = Job(method=row["method"], recipe=replace(recipe, seed=row["seed"]), data=sizes(data))
             found += [row] if job.key() == row["config_hash"] else []
     return found
 
@@ -143,11 +142,6 @@ def _ordered(methods: Sequence[str]) -> list[str]:
     """Without repetitions, and the dense network first, whose seconds the others are compared with."""
     once = dict.fromkeys([*methods, *(AFTER[method] for method in methods if method in AFTER)])
     return sorted(once, key=lambda method: method != "dense")
-
-
-def _samples(data: Data) -> tuple[int, ...]:
-    parts = [data.train, data.valid, data.test] if isinstance(data, TextData) else [data.train, data.test]
-    return tuple(len(part) for part in parts)
 
 
 def _missing(jobs: Sequence[Job], bench: Bench) -> list[Job]:

@@ -14,6 +14,16 @@ AFTER = {"uniform-flops": "default", "direct": "default", "l1": "dense", **dict.
 """Methods that start from the network of another one."""
 
 
+_IF_GIVEN = ("channels_last", "source", "mean", "std", "weights", "distil", "crop", "void")
+
+
+def decisive(config: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as JSON without fields that decide nothing: rows from before there were such things stay good."""
+    idle = {"preset", *(() if config.get("schedule") == "wsd" else ("decay",))}
+    idle |= {field for field in _IF_GIVEN if not config.get(field)}
+    return {key: value for key, value in config.items() if key not in idle}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One network to train: a method and everything that decides what comes out.
@@ -54,16 +64,7 @@ class Job:
                 config["updates_per_epoch"] = replace(self.recipe, preset=base.preset()).updates_an_epoch()
         else:
             config |= {"depth": False, "meta": False}
-        # Fields that decide nothing go: rows from before there were such things stay good.
-        if not self.recipe.channels_last:
-            del config["channels_last"]
-        if self.recipe.schedule != "wsd":
-            del config["decay"]
-        for field in ("source", "mean", "std", "weights", "distil", "crop", "void"):
-            if not config[field]:
-                del config[field]
-        del config["preset"]
-        return json.loads(json.dumps(config))
+        return json.loads(json.dumps(decisive(config)))
 
     def preset(self) -> str:
         """How it grows: "default" is the recipe's own way, and "default:..." what differs from that."""

@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from torchgrow import TorchgrowError
 from torchgrow.lab.display import short, span
 from torchgrow.lab.evidence.drawing import themes
 from torchgrow.lab.evidence.pictures import PICTURES, Picture
@@ -52,6 +53,11 @@ def write(sources: Sequence[Path], out: Path) -> list[str]:
         TorchgrowError: there is nothing to read, or it is damaged.
     """
     tasks = sorted((task for task in read(sources) if task.fine), key=_rank)
+    if not tasks:
+        raise TorchgrowError(
+            f"{', '.join(map(str, sources))}: no network came to a result, so there is nothing to show; the "
+            'rows say why ("error"); mend that, take these rows out, and give torchgrow compare again'
+        )
     folder = out.with_suffix("")
     out.parent.mkdir(parents=True, exist_ok=True)
     parts = [_part(number, task, folder) for number, task in enumerate(tasks, start=1)]
@@ -68,7 +74,7 @@ def write(sources: Sequence[Path], out: Path) -> list[str]:
         parts=parts,
         absent=absent,
         sources=[str(source) for source in sources],
-        networks=sum(len(task.rows) for task in tasks),
+        networks=sum(len(task.fine) for task in tasks),
         version=version("torchgrow"),
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         words={**FIXED, **SYSTEMS},
@@ -99,7 +105,7 @@ def _part(number: int, task: Task, folder: Path) -> dict[str, Any]:
         "task": task,
         "metric": f"{task.metric.name}{task.metric.unit}",
         "verdicts": verdicts(task),
-        "headline": "; ".join(f"{m} {scored(task, rows)}" for m, rows in list(task.methods().items())[:4]),
+        "headline": _headline(budgets, grown[0]),
         "heads": _heads(task),
         "table": _table(task),
         "main_budget": "" if grown[0] == "none" else in_words(grown[0]),
@@ -113,6 +119,13 @@ def _part(number: int, task: Task, folder: Path) -> dict[str, Any]:
         "failed": [f"{r['method']}, seed {r['seed']}: {r['error']}" for r in task.rows if "error" in r],
         "sources": sorted({row["source"] for row in task.rows if "source" in row}),
     }
+
+
+def _headline(budgets: dict[str, Task], budget: str) -> str:
+    """What networks of one budget came to, and of which, where there are several."""
+    part = budgets[budget]
+    scores = "; ".join(f"{method} {scored(part, rows)}" for method, rows in list(part.methods().items())[:4])
+    return f"{scores} ({in_words(budget)})" if len(budgets) > 1 else scores
 
 
 def _shown(picture: Picture, task: Task, prefix: str, folder: Path) -> Shown:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torchgrow import Budget, Cost, TorchgrowError
 from torchgrow.lab import recipes
-from torchgrow.lab.compare import Rows
+from torchgrow.lab.compare import Rows, decisive
 from torchgrow.lab.metrics import Metric, metric_of
 from torchgrow.lab.names import FIXED, RECIPES
 from torchgrow.lab.pages import Row, by_setting
@@ -55,7 +55,7 @@ class Task:
     def budgets(self) -> dict[str, "Task"]:
         """A task for every budget, that with most methods first; the dense network belongs to each."""
         parts = {budget: Task(rows, self.metric) for budget, rows in by_budget(self.rows).items() if rows}
-        return dict(sorted(parts.items(), key=lambda item: -len({row["method"] for row in item[1].rows})))
+        return dict(sorted(parts.items(), key=lambda item: -len({row["method"] for row in item[1].fine})))
 
     def setting(self) -> str:
         """Network, data and length in one line."""
@@ -140,10 +140,10 @@ def _of_run(folder: Path) -> list[Row]:
             json.loads((folder / f"{name}.json").read_text()) for name in ("config", "frame", "results", "environment")
         )
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        samples = _samples(records, frame, taught=config.get("distil", 0) > 0)
-        same = {key: value for key, value in config.items() if key not in ("run", "text", "search", "preset")}
-        same |= {"samples": [samples], "validate": False}
-        length = 3 * frame["flops"] * samples * (config["epochs"] + config["then"])
+        seen = _samples(records, frame, taught=config.get("distil", 0) > 0)
+        same = {key: value for key, value in decisive(config).items() if key not in ("run", "text", "search")}
+        same |= {"samples": config["run"].get("samples", [seen]), "validate": False}
+        length = 3 * frame["flops"] * seen * (config["epochs"] + config["then"])
         return [
             {
                 "recipe": config["name"],

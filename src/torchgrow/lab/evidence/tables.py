@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from torchgrow import TorchgrowError
+from torchgrow.lab.compare import RESULTS
 from torchgrow.lab.evidence.rows import Task, in_words, read
 from torchgrow.lab.pages import Row, grid, spread
 
@@ -76,13 +77,18 @@ def beside(number: int, results: Path) -> Beside:
 
     Args:
         number: 1 to 8.
-        results: folder of results files of `torchgrow compare`; one that is not there holds nothing.
+        results: folder of results files of `torchgrow compare`; where it is not said and not there, it holds nothing.
 
     Raises:
-        TorchgrowError: there is no such table, or a results file is damaged.
+        TorchgrowError: there is no such table or folder, or a results file is damaged.
     """
     if str(number) not in PAPER["tables"]:
         raise TorchgrowError(f"the paper has tables 1 to 8, not {number}")
+    if results != RESULTS and not any(results.glob("*.jsonl")):
+        raise TorchgrowError(
+            f"{results} holds no results files (NAME.jsonl); name the folder that torchgrow compare wrote them into "
+            f"(its --out; {RESULTS} where that is not given), or leave --results out to see the paper's numbers alone"
+        )
     table, units = PAPER["tables"][str(number)], PAPER["units"]
     lines, notes = {}, []
     for group in table["groups"]:
