@@ -204,7 +204,7 @@ def test_dense_has_no_budget(tmp_path: Path) -> None:
     assert all(row["dense_seconds"] == before["seconds"] for row in rows)
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5])
+@pytest.mark.parametrize("stop", [1, 5])
 def test_a_stopped_comparison_goes_on_as_if_it_never_had_been(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, compared: Compared
 ) -> None:
