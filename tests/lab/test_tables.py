@@ -57,6 +57,17 @@ def test_what_was_otherwise_once_is_named(tables: Any) -> None:
     assert found == [["default, then with hold=0.1", "direct, then with hold=0.1", "uniform"]]
 
 
+def test_full_scale_is_the_recipe_at_full_scale(tables: Any) -> None:
+    """Layers do not grow there, and an update an epoch is the paper's own: nothing to name."""
+    full = recipes.with_scale(RECIPE, "full")
+    assert labels(tables, [row(method, full) for method in ("dense", "default", "paper")]) == [
+        ["dense", "default", "paper"]
+    ]
+    assert pages.options(row("paper", full)["config"]) == " --scale full"
+    assert pages.options(row("paper", replace(full, lr=0.2))["config"]) == " --scale full --lr 0.2"
+    assert pages.options(row("paper")["config"]) == ""
+
+
 def test_rows_stand_in_the_section_they_belong_to(tables: Any) -> None:
     """A reader meets what holds now first, then what it was chosen by, then what was."""
     chosen = row("default")

@@ -3,11 +3,12 @@
 import json
 import statistics
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torchgrow import Method
+from torchgrow import Method, TorchgrowError
 from torchgrow.lab import recipes
 from torchgrow.lab.compare import AFTER, Job
 from torchgrow.lab.metrics import PERPLEXITY, Metric, metric_of
@@ -51,6 +52,9 @@ def alike(folder: Path) -> dict[str, list[Row]]:
     return pictures
 
 
+LEAST_GAP = 0.005
+"""Of the dense network's score, from which on one to the uniform twin is one."""
+
 VARYING = (
     "seed",
     "budget",
@@ -76,13 +80,24 @@ def by_setting(rows: list[Row]) -> list[list[Row]]:
     return list(settings.values())
 
 
+def _scaled(name: str, config: Row) -> tuple[recipes.Recipe, bool]:
+    """The recipe as it is now, and whether at full scale: where settings have all its epochs and all samples."""
+    recipe = recipes.get(name)
+    with suppress(TorchgrowError):  # not all have scales
+        full = recipes.with_scale(recipe, "full")
+        if config["epochs"] == full.epochs != recipe.epochs and config.get("subset") is None:
+            return full, True
+    return recipe, False
+
+
 def label(row: Row) -> str:
     """The method; with the option that lets layers grow, or not, if the recipe differs; and what a preset was then."""
     method: str = row["method"]
     then = row["config"].get("growing")
     if then is None or row["recipe"] not in RECIPES:  # of a recipe in a file nobody knows what it was then
         return method
-    recipe, depth = recipes.get(row["recipe"]), row["config"]["depth"]
+    recipe, depth = _scaled(row["recipe"], row["config"])[0], row["config"]["depth"]
+    recipe = replace(recipe, epochs=row["config"]["epochs"])
     suffix = "" if depth == recipe.depth else " --depth" if depth else " --no-depth"
     job = Job(method=AFTER.get(method, method), recipe=recipe, data=())
     now = asdict(Method.named(job.preset(), layers=depth))
@@ -184,13 +199,14 @@ def summary(folder: Path) -> str:
 
 def options(config: Row) -> str:
     """The options of `torchgrow compare` that give this configuration, but for methods, seeds and budgets."""
-    recipe, shortcut = recipes.get(config["name"]).as_json(), config["model_arguments"].get("shortcut")
+    (scaled, full), shortcut = _scaled(config["name"], config), config["model_arguments"].get("shortcut")
+    recipe = scaled.as_json()
     fields = ("subset", "epochs", "lr", "schedule", "precision", "threads", "then")
     given = [f" --{field} {config[field]}" for field in fields if config[field] != recipe[field]]
     given += [" --channels-last"] * config.get("channels_last", False)
     if shortcut != recipe["model_arguments"].get("shortcut"):
         given.append(f" --shortcut {shortcut}")
-    return "".join(given) + (" --validate" if config["validate"] else "")
+    return " --scale full" * full + "".join(given) + (" --validate" if config["validate"] else "")
 
 
 def gap(some: list[Row], a: str, b: str) -> str:
@@ -260,7 +276,8 @@ def won_back(some: list[Row], metric: Metric) -> str:
         return ""
     dense, grown = (sum(difference(whole, name, "uniform")[0]) for name in ("dense", "default"))
     counted = f"(counted on seed {', '.join(str(seed) for seed in sorted({row['seed'] for row in whole}))})."
-    if (-dense if metric.lower_is_better else dense) <= 0:
+    score = sum(row[metric.name] for row in whole if row["method"] == "dense")
+    if (-dense if metric.lower_is_better else dense) <= LEAST_GAP * score:
         return f"The dense network is no better than the uniform twin here, so there is no gap to win back {counted}"
     return f"Of the way from uniform to dense, default goes {100 * grown / dense:.0f} % {counted}"
 
