@@ -195,7 +195,7 @@ def _resume(run: Path, console: Console, folder: Path | None, device: str) -> Pa
     if "search" in config:
         raise TorchgrowError(f"{run} is a search that was stopped; go on with it by: torchgrow search --resume {run}")
     recipe, how = from_json(config), config.get("run")
-    if not isinstance(how, dict) or how.keys() != {"data", "beside", "checkpoint_every"}:
+    if not isinstance(how, dict) or how.keys() - {"samples"} != {"data", "beside", "checkpoint_every"}:
         raise TorchgrowError(f"{run_folder.path / 'config.json'} does not say how the run was started; start it anew")
     as_before(run_folder, device, console)
     folder = folder or (Path(how["data"]) if how["data"] else None)
