@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .default_device import on_host
+from .errors import TorchgrowError
 
 Call = partial[Any]
 """A call of something built in, with its arguments."""
@@ -178,6 +179,25 @@ def trainable() -> Iterator[None]:
             yield
     finally:
         torch.set_grad_enabled(enabled)
+
+
+@contextmanager
+def by_one_thread(inside: dict[str, int]) -> Iterator[None]:
+    """A context that one thread at a time may be in; `inside` remembers which, and needs no lock that could stay shut.
+
+    Raises:
+        TorchgrowError: another thread is in it.
+    """
+    own = threading.get_ident()
+    if inside.setdefault("thread", own) != own:
+        raise TorchgrowError(
+            "another thread is changing this network's structure; call update(), finish(), release() and "
+            "load_state_dict() from one thread, or hold one threading.Lock around these calls"
+        )
+    try:
+        yield
+    finally:
+        inside.pop("thread", None)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from torchgrow import (
     Bank,
     Budget,
     BudgetError,
+    Event,
     Grower,
     Method,
     OptimizerError,
@@ -31,6 +32,7 @@ from torchgrow import (
     TorchgrowError,
 )
 from torchgrow.growth.gates import Fold
+from torchgrow.growth.run import Run
 
 # --- transactions ---
 
@@ -109,6 +111,31 @@ def test_ctrl_c_at_any_time_leaves_a_whole_network() -> None:
         if len(grower.history) == 4:
             grower.update()
     assert hits == 12
+
+
+def test_a_second_thread_is_refused_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    grower, undisturbed = run(make("paper"), 2), run(make("paper"), 2)
+    state, real = grower.state_dict(), Run.update
+    entered, leave = threading.Event(), threading.Event()
+
+    def slow(own: Run) -> Event:
+        entered.set()
+        leave.wait(20)
+        return real(own)
+
+    monkeypatch.setattr(Run, "update", slow)
+    first = threading.Thread(target=grower.update)
+    first.start()
+    assert entered.wait(20)
+    for call in (grower.update, grower.finish, grower.release, lambda: grower.load_state_dict(state)):
+        with pytest.raises(TorchgrowError, match=r"another thread is changing .* hold one threading\.Lock around"):
+            call()
+    leave.set()
+    first.join()
+    monkeypatch.undo()
+    undisturbed.update()
+    assert differences(everything(undisturbed), everything(grower)) == []
+    grower.update()  # free again
 
 
 def copy_of_update(grower: Grower) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BudgetError, TorchgrowError
-from ..exchange import Exchange, trainable
+from ..exchange import Exchange, by_one_thread, trainable
 from ..policies import Policy, named, policy_of
 from ..policies.indicators import Method
 from ..renamed import frames_to_user, renamed_arguments
@@ -107,7 +107,7 @@ class Grower(Shown):
         chosen = _policy(preset, policy, layers=bool(depth))
         self.model, self.budget, self.updates, self.seed, self.start = model, budget, updates, seed, start
         self.rescale = rescale
-        self.optimizers = optimizers_of(optimizer)
+        self.optimizers, self._inside = optimizers_of(optimizer), dict[str, int]()
         check_free(model, self.optimizers)
         with _all_or_nothing(model) as exchange:
             space = trace(model, example_inputs, protect=protect, couple=couple, carried=carried, depth=depth)
@@ -125,7 +125,7 @@ class Grower(Shown):
         hears of the random states of all, for `save_checkpoint`.
 
         Raises:
-            TorchgrowError: the run is over, or the ranks do not agree.
+            TorchgrowError: the run is over, the ranks do not agree, or another thread is at it.
             TrainingError: the last optimizer step did not finish, or something else than the given optimizers trains
                 the network.
 
@@ -133,7 +133,7 @@ class Grower(Shown):
             UserWarning: no given optimizer took a step since the last update, or the indicators wait for one that
                 takes none; or a copy of the frame that does not follow was averaged with the seed.
         """
-        with trainable():
+        with trainable(), by_one_thread(self._inside):
             return self.run.update()
 
     def finish(self) -> Event:
@@ -143,9 +143,9 @@ class Grower(Shown):
         other units compute what they did.
 
         Raises:
-            TorchgrowError: the run is over already, or the ranks do not agree.
+            TorchgrowError: the run is over already, the ranks do not agree, or another thread is at it.
         """
-        with trainable():
+        with trainable(), by_one_thread(self._inside):
             return self.run.finish()
 
     def wrap(self, **settings: Any) -> nn.Module:
@@ -251,7 +251,8 @@ class Grower(Shown):
         Raises:
             SavedModelError: a field is missing, damaged, or does not fit here; nothing was changed.
         """
-        self.run.load_state_dict(state)
+        with by_one_thread(self._inside):
+            self.run.load_state_dict(state)
 
     @trainable()
     def release(self) -> dict[str, Any]:
@@ -262,7 +263,8 @@ class Grower(Shown):
         Raises:
             TorchgrowError: the run is over, and what was stored is gone.
         """
-        return self.run.loading.release()
+        with by_one_thread(self._inside):
+            return self.run.loading.release()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse to change what the run was planned with: a new value would be shown, but have no effect."""

@@ -278,7 +278,7 @@ def won_back(some: list[Row], metric: Metric) -> str:
     counted = f"(counted on seed {', '.join(str(seed) for seed in sorted({row['seed'] for row in whole}))})."
     score = sum(row[metric.name] for row in whole if row["method"] == "dense")
     if (-dense if metric.lower_is_better else dense) <= LEAST_GAP * score:
-        return f"The dense network is no better than the uniform twin here, so there is no gap to win back {counted}"
+        return f"The dense network is hardly better than the uniform twin here, or not: no gap to win back {counted}"
     return f"Of the way from uniform to dense, default goes {100 * grown / dense:.0f} % {counted}"
 
 
