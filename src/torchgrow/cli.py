@@ -28,6 +28,7 @@ from torchgrow.options import (
     Device,
     Download,
     Epochs,
+    LargestBatch,
     Layout,
     Lr,
     Out,
@@ -122,6 +123,7 @@ def run(
     size: Size = None,
     lr: Lr = None,
     schedule: Schedule = None,
+    largest_batch: LargestBatch = None,
     precision: Precision = None,
     channels_last: Layout = None,
     beside: Annotated[str | None, typer.Option(help=f"{_BESIDE_HELP} Default: dense uniform.")] = None,
@@ -135,7 +137,7 @@ def run(
     with _clean_exit(Console(stderr=True)):
         edits: dict[str, Any] = {"subset": subset, "epochs": epochs, "seed": seed, "preset": preset, "threads": threads}
         edits |= {"depth": depth, "then": then, "precision": precision, "channels_last": channels_last}
-        edits |= {"lr": lr, "schedule": schedule}
+        edits |= {"lr": lr, "schedule": schedule, "largest_batch": largest_batch}
         if resume is not None:
             given = [*edits.values(), out, budget, shortcut, size, scale, checkpoint_every, beside]
             other = download or not twins or recipe != "digits"
@@ -282,6 +284,7 @@ def search(
     size: Size = None,
     lr: Lr = None,
     schedule: Schedule = None,
+    largest_batch: LargestBatch = None,
     precision: Precision = None,
     channels_last: Layout = None,
     validate: Annotated[bool, typer.Option("--validate", help=_VALIDATE_HELP)] = False,
@@ -293,6 +296,7 @@ def search(
     with _clean_exit(Console(stderr=True)):
         edits: dict[str, Any] = {"subset": subset, "epochs": epochs, "seed": seed, "threads": threads, "depth": depth}
         edits |= {"then": then, "precision": precision, "channels_last": channels_last, "lr": lr, "schedule": schedule}
+        edits |= {"largest_batch": largest_batch}
         if resume is not None:
             given = [*edits.values(), out, budget, candidates, rungs, shortcut, size, scale]
             other = download or anew or validate or recipe != "digits" or beside != "uniform"
@@ -336,6 +340,7 @@ def compare(
     size: Size = None,
     lr: Lr = None,
     schedule: Schedule = None,
+    largest_batch: LargestBatch = None,
     precision: Precision = None,
     channels_last: Layout = None,
     device: Device = "auto",
@@ -350,6 +355,7 @@ def compare(
         budgets = [Budget.read(text) for text in budget or []]
         edits: dict[str, Any] = {"subset": subset, "epochs": epochs, "threads": threads, "depth": depth, "then": then}
         edits |= {"precision": precision, "channels_last": channels_last, "lr": lr, "schedule": schedule}
+        edits |= {"largest_batch": largest_batch}
         chosen = variant(recipe, edits, size=size, scale=scale, shortcut=shortcut, device=device)
         from torchgrow.lab import compare as lab_compare
 

@@ -36,6 +36,9 @@ Lr = Annotated[float | None, typer.Option(help="Learning rate. Default: the reci
 Schedule = Annotated[
     str | None, typer.Option(help=f"Of the learning rate: {', '.join(names.SCHEDULES)}. Default: the recipe's.")
 ]
+LargestBatch = Annotated[
+    int | None, typer.Option(min=2, help="Samples a step while the network is small and they fit. Default: one batch.")
+]
 Precision = Annotated[str | None, typer.Option(help=PRECISION_HELP)]
 Layout = Annotated[bool | None, typer.Option("--channels-last/--contiguous", help=LAYOUT_HELP)]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the recipe's.")]

@@ -56,15 +56,16 @@ class RunState:
         }
 
     def rate(self, optimizer: torch.optim.Optimizer) -> float:
-        """Present over full learning rate of the weights, never above 1.
+        """Present over full learning rate of the weights.
 
-        The full rate is the peak of a one-cycle schedule, else the highest rate so far. With the first rate alone, a
-        schedule that starts low would scale the indicators' rate far above 1.
+        The full rate is the `max_lr` of the optimizer's group, as a one-cycle schedule notes it, else the highest rate
+        so far. With the first rate alone, a schedule that starts low would scale the indicators' rate far above 1. It
+        is above 1 only where a step goes beyond a `max_lr`, as one of a larger batch may.
         """
         rate = present_rate(optimizer)
         self.initial_lr = max(self.initial_lr, rate)
         full = peak_rate(optimizer) or self.initial_lr
-        return min(1.0, rate / full) if full else 1.0
+        return rate / full if full else 1.0
 
     def check_released(self) -> None:
         """Refuse to go on with a run that was released.

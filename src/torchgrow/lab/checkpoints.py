@@ -17,7 +17,8 @@ class Progress:
 
     Attributes:
         epoch: the epoch under way, counted from 1; one more than there are when all are done.
-        step: steps of it that are done.
+        step: batches of it that are done.
+        taken: optimizer steps that they took.
         sampler: state of the generator of batches when the epoch began; None before the first.
         state: what the model carries from the last of them to the next, if anything.
         changes: units born, regrown and detached in this epoch.
@@ -30,6 +31,7 @@ class Progress:
 
     epoch: int = 1
     step: int = 0
+    taken: int = 0
     sampler: Tensor | None = None
     state: Any = None
     changes: tuple[int, int, int] = (0, 0, 0)
@@ -41,7 +43,8 @@ class Progress:
 
     def __post_init__(self) -> None:
         """Name the bad field: it may come from a file."""
-        kinds = {"epoch": int, "step": int, "training_flops": int, "lr": float, "loss": float, "seconds": float}
+        kinds: dict[str, type] = {"epoch": int, "step": int, "taken": int, "training_flops": int}
+        kinds |= {"lr": float, "loss": float, "seconds": float}
         for name, kind in kinds.items():
             if type(getattr(self, name)) is not kind or not getattr(self, name) >= 0:
                 raise TorchgrowError(f"a checkpoint's progress has {name}={getattr(self, name)!r}: it is damaged")

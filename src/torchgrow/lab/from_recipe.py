@@ -87,6 +87,14 @@ def make_network(
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer over all parameters of ``model``."""
+    optimizer = _optimizer(model, recipe)
+    if recipe.largest_batch:
+        for group in optimizer.param_groups:
+            group["max_lr"] = recipe.lr  # of one batch; indicators go as much faster as steps of more go beyond it
+    return optimizer
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optimizer == "adamw":
         embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         groups: dict[float, list[nn.Parameter]] = {recipe.weight_decay: [], 0.0: []}

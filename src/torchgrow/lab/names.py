@@ -18,6 +18,7 @@ RECIPES = (
     "basic3resnet-cifar10",
     "plain3net-cifar10",
     "bottleneck4resnet-imagenet",
+    "nas-imagenet",
     "plain4net-imagenet",
     "resnet18-imagenette",
     "resnet50-imagenet",

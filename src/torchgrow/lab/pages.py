@@ -203,6 +203,8 @@ def options(config: Row) -> str:
     recipe = scaled.as_json()
     fields = ("subset", "epochs", "lr", "schedule", "precision", "threads", "then")
     given = [f" --{field} {config[field]}" for field in fields if config[field] != recipe[field]]
+    large = config.get("largest_batch")
+    given += [f" --largest-batch {large}"] if large else []
     given += [" --channels-last"] * config.get("channels_last", False)
     if shortcut != recipe["model_arguments"].get("shortcut"):
         given.append(f" --shortcut {shortcut}")

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torchgrow.lab.checkpoints import Checkpoints, Progress
 from torchgrow.lab.data import Data
 from torchgrow.lab.from_recipe import extent, make_schedule, updates_within
 from torchgrow.lab.hooks import Hooks
+from torchgrow.lab.large_batches import LargeBatches, faster, merged
 from torchgrow.lab.metrics import ACCURACY, MIOU, VOID, confusion, miou
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.text import TextData
@@ -53,6 +53,7 @@ class Epoch:
         born: units that came in for the first time.
         regrown: units that came back.
         detached: units that left.
+        batch: samples of a step, on average, where several batches go into one (`Recipe.largest_batch`); else None.
         updates: for every update of the epoch, after how many ``epochs`` it came, and the ``params``, ``flops``,
             ``widths`` and ``depths`` it led to; empty for a network that does not grow.
     """
@@ -76,6 +77,7 @@ class Epoch:
     born: int = 0
     regrown: int = 0
     detached: int = 0
+    batch: float | None = None
     updates: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -127,6 +129,7 @@ def fit(
         hooks=hooks,
         lesson=measure(teacher, data.example()).flops if teacher else 0,
         schedule=schedule,
+        large=LargeBatches(model, data, recipe),
         checkpoints=checkpoints,
         steps=steps,
         samples=samples,
@@ -160,6 +163,7 @@ class _Run:
     hooks: Hooks
     lesson: int
     schedule: torch.optim.lr_scheduler.LRScheduler
+    large: LargeBatches
     checkpoints: Checkpoints | None
     steps: int
     samples: int
@@ -176,6 +180,10 @@ class _Run:
         """Leave a checkpoint."""
         if self.checkpoints:
             self.checkpoints.save(progress, self.model, self.optimizer, self.grower, self.schedule, self.hooks)
+
+    def at_once(self) -> int:
+        """Batches for the next step; one before the first update: its steps set the paper's pace of indicators."""
+        return 1 if self.grower and not self.grower.history else self.large.at_once()
 
     def net(self) -> nn.Module:
         """What the forward pass goes through, in training mode: of the present structure, shared out or not."""
@@ -208,20 +216,23 @@ class _Run:
         if not progress.step:
             lr = float(self.optimizer.param_groups[0]["lr"])
             progress = replace(progress, sampler=self.generator.get_state(), lr=lr, changes=(0, 0, 0), updates=[])
-        between = updates_within(recipe, steps) if progress.epoch <= recipe.epochs else set()
+        between = updates_within(recipe, steps) if grower and progress.epoch <= recipe.epochs else set()
         net, cost, start = self.net(), self.cost(), time.perf_counter()
-        batches = enumerate(_batches(self.model, self.data, recipe, self.generator), start=1)
-        for step, (x, labels) in islice(batches, progress.step, None):
+        batches = _batches(self.model, self.data, recipe, self.generator)
+        ends = between | {steps} | set(range(0, steps, every or steps))
+        for step, many, x, labels in merged(batches, self.at_once, progress.step, ends):
             with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
                 scores, state = _scores(net, x, progress.state)
             loss = self.loss(scores.float(), x, labels.flatten())
             penalty = self.hooks.penalty()
             loss = loss if penalty is None else loss + penalty
             where = f"{self.network}, epoch {progress.epoch}, step {step} of {steps}"
-            value = _step(where, loss, self.model, self.optimizer, recipe)
+            with faster(self.optimizer, many):
+                value = _step(where, loss, self.model, self.optimizer, recipe)
             self.hooks.stepped(progress.epoch - 1 + step / steps)
-            self.schedule.step()
-            flops, changes = (3 * cost.flops + self.lesson) * self.samples, progress.changes
+            for _ in range(many):
+                self.schedule.step()
+            flops, changes = many * (3 * cost.flops + self.lesson) * self.samples, progress.changes
             self.on_step(step, steps)
             if grower and step in between:
                 changes = _added(changes, grower.update())
@@ -234,7 +245,8 @@ class _Run:
                 step=step,
                 state=state,
                 changes=changes,
-                loss=progress.loss + value,
+                taken=progress.taken + 1,
+                loss=progress.loss + many * value,
                 training_flops=progress.training_flops + flops,
                 seconds=progress.seconds + time.perf_counter() - start,
             )
@@ -273,6 +285,7 @@ class _Run:
             training_flops=progress.training_flops,
             seconds=seconds,
             lr=progress.lr,
+            batch=self.samples * self.steps / progress.taken if self.recipe.largest_batch else None,
             widths=widths,
             depths=depths,
             **fields,

@@ -31,7 +31,7 @@ class View:
         update: number of the present update, or of the last one; 0 is the seed.
         updates: how many there will be.
         keep: the live units, bool [n].
-        rate: present over full learning rate of the weights, at most 1.
+        rate: present over full learning rate of the weights; above 1 only in steps of larger batches.
         generator: the only source of random numbers that ranks share and checkpoints keep.
         start: bool [n], the structure that the run begins with, where the user said so; None: `seed` chooses it.
         weights: gives the parameters at their live size, by name, without the gates folded into them; only to read.

@@ -14,7 +14,7 @@ AFTER = {"uniform-flops": "default", "direct": "default", "l1": "dense", **dict.
 """Methods that start from the network of another one."""
 
 
-_IF_GIVEN = ("channels_last", "source", "mean", "std", "weights", "distil", "crop", "void")
+_IF_GIVEN = ("channels_last", "source", "mean", "std", "weights", "distil", "crop", "void", "largest_batch")
 
 
 def decisive(config: dict[str, Any]) -> dict[str, Any]:

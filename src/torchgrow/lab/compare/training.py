@@ -180,7 +180,7 @@ def _row(job: Job, bench: Bench, model: nn.Module, frame: Cost, spent: Sequence[
 
 def _brief(epoch: Epoch) -> dict[str, Any]:
     """An epoch as it stands in a row: without what the row says already, and what no table reads."""
-    without = ("network", "updates", *(() if epoch.temperature else ("temperature",)))
+    without = {"network", "updates", *(name for name in ("temperature", "batch") if not getattr(epoch, name))}
     return {key: value for key, value in asdict(epoch).items() if key not in without}
 
 

@@ -35,6 +35,8 @@ class Recipe:
             None: 12 times where the preset changes little at a time, 160 times in all where the preset is the paper's
             at its own pace, which is that often; once in an epoch where units are drawn anew otherwise.
         batch_size: images, or sequences of words, a step.
+        largest_batch: images, or sequences, that a step may grow to while the network is small: whole batches, as many
+            as fit where the full network fits with one (`torchgrow.lab.large_batches`). None: one always.
         steps: words a sequence, of a text.
         side: height and width that images of a folder are resized to, in pixels.
         crop: augmentation of images in folders: whether they are streamed from disk, a random part of each, as
@@ -86,6 +88,7 @@ class Recipe:
     then: int = 0
     updates_per_epoch: int | None = None
     batch_size: int
+    largest_batch: int | None = None
     steps: int = 35
     side: int = 64
     crop: bool = False
@@ -127,6 +130,8 @@ class Recipe:
         need("side", self.side >= 8, "at least 8 (pixels)")
         need("updates_per_epoch", self.updates_per_epoch is None or self.updates_per_epoch >= 1, "at least 1")
         need("batch_size", self.batch_size >= 2, "at least 2 (images, or sequences of words)")
+        large = self.largest_batch is None or self.largest_batch >= self.batch_size
+        need("largest_batch", large, f"at least batch_size, {self.batch_size}, or None for one batch a step")
         need("steps", self.steps >= 1, "at least 1 (words)")
         need("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         need("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")

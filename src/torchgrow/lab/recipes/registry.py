@@ -21,6 +21,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "basic3resnet-cifar10": images.basic3resnet_cifar10,
     "plain3net-cifar10": images.plain3net_cifar10,
     "bottleneck4resnet-imagenet": images.bottleneck4resnet_imagenet,
+    "nas-imagenet": images.nas_imagenet,
     "plain4net-imagenet": images.plain4net_imagenet,
     "resnet18-imagenette": images.resnet18_imagenette,
     "resnet50-imagenet": images.resnet50_imagenet,
@@ -37,6 +38,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 LATER: dict[str, Any] = {
     "channels_last": False,
     "crop": False,
+    "largest_batch": None,
     "void": (),
     "decay": 0.3,
     "source": None,
