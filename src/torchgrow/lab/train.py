@@ -138,8 +138,7 @@ def fit(
         generator=torch.Generator().manual_seed(recipe.seed),
     )
     while progress.epoch <= recipe.epochs + recipe.then and not hooks.over:
-        record = run.finish(run.train(progress))
-        yield record
+        yield (record := run.finish(run.train(progress)))
         progress = run.after(record)
         run.save(progress)
 

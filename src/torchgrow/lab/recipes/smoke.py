@@ -61,7 +61,6 @@ def smoke(recipe: Recipe) -> Recipe:
         build_grown=grown,
         budget=Budget(params="60%") if recipe.budget.params else Budget(flops="97%" if text else "60%"),
         epochs=2,
-        then=min(recipe.then, 2),
         subset=2_000 if text else 64,
         batch_size=4 if text else 16,
         side=32,
