@@ -1,6 +1,7 @@
 """Recipes: fields that name themselves when wrong, variants, and what is written to config.json."""
 
 import json
+import re
 from dataclasses import FrozenInstanceError, replace
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from torchgrow import TorchgrowError
 from torchgrow.lab import models, recipes
+from torchgrow.lab.evidence.tables import PAPER
 from torchgrow.lab.models import PadShortcut
 from torchgrow.lab.names import SIZES
 from torchgrow.lab.recipes import RECIPES, get, with_shortcut, with_size
@@ -29,6 +31,18 @@ def test_every_recipe_is_whole(name: str) -> None:
     for width in (1.0, 0.3):
         out = recipe.build(width)(x)
         assert (out[0] if isinstance(out, tuple) else out).shape == torch.Size(shape)
+
+
+@pytest.mark.parametrize("number", PAPER["tables"])
+def test_a_recipe_of_the_paper_says_what_the_paper_claims(number: str) -> None:
+    """The score of its method, and where ours stand; Table 5 repeats Table 1."""
+    for group in PAPER["tables"][number]["groups"]:
+        said = RECIPES[group["recipe"]].__doc__ or ""
+        ours = next(row for row in group["rows"] if row["method"] in ("paper", "nas"))
+        claim = said.partition("    The paper")[2].partition("Command:")[0]
+        assert float(ours["score"]) in map(float, re.findall(r"\d+\.?\d*", claim)), group["recipe"]
+        assert "Hardware: " in said
+        assert f"Here: docs/results.md, Table {number.replace('5', '1')} beside the paper's." in said
 
 
 @pytest.mark.parametrize("name", RECIPES)
