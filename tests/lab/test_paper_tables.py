@@ -120,6 +120,24 @@ def test_a_short_run_says_so_and_gives_way_to_a_long_one(tmp_path: Path) -> None
     assert line(beside(1, tmp_path), "ResNet-20", "the paper's method")[2] == "90.00"
 
 
+def test_a_short_setting_with_more_methods_has_lines_of_its_own(tmp_path: Path) -> None:
+    """Never mixed: each line says which setting it is of, and the notes say how each was measured."""
+    path, short = tmp_path / "resnet20-cifar10.jsonl", [cifar("paper", 0, 70.0, epochs=20)]
+    results_file(path, [*short, cifar("paper", 0, 90.0)])
+    assert all(one[1] != "here, short" for one in beside(1, tmp_path).lines["ResNet-20"]), "it has nothing more"
+    short += [cifar(name, 0, 60.0, epochs=20) for name in ("sfp", "dense", "default")]
+    results_file(path, [*short, cifar("paper", 0, 90.0)])
+    found = beside(1, tmp_path)
+    cells = [one[:3] for one in found.lines["ResNet-20"]]
+    at = next(n for n, one in enumerate(cells) if one[0] == "the paper's method")
+    assert [one[1:] for one in cells[at + 1 : at + 3]] == [["here", "90.00"], ["here, short", "70.00"]]
+    assert line(found, "ResNet-20", "SoftNet")[:3] == ["", "here, short", "60.00"]
+    assert line(found, "ResNet-20", "ThiNet")[:3] == ["", "here", ""]
+    assert line(found, "ResNet-20", "torchgrow's default")[1:3] == ["here, short", "60.00"]
+    assert found.notes[1].startswith("ResNet-20: here resnet20-cifar10, as long as the paper's")
+    assert found.notes[2].startswith("ResNet-20: here, short resnet20-cifar10, a short run (20 of 160 epochs)")
+
+
 def test_what_was_chosen_by_is_not_a_result(tmp_path: Path) -> None:
     held = cifar("paper", 0, 99.0)
     held["config"]["validate"] = True

@@ -63,7 +63,7 @@ class Beside:
         for name, lines in self.lines.items():
             shown.add_row(Text(name, style="bold"))
             for line in lines:
-                shown.add_row(*map(Text, line), style="bold" if line[1] == "here" else "")
+                shown.add_row(*map(Text, line), style="bold" if line[1].startswith("here") else "")
             shown.add_section()
         return [shown, *(Text(f"{note}") for note in self.notes)]
 
@@ -72,8 +72,9 @@ def beside(number: int, results: Path) -> Beside:
     """Table ``number`` of the paper, with what results files hold for it.
 
     What counts as measured here: rows of the recipe that the table's network has here, judged by test data, in the
-    setting with most training (epochs x samples) and, of those alike, most rows; of its budgets the one whose networks
-    keep a share nearest to the paper's. All methods stand at that one budget.
+    setting with most training (epochs x samples) and, of those alike, most rows. Where another setting has more of the
+    table's methods, it has lines of its own, "here, short". Of the budgets of a setting, the one whose networks keep a
+    share nearest to the paper's; all methods stand at that one budget.
 
     Args:
         number: 1 to 8.
@@ -92,9 +93,9 @@ def beside(number: int, results: Path) -> Beside:
     table, units = PAPER["tables"][str(number)], PAPER["units"]
     lines, notes = {}, []
     for group in table["groups"]:
-        task, note = _measured(group, results)
-        lines[group["name"]] = _lines(group, table["columns"], task)
-        notes.append(f"{group['name']}: {note}")
+        tasks, said = _measured(group, results)
+        lines[group["name"]] = _lines(group, table["columns"], tasks)
+        notes += [f"{group['name']}: {note}" for note in said]
     names = [table["score"] if column == "score" else units[column] for column in table["columns"]]
     saving = "Saving: the dense network's training FLOPs over those of growing or pruning phases, the paper's rule."
     notes += [saving] * ("saving" in table["columns"]) + [f"paper: {PAPER['source'].partition(':')[0]}."]
@@ -102,15 +103,31 @@ def beside(number: int, results: Path) -> Beside:
     return Beside(title, ["method", "by", *names, "n"], lines, notes)
 
 
-def _measured(group: dict[str, Any], results: Path) -> tuple[Task | None, str]:
-    """The rows that stand for a network of the paper, and how they were measured."""
-    if group["recipe"] is None:
-        return None, "not measured here: no recipe trains it as the paper does."
+def _measured(group: dict[str, Any], results: Path) -> tuple[dict[str, Task], list[str]]:
+    """The rows that stand for a network of the paper, by what they are called, and how they were measured."""
     path = results / f"{group['recipe']}.jsonl"
     tasks = [task for task in read([path]) if not task.config["validate"] and task.fine] if path.is_file() else []
     if not tasks:
-        return None, f"not measured here yet: torchgrow compare {group['recipe']} --data FOLDER."
-    chosen = max(tasks, key=lambda task: (task.config["epochs"] * task.config["samples"][0], len(task.fine)))
+        return {}, [f"not measured here yet: torchgrow compare {group['recipe']} --data FOLDER."]
+
+    def methods(task: Task) -> int:
+        return len({row["method"] for row in task.fine} & {row["method"] for row in group["rows"]})
+
+    def training(task: Task) -> int:
+        return int(task.config["epochs"] * task.config["samples"][0])
+
+    longest = max(tasks, key=lambda task: (training(task), len(task.fine)))
+    fullest = max(tasks, key=lambda task: (methods(task), training(task), len(task.fine)))
+    found, notes = dict[str, Task](), list[str]()
+    for name, task in {"here": longest, "here, short": fullest}.items():
+        if name == "here" or methods(fullest) > methods(longest):
+            found[name], note = _nearest(group, task)
+            notes.append(f"{name} {note}")
+    return found, notes
+
+
+def _nearest(group: dict[str, Any], chosen: Task) -> tuple[Task, str]:
+    """The rows of one setting at the budget that is nearest to the paper's, and how they were measured."""
     budgets = chosen.budgets()
     budget = min(budgets, key=lambda name: _apart(group.get("near"), budgets[name]))
     config, full = chosen.config, group["full"]
@@ -124,7 +141,7 @@ def _measured(group: dict[str, Any], results: Path) -> tuple[Task | None, str]:
     how = f"a short run ({', '.join(few)})" if few else "as long as the paper's"
     size = f"{chosen.fine[0]['dense_params'] / 1e6:.3g} M parameters dense"
     kept = f", {in_words(budget)}" if budget != "none" else ""
-    return budgets[budget], f"here {group['recipe']}, {how}; {chosen.setting()}; {size}{kept}."
+    return budgets[budget], f"{group['recipe']}, {how}; {chosen.setting()}; {size}{kept}."
 
 
 def _apart(near: dict[str, float] | None, task: Task) -> float:
@@ -137,17 +154,21 @@ def _apart(near: dict[str, float] | None, task: Task) -> float:
     return abs(mean(shares) - wanted) if shares else 100.0
 
 
-def _lines(group: dict[str, Any], columns: list[str], task: Task | None) -> list[list[str]]:
-    """Two lines for every method of the paper, its own and ours, and one for each of ours beside them."""
-    methods, lines = task.methods() if task else {}, []
+def _lines(group: dict[str, Any], columns: list[str], tasks: dict[str, Task]) -> list[list[str]]:
+    """Lines for every method of the paper, its own and ours, and one for each of ours beside them."""
+    methods, lines = {name: task.methods() for name, task in tasks.items()}, []
     told = {row["method"] for row in group["rows"]}
     for row in group["rows"]:
         cells = ["" if column not in row else _cell(row, column) for column in columns]
         lines.append([row["name"], "paper", *cells, ""])
-        lines.append(["", "here", *_ours(task, methods.get(row["method"], []), columns, group)])
+        here = [[by, *_ours(tasks[by], methods[by].get(row["method"], []), columns, group)] for by in tasks]
+        measured = [line for line in here if line[-1]] or [["here", *[""] * (len(columns) + 1)]]
+        lines += [["", *line] for line in measured]
     for method, name in ALSO.items():
-        if method in methods and method not in told:
-            lines.append([name, "here", *_ours(task, methods[method], columns, group)])
+        names = [by for by in tasks if method in methods[by] and method not in told]
+        for number, by in enumerate(names):
+            cells = _ours(tasks[by], methods[by][method], columns, group)
+            lines.append(["" if number else name, by, *cells])
     return lines
 
 
@@ -156,9 +177,9 @@ def _cell(row: dict[str, Any], column: str) -> str:
     return f"{value:.2f} ± {row['spread']:.2f}" if column == "score" and "spread" in row else str(value)
 
 
-def _ours(task: Task | None, rows: list[Row], columns: list[str], group: dict[str, Any]) -> list[str]:
+def _ours(task: Task, rows: list[Row], columns: list[str], group: dict[str, Any]) -> list[str]:
     """Cells of our line, empty where there is nothing; FLOPs as the table counts them."""
-    if not rows or task is None:
+    if not rows:
         return [""] * (len(columns) + 1)
     cells = []
     for column in columns:
