@@ -96,8 +96,8 @@ def levelled(view: View, importance: Tensor) -> Tensor:
 def steepness(view: View, rank: Tensor, rises: Mapping[str, float]) -> Tensor:
     """How much the loss rises with the next unit of every pool, float64 [n], from measured `rises`.
 
-    A loss that rises by a (q / 0.1)^2 with the share q of a pool of n that went rises by 2 a q / (0.1^2 n) with one unit
-    more: the least important go first, and further where a is small.
+    A loss that rises by a (q / 0.1)^2 with the share q of a pool of n that went rises by 2 a q / (0.1^2 n) with one
+    unit more: the least important go first, and further where a is small.
 
     Args:
         view: of the run.
