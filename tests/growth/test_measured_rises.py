@@ -152,6 +152,19 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path: Path) -> None:
     assert whole.widths() == second.widths()
 
 
+def test_states_from_before_there_were_rises_load() -> None:
+    first, second = (Grower(m, sgd(m), example_inputs=torch.randn(4, 6).double(), budget=Budget(params="40%"), updates=4,
+                            start="frame") for m in (perceptron(8, 8), perceptron(8, 8)))  # fmt: skip
+    run(first, 2)
+    state = first.state_dict()
+    assert state["settings"].pop("policy.rises") is None
+    second.load_state_dict(state)
+    assert second.widths() == first.widths()
+    measured = grown({"0": 1.0, "2": 1.0}, Budget(params="40%"))
+    with pytest.raises(TorchgrowError, match=r"policy\.rises"):
+        measured.load_state_dict(run(grown({"0": 1.0, "2": 2.0}, Budget(params="40%")), 1).state_dict())
+
+
 @pytest.mark.parametrize(
     ("given", "text"),
     [
