@@ -153,8 +153,11 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path: Path) -> None:
 
 
 def test_states_from_before_there_were_rises_load() -> None:
-    first, second = (Grower(m, sgd(m), example_inputs=torch.randn(4, 6).double(), budget=Budget(params="40%"), updates=4,
-                            start="frame") for m in (perceptron(8, 8), perceptron(8, 8)))  # fmt: skip
+    def start() -> Grower:
+        model, x = perceptron(8, 8), torch.randn(4, 6).double()
+        return Grower(model, sgd(model), example_inputs=x, budget=Budget(params="40%"), updates=4, start="frame")
+
+    first, second = start(), start()
     run(first, 2)
     state = first.state_dict()
     assert state["settings"].pop("policy.rises") is None
