@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchgrow import Cost, Grower, Limits, TorchgrowError, guard_, measure
+from torchgrow import Cost, Grower, Limits, TorchgrowError, guard_, measure, measure_rises, policies
 from torchgrow.lab.baselines import twin_width
 from torchgrow.lab.data import ImageData, train_steps
 from torchgrow.lab.from_recipe import make_optimizer
@@ -35,6 +35,8 @@ OFTEN = 16
 """Updates of a grower in an epoch."""
 UNTIL, POWER = Shrink().until, Shrink().power
 """Share of the updates in which a grower's planned cost falls, and how, where the method does not say."""
+FEW = 8
+"""Batches on which it is measured what the loss rises by."""
 UNIFORM_LR = 0.1
 
 
@@ -304,12 +306,17 @@ class Grown(Shrinker):
         super().__init__(task, model)
         self.every = int(settings.pop("every", max(1, round(task.steps / OFTEN))))
         depth = settings.pop("depth", "False") == "True"
+        measured = settings.get("allocation") == "measured" and bool(settings.pop("allocation"))
         until, power = float(settings.get("until", UNTIL)), float(settings.get("power", POWER))
         self.updates = planned_updates(task, self.every, self._cost.flops if distilled else 0, until, power)
         how: dict[str, Any] = {"policy": Cubic(until=until)}
         if preset != "cubic":
             text = ",".join(f"{name}={value}" for name, value in settings.items())
             how = {"preset": f"{preset}:{text}" if text else preset}
+        if measured:
+            plain = policies.named(how["preset"])
+            assert isinstance(plain, Shrink)
+            how = {"policy": replace(plain, allocation="measured", rises=self._rises(depth))}
         self.grower = Grower(
             model,
             self.optimizer,
@@ -321,6 +328,20 @@ class Grown(Shrinker):
             seed=task.recipe.seed,
             **how,
         )
+
+    def _rises(self, depth: bool) -> dict[str, float]:
+        """How much the loss rises without a tenth of each group, on a few training batches; counted."""
+        task = self.task
+        generator = torch.Generator().manual_seed(task.recipe.seed)
+        drawn = task.data.train_batches(batch_size=task.recipe.batch_size, shift=0, mirror=False, generator=generator)
+        batches = list(islice(drawn, FEW))
+
+        def loss(model: nn.Module) -> float:
+            return sum(F.cross_entropy(model(x), labels).item() for x, labels in batches) / len(batches)
+
+        rises = measure_rises(self.model, task.data.example(), loss, batches=batches, depth=depth)
+        self.spent += 2 * FEW * task.samples * self._cost.flops * (1 + len(rises))
+        return rises
 
     def cost(self) -> Cost:
         """Of the live network."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     )
     from .growth.event import Event
     from .growth.grower import Grower
-    from .growth.one_shot import prune_
+    from .growth.one_shot import measure_rises, prune_
     from .growth.schedule import warmup_stable_decay
     from .growth.search import Search, Trial, search
     from .growth.teacher import distillation_loss
@@ -60,7 +60,7 @@ _HOMES = {
         "TrainingError",
     ],
     "growth.grower": ["Grower"],
-    "growth.one_shot": ["prune_"],
+    "growth.one_shot": ["measure_rises", "prune_"],
     "growth.schedule": ["warmup_stable_decay"],
     "growth.search": ["Search", "Trial", "search"],
     "growth.teacher": ["distillation_loss"],
@@ -106,6 +106,7 @@ __all__ = [
     "load",
     "load_checkpoint",
     "measure",
+    "measure_rises",
     "module_rule",
     "policies",
     "portable_",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,23 +15,30 @@ from ..default_device import on_host
 from ..errors import StructureError, TorchgrowError
 from ..onednn_guard import guard_
 from ..persistence.portable import shrink_
-from ..policies import Shrink
+from ..policies import Shrink, View
+from ..policies.importance import IMPORTANCES, names_of
+from ..policies.kit import pools
 from ..renamed import renamed_arguments
-from ..structure.cost import Cost
+from ..structure.cost import Cost, CostModel
 from ..structure.limits import Budget
 from ..structure.space import Place, Space, live_positions
 from ..structure.store import is_meta
 from ..tracing.blocks import Named
 from ..tracing.model_call import Carries, call, examples_of, fresh
 from ..tracing.nested import put_out
+from ..tracing.passes import twin
 from ..tracing.requests import Couples
 from ..tracing.verification import trace
 from .attaching import check_free
 from .gates import Fold
 from .plan import Plan
+from .teacher import recalibrate
 
 SINGLE, HALF = 1e-3, 0.1
 """Largest relative error of outputs after a cut that was not proven, in float32 and above, and in 16 bits."""
+
+TENTH = 0.1
+"""Share of a group that is left out to see how much it matters."""
 
 
 @on_host()
@@ -111,14 +119,109 @@ def _check(model: nn.Module, budget: Budget, policy: Shrink | None) -> None:
         )
 
 
+@on_host()
+def measure_rises(
+    model: nn.Module,
+    example_inputs: Any,
+    evaluate: Callable[[nn.Module], float],
+    *,
+    batches: Iterable[Any] = (),
+    importance: str = "group_norm",
+    protect: Sequence[str | Place] = (),
+    couple: Couples = (),
+    depth: bool | Sequence[Named] = False,
+    carried: Carries | None = None,
+) -> dict[str, float]:
+    """How much a trained model's loss rises when a tenth of a group of units is gone (Li et al., 2017, 3.2).
+
+    For `torchgrow.policies.Shrink(allocation="measured", rises=...)`. The model is not changed; it is evaluated once
+    for every group, and once as it is.
+
+    Args:
+        model: the trained network.
+        example_inputs: as for `trace`.
+        evaluate: returns the mean loss of the model that it is given, in evaluation mode and without gradients, on the
+            same few batches every time.
+        batches: as for `Grower.recalibrate`: statistics of batch norms are re-estimated on them before each
+            evaluation. Default: they stay.
+        importance: which units are the least important, of `torchgrow.policies.importance`; not "taylor".
+        protect: as for `trace`.
+        couple: as for `trace`.
+        depth: as for `trace`; of a stage, a tenth of its layers goes, at least one.
+        carried: as for `trace`.
+
+    Returns:
+        The rise by the name of a group (`Grower.widths`) or stage (`Grower.depths`); a loss that falls is negative.
+
+    Raises:
+        TraceError, TorchgrowError: as for `prune_`; a loss that is not finite.
+    """
+    _check_measured(model, importance)
+    space = trace(model, example_inputs, protect=protect, couple=couple, depth=depth, carried=carried)
+    whole, generator, weights = space.everything(), torch.Generator().manual_seed(0), dict(model.named_parameters())
+    limits = torch.full((2,), torch.iinfo(torch.int64).max)
+    view = View(space, CostModel(space), limits, 0, 2, whole, 1.0, generator, None, lambda: weights)
+    order = IMPORTANCES[importance](view, torch.zeros(space.n_units, dtype=torch.float64))
+    loss = partial(_loss_with, model, space, evaluate, list(batches))
+    before, found = loss(whole), dict[str, float]()
+    for name, pool in zip(names_of(space), pools(space), strict=True):
+        free = pool[space.removable[pool]]
+        if few := min(len(free), max(1, round(TENTH * len(pool)))):
+            keep = whole.clone()
+            keep[free[torch.argsort(order[free], stable=True)[:few]]] = False
+            found[name] = (loss(keep) - before) * (TENTH * len(pool) / few) ** 2  # as of a tenth, where it was not one
+    return found
+
+
+def _check_measured(model: nn.Module, importance: str) -> None:
+    """Refuse what `measure_rises` cannot do.
+
+    Raises:
+        TorchgrowError: there are no weights, or importance wants gradients.
+    """
+    if Shrink(importance=importance).sensitive or is_meta(model):
+        raise TorchgrowError(
+            f"measure_rises needs a trained model with its weights and an importance that needs no gradients, got "
+            f"importance={importance!r} of {type(model).__name__}"
+            f"{' on the meta device' if is_meta(model) else ''}; use importance='group_norm'"
+        )
+
+
+def _loss_with(
+    model: nn.Module, space: Space, evaluate: Callable[[nn.Module], float], batches: list[Any], keep: Tensor
+) -> float:
+    """The loss of a copy that has the units of a structure (bool [n]) only.
+
+    Raises:
+        TorchgrowError: it is not finite.
+    """
+    copied = twin(model)
+    zero_(copied, space, keep)
+    if batches:
+        recalibrate(copied, batches)
+    with torch.no_grad():
+        found = float(evaluate(copied.eval()))
+    if not math.isfinite(found):
+        raise TorchgrowError(f"evaluate returned {found}; it must return the mean loss of the model, a finite number")
+    return found
+
+
 @torch.no_grad()
-def _without(model: nn.Module, space: Space, keep: Tensor, example_inputs: Any) -> list[Tensor]:
-    """Outputs of the model with all units that will be removed set to zero, in place."""
+def zero_(model: nn.Module, space: Space, keep: Tensor) -> None:
+    """Set all units and layers that a structure (bool [n]) does not have to zero, in place."""
     tensors = dict(model.named_parameters())
     for name in space.parameters:
+        if space.absent(name, keep):
+            tensors[name].zero_()
+            continue
         for axis in space.cut_axes.get(name, ()):
             dead = torch.nonzero(~live_positions(space.unit_of[name, axis], keep)).flatten()
             tensors[name].index_fill_(axis, dead.to(tensors[name].device), 0)
+
+
+def _without(model: nn.Module, space: Space, keep: Tensor, example_inputs: Any) -> list[Tensor]:
+    """Outputs of the model with all units that will be removed set to zero, in place."""
+    zero_(model, space, keep)
     return _outputs(model, example_inputs)
 
 

@@ -45,8 +45,11 @@ def examine(state: Any, frame: dict[str, Any], settings: Mapping[str, Any], unbo
         raise SavedModelError(f"the state has format {form!r}, this version of torchgrow reads {FORMAT}")
     saved = Field(state).fields(FIELDS, LATER)
     check_frame(saved["frame"], frame)
-    later = ("start", "rescale")
+    unset = {key for key, value in settings.items() if value is None and key.startswith("policy.")}
+    later = ("start", "rescale", *unset)
     for key, field in saved["settings"].fields(settings.keys() - {*later}, later).items():
+        if field.value is None and key in unset:
+            continue  # not there in older versions, and not made use of here
         if field.value is None and ((key == "rescale" and not unborn) or (key == "start" and settings[key] == SEED)):
             continue  # older versions had no other, and the weights are in the state
         if field.value is None and key == "rescale":

@@ -6,13 +6,13 @@ Each takes a run (`View`) and the running mean of (dL/dm)^2, float64 [n], and re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from ..errors import TorchgrowError
-from ..structure.space import has_units, live_positions
+from ..structure.space import Space, has_units, live_positions
 from .kit import pools
 from .policy import View
 
@@ -91,6 +91,40 @@ def levelled(view: View, importance: Tensor) -> Tensor:
         if mean > 0:
             found[pool] = importance[pool] / mean
     return found
+
+
+def steepness(view: View, rank: Tensor, rises: Mapping[str, float]) -> Tensor:
+    """How much the loss rises with the next unit of every pool, float64 [n], from measured `rises`.
+
+    A loss that rises by a (q / 0.1)^2 with the share q of a pool of n that went rises by 2 a q / (0.1^2 n) with one
+    unit more: the least important go first, and further where a is small.
+
+    Args:
+        view: of the run.
+        rank: as of `torchgrow.policies.Shrink`, the best lowest.
+        rises: a by the name of a group or stage; below a thousandth of the largest, it is that.
+
+    Raises:
+        TorchgrowError: a group or stage has no rise.
+    """
+    named = dict(zip(names_of(view.space), pools(view.space), strict=True))
+    named = {name: pool for name, pool in named.items() if bool(view.space.removable[pool].any())}
+    if lost := sorted(named.keys() - rises.keys()):
+        raise TorchgrowError(
+            f"rises has no number for {', '.join(lost[:5])}; measure this model: "
+            "rises = torchgrow.measure_rises(model, example_inputs, evaluate)"
+        )
+    least, found = 1e-3 * max(*rises.values(), 1e-12), torch.zeros_like(rank)
+    for name, pool in named.items():
+        found[pool] = max(rises[name], least) * (1 - rank[pool]) / pool.numel()
+    return found
+
+
+def names_of(space: Space) -> list[str]:
+    """Of every one of `pools`: the name of its group, or of its stage."""
+    groups = [space.group_names[int(space.group_of[pool[0]])] for pool in pools(space)]
+    stages = list(dict.fromkeys(block.stage for block in space.blocks))
+    return groups[: len(groups) - len(stages)] + stages
 
 
 def _rows(view: View, power: int) -> Tensor:

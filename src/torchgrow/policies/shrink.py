@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .importance import IMPORTANCES, levelled
+from ..errors import TorchgrowError
+from .importance import IMPORTANCES, levelled, steepness
 from .kit import aligned, around, deal, largest_share, multiples, shed, smallest
 from .policy import Policy, View
 
@@ -31,7 +33,10 @@ class Shrink(Policy):
             "group_norm", "bn_scale", "random".
         allocation: what goes, of groups and layers: "uniform": the same share of each; "global": the least importance
             for the parameters or FLOPs that go with it; "levelled": so too, with importance as a multiple of its mean
-            in the group.
+            in the group; "measured": so too, with how much the loss rises, as `rises` says.
+        rises: for "measured": the rise of the loss when a tenth of a group goes, by the names of `Grower.widths`, and
+            of the layers of a stage, by those of `Grower.depths`: what `torchgrow.measure_rises` gives. The rise is
+            taken to grow with the square of the share that went.
         align: widths of groups with at least 2 x align units are held at multiples of it, or below it.
         rank: in its pool, in (0, 1), the best lowest, float64 [n].
         squared: running mean of (dL/dm)^2 over the steps in which a unit lived, float64 [n].
@@ -42,10 +47,17 @@ class Shrink(Policy):
     importance: str = "taylor"
     allocation: str = "uniform"
     align: int = 1
+    rises: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         self.check(until=(0, 1), power=(0.1, 10), importance=tuple(IMPORTANCES), align=(1, 4096))
-        self.check(allocation=("uniform", "global", "levelled"))
+        self.check(allocation=("uniform", "global", "levelled", "measured"))
+        if (self.allocation == "measured") != (self.rises is not None):
+            raise TorchgrowError(
+                f"Shrink(allocation={self.allocation!r}, rises={'given' if self.rises else None}): rises and "
+                'allocation="measured" go together: rises = torchgrow.measure_rises(model, example_inputs, evaluate), '
+                'then Shrink(allocation="measured", rises=rises)'
+            )
 
     @property
     def sensitive(self) -> bool:  # type: ignore[override]
@@ -78,6 +90,7 @@ class Shrink(Policy):
             return self._alike(view, planned), view.update == final
         importance = importance.sqrt() if self.importance == "taylor" else importance
         importance = levelled(view, importance) if self.allocation == "levelled" else importance
+        importance = steepness(view, self.rank, self.rises) if self.rises is not None else importance
         return shed(view.space, view.costs, view.keep, importance, planned, self._steps), view.update == final
 
     def score(self, view: View) -> Tensor:
