@@ -182,7 +182,8 @@ class _Run:
 
     def at_once(self) -> int:
         """Batches for the next step; one before the first update: its steps set the paper's pace of indicators."""
-        return 1 if self.grower and not self.grower.history else self.large.at_once()
+        begun = self.grower is None or len(self.grower.history) > 1  # the seed has an event too
+        return self.large.at_once() if begun else 1
 
     def net(self) -> nn.Module:
         """What the forward pass goes through, in training mode: of the present structure, shared out or not."""
