@@ -14,12 +14,13 @@ from torch import nn
 from torchgrow import Budget, Grower, TorchgrowError
 from torchgrow.lab.checkpoints import Checkpoints
 from torchgrow.lab.data import load
-from torchgrow.lab.from_recipe import make_grower, make_network, make_optimizer
+from torchgrow.lab.from_recipe import make_grower, make_network, make_optimizer, with_data
 from torchgrow.lab.large_batches import LargeBatches, Memory, faster, merged
 from torchgrow.lab.models import ResNet
-from torchgrow.lab.recipes import Recipe, get
+from torchgrow.lab.recipes import Recipe, get, with_scale
 from torchgrow.lab.recurrent import LSTM
 from torchgrow.lab.run import run
+from torchgrow.lab.text import TextData
 from torchgrow.lab.train import Epoch, fit
 
 TINY = replace(
@@ -40,10 +41,39 @@ DATA: Any = load("digits", subset=192)
 
 
 def test_memory_by_hand() -> None:
-    """Kept: the input (8 numbers) and what ReLU gives (16), once for ReLU and the layer behind it; no weights."""
+    """Kept: the input (8 numbers), what ReLU gives (16), once for ReLU and the layer behind it; no weights.
+
+    Of the loss the logarithms of the classes' probabilities (4), and the label, of 8 bytes.
+    """
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     found = Memory.of(model, torch.randn(5, 8), slots=2)
-    assert found == Memory(fixed=(2 + 2) * 4 * (8 * 16 + 16 + 16 * 4 + 4), sample=4 * (8 + 16))
+    assert found == Memory(fixed=(2 + 2) * 4 * (8 * 16 + 16 + 16 * 4 + 4), sample=4 * (8 + 16 + 4) + 8)
+
+
+@pytest.mark.parametrize("name", ["resnet20-cifar10", "gpt-ptb", "vit-cifar10", "deeplabv3-voc"])
+@pytest.mark.parametrize("width", [1.0, 0.25])
+def test_memory_is_what_a_training_step_keeps(name: str, width: float) -> None:
+    """Of a step of the lab's own, in training mode and on a whole batch; dropout is off, and norms keep a little."""
+    recipe, data = with_data(with_scale(get(name), "smoke"), Console(quiet=True), None)
+    model = make_network(recipe.build, width, torch.device("cpu")).train()
+    found, draw, x = Memory.of(model, data.example(), 1), torch.Generator(), data.example()
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        return kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+
+    if isinstance(data, TextData):
+        x, labels = next(data.train_batches(batch_size=8, shuffle=draw))
+    else:
+        x, labels = next(data.train_batches(batch_size=8, shift=0, mirror=False, generator=draw))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = model(x)
+        out = out[0] if isinstance(out, tuple) else out
+        scores = out.movedim(1, -1) if out.dim() == 4 else out
+        nn.functional.cross_entropy(scores.flatten(0, -2), labels.flatten())
+    bytes_ = sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in own)
+    assert found.sample == pytest.approx(bytes_ / len(x), rel=0.03)
 
 
 def test_memory_changes_nothing() -> None:
