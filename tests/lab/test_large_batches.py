@@ -232,3 +232,14 @@ def test_a_run_folder_says_it_and_goes_on_with_it(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert json.loads((folder / "config.json").read_text())["largest_batch"] == 80
     assert all(line["batch"] > 16 for line in lines), [line["batch"] for line in lines]
+
+
+@pytest.mark.parametrize("schedule", ["milestones", "cosine", "linear", "wsd"])
+def test_one_epoch_may_follow_growth(schedule: str) -> None:
+    """With its schedule anew, as after any number of them; milestones lie between epochs, the first before this one."""
+    recipe = replace(TINY, schedule=schedule, epochs=2, then=1)
+    _, epochs, rates = grown(recipe)
+    assert len(epochs) == 3
+    last = recipe.lr * (0.1 if schedule == "milestones" else 1.0)
+    assert [epochs[0].lr, epochs[2].lr] == pytest.approx([recipe.lr, last])
+    assert rates[1] == pytest.approx(last)
