@@ -326,3 +326,12 @@ def test_the_table_has_all_methods_at_all_budgets() -> None:
         ("at most 40 % of the parameters", [["dense", "1", "92.00"], ["uniform", "1", "88.00"]]),
         ("at most 50 % of the FLOPs", [["dense", "1", "92.00"], ["default", "1", "90.00"]]),
     ]
+
+
+def test_settings_say_what_a_step_may_hold(tmp_path: Path) -> None:
+    """Rows of larger batches are a setting of their own, and the page does not call both the same."""
+    large = row("default", 0, 90.0)
+    large["config"] = {**large["config"], "largest_batch": 1024}
+    results_file(tmp_path / "mine.jsonl", [row("default", 0, 91.0), large])
+    usual, other = (task.setting() for task in rows.read([tmp_path]))
+    assert other == usual.replace(", judged", ", up to 1,024 samples a step, judged")

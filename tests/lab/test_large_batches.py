@@ -14,12 +14,13 @@ from torch import nn
 from torchgrow import Budget, Grower, TorchgrowError
 from torchgrow.lab.checkpoints import Checkpoints
 from torchgrow.lab.data import load
-from torchgrow.lab.from_recipe import make_grower, make_network, make_optimizer
+from torchgrow.lab.from_recipe import make_grower, make_network, make_optimizer, with_data
 from torchgrow.lab.large_batches import LargeBatches, Memory, faster, merged
 from torchgrow.lab.models import ResNet
-from torchgrow.lab.recipes import Recipe, get
+from torchgrow.lab.recipes import Recipe, get, with_scale
 from torchgrow.lab.recurrent import LSTM
 from torchgrow.lab.run import run
+from torchgrow.lab.text import TextData
 from torchgrow.lab.train import Epoch, fit
 
 TINY = replace(
@@ -40,10 +41,39 @@ DATA: Any = load("digits", subset=192)
 
 
 def test_memory_by_hand() -> None:
-    """Kept: the input (8 numbers) and what ReLU gives (16), once for ReLU and the layer behind it; no weights."""
+    """Kept: the input (8 numbers), what ReLU gives (16), once for ReLU and the layer behind it; no weights.
+
+    Of the loss the logarithms of the classes' probabilities (4), and the label, of 8 bytes.
+    """
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     found = Memory.of(model, torch.randn(5, 8), slots=2)
-    assert found == Memory(fixed=(2 + 2) * 4 * (8 * 16 + 16 + 16 * 4 + 4), sample=4 * (8 + 16))
+    assert found == Memory(fixed=(2 + 2) * 4 * (8 * 16 + 16 + 16 * 4 + 4), sample=4 * (8 + 16 + 4) + 8)
+
+
+@pytest.mark.parametrize("name", ["resnet20-cifar10", "gpt-ptb", "vit-cifar10", "deeplabv3-voc"])
+@pytest.mark.parametrize("width", [1.0, 0.25])
+def test_memory_is_what_a_training_step_keeps(name: str, width: float) -> None:
+    """Of a step of the lab's own, in training mode and on a whole batch; dropout is off, and norms keep a little."""
+    recipe, data = with_data(with_scale(get(name), "smoke"), Console(quiet=True), None)
+    model = make_network(recipe.build, width, torch.device("cpu")).train()
+    found, draw, x = Memory.of(model, data.example(), 1), torch.Generator(), data.example()
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        return kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+
+    if isinstance(data, TextData):
+        x, labels = next(data.train_batches(batch_size=8, shuffle=draw))
+    else:
+        x, labels = next(data.train_batches(batch_size=8, shift=0, mirror=False, generator=draw))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = model(x)
+        out = out[0] if isinstance(out, tuple) else out
+        scores = out.movedim(1, -1) if out.dim() == 4 else out
+        nn.functional.cross_entropy(scores.flatten(0, -2), labels.flatten())
+    bytes_ = sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in own)
+    assert found.sample == pytest.approx(bytes_ / len(x), rel=0.03)
 
 
 def test_memory_changes_nothing() -> None:
@@ -106,10 +136,19 @@ def test_the_linear_rule() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.1
 
 
-def grown(recipe: Recipe, folder: Path | None = None, stop: int = 0) -> tuple[nn.Module, list[Epoch], list[float]]:
-    """A network grown by a recipe, its epochs and the learning rate after each; ``stop``: after so many steps."""
+def grown(
+    recipe: Recipe, folder: Path | None = None, stop: int = 0, steps: list[int] | None = None
+) -> tuple[nn.Module, list[Epoch], list[float]]:
+    """A network grown by a recipe, its epochs and the learning rate after each.
+
+    Args:
+        recipe: what to train.
+        folder: of checkpoints.
+        stop: after so many steps.
+        steps: gets how many batches of the epoch are done after each step.
+    """
     torch.manual_seed(0)
-    model, steps = make_network(recipe.build, 1.0, torch.device("cpu")), []
+    model, steps = make_network(recipe.build, 1.0, torch.device("cpu")), [] if steps is None else steps
     optimizer = make_optimizer(model, recipe)
     grower = make_grower(model, optimizer, DATA, recipe)
     checkpoints = Checkpoints(folder=folder, every=5) if folder else None
@@ -131,14 +170,15 @@ def grown(recipe: Recipe, folder: Path | None = None, stop: int = 0) -> tuple[nn
 def test_fewer_steps_of_the_same_samples_and_rates(preset: str) -> None:
     """Steps are larger while the network is small, and cost the same FLOPs; the schedule ends where it did."""
     recipe = replace(TINY, preset=preset)
-    _, large, rates = grown(recipe)
+    steps: list[int] = []
+    _, large, rates = grown(recipe, steps=steps)
     _, usual, usual_rates = grown(replace(recipe, largest_batch=None))
     assert rates == usual_rates
     assert all(one.batch is None for one in usual)
     assert all(16 <= (one.batch or 0) <= 80 for one in large)
     assert max(one.batch or 0 for one in large) > 16
-    first = large[0].updates[0]["flops"], usual[0].updates[0]["flops"]
-    assert first[0] == first[1]  # the first update comes after steps of one batch
+    assert steps[:6] == [1, 2, 3, 4, 5, 6]  # the first update comes after steps of one batch
+    assert steps[6] > 7
     assert large[-1].params <= 0.3 * sum(p.numel() for p in TINY.build().parameters())
 
 
@@ -192,3 +232,14 @@ def test_a_run_folder_says_it_and_goes_on_with_it(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert json.loads((folder / "config.json").read_text())["largest_batch"] == 80
     assert all(line["batch"] > 16 for line in lines), [line["batch"] for line in lines]
+
+
+@pytest.mark.parametrize("schedule", ["milestones", "cosine", "linear", "wsd"])
+def test_one_epoch_may_follow_growth(schedule: str) -> None:
+    """With its schedule anew, as after any number of them; milestones lie between epochs, the first before this one."""
+    recipe = replace(TINY, schedule=schedule, epochs=2, then=1)
+    _, epochs, rates = grown(recipe)
+    assert len(epochs) == 3
+    last = recipe.lr * (0.1 if schedule == "milestones" else 1.0)
+    assert [epochs[0].lr, epochs[2].lr] == pytest.approx([recipe.lr, last])
+    assert rates[1] == pytest.approx(last)

@@ -138,6 +138,47 @@ def test_a_short_setting_with_more_methods_has_lines_of_its_own(tmp_path: Path) 
     assert found.notes[2].startswith("ResNet-20: here, short resnet20-cifar10, a short run (20 of 160 epochs)")
 
 
+def test_of_settings_alike_the_one_with_more_methods_stands_here(tmp_path: Path) -> None:
+    """ "Short" is only what is shorter, and what counts is what stands at the budget that is shown."""
+    path, other = tmp_path / "resnet20-cifar10.jsonl", [cifar(name, 0, 60.0) for name in ("paper", "sfp", "dense")]
+    for one in other:
+        one["config"]["lr"] = 0.05
+    results_file(path, [*(cifar("paper", seed, 90.0) for seed in range(9)), *other])
+    found = beside(1, tmp_path)
+    assert all(one[1] != "here, short" for one in found.lines["ResNet-20"])
+    assert line(found, "ResNet-20", "the paper's method")[2] == "60.00"
+    short = [cifar("paper", 0, 70.0, epochs=20)]
+    short += [cifar(name, 0, 70.0, epochs=20, budget="params <= 90%", params=900) for name in ("sfp", "pfp")]
+    results_file(path, [cifar("paper", 0, 90.0), *short])
+    assert all(one[1] != "here, short" for one in beside(1, tmp_path).lines["ResNet-20"])
+
+
+def test_a_train_phase_counts_and_data_drawn_for_a_trial_does_not(tmp_path: Path) -> None:
+    path = tmp_path / "nas-imagenet.jsonl"
+
+    def searched(score: float, *, then: int = 90, dataset: str = "imagefolder", **other: Any) -> Any:
+        one = row("nas", 0, score, **{"budget": "params <= 7000000", **other})
+        one["recipe"], one["config"] = "nas-imagenet", {**one["config"], **RESNET, "name": "nas-imagenet"}
+        one["config"] |= {"dataset": dataset, "epochs": 30, "then": then, "samples": [1281167, 50000]}
+        return one
+
+    results_file(path, [searched(60.0, then=0), searched(70.0)])
+    found = beside(4, tmp_path)
+    assert line(found, "ImageNet", "the paper's method, 140 h")[3] == "70.00"
+    assert "as long as the paper's" in found.notes[0]
+    results_file(path, [searched(60.0, then=0)])
+    assert "a short run (30 of 120 epochs)" in beside(4, tmp_path).notes[0]
+    results_file(path, [searched(99.0, dataset="shapes")])
+    assert beside(4, tmp_path).notes[0].startswith("ImageNet: not measured here yet")
+
+
+def test_where_the_paper_names_no_epochs_the_recipe_does(tmp_path: Path) -> None:
+    one = cifar("paper", 0, 90.0, epochs=3)
+    one["recipe"], one["config"] = "basic3resnet-cifar10", {**one["config"], "name": "basic3resnet-cifar10"}
+    results_file(tmp_path / "basic3resnet-cifar10.jsonl", [one])
+    assert "a short run (3 of 200 epochs)" in beside(3, tmp_path).notes[0]
+
+
 def test_what_was_chosen_by_is_not_a_result(tmp_path: Path) -> None:
     held = cifar("paper", 0, 99.0)
     held["config"]["validate"] = True

@@ -121,20 +121,21 @@ def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) 
     if recipe.schedule == "milestones" and not recipe.then:
         milestones = [steps * epochs for epochs in recipe.milestones_in_epochs()]
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=recipe.lr_factor)
-    anew = replace(recipe, epochs=recipe.then) if recipe.then else recipe
 
     def factor(step: int) -> float:
         late = recipe.then and step >= total
-        return _factor(anew, steps, step - total) if late else _factor(recipe, steps, step)
+        return (
+            _factor(recipe, recipe.then, steps, step - total) if late else _factor(recipe, recipe.epochs, steps, step)
+        )
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def _factor(recipe: Recipe, steps: int, step: int) -> float:
-    """What the learning rate is multiplied by at a step."""
+def _factor(recipe: Recipe, epochs: int, steps: int, step: int) -> float:
+    """What the learning rate is multiplied by at a step of a training of so many epochs."""
     if recipe.schedule == "milestones":
-        return recipe.lr_factor ** sum(step >= steps * epochs for epochs in recipe.milestones_in_epochs())
-    total = steps * recipe.epochs
+        return recipe.lr_factor ** sum(step >= steps * epoch for epoch in recipe.milestones_in_epochs(epochs))
+    total = steps * epochs
     if recipe.schedule == "wsd":
         return warmup_stable_decay(total, warmup=recipe.warmup, decay=recipe.decay)(step)
     rising = round(recipe.warmup * total)

@@ -2,8 +2,8 @@
 
 As many batches at once as fit where the dense network fits with one, at a learning rate as many times higher (the
 linear rule of Goyal et al., 2017). The memory of a training step is counted and not measured, so that every machine
-takes the same steps. One part of it grows with the batch: what autograd keeps of the forward pass. The other does not:
-parameters, their gradients and the optimizer's slots.
+takes the same steps. One part of it grows with the batch: what autograd keeps for the backward pass. The other does
+not: parameters, their gradients and the optimizer's slots.
 """
 
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -13,10 +13,12 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from torchgrow import TorchgrowError
 from torchgrow.lab.data import Data
 from torchgrow.lab.from_recipe import make_network
+from torchgrow.lab.metrics import scores_of
 from torchgrow.lab.recipes import Recipe
 
 SLOTS = {"sgd": 1, "adamw": 2}
@@ -29,7 +31,7 @@ class Memory:
 
     Attributes:
         fixed: parameters, their gradients and the optimizer's slots.
-        sample: what autograd keeps of the forward pass of one sample.
+        sample: what autograd keeps of one sample, from the input to the loss.
     """
 
     fixed: int
@@ -44,6 +46,7 @@ class Memory:
             x: a small batch.
             slots: numbers that the optimizer keeps of every parameter.
         """
+        x = x.clone()  # it may be a view of all of a text
         own = {_storage(tensor).data_ptr() for tensor in (*model.parameters(), *model.buffers())}
         kept: dict[int, Tensor] = {}  # held until the end, so that no address comes twice
 
@@ -54,7 +57,8 @@ class Memory:
         training = model.training
         try:
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                model.eval()(x)
+                scores = scores_of(model.eval(), x)[0]  # of a text, or masks, the loss keeps much: every word's classes
+                F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.int64, device=scores.device))
         finally:
             model.train(training)
         sample = sum(_storage(tensor).nbytes() for pointer, tensor in kept.items() if pointer not in own)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 VOID = -100
 """A label that is neither learned nor judged, as PyTorch's losses have it (`ignore_index`)."""
@@ -40,6 +41,16 @@ PERPLEXITY = Metric(name="perplexity", on="validation", unit="", lower_is_better
 def metric_of(record: Mapping[str, Any]) -> Metric:
     """The metric that a record of an epoch, or a result, holds."""
     return next((metric for metric in (PERPLEXITY, MIOU) if record.get(metric.name) is not None), ACCURACY)
+
+
+def scores_of(model: nn.Module, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+    """Scores of shape ``[predictions, classes]``, and the state to go on with, detached."""
+    out = model(x) if state is None else model(x, state)
+    out = getattr(out, "logits", out)  # of transformers, and of networks with classifiers on the way
+    scores, state = out if isinstance(out, tuple) else (out, None)
+    if scores.dim() == 4:  # [N, classes, H, W], as masks are predicted
+        scores = scores.movedim(1, -1)
+    return scores.flatten(0, -2), None if state is None else tree_map(Tensor.detach, state)
 
 
 def confusion(guesses: Tensor, labels: Tensor, classes: int) -> Tensor:

@@ -176,7 +176,9 @@ def summary(folder: Path) -> str:
                 for method in ("default", "uniform", "direct", "dense")
             }
             config = found[0]["config"]
-            length = f"{config['epochs']} epochs of {config['samples'][0]:,}, {config['schedule']}"
+            more = f" and {config['then']} more" if config.get("then") else ""
+            length = f"{config['epochs']}{more} epochs of {config['samples'][0]:,}, {config['schedule']}"
+            length += f", up to {config['largest_batch']:,} a step" if config.get("largest_batch") else ""
             task = f"{config['name']}, {budget.replace('<=', 'at most')}, {length}"
             body.append(
                 [

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 
 from torchgrow import Cost, Event, Grower, TrainingError, distillation_loss, guard_, measure
 from torchgrow.lab import processes
@@ -18,7 +17,7 @@ from torchgrow.lab.data import Data
 from torchgrow.lab.from_recipe import extent, make_schedule, updates_within
 from torchgrow.lab.hooks import Hooks
 from torchgrow.lab.large_batches import LargeBatches, faster, merged
-from torchgrow.lab.metrics import ACCURACY, MIOU, VOID, confusion, miou
+from torchgrow.lab.metrics import ACCURACY, MIOU, VOID, confusion, miou, scores_of
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.text import TextData
 
@@ -182,7 +181,8 @@ class _Run:
 
     def at_once(self) -> int:
         """Batches for the next step; one before the first update: its steps set the paper's pace of indicators."""
-        return 1 if self.grower and not self.grower.history else self.large.at_once()
+        begun = self.grower is None or len(self.grower.history) > 1  # the seed has an event too
+        return self.large.at_once() if begun else 1
 
     def net(self) -> nn.Module:
         """What the forward pass goes through, in training mode: of the present structure, shared out or not."""
@@ -203,7 +203,7 @@ class _Run:
             return F.cross_entropy(scores, labels)
         half = self.recipe.precision == "bfloat16"
         with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=half):
-            taught = _scores(self.teacher, x, None)[0]
+            taught = scores_of(self.teacher, x, None)[0]
         return distillation_loss(scores, taught.float(), labels, share=self.recipe.distil)
 
     def train(self, progress: Progress) -> Progress:
@@ -221,7 +221,7 @@ class _Run:
         ends = between | {steps} | set(range(0, steps, every or steps))
         for step, many, x, labels in merged(batches, self.at_once, progress.step, ends):
             with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-                scores, state = _scores(net, x, progress.state)
+                scores, state = scores_of(net, x, progress.state)
             loss = self.loss(scores.float(), x, labels.flatten())
             penalty = self.hooks.penalty()
             loss = loss if penalty is None else loss + penalty
@@ -314,16 +314,6 @@ def _batches(model: nn.Module, data: Data, recipe: Recipe, generator: torch.Gene
     )
 
 
-def _scores(model: nn.Module, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Scores of shape ``[predictions, classes]``, and the state to go on with, detached."""
-    out = model(x) if state is None else model(x, state)
-    out = getattr(out, "logits", out)  # of transformers, and of networks with classifiers on the way
-    scores, state = out if isinstance(out, tuple) else (out, None)
-    if scores.dim() == 4:  # [N, classes, H, W], as masks are predicted
-        scores = scores.movedim(1, -1)
-    return scores.flatten(0, -2), None if state is None else tree_map(Tensor.detach, state)
-
-
 def _step(where: str, loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> float:
     """One optimizer step; returns the loss."""
     value = loss.item()
@@ -356,7 +346,7 @@ def evaluate(model: nn.Module, data: Data, split: str | None = None) -> tuple[fl
     correct, loss, count, state = 0, 0.0, 0, None
     pairs: Tensor | None = None
     for x, labels in data.test_batches(split or "valid") if isinstance(data, TextData) else data.test_batches():
-        scores, state = _scores(model, x, state)
+        scores, state = scores_of(model, x, state)
         labels, guesses = labels.flatten(), scores.argmax(1)
         correct += int((guesses == labels).sum())
         loss += F.cross_entropy(scores, labels, reduction="sum").item()

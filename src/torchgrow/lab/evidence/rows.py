@@ -64,7 +64,8 @@ class Task:
         judged = "training images held out" if config.get("validate") else f"{self.metric.on} data"
         length = f"{config['epochs']} epochs" + (f" and {config['then']} more" if config.get("then") else "")
         lr = f"{config['schedule']} schedule from {config['lr']:g}"
-        return f"{config['model']} on {config['dataset']}: {seen}, {length}, {lr}, judged by {judged}"
+        large = f", up to {config['largest_batch']:,} samples a step" if config.get("largest_batch") else ""
+        return f"{config['model']} on {config['dataset']}: {seen}, {length}, {lr}{large}, judged by {judged}"
 
 
 def grows(row: Row) -> bool:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from torchgrow import TorchgrowError
+from torchgrow.lab import recipes
 from torchgrow.lab.compare import RESULTS
 from torchgrow.lab.evidence.rows import Task, in_words, read
 from torchgrow.lab.pages import Row, grid, spread
@@ -71,10 +72,10 @@ class Beside:
 def beside(number: int, results: Path) -> Beside:
     """Table ``number`` of the paper, with what results files hold for it.
 
-    What counts as measured here: rows of the recipe that the table's network has here, judged by test data, in the
-    setting with most training (epochs x samples) and, of those alike, most rows. Where another setting has more of the
-    table's methods, it has lines of its own, "here, short". Of the budgets of a setting, the one whose networks keep a
-    share nearest to the paper's; all methods stand at that one budget.
+    What counts as measured here: rows of the recipe that the table's network has here, on its data and judged by test
+    data, in the setting with most training (epochs x samples) and, of those alike, most of the table's methods, then
+    most rows. Where a shorter setting has more of these methods, it has lines of its own, "here, short". Of the budgets
+    of a setting, the one whose networks keep a share nearest to the paper's; all methods stand at that one budget.
 
     Args:
         number: 1 to 8.
@@ -105,25 +106,40 @@ def beside(number: int, results: Path) -> Beside:
 
 def _measured(group: dict[str, Any], results: Path) -> tuple[dict[str, Task], list[str]]:
     """The rows that stand for a network of the paper, by what they are called, and how they were measured."""
-    path = results / f"{group['recipe']}.jsonl"
-    tasks = [task for task in read([path]) if not task.config["validate"] and task.fine] if path.is_file() else []
-    if not tasks:
+    path, own = results / f"{group['recipe']}.jsonl", recipes.get(group["recipe"]).dataset
+    found = [_nearest(group, task) for task in read([path]) if _counts(task, own)] if path.is_file() else []
+    if not found:
         return {}, [f"not measured here yet: torchgrow compare {group['recipe']} --data FOLDER."]
 
     def methods(task: Task) -> int:
         return len({row["method"] for row in task.fine} & {row["method"] for row in group["rows"]})
 
     def training(task: Task) -> int:
-        return int(task.config["epochs"] * task.config["samples"][0])
+        return _epochs(task.config) * int(task.config["samples"][0])
 
-    longest = max(tasks, key=lambda task: (training(task), len(task.fine)))
-    fullest = max(tasks, key=lambda task: (methods(task), training(task), len(task.fine)))
-    found, notes = dict[str, Task](), list[str]()
-    for name, task in {"here": longest, "here, short": fullest}.items():
-        if name == "here" or methods(fullest) > methods(longest):
-            found[name], note = _nearest(group, task)
-            notes.append(f"{name} {note}")
-    return found, notes
+    longest = max(found, key=lambda one: (training(one[0]), methods(one[0]), len(one[0].fine)))
+    fullest = max(found, key=lambda one: (methods(one[0]), training(one[0]), len(one[0].fine)))
+    chosen = {"here": longest}
+    if methods(fullest[0]) > methods(longest[0]):
+        chosen["here, short"] = fullest
+    return {name: task for name, (task, _) in chosen.items()}, [f"{name} {note}" for name, (_, note) in chosen.items()]
+
+
+def _counts(task: Task, dataset: str) -> bool:
+    """Whether it is a result on the recipe's data; what was drawn in its place for ``--scale smoke`` is none."""
+    return bool(task.fine) and not task.config["validate"] and task.config["dataset"] == dataset
+
+
+def _epochs(config: dict[str, Any]) -> int:
+    """All of a training, those after growth too."""
+    return int(config["epochs"] + (config.get("then") or 0))
+
+
+def _published(name: str) -> int:
+    """Epochs of a recipe as it was published, for a paper that does not name them."""
+    recipe = recipes.get(name)
+    full = recipes.with_size(recipe, "large") if name == "lstm-ptb" else recipes.with_scale(recipe, "full")
+    return _epochs(vars(full))
 
 
 def _nearest(group: dict[str, Any], chosen: Task) -> tuple[Task, str]:
@@ -133,11 +149,12 @@ def _nearest(group: dict[str, Any], chosen: Task) -> tuple[Task, str]:
     config, full = chosen.config, group["full"]
     samples = config["samples"][0]
     few = [f"{samples:,} of {full['samples']:,} samples"] if samples < full["samples"] else []
-    if config["epochs"] < full.get("epochs", 0):
-        few.append(f"{config['epochs']} of {full['epochs']} epochs")
     hidden = config["model_arguments"].get("hidden", [full.get("hidden")])[0]
     if hidden != full.get("hidden"):
         few.append(f"{hidden} of {full['hidden']} hidden units")
+    whole = full.get("epochs") or (0 if few else _published(group["recipe"]))
+    if _epochs(config) < whole:
+        few.append(f"{_epochs(config)} of {whole} epochs")
     how = f"a short run ({', '.join(few)})" if few else "as long as the paper's"
     size = f"{chosen.fine[0]['dense_params'] / 1e6:.3g} M parameters dense"
     kept = f", {in_words(budget)}" if budget != "none" else ""

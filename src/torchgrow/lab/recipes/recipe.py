@@ -173,9 +173,9 @@ class Recipe:
         """The preset as a `torchgrow.Method`; None for one that is none, such as "shrink"."""
         return Method.named(self.preset) if self.preset.partition(":")[0] in PRESETS else None
 
-    def milestones_in_epochs(self) -> list[int]:
-        """The epochs after which the learning rate drops; the one place where fractions become epochs."""
-        return [round(fraction * self.epochs) for fraction in self.lr_milestones]
+    def milestones_in_epochs(self, epochs: int | None = None) -> list[int]:
+        """The epochs, of so many, after which the learning rate drops; the one place where fractions become epochs."""
+        return [round(fraction * (epochs or self.epochs)) for fraction in self.lr_milestones]
 
     def with_words(self, words: int) -> "Recipe":
         """The recipe with networks for a vocabulary of so many words."""
