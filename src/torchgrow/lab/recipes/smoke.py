@@ -39,7 +39,7 @@ DRAWN = {"cifar10": "shapes", "imagefolder": "shapes", "voc": "shape-masks"}
 
 
 def smoke(recipe: Recipe) -> Recipe:
-    """``recipe`` with a tiny network of its kind, two epochs of a few steps, and data that is always there.
+    """``recipe`` with a tiny network of its kind, two epochs of growth of a few steps, and data that is always there.
 
     Policy, optimizer, schedule and everything else stay as they are.
 
