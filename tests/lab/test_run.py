@@ -334,6 +334,8 @@ def test_evaluation_comes_before_the_update() -> None:
     model = Spy(notes)
 
     class Grower:
+        history = ("the seed",)
+
         def cost(self) -> Any:
             return torchgrow.measure(nn.Linear(64, 10), torch.zeros(2, 64))
 
