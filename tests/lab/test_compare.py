@@ -474,7 +474,8 @@ def test_rows_of_before_are_still_good() -> None:
     """The settings of committed rows and of the same comparison today have the same fields."""
     path = Path(__file__).parents[2] / "results" / "compare" / "resnet20-cifar10.jsonl"
     row = json.loads(path.read_text().splitlines()[-1])
-    recipe = replace(recipes.get("resnet20-cifar10"), schedule=row["config"]["schedule"])  # as it was then
+    then = {"schedule": row["config"]["schedule"], "largest_batch": row["config"].get("largest_batch")}
+    recipe = replace(recipes.get("resnet20-cifar10"), **then)
     today = Job(method=row["method"], recipe=recipe, data=(1, 1)).config()
     assert today.keys() - {"channels_last", "growing", "updates_per_epoch"} <= row["config"].keys()
     assert row["config"].keys() - {"channels_last"} <= today.keys() | {"growing", "updates_per_epoch"}
