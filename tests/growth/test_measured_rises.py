@@ -58,6 +58,22 @@ def test_by_hand() -> None:
     assert set(rises) == {"0", "2"}
 
 
+def test_the_default_device_is_in_force_while_it_is_evaluated() -> None:
+    """Tensors that `evaluate` makes are where the user has them made."""
+    model, x, seen = perceptron(4, 4), torch.randn(2, 6, dtype=torch.float64), set[str]()
+
+    def loss(model: nn.Module) -> float:
+        seen.add(torch.empty(1).device.type)
+        return float(model(x).square().mean())
+
+    torch.set_default_device("meta")
+    try:
+        torchgrow.measure_rises(model, x, loss)
+    finally:
+        torch.set_default_device(None)
+    assert seen == {"meta"}
+
+
 def test_a_small_group_counts_as_a_tenth() -> None:
     """Of four units one goes, a quarter: its rise is taken for that of (1 / 2.5)^2."""
     model, x = perceptron(4, 10), torch.randn(8, 6, dtype=torch.float64)

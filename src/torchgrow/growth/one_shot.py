@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..default_device import on_host
+from ..default_device import on_default, on_host
 from ..errors import StructureError, TorchgrowError
 from ..onednn_guard import guard_
 from ..persistence.portable import shrink_
@@ -199,7 +199,7 @@ def _loss_with(
     zero_(copied, space, keep)
     if batches:
         recalibrate(copied, batches)
-    with torch.no_grad():
+    with torch.no_grad(), on_default():  # tensors that the user's code makes are where it wants them
         found = float(evaluate(copied.eval()))
     if not math.isfinite(found):
         raise TorchgrowError(f"evaluate returned {found}; it must return the mean loss of the model, a finite number")

@@ -203,7 +203,7 @@ class _Run:
             return F.cross_entropy(scores, labels)
         half = self.recipe.precision == "bfloat16"
         with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=half):
-            taught = scores_of(self.teacher, x, None)[0]
+            taught = scores_of(self.teacher, x)[0]
         return distillation_loss(scores, taught.float(), labels, share=self.recipe.distil)
 
     def train(self, progress: Progress) -> Progress:
