@@ -321,7 +321,8 @@ def compare(
         str,
         typer.Option(
             help=f"Names with spaces between: {', '.join(names.FIXED)}; systems of other papers: "
-            f"{', '.join(names.SYSTEMS)}; or ways to grow: {', '.join(PRESETS)}, default:peak=1,gates=True and so on."
+            f"{', '.join(names.SYSTEMS)} (shrink:until=0.3 and so on); or ways to grow: {', '.join(PRESETS)}, "
+            "default:peak=1,gates=True and so on."
         ),
     ] = "dense uniform default",
     seeds: Annotated[int, typer.Option(min=1, help="How many; they are counted from 0.")] = 3,

@@ -12,11 +12,14 @@ import pytest
 import torch
 import torchvision
 from rich.console import Console
+from torch.nn import functional as F
 
+import torchgrow
 from tiny_cifar import write_batches
 from torchgrow import Budget, TorchgrowError
 from torchgrow.lab import frames, models, recipes, systems, train
 from torchgrow.lab.compare import Job, compare
+from torchgrow.lab.data import load_images
 from torchgrow.lab.names import SYSTEMS
 from torchgrow.lab.recurrent import LSTM
 from torchgrow.lab.results import tables
@@ -45,7 +48,7 @@ TEXT = replace(
     threads=1,
 )
 IMAGES = [name for name in SYSTEMS if name != "iss"]
-BEGIN = {"l1-norm", "thinet", "pfp", "bar", "netadapt"}
+BEGIN = {"l1-norm", "thinet", "pfp", "bar", "netadapt", "shrink"}
 Row = dict[str, Any]
 
 
@@ -93,10 +96,10 @@ def test_all_image_systems_end_within_the_budget_and_all_is_counted(tmp_path: Pa
 
 
 def test_on_a_text_systems_end_within_the_budget_beside_the_dense_network(tmp_path: Path) -> None:
-    rows = {row["method"]: row for row in run(tmp_path, "dense iss sfp morphnet darts mnasnet", TEXT)}
+    rows = {row["method"]: row for row in run(tmp_path, "dense iss sfp morphnet shrink darts mnasnet", TEXT)}
     assert "DARTS is written for images" in rows["darts"]["error"]
     assert "mnasnet reads images of three colours, and recipe 'lstm-ptb' trains on a text" in rows["mnasnet"]["error"]
-    for name in ("iss", "sfp", "morphnet"):
+    for name in ("iss", "sfp", "morphnet", "shrink"):
         assert rows[name]["flops"] <= 0.5 * rows["dense"]["flops"]
         assert rows[name]["perplexity"] > 1
     assert [phase["name"] for phase in rows["iss"]["phases"]] == ["group penalty", "fine-tuning"]
@@ -141,7 +144,9 @@ class Stop(Exception):
     """Stands for a kill."""
 
 
-@pytest.mark.parametrize(("name", "after"), [("autogrow", 3), ("bar", 1), ("pfp", 3), ("proxyless", 2)])
+@pytest.mark.parametrize(
+    ("name", "after"), [("autogrow", 3), ("bar", 1), ("pfp", 3), ("proxyless", 2), ("shrink:until=0.8", 1)]
+)
 def test_a_system_that_was_stopped_ends_as_the_unbroken_one(
     name: str, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +170,7 @@ def test_a_system_that_was_stopped_ends_as_the_unbroken_one(
     for key in ("accuracy", "params", "flops", "train_flops", "train_flops_paper_rule"):
         assert resumed[key] == whole[key], key
     assert [epoch["loss"] for epoch in resumed["epochs"]] == [epoch["loss"] for epoch in whole["epochs"]]
+    assert [epoch["widths"] for epoch in resumed["epochs"]] == [epoch["widths"] for epoch in whole["epochs"]]
 
 
 def test_phases_that_are_done_are_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,3 +197,61 @@ def test_the_constants_of_a_system_are_part_of_a_row(monkeypatch: pytest.MonkeyP
 def test_an_unknown_system_is_refused_with_the_names_that_there_are(tmp_path: Path) -> None:
     with pytest.raises(TorchgrowError, match=r"or compare with dense, .*l1-norm, sfp, thinet, pfp, bar, morphnet"):
         run(tmp_path, "sft")
+
+
+# --- shrink
+
+
+def test_shrink_is_the_dense_network_a_grower_and_a_plain_loop(tmp_path: Path) -> None:
+    """Fine-tuned by hand: half the epochs, a tenth of the rate, the recipe's schedule; an update every step of two."""
+    recipe = replace(RECIPE, epochs=8, threads=1)
+    row = next(r for r in run(tmp_path, "shrink:until=0.5,importance=l1", recipe) if r["method"] != "dense")
+    assert [(one["name"], one["epochs"]) for one in row["phases"]] == [("dense", 8), ("fine-tuning", 4)]
+    (saved,) = (tmp_path / ".digits").glob("*/network")
+    model, images = torchgrow.load(saved, recipe.build), load_images("digits", subset=64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=recipe.lr / 10, momentum=0.9, weight_decay=recipe.weight_decay)
+    grower = torchgrow.Grower(
+        model,
+        optimizer,
+        example_inputs=images.example(),
+        budget=recipe.budget,
+        updates=4 * 2,
+        start="frame",
+        policy=torchgrow.policies.Shrink(until=0.5, importance="l1"),
+        seed=0,
+    )
+    torchgrow.guard_(model)
+    generator, losses, flops = torch.Generator().manual_seed(0), [], 0
+    for epoch in range(4):
+        total = 0.0
+        for x, labels in images.train_batches(
+            batch_size=32, shift=recipe.shift, mirror=recipe.mirror, generator=generator
+        ):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr / 10 * (1.0, 1.0, 0.1, 0.01)[epoch]
+            flops += 3 * 32 * grower.cost().flops
+            loss = F.cross_entropy(model.train()(x), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+            grower.update()
+        losses.append(total / 2)
+    assert [epoch["loss"] for epoch in row["epochs"]] == losses
+    assert row["train_flops_paper_rule"] == flops
+    assert row["train_flops"] == flops + 3 * row["dense_flops"] * 8 * 64
+    assert (row["params"], row["flops"]) == (grower.cost().params, grower.cost().flops)
+    assert grower.finished
+
+
+def test_settings_of_shrink_are_part_of_a_row_and_are_refused_where_there_are_none(tmp_path: Path) -> None:
+    def config(method: str) -> Any:
+        return Job(method=method, recipe=RECIPE, data=(1,)).config()
+
+    assert config("shrink")["system"]["settings"]["until"] == 0.2
+    assert config("shrink:until=0.3,importance=l1")["system"]["settings"]["importance"] == "l1"
+    with pytest.raises(TorchgrowError, match=r"'unti=0\.3' in preset 'shrink:unti=0\.3' is not a setting of"):
+        run(tmp_path, "shrink:unti=0.3")
+    with pytest.raises(TorchgrowError, match="preset 'l1-norm' is unknown"):
+        run(tmp_path, "l1-norm:lr=1")
+    assert not list(tmp_path.iterdir())

@@ -60,8 +60,16 @@ SYSTEMS = {
     "darts": "widths and blocks by a softmax over all of them, first order, then from scratch (Liu 2019)",
     "proxyless": "widths and blocks by sampled paths under the budgeted cost, then from scratch (Cai 2019)",
     "iss": "hidden units of LSTMs under a group penalty (Wen 2018)",
+    "shrink": "the dense one, shrunk while it is fine-tuned for half as many epochs (at least 2)",
 }
-"""Systems of other papers; `torchgrow.lab.systems` has a file for each. Their structure changes while they train."""
+"""Systems of other papers, and `shrink` (also with settings, as in ``shrink:until=0.3``); `torchgrow.lab.systems` has a
+file for each. Their structure changes while they train."""
+
+
+def is_system(method: str) -> bool:
+    """Whether a method of a comparison is one of `SYSTEMS`, with settings or without."""
+    return method in SYSTEMS or method.startswith("shrink:")
+
 
 LIBRARIES = ("torchvision", "timm", "hf")
 """What may stand before the colon of a model's name; `torchgrow.lab.frames` builds them."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from torchgrow import Method, TorchgrowError
 from torchgrow.lab import recipes
-from torchgrow.lab.compare import AFTER, Job
+from torchgrow.lab.compare import Job, after
 from torchgrow.lab.metrics import PERPLEXITY, Metric, metric_of
 from torchgrow.lab.names import RECIPES
 from torchgrow.lab.results import by_budget, difference
@@ -99,7 +99,7 @@ def label(row: Row) -> str:
     recipe, depth = _scaled(row["recipe"], row["config"])[0], row["config"]["depth"]
     recipe = replace(recipe, epochs=row["config"]["epochs"])
     suffix = "" if depth == recipe.depth else " --depth" if depth else " --no-depth"
-    job = Job(method=AFTER.get(method, method), recipe=recipe, data=())
+    job = Job(method=after(method) or method, recipe=recipe, data=())
     now = asdict(Method.named(job.preset(), layers=depth))
     if depth:
         then = {"layer_lag": 1.0, **then}  # before there was such a thing, layers came as channels did

@@ -12,7 +12,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeR
 
 from torchgrow import Budget, Method, TorchgrowError
 from torchgrow.lab.compare import pruning
-from torchgrow.lab.compare.job import AFTER, Job
+from torchgrow.lab.compare.job import Job, after
 from torchgrow.lab.compare.progress_bars import Bars
 from torchgrow.lab.compare.results_file import Rows
 from torchgrow.lab.compare.training import NETWORK, Bench, train
@@ -21,10 +21,11 @@ from torchgrow.lab.devices import chosen as chosen_device
 from torchgrow.lab.devices import random_state, set_random_state
 from torchgrow.lab.environment import environment
 from torchgrow.lab.from_recipe import with_data
-from torchgrow.lab.names import FIXED, SYSTEMS
+from torchgrow.lab.names import FIXED, SYSTEMS, is_system
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.results import draw, tables
 from torchgrow.lab.run_folder import lock
+from torchgrow.lab.systems import system
 
 RESULTS = Path("results/compare")
 """Where results files are, unless said otherwise."""
@@ -50,8 +51,8 @@ def compare(
 
     Args:
         recipe: what to train; its seed and budget matter only where none are given.
-        methods: of `FIXED` or `SYSTEMS`, or ways to grow: "default" (the recipe's own), "paper",
-            "default:gates=True,peak=1".
+        methods: of `FIXED` or `SYSTEMS`, "shrink:until=0.3" and the like, or ways to grow: "default" (the recipe's
+            own), "paper", "default:gates=True,peak=1".
         seeds: of weights, batches and growth; every method is trained with each.
         budgets: one after another; default: the recipe's.
         console: where to show it.
@@ -82,8 +83,8 @@ def compare(
                 now = [Job(method=m, recipe=chosen, data=sizes(data), validate=validate) for m in _ordered(methods)]
                 jobs += [job for job in now if job not in jobs]
                 missing = _missing(now, bench)
-                _together([job for job in missing if job.method not in AFTER], bench)
-                _together([job for job in missing if job.method in AFTER], bench)
+                _together([job for job in missing if not after(job.method)], bench)
+                _together([job for job in missing if after(job.method)], bench)
     finally:
         os.close(held)
     wanted = {job.key() for job in jobs}
@@ -131,7 +132,9 @@ def _check(methods: Sequence[str], recipe: Recipe) -> None:
             "or run it alone: torchgrow run"
         )
     for method in methods:
-        if method not in {*FIXED, *SYSTEMS}:
+        if is_system(method):
+            system(method)
+        elif method not in FIXED:
             try:
                 Method.named(method)
             except TorchgrowError as error:
@@ -140,7 +143,7 @@ def _check(methods: Sequence[str], recipe: Recipe) -> None:
 
 def _ordered(methods: Sequence[str]) -> list[str]:
     """Without repetitions, and the dense network first, whose seconds the others are compared with."""
-    once = dict.fromkeys([*methods, *(AFTER[method] for method in methods if method in AFTER)])
+    once = dict.fromkeys([*methods, *(base for method in methods if (base := after(method)))])
     return sorted(once, key=lambda method: method != "dense")
 
 
@@ -151,7 +154,7 @@ def _missing(jobs: Sequence[Job], bench: Bench) -> list[Job]:
     if any(job.method == "l1" for job in missing) and not pruning.installed():
         bench.console.print("l1 is left out: Torch-Pruning is not installed (pip install torch-pruning==1.6.1)")
         missing = [job for job in missing if job.method != "l1"]
-    needed = [replace(job, method=AFTER[job.method]) for job in missing if job.method in AFTER]
+    needed = [replace(job, method=base) for job in missing if (base := after(job.method))]
     gone = [base for base in needed if not (bench.folder(base) / NETWORK).exists()]
     return [job for job in jobs if job in missing or job in gone]
 

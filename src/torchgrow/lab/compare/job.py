@@ -6,12 +6,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torchgrow import Method
-from torchgrow.lab.names import FIXED, SYSTEMS, UNBUDGETED
+from torchgrow.lab.names import FIXED, UNBUDGETED, is_system
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.systems import BEGIN_TRAINED, system
 
 AFTER = {"uniform-flops": "default", "direct": "default", "l1": "dense", **dict.fromkeys(BEGIN_TRAINED, "dense")}
 """Methods that start from the network of another one."""
+
+
+def after(method: str) -> str:
+    """The method whose network one starts from, whatever settings it has; "" if from none."""
+    return AFTER.get(method.partition(":")[0], "")
 
 
 _IF_GIVEN = ("channels_last", "source", "mean", "std", "weights", "distil", "crop", "void", "largest_batch")
@@ -29,7 +34,7 @@ class Job:
     """One network to train: a method and everything that decides what comes out.
 
     Attributes:
-        method: a name in `FIXED` or `SYSTEMS`, or what `torchgrow.Method.named` reads.
+        method: a name in `FIXED` or `SYSTEMS` (of shrink with settings), or what `torchgrow.Method.named` reads.
         recipe: with seed and budget.
         data: what tells one data set from another.
         validate: whether it is judged by training images that were held out.
@@ -49,10 +54,10 @@ class Job:
         config = {**self.recipe.as_json(), "method": self.method, "samples": list(self.data), "validate": self.validate}
         if self.method in UNBUDGETED:
             del config["budget"]
-        base = replace(self, method=AFTER.get(self.method, self.method))
-        if self.method in SYSTEMS:
+        base = replace(self, method=after(self.method) or self.method)
+        if is_system(self.method):
             config["system"] = asdict(system(self.method))
-        if base.method not in {*FIXED, *SYSTEMS}:
+        if base.method not in FIXED and not is_system(base.method):
             growing = asdict(Method.named(base.preset(), layers=bool(self.recipe.depth)))
             if not self.recipe.depth:
                 del growing["layer_lag"]  # decides nothing; rows from before there was such a thing stay good

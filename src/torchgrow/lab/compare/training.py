@@ -17,16 +17,16 @@ import torchgrow
 from torchgrow import Cost, Grower, measure
 from torchgrow.lab.baselines import initialised, twin_width, uniform_width
 from torchgrow.lab.checkpoints import Checkpoints
-from torchgrow.lab.compare.job import AFTER, Job
+from torchgrow.lab.compare.job import AFTER, Job, after
 from torchgrow.lab.compare.progress_bars import Bars
 from torchgrow.lab.compare.pruning import PruningError, l1_pruned
 from torchgrow.lab.compare.published import published_network
 from torchgrow.lab.compare.results_file import Rows
 from torchgrow.lab.data import Data
 from torchgrow.lab.from_recipe import extent, far_from_paper, make_grower, make_network, make_optimizer
-from torchgrow.lab.names import FIXED, PUBLISHED, SYSTEMS, UNBUDGETED
+from torchgrow.lab.names import FIXED, PUBLISHED, UNBUDGETED, is_system
 from torchgrow.lab.recipes import Recipe
-from torchgrow.lab.systems import PHASES, Spent, Task, UnfitError, run, system
+from torchgrow.lab.systems import PHASES, Spent, Task, UnfitError, fine_tuned, run, system
 from torchgrow.lab.text import TextData
 from torchgrow.lab.train import Epoch, evaluate, fit
 
@@ -34,9 +34,6 @@ NETWORK, EPOCHS = "network", "epochs.json"
 """What is left of a network, beside its checkpoints."""
 
 NOTHING = Spent(name="nothing")
-
-FINE_TUNING = 0.1
-"""Learning rate of fine-tuning a pruned network, as a share of the recipe's."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ def train(job: Job, beside: Sequence[Job], bench: Bench, bars: Bars) -> Iterator
         bench: where it finds the data and leaves its network and its row.
         bars: told of every step and epoch.
     """
-    if job.method in SYSTEMS:
+    if is_system(job.method):
         yield from _train_system(job, beside, bench, bars)
         return
     recipe, folder, data, rows = job.recipe, bench.folder(job), bench.data, bench.rows
@@ -111,7 +108,7 @@ def _train_system(job: Job, beside: Sequence[Job], bench: Bench, bars: Bars) -> 
     frame = measure(make_network(recipe.build, 1.0, data.device), data.example())
     torch.manual_seed(recipe.seed)
     task, records = Task(recipe=recipe, data=data, trained=lambda: _dense(job, bench)), folder / EPOCHS
-    if job.method in AFTER:
+    if after(job.method):
         task.spent.append(_before(job, bench))
     epochs = [Epoch(**fields) for fields in json.loads(records.read_text())] if records.exists() else []
     if not (folder / PHASES).exists():
@@ -214,11 +211,10 @@ def _network(job: Job, bench: Bench) -> tuple[nn.Module, Recipe, Spent]:
         params, flops = limits.params or frame.params, limits.flops or frame.flops
         width = twin_width(recipe, data, params=params, flops=flops)
         return make_network(recipe.build, width, data.device), recipe, NOTHING
-    base = bench.folder(replace(job, method=AFTER[method]))
+    base = bench.folder(replace(job, method=after(method)))
     if method == "l1":
         model = _dense(job, bench)
-        tuned = replace(recipe, epochs=max(2, recipe.epochs // 2), lr=FINE_TUNING * recipe.lr)
-        return l1_pruned(model, recipe, data), tuned, _before(job, bench)
+        return l1_pruned(model, recipe, data), fine_tuned(recipe), _before(job, bench)
     found = torchgrow.load(base / NETWORK, partial(recipe.build_grown or recipe.build, 1.0))
     if method == "direct":
         return initialised(found).to(data.device), recipe, NOTHING
@@ -230,13 +226,13 @@ def _network(job: Job, bench: Bench) -> tuple[nn.Module, Recipe, Spent]:
 
 def _dense(job: Job, bench: Bench) -> nn.Module:
     """The trained dense network that a job begins with."""
-    base = bench.folder(replace(job, method=AFTER[job.method]))
+    base = bench.folder(replace(job, method=after(job.method)))
     return torchgrow.load(base / NETWORK, job.recipe.build).to(bench.data.device)
 
 
 def _before(job: Job, bench: Bench) -> Spent:
     """What its training cost."""
-    base = bench.folder(replace(job, method=AFTER[job.method]))
+    base = bench.folder(replace(job, method=after(job.method)))
     last = Epoch(**json.loads((base / EPOCHS).read_text())[-1])
     return Spent(name="dense", counted=False, epochs=last.epoch, flops=last.training_flops, seconds=last.seconds)
 

@@ -1,5 +1,7 @@
 """Systems of other papers, each in a file named by its source: on our tracing and surgery, in the lab's one loop.
 
+`shrink` is torchgrow's own, beside them.
+
 What they have in common, and how they are counted, is in `torchgrow.lab.systems.system`.
 """
 
@@ -14,10 +16,11 @@ from torchgrow.lab.systems.pfp import PFP
 from torchgrow.lab.systems.proxyless import ProxylessNAS
 from torchgrow.lab.systems.running import PHASES, run
 from torchgrow.lab.systems.sfp import SFP
-from torchgrow.lab.systems.system import Phase, Spent, System, Task, UnfitError
+from torchgrow.lab.systems.shrink import Shrinking
+from torchgrow.lab.systems.system import Phase, Spent, System, Task, UnfitError, fine_tuned
 from torchgrow.lab.systems.thinet import ThiNet
 
-__all__ = ["BEGIN_TRAINED", "PHASES", "Phase", "Spent", "System", "Task", "UnfitError", "run", "system"]
+__all__ = ["BEGIN_TRAINED", "PHASES", "Phase", "Spent", "System", "Task", "UnfitError", "fine_tuned", "run", "system"]
 
 _SYSTEMS: dict[str, type[System]] = {
     "l1-norm": L1Norm,
@@ -31,12 +34,20 @@ _SYSTEMS: dict[str, type[System]] = {
     "darts": DARTS,
     "proxyless": ProxylessNAS,
     "iss": ISS,
+    "shrink": Shrinking,
 }
 
-BEGIN_TRAINED = ("l1-norm", "thinet", "pfp", "bar", "netadapt")
+BEGIN_TRAINED = ("l1-norm", "thinet", "pfp", "bar", "netadapt", "shrink")
 """Those that begin with the trained dense network, or learn from it."""
 
 
 def system(name: str) -> System:
-    """A system by its name in `torchgrow.lab.names.SYSTEMS`, with the constants of its source."""
-    return _SYSTEMS[name]()
+    """A system by its name in `torchgrow.lab.names.SYSTEMS`, with the constants of its source.
+
+    Args:
+        name: of "shrink" with other settings behind a colon, if any, as `torchgrow.policies.named` reads them.
+
+    Raises:
+        TorchgrowError: there is no such setting.
+    """
+    return Shrinking(name) if ":" in name else _SYSTEMS[name]()

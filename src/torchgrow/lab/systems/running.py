@@ -54,6 +54,7 @@ def run(
             optimizer,
             phase.data or task.data,
             phase.recipe,
+            grower=phase.grower,
             teacher=phase.teacher,
             hooks=phase.hooks,
             on_step=stepped,

@@ -10,6 +10,7 @@ scratch or on. Fine-tuning after a cut belongs to pruning. Every row lists its p
 
 **How long.** Published epochs are scaled to those of the recipe, all in `scaled`. What a system trains from scratch, it
 trains as the recipe says, as the dense network is trained; fine-tuning has the source's share of the learning rate.
+What has no source is fine-tuned by one rule of the lab, `fine_tuned`.
 
 **Stopped and resumed.** Every phase leaves checkpoints. A command that is given again runs the generator from its
 beginning: phases that are done load what they came to and are not trained again, so that cuts between them come out
@@ -23,7 +24,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from torchgrow import Cost, Limits, TorchgrowError, measure
+from torchgrow import Cost, Grower, Limits, TorchgrowError, measure
 from torchgrow.lab.data import Data, ImageData
 from torchgrow.lab.from_recipe import make_network
 from torchgrow.lab.hooks import Hooks
@@ -64,6 +65,7 @@ class Phase:
         recipe: epochs, learning rate and so on of this phase.
         counted: whether the paper's rule counts it.
         hooks: what else is done in it.
+        grower: of the model, where it has one.
         optimizer: of the model; None: the recipe's.
         teacher: as for `torchgrow.lab.train.fit`.
         data: what it trains on, if not on the task's.
@@ -75,6 +77,7 @@ class Phase:
     counted: bool = True
     hooks: Hooks = field(default_factory=Hooks)
     optimizer: torch.optim.Optimizer | None = None
+    grower: Grower | None = None
     teacher: nn.Module | None = None
     data: Data | None = None
 
@@ -161,3 +164,8 @@ def tuned(recipe: Recipe, epochs: int, share: float, milestones: tuple[float, ..
     """The recipe for fine-tuning: a share of its rate, divided by 10 at milestones (fractions of the epochs)."""
     calmer = replace(recipe, schedule="milestones", warmup=0.0, lr_milestones=milestones, lr_factor=0.1)
     return replace(calmer, epochs=epochs, then=0, lr=share * recipe.lr)
+
+
+def fine_tuned(recipe: Recipe) -> Recipe:
+    """The recipe for fine-tuning where no source says how: half its epochs, at least 2, and a tenth of its rate."""
+    return replace(recipe, epochs=max(2, recipe.epochs // 2), lr=0.1 * recipe.lr)

@@ -1,0 +1,43 @@
+"""torchgrow's own: the trained dense network shrinks to the budget while it is fine-tuned, by `policies.Shrink`.
+
+No paper says how long, so it is fine-tuned by the lab's own rule, `fine_tuned`, as `l1` of the comparison is; the other
+systems take length and rate from their sources.
+Cost: the dense training (which the paper's rule leaves out), and half of its epochs, most of them at the budget.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torchgrow import policies
+from torchgrow.lab.from_recipe import make_grower, make_optimizer
+from torchgrow.lab.systems.system import Phase, Task, fine_tuned
+
+
+@dataclass(frozen=True)
+class Shrinking:
+    """Train, then fine-tune while the least important units leave.
+
+    Attributes:
+        preset: how it shrinks, as `torchgrow.policies.named` reads it.
+        settings: all of that, by name.
+
+    Raises:
+        TorchgrowError: there is no such setting.
+    """
+
+    preset: str = "shrink"
+    settings: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "settings", policies.named(self.preset).settings())
+
+    def phases(self, task: Task) -> Iterator[Phase]:
+        """Fine-tuning, with a grower."""
+        model = task.trained()
+        # A recipe shrinks what it begins with only where it begins with weights; these are the dense network's.
+        begun = replace(fine_tuned(task.recipe), weights="dense", preset=self.preset)
+        recipe = replace(begun, updates_per_epoch=None, depth=False, meta=False)
+        optimizer = make_optimizer(model, recipe)
+        grower = make_grower(model.train(), optimizer, task.data, recipe)
+        yield Phase(name="fine-tuning", model=model, recipe=recipe, optimizer=optimizer, grower=grower)
