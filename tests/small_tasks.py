@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ def task_of(build: Callable[[], nn.Module], budget: Budget, **changes: object) -
         epochs=2,
         **changes,  # type: ignore[arg-type]
     )
-    return Task(recipe=recipe, data=data, trained=build)
+    return Task(recipe=recipe, data=data, folder=Path("nowhere"), trained=build)
 
 
 class Two(nn.Sequential):

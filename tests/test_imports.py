@@ -26,8 +26,8 @@ APART = {"tracing": "persistence"}
 LAB_ORDER = [
     "__init__", "names", "user_files", "frames", "weights", "devices", "processes", "environment", "metrics", "models",
     "segmentation", "recurrent", "attention", "text", "streamed", "images", "folders", "shapes", "data", "recipes",
-    "from_recipe", "large_batches", "hooks", "checkpoints", "train", "trained", "baselines", "display", "report",
-    "run_folder", "results", "systems", "compare", "pages", "evidence", "run", "search", "sources", "inspect",
+    "from_recipe", "large_batches", "hooks", "checkpoints", "train", "rises", "trained", "baselines", "display",
+    "report", "run_folder", "results", "systems", "compare", "pages", "evidence", "run", "search", "sources", "inspect",
 ]  # fmt: skip
 BEYOND = {
     "inspect": {"torchgrow.structure.budget", "torchgrow.structure.cost"},  # it shows the core's own counts and answers

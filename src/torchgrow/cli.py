@@ -82,7 +82,10 @@ _SMALL_HELP = "What the network may cost, as for `torchgrow run`: flops=50% and 
 _IMAGES_HELP = (
     "Folder of CIFAR-10, or with train/CLASS/* and val/CLASS/*; of a recipe, as for `torchgrow run`. Digits need none."
 )
-_HOW_HELP = "How to shrink: shrink, with other values behind a colon, as in shrink:until=0.3,importance=l1."
+_HOW_HELP = (
+    "How to shrink: shrink, with other values behind a colon, as in shrink:until=0.3,importance=l1 or "
+    "shrink:allocation=measured."
+)
 _CANDIDATES_HELP = "How many shapes to try. Default: as many as, trained and all, cost less than one dense training."
 _RUNGS_HELP = "Shares of the epochs after each of which the worse half goes. Default: '0.2 0.3 0.5'."
 _ANEW_HELP = "Train the winner from new weights, those of the next seed; else it goes on from what it has."

@@ -236,6 +236,35 @@ def test_a_killed_run_goes_on_bit_for_bit(base: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_what_the_loss_rises_by_is_measured_once_and_counted(
+    base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at its first step, before any checkpoint, and at the end of an epoch."""
+    measured = "--preset", "shrink:allocation=measured,until=0.8"
+    done = shrunk(base, tmp_path / "whole", *measured)
+    assert done.exit_code == 0, done.output
+    assert "and of measuring what the loss rises by; the first training" in plain(done.output)
+    found, frame = (json.loads((tmp_path / "whole" / f"{name}.json").read_text()) for name in ("rises", "frame"))
+    assert found["rises"].keys() == frame["widths"].keys()
+    assert found["flops"] == (1 + len(found["rises"])) * 2 * 256 * frame["flops"]  # 8 batches of 32, twice
+    first = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[0])
+    steps = [256 // 32 // 8] * 8  # an update after each, and the structure of it is the next step's
+    passed = zip(steps, [frame["flops"], *(one["flops"] for one in first["updates"])], strict=False)
+    assert first["training_flops"] == found["flops"] + sum(3 * 32 * many * flops for many, flops in passed)
+    assert killed(partial(shrunk, base, tmp_path / "out", *measured), train, "_step", 1) == signal.SIGKILL
+
+    def again(*_: Any, **__: Any) -> None:
+        raise AssertionError("measured once more")
+
+    monkeypatch.setattr("torchgrow.lab.rises.measure_rises", again)
+    resumed = partial(invoke, "--resume", tmp_path / "out")
+    assert killed(resumed, RunFolder, "append", 1) == signal.SIGKILL
+    done = resumed()
+    assert done.exit_code == 0, done.output
+    assert end(tmp_path / "out") == end(tmp_path / "whole")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_goes_on_with_its_own_weights_only(base: Any, tmp_path: Path) -> None:
     state = torch.load(base[0] / "mine.pt")
     torch.save(state, tmp_path / "mine.pt")

@@ -460,7 +460,7 @@ def test_without_batch_norms_the_norm_of_a_recurrent_units_group_is_its_scale_fo
     words = torch.randint(7, (40,))
     text = TextData(train=words, valid=words, test=words, vocabulary=tuple("abcdefg"), steps=4, source="a test")
     recipe = replace(recipes.get("lstm-ptb"), build=lambda width=1.0: model, budget=Budget(flops="50%"))
-    task = Task(recipe=recipe, data=text, trained=lambda: model)
+    task = Task(recipe=recipe, data=text, folder=Path("nowhere"), trained=lambda: model)
     whole = Structure(model, task)
     shaping = Shaping(whole, 1.0, 0.01, flops=True)
     first, second = (whole.space.unit_of[f"layers.{i}.weight_hh_l0", 1] for i in (0, 1))

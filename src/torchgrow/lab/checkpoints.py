@@ -50,6 +50,14 @@ class Progress:
                 raise TorchgrowError(f"a checkpoint's progress has {name}={getattr(self, name)!r}: it is damaged")
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, which holds it whole or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}")
+    half.write_text(text)
+    half.replace(path)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
     """The checkpoints of one network of a run.

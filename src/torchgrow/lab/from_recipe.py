@@ -1,7 +1,7 @@
 """What a recipe describes, made: its data, networks, optimizer, learning rate schedule and grower."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from torchgrow import Grower, TorchgrowError, warmup_stable_decay
+from torchgrow import Grower, TorchgrowError, policies, warmup_stable_decay
 from torchgrow.lab.data import Data, train_steps
 from torchgrow.lab.data import load as load_data
 from torchgrow.lab.recipes import Recipe
@@ -169,8 +169,22 @@ def far_from_paper(recipe: Recipe, steps: int) -> str:
     )
 
 
-def make_grower(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, recipe: Recipe) -> Grower:
-    """The recipe's grower, which cuts ``model`` to a seed at once, or begins with what its weights are."""
+def make_grower(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Data,
+    recipe: Recipe,
+    rises: Mapping[str, float] | None = None,
+) -> Grower:
+    """The recipe's grower, which cuts ``model`` to a seed at once, or begins with what its weights are.
+
+    Args:
+        model: what it is of.
+        optimizer: of its parameters.
+        data: what it trains on.
+        recipe: budget, updates, preset and seed.
+        rises: as for `torchgrow.policies.named`.
+    """
     inputs, carried = example(model, data)
     return Grower(
         model,
@@ -179,7 +193,7 @@ def make_grower(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, 
         budget=recipe.budget,
         updates=recipe.epochs * (len(updates_within(recipe, extent(model, data, recipe)[0])) + 1),
         start="frame" if recipe.weights else "seed",
-        preset=recipe.preset,
+        policy=policies.named(recipe.preset, layers=bool(recipe.depth), rises=rises),
         seed=recipe.seed,
         protect=recipe.freeze,
         carried=carried,

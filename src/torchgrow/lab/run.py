@@ -154,7 +154,7 @@ def _run(
         recipe = with_own_classes(recipe)
     with processes.first_alone():
         recipe, data = with_data(recipe, console, folder, download=download, device=chosen(device))
-    start = begin(recipe, data) if recipe.weights else None  # what is wrong with it leaves no folder
+    start = begin(recipe, data, {}) if recipe.weights else None  # what is wrong with it leaves no folder
     run_folder = None
     if processes.rank() == 0:
         run_folder = RunFolder(out or default_out(_filed(recipe)))
@@ -200,7 +200,7 @@ def _resume(run: Path, console: Console, folder: Path | None, device: str) -> Pa
     as_before(run_folder, device, console)
     folder = folder or (Path(how["data"]) if how["data"] else None)
     recipe, data = with_data(recipe, console, folder, device=chosen(device))
-    start = begin(recipe, data) if recipe.weights else None
+    start = begin(recipe, data, run_folder.read_json("rises.json")) if recipe.weights else None
     if start:
         start.check(run_folder.read_json("weights.json").get("sha256"))
     return _go(recipe, data, run_folder, console, start)
@@ -227,6 +227,8 @@ def _go(recipe: Recipe, data: Data, run_folder: RunFolder, console: Console, sta
         with run_folder:
             if start:
                 run_folder.write_json("weights.json", {"sha256": start.digest})
+                if start.rises:
+                    run_folder.write_json("rises.json", asdict(start.rises))
             results = _train_all(recipe, data, run_folder, console, start)
             pictures = report.draw(run_folder.path) if first else []
     except BaseException as error:
@@ -242,7 +244,7 @@ def _go(recipe: Recipe, data: Data, run_folder: RunFolder, console: Console, sta
         console.print("uniform: every width narrowed by one factor; direct: the grown structure, from scratch.\n")
     if start:
         console.print(
-            what_it_cost(recipe), f"To load it:\n{loading(recipe, run_folder.out)}\n", sep="\n", soft_wrap=True
+            what_it_cost(start), f"To load it:\n{loading(recipe, run_folder.out)}\n", sep="\n", soft_wrap=True
         )
     elif first and recipe.method():
         methods = ["dense", "uniform", "direct", "default"]
@@ -332,7 +334,9 @@ def train_network(
     frame = start.cost if start else measure(make_network(recipe.build, 1.0, data.device), data.example())
     grower: Grower | None = None
     teacher: nn.Module | None = None
+    spent = (0, 0.0)
     if start and name == "shrunk":
+        spent = (start.rises.flops, start.rises.seconds) if start.rises else spent
         model, optimizer, grower, teacher = start.model, start.optimizer, start.grower, start.teacher
     else:
         model = _built(name, recipe, data, run_folder, done)
@@ -359,7 +363,7 @@ def train_network(
     if last:
         display.epoch(last)
     watched = partial(fit, on_step=display.step, checkpoints=checkpoints)
-    for last in watched(name, model, optimizer, data, recipe, grower=grower, teacher=teacher):
+    for last in watched(name, model, optimizer, data, recipe, grower=grower, teacher=teacher, spent=spent):
         run_folder.append(last)
         display.epoch(last)
     assert last is not None

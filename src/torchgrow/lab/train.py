@@ -90,6 +90,7 @@ def fit(
     grower: Grower | None = None,
     teacher: nn.Module | None = None,
     hooks: Hooks | None = None,
+    spent: tuple[int, float] = (0, 0.0),
     on_step: Callable[[int, int], None] = lambda done, total: None,
     checkpoints: Checkpoints | None = None,
 ) -> Iterator[Epoch]:
@@ -106,6 +107,7 @@ def fit(
         grower: updated as often as the recipe says; at an epoch's end after evaluation: newborn units are untrained.
         teacher: what ``model`` also learns from, by the recipe's share; in evaluation mode, without a state.
         hooks: what else is done while it trains.
+        spent: training FLOPs and seconds before its first step, which records have in them.
         on_step: called as ``on_step(done, total)`` after each step of an epoch.
         checkpoints: where to go on from, and where to leave checkpoints. The one at the end of an epoch is written
             when the next is asked for, so after whatever the caller does with the record of this one.
@@ -117,6 +119,8 @@ def fit(
     (steps, samples), hooks = extent(model, data, recipe), hooks or Hooks()
     schedule = make_schedule(optimizer, recipe, steps)
     progress = checkpoints.load(model, optimizer, grower, schedule, hooks) if checkpoints else Progress()
+    if progress.sampler is None:
+        progress = replace(progress, training_flops=spent[0], seconds=spent[1])
     run = _Run(
         network=network,
         model=model,

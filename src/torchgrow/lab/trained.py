@@ -2,9 +2,11 @@
 
 import copy
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torchgrow.lab.data import Data
 from torchgrow.lab.from_recipe import make_grower, make_optimizer
 from torchgrow.lab.metrics import ACCURACY
 from torchgrow.lab.recipes import Recipe
+from torchgrow.lab.rises import Rises, rises_of
 from torchgrow.lab.text import TextData
 from torchgrow.lab.train import judged
 
@@ -31,6 +34,7 @@ class Start:
         scores: of the network as it was, by the name of the metric.
         cost: of the network as it was.
         digest: of its weights.
+        rises: by which it shrinks; None where the recipe goes by none.
     """
 
     model: nn.Module
@@ -40,6 +44,7 @@ class Start:
     scores: dict[str, float]
     cost: Cost
     digest: str
+    rises: Rises | None
 
     def check(self, digest: str | None) -> None:
         """Refuse to go on with other weights than those that a run began with (None: it has just begun).
@@ -68,8 +73,13 @@ class Start:
         )
 
 
-def begin(recipe: Recipe, data: Data) -> Start:
+def begin(recipe: Recipe, data: Data, rises: Mapping[str, Any]) -> Start:
     """Build the recipe's network with its weights, evaluate it, and attach its grower.
+
+    Args:
+        recipe: with weights.
+        data: what it is fine-tuned on.
+        rises: what the run measured before, as `torchgrow.lab.rises.rises_of` takes it; {} of a new one.
 
     Raises:
         TorchgrowError: the weights are of another network, it does not fit the data, or the budget is out of reach.
@@ -81,11 +91,19 @@ def begin(recipe: Recipe, data: Data) -> Start:
     scores, cost = judged(model, data), measure(model, data.example())
     teacher = copy.deepcopy(model).eval().requires_grad_(False) if recipe.distil else None
     optimizer, digest = make_optimizer(model, recipe), weights.digest(model)
+    found = rises_of(model, data, recipe, rises)
     with warnings.catch_warnings():  # a network that was cut before is shown as it came, and is its own frame here
         warnings.filterwarnings("ignore", "the budget .* is a share of the network as it is")
-        grower = make_grower(model.train(), optimizer, data, recipe)
+        grower = make_grower(model.train(), optimizer, data, recipe, found.rises if found else None)
     return Start(
-        model=model, optimizer=optimizer, grower=grower, teacher=teacher, scores=scores, cost=cost, digest=digest
+        model=model,
+        optimizer=optimizer,
+        grower=grower,
+        teacher=teacher,
+        scores=scores,
+        cost=cost,
+        digest=digest,
+        rises=found,
     )
 
 
@@ -129,12 +147,13 @@ def _check(model: nn.Module, recipe: Recipe, data: Data) -> None:
         )
 
 
-def what_it_cost(recipe: Recipe) -> str:
+def what_it_cost(start: Start) -> str:
     """What the table of a finished run counts, and what not."""
-    teacher = " and of its teacher's forward passes" if recipe.distil else ""
+    teacher = " and of its teacher's forward passes" if start.teacher else ""
+    measuring = ", and of measuring what the loss rises by" if start.rises else ""
     return (
         "before: the network as it came, measured on the same test data. Training FLOPs and seconds are those of the "
-        f"fine-tuning{teacher}; the first training, of before, is not in them.\n"
+        f"fine-tuning{teacher}{measuring}; the first training, of before, is not in them.\n"
     )
 
 

@@ -38,7 +38,7 @@ def read_edits(plain: Any, edits: str) -> dict[str, Any]:
                 raise ValueError
             kind = kinds[key]
             changed[key] = {"True": True, "False": False}[value] if kind is bool else kind(value)
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, TypeError):  # the last of what cannot be typed
             raise ValueError(edit) from None
     return changed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import TorchgrowError
@@ -17,12 +18,13 @@ BY_CLASS: dict[str, type[Policy]] = {"shrink": Shrink, "late": Late}
 NAMES = (*PRESETS, *BY_CLASS)
 
 
-def named(text: str, *, layers: bool = False) -> Policy:
+def named(text: str, *, layers: bool = False, rises: Mapping[str, float] | None = None) -> Policy:
     """A policy by its name, with other settings behind a colon: "default", "shrink:until=0.3,importance=l1".
 
     Args:
         text: a name in `NAMES`, and what differs from it.
         layers: whether layers grow too, which "paper" depends on.
+        rises: what `torchgrow.measure_rises` gave, for "shrink:allocation=measured"; the others do without.
 
     Raises:
         TorchgrowError: an unknown name, setting or value.
@@ -43,6 +45,8 @@ def named(text: str, *, layers: bool = False) -> Policy:
             f"{str(edit)!r} in preset {text!r} is not a setting of torchgrow.policies.{type(plain).__name__} with its "
             f"value; write it like {name}:{some} (settings: {', '.join(plain.settings())})"
         ) from None
+    if changed.get("allocation") == "measured":
+        changed["rises"] = rises
     return BY_CLASS[name](**changed)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 import torchgrow
 from torchgrow import Cost, Grower, measure
 from torchgrow.lab.baselines import initialised, twin_width, uniform_width
-from torchgrow.lab.checkpoints import Checkpoints
+from torchgrow.lab.checkpoints import Checkpoints, write_whole
 from torchgrow.lab.compare.job import AFTER, Job, after
 from torchgrow.lab.compare.progress_bars import Bars
 from torchgrow.lab.compare.pruning import PruningError, l1_pruned
@@ -90,7 +90,7 @@ def train(job: Job, beside: Sequence[Job], bench: Bench, bars: Bars) -> Iterator
         job.method, model, optimizer, data, recipe, grower=grower, on_step=on_step, checkpoints=checkpoints
     ):
         epochs = [*epochs[: epoch.epoch - 1], epoch]
-        _write(records, json.dumps([asdict(one) for one in epochs]))
+        write_whole(records, json.dumps([asdict(one) for one in epochs]))
         bars.epoch(job, epoch)
         yield epoch
     if job.method in AFTER.values():
@@ -107,7 +107,8 @@ def _train_system(job: Job, beside: Sequence[Job], bench: Bench, bars: Bars) -> 
     recipe, folder, data = job.recipe, bench.folder(job), bench.data
     frame = measure(make_network(recipe.build, 1.0, data.device), data.example())
     torch.manual_seed(recipe.seed)
-    task, records = Task(recipe=recipe, data=data, trained=lambda: _dense(job, bench)), folder / EPOCHS
+    task = Task(recipe=recipe, data=data, folder=folder, trained=lambda: _dense(job, bench))
+    records = folder / EPOCHS
     if after(job.method):
         task.spent.append(_before(job, bench))
     epochs = [Epoch(**fields) for fields in json.loads(records.read_text())] if records.exists() else []
@@ -118,9 +119,9 @@ def _train_system(job: Job, beside: Sequence[Job], bench: Bench, bars: Bars) -> 
         bars(job, before + done, before + total)
 
     try:
-        for epoch in run(job.method, system(job.method), task, folder, on_step):
+        for epoch in run(job.method, system(job.method), task, on_step):
             epochs = [*epochs[: epoch.epoch - 1], epoch]
-            _write(records, json.dumps([asdict(one) for one in epochs]))
+            write_whole(records, json.dumps([asdict(one) for one in epochs]))
             bars.epoch(job, epoch)
             yield epoch
     except UnfitError as failed:
@@ -235,11 +236,3 @@ def _before(job: Job, bench: Bench) -> Spent:
     base = bench.folder(replace(job, method=after(job.method)))
     last = Epoch(**json.loads((base / EPOCHS).read_text())[-1])
     return Spent(name="dense", counted=False, epochs=last.epoch, flops=last.training_flops, seconds=last.seconds)
-
-
-def _write(path: Path, text: str) -> None:
-    """The file holds it whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}")
-    half.write_text(text)
-    half.replace(path)

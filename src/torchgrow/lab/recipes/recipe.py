@@ -65,7 +65,7 @@ class Recipe:
         mean: of the colours of pixels in [0, 1], which is subtracted; None: the data set's own.
         std: standard deviation of these colours, by which is divided; None: the data set's own.
         subset: training images, or words, to use; None means all.
-        preset: how the grower grows, as `torchgrow.policies.named` reads it.
+        preset: how the grower grows, as `torchgrow.policies.named` reads it. Rises are measured where it needs them.
         weights: what the run begins with, as `torchgrow.lab.weights.network` reads it: all of that network, which is
             then shrunk. None: with a seed of the frame.
         distil: share of a teacher in the loss, in [0, 1]: the network that the run begins with, as it was.
@@ -155,9 +155,11 @@ class Recipe:
         need("distil", 0 <= self.distil <= 1, "a share of the loss, at least 0 and at most 1")
         need("distil", not self.distil or bool(self.weights), "0 without weights, which the teacher has")
         try:
-            policies.named(self.preset)
+            policy = policies.named(self.preset, rises={})
         except TorchgrowError as error:
             raise TorchgrowError(f"recipe {self.name!r}: {error}") from None
+        measured = isinstance(policy, policies.Shrink) and policy.rises is not None
+        need("preset", not measured or bool(self.weights), "without allocation=measured where nothing is trained yet")
         need("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
         need("seed", self.seed >= 0, "at least 0")
         need("threads", self.threads is None or self.threads >= 1, "at least 1, or None")

@@ -3,9 +3,8 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 
-from torchgrow.lab.checkpoints import Checkpoints
+from torchgrow.lab.checkpoints import Checkpoints, write_whole
 from torchgrow.lab.from_recipe import make_optimizer
 from torchgrow.lab.systems.system import Phase, Spent, System, Task
 from torchgrow.lab.train import Epoch, fit
@@ -14,16 +13,13 @@ PHASES = "phases.json"
 """What phases that were begun have cost, beside their checkpoints."""
 
 
-def run(
-    name: str, system: System, task: Task, folder: Path, on_step: Callable[[int, float, int], None]
-) -> Iterator[Epoch]:
+def run(name: str, system: System, task: Task, on_step: Callable[[int, float, int], None]) -> Iterator[Epoch]:
     """Train a system; epochs that were done before the latest checkpoint are not trained again.
 
     Args:
         name: of the system, for records and errors.
         system: what to train.
-        task: what it is given; has what was spent in `spent`.
-        folder: where checkpoints are.
+        task: what it is given; has what was spent in `spent`, and checkpoints in `folder`.
         on_step: told of every step: epochs of phases before, epochs done of this phase, and how many it has.
 
     Yields:
@@ -32,7 +28,7 @@ def run(
     Raises:
         UnfitError: the system cannot serve this network or data.
     """
-    path = folder / PHASES
+    path = task.folder / PHASES
     known = [Spent(**fields) for fields in json.loads(path.read_text())] if path.exists() else []
     begun = len(task.spent)
     for number, phase in enumerate(system.phases(task)):
@@ -58,13 +54,10 @@ def run(
             teacher=phase.teacher,
             hooks=phase.hooks,
             on_step=stepped,
-            checkpoints=Checkpoints(folder=folder / f"checkpoints-{number}"),
+            checkpoints=Checkpoints(folder=task.folder / f"checkpoints-{number}"),
         ):
             entry.epochs, entry.flops, entry.seconds = epoch.epoch, epoch.training_flops, epoch.seconds
-            path.parent.mkdir(parents=True, exist_ok=True)
-            half = path.with_name(f".{path.name}")
-            half.write_text(json.dumps([asdict(one) for one in task.spent]))
-            half.replace(path)
+            write_whole(path, json.dumps([asdict(one) for one in task.spent]))
             yield replace(
                 epoch,
                 epoch=epochs + epoch.epoch,

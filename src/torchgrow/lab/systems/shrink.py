@@ -2,15 +2,19 @@
 
 No paper says how long, so it is fine-tuned by the lab's own rule, `fine_tuned`, as `l1` of the comparison is; the other
 systems take length and rate from their sources.
-Cost: the dense training (which the paper's rule leaves out), and half of its epochs, most of them at the budget.
+Cost: the dense training (which the paper's rule leaves out), and half of its epochs, most of them at the budget; with
+allocation=measured the forward passes that rises were measured with.
 """
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torchgrow import policies
+from torchgrow.lab.checkpoints import write_whole
 from torchgrow.lab.from_recipe import make_grower, make_optimizer
+from torchgrow.lab.rises import rises_of
 from torchgrow.lab.systems.system import Phase, Task, fine_tuned
 
 
@@ -30,7 +34,7 @@ class Shrinking:
     settings: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "settings", policies.named(self.preset).settings())
+        object.__setattr__(self, "settings", policies.named(self.preset, rises={}).settings())
 
     def phases(self, task: Task) -> Iterator[Phase]:
         """Fine-tuning, with a grower."""
@@ -38,6 +42,11 @@ class Shrinking:
         # A recipe shrinks what it begins with only where it begins with weights; these are the dense network's.
         begun = replace(fine_tuned(task.recipe), weights="dense", preset=self.preset)
         recipe = replace(begun, updates_per_epoch=None, depth=False, meta=False)
+        path = task.folder / "rises.json"
+        rises = rises_of(model, task.data, recipe, json.loads(path.read_text()) if path.exists() else {})
+        if rises:
+            write_whole(path, json.dumps(asdict(rises)))
+            task.spend("measuring", rises.flops, rises.seconds)
         optimizer = make_optimizer(model, recipe)
-        grower = make_grower(model.train(), optimizer, task.data, recipe)
+        grower = make_grower(model.train(), optimizer, task.data, recipe, rises.rises if rises else None)
         yield Phase(name="fine-tuning", model=model, recipe=recipe, optimizer=optimizer, grower=grower)

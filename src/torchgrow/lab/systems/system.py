@@ -19,6 +19,7 @@ the same. What happens between phases is done again; only NetAdapt does much the
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -89,6 +90,7 @@ class Task:
     Attributes:
         recipe: network, training and budget.
         data: what to train on.
+        folder: where it leaves what it goes on from.
         trained: gives the trained dense network of the comparison, a new copy at each call.
         spent: everything so far, in order; phases enter themselves.
         model: the network of the latest phase.
@@ -96,6 +98,7 @@ class Task:
 
     recipe: Recipe
     data: Data
+    folder: Path
     trained: Callable[[], nn.Module] = field(repr=False)
     spent: list[Spent] = field(default_factory=list)
     model: nn.Module | None = None
