@@ -1,5 +1,6 @@
 """Compared systems in the comparison: within the budget, all counted, resumable, on images and on a text."""
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torchvision
 from rich.console import Console
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torchgrow
@@ -167,9 +169,50 @@ def test_a_system_that_was_stopped_ends_as_the_unbroken_one(
         with pytest.raises(Stop):
             run(tmp_path / "broken", name)
     (resumed,) = [row for row in run(tmp_path / "broken", name) if row["method"] == name]
+    as_if_unbroken(resumed, whole)
+
+
+def as_if_unbroken(resumed: Row, whole: Row) -> None:
     for key in ("accuracy", "params", "flops", "train_flops", "train_flops_paper_rule"):
         assert resumed[key] == whole[key], key
     assert [epoch["loss"] for epoch in resumed["epochs"]] == [epoch["loss"] for epoch in whole["epochs"]]
+
+
+class Dropped(models.ResNet):
+    """Draws random numbers in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.dropout(x, 0.2, self.training))
+
+
+def test_a_search_that_was_stopped_trains_only_what_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NetAdapt, in its third step: the first two are not searched again, and all ends as the unbroken one."""
+    recipe = replace(RECIPE, build=partial(Dropped, depth=14, widths=(4, 8, 8), in_channels=1))
+    monkeypatch.setitem(systems._SYSTEMS, "netadapt", partial(NetAdapt, most=5, short=1))
+    (whole,) = [row for row in run(tmp_path / "whole", "netadapt", recipe) if row["method"] == "netadapt"]
+    trained, most = list[nn.Module](), 0
+    original = NetAdapt._trained
+
+    def counted(*arguments: Any) -> tuple[nn.Module, int]:
+        if len(trained) == most:
+            raise Stop
+        trained.append(arguments[1].model)
+        return original(*arguments)
+
+    monkeypatch.setattr(NetAdapt, "_trained", counted)
+    most = 10000
+    run(tmp_path / "counted", "netadapt", recipe)
+    searched = [len(list(same)) for _, same in itertools.groupby(map(id, trained))]
+    assert len(searched) > 3  # candidates of each step
+    most = searched[0] + searched[1] + 1
+    trained.clear()
+    with pytest.raises(Stop):
+        run(tmp_path / "broken", "netadapt", recipe)
+    trained.clear()
+    most = 10000
+    (resumed,) = [row for row in run(tmp_path / "broken", "netadapt", recipe) if row["method"] == "netadapt"]
+    assert [len(list(same)) for _, same in itertools.groupby(map(id, trained))] == [1, 1, *searched[2:]]
+    as_if_unbroken(resumed, whole)
     assert [epoch["widths"] for epoch in resumed["epochs"]] == [epoch["widths"] for epoch in whole["epochs"]]
 
 

@@ -32,6 +32,10 @@ class Bars:
             left = 0.0 if record.epoch == total and len(self._names) == 1 else self._left()
             self._progress.console.print(f"{self._names[job.key()]}  {epoch_line(record, total, left)}", soft_wrap=True)
 
+    def note(self, job: Job, line: str) -> None:
+        """Print a line on one of the networks that stays."""
+        self.say(f"{self._names[job.key()]}  {line}")
+
     def _left(self) -> float:
         """Seconds until all of these networks are trained, if an epoch of one takes as long as that of another."""
         done = sum(self._epochs[key][0] - begun for key, begun in self._begun.items())

@@ -107,7 +107,9 @@ def _train_system(job: Job, beside: Sequence[Job], bench: Bench, bars: Bars) -> 
     recipe, folder, data = job.recipe, bench.folder(job), bench.data
     frame = measure(make_network(recipe.build, 1.0, data.device), data.example())
     torch.manual_seed(recipe.seed)
-    task = Task(recipe=recipe, data=data, folder=folder, trained=lambda: _dense(job, bench))
+    task = Task(
+        recipe=recipe, data=data, folder=folder, trained=lambda: _dense(job, bench), say=partial(bars.note, job)
+    )
     records = folder / EPOCHS
     if after(job.method):
         task.spent.append(_before(job, bench))

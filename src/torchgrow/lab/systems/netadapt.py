@@ -4,16 +4,17 @@ Steps: denru01/netadapt@248ae1c, on FLOPs, or on parameters where they are all t
 reductions add up to 62.5 % of the network; for a budget below what `most` steps of them reach, the first is made
 larger. Widths are multiples of 8, of groups below 64 units of an eighth. Accuracy is judged on a tenth of the training
 images, which are held out. The search never goes below the budget: its last step is a cut of filters of the least L2
-norm, the same share of every group, that uses the budget exactly. The search is one stretch between two phases: a
-command that is stopped in it begins the search again.
+norm, the same share of every group, that uses the budget exactly. What every step chose is kept with the run: a command
+that was stopped in the search trains the chosen candidates again, one a step, and no other.
 Cost: the dense training (which the paper's rule leaves out); for every step and every group a short training and an
 evaluation (forward passes, counted); and fine-tuning for as long as the dense training.
 """
 
 import copy
+import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 
 import torch
@@ -21,11 +22,35 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchgrow import guard_, policies
+from torchgrow.lab.checkpoints import write_whole
 from torchgrow.lab.data import ImageData
+from torchgrow.lab.devices import random_state, set_random_state
 from torchgrow.lab.from_recipe import make_optimizer
 from torchgrow.lab.systems.structure import Structure
 from torchgrow.lab.systems.system import Phase, Task, held_out, scaled, tuned
 from torchgrow.lab.train import evaluate
+
+SEARCH = "search.json"
+"""The steps of the search so far, beside the checkpoints of the phases."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a step of the search came to.
+
+    Attributes:
+        group: number of the group that lost units.
+        width: what it has left.
+        accuracy: of the chosen candidate after its short training, %.
+        flops: of all candidates of the step.
+        seconds: likewise.
+    """
+
+    group: int
+    width: int
+    accuracy: float
+    flops: int
+    seconds: float
 
 
 def targets(first: float, budget: float, ratio: float, decay: float, most: int) -> list[float]:
@@ -95,60 +120,83 @@ class NetAdapt:
 
     def phases(self, task: Task) -> Iterator[Phase]:
         """Fine-tuning of what the search has found."""
-        images, limits = task.images("NetAdapt"), task.limits()
-        split = held_out(images, task.recipe.seed)
-        model, start = task.trained(), time.perf_counter()
-        which = int(limits.flops is not None)
+        split, before = held_out(task.images("NetAdapt"), task.recipe.seed), random_state()
+        model, steps = self._search(task, split)
+        set_random_state(before)  # a search that goes on from its records draws fewer
         whole = Structure(model, task)
-        first = float(whole.cost(whole.space.everything())[which])
-        budget = float((limits.flops if which else limits.params) or 0)
-        flops = 0
-        for target in targets(first, budget, self.ratio, self.decay, self.most)[:-1]:
-            best, spent = self._step(model, task, split, (budget, target), which)
-            flops += spent
-            if best is None:
-                break
-            model = best
-        whole = Structure(model, task)
-        whole.cut(whole.within(whole.scores(policies.importance.l2), limits))
-        task.spend("search", flops, time.perf_counter() - start)
+        whole.cut(whole.within(whole.scores(policies.importance.l2), task.limits()))
+        task.spend("search", sum(step.flops for step in steps), sum(step.seconds for step in steps))
         epochs = scaled(self.epochs, self.dense, task.recipe)
         recipe = tuned(task.recipe, epochs, self.lr, (1 / 3, 2 / 3))
         yield Phase(name="fine-tuning", model=model, recipe=recipe)
 
-    def _step(
-        self, model: nn.Module, task: Task, split: ImageData, span: tuple[float, float], which: int
-    ) -> tuple[nn.Module | None, int]:
-        """The candidate of best accuracy between budget and target, and what all cost; None where there is none."""
-        whole = Structure(model, task)
-        live = whole.costs.live(whole.space.everything())
+    def _search(self, task: Task, split: ImageData) -> tuple[nn.Module, list[Step]]:
+        """The network before its last cut, and the steps that led to it."""
+        limits, path = task.limits(), task.folder / SEARCH
+        which = int(limits.flops is not None)
+        budget = float((limits.flops if which else limits.params) or 0)
+        whole = Structure(task.trained(), task)
+        first = float(whole.cost(whole.space.everything())[which])
+        goals = targets(first, budget, self.ratio, self.decay, self.most)[:-1]
+        known = [Step(**fields) for fields in json.loads(path.read_text())] if path.exists() else []
+        steps = list[Step]()
+        for number, target in enumerate(goals, 1):
+            if float(whole.cost(whole.space.everything())[which]) <= target:
+                continue
+            tried = self._tried(whole, (budget, target), which)
+            if not tried:
+                break
+            if len(steps) < len(known):
+                step = known[len(steps)]
+                model = self._trained(whole, tried[step.group, step.width], task, split)[0]
+            else:
+                model, step = self._best(whole, tried, task, split)
+                write_whole(path, json.dumps([asdict(one) for one in [*steps, step]]))
+                task.say(
+                    f"step {number} of {len(goals)} of the search: {whole.space.group_names[step.group]} has "
+                    f"{step.width} left, {step.accuracy:.2f} % of the images held out, {step.seconds:.0f} s"
+                )
+            steps.append(step)
+            whole = Structure(model, task)
+        return whole.model, steps
+
+    def _tried(self, whole: Structure, span: tuple[float, float], which: int) -> dict[tuple[int, int], Tensor]:
+        """The structures (bool [n]) between budget and target that a step tries, by group and width."""
 
         def cost(widths: Tensor) -> float:
             return float(whole.costs.both(widths)[which])
 
-        if cost(live) <= span[1]:
-            return model, 0
+        live = whole.costs.live(whole.space.everything())
         multiples = torch.minimum((live // 8).clamp(min=1), torch.full_like(live, self.multiple))
-        places = whole.places(whole.scores(policies.importance.l2))
-        best, score, flops = None, -1.0, 0
+        places, found = whole.places(whole.scores(policies.importance.l2)), dict[tuple[int, int], Tensor]()
         for group, width in candidates(cost, live, whole.space.least, multiples, span[1]):
             beyond = (whole.space.group_of == group) & (places * int(live[group]) > width + 0.5)
             keep = ~(beyond & whole.space.removable)
-            if float(whole.cost(keep)[which]) < span[0]:
-                continue
-            twin = copy.deepcopy(model)
-            whole.cut(keep, twin)
-            flops += self._train(twin, task, split)
-            accuracy = evaluate(twin, split)[0]
-            flops += task.cost(twin).flops * len(split.test)
-            if accuracy > score:
-                best, score = twin, accuracy
-        return best, flops
+            if float(whole.cost(keep)[which]) >= span[0]:
+                found[group, width] = keep
+        return found
 
-    def _train(self, model: nn.Module, task: Task, split: ImageData) -> int:
-        """Train a candidate for a few steps; returns the training FLOPs."""
-        recipe = replace(task.recipe, lr=self.lr * task.recipe.lr)
+    def _best(
+        self, whole: Structure, tried: dict[tuple[int, int], Tensor], task: Task, split: ImageData
+    ) -> tuple[nn.Module, Step]:
+        """The candidate of best accuracy, the first of equals, and what all cost."""
+        start, flops, found = time.perf_counter(), 0, list[tuple[float, int, int, nn.Module]]()
+        for (group, width), keep in tried.items():
+            model, spent = self._trained(whole, keep, task, split)
+            accuracy = evaluate(model, split)[0]
+            flops += spent + task.cost(model).flops * len(split.test)
+            if not found or accuracy > found[0][0]:
+                found = [(accuracy, group, width, model)]
+        accuracy, group, width, model = found[0]
+        seconds = time.perf_counter() - start
+        return model, Step(group=group, width=width, accuracy=accuracy, flops=flops, seconds=seconds)
+
+    def _trained(self, whole: Structure, keep: Tensor, task: Task, split: ImageData) -> tuple[nn.Module, int]:
+        """A candidate after a few steps of training, on the same batches as every other, and the training FLOPs."""
+        model, recipe = copy.deepcopy(whole.model), replace(task.recipe, lr=self.lr * task.recipe.lr)
+        whole.cut(keep, model)
         guard_(model)
+        torch.manual_seed(recipe.seed)
         optimizer, seen = make_optimizer(model.train(), recipe), 0
         generator = torch.Generator().manual_seed(recipe.seed)
         while seen < self.short:
@@ -160,4 +208,4 @@ class NetAdapt:
                 F.cross_entropy(model(x), labels).backward()
                 optimizer.step()
                 seen += 1
-        return 3 * task.cost(model).flops * min(recipe.batch_size, len(split.train)) * seen
+        return model, 3 * task.cost(model).flops * min(recipe.batch_size, len(split.train)) * seen

@@ -14,7 +14,7 @@ What has no source is fine-tuned by one rule of the lab, `fine_tuned`.
 
 **Stopped and resumed.** Every phase leaves checkpoints. A command that is given again runs the generator from its
 beginning: phases that are done load what they came to and are not trained again, so that cuts between them come out
-the same. What happens between phases is done again; only NetAdapt does much there.
+the same. What happens between phases is done again; NetAdapt, which does much there, keeps what it chose.
 """
 
 from collections.abc import Callable, Iterator
@@ -92,6 +92,7 @@ class Task:
         data: what to train on.
         folder: where it leaves what it goes on from.
         trained: gives the trained dense network of the comparison, a new copy at each call.
+        say: shows a line of what is done between phases, where that takes long.
         spent: everything so far, in order; phases enter themselves.
         model: the network of the latest phase.
     """
@@ -100,6 +101,7 @@ class Task:
     data: Data
     folder: Path
     trained: Callable[[], nn.Module] = field(repr=False)
+    say: Callable[[str], None] = field(repr=False, default=lambda line: None)
     spent: list[Spent] = field(default_factory=list)
     model: nn.Module | None = None
 
