@@ -105,13 +105,11 @@ def fit(
         data: what to train and to evaluate on.
         recipe: epochs, batches, schedule, augmentation and seed.
         grower: updated as often as the recipe says; at an epoch's end after evaluation: newborn units are untrained.
-        teacher: what ``model`` also learns from, by the recipe's share; in evaluation mode. A state that it
-            carries is its own.
+        teacher: what ``model`` also learns from, by the recipe's share; in evaluation mode, with a state of its own.
         hooks: what else is done while it trains.
         spent: training FLOPs and seconds before its first step, which records have in them.
         on_step: called as ``on_step(done, total)`` after each step of an epoch.
-        checkpoints: where to go on from, and where to leave checkpoints. The one at the end of an epoch is written
-            when the next is asked for, so after whatever the caller does with the record of this one.
+        checkpoints: where to go on from, and where to leave them; that of an epoch once the next is asked for.
 
     Raises:
         TorchgrowError: the loss is not finite (a TrainingError), or the checkpoint does not fit.
@@ -119,9 +117,7 @@ def fit(
     guard_(model)
     (steps, samples), hooks = extent(model, data, recipe), hooks or Hooks()
     schedule = make_schedule(optimizer, recipe, steps)
-    progress = checkpoints.load(model, optimizer, grower, schedule, hooks) if checkpoints else Progress()
-    if progress.sampler is None:
-        progress = replace(progress, training_flops=spent[0], seconds=spent[1])
+    progress = _begun(spent, checkpoints, model, optimizer, grower, schedule, hooks)
     run = _Run(
         network=network,
         model=model,
@@ -143,8 +139,13 @@ def fit(
     )
     while progress.epoch <= recipe.epochs + recipe.then and not hooks.over:
         yield (record := run.finish(run.train(progress)))
-        progress = run.after(record)
-        run.save(progress)
+        run.save(progress := run.after(record))
+
+
+def _begun(spent: tuple[int, float], checkpoints: Checkpoints | None, *held: Any) -> Progress:
+    """Where a training stands: at its latest checkpoint, or at its beginning, after what was spent before."""
+    progress = checkpoints.load(*held) if checkpoints else Progress()
+    return progress if progress.sampler is not None else replace(progress, training_flops=spent[0], seconds=spent[1])
 
 
 @dataclass(frozen=True, kw_only=True)
