@@ -12,12 +12,14 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import torchgrow
 from torchgrow import Budget, Grower, TorchgrowError, measure
 from torchgrow.lab import from_recipe, report, run, train
 from torchgrow.lab.attention import GPT, ViT
 from torchgrow.lab.baselines import twin_width
+from torchgrow.lab.checkpoints import Checkpoints
 from torchgrow.lab.display import Display
 from torchgrow.lab.metrics import ACCURACY, PERPLEXITY, metric_of
 from torchgrow.lab.recipes import Recipe, get
@@ -153,6 +155,65 @@ def test_the_state_goes_over_an_update_within_an_epoch_and_starts_anew_with_it(
     list(train.fit("grown", model, optimizer, data, recipe, grower=grower))
     assert len(carried) == 3 * 2, "two updates within each of three epochs"
     assert began.count(True) == 3 * 2, "once for training and once for evaluation, in each epoch"
+
+
+def students(folder: Path) -> Any:
+    """Of an epoch of three batches: the data, the recipe, a trained LSTM's like that shrinks, and its teacher."""
+    data = load_text(folder=folder, steps=5, subset=64)
+    recipe = replace(TINY.with_words(9), epochs=2, weights="some", preset="shrink:until=0.5", distil=0.9)
+    torch.manual_seed(0)
+    model, teacher = recipe.build(), BUILD(words=9).eval().requires_grad_(False)
+    optimizer = from_recipe.make_optimizer(model, recipe)
+    return data, recipe, model, teacher, optimizer, from_recipe.make_grower(model, optimizer, data, recipe)
+
+
+def test_a_teacher_carries_its_own_state(folder: Path) -> None:
+    """Three batches of two epochs by hand; the pupil is cut after each of them, the teacher never."""
+    data, recipe, model, teacher, optimizer, grower = students(folder)
+    batches = list(data.train_batches(batch_size=4))
+    assert len(batches) == 3
+    found = list(train.fit("shrunk", model, optimizer, data, recipe, grower=grower, teacher=teacher))
+    lesson, flops = measure(teacher, data.example()).flops, 0
+    again, *_, optimizer, grower = students(folder)[2:]
+    for epoch in found:
+        state, taught, total = None, None, 0.0
+        for x, labels in batches:
+            scores, state = again.train()(x, state)
+            wanted, taught = teacher(x, taught)
+            soft = (wanted.flatten(0, 1) / 4).softmax(1)
+            own = (scores.flatten(0, 1) / 4).log_softmax(1)
+            loss = 0.9 * 16 * (soft * (soft.log() - own)).sum(1).mean()
+            loss = loss + 0.1 * F.cross_entropy(scores.flatten(0, 1), labels.flatten())
+            flops += 4 * (3 * grower.cost().flops + lesson)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(again.parameters(), recipe.clip or math.inf)
+            optimizer.step()
+            total += loss.item()
+            grower.update()
+            state = grower.carry([tuple(part.detach() for part in pair) for pair in state])
+        assert epoch.loss == pytest.approx(total / 3, rel=1e-5)
+        assert epoch.training_flops == flops
+    assert grower.finished
+    for name, parameter in again.named_parameters():
+        assert torch.allclose(model.get_parameter(name), parameter, atol=1e-5), name
+
+
+def test_its_state_is_in_checkpoints(folder: Path, tmp_path: Path) -> None:
+    def fit(place: str, on_step: Any = lambda done, total: None) -> Any:
+        data, recipe, model, teacher, optimizer, grower = students(folder)
+        checkpoints = Checkpoints(folder=tmp_path / place, every=1)
+        how: dict[str, Any] = {"grower": grower, "teacher": teacher, "on_step": on_step, "checkpoints": checkpoints}
+        return [replace(epoch, seconds=0.0) for epoch in train.fit("shrunk", model, optimizer, data, recipe, **how)]
+
+    def stop(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    whole = fit("whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit("broken", stop)
+    assert fit("broken") == whole
 
 
 def test_the_uniform_twin_of_a_flops_budget_is_the_widest_within_it(folder: Path) -> None:

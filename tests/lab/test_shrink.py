@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 import torchgrow
 from torchgrow import TorchgrowError, measure
 from torchgrow.cli import app
-from torchgrow.lab import data, frames, names, recipes, run, train, trained, weights
+from torchgrow.lab import data, frames, names, recipes, run, train, weights
 from torchgrow.lab.compare import compare
 from torchgrow.lab.recipes.foreign import of_model
 from torchgrow.lab.run_folder import RunFolder
@@ -448,13 +448,9 @@ def test_bad_input_is_told_and_leaves_nothing(
     assert {*rest(tmp_path)} - {"__pycache__"} == {*before}
 
 
-def test_a_state_has_no_teacher() -> None:
+def test_a_recipe_without_weights_has_no_teacher() -> None:
     with pytest.raises(TorchgrowError, match="distil must be 0 without weights, which the teacher has"):
         replace(recipes.trainable("digits", None), distil=0.5)
-    text, recipe = data.load("text"), recipes.to_shrink(recipes.get("lstm-ptb"), Path("none"))
-    model = recipes.get("lstm-ptb").with_words(9).build()
-    with pytest.raises(TorchgrowError, match="LSTM carries a state from batch to batch, which a teacher here does not"):
-        trained._check(model, replace(recipe, distil=0.5), text)
 
 
 def test_names_that_need_no_pytorch_are_those_there_are() -> None:

@@ -21,6 +21,7 @@ class Progress:
         taken: optimizer steps that they took.
         sampler: state of the generator of batches when the epoch began; None before the first.
         state: what the model carries from the last of them to the next, if anything.
+        taught: what its teacher does.
         changes: units born, regrown and detached in this epoch.
         updates: as in `torchgrow.lab.train.Epoch`, those of this epoch so far.
         lr: learning rate at the beginning of the epoch.
@@ -34,6 +35,7 @@ class Progress:
     taken: int = 0
     sampler: Tensor | None = None
     state: Any = None
+    taught: Any = None
     changes: tuple[int, int, int] = (0, 0, 0)
     updates: list[dict[str, Any]] = field(default_factory=list)
     lr: float = 0.0

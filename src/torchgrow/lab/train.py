@@ -105,12 +105,11 @@ def fit(
         data: what to train and to evaluate on.
         recipe: epochs, batches, schedule, augmentation and seed.
         grower: updated as often as the recipe says; at an epoch's end after evaluation: newborn units are untrained.
-        teacher: what ``model`` also learns from, by the recipe's share; in evaluation mode, without a state.
+        teacher: what ``model`` also learns from, by the recipe's share; in evaluation mode, with a state of its own.
         hooks: what else is done while it trains.
         spent: training FLOPs and seconds before its first step, which records have in them.
         on_step: called as ``on_step(done, total)`` after each step of an epoch.
-        checkpoints: where to go on from, and where to leave checkpoints. The one at the end of an epoch is written
-            when the next is asked for, so after whatever the caller does with the record of this one.
+        checkpoints: where to go on from, and where to leave them; that of an epoch once the next is asked for.
 
     Raises:
         TorchgrowError: the loss is not finite (a TrainingError), or the checkpoint does not fit.
@@ -118,9 +117,7 @@ def fit(
     guard_(model)
     (steps, samples), hooks = extent(model, data, recipe), hooks or Hooks()
     schedule = make_schedule(optimizer, recipe, steps)
-    progress = checkpoints.load(model, optimizer, grower, schedule, hooks) if checkpoints else Progress()
-    if progress.sampler is None:
-        progress = replace(progress, training_flops=spent[0], seconds=spent[1])
+    progress = _begun(spent, checkpoints, model, optimizer, grower, schedule, hooks)
     run = _Run(
         network=network,
         model=model,
@@ -142,8 +139,13 @@ def fit(
     )
     while progress.epoch <= recipe.epochs + recipe.then and not hooks.over:
         yield (record := run.finish(run.train(progress)))
-        progress = run.after(record)
-        run.save(progress)
+        run.save(progress := run.after(record))
+
+
+def _begun(spent: tuple[int, float], checkpoints: Checkpoints | None, *held: Any) -> Progress:
+    """Where a training stands: at its latest checkpoint, or at its beginning, after what was spent before."""
+    progress = checkpoints.load(*held) if checkpoints else Progress()
+    return progress if progress.sampler is not None else replace(progress, training_flops=spent[0], seconds=spent[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,14 +203,14 @@ class _Run:
         assert self.grower is not None
         return self.grower.cost()
 
-    def loss(self, scores: Tensor, x: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy, with the labels and with a teacher's scores if there is one."""
+    def loss(self, scores: Tensor, x: Tensor, labels: Tensor, taught: Any) -> tuple[Tensor, Any]:
+        """Cross entropy, with the labels and with a teacher's scores if there is one; and the state of that one."""
         if self.teacher is None:
-            return F.cross_entropy(scores, labels)
+            return F.cross_entropy(scores, labels), None
         half = self.recipe.precision == "bfloat16"
         with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=half):
-            taught = scores_of(self.teacher, x)[0]
-        return distillation_loss(scores, taught.float(), labels, share=self.recipe.distil)
+            wanted, taught = scores_of(self.teacher, x, taught)
+        return distillation_loss(scores, wanted.float(), labels, share=self.recipe.distil), taught
 
     def train(self, progress: Progress) -> Progress:
         """One pass over the training data, or what is left of it."""
@@ -226,7 +228,7 @@ class _Run:
         for step, many, x, labels in merged(batches, self.at_once, progress.step, ends):
             with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
                 scores, state = scores_of(net, x, progress.state)
-            loss = self.loss(scores.float(), x, labels.flatten())
+            loss, taught = self.loss(scores.float(), x, labels.flatten(), progress.taught)
             penalty = self.hooks.penalty()
             loss = loss if penalty is None else loss + penalty
             where = f"{self.network}, epoch {progress.epoch}, step {step} of {steps}"
@@ -247,6 +249,7 @@ class _Run:
                 progress,
                 step=step,
                 state=state,
+                taught=taught,
                 changes=changes,
                 taken=progress.taken + 1,
                 loss=progress.loss + many * value,
