@@ -62,7 +62,8 @@ class Grower(Shown):
             the variance of the weights; if no rule with a fan fits, they stay. Never with `start`.
         preset: how it grows, by name: "default" (evenly beyond the budget, then the least important units of every
             group go), "shrink" (from the start down to the budget), "paper" (its own), "global" (with one temperature
-            for all), "nas" (its settings for architecture search), "random" (its baseline); with other values behind
+            for all), "nas" (its settings for architecture search), "random" (its baseline), "search" (shapes take
+            turns, the best one stays; see `observe`); with other values behind
             a colon ("default:peak=1"). None: "shrink" where the start is beyond the budget, else "default".
         policy: how it grows, as an object in place of a name: `torchgrow.policies.Paper(lambda_base=0.3)`, or a
             `torchgrow.policies.Policy` of your own. The grower works on a copy, `grower.policy`.
@@ -135,6 +136,20 @@ class Grower(Shown):
         """
         with trainable(), by_one_thread(self._inside):
             return self.run.update()
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Tell the policy the training loss of a step; call it after every optimizer step, before `update()`.
+
+        Only policies that judge by it need it, such as `torchgrow.policies.Search`; with others it does nothing. With
+        several processes each gives its own loss; an update takes the means. On a GPU it waits for the loss.
+
+        Args:
+            loss: a number, or a tensor of one; not kept.
+
+        Raises:
+            TorchgrowError: it is no single number.
+        """
+        self.run.observe(loss)
 
     def finish(self) -> Event:
         """End the run now: the network is brought to the budget, the bank is emptied, the hooks come off.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class RunState:
         ever: bool [n], units that were present at some time.
         initial_lr: highest learning rate at the start of the run or since.
         history: an event for the seed and one for every update.
+        losses: training losses observed since the last update, on this rank.
         finished: whether the structure is final.
         early: whether `finish()` ended the run, before `update()` could.
         released: whether `release()` did, so that another run continues from its state; not saved.
@@ -39,6 +40,7 @@ class RunState:
     ever: Tensor
     initial_lr: float
     history: list[Event]
+    losses: list[float] = field(default_factory=list)
     finished: bool = False
     early: bool = False
     released: bool = False
@@ -53,6 +55,7 @@ class RunState:
             "history": [asdict(event) for event in self.history],
             "finished": self.finished,
             "early": self.early,
+            "losses": list(self.losses),
         }
 
     def rate(self, optimizer: torch.optim.Optimizer) -> float:
@@ -101,13 +104,14 @@ class RunState:
             ever=ever,
             initial_lr=saved["initial_lr"].number(low=0),
             history=history,
+            losses=[] if saved["losses"].value is None else [loss.number() for loss in saved["losses"].items()],
             finished=finished,
             early=saved["early"].flag() if saved["early"].value is not None else len(history) <= updates,
         )
 
     def take_over(self, exchange: Exchange, other: RunState) -> None:
         """Have `exchange` copy all fields of the other."""
-        exchange.fields(self, **{field.name: getattr(other, field.name) for field in fields(other)})
+        exchange.fields(self, **{one.name: getattr(other, one.name) for one in fields(other)})
 
 
 def event_of(costs: CostModel, state: RunState, keep: Tensor, old: Tensor, policy: Policy, start: float) -> Event:

@@ -22,7 +22,7 @@ FIELDS = (
 )
 """Fields of a state of format `FORMAT`."""
 
-LATER = ("extra_states", "early", "buffers")
+LATER = ("extra_states", "early", "buffers", "losses")
 """Fields that states of older versions lack."""
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from numbers import Real
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..exchange import Exchange
 from ..onednn_guard import guard_
 from ..persistence.portable import shrink_
 from ..policies.kit import fit, one_per_group
-from ..policies.shapes import Shape, counts, proposals, stages
+from ..policies.shapes import Shape, counts, structures
 from ..renamed import renamed_arguments
 from ..structure.cost import Cost
 from ..structure.limits import Budget
@@ -337,24 +337,13 @@ def _candidates(
 def _proposed(plan: Plan, rungs: Sequence[int], length: int, wanted: int | None) -> list[tuple[str, Tensor]]:
     """Proposals and their structures: as many as wanted; None: as many as cost less, in all, than a dense network."""
     space, view = plan.space, plan.view(0, plan.space.everything(), 1.0, torch.Generator(), dict)
-    found: dict[tuple[int, ...], tuple[str, Tensor]] = {}
-    flops: list[int] = []
-    for shape in proposals(space, plan.seed):
-        if len(found) == (MOST if wanted is None else wanted):
-            break
-        try:
-            keep = shape.fitted(view)
-        except BudgetError:  # so many layers are too much
-            continue
-        asked = [shape.depths.get(stage, len(units)) for stage, units in stages(space).items()]
-        own = counts(space, keep)
-        if own in found or list(own[len(own) - len(asked) :]) != asked:  # the frame is too narrow for so few layers
-            continue
+    found, flops = list[tuple[str, Tensor]](), list[int]()
+    for name, keep in islice(structures(view, plan.seed), MOST if wanted is None else wanted):
         flops.append(plan.costs.cost(keep).flops)
         if wanted is None and len(flops) > 2 and _most(flops, rungs, length) > _whole(plan.frame_cost.flops, length):
             break
-        found[own] = shape.name, keep
-    return list(found.values())
+        found.append((name, keep))
+    return found
 
 
 def _given(plan: Plan, one: Any) -> Tensor:

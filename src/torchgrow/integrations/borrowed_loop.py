@@ -95,6 +95,11 @@ class BorrowedLoop:
         grower.update()
         return not torch.equal(before, grower.keep)
 
+    def observe(self, loss: Any) -> None:
+        """Hand the training loss of a step on to the policy; None where the loop does not tell it."""
+        if self.grower is not None and loss is not None:
+            self.grower.observe(loss)
+
     def end(self) -> None:
         """Bring the network to its budget."""
         if self.grower is not None and not self.grower.finished:

@@ -110,6 +110,12 @@ class GrowCallback(Callback):
         if self.loop.every_n_steps is not None:
             self.loop.update(trainer.global_step // self.loop.every_n_steps)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """For policies that judge by the training loss: what `training_step` returned, at every batch."""
+        self.loop.observe(outputs.get("loss") if isinstance(outputs, dict) else outputs)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called at every end of training except by an exception."""
         if not trainer.interrupted:

@@ -104,6 +104,10 @@ class GrowCallback(TrainerCallback):
         if self.loop.every_n_steps and self.loop.update(state.global_step // self.loop.every_n_steps):
             self._search_anew(state)
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **given: Any) -> None:
+        """For policies that judge by the training loss: the mean since the last log, the only one callbacks get."""
+        self.loop.observe((logs or {}).get("loss"))
+
     @staticmethod
     def _search_anew(state: Any) -> None:
         state.best_metric, state.best_model_checkpoint, state.best_global_step = None, None, None

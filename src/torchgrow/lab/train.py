@@ -233,6 +233,8 @@ class _Run:
                 self.schedule.step()
             flops, changes = many * (3 * cost.flops + self.lesson) * self.samples, progress.changes
             self.on_step(step, steps)
+            if grower and grower.policy.observes:
+                grower.observe(processes.mean(value))  # the same on all: one writes checkpoints for all
             if grower and step in between:
                 changes = _added(changes, grower.update())
                 at = progress.epoch - 1 + step / steps

@@ -9,6 +9,7 @@ from .named import named
 from .paper import Paper
 from .policy import Policy, View
 from .random import Random
+from .search import Search
 from .shapes import Shape
 from .shrink import Shrink
 
@@ -20,6 +21,7 @@ __all__ = [
     "Paper",
     "Policy",
     "Random",
+    "Search",
     "Shape",
     "Shrink",
     "View",

@@ -9,9 +9,10 @@ from .combined import policy_of
 from .indicators import PRESETS, Method, read_edits
 from .late import Late
 from .policy import Policy
+from .search import Search
 from .shrink import Shrink
 
-BY_CLASS: dict[str, type[Policy]] = {"shrink": Shrink, "late": Late}
+BY_CLASS: dict[str, type[Policy]] = {"shrink": Shrink, "late": Late, "search": Search}
 """Names whose settings are the fields of a class; those of the others are the fields of `Method`."""
 
 NAMES = (*PRESETS, *BY_CLASS)

@@ -35,6 +35,8 @@ class View:
         generator: the only source of random numbers that ranks share and checkpoints keep.
         start: bool [n], the structure that the run begins with, where the user said so; None: `seed` chooses it.
         weights: gives the parameters at their live size, by name, without the gates folded into them; only to read.
+        losses: training losses observed since the last update, one a step, means over all ranks; only for policies
+            that observe, and only in `update`.
     """
 
     space: Space
@@ -47,6 +49,7 @@ class View:
     generator: torch.Generator
     start: Tensor | None = None
     weights: Callable[[], Mapping[str, Tensor]] = dict
+    losses: tuple[float, ...] = ()
 
     def cost(self, keep: Tensor) -> Tensor:
         """Parameters and FLOPs of a structure (bool [n]), int64 [2]."""
@@ -65,6 +68,7 @@ class Policy(ABC):
         gate: what present units are scaled by (m of Eq 1), float64 [n] in (0, 1]; None: they count in full, and
             nothing is folded into the weights.
         sensitive: whether `step` is given the sensitivity, which costs a little in every optimizer step.
+        observes: whether `update` is given the training losses since the last one, which `Grower.observe` takes.
         multiples: multiples at which widths are held when the grower trims or fills up, int64 [groups]; None: any.
         pressure: a number for the history: lambda of Eq 4.
         temperature: numbers for the history, float64 [n]: beta of Eq 7; None where there is none.
@@ -72,6 +76,7 @@ class Policy(ABC):
 
     gate: Tensor | None = None
     sensitive: ClassVar[bool] = False
+    observes: ClassVar[bool] = False
     multiples: Tensor | None = None
     pressure: float = 0.0
     temperature: Tensor | None = None

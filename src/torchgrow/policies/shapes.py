@@ -165,6 +165,29 @@ def proposals(space: Space, seed: int = 0) -> Iterator[Shape]:
     yield from pairs
 
 
+def structures(view: View, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Names of proposals, and their structures exactly at the budget (bool [n]), each structure once.
+
+    Proposals that the frame cannot have at this budget are left out.
+
+    Args:
+        view: the run.
+        seed: as for `proposals`.
+    """
+    found: set[tuple[int, ...]] = set()
+    for shape in proposals(view.space, seed):
+        try:
+            keep = shape.fitted(view)
+        except BudgetError:  # so many layers are too much
+            continue
+        asked = [shape.depths.get(stage, len(units)) for stage, units in stages(view.space).items()]
+        own = counts(view.space, keep)
+        if own in found or list(own[len(own) - len(asked) :]) != asked:  # the frame is too narrow for so few layers
+            continue
+        found.add(own)
+        yield shape.name, keep
+
+
 def _told(depths: Mapping[str, int]) -> str:
     return "layers " + "-".join(str(depth) for depth in depths.values())
 

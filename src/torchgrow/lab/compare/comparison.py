@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from torchgrow import Budget, Method, TorchgrowError
+from torchgrow import Budget, TorchgrowError, policies
 from torchgrow.lab.compare import pruning
 from torchgrow.lab.compare.job import AFTER, Job
 from torchgrow.lab.compare.progress_bars import Bars
@@ -133,7 +133,7 @@ def _check(methods: Sequence[str], recipe: Recipe) -> None:
     for method in methods:
         if method not in {*FIXED, *SYSTEMS}:
             try:
-                Method.named(method)
+                policies.named(method)
             except TorchgrowError as error:
                 raise TorchgrowError(f"{error}; or compare with {', '.join([*FIXED, *SYSTEMS])}") from None
 

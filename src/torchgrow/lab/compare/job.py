@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torchgrow import Method
+from torchgrow import PRESETS, Method, policies
 from torchgrow.lab.names import FIXED, SYSTEMS, UNBUDGETED
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.systems import BEGIN_TRAINED, system
@@ -53,18 +53,24 @@ class Job:
         if self.method in SYSTEMS:
             config["system"] = asdict(system(self.method))
         if base.method not in {*FIXED, *SYSTEMS}:
-            growing = asdict(Method.named(base.preset(), layers=bool(self.recipe.depth)))
-            if not self.recipe.depth:
-                del growing["layer_lag"]  # decides nothing; rows from before there was such a thing stay good
-            method = Method.named(base.preset())
-            if not method.literal:
-                del growing["penalised"], growing["start"], growing["paced"]
-            config["growing"] = growing
-            if growing["draws"] == "ranked" or method.updates:
-                config["updates_per_epoch"] = replace(self.recipe, preset=base.preset()).updates_an_epoch()
+            config |= self._growing(base.preset())
         else:
             config |= {"depth": False, "meta": False}
         return json.loads(json.dumps(decisive(config)))
+
+    def _growing(self, preset: str) -> dict[str, Any]:
+        """How it grows, and how often, as `config` has it."""
+        often = {"updates_per_epoch": replace(self.recipe, preset=preset).updates_an_epoch()}
+        if preset.partition(":")[0] not in PRESETS:
+            policy = policies.named(preset)
+            return {"growing": {"policy": type(policy).__name__, **policy.settings()}, **often}
+        growing = asdict(Method.named(preset, layers=bool(self.recipe.depth)))
+        if not self.recipe.depth:
+            del growing["layer_lag"]  # decides nothing; rows from before there was such a thing stay good
+        method = Method.named(preset)
+        if not method.literal:
+            del growing["penalised"], growing["start"], growing["paced"]
+        return {"growing": growing, **(often if growing["draws"] == "ranked" or method.updates else {})}
 
     def preset(self) -> str:
         """How it grows: "default" is the recipe's own way, and "default:..." what differs from that."""
