@@ -21,7 +21,7 @@ from growing import batch, interrupted_step, sgd
 from layered import Residual, Stages
 from oracle import SmallResNet
 from torchgrow import Budget, Grower, Method, TorchgrowError, load_checkpoint, save_checkpoint
-from torchgrow.policies import View
+from torchgrow.policies import Search, View
 
 EPOCHS, STEPS = 3, 4
 
@@ -52,8 +52,8 @@ def shard(step: int) -> tuple[Tensor, Tensor]:
 
 def make(model: nn.Module, optimizer: Any = sgd, **settings: Any) -> Grower:
     arguments = {"example_inputs": batch(0)[0], "budget": Budget(params="50%"), "updates": EPOCHS + 2}
-    method = Method(ramp=0.5, align=1, settle=0.0)
-    return Grower(model, optimizer(model), preset=method, **{**arguments, **settings})
+    arguments["preset"] = Method(ramp=0.5, align=1, settle=0.0)
+    return Grower(model, optimizer(model), **{**arguments, **settings})
 
 
 def train(net: nn.Module, grower: Grower, first: int, steps: int = STEPS, parts: int = 1) -> None:
@@ -271,6 +271,26 @@ def one_leaves() -> list[Any]:
 
 def leave(view: View) -> tuple[Tensor, bool]:
     raise SystemExit(f"terminated in update {view.update}")
+
+
+def search() -> list[Any]:
+    """Every rank observes a loss of its own; then rank 1 one more, then rank 0 none."""
+    torch.manual_seed(rank())
+    policy = Search(candidates=2, warmup=0, passes=2, skip=0)
+    grower, seen = make(Plain().double(), updates=20, policy=policy, preset=None), []
+    for update in range(6):
+        train(grower.wrap(), grower, update, 1)
+        grower.observe(10.0 * rank() + update)
+        grower.update()
+        seen.append(tensors(grower))
+    said = []
+    for many in ((1, 2), (0, 0)):
+        train(grower.wrap(), grower, 6, 1)
+        for _ in range(many[rank()]):
+            grower.observe(1.0)
+        said.append(message(grower.update))
+        grower.run.state.losses.clear()
+    return [seen, said, list(grower.policy.heard)]  # type: ignore[attr-defined]
 
 
 def old_wrapper() -> list[str]:

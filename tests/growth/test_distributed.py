@@ -33,6 +33,7 @@ SCENARIOS: list[Callable[..., Any]] = [
     ranks.calls_differ,
     ranks.one_fails,
     ranks.one_leaves,
+    ranks.search,
     ranks.old_wrapper,
     ranks.resumed,
     ranks.alone_in_an_update,
@@ -128,6 +129,18 @@ def test_one_that_leaves_ends_the_update_for_all(two: Results) -> None:
     assert here == "rank 1 failed in this update, for the reason given there; nothing was changed on any rank"
     assert there == "terminated in update 1"
     assert events == 2
+
+
+def test_ranks_search_by_the_mean_of_their_losses(two: Results) -> None:
+    """Rank 0 observes 0, 1, 2 ... and rank 1 ten more each; a turn of either shape has 2 or 3 updates."""
+    (here, said, heard), (there, said_1, heard_1) = (found["search"] for found in two)
+    same_everywhere([here, there])
+    assert said == said_1
+    assert heard == heard_1
+    assert heard
+    assert set(heard) <= {5.0 + update for update in range(6)}
+    assert said[0].startswith("the ranks observed different numbers of losses since the last update, [1, 2]; call")
+    assert said[1].startswith("Search judges by training losses, and none was observed since the last update")
 
 
 def test_an_old_wrapper_raises(two: Results) -> None:

@@ -28,6 +28,7 @@ from ..tracing.verification import prove, trace
 from .attaching import check_free
 from .carrying import carried_over
 from .event import Event
+from .observed import observe
 from .run import Run
 from .shown import Shown
 from .start import check_start
@@ -138,18 +139,11 @@ class Grower(Shown):
             return self.run.update()
 
     def observe(self, loss: Tensor | float) -> None:
-        """Tell the policy the training loss of a step; call it after every optimizer step, before `update()`.
+        """Tell the run the training loss of a step, for policies that judge by it; others do not look at it.
 
-        Only policies that judge by it need it, such as `torchgrow.policies.Search`; with others it does nothing. With
-        several processes each gives its own loss; an update takes the means. On a GPU it waits for the loss.
-
-        Args:
-            loss: a number, or a tensor of one; not kept.
-
-        Raises:
-            TorchgrowError: it is no single number.
+        Call it after every optimizer step, on every rank. Not one number: TorchgrowError.
         """
-        self.run.observe(loss)
+        observe(self.run.policy, self.run.state, loss)
 
     def finish(self) -> Event:
         """End the run now: the network is brought to the budget, the bank is emptied, the hooks come off.

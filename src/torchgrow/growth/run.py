@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +33,7 @@ from .event import Event
 from .live_network import LiveNetwork
 from .live_state import LiveState, state_of
 from .loading import Loading
+from .observed import observed
 from .plan import Plan
 from .run_state import RunState, event_of, read_keep
 from .saved import FORMAT, examine
@@ -43,9 +42,6 @@ from .state import fingerprint, read_policy
 from .watch import warn_idle, warn_spread
 
 log = logging.getLogger("torchgrow")
-
-DIVERGED = 1e30
-"""Stands for an observed loss that is not finite: worse than any other, and it can be stored and averaged."""
 
 
 class Asked(Protocol):
@@ -205,19 +201,6 @@ class Run:
         with network.extra_states_set(live):
             exchange.make()
 
-    def observe(self, loss: Tensor | float) -> None:
-        """See `Grower.observe`."""
-        wrong = loss.numel() != 1 if isinstance(loss, Tensor) else isinstance(loss, bool) or not isinstance(loss, Real)
-        if wrong:
-            found = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise TorchgrowError(
-                f"observe takes the training loss of a step, one number, got {found}; call grower.observe(loss) with "
-                "what loss.backward() was called on"
-            )
-        if self.policy.observes and not self.state.finished:
-            value = float(loss.detach() if isinstance(loss, Tensor) else loss)
-            self.state.losses.append(value if math.isfinite(value) else DIVERGED)
-
     def follow(self, module: nn.Module) -> None:
         """See `Grower.follow`."""
         if self.state.finished:
@@ -239,9 +222,9 @@ class Run:
 
     def _update(self, number: int) -> Event:
         start = time.perf_counter()
-        generator = torch.Generator()
-        generator.set_state(self.state.generator.get_state())
-        policy, view = self.policy.copied(), replace(self.view(number), generator=generator, losses=self._losses())
+        generator = torch.Generator().set_state(self.state.generator.get_state())
+        losses = observed(self.policy, self.state, self.ranks)
+        policy, view = self.policy.copied(), replace(self.view(number), generator=generator, losses=losses)
         wanted = policy.update(view)
         if not isinstance(wanted, tuple) or len(wanted) != 2:
             raise TorchgrowError(
@@ -253,29 +236,6 @@ class Run:
             keep = self.plan.fitted(keep, policy, view)
         policy.applied(replace(view, keep=keep))
         return self._change_to(keep, policy, generator, start)
-
-    def _losses(self) -> tuple[float, ...]:
-        """Training losses since the last update, means over the ranks; none where the policy asks for none.
-
-        Raises:
-            TorchgrowError: it asks, and none was observed, or not equally many on all ranks.
-        """
-        if not self.policy.observes:
-            return ()
-        found = self.ranks.gather(self.state.losses)
-        numbers = [len(losses) for losses in found]
-        if len({*numbers}) > 1:
-            raise TorchgrowError(
-                f"the ranks observed different numbers of losses since the last update, {numbers}; call "
-                "grower.observe(loss) on every rank after every optimizer step. Nothing was changed"
-            )
-        if not found[0]:
-            raise TorchgrowError(
-                f"{type(self.policy).__name__} judges by training losses, and none was observed since the last update; "
-                "call grower.observe(loss) after every optimizer.step(), before update(). In the Trainer of "
-                "transformers set logging_steps=1; in Lightning return the loss from training_step. Nothing was changed"
-            )
-        return tuple(sum(losses) / len(found) for losses in zip(*found, strict=True))
 
     def _finish(self, early: bool = False) -> Event:
         start, old = time.perf_counter(), self.live.keep

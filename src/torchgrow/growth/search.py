@@ -336,7 +336,7 @@ def _candidates(
 
 def _proposed(plan: Plan, rungs: Sequence[int], length: int, wanted: int | None) -> list[tuple[str, Tensor]]:
     """Proposals and their structures: as many as wanted; None: as many as cost less, in all, than a dense network."""
-    space, view = plan.space, plan.view(0, plan.space.everything(), 1.0, torch.Generator(), dict)
+    view = plan.view(0, plan.space.everything(), 1.0, torch.Generator(), dict)
     found, flops = list[tuple[str, Tensor]](), list[int]()
     for name, keep in islice(structures(view, plan.seed), MOST if wanted is None else wanted):
         flops.append(plan.costs.cost(keep).flops)
