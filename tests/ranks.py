@@ -290,7 +290,7 @@ def search() -> list[Any]:
             grower.observe(1.0)
         said.append(message(grower.update))
         grower.run.state.losses.clear()
-    return [seen, said, list(grower.policy.heard)]  # type: ignore[attr-defined]
+    return [seen, said, grower.policy.sums.tolist()]  # type: ignore[attr-defined]
 
 
 def old_wrapper() -> list[str]:
