@@ -132,7 +132,7 @@ def test_one_that_leaves_ends_the_update_for_all(two: Results) -> None:
 
 
 def test_ranks_search_by_the_mean_of_their_losses(two: Results) -> None:
-    """Rank 0 observes 0, 1, 2 ... and rank 1 ten more, so 5, 6, 7 ... on average; two updates to every turn, A B B A."""
+    """Rank 0 observes 0, 1, 2 ... and rank 1 ten more, on average 5, 6, 7 ...; two updates to every turn, A B B A."""
     (here, said, sums), (there, said_1, sums_1) = (found["search"] for found in two)
     same_everywhere([here, there])
     assert said == said_1
