@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import torchgrow
 from torchgrow import Budget, Grower, TorchgrowError, portable_
 from torchgrow.integrations.borrowed_loop import BorrowedLoop, one_process
+from torchgrow.policies import Search
 
 BUDGET = Budget(params="50%")
 X, Y = torch.randn(64, 6, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 3
@@ -78,6 +79,26 @@ def test_a_loop_that_begins_twice_grows_once() -> None:
     loop.end()
     assert loop.grower is final
     assert final.cost() == cost
+
+
+def test_a_loop_hands_losses_on_to_policies_that_ask() -> None:
+    policy = Search(candidates=2, warmup=0, passes=2, skip=0)
+    loop, model = BorrowedLoop(BUDGET, 16, None, {"policy": policy}), net()
+    loop.observe(1.0)  # before it begins
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loop.begin(model, [optimizer], X[:2], 16)
+    assert loop.grower is not None
+    for due in range(8):
+        nn.functional.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+        loop.observe(None)  # where a step tells none
+        loop.observe(torch.tensor(float(due)))
+        loop.update(due + 1)
+    first, second = loop.grower.policy.losses.values()  # type: ignore[attr-defined]
+    assert (first, second) == ([(0 + 1 + 6 + 7) / 4], [(2 + 3 + 4 + 5) / 4])
+    other, plain = BorrowedLoop(BUDGET, 16, None, {}), net()
+    other.begin(plain, [torch.optim.SGD(plain.parameters(), lr=0.1)], X[:2], 16)
+    other.observe("anything")
 
 
 def test_what_a_loop_refuses() -> None:

@@ -97,8 +97,8 @@ class BorrowedLoop:
 
     def observe(self, loss: Any) -> None:
         """Hand the training loss of a step on to the policy; None where the loop does not tell it."""
-        if self.grower is not None and loss is not None:
-            self.grower.observe(loss)
+        if self.grower is not None and self.grower.policy.observes and loss is not None:
+            self.grower.observe(loss)  # other policies do not mind what a training step returns
 
     def end(self) -> None:
         """Bring the network to its budget."""
