@@ -324,7 +324,8 @@ def compare(
         str,
         typer.Option(
             help=f"Names with spaces between: {', '.join(names.FIXED)}; systems of other papers: "
-            f"{', '.join(names.SYSTEMS)} (shrink:until=0.3 and so on); or ways to grow: {', '.join(PRESETS)}, "
+            f"{', '.join(name for name in names.SYSTEMS if name != 'shrink')}; shrink, the trained dense one made "
+            f"smaller, shrink:until=0.3 and so on; or ways to grow: {', '.join(PRESETS)}, "
             "default:peak=1,gates=True and so on."
         ),
     ] = "dense uniform default",

@@ -20,6 +20,7 @@ from torchgrow.lab.compare import compare
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.recurrent import LSTM
 from torchgrow.lab.rises import FEW, rises_of
+from torchgrow.lab.systems.shrink import Shrinking
 from torchgrow.lab.text import TextData
 from torchgrow.policies import Shrink, named
 
@@ -91,7 +92,10 @@ def test_on_a_text_it_is_the_beginning_of_the_training_part_with_the_state_carri
 
 
 def test_where_nothing_is_trained_or_measured_it_is_refused() -> None:
-    with pytest.raises(TorchgrowError, match="preset must be without allocation=measured where nothing is trained yet"):
+    with pytest.raises(
+        TorchgrowError,
+        match=r"preset must be without allocation=measured where nothing is trained \(torchgrow shrink digits --from",
+    ):
         replace(recipes.get("digits"), preset="shrink:allocation=measured")
     with pytest.raises(TorchgrowError, match='rises and allocation="measured" go together'):
         named("shrink:allocation=measured")
@@ -99,8 +103,10 @@ def test_where_nothing_is_trained_or_measured_it_is_refused() -> None:
     grow = partial(Grower, model, torch.optim.SGD(model.parameters(), lr=0.1), example_inputs=torch.zeros(2, 1, 4, 4))
     with pytest.raises(TorchgrowError, match='rises and allocation="measured" go together'):
         grow(budget=Budget(params="50%"), updates=2, preset="shrink:allocation=measured")
-    with pytest.raises(TorchgrowError, match="'rises=1' in preset 'shrink:rises=1' is not a setting of"):
+    with pytest.raises(TorchgrowError, match=r"'rises=1' in preset 'shrink:rises=1' is not a setting of .*, align\)"):
         named("shrink:rises=1")
+    assert Shrinking("shrink:allocation=measured").settings["rises"] == {"batches": 8}
+    assert Shrinking().settings["rises"] is None
     policy = named("shrink:allocation=measured,until=0.5", rises={"a": 1.0})
     assert isinstance(policy, Shrink)
     assert (policy.until, policy.rises) == (0.5, {"a": 1.0})

@@ -28,7 +28,7 @@ from torchgrow.lab.systems.netadapt import candidates, targets
 from torchgrow.lab.systems.pfp import distinct, draws, sample_size, sensitivity
 from torchgrow.lab.systems.sfp import Soft
 from torchgrow.lab.systems.structure import Structure
-from torchgrow.lab.systems.system import held_out, scaled, tuned
+from torchgrow.lab.systems.system import fine_tuned, held_out, scaled, tuned
 from torchgrow.lab.systems.thinet import ThiNet, discarded, rescaled
 from torchgrow.lab.text import TextData
 
@@ -67,6 +67,8 @@ def test_the_page_on_compared_systems_has_them_all() -> None:
 def test_published_epochs_are_scaled_to_the_recipes_and_are_two_at_least() -> None:
     recipe = replace(recipes.get("digits"), epochs=20)
     assert [scaled(40, 160, recipe), scaled(160, 160, recipe), scaled(1, 160, recipe)] == [5, 20, 2]
+    assert (fine_tuned(recipe).epochs, fine_tuned(replace(recipe, then=12)).epochs) == (10, 16)
+    assert fine_tuned(replace(recipe, then=12)).then == 0
     calm = tuned(recipe, 5, 0.01)
     assert (calm.epochs, calm.lr, calm.milestones_in_epochs()) == (5, recipe.lr * 0.01, [])
 

@@ -98,7 +98,9 @@ def test_all_image_systems_end_within_the_budget_and_all_is_counted(tmp_path: Pa
 
 
 def test_on_a_text_systems_end_within_the_budget_beside_the_dense_network(tmp_path: Path) -> None:
-    rows = {row["method"]: row for row in run(tmp_path, "dense iss sfp morphnet shrink darts mnasnet", TEXT)}
+    methods = "dense iss sfp morphnet shrink shrink:importance=bn_scale darts mnasnet"
+    rows = {row["method"]: row for row in run(tmp_path, methods, TEXT)}
+    assert "reads the scales of batch norms" in rows["shrink:importance=bn_scale"]["error"]
     assert "DARTS is written for images" in rows["darts"]["error"]
     assert "mnasnet reads images of three colours, and recipe 'lstm-ptb' trains on a text" in rows["mnasnet"]["error"]
     for name in ("iss", "sfp", "morphnet", "shrink"):

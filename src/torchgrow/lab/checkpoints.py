@@ -1,5 +1,6 @@
 """Checkpoints of one network while it trains: where the training stands, and what its model and optimizer hold."""
 
+import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,10 @@ def write_whole(path: Path, text: str) -> None:
     """Write a file, which holds it whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(f".{path.name}")
-    half.write_text(text)
+    with half.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # else a loss of power may leave an empty file
     half.replace(path)
 
 

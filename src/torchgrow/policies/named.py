@@ -40,10 +40,11 @@ def named(text: str, *, layers: bool = False, rises: Mapping[str, float] | None 
     try:
         changed = read_edits(plain, edits)
     except ValueError as edit:
-        some = ",".join(f"{key}={value}" for key, value in list(plain.settings().items())[:2])
+        typed = {key: value for key, value in plain.settings().items() if value is not None}
+        some = ",".join(f"{key}={value}" for key, value in list(typed.items())[:2])
         raise TorchgrowError(
             f"{str(edit)!r} in preset {text!r} is not a setting of torchgrow.policies.{type(plain).__name__} with its "
-            f"value; write it like {name}:{some} (settings: {', '.join(plain.settings())})"
+            f"value; write it like {name}:{some} (settings: {', '.join(typed)})"
         ) from None
     if changed.get("allocation") == "measured":
         changed["rises"] = rises

@@ -159,7 +159,8 @@ class Recipe:
         except TorchgrowError as error:
             raise TorchgrowError(f"recipe {self.name!r}: {error}") from None
         measured = isinstance(policy, policies.Shrink) and policy.rises is not None
-        need("preset", not measured or bool(self.weights), "without allocation=measured where nothing is trained yet")
+        trained = f"without allocation=measured where nothing is trained (torchgrow shrink {self.name} --from WEIGHTS)"
+        need("preset", not measured or bool(self.weights), trained)
         need("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
         need("seed", self.seed >= 0, "at least 0")
         need("threads", self.threads is None or self.threads >= 1, "at least 1, or None")

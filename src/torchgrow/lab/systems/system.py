@@ -172,5 +172,5 @@ def tuned(recipe: Recipe, epochs: int, share: float, milestones: tuple[float, ..
 
 
 def fine_tuned(recipe: Recipe) -> Recipe:
-    """The recipe for fine-tuning where no source says how: half its epochs, at least 2, and a tenth of its rate."""
-    return replace(recipe, epochs=max(2, recipe.epochs // 2), lr=0.1 * recipe.lr)
+    """The recipe for fine-tuning where no source says how: half of all epochs, at least 2, a tenth of its rate."""
+    return replace(recipe, epochs=max(2, (recipe.epochs + recipe.then) // 2), then=0, lr=0.1 * recipe.lr)
