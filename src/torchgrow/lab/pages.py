@@ -179,6 +179,7 @@ def summary(folder: Path) -> str:
             more = f" and {config['then']} more" if config.get("then") else ""
             length = f"{config['epochs']}{more} epochs of {config['samples'][0]:,}, {config['schedule']}"
             length += f", up to {config['largest_batch']:,} a step" if config.get("largest_batch") else ""
+            length += f", {config['precision']}" if config["precision"] != "float32" else ""
             task = f"{config['name']}, {budget.replace('<=', 'at most')}, {length}"
             body.append(
                 [
