@@ -57,7 +57,7 @@ def write_whole(path: Path, text: str) -> None:
     """Write a file, which holds it whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(f".{path.name}")
-    with half.open("w") as file:
+    with half.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())  # else a loss of power may leave an empty file

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from torchgrow import TorchgrowError
+from torchgrow.lab.checkpoints import write_whole
 from torchgrow.lab.train import Epoch
 
 try:
@@ -78,12 +79,7 @@ class RunFolder:
 
     def write_json(self, name: str, value: object) -> None:
         """Write ``value`` to the file ``name``, which holds it whole or not at all."""
-        half = self.path / f".{name}"
-        with half.open("w") as file:
-            file.write(json.dumps(value, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        half.replace(self.path / name)
+        write_whole(self.path / name, json.dumps(value, indent=2) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
         """What `write_json` wrote to the file ``name``; empty if it is not there."""
@@ -113,12 +109,7 @@ class RunFolder:
         """
         path, before = self.path / "metrics.jsonl", self.epochs()
         kept = [r for r in before if r.network != record.network or r.epoch < record.epoch]
-        half = self.path / ".metrics.jsonl"
-        with half.open("w") as file:
-            file.writelines(json.dumps(asdict(r)) + "\n" for r in (*kept, record))
-            file.flush()
-            os.fsync(file.fileno())
-        half.replace(path)
+        write_whole(path, "".join(json.dumps(asdict(r)) + "\n" for r in (*kept, record)))
 
 
 def lock(path: Path) -> int:

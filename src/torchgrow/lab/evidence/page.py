@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from torchgrow import TorchgrowError
+from torchgrow.lab.checkpoints import write_whole
 from torchgrow.lab.display import short, span
 from torchgrow.lab.evidence.drawing import themes
 from torchgrow.lab.evidence.pictures import PICTURES, Picture
@@ -59,7 +60,6 @@ def write(sources: Sequence[Path], out: Path) -> list[str]:
             'rows say why ("error"); mend that, take these rows out, and give torchgrow compare again'
         )
     folder = out.with_suffix("")
-    out.parent.mkdir(parents=True, exist_ok=True)
     parts = [_part(number, task, folder) for number, task in enumerate(tasks, start=1)]
     seen = {shown.picture.name for part in parts for shown in part["shown"] + part["folded"]}
     absent = [picture for picture in PICTURES if picture.name not in seen]
@@ -79,7 +79,7 @@ def write(sources: Sequence[Path], out: Path) -> list[str]:
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         words={**FIXED, **SYSTEMS},
     )
-    out.write_text(text, encoding="utf-8")
+    write_whole(out, text)
     return [f"{picture.title} ({picture.of_paper}): {picture.command}" for picture in absent]
 
 
@@ -131,7 +131,7 @@ def _headline(budgets: dict[str, Task], budget: str) -> str:
 def _shown(picture: Picture, task: Task, prefix: str, folder: Path) -> Shown:
     panels = []
     for number, panel in enumerate(picture.draw(task), start=1):
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         name = f"{prefix}-{picture.name}-{number}"
         panel.write(folder / name)
         panels.append((Markup(panel.svg(name, picture.caption)), panel.wide, f"{folder.name}/{name}"))
