@@ -11,6 +11,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from rich.console import Console
+from rich.progress import track
 
 from torchgrow import TorchgrowError
 from torchgrow.lab.checkpoints import write_whole
@@ -60,7 +62,9 @@ def write(sources: Sequence[Path], out: Path) -> list[str]:
             'rows say why ("error"); mend that, take these rows out, and give torchgrow compare again'
         )
     folder = out.with_suffix("")
-    parts = [_part(number, task, folder) for number, task in enumerate(tasks, start=1)]
+    console = Console(stderr=True)
+    each = track(tasks, "drawing", console=console, transient=True, disable=not console.is_terminal)
+    parts = [_part(number, task, folder) for number, task in enumerate(each, start=1)]
     seen = {shown.picture.name for part in parts for shown in part["shown"] + part["folded"]}
     absent = [picture for picture in PICTURES if picture.name not in seen]
     light, dark = themes()
