@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import math
+import shutil
 import subprocess
 import time
 from dataclasses import replace
@@ -291,6 +292,27 @@ def test_a_stopped_run_stays_readable_and_partial(
     assert [record["epoch"] for record in lines(left)] == [1, 2]
     assert (left / "stopped.txt").read_text().startswith(type(error).__name__)
     assert json.loads((left / "config.json").read_text())["name"] == "digits"
+
+
+def test_a_folder_that_is_moved_away_while_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not made anew with what comes later in it, which would look like a whole run; put back, it goes on."""
+    whole, left, moved = RunFolder.append, tmp_path / "out.partial", tmp_path / "moved"
+
+    def moving(folder: RunFolder, record: Epoch) -> None:
+        whole(folder, record)
+        if record.epoch == 2:
+            left.rename(moved)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append", moving)
+        with pytest.raises(TorchgrowError, match=r"out\.partial was moved or deleted while this run was writing"):
+            run.run(TINY, console=quiet(), out=tmp_path / "out")
+    assert [record["epoch"] for record in lines(moved)] == [1, 2]
+    assert not (left / "metrics.jsonl").exists()
+    shutil.rmtree(left, ignore_errors=True)
+    moved.rename(left)
+    run.resume(tmp_path / "out", console=quiet())
+    assert [record["epoch"] for record in lines(tmp_path / "out")] == 3 * [*range(1, TINY.epochs + 1)]
 
 
 def test_bad_data_leaves_no_folder(tmp_path: Path) -> None:

@@ -73,13 +73,17 @@ class RunFolder:
             self.path.rename(self.out)
             (self.out / LOCK).unlink(missing_ok=True)
             shutil.rmtree(self.out / "checkpoints", ignore_errors=True)  # the network has been saved
-        else:
+        elif self.path.is_dir():
             (self.path / "stopped.txt").write_text(f"{type(error).__name__}: {error}\n")
         os.close(self._lock)
 
     def write_json(self, name: str, value: object) -> None:
-        """Write ``value`` to the file ``name``, which holds it whole or not at all."""
-        write_whole(self.path / name, json.dumps(value, indent=2) + "\n")
+        """Write ``value`` to the file ``name``, which holds it whole or not at all.
+
+        Raises:
+            TorchgrowError: the folder is no longer there.
+        """
+        self._write(name, json.dumps(value, indent=2) + "\n")
 
     def read_json(self, name: str) -> dict[str, Any]:
         """What `write_json` wrote to the file ``name``; empty if it is not there."""
@@ -106,10 +110,20 @@ class RunFolder:
 
         Lines of this or a later epoch of the same network go: a run that was stopped has written them after the
         checkpoint from which it goes on.
+
+        Raises:
+            TorchgrowError: the folder is no longer there.
         """
-        path, before = self.path / "metrics.jsonl", self.epochs()
-        kept = [r for r in before if r.network != record.network or r.epoch < record.epoch]
-        write_whole(path, "".join(json.dumps(asdict(r)) + "\n" for r in (*kept, record)))
+        kept = [r for r in self.epochs() if r.network != record.network or r.epoch < record.epoch]
+        self._write("metrics.jsonl", "".join(json.dumps(asdict(r)) + "\n" for r in (*kept, record)))
+
+    def _write(self, name: str, text: str) -> None:
+        if not (self.path / LOCK).exists():  # a folder made anew would hold half of the run, and look whole
+            raise TorchgrowError(
+                f"{self.path} was moved or deleted while this run was writing to it; put it back and go on with it "
+                f"(torchgrow run --resume {self.out}), or start anew"
+            )
+        write_whole(self.path / name, text)
 
 
 def lock(path: Path) -> int:
