@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lookalikes import Prodigy
 from oracle import Eq6, SmallResNet
 from torchgrow import Budget, Event, Grower, Limits, Method, Space
 from torchgrow.policies import Policy, View
@@ -43,6 +44,15 @@ def batch(step: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == wide]} for wide in (True, False)]
+    return torch.optim.AdamW(groups, 0.01, amsgrad=True)
+
+
+def prodigy(model: nn.Module) -> torch.optim.Optimizer:
+    return Prodigy(model.parameters())
 
 
 def make(
@@ -194,3 +204,9 @@ def interrupted_step(optimizer: torch.optim.Optimizer) -> None:
     with suppress(KeyboardInterrupt):
         optimizer.step()
     handle.remove()
+
+
+def refusing() -> tuple[Grower, dict[str, Any]]:
+    """A grower that will refuse, and all that must stay as it is; tests share it, since it does."""
+    grower = run(make("paper", updates=6), 1)
+    return grower, everything(grower)

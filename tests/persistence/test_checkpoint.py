@@ -14,31 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from growing import (
-    batch,
-    differences,
-    everything,
-    make,
-    run,
-    sgd,
-    train,
-)
-from lookalikes import Prodigy, SlowWeights
+from growing import adamw, batch, differences, everything, make, prodigy, run, sgd, train
+from lookalikes import SlowWeights
 from torchgrow import Budget, Grower, TorchgrowError, load_checkpoint, save_checkpoint
 from torchgrow.persistence.folder import pack
 
 
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == wide]} for wide in (True, False)]
-    return torch.optim.AdamW(groups, 0.01, amsgrad=True)
-
-
 def rmsprop(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.RMSprop(model.parameters(), 1e-3, centered=True, momentum=0.5)
-
-
-def prodigy(model: nn.Module) -> torch.optim.Optimizer:
-    return Prodigy(model.parameters())
 
 
 def slow_weights(model: nn.Module) -> torch.optim.Optimizer:

@@ -19,14 +19,7 @@ import torchgrow.exchange
 import torchgrow.persistence.folder
 import torchgrow.structure.bank
 from damage import damage, reseal
-from growing import (
-    batch,
-    differences,
-    everything,
-    make,
-    run,
-    train,
-)
+from growing import batch, differences, everything, make, refusing, run, train
 from oracle import SmallResNet
 from torchgrow import Grower, SavedModelError, TorchgrowError, TrainingError, load_checkpoint, save_checkpoint
 from torchgrow.persistence.checkpoint import RECORD, TENSORS
@@ -176,9 +169,7 @@ WRITES = ["safetensors", "json", "fsync", "rename", "mkdir"]
 
 @pytest.fixture(scope="module")
 def other() -> tuple[Grower, dict[str, Any]]:
-    """A grower that will refuse, and all that must stay as it is; tests share it, since it does."""
-    grower = run(make("paper", updates=6), 1)
-    return grower, everything(grower)
+    return refusing()
 
 
 @pytest.mark.parametrize("where", WRITES)

@@ -13,26 +13,19 @@ import torchgrow.exchange
 import torchgrow.persistence.folder
 import torchgrow.structure.bank
 from growing import (
+    adamw,
     breaking,
     differences,
     everything,
     failing,
     interrupted_step,
     make,
+    prodigy,
+    refusing,
     run,
     train,
 )
-from lookalikes import Prodigy
 from torchgrow import Grower, SavedModelError, TorchgrowError, TrainingError, load_checkpoint, save_checkpoint
-
-
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == wide]} for wide in (True, False)]
-    return torch.optim.AdamW(groups, 0.01, amsgrad=True)
-
-
-def prodigy(model: nn.Module) -> torch.optim.Optimizer:
-    return Prodigy(model.parameters())
 
 
 def frame(**arguments: Any) -> Callable[[], Grower]:
@@ -191,9 +184,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
 
 @pytest.fixture(scope="module")
 def other() -> tuple[Grower, dict[str, Any]]:
-    """A grower that will refuse, and all that must stay as it is; tests share it, since it does."""
-    grower = run(make("paper", updates=6), 1)
-    return grower, everything(grower)
+    return refusing()
 
 
 @pytest.mark.parametrize("name", BAD)
