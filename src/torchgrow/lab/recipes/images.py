@@ -256,7 +256,7 @@ def resnet18_imagenette() -> Recipe:
         batch_size=128,
         side=64,
         lr=0.1,
-        schedule=_schedule(small=True),
+        schedule="wsd",
         weight_decay=5e-4,
         shift=4,
         mirror=True,
