@@ -385,7 +385,7 @@ def readme(text: str) -> str:
     """README's text with its table made anew."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{summary(COMPARISONS)}\n{END}{after}"
+    return f"{before}{BEGIN}\n{summary(COMPARISONS, briefly=True)}\n{END}{after}"
 
 
 def drawn() -> dict[str, list[Row]]:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from measured import results_file, row
 from torchgrow import TorchgrowError
 from torchgrow.cli import app
+from torchgrow.lab import recipes
 from torchgrow.lab.compare import RESULTS
 from torchgrow.lab.evidence.tables import PAPER, beside
 
@@ -151,6 +152,17 @@ def test_of_settings_alike_the_one_with_more_methods_stands_here(tmp_path: Path)
     short += [cifar(name, 0, 70.0, epochs=20, budget="params <= 90%", params=900) for name in ("sfp", "pfp")]
     results_file(path, [cifar("paper", 0, 90.0), *short])
     assert all(one[1] != "here, short" for one in beside(1, tmp_path).lines["ResNet-20"])
+
+
+def test_of_settings_that_have_the_same_the_recipes_own_schedule_stands_here(tmp_path: Path) -> None:
+    """What was measured under another one first does not stand for the recipe for ever, however many rows it has."""
+    path = tmp_path / "resnet20-cifar10.jsonl"
+    own, other = cifar("paper", 0, 80.0, epochs=20), [cifar("paper", seed, 60.0, epochs=20) for seed in range(3)]
+    own["config"]["schedule"] = recipes.get("resnet20-cifar10").schedule
+    for one in other:
+        one["config"]["schedule"] = "milestones"
+    results_file(path, [*other, own])
+    assert line(beside(1, tmp_path), "ResNet-20", "the paper's method")[2] == "80.00"
 
 
 def test_a_train_phase_counts_and_data_drawn_for_a_trial_does_not(tmp_path: Path) -> None:

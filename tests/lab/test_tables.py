@@ -139,3 +139,22 @@ def test_a_gap_is_won_back_only_where_there_is_one(tables: Any, metric: Any, den
     some = [{"method": m, "seed": s, **blank, metric.name: x} for m, x in scores.items() for s in (0, 1)]
     assert pages.won_back([*some, {**some[0], "seed": 2}], metric).startswith(text)
     assert pages.won_back(some[2:], metric) == ""
+
+
+def test_in_short_leaves_out_what_was_measured_under_a_schedule_given_up(tables: Any) -> None:
+    """But for recipes that have nothing else yet; the whole page has all of it, under headings that differ."""
+    then = [row(method, replace(RECIPE, schedule="milestones")) for method in ("uniform", "default")]
+    now = [row(method) for method in ("uniform", "default")]
+    for one in (*then, *now):
+        one |= {"seed": 0, "params": 360, "flops": 5, "train_flops": 5, "dense_params": 1000, "dense_flops": 10}
+        one |= {"dense_train_flops": 10, "train_flops_paper_rule": 5, "seconds": 1.0, "dense_seconds": 2.0}
+        one["versions"] = {"cpu": "a CPU", "cores": 2, "threads": 1, "torch": "2"}
+    labels(tables, [*then, *now])
+    folder = tables.ROOT / "results" / "compare"
+    briefly, whole = pages.summary(folder, briefly=True).splitlines()[4:], pages.summary(folder).splitlines()[4:]
+    assert [", wsd" in one for one in briefly] == [True]
+    assert [", milestones" in one for one in whole] == [True, False]
+    heads = [one for one in pages.comparisons(folder, "pictures").splitlines() if one.startswith("### ")]
+    assert len(heads) == len(set(heads)) == 2
+    labels(tables, then)
+    assert ", milestones" in pages.summary(folder, briefly=True)

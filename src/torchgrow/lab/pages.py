@@ -161,11 +161,39 @@ def _parts(folder: Path, pictures: str) -> dict[str, list[str]]:
     return parts
 
 
-def summary(folder: Path) -> str:
-    """One table of what holds now: every recipe and budget at which grown and uniform networks were measured."""
+def length(config: Row) -> str:
+    """How long and how rows were trained, in a few words: what tells settings of one recipe apart."""
+    more = f" and {config['then']} more" if config.get("then") else ""
+    words = f"{config['epochs']}{more} epochs of {config['samples'][0]:,}, {config['schedule']}"
+    words += f", up to {config['largest_batch']:,} a step" if config.get("largest_batch") else ""
+    words += f", {config['precision']}" if config["precision"] != "float32" else ""
+    return words + ", held out" * config["validate"]
+
+
+def _twins(found: list[Row]) -> list[Row]:
+    """Rows of the seeds at which growing and the uniform twin were both measured, at any budget."""
+    return [row for some in by_budget(found).values() for row in of_common_seeds(some, "uniform", "default")]
+
+
+def own_schedule(config: Row) -> bool:
+    """Whether rows were trained under the learning-rate schedule that their recipe has now."""
+    return bool(config["schedule"] == _scaled(config["name"], config)[0].schedule)
+
+
+def summary(folder: Path, *, briefly: bool = False) -> str:
+    """One table of what holds now: every recipe and budget at which grown and uniform networks were measured.
+
+    Args:
+        folder: of results files.
+        briefly: leave out rows under another schedule than the recipe's, where there are some under its own.
+    """
     body = []
-    for found in alike(folder).values():
-        for budget, some in by_budget(found).items() if section(found) == "now" else ():
+    settings = [found for found in alike(folder).values() if section(found) == "now" and _twins(found)]
+    own = {found[0]["recipe"] for found in settings if own_schedule(found[0]["config"])}
+    for found in settings:
+        if briefly and found[0]["recipe"] in own and not own_schedule(found[0]["config"]):
+            continue
+        for budget, some in by_budget(found).items():
             both = of_common_seeds(some, "uniform", "default")
             if not both:
                 continue
@@ -175,12 +203,7 @@ def summary(folder: Path) -> str:
                 method: [row[metric.name] for row in some if row["method"] == method and "error" not in row]
                 for method in ("default", "uniform", "direct", "dense")
             }
-            config = found[0]["config"]
-            more = f" and {config['then']} more" if config.get("then") else ""
-            length = f"{config['epochs']}{more} epochs of {config['samples'][0]:,}, {config['schedule']}"
-            length += f", up to {config['largest_batch']:,} a step" if config.get("largest_batch") else ""
-            length += f", {config['precision']}" if config["precision"] != "float32" else ""
-            task = f"{config['name']}, {budget.replace('<=', 'at most')}, {length}"
+            task = f"{found[0]['config']['name']}, {budget.replace('<=', 'at most')}, {length(found[0]['config'])}"
             body.append(
                 [
                     f"{task} ({metric.name}{metric.unit.rstrip()})",
@@ -265,9 +288,9 @@ def compared(found: list[Row], budget: str, some: list[Row]) -> str:
     if config.get("validate") and config["samples"][0] < (config["subset"] or 0):
         judged += " (a fifth of the subset: rows of before `--validate` took those outside it)"
     return (
-        f"### {config['name']}, {budget}\n\n{config['model']} {config['model_arguments']}, {config['samples'][0]:,} "
-        f"training samples, {config['epochs']} epochs, {config['precision']}; judged by {judged}; mean ± standard "
-        "deviation over seeds, differences paired by seed.\n\nCommand: `torchgrow compare "
+        f"### {config['name']}, {budget}, {length(config)}\n\n"
+        f"{config['model']} {config['model_arguments']}; judged by {judged}; mean ± standard deviation over seeds, "
+        "differences paired by seed.\n\nCommand: `torchgrow compare "
         f"{config['name']}{options(config)}`. Measured on {machine(found, 'versions')}.\n\n"
         + grid(head, body)
         + f"\n\n{won_back(some, metric)}"
@@ -310,4 +333,5 @@ def along(budgets: dict[str, list[Row]]) -> str:
     head = ["budget", "n", f"uniform, {unit}", f"default, {unit}", "default minus uniform (95 % interval)"]
     for cost in ("parameters", "FLOPs", "all training FLOPs"):
         head += [f"uniform, {cost} / dense", f"default, {cost} / dense"]
-    return f"### {first[0]['recipe']}: growing beside the uniform twin along the budgets\n\n" + grid(head, body)
+    how = length(first[0]["config"])
+    return f"### {first[0]['recipe']}, {how}: growing beside the uniform twin along the budgets\n\n" + grid(head, body)

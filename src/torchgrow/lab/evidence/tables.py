@@ -15,7 +15,7 @@ from torchgrow import TorchgrowError
 from torchgrow.lab import recipes
 from torchgrow.lab.compare import RESULTS
 from torchgrow.lab.evidence.rows import Task, in_words, read
-from torchgrow.lab.pages import Row, grid, spread
+from torchgrow.lab.pages import Row, grid, own_schedule, spread
 
 PAPER = json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
 """The paper's numbers, with their source. A cell that the paper leaves empty is not there."""
@@ -74,8 +74,9 @@ def beside(number: int, results: Path) -> Beside:
 
     What counts as measured here: rows of the recipe that the table's network has here, on its data and judged by test
     data, in the setting with most training (epochs x samples) and, of those alike, most of the table's methods, then
-    most rows. Where a shorter setting has more of these methods, it has lines of its own, "here, short". Of the budgets
-    of a setting, the one whose networks keep a share nearest to the paper's; all methods stand at that one budget.
+    the recipe's own schedule, then most rows. Where a shorter setting has more of these methods, it has lines of its
+    own, "here, short". Of the budgets of a setting, the one whose networks keep a share nearest to the paper's; all
+    methods stand at that one budget.
 
     Args:
         number: 1 to 8.
@@ -117,8 +118,11 @@ def _measured(group: dict[str, Any], results: Path) -> tuple[dict[str, Task], li
     def training(task: Task) -> int:
         return _epochs(task.config) * int(task.config["samples"][0])
 
-    longest = max(found, key=lambda one: (training(one[0]), methods(one[0]), len(one[0].fine)))
-    fullest = max(found, key=lambda one: (methods(one[0]), training(one[0]), len(one[0].fine)))
+    def rest(task: Task) -> tuple[bool, int]:
+        return own_schedule(task.config), len(task.fine)
+
+    longest = max(found, key=lambda one: (training(one[0]), methods(one[0]), *rest(one[0])))
+    fullest = max(found, key=lambda one: (methods(one[0]), training(one[0]), *rest(one[0])))
     chosen = {"here": longest}
     if methods(fullest[0]) > methods(longest[0]):
         chosen["here, short"] = fullest
