@@ -1,16 +1,20 @@
-"""Tasks for compared systems: a few images of 4 x 4 pixels, and a network of two convolutions."""
+"""Tasks for compared systems: images of 4 x 4 pixels with networks of a few convolutions, and a text of 7 words."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from torchgrow import Budget
 from torchgrow.lab import recipes
 from torchgrow.lab.data import ImageData, Images
+from torchgrow.lab.recurrent import LSTM
 from torchgrow.lab.systems import Task
+from torchgrow.lab.text import TextData
 
 SIDE = 4
 
@@ -21,7 +25,7 @@ def images(n: int) -> Images:
     return Images(pixels=pixels, labels=torch.arange(n) % 2)
 
 
-def task_of(build: Callable[[], nn.Module], budget: Budget, **changes: object) -> Task:
+def task_of(build: Callable[[], nn.Module], budget: Budget, epochs: int = 2, **changes: object) -> Task:
     """A task on 40 images of 4 x 4 pixels in two classes."""
     data = ImageData(train=images(40), test=images(20), mean=(0.5,), std=(0.25,))
     recipe = replace(
@@ -29,9 +33,18 @@ def task_of(build: Callable[[], nn.Module], budget: Budget, **changes: object) -
         build=lambda width=1.0: build(),
         budget=budget,
         batch_size=8,
-        epochs=2,
+        epochs=epochs,
         **changes,  # type: ignore[arg-type]
     )
+    return Task(recipe=recipe, data=data, folder=Path("nowhere"), trained=build)
+
+
+def text_task(budget: Budget, epochs: int = 2) -> Task:
+    """A task on 40 words, in samples of 4, for an LSTM of 4 units."""
+    words = torch.randint(7, (40,), generator=torch.Generator().manual_seed(0))
+    data = TextData(train=words, valid=words, test=words, vocabulary=tuple("abcdefg"), steps=4, source="a test")
+    build = partial(LSTM, words=7, embedding=5, hidden=(4,))
+    recipe = replace(recipes.get("lstm-ptb"), build=build, budget=budget, epochs=epochs, batch_size=2, steps=4)
     return Task(recipe=recipe, data=data, folder=Path("nowhere"), trained=build)
 
 
@@ -42,3 +55,25 @@ class Two(nn.Sequential):
         between = [nn.BatchNorm2d(channels)] if norm else []
         first, last = nn.Conv2d(1, channels, 1, bias=False), nn.Conv2d(channels, 2, 1, bias=False)
         super().__init__(first, *between, nn.ReLU(), last, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class Chain(nn.Module):
+    """c1(1, 4) - bn - relu - three blocks - pool - fc; a block: relu(x + bn(c1(4, 4))). All but the first may go."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.bn(self.conv(x))
+            return F.relu(x + y)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(1, 4, 1, bias=False), nn.BatchNorm2d(4)
+        self.blocks, self.fc = nn.Sequential(*(self.Block() for _ in range(3))), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(self.blocks(F.relu(self.bn(self.conv(x)))).mean((2, 3)))
+        return out

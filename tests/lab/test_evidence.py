@@ -335,3 +335,11 @@ def test_settings_say_what_a_step_may_hold(tmp_path: Path) -> None:
     results_file(tmp_path / "mine.jsonl", [row("default", 0, 91.0), large])
     usual, other = (task.setting() for task in rows.read([tmp_path]))
     assert other == usual.replace(", judged", ", up to 1,024 samples a step, judged")
+
+
+def test_what_is_spent_before_a_phase_is_no_part_of_its_epochs() -> None:
+    """A dense training elsewhere, two epochs of gates, samples, two of fine-tuning."""
+    phases = [("dense", 4, 1000), ("gates", 2, 60), ("sampling", 0, 7), ("fine-tuning", 2, 20)]
+    one = {**row("bar", 0, 90.0), "phases": [{"name": n, "epochs": e, "flops": f} for n, e, f in phases]}
+    assert pictures.phase_starts(one) == {1: 1000, 3: 1067}
+    assert pictures.phase_starts(row("default", 0, 90.0)) == {}

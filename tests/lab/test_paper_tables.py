@@ -13,7 +13,7 @@ from torchgrow import TorchgrowError
 from torchgrow.cli import app
 from torchgrow.lab import recipes
 from torchgrow.lab.compare import RESULTS
-from torchgrow.lab.evidence.tables import PAPER, beside
+from torchgrow.lab.evidence.tables import PAPER, _found, beside
 
 RESNET = {"name": "resnet20-cifar10", "model": "ResNet", "dataset": "cifar10", "samples": [50000, 10000]}
 
@@ -152,6 +152,16 @@ def test_of_settings_alike_the_one_with_more_methods_stands_here(tmp_path: Path)
     short += [cifar(name, 0, 70.0, epochs=20, budget="params <= 90%", params=900) for name in ("sfp", "pfp")]
     results_file(path, [cifar("paper", 0, 90.0), *short])
     assert all(one[1] != "here, short" for one in beside(1, tmp_path).lines["ResNet-20"])
+
+
+def test_what_a_system_ended_with_stands_in_the_table(tmp_path: Path) -> None:
+    """Hidden units from its row, blocks from its last epoch: systems have no widths from epoch to epoch."""
+    found = cifar("iss", 0, 80.0, widths={"lstm.0": 7, "lstm.1": 9})
+    found["config"]["model"] = "LSTM"
+    assert _found(found) == "7, 9"
+    found = cifar("autogrow", 0, 80.0)
+    found["epochs"][-1]["depths"] = {"layer1": 2, "layer2": 3}
+    assert _found(found) == "2-3"
 
 
 def test_of_settings_that_have_the_same_the_recipes_own_schedule_stands_here(tmp_path: Path) -> None:

@@ -161,6 +161,9 @@ def stopped(out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_finished_run_and_no_run_at_all(tmp_path: Path) -> None:
     (tmp_path / "done").mkdir()
+    with pytest.raises(TorchgrowError, match=r"done is not a run: it has no config\.json; name the --out of one"):
+        run.resume(tmp_path / "done", console=quiet())
+    (tmp_path / "done" / "config.json").write_text("{}")
     with pytest.raises(TorchgrowError, match=r"done is finished; there is nothing to go on with"):
         run.resume(tmp_path / "done", console=quiet())
     with pytest.raises(TorchgrowError, match=r"out\.partial is not a run that was stopped: it has no config\.json"):

@@ -1,5 +1,6 @@
 """Compared systems: each is held to a case worked out by hand."""
 
+import json
 import math
 from dataclasses import replace
 from functools import partial
@@ -24,7 +25,7 @@ from torchgrow.lab.systems.bar import BETA, CAP, GAMMA, ZETA, Gated, alive, allo
 from torchgrow.lab.systems.iss import Groups
 from torchgrow.lab.systems.l1_norm import L1Norm
 from torchgrow.lab.systems.morphnet import Shaping, penalty, terms
-from torchgrow.lab.systems.netadapt import candidates, targets
+from torchgrow.lab.systems.netadapt import SEARCH, NetAdapt, candidates, targets
 from torchgrow.lab.systems.pfp import distinct, draws, sample_size, sensitivity
 from torchgrow.lab.systems.sfp import Soft
 from torchgrow.lab.systems.structure import Structure
@@ -69,6 +70,7 @@ def test_published_epochs_are_scaled_to_the_recipes_and_are_two_at_least() -> No
     assert [scaled(40, 160, recipe), scaled(160, 160, recipe), scaled(1, 160, recipe)] == [5, 20, 2]
     assert (fine_tuned(recipe).epochs, fine_tuned(replace(recipe, then=12)).epochs) == (10, 16)
     assert fine_tuned(replace(recipe, then=12)).then == 0
+    assert scaled(40, 160, replace(recipe, then=12)) == 8  # as many as the dense network trains, both parts
     calm = tuned(recipe, 5, 0.01)
     assert (calm.epochs, calm.lr, calm.milestones_in_epochs()) == (5, recipe.lr * 0.01, [])
 
@@ -341,6 +343,16 @@ def test_reductions_fall_by_their_decay_and_reach_the_budget() -> None:
     assert (deep[0] - deep[1]) / (100 - deep[0]) == pytest.approx(0.96)
 
 
+def test_a_search_that_goes_on_keeps_to_multiples_of_what_groups_began_with(tmp_path: Path) -> None:
+    """32 channels: in fours, also once there are 28; an eighth of what is left would be 25 next."""
+    task = task_of(partial(Two, 32), Budget(params="40%"))
+    task.folder = tmp_path
+    next(replace(NetAdapt(), short=1).phases(task))
+    widths = [step["width"] for step in json.loads((tmp_path / SEARCH).read_text())]
+    assert len(widths) > 2
+    assert [width % 4 for width in widths] == [0] * len(widths)
+
+
 # --- AutoGrow (Wen 2020) ---
 
 
@@ -375,7 +387,9 @@ def test_blocks_come_in_with_the_optimizers_state_and_are_counted() -> None:
     optimizer.step()
     weight = model.get_submodule("layer1.0.conv1").weight
     momentum = optimizer.state[weight]["momentum_buffer"].clone()
+    judged = growing.cost().flops * 4  # a tenth of 40 images, forward
     growing.ended(1)
+    assert growing.flops == judged
     assert growing.depths() == {"layer1": 2, "layer2": 1, "layer3": 1}
     assert torch.equal(optimizer.state[weight]["momentum_buffer"], momentum)
     assert growing.cost() == measure(model, x)
@@ -402,6 +416,7 @@ def test_growth_goes_on_from_its_state() -> None:
     growing.ended(2)
     resumed.ended(2)
     assert growing.depths() == resumed.depths() == {"layer1": 2, "layer2": 2, "layer3": 1}
+    assert growing.flops == resumed.flops
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
@@ -450,6 +465,18 @@ def test_small_weights_become_zero_and_a_zero_unit_is_cut_for_nothing() -> None:
     keep[unit] = False
     Bank(model, space).resize_(keep)
     assert torch.allclose(model(words)[0], before, atol=1e-6)
+
+
+def test_units_that_died_stay_away_where_the_rest_is_within_the_budget() -> None:
+    """The budget is what a network may cost: what is zero is not put back to use it up."""
+    task = task_of(partial(Two, 6), Budget(params="90%"))
+    whole = Structure(task.network(), task)
+    alive, score = torch.arange(whole.space.n_units) != 0, torch.arange(whole.space.n_units).double()
+    limits = Limits(int(whole.cost(whole.space.everything())[0]), None)
+    assert torch.equal(whole.at_most(alive, score, limits), alive)
+    assert bool(whole.at_most(torch.zeros_like(alive), score, limits).any())  # one is left of every group
+    least = Limits(int(whole.cost(alive)[0]) - 1, None)
+    assert torch.equal(whole.at_most(alive, score, least), whole.exact(alive, score, least))
 
 
 def test_without_batch_norms_the_norm_of_a_recurrent_units_group_is_its_scale_for_morphnet() -> None:

@@ -86,12 +86,14 @@ def test_all_image_systems_end_within_the_budget_and_all_is_counted(tmp_path: Pa
             assert not phases[0]["counted"]
         assert len(row["epochs"]) == sum(phase["epochs"] for phase in phases if phase["name"] != "dense")
         assert [epoch["epoch"] for epoch in row["epochs"]] == list(range(1, len(row["epochs"]) + 1))
+        assert max(row["widths"].values()) <= 8, name  # units of every group that is left
         assert row["config"]["system"] == json.loads(json.dumps(vars(systems.system(name)))), name
     assert [phase["name"] for phase in rows["pfp"]["phases"] if phase["epochs"]] == ["dense", "round 1", "round 2"]
     assert rows["morphnet"]["train_flops_paper_rule"] == 3 * dense["flops"] * 2 * 64
     # Two epochs of half the images, and for each of their steps a batch of 32 of the other half.
     assert rows["darts"]["train_flops_paper_rule"] == 3 * dense["flops"] * (2 * 32 + 2 * 32)
-    assert [phase["name"] for phase in rows["proxyless"]["phases"]] == ["search", "steps of alpha", "from scratch"]
+    assert set(rows["autogrow"]["epochs"][-1]["depths"]) == {"layer1", "layer2", "layer3"}
+    assert [phase["name"] for phase in rows["proxyless"]["phases"]] == ["search", "from scratch"]
     (table,) = tables([dense, *rows.values()])
     heads = [str(column.header) for column in table.columns]
     assert "by the\npaper's rule" in heads

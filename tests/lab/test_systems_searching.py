@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from small_tasks import Two, images, task_of
+from small_tasks import Chain, Two, images, task_of
 from torchgrow import Budget, Limits, measure
 from torchgrow.lab.data import ImageData
 from torchgrow.lab.systems import UnfitError
@@ -21,28 +21,6 @@ from torchgrow.lab.systems.structure import Structure
 from torchgrow.lab.systems.supernet import Searching, Supernet, chosen, rate
 
 # --- what DARTS and ProxylessNAS search among ---
-
-
-class Chain(nn.Module):
-    """c1(1, 4) - bn - relu - three blocks - pool - fc; a block: relu(x + bn(c1(4, 4))). All but the first may go."""
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.bn(self.conv(x))
-            return F.relu(x + y)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(1, 4, 1, bias=False), nn.BatchNorm2d(4)
-        self.blocks, self.fc = nn.Sequential(*(self.Block() for _ in range(3))), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc(self.blocks(F.relu(self.bn(self.conv(x)))).mean((2, 3)))
-        return out
 
 
 def searched(build: Callable[[], nn.Module], shares: tuple[float, ...], kind: type[Supernet] = Supernet) -> Any:
@@ -238,6 +216,30 @@ def test_paths_are_drawn_in_training_and_the_likeliest_in_evaluation() -> None:
     assert torch.equal(drawn.sum(2), torch.ones(400, 3))
     assert drawn.mean(0)[2].tolist() == pytest.approx([0.25, 0.5, 0.25], abs=0.08)
     assert supernet.eval().path()[2].tolist() == [0.0, 1.0, 0.0]
+
+
+class Waiting(Searching):
+    """Takes batches, and learns nothing from them."""
+
+    def step(self, x: Tensor, labels: Tensor) -> int:
+        return 0
+
+
+def test_alpha_sees_every_image_once_a_pass_and_goes_on_in_the_middle_of_one() -> None:
+    """40 images in batches of 8: five steps a pass. A loader anew for every step would read ahead for nothing."""
+    supernet, *_, task = searched(Chain, (0.5, 1.0))
+    recipe = replace(task.recipe, shift=0, mirror=False)
+
+    def begun() -> Waiting:
+        return Waiting(supernet, task.images("a test"), recipe, torch.optim.Adam([supernet.alpha]))
+
+    searching, resumed = begun(), begun()
+    seen = [row for _ in range(5) for row in searching.batch()[0].flatten(1).tolist()]
+    assert len({tuple(row) for row in seen}) == 40
+    searching.batch()
+    resumed.load_state_dict(searching.state_dict())
+    for _ in range(7):
+        assert torch.equal(searching.batch()[0], resumed.batch()[0])
 
 
 def test_alpha_waits_for_its_turn() -> None:

@@ -46,10 +46,11 @@ def uniform_width(
 
 
 def twin_width(recipe: Recipe, data: Data, *, params: int, flops: int) -> float:
-    """The width factor of the uniform twin: at most these FLOPs if they are all that is budgeted, else parameters."""
-    if recipe.budget.params is None:
-        return uniform_width(recipe.build, flops, lambda model: measure(model, data.example()).flops)
-    return uniform_width(recipe.build, params)
+    """The width factor of the uniform twin: at most these parameters and FLOPs, of what is budgeted."""
+    widths = [uniform_width(recipe.build, params)] if recipe.budget.params is not None else []
+    if recipe.budget.flops is not None:
+        widths.append(uniform_width(recipe.build, flops, lambda model: measure(model, data.example()).flops))
+    return min(widths)
 
 
 def initialised(model: nn.Module) -> nn.Module:

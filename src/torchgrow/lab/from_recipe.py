@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from torchgrow import Grower, TorchgrowError, policies, warmup_stable_decay
-from torchgrow.lab.data import Data, train_steps
+from torchgrow.lab.data import Data, ImageData, train_steps
 from torchgrow.lab.data import load as load_data
+from torchgrow.lab.devices import random_state, set_random_state
+from torchgrow.lab.metrics import ACCURACY
+from torchgrow.lab.names import RECIPES
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.text import TextData
+from torchgrow.lab.user_files import explained
 
 
 def with_data(
@@ -52,7 +56,34 @@ def with_data(
     mean, std = recipe.mean or data.mean, recipe.std or data.std
     if not len(mean) == len(std) == len(data.mean):
         raise TorchgrowError(f"images of {recipe.dataset} have {len(data.mean)} colours; give as many to mean and std")
-    return recipe, replace(data, mean=mean, std=std, channels_last=recipe.channels_last)
+    data = replace(data, mean=mean, std=std, channels_last=recipe.channels_last)
+    if recipe.name not in RECIPES and not recipe.meta:
+        _tried(recipe, data)
+    return recipe, data
+
+
+def _tried(recipe: Recipe, data: ImageData) -> None:
+    """Build a network that nobody has trained here yet and run it once, before anything is written.
+
+    Raises:
+        TorchgrowError: it fails, or gives something else than a score for every class; the message says which.
+    """
+    before, x = random_state(), data.example()
+    what = f"recipe {recipe.name!r}: build(1.0), or its network on images {list(x.shape)}, failed"
+    fix = "build takes a width factor and returns a module that takes such images and returns scores, [N, classes]"
+    with explained(what, fix), torch.no_grad():
+        scores = make_network(recipe.build, 1.0, data.device).eval()(x)
+    set_random_state(before)
+    if not isinstance(scores, Tensor):
+        raise TorchgrowError(
+            f"recipe {recipe.name!r}: the network returns a {type(scores).__name__}; let it return scores, [N, classes]"
+        )
+    classes = 1 + max(int(images.labels.max()) for images in (data.train, data.test))
+    if data.metric is ACCURACY and (scores.dim() != 2 or scores.shape[1] < classes):
+        raise TorchgrowError(
+            f"recipe {recipe.name!r}: the network returns {list(scores.shape)} for {len(x)} images of {classes} "
+            f"classes; let it return [{len(x)}, {classes}]"
+        )
 
 
 def example(model: nn.Module, data: Data) -> tuple[Any, dict[int | str, int | str] | None]:

@@ -12,9 +12,11 @@ class Hooks:
 
     Attributes:
         over: whether the training ends before its last epoch; asked before each.
+        flops: done in steps and evaluations of its own, so far; they are part of what the training cost.
     """
 
     over: bool = False
+    flops: int = 0
 
     def penalty(self) -> Tensor | None:
         """A scalar to be added to the loss of a step; None for nothing. It is not counted in FLOPs."""

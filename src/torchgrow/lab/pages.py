@@ -14,6 +14,7 @@ from torchgrow.lab.compare import Job, after
 from torchgrow.lab.metrics import PERPLEXITY, Metric, metric_of
 from torchgrow.lab.names import RECIPES
 from torchgrow.lab.results import by_budget, difference
+from torchgrow.lab.systems import system
 
 Row = dict[str, Any]
 
@@ -93,6 +94,8 @@ def _scaled(name: str, config: Row) -> tuple[recipes.Recipe, bool]:
 def label(row: Row) -> str:
     """The method; with the option that lets layers grow, or not, if the recipe differs; and what a preset was then."""
     method: str = row["method"]
+    if "system" in row["config"]:
+        return method + _since(method, row["config"]["system"])
     then = row["config"].get("growing")
     if then is None or row["recipe"] not in RECIPES:  # of a recipe in a file nobody knows what it was then
         return method
@@ -110,6 +113,15 @@ def label(row: Row) -> str:
     then = {**then, "updates_per_epoch": often}
     changed = ", ".join(f"{key}={then[key]}" for key in then if then[key] != now.get(key))
     return f"{method}{suffix}, then with {changed}" if changed else method + suffix
+
+
+def _since(method: str, then: Row) -> str:
+    """What of a system's constants was not there yet, or was another, when a row was made."""
+    now = json.loads(json.dumps(asdict(system(method))))
+    changed = ", ".join(
+        f"{key}={then[key]}" if key in then else f"no {key}" for key in now if then.get(key) != now[key]
+    )
+    return f", then with {changed}" if changed else ""
 
 
 SECTIONS = {

@@ -43,11 +43,16 @@ class RunFolder:
         if out.exists():
             raise TorchgrowError(
                 f"{out} is finished; there is nothing to go on with"
+                if resume and (out / "config.json").exists()
+                else f"{out} is not a run: it has no config.json; name the --out of one that was stopped"
                 if resume
                 else f"{out} exists already and is not overwritten; choose another --out, or move it away first"
             )
         if resume and not (self.path / "config.json").exists():
-            raise TorchgrowError(f"{self.path} is not a run that was stopped: it has no config.json")
+            raise TorchgrowError(
+                f"{self.path} is not a run that was stopped: it has no config.json; name the --out of one that was, "
+                "without .partial"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=resume)
         except FileExistsError:

@@ -65,7 +65,8 @@ def compare(
         The rows of this comparison, old and new.
 
     Raises:
-        TorchgrowError: an unknown method, bad data, a loss that is not finite, another process at the same file.
+        TorchgrowError: an unknown method, bad data, another process at the same file, or, when all others are trained,
+            a loss that is not finite or nothing that can grow.
     """
     _check(methods, recipe)
     if recipe.threads:
@@ -73,7 +74,7 @@ def compare(
     recipe, data = with_data(recipe, console, folder, held_out=validate, device=chosen_device(device))
     rows, work = Rows(out / f"{recipe.name}.jsonl"), out / f".{recipe.name}"
     work.mkdir(exist_ok=True)
-    held, jobs = lock(work), list[Job]()
+    held, jobs, failed = lock(work), list[Job](), dict[str, str]()
     # Versions now: the commit that runs, whatever is committed meanwhile.
     bench = Bench(data, rows, work, console, {**environment(data.device), "torch-pruning": pruning.installed()})
     try:
@@ -82,15 +83,20 @@ def compare(
                 chosen = replace(recipe, seed=seed, budget=budget)
                 now = [Job(method=m, recipe=chosen, data=sizes(data), validate=validate) for m in _ordered(methods)]
                 jobs += [job for job in now if job not in jobs]
-                missing = _missing(now, bench)
-                _together([job for job in missing if not after(job.method)], bench)
-                _together([job for job in missing if after(job.method)], bench)
+                failed |= _all(_missing(now, bench), bench)
     finally:
         os.close(held)
     wanted = {job.key() for job in jobs}
     found = [row for row in rows.read() if row["config_hash"] in wanted]
     _show(found, rows.path, console)
+    _raise(failed, len(jobs))
     return found
+
+
+def _raise(failed: dict[str, str], jobs: int) -> None:
+    """Say in the end what could not be trained, if there is something."""
+    if failed:
+        raise TorchgrowError(f"{len(failed)} of {jobs} could not be trained: {'; '.join(failed.values())}")
 
 
 def _show(found: list[dict[str, Any]], path: Path, console: Console) -> None:
@@ -131,9 +137,15 @@ def _check(methods: Sequence[str], recipe: Recipe) -> None:
             f"recipe {recipe.name!r} begins with weights, and networks are compared from scratch; leave weights out, "
             "or run it alone: torchgrow run"
         )
+    if not methods:
+        raise TorchgrowError('no method is named; name some with spaces between: --methods "dense uniform default"')
     for method in methods:
         if is_system(method):
             system(method)
+        elif is_system(method.partition(":")[0]):
+            raise TorchgrowError(f"{method.partition(':')[0]} takes no settings, so not {method!r}; only shrink does")
+        elif "," in method.partition(":")[0]:
+            raise TorchgrowError(f'{method!r}: put spaces between methods: --methods "{method.replace(",", " ")}"')
         elif method not in FIXED:
             try:
                 Method.named(method)
@@ -159,20 +171,39 @@ def _missing(jobs: Sequence[Job], bench: Bench) -> list[Job]:
     return [job for job in jobs if job in missing or job in gone]
 
 
-def _together(jobs: Sequence[Job], bench: Bench) -> None:
-    """Train the missing ones of some jobs in turns, each with random numbers of its own."""
+def _all(jobs: Sequence[Job], bench: Bench) -> dict[str, str]:
+    """Train missing jobs, those last that begin with the network of another; returns as `_together`."""
+    failed = _together([job for job in jobs if not after(job.method)], bench)
+    rest = [job for job in jobs if after(job.method) and replace(job, method=after(job.method)).key() not in failed]
+    return failed | _together(rest, bench)
+
+
+def _together(jobs: Sequence[Job], bench: Bench) -> dict[str, str]:
+    """Train the missing ones of some jobs in turns, each with random numbers of its own.
+
+    Returns:
+        why one could not be trained, by its key: the others are trained all the same.
+    """
+    failed: dict[str, str] = {}
     if not jobs:
-        return
+        return failed
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     # Where there is no terminal, bars would be printed once, at the end.
     with Progress(*columns, console=bench.console, disable=not bench.console.is_terminal) as progress:
         bars = Bars(progress, jobs)
+        named = {job.key(): f"{job.method}, seed {job.recipe.seed}, {job.recipe.budget}" for job in jobs}
         trainings = {job.key(): train(job, jobs, bench, bars) for job in jobs}
         states = {job.key(): random_state() for job in jobs}
         while trainings:
             for key, training in list(trainings.items()):
                 with torch.random.fork_rng():
                     set_random_state(states[key])
-                    if next(training, None) is None:
+                    try:
+                        over = next(training, None) is None
+                    except TorchgrowError as error:
+                        failed[key], over = f"{named[key]}: {error}", True
+                        bars.say(failed[key])
+                    if over:
                         del trainings[key]
                     states[key] = random_state()
+    return failed

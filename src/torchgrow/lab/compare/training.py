@@ -26,7 +26,7 @@ from torchgrow.lab.data import Data
 from torchgrow.lab.from_recipe import extent, far_from_paper, make_grower, make_network, make_optimizer
 from torchgrow.lab.names import FIXED, PUBLISHED, UNBUDGETED, is_system
 from torchgrow.lab.recipes import Recipe
-from torchgrow.lab.systems import PHASES, Spent, Task, UnfitError, fine_tuned, run, system
+from torchgrow.lab.systems import PHASES, Spent, Structure, Task, UnfitError, fine_tuned, run, system
 from torchgrow.lab.text import TextData
 from torchgrow.lab.train import Epoch, evaluate, fit
 
@@ -98,8 +98,18 @@ def train(job: Job, beside: Sequence[Job], bench: Bench, bars: Bars) -> Iterator
         torchgrow.save(model, folder / NETWORK)
     if any(row["config_hash"] == job.key() for row in rows.read()):
         return  # trained once more for the sake of another
-    spent = [before, Spent(name="training", flops=epochs[-1].training_flops, seconds=epochs[-1].seconds)]
-    _finish(job, beside, bench, bars, _row(job, bench, model, frame, spent), epochs)
+    _finish(job, beside, bench, bars, _row(job, bench, model, frame, [before, *_parts(job, epochs)]), epochs)
+
+
+def _parts(job: Job, epochs: Sequence[Epoch]) -> list[Spent]:
+    """What a training has cost; of a network that was grown, what came after its structure was final by itself."""
+    last, grown = epochs[-1], epochs[: job.recipe.epochs][-1]
+    training = Spent(name="training", flops=last.training_flops, seconds=last.seconds)
+    if job.method in FIXED or grown is last:
+        return [training]
+    flops, seconds = last.training_flops - grown.training_flops, last.seconds - grown.seconds
+    growth = Spent(name="growth", flops=grown.training_flops, seconds=grown.seconds)
+    return [growth, Spent(name="after growth", counted=False, flops=flops, seconds=seconds)]
 
 
 def _train_system(job: Job, beside: Sequence[Job], bench: Bench, bars: Bars) -> Iterator[Epoch]:
@@ -131,7 +141,7 @@ def _train_system(job: Job, beside: Sequence[Job], bench: Bench, bars: Bars) -> 
         return
     assert task.model is not None
     row = _row(job, bench, task.model, frame, task.spent)
-    row["phases"] = [asdict(one) for one in task.spent]
+    row |= {"phases": [asdict(one) for one in task.spent], "widths": Structure(task.model, task).widths()}
     _finish(job, beside, bench, bars, row, epochs)
 
 
@@ -213,7 +223,14 @@ def _network(job: Job, bench: Bench) -> tuple[nn.Module, Recipe, Spent]:
         limits = recipe.budget.limits(frame)
         params, flops = limits.params or frame.params, limits.flops or frame.flops
         width = twin_width(recipe, data, params=params, flops=flops)
-        return make_network(recipe.build, width, data.device), recipe, NOTHING
+        model = make_network(recipe.build, width, data.device)
+        least = measure(model, data.example())
+        if least.params > (limits.params or least.params) or least.flops > (limits.flops or least.flops):
+            raise UnfitError(
+                f"the narrowest network that one factor gives has {least.params:,} parameters and {least.flops:,} "
+                f"FLOPs, more than {recipe.budget} allows; give a larger --budget"
+            )
+        return model, recipe, NOTHING
     base = bench.folder(replace(job, method=after(method)))
     if method == "l1":
         model = _dense(job, bench)

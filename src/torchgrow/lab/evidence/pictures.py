@@ -124,6 +124,23 @@ def _epochs(ax: Axes) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
+def phase_starts(row: Row) -> dict[int, int]:
+    """Training FLOPs that were spent before the first epoch of each phase of a system, by the number of that epoch.
+
+    What was done before the first one, or between two, is no part of an epoch.
+    """
+    phases, starts, at, spent = row.get("phases", []), dict[int, int](), 1, 0
+    elsewhere = sum(phase["epochs"] for phase in phases) - len(row["epochs"])  # of the network that it begins with
+    for phase in phases:
+        if elsewhere > 0:
+            elsewhere -= phase["epochs"]
+        elif phase["epochs"]:
+            starts[at] = spent
+            at += phase["epochs"]
+        spent += phase["flops"]
+    return starts
+
+
 def _spending(task: Task) -> list[Panel]:
     """Training FLOPs of every epoch, and of all of them together, as shares of the dense network's."""
     groups = {m: rows for m, rows in task.methods().items() if all(r["train_flops"] is not None for r in rows)}
@@ -135,8 +152,10 @@ def _spending(task: Task) -> list[Panel]:
         series: dict[float, list[float]] = defaultdict(list)
         for row in rows:
             config, whole = row["config"], row["dense_train_flops"]
-            dense, before = whole / (config["epochs"] + config.get("then", 0)), 0.0
+            dense, starts = whole / (config["epochs"] + config.get("then", 0)), phase_starts(row)
+            before = 0
             for epoch in row["epochs"]:
+                before = starts.get(epoch["epoch"], before)
                 series[epoch["epoch"]].append((epoch["training_flops"] - before) / dense)
                 before = epoch["training_flops"]
         curve(ax, series, method, looks[method])

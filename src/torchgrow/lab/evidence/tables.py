@@ -225,6 +225,7 @@ def _found(row: Row) -> str:
     """Blocks of the stages, or hidden units of an LSTM's layers, of the first seed."""
     last, config = row["epochs"][-1] if row["epochs"] else {}, row["config"]
     if config["model"] == "LSTM":
-        hidden = config["model_arguments"]["hidden"] if row["method"] == "dense" else last.get("widths", {}).values()
+        widths = row.get("widths") or last.get("widths", {})  # of a system; of what was grown
+        hidden = config["model_arguments"]["hidden"] if row["method"] == "dense" else widths.values()
         return ", ".join(map(str, hidden))
     return "-".join(map(str, last.get("depths", {}).values()))

@@ -17,10 +17,23 @@ from torchgrow.lab.systems.proxyless import ProxylessNAS
 from torchgrow.lab.systems.running import PHASES, run
 from torchgrow.lab.systems.sfp import SFP
 from torchgrow.lab.systems.shrink import Shrinking
+from torchgrow.lab.systems.structure import Structure
 from torchgrow.lab.systems.system import Phase, Spent, System, Task, UnfitError, fine_tuned
 from torchgrow.lab.systems.thinet import ThiNet
 
-__all__ = ["BEGIN_TRAINED", "PHASES", "Phase", "Spent", "System", "Task", "UnfitError", "fine_tuned", "run", "system"]
+__all__ = [
+    "BEGIN_TRAINED",
+    "PHASES",
+    "Phase",
+    "Spent",
+    "Structure",
+    "System",
+    "Task",
+    "UnfitError",
+    "fine_tuned",
+    "run",
+    "system",
+]
 
 _SYSTEMS: dict[str, type[System]] = {
     "l1-norm": L1Norm,

@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 from torchgrow import Space
 
+AT_ONCE = 128
+"""Images of a forward pass."""
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -72,10 +75,14 @@ def readers(model: nn.Module, space: Space) -> list[Reader]:
 
 @torch.no_grad()
 def look(model: nn.Module, module: nn.Module, x: Tensor, use: Callable[[Tensor], None]) -> None:
-    """Run the model on images in evaluation mode and hand what goes into one of its modules to a function."""
+    """Run the model on images in evaluation mode and hand what goes into one of its modules to a function.
+
+    The function is called once for so many images as fit into memory, `AT_ONCE`, and again for the next.
+    """
     handle = module.register_forward_pre_hook(lambda _, inputs: use(inputs[0].detach()))
     try:
         model.eval()
-        model(x)
+        for part in x.split(AT_ONCE):
+            model(part)
     finally:
         handle.remove()

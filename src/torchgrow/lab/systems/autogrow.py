@@ -1,11 +1,12 @@
 """AutoGrow: Wen, Yan, Chen, Li, KDD 2020 (arXiv 1906.02909): periodic growth.
 
 Steps: wenwei202/autogrow@4435ee0, read and written anew. Blocks have the frame's width and their number is at most the
-frame's; the source grows on. Accuracy is judged on a tenth of the training images, which are held out. The source knows
-no budget: what growth leaves above it, one cut takes before the last training, the same share of every group, filters
-of the least L1 norm; what lies below it stays below.
-Cost: epochs of growth at the sizes that there are, and the last training for as long as the dense one. The last
-training is of a structure that is final, so the paper's rule leaves it out; not so after a cut.
+frame's; the source grows on, here for as long as the dense training at most. Accuracy is judged on a tenth of the
+training images, which are held out. The source knows no budget: what growth leaves above it, one cut takes before the
+last training, the same share of every group, filters of the least L1 norm; what lies below it stays below.
+Cost: epochs of growth at the sizes that there are, the evaluation after each (forward passes), and the last training
+for as long as the dense one. The last training is of a structure that is final, so the paper's rule leaves it out; not
+so after a cut.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from torchgrow.lab.data import ImageData
 from torchgrow.lab.from_recipe import make_optimizer
 from torchgrow.lab.hooks import Hooks
 from torchgrow.lab.systems.structure import Structure
-from torchgrow.lab.systems.system import Phase, Task, UnfitError, held_out, scaled, tuned
+from torchgrow.lab.systems.system import Phase, Task, UnfitError, as_dense, held_out, scaled, tuned
 from torchgrow.lab.train import evaluate
 
 
@@ -103,6 +104,7 @@ class Growing(Hooks):
             raise UnfitError("AutoGrow adds blocks, and this network has none that may be left out")
         for units in self.asleep.values():
             self.keep[units] = False
+        self.flops = 0
         self.bank = Bank(model, self.whole.space, optimizer)
         self.bank.resize_(self.keep)
         self.turns = Turns([len(units) for units in self.asleep.values()], period, rise)
@@ -114,6 +116,7 @@ class Growing(Hooks):
 
     def ended(self, epoch: int) -> None:
         """A block more in the stage whose turn it is."""
+        self.flops += self.cost().flops * len(self.judge.test)
         stage = self.turns.step(evaluate(self.model, self.judge)[0])
         if stage is None:
             return
@@ -137,12 +140,13 @@ class Growing(Hooks):
         return self.whole.costs.cost(self.keep)
 
     def depths(self) -> dict[str, int]:
-        """Blocks of every stage: those that cannot go are not counted, but for one."""
-        return {stage: 1 + int(self.keep[units].sum()) for stage, units in self.asleep.items()}
+        """Blocks of every stage."""
+        return self.whole.depths(self.keep)
 
     def state_dict(self) -> dict[str, Any]:
-        """Blocks, turns, and random numbers."""
-        return {"keep": self.keep, "turns": self.turns.state_dict(), "random": self.generator.get_state()}
+        """Blocks, turns, random numbers, and what judging has cost."""
+        random = self.generator.get_state()
+        return {"keep": self.keep, "turns": self.turns.state_dict(), "random": random, "flops": self.flops}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Bring the blocks in before the network is loaded."""
@@ -151,6 +155,22 @@ class Growing(Hooks):
         self.bank.resize_(self.keep)
         vars(self.turns).update(state["turns"])
         self.generator.set_state(state["random"])
+        self.flops = state["flops"]
+
+
+class Grown(Hooks):
+    """A network that keeps the blocks it has.
+
+    Args:
+        depths: of every stage.
+    """
+
+    def __init__(self, depths: dict[str, int]) -> None:
+        self._depths = depths
+
+    def depths(self) -> dict[str, int]:
+        """As they were given."""
+        return self._depths
 
 
 @dataclass(frozen=True)
@@ -172,12 +192,12 @@ class AutoGrow:
     dense: int = 200
 
     def phases(self, task: Task) -> Iterator[Phase]:
-        """Growth at a constant learning rate, at most for the recipe's epochs; then the last training."""
+        """Growth at a constant learning rate, at most as long as the dense training; then the last training."""
         judge, limits = held_out(task.images("AutoGrow"), task.recipe.seed), task.limits()
         model = task.network()
-        constant = replace(task.recipe, schedule="milestones", lr_milestones=(), warmup=0.0, then=0)
+        constant = replace(as_dense(task.recipe), schedule="milestones", lr_milestones=(), warmup=0.0)
         optimizer = make_optimizer(model, constant)
-        period = max(1, round(self.period * task.recipe.epochs / self.dense))
+        period = max(1, round(self.period * constant.epochs / self.dense))
         growing = Growing(model, optimizer, task, judge, period, self.rise, self.std)
         inner = replace(task.images("AutoGrow"), train=judge.train)
         yield Phase(name="growth", model=model, recipe=constant, hooks=growing, optimizer=optimizer, data=inner)
@@ -186,4 +206,5 @@ class AutoGrow:
         if above:
             whole.cut(whole.within(whole.scores(policies.importance.l1), limits))
         recipe = tuned(task.recipe, scaled(self.epochs, self.dense, task.recipe), 1.0, (0.5, 0.75))
-        yield Phase(name="last training", model=model, recipe=recipe, counted=above)
+        last = Grown(growing.depths())
+        yield Phase(name="last training", model=model, recipe=recipe, hooks=last, counted=above)

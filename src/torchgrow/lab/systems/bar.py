@@ -5,7 +5,7 @@ unofficial. Its budget is a volume of activations. Here it is the volume at whic
 of every group meets the budget; what then differs from the budget, a cut by the gates settles. Units that a skip
 connection ties share a gate, and a gate scales what torchgrow would cut: the last affine map of its channel. Adam
 moves a gate by about its rate a step, and 2.4 of log alpha lie between the start and closed: in fewer steps than
-published the rate of gates is larger in proportion.
+published the rate of gates is larger in proportion. Weight decay is of weights, not of gates.
 Cost: the dense training, which is the teacher's too (the paper's rule leaves it out); gates at dense size with a
 forward pass of the teacher; fine-tuning.
 """
@@ -163,12 +163,13 @@ class BAR:
     Attributes:
         gates: epochs of training with gates, where the dense training has `dense`.
         last: epochs of fine-tuning.
+        drop: share of these after which the rate is a tenth.
         dense: see there.
         strength: lambda, over a batch.
         margin: see `Barrier`.
         lr: of Adam; for gates in so many `steps`.
         steps: see there.
-        decay: weight decay of Adam.
+        decay: weight decay of Adam, of weights alone.
         clip: largest norm of all gradients.
         distil: share of the teacher in the loss, at temperature 4.
         smallest: gate that a unit begins with that was closed and still fits into the budget.
@@ -176,6 +177,7 @@ class BAR:
 
     gates: int = 80
     last: int = 50
+    drop: float = 0.8
     dense: int = 90
     strength: float = 1e-5
     margin: float = 1e-4
@@ -206,7 +208,7 @@ class BAR:
         steps = epochs * extent(model, task.data, task.recipe)[0]
         groups: list[dict[str, Any]] = [
             {"params": model.parameters()},
-            {"params": [gated.log_alpha], "lr": self.lr * max(1.0, self.steps / steps)},
+            {"params": [gated.log_alpha], "lr": self.lr * max(1.0, self.steps / steps), "weight_decay": 0.0},
         ]
         adam = torch.optim.Adam(groups, lr=self.lr, weight_decay=self.decay)
         yield Phase(name="gates", model=gated, recipe=learning, hooks=barrier, teacher=teacher, optimizer=adam)
@@ -219,5 +221,7 @@ class BAR:
                 parameters[name].copy_(weight)
         whole.cut(whole.exact(z > 0, log_alpha, limits))
         adam = torch.optim.Adam(model.parameters(), lr=self.lr, weight_decay=self.decay)
-        last = replace(recipe, epochs=scaled(self.last, self.dense, task.recipe))
+        last = replace(
+            tuned(task.recipe, scaled(self.last, self.dense, task.recipe), 1.0, (self.drop,)), clip=self.clip
+        )
         yield Phase(name="fine-tuning", model=model, recipe=last, optimizer=adam)

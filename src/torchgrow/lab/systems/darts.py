@@ -2,7 +2,7 @@
 
 Steps and settings: quark0/darts@f276dd3, read and written anew. What is chosen, and how it differs from the source's
 cells of operations: `torchgrow.lab.systems.supernet`. Weights train on one half of the training images as the recipe
-says; after each step of theirs, alpha takes one on a random batch of the other half. The source has one alpha for all
+says; after each step of theirs, alpha takes one on the next batch of the other half. The source has one alpha for all
 normal cells; here every choice has its own. Its search is a training to the end, of 50 epochs, and so it is here, of as
 many as the recipe has. Its evaluation, 600 epochs of a larger network with cutout and drop-path, is here a training
 like that of the dense network.
@@ -22,7 +22,7 @@ from torchgrow.lab.data import ImageData, train_steps
 from torchgrow.lab.from_recipe import make_optimizer
 from torchgrow.lab.systems.structure import Structure
 from torchgrow.lab.systems.supernet import Searching, Supernet, chosen, rate
-from torchgrow.lab.systems.system import Phase, Task, scaled
+from torchgrow.lab.systems.system import Phase, Task, as_dense, scaled
 
 
 class Mixing(Searching):
@@ -74,11 +74,10 @@ class DARTS:
         whole = Structure(task.network(), task, depth=True)
         supernet = Supernet(whole, self.shares)
         epochs = scaled(self.epochs, self.dense, task.recipe)
-        recipe = replace(task.recipe, epochs=epochs, then=0, clip=self.clip)
+        recipe = replace(as_dense(task.recipe), epochs=epochs, clip=self.clip)
         lr = rate(self.lr, self.steps, epochs * train_steps(len(own.train), recipe.batch_size))
         adam = torch.optim.Adam([supernet.alpha], lr=lr, betas=self.betas, weight_decay=self.decay)
         mixing = Mixing(supernet, other, recipe, adam)
         weights = make_optimizer(supernet.model, recipe)
         yield Phase(name="search", model=supernet, recipe=recipe, hooks=mixing, optimizer=weights, data=own)
-        task.spend("steps of alpha", mixing.flops)
         yield Phase(name="from scratch", model=chosen(task, supernet), recipe=task.recipe, counted=False)

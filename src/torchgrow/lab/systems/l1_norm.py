@@ -1,7 +1,8 @@
 """L1: Li, Kadav, Durdanovic, Samet, Graf: Pruning Filters for Efficient ConvNets, ICLR 2017 (arXiv 1608.08710).
 
 Steps and settings: Eric-mingjie/rethinking-network-pruning@2ac473d, cifar/l1-norm-pruning. The source lists by hand how
-many filters each layer keeps; here every group keeps the same share, exactly at the budget.
+many filters each layer keeps, and cuts the first convolution of a block only; here every group keeps the same share,
+exactly at the budget, and units that a skip connection ties go together, by the sum over all filters that make them.
 Cost: the dense training (which the paper's rule leaves out), and a quarter of its epochs at the pruned size.
 `l1` of the comparison is another arithmetic: Torch-Pruning's, which adds the weights that read a filter, too.
 """

@@ -21,7 +21,7 @@ from torchgrow.lab.baselines import initialised
 from torchgrow.lab.hooks import Hooks
 from torchgrow.lab.systems.iss import Groups
 from torchgrow.lab.systems.structure import Structure
-from torchgrow.lab.systems.system import Phase, Task, UnfitError
+from torchgrow.lab.systems.system import Phase, Task, UnfitError, as_dense
 
 Term = tuple[float, tuple[Tensor, ...]]
 """What a product of counts is worth, and the unit ids (-1: always alive) whose living positions it counts."""
@@ -140,7 +140,7 @@ class MorphNet:
         limits = task.limits()
         flops = limits.flops is not None
         budget = float((limits.flops if flops else limits.params) or 0)
-        constant = replace(task.recipe, schedule="milestones", lr_milestones=(), warmup=0.0, then=0)
+        constant = replace(as_dense(task.recipe), schedule="milestones", lr_milestones=(), warmup=0.0)
         best: tuple[float, Tensor, Tensor] | None = None
         for strength in self.strengths:
             torch.manual_seed(task.recipe.seed)

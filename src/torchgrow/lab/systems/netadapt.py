@@ -2,10 +2,11 @@
 
 Steps: denru01/netadapt@248ae1c, on FLOPs, or on parameters where they are all that is budgeted. The source's
 reductions add up to 62.5 % of the network; for a budget below what `most` steps of them reach, the first is made
-larger. Widths are multiples of 8, of groups below 64 units of an eighth. Accuracy is judged on a tenth of the training
-images, which are held out. The search never goes below the budget: its last step is a cut of filters of the least L2
-norm, the same share of every group, that uses the budget exactly. What every step chose is kept with the run: a command
-that was stopped in the search trains the chosen candidates again, one a step, and no other.
+larger. Widths are multiples of 8, of groups that begin below 64 units of an eighth of them. Of the source's two numbers
+of steps of a short training, 10 and 500, it is 10, at the rate of its long one. Accuracy is judged on a tenth of the
+training images, which are held out. The search never goes below the budget: its last step is a cut of filters of the
+least L2 norm, the same share of every group, that uses the budget exactly. What every step chose is kept with the run:
+a command that was stopped in the search trains the chosen candidates again, one a step, and no other.
 Cost: the dense training (which the paper's rule leaves out); for every step and every group a short training and an
 evaluation (forward passes, counted); and fine-tuning for as long as the dense training.
 """
@@ -103,6 +104,7 @@ class NetAdapt:
         decay: of the reductions, from step to step.
         most: steps that have to do.
         multiple: of widths.
+        parts: of what a group begins with, widths are multiples of one where that is less.
         short: steps of training of every candidate.
         lr: of all training after the dense one, as a share of the recipe's.
         epochs: of fine-tuning, where the dense training has `dense`.
@@ -113,6 +115,7 @@ class NetAdapt:
     decay: float = 0.96
     most: int = 40
     multiple: int = 8
+    parts: int = 8
     short: int = 10
     lr: float = 0.01
     epochs: int = 150
@@ -137,13 +140,15 @@ class NetAdapt:
         budget = float((limits.flops if which else limits.params) or 0)
         whole = Structure(task.trained(), task)
         first = float(whole.cost(whole.space.everything())[which])
+        live = whole.costs.live(whole.space.everything())
+        multiples = torch.minimum((live // self.parts).clamp(min=1), torch.full_like(live, self.multiple))
         goals = targets(first, budget, self.ratio, self.decay, self.most)[:-1]
         known = [Step(**fields) for fields in json.loads(path.read_text())] if path.exists() else []
         steps = list[Step]()
         for number, target in enumerate(goals, 1):
             if float(whole.cost(whole.space.everything())[which]) <= target:
                 continue
-            tried = self._tried(whole, (budget, target), which)
+            tried = self._tried(whole, multiples, (budget, target), which)
             if not tried:
                 break
             if len(steps) < len(known):
@@ -160,14 +165,15 @@ class NetAdapt:
             whole = Structure(model, task)
         return whole.model, steps
 
-    def _tried(self, whole: Structure, span: tuple[float, float], which: int) -> dict[tuple[int, int], Tensor]:
+    def _tried(
+        self, whole: Structure, multiples: Tensor, span: tuple[float, float], which: int
+    ) -> dict[tuple[int, int], Tensor]:
         """The structures (bool [n]) between budget and target that a step tries, by group and width."""
 
         def cost(widths: Tensor) -> float:
             return float(whole.costs.both(widths)[which])
 
         live = whole.costs.live(whole.space.everything())
-        multiples = torch.minimum((live // 8).clamp(min=1), torch.full_like(live, self.multiple))
         places, found = whole.places(whole.scores(policies.importance.l2)), dict[tuple[int, int], Tensor]()
         for group, width in candidates(cost, live, whole.space.least, multiples, span[1]):
             beyond = (whole.space.group_of == group) & (places * int(live[group]) > width + 0.5)

@@ -1,13 +1,15 @@
 """Provable: Liebenwein, Baykal, Lang, Feldman, Rus: Provable Filter Pruning, ICLR 2020 (arXiv 1911.07412).
 
 Steps: lucaslie/torchprune@14b392c. A channel's sensitivity is the largest share that it has in any sampled output of
-the layers that read it. Pruned and retrained in rounds; the cost falls by the same factor in each, and the last one
-fills the budget up. Published rounds belong to 182 epochs: they are scaled like epochs. The sample is of training
-images; the source takes validation data, of which a comparison here has none but what judges it.
+the layers that read it; of a group, the largest in all of its readers. Numbers of draws are rounded up. Pruned and
+retrained in rounds; the cost falls by the same factor in each, and the last one fills the budget up. Published rounds
+belong to 182 epochs: they are scaled like epochs. The sample is of training images; the source takes validation data,
+of which a comparison here has none but what judges it.
 Cost: the dense training (which the paper's rule leaves out), and one training for every round, smaller and smaller.
 """
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -104,6 +106,7 @@ class PFP:
         eta = sum(space.shapes[name][0] for name in space.parameters if len(space.shapes[name]) > 1)
         sample = task.sampled(sample_size(self.c, self.delta, eta), generator)
         found: dict[int, Layer] = {}
+        start = time.perf_counter()
         for reader in readers(model, space):
             units = torch.nonzero(space.group_of == reader.group).flatten()
             layer = self._layer(model, reader, units, sample)
@@ -112,7 +115,8 @@ class PFP:
                 s = torch.maximum(before.s, layer.s)
                 layer = Layer(units, s, max(before.patches, layer.patches), max(before.filters, layer.filters))
             found[reader.group] = layer
-        task.spend("sampling", task.cost(model).flops * len(sample) * len(readers(model, space)))
+        looks = len(sample) * len(readers(model, space))
+        task.spend("sampling", task.cost(model).flops * looks, time.perf_counter() - start)
         return list(found.values())
 
     def _layer(self, model: nn.Module, reader: Reader, units: Tensor, sample: Tensor) -> Layer:
@@ -122,7 +126,7 @@ class PFP:
 
         def use(x: Tensor) -> None:
             nonlocal found, places
-            for part in x.split(16):
+            for part in x.split(16):  # patches are nine times as large
                 patches = reader.patches(part)
                 places = patches.shape[1]
                 found = torch.maximum(found, sensitivity(weight, patches.flatten(0, 1), columns))

@@ -24,7 +24,7 @@ from torchgrow.lab.from_recipe import make_optimizer
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.systems.structure import Structure
 from torchgrow.lab.systems.supernet import Searching, Supernet, chosen, rate
-from torchgrow.lab.systems.system import Phase, Task, held_out, scaled
+from torchgrow.lab.systems.system import Phase, Task, as_dense, held_out, scaled
 
 
 def one_hot(option: Tensor, options: int) -> Tensor:
@@ -158,7 +158,7 @@ class ProxylessNAS:
         supernet = Sampled(whole, self.shares)
         epochs = scaled(self.epochs, self.dense, task.recipe)
         warm = round(epochs * self.warm / self.epochs)
-        recipe = replace(task.recipe, epochs=epochs, then=0)
+        recipe = replace(as_dense(task.recipe), epochs=epochs)
         steps = (epochs - warm) * train_steps(len(own.train), recipe.batch_size) // self.every
         adam = torch.optim.Adam([supernet.alpha], lr=rate(self.lr, self.steps, steps), betas=self.betas)
         binarising = Binarising(
@@ -174,5 +174,4 @@ class ProxylessNAS:
         )
         weights = make_optimizer(supernet.model, recipe)
         yield Phase(name="search", model=supernet, recipe=recipe, hooks=binarising, optimizer=weights, data=own)
-        task.spend("steps of alpha", binarising.flops)
         yield Phase(name="from scratch", model=chosen(task, supernet), recipe=task.recipe, counted=False)

@@ -56,11 +56,12 @@ def run(name: str, system: System, task: Task, on_step: Callable[[int, float, in
             on_step=stepped,
             checkpoints=Checkpoints(folder=task.folder / f"checkpoints-{number}"),
         ):
-            entry.epochs, entry.flops, entry.seconds = epoch.epoch, epoch.training_flops, epoch.seconds
+            entry.epochs, entry.seconds = epoch.epoch, epoch.seconds
+            entry.flops = epoch.training_flops + phase.hooks.flops
             write_whole(path, json.dumps([asdict(one) for one in task.spent]))
             yield replace(
                 epoch,
                 epoch=epochs + epoch.epoch,
-                training_flops=flops + epoch.training_flops,
+                training_flops=flops + entry.flops,
                 seconds=seconds + epoch.seconds,
             )

@@ -1,5 +1,6 @@
 """Statistics of batch norms estimated anew after a cut, as means over training batches."""
 
+import time
 from itertools import islice
 
 import torch
@@ -18,7 +19,7 @@ def estimate_anew(model: nn.Module, task: Task, batches: int) -> None:
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms or not isinstance(task.data, ImageData):
         return
-    momenta, seen = [norm.momentum for norm in norms], 0
+    momenta, seen, start = [norm.momentum for norm in norms], 0, time.perf_counter()
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
@@ -31,4 +32,4 @@ def estimate_anew(model: nn.Module, task: Task, batches: int) -> None:
         seen += len(x)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    task.spend("statistics", task.cost(model).flops * seen)
+    task.spend("statistics", task.cost(model).flops * seen, time.perf_counter() - start)

@@ -111,9 +111,28 @@ class Structure:
         if bool((self.cost(found) > limits.tensor()).any()):
             least = self.costs.both(self.costs.smallest()).tolist()
             raise UnfitError(
-                f"the budget is below the smallest network here, of {least[0]:,} parameters and {least[1]:,} FLOPs"
+                f"the budget is below the smallest network here, of {least[0]:,} parameters and {least[1]:,} FLOPs; "
+                "give a larger --budget"
             )
         return found
+
+    def at_most(self, keep: Tensor, score: Tensor, limits: Limits) -> Tensor:
+        """The structure itself, with one unit a group at least, where it is within the limits; else as `exact`."""
+        least = policies.kit.one_per_group(self.space, keep.clone(), score)
+        fits = bool((self.cost(least) <= limits.tensor()).all())
+        return least if fits else self.exact(keep, score, limits)
+
+    def depths(self, keep: Tensor) -> dict[str, int]:
+        """Blocks of every stage in a structure: those that cannot go are not counted, but for one."""
+        found: dict[str, int] = {}
+        for block in self.space.blocks:
+            found[block.stage] = found.get(block.stage, 1) + int(keep[block.unit])
+        return found
+
+    def widths(self) -> dict[str, int]:
+        """Units of every group, by the group's name."""
+        sizes = torch.bincount(self.space.group_of, minlength=self.space.n_groups).tolist()
+        return dict(zip(self.space.group_names, sizes, strict=True))
 
     def within(self, score: Tensor, limits: Limits) -> Tensor:
         """The structure that keeps the same share of every pool, those of high score, exactly at the budget."""

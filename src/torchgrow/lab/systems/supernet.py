@@ -16,7 +16,8 @@ Then from scratch.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -137,6 +138,24 @@ class Searching(Hooks, ABC):
         self.warm, self.every = warm, every
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.steps, self.flops = 0, 0
+        self.pass_: Iterator[tuple[Tensor, Tensor]] = iter(())
+        self.taken, self.before = 0, self.generator.get_state()
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """The next batch of a pass over the images; a new pass when it is over."""
+        found = next(self.pass_, None)
+        if found is None:
+            self.before, self.taken = self.generator.get_state(), 0
+            self.pass_ = self._drawn()
+            found = next(self.pass_)
+        self.taken += 1
+        return found
+
+    def _drawn(self) -> Iterator[tuple[Tensor, Tensor]]:
+        recipe = self.recipe
+        return self.images.train_batches(
+            batch_size=recipe.batch_size, shift=recipe.shift, mirror=recipe.mirror, generator=self.generator
+        )
 
     @abstractmethod
     def step(self, x: Tensor, labels: Tensor) -> int:
@@ -147,12 +166,7 @@ class Searching(Hooks, ABC):
         self.steps += 1
         if done <= self.warm or self.steps % self.every:
             return
-        recipe = self.recipe
-        x, labels = next(
-            self.images.train_batches(
-                batch_size=recipe.batch_size, shift=recipe.shift, mirror=recipe.mirror, generator=self.generator
-            )
-        )
+        x, labels = self.batch()
         self.flops += self.step(x, labels) * len(x)
 
     def descend(self, loss: Tensor) -> None:
@@ -163,14 +177,16 @@ class Searching(Hooks, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Beside the network, which has `alpha`."""
-        adam, random = self.adam.state_dict(), self.generator.get_state()
-        return {"adam": adam, "random": random, "steps": self.steps, "flops": self.flops}
+        adam, counts = self.adam.state_dict(), {"steps": self.steps, "flops": self.flops, "taken": self.taken}
+        return {"adam": adam, "random": self.before, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.adam.load_state_dict(state["adam"])
-        self.generator.set_state(state["random"])
-        self.steps, self.flops = state["steps"], state["flops"]
+        self.steps, self.flops, self.taken = state["steps"], state["flops"], state["taken"]
+        self.before = state["random"]
+        self.generator.set_state(self.before)
+        self.pass_ = islice(self._drawn(), self.taken, None) if self.taken else iter(())
 
 
 def rate(lr: float, published: int, steps: int) -> float:

@@ -160,9 +160,14 @@ class System(Protocol):
         """
 
 
+def as_dense(recipe: Recipe) -> Recipe:
+    """The recipe for a training as long as that of the dense network, in one part."""
+    return replace(recipe, epochs=recipe.epochs + recipe.then, then=0)
+
+
 def scaled(published: float, dense: int, recipe: Recipe) -> int:
-    """Epochs of a phase: the source's, times the recipe's over those of the source's dense training; at least 2."""
-    return max(2, round(published * recipe.epochs / dense))
+    """Epochs of a phase: the source's, times those that the dense network trains here over there; at least 2."""
+    return max(2, round(published * as_dense(recipe).epochs / dense))
 
 
 def tuned(recipe: Recipe, epochs: int, share: float, milestones: tuple[float, ...] = ()) -> Recipe:
@@ -173,4 +178,4 @@ def tuned(recipe: Recipe, epochs: int, share: float, milestones: tuple[float, ..
 
 def fine_tuned(recipe: Recipe) -> Recipe:
     """The recipe for fine-tuning where no source says how: half of all epochs, at least 2, a tenth of its rate."""
-    return replace(recipe, epochs=max(2, (recipe.epochs + recipe.then) // 2), then=0, lr=0.1 * recipe.lr)
+    return replace(recipe, epochs=max(2, as_dense(recipe).epochs // 2), then=0, lr=0.1 * recipe.lr)

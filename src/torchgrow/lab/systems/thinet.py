@@ -8,6 +8,7 @@ Cost: the dense training (which the paper's rule leaves out), a forward pass of 
 and fine-tuning.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -73,6 +74,7 @@ class ThiNet:
         nothing = torch.zeros(whole.space.n_units, dtype=torch.float64)
         counts = whole.costs.live(whole.within(nothing, task.limits()))  # how many stay: any units cost the same
         sample, keep, groups = self._sample(data, generator), whole.space.everything(), list[int]()
+        start = time.perf_counter()
         for reader in all_readers:
             if reader.group not in groups:
                 groups.append(reader.group)
@@ -87,7 +89,7 @@ class ThiNet:
             for reader, part in zip(mine, parts, strict=True):
                 self._reweigh(reader, units, kept, rescaled(part, kept))
         looks = sum(1 for _ in all_readers) * len(sample)
-        task.spend("sampling", task.cost(model).flops * looks)
+        task.spend("sampling", task.cost(model).flops * looks, time.perf_counter() - start)
         rest = whole.places(keep.double())
         whole.cut(whole.exact(keep, -rest, task.limits()))
         epochs = scaled(len(groups) * self.layer + self.last, self.dense, task.recipe)

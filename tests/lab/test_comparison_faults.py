@@ -1,0 +1,131 @@
+"""What cannot be trained in a comparison: said with the fix, before anything is written, and never at others' cost."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from torchgrow import Budget, TorchgrowError
+from torchgrow.lab import models, recipes
+from torchgrow.lab.baselines import twin_width
+from torchgrow.lab.compare import Rows, compare
+from torchgrow.lab.data import load_images
+from torchgrow.lab.recipes import Recipe
+
+RECIPE = replace(
+    recipes.get("digits"),
+    build=partial(models.ResNet, depth=14, widths=(4, 8, 8), in_channels=1),
+    preset="default",
+    epochs=2,
+    subset=64,
+    batch_size=32,
+    budget=Budget(params="50%"),
+    depth=False,
+    schedule="milestones",
+    warmup=0.0,
+)
+
+
+class Flat(nn.Module):
+    """Scores of all pixels; no layer that might be left out."""
+
+    def __init__(self, width: float = 1.0, classes: int = 10) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, max(1, round(8 * width)), 3), nn.LazyLinear(classes)
+        self(torch.zeros(1, 1, 8, 8))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.last(self.first(x).relu().flatten(1))
+
+
+class Pair(Flat):
+    """Returns more than scores."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), x
+
+
+def run(out: Path, methods: str, recipe: Recipe = RECIPE, **more: Any) -> Any:
+    return compare(recipe, methods=methods.split(), seeds=[0], console=Console(quiet=True), out=out, **more)
+
+
+def methods_in(out: Path) -> list[str]:
+    return [row["method"] for file in out.glob("*.jsonl") for row in Rows(file).read()]
+
+
+def test_one_that_cannot_be_trained_is_named_and_the_others_are_trained_all_the_same(tmp_path: Path) -> None:
+    """And tried again by the same command, unlike those whose row says why they never can."""
+    recipe = replace(RECIPE, name="mine", build=Flat, depth=True)
+    for _ in range(2):
+        with pytest.raises(TorchgrowError, match=r"^1 of 4 could not be trained: default, seed 0, .*: depth=True, but"):
+            run(tmp_path, "default dense direct uniform", recipe)
+        assert sorted(methods_in(tmp_path)) == ["dense", "uniform"]
+
+
+def test_no_network_stands_at_a_budget_that_it_breaks(tmp_path: Path) -> None:
+    rows = {row["method"]: row for row in run(tmp_path, "uniform sfp", budgets=[Budget(params=20)])}
+    assert "narrowest network that one factor gives has" in rows["uniform"]["error"]
+    assert "more than params <= 20 allows; give a larger --budget" in rows["uniform"]["error"]
+    assert "give a larger --budget" in rows["sfp"]["error"]
+
+
+def test_the_uniform_twin_is_within_all_that_is_budgeted() -> None:
+    data = load_images("digits", subset=64)
+    params, flops = (
+        twin_width(replace(RECIPE, budget=budget), data, params=2000, flops=100_000)
+        for budget in (Budget(params=2000), Budget(flops=100_000))
+    )
+    both = replace(RECIPE, budget=Budget(params=2000, flops=100_000))
+    assert params != flops
+    assert twin_width(both, data, params=2000, flops=100_000) == min(params, flops)
+
+
+def no_width() -> nn.Module:
+    return Flat()
+
+
+def broken(width: float) -> nn.Module:
+    raise RuntimeError("no weights here")
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (no_width, r"recipe 'mine': build\(1\.0\), or its network on images .* failed: TypeError: .* 0 positional"),
+        (broken, r"failed: RuntimeError: no weights here; build takes a width factor"),
+        (Pair, r"the network returns a tuple; let it return scores, \[N, classes\]"),
+        (partial(Flat, classes=4), r"returns \[2, 4\] for 2 images of 10 classes; let it return \[2, 10\]"),
+    ],
+)
+def test_a_network_of_ones_own_is_tried_before_anything_is_written(tmp_path: Path, build: Any, text: str) -> None:
+    with pytest.raises(TorchgrowError, match=text):
+        run(tmp_path, "dense default", replace(RECIPE, name="mine", build=build))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("methods", "text"),
+    [
+        ([], r'no method is named; name some with spaces between: --methods "dense uniform default"'),
+        (["dense,uniform"], r"""'dense,uniform': put spaces between methods: --methods "dense uniform\""""),
+        (["sfp:rate=0.3"], r"sfp takes no settings, so not 'sfp:rate=0\.3'; only shrink does"),
+    ],
+)
+def test_methods_that_are_misspelt_are_named_with_what_works(tmp_path: Path, methods: list[str], text: str) -> None:
+    with pytest.raises(TorchgrowError, match=text):
+        compare(RECIPE, methods=methods, seeds=[0], console=Console(quiet=True), out=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_by_the_papers_rule_a_training_after_growth_is_of_a_structure_that_is_final(tmp_path: Path) -> None:
+    """As it is for a system that searches; of what does not grow, everything counts."""
+    rows = {row["method"]: row for row in run(tmp_path, "uniform default", replace(RECIPE, then=1))}
+    _, growth, whole = (epoch["training_flops"] for epoch in rows["default"]["epochs"])
+    assert (rows["default"]["train_flops_paper_rule"], rows["default"]["train_flops"]) == (growth, whole)
+    assert growth < whole
+    assert rows["uniform"]["train_flops_paper_rule"] == rows["uniform"]["train_flops"]
