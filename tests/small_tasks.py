@@ -1,4 +1,4 @@
-"""Tasks for compared systems: images of 4 x 4 pixels with networks of a few convolutions, and a text of 7 words."""
+"""Small tasks: images of 4 x 4 pixels with networks of a few convolutions, 64 digits, and a text of 7 words."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,13 +10,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchgrow import Budget
-from torchgrow.lab import recipes
+from torchgrow.lab import models, recipes
 from torchgrow.lab.data import ImageData, Images
 from torchgrow.lab.recurrent import LSTM
 from torchgrow.lab.systems import Task
 from torchgrow.lab.text import TextData
 
 SIDE = 4
+DIGITS = replace(
+    recipes.get("digits"),
+    build=partial(models.ResNet, depth=14, widths=(4, 8, 8), in_channels=1),
+    preset="default",
+    epochs=2,
+    subset=64,
+    batch_size=32,
+    budget=Budget(params="50%"),
+    depth=False,
+    schedule="milestones",
+    warmup=0.0,
+)
+"""Two epochs of 64 digits, to half the parameters of a ResNet of a few channels."""
 
 
 def images(n: int) -> Images:

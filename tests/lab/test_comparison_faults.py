@@ -10,25 +10,12 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from small_tasks import DIGITS
 from torchgrow import Budget, TorchgrowError
-from torchgrow.lab import models, recipes
 from torchgrow.lab.baselines import twin_width
 from torchgrow.lab.compare import Rows, compare
 from torchgrow.lab.data import load_images
 from torchgrow.lab.recipes import Recipe
-
-RECIPE = replace(
-    recipes.get("digits"),
-    build=partial(models.ResNet, depth=14, widths=(4, 8, 8), in_channels=1),
-    preset="default",
-    epochs=2,
-    subset=64,
-    batch_size=32,
-    budget=Budget(params="50%"),
-    depth=False,
-    schedule="milestones",
-    warmup=0.0,
-)
 
 
 class Flat(nn.Module):
@@ -50,7 +37,7 @@ class Pair(Flat):
         return super().forward(x), x
 
 
-def run(out: Path, methods: str, recipe: Recipe = RECIPE, **more: Any) -> Any:
+def run(out: Path, methods: str, recipe: Recipe = DIGITS, **more: Any) -> Any:
     return compare(recipe, methods=methods.split(), seeds=[0], console=Console(quiet=True), out=out, **more)
 
 
@@ -60,7 +47,7 @@ def methods_in(out: Path) -> list[str]:
 
 def test_one_that_cannot_be_trained_is_named_and_the_others_are_trained_all_the_same(tmp_path: Path) -> None:
     """And tried again by the same command, unlike those whose row says why they never can."""
-    recipe = replace(RECIPE, name="mine", build=Flat, depth=True)
+    recipe = replace(DIGITS, name="mine", build=Flat, depth=True)
     for _ in range(2):
         with pytest.raises(TorchgrowError, match=r"^1 of 4 could not be trained: default, seed 0, .*: depth=True, but"):
             run(tmp_path, "default dense direct uniform", recipe)
@@ -77,10 +64,10 @@ def test_no_network_stands_at_a_budget_that_it_breaks(tmp_path: Path) -> None:
 def test_the_uniform_twin_is_within_all_that_is_budgeted() -> None:
     data = load_images("digits", subset=64)
     params, flops = (
-        twin_width(replace(RECIPE, budget=budget), data, params=2000, flops=100_000)
+        twin_width(replace(DIGITS, budget=budget), data, params=2000, flops=100_000)
         for budget in (Budget(params=2000), Budget(flops=100_000))
     )
-    both = replace(RECIPE, budget=Budget(params=2000, flops=100_000))
+    both = replace(DIGITS, budget=Budget(params=2000, flops=100_000))
     assert params != flops
     assert twin_width(both, data, params=2000, flops=100_000) == min(params, flops)
 
@@ -104,7 +91,7 @@ def broken(width: float) -> nn.Module:
 )
 def test_a_network_of_ones_own_is_tried_before_anything_is_written(tmp_path: Path, build: Any, text: str) -> None:
     with pytest.raises(TorchgrowError, match=text):
-        run(tmp_path, "dense default", replace(RECIPE, name="mine", build=build))
+        run(tmp_path, "dense default", replace(DIGITS, name="mine", build=build))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -118,13 +105,13 @@ def test_a_network_of_ones_own_is_tried_before_anything_is_written(tmp_path: Pat
 )
 def test_methods_that_are_misspelt_are_named_with_what_works(tmp_path: Path, methods: list[str], text: str) -> None:
     with pytest.raises(TorchgrowError, match=text):
-        compare(RECIPE, methods=methods, seeds=[0], console=Console(quiet=True), out=tmp_path)
+        compare(DIGITS, methods=methods, seeds=[0], console=Console(quiet=True), out=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_by_the_papers_rule_a_training_after_growth_is_of_a_structure_that_is_final(tmp_path: Path) -> None:
     """As it is for a system that searches; of what does not grow, everything counts."""
-    rows = {row["method"]: row for row in run(tmp_path, "uniform default", replace(RECIPE, then=1))}
+    rows = {row["method"]: row for row in run(tmp_path, "uniform default", replace(DIGITS, then=1))}
     _, growth, whole = (epoch["training_flops"] for epoch in rows["default"]["epochs"])
     assert (rows["default"]["train_flops_paper_rule"], rows["default"]["train_flops"]) == (growth, whole)
     assert growth < whole

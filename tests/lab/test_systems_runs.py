@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torchgrow
+from small_tasks import DIGITS
 from tiny_cifar import write_batches
 from torchgrow import Budget, TorchgrowError
 from torchgrow.lab import frames, models, recipes, systems, train
@@ -29,18 +30,6 @@ from torchgrow.lab.systems.morphnet import MorphNet
 from torchgrow.lab.systems.netadapt import NetAdapt
 from torchgrow.lab.systems.proxyless import ProxylessNAS
 
-RECIPE = replace(
-    recipes.get("digits"),
-    build=partial(models.ResNet, depth=14, widths=(4, 8, 8), in_channels=1),
-    preset="default",
-    epochs=2,
-    subset=64,
-    batch_size=32,
-    budget=Budget(params="50%"),
-    depth=False,
-    schedule="milestones",
-    warmup=0.0,
-)
 TEXT = replace(
     recipes.get("lstm-ptb"),
     build=partial(LSTM, embedding=8, hidden=(8, 8)),
@@ -54,7 +43,7 @@ BEGIN = {"l1-norm", "thinet", "pfp", "bar", "netadapt", "shrink"}
 Row = dict[str, Any]
 
 
-def run(out: Path, methods: str, recipe: Any = RECIPE) -> list[Row]:
+def run(out: Path, methods: str, recipe: Any = DIGITS) -> list[Row]:
     return compare(recipe, methods=methods.split(), seeds=[0], console=Console(quiet=True), out=out)
 
 
@@ -191,7 +180,7 @@ class Dropped(models.ResNet):
 
 def test_a_search_that_was_stopped_trains_only_what_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NetAdapt, in its third step: the first two are not searched again, and all ends as the unbroken one."""
-    recipe = replace(RECIPE, build=partial(Dropped, depth=14, widths=(4, 8, 8), in_channels=1))
+    recipe = replace(DIGITS, build=partial(Dropped, depth=14, widths=(4, 8, 8), in_channels=1))
     monkeypatch.setitem(systems._SYSTEMS, "netadapt", partial(NetAdapt, most=5, short=1))
     (whole,) = [row for row in run(tmp_path / "whole", "netadapt", recipe) if row["method"] == "netadapt"]
     trained, most = list[nn.Module](), 0
@@ -234,7 +223,7 @@ def test_phases_that_are_done_are_not_trained_again(tmp_path: Path, monkeypatch:
 
 
 def test_the_constants_of_a_system_are_part_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    job = Job(method="netadapt", recipe=RECIPE, data=(1,))
+    job = Job(method="netadapt", recipe=DIGITS, data=(1,))
     before = job.key()
     monkeypatch.setitem(systems._SYSTEMS, "netadapt", partial(NetAdapt, short=2))
     assert job.key() != before
@@ -251,7 +240,7 @@ def test_an_unknown_system_is_refused_with_the_names_that_there_are(tmp_path: Pa
 
 def test_shrink_is_the_dense_network_a_grower_and_a_plain_loop(tmp_path: Path) -> None:
     """Fine-tuned by hand: half the epochs, a tenth of the rate, the recipe's schedule; an update every step of two."""
-    recipe = replace(RECIPE, epochs=8, threads=1)
+    recipe = replace(DIGITS, epochs=8, threads=1)
     row = next(r for r in run(tmp_path, "shrink:until=0.5,importance=l1", recipe) if r["method"] != "dense")
     assert [(one["name"], one["epochs"]) for one in row["phases"]] == [("dense", 8), ("fine-tuning", 4)]
     (saved,) = (tmp_path / ".digits").glob("*/network")
@@ -293,7 +282,7 @@ def test_shrink_is_the_dense_network_a_grower_and_a_plain_loop(tmp_path: Path) -
 
 def test_settings_of_shrink_are_part_of_a_row_and_are_refused_where_there_are_none(tmp_path: Path) -> None:
     def config(method: str) -> Any:
-        return Job(method=method, recipe=RECIPE, data=(1,)).config()
+        return Job(method=method, recipe=DIGITS, data=(1,)).config()
 
     assert config("shrink")["system"]["settings"]["until"] == 0.2
     assert config("shrink:until=0.3,importance=l1")["system"]["settings"]["importance"] == "l1"
