@@ -91,7 +91,7 @@ def broken(width: float) -> nn.Module:
 )
 def test_a_network_of_ones_own_is_tried_before_anything_is_written(tmp_path: Path, build: Any, text: str) -> None:
     with pytest.raises(TorchgrowError, match=text):
-        run(tmp_path, "dense default", replace(DIGITS, name="mine", build=build))
+        run(tmp_path, "dense default", replace(DIGITS, name="mine", build=build, source="mine.py:mine"))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -288,6 +288,6 @@ def test_settings_of_shrink_are_part_of_a_row_and_are_refused_where_there_are_no
     assert config("shrink:until=0.3,importance=l1")["system"]["settings"]["importance"] == "l1"
     with pytest.raises(TorchgrowError, match=r"'unti=0\.3' in preset 'shrink:unti=0\.3' is not a setting of"):
         run(tmp_path, "shrink:unti=0.3")
-    with pytest.raises(TorchgrowError, match="preset 'l1-norm' is unknown"):
+    with pytest.raises(TorchgrowError, match="l1-norm takes no settings, so not 'l1-norm:lr=1'; only shrink does"):
         run(tmp_path, "l1-norm:lr=1")
     assert not list(tmp_path.iterdir())

@@ -57,7 +57,7 @@ def with_data(
     if not len(mean) == len(std) == len(data.mean):
         raise TorchgrowError(f"images of {recipe.dataset} have {len(data.mean)} colours; give as many to mean and std")
     data = replace(data, mean=mean, std=std, channels_last=recipe.channels_last)
-    if recipe.name not in RECIPES and not recipe.meta:
+    if recipe.name not in RECIPES and not (recipe.meta or recipe.weights):
         _tried(recipe, data)
     return recipe, data
 
