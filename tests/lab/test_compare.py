@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import nn
 
+from small_tasks import DIGITS
 from torchgrow import Budget, Method, TorchgrowError
 from torchgrow.lab import models, recipes, run_folder, train
 from torchgrow.lab.baselines import initialised
@@ -26,16 +27,10 @@ from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.results import difference, draw, sweeps, verdict
 
 RECIPE = replace(
-    recipes.get("digits"),
+    DIGITS,
     build=partial(models.ResNet, depth=14, widths=(8, 16, 32), in_channels=1),
-    preset="default",
-    epochs=2,
     subset=128,
-    batch_size=32,
     budget=Budget(params="20%"),
-    depth=False,
-    schedule="milestones",
-    warmup=0.0,
 )
 QUIET = Console(quiet=True)
 
