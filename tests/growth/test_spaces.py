@@ -99,7 +99,7 @@ def start(case: Case, grower: Grower) -> Any:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", CASES)
 def test_law_4_resume_is_the_unbroken_run(name: str, method: str, tmp_path: Path) -> None:
-    """From a checkpoint before any update, and near the end; dropout and carried states included."""
+    """From before any update, in a run that has ended; and from near the end, in another one; with dropout and states."""
     case, whole = CASES[name], made(CASES[name], METHODS[method])
     torch.manual_seed(7)
     state = start(case, whole)
@@ -113,8 +113,7 @@ def test_law_4_resume_is_the_unbroken_run(name: str, method: str, tmp_path: Path
         changed += event.born + event.regrown + event.detached
     assert changed > 0
     expected = {**everything(whole, run=False), "state": dict(enumerate(tree_leaves(state)))}
-    for first in (0, 3):
-        again = made(case, METHODS[method])
+    for first, again in ((0, whole), (3, made(case, METHODS[method]))):
         state = load_checkpoint(tmp_path / f"{first}", again)["state"]
         for epoch in range(first, UPDATES):
             for step in (0, 1):

@@ -46,7 +46,7 @@ def load(name: str, shapes: Iterable[Shape] = ()) -> tuple[nn.Module, Any]:
         TorchgrowError: there is no such model, it cannot be built, or no inputs are known for it.
     """
     with torch.random.fork_rng(devices=()):  # the same answer every time, and no trace of it in the caller's state
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         return _load(name, tuple(shapes))
 
 

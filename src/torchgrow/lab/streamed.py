@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -127,11 +127,17 @@ class Streamed:
         loader = DataLoader(
             _Reading(self, mirror),
             batch_sampler=[items[start : start + batch_size][share] for start in range(0, len(items), batch_size)],
+            collate_fn=_collated,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else it draws from the one that dropout draws from
         )
-        for pixels, labels in loader:
+        each = iter(loader)
+        for batch in each:
+            if isinstance(batch, TorchgrowError):
+                del each  # its workers end now: those that the garbage collector finds go on for five seconds
+                raise batch
+            pixels, labels = batch
             yield pixels.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 
@@ -142,6 +148,13 @@ class _Reading(Dataset[tuple[Tensor, Tensor]]):
         self.images = images
         self.judged = _as_judged(images.side, images.masked)
         self.augmented = _augmented(images.side, images.masked, mirror)
+
+    def __getitems__(self, items: list[tuple[int, int | None]]) -> list[tuple[Tensor, Tensor]] | TorchgrowError:
+        """A batch; or what is wrong with it, which DataLoader would raise with a traceback for its text."""
+        try:
+            return [self[item] for item in items]
+        except TorchgrowError as error:
+            return error
 
     def __getitem__(self, item: tuple[int, int | None]) -> tuple[Tensor, Tensor]:
         i, seed = item
@@ -159,6 +172,10 @@ class _Reading(Dataset[tuple[Tensor, Tensor]]):
         if isinstance(target, str):
             return read[0].as_subclass(Tensor), as_labels(read[1].as_subclass(Tensor), self.images.void)
         return read.as_subclass(Tensor), torch.tensor(target)
+
+
+def _collated(batch: list[tuple[Tensor, Tensor]] | TorchgrowError) -> Any:
+    return batch if isinstance(batch, TorchgrowError) else default_collate(batch)
 
 
 def _augmented(side: int, masked: bool, mirror: bool) -> Callable[..., Any]:

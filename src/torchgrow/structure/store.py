@@ -193,7 +193,7 @@ class Births:
         module = copy.deepcopy(self.frame.get_submodule(path))
         module.to_empty(device="cpu", recurse=hasattr(module, "_reset_parameters"))
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(self.seed ^ zlib.crc32(path.encode()))
+            torch.default_generator.manual_seed(self.seed ^ zlib.crc32(path.encode()))
             getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))()  # type: ignore[misc]
         return module
 

@@ -322,7 +322,8 @@ class Chance(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
         self.count += 1
-        torch.manual_seed(1_000_003 * self.draw + self.count)
+        given = [x.device for x in args if isinstance(x, Tensor)]
+        self._seed(given[0] if given else torch.device(kwargs.get("device") or "cpu"))
         out = func(*args, **kwargs)
         name = func._overloadpacket.__name__.rstrip("_")
         if isinstance(out, Tensor) and not out.is_meta and out.numel():
@@ -333,9 +334,18 @@ class Chance(TorchDispatchMode):
                     self._hold_still(out, name, func, args, kwargs)
         return out
 
+    def _seed(self, device: torch.device) -> None:
+        """Begin the numbers of this draw, on a device.
+
+        On the host without `torch.manual_seed`, which writes the whole stack down for every accelerator that nobody has
+        used yet: milliseconds, and a queue that grows for the rest of the process.
+        """
+        seed = torch.default_generator.manual_seed if device.type in ("cpu", "meta") else torch.manual_seed
+        seed(1_000_003 * self.draw + self.count)
+
     def _hold_still(self, out: Tensor, name: str, func: Any, args: Any, kwargs: Any) -> None:
         """One number for every position of the first axis, as many as there are units or not; extreme ones if asked."""
-        torch.manual_seed(1_000_003 * self.draw + self.count)
+        self._seed(out.device)
         drawn = out.new_empty(out.shape[:1])
         if name in ("rand", "rand_like"):
             drawn.uniform_()
