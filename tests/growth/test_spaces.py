@@ -99,7 +99,7 @@ def start(case: Case, grower: Grower) -> Any:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", CASES)
 def test_law_4_resume_is_the_unbroken_run(name: str, method: str, tmp_path: Path) -> None:
-    """From before any update, in a run that has ended; and from near the end, in another one; with dropout and states."""
+    """From before any update, in a run that has ended; from near the end, in a new one; with dropout and states."""
     case, whole = CASES[name], made(CASES[name], METHODS[method])
     torch.manual_seed(7)
     state = start(case, whole)
