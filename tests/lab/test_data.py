@@ -23,6 +23,18 @@ def as_nchw(pixels: Any) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
+# --- what needs no folder
+
+
+@pytest.mark.parametrize(
+    ("dataset", "told"), [("digits", "the digits come with scikit-learn"), ("shapes", "the pictures are drawn")]
+)
+def test_what_is_read_from_no_folder_takes_none(dataset: str, told: str, tmp_path: Path) -> None:
+    for word, places in {"--data": {"folder": tmp_path}, "--download": {"download": True}}.items():
+        with pytest.raises(TorchgrowError, match=f"{told}, so no folder is read; leave {word} out, or take a recipe"):
+            data.load(dataset, **places)  # type: ignore[arg-type]
+
+
 # --- digits
 
 

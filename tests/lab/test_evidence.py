@@ -241,6 +241,10 @@ def test_the_page_has_a_name_of_its_own(tmp_path: Path) -> None:
     done = invoke("report", run_folder(tmp_path / "run"), "--out", tmp_path / "run")
     assert done.exit_code == 1
     assert "--out names the page, such as report.html, not" in " ".join(done.output.split())
+    (tmp_path / "file").touch()
+    done = invoke("report", tmp_path / "run", "--out", tmp_path / "file" / "it.html")
+    assert done.exit_code == 1
+    assert "it.html cannot be written there (Not a directory: " in " ".join(done.output.split())
 
 
 # --- did it work

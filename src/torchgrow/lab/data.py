@@ -31,6 +31,11 @@ _DIGITS_TEST_IMAGES = 360  # of 1,797
 _HELD_OUT_IMAGES, _HELD_OUT_SHARE = 10_000, 0.2
 _SPLIT_SEED = 0  # the digits split and the subset draw are the same for every run seed
 
+_MADE_HERE = {
+    "digits": "the digits come with scikit-learn",
+    **dict.fromkeys(("shapes", "shape-masks"), "at scale smoke the pictures are drawn"),
+}
+
 _CIFAR10_HELP = (
     "What works: a folder with torchvision's cifar-10-batches-py/ (data_batch_1 to data_batch_5 and test_batch), "
     "a folder with Hugging Face style train*.parquet and test*.parquet (columns img or image, and label), "
@@ -80,9 +85,9 @@ def load(
             fifth of the subset, a fifth of it, and the rest is left to train on.
 
     Raises:
-        TorchgrowError: an unknown data set; a folder that is missing, empty, incomplete or holds something
-            else; a subset that is not between 1 and the number of training images or words; a download of a text, or
-            held-out parts of one.
+        TorchgrowError: an unknown data set; a folder or a download for one that needs none; a folder that is missing,
+            empty, incomplete or holds something else; a subset that is not between 1 and the number of training images
+            or words; a download of a text, or held-out parts of one.
     """
     if dataset == "text":
         if held_out:
@@ -109,6 +114,11 @@ def load_images(
     held_out: bool = False,
 ) -> ImageData:
     """`load` for every data set but a text."""
+    if dataset in _MADE_HERE and (folder is not None or download):
+        raise TorchgrowError(
+            f"{_MADE_HERE[dataset]}, so no folder is read; leave {'--data' if folder else '--download'} out, or take a "
+            "recipe and a scale that read one: torchgrow run resnet20-cifar10 --data FOLDER"
+        )
     if dataset == "digits":
         data = _digits()
     elif dataset == "cifar10":

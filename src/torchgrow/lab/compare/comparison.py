@@ -155,6 +155,7 @@ def _check(methods: Sequence[str], recipe: Recipe) -> None:
 
 def _ordered(methods: Sequence[str]) -> list[str]:
     """Without repetitions, and the dense network first, whose seconds the others are compared with."""
+    methods = [method.removesuffix(":") for method in methods]  # "shrink:" is "shrink"
     once = dict.fromkeys([*methods, *(base for method in methods if (base := after(method)))])
     return sorted(once, key=lambda method: method != "dense")
 

@@ -53,7 +53,7 @@ def write(sources: Sequence[Path], out: Path) -> list[str]:
         titles of the pictures that these rows have no data for, with the commands that make them.
 
     Raises:
-        TorchgrowError: there is nothing to read, or it is damaged.
+        TorchgrowError: there is nothing to read, it is damaged, or the page cannot be written there.
     """
     tasks = sorted((task for task in read(sources) if task.fine), key=_rank)
     if not tasks:
@@ -61,7 +61,7 @@ def write(sources: Sequence[Path], out: Path) -> list[str]:
             f"{', '.join(map(str, sources))}: no network came to a result, so there is nothing to show; the "
             'rows say why ("error"); mend that, take these rows out, and give torchgrow compare again'
         )
-    folder = out.with_suffix("")
+    folder = _folder_of(out)
     console = Console(stderr=True)
     each = track(tasks, "drawing", console=console, transient=True, disable=not console.is_terminal)
     parts = [_part(number, task, folder) for number, task in enumerate(each, start=1)]
@@ -85,6 +85,19 @@ def write(sources: Sequence[Path], out: Path) -> list[str]:
     )
     write_whole(out, text)
     return [f"{picture.title} ({picture.of_paper}): {picture.command}" for picture in absent]
+
+
+def _folder_of(page: Path) -> Path:
+    """The folder of its pictures, made; nothing was drawn yet."""
+    folder = page.with_suffix("")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TorchgrowError(
+            f"{page} cannot be written there ({error.strerror}: {error.filename}); name a file in a folder of yours: "
+            "--out report.html"
+        ) from None
+    return folder
 
 
 def _rank(task: Task) -> tuple[bool, bool, int]:
@@ -135,7 +148,6 @@ def _headline(budgets: dict[str, Task], budget: str) -> str:
 def _shown(picture: Picture, task: Task, prefix: str, folder: Path) -> Shown:
     panels = []
     for number, panel in enumerate(picture.draw(task), start=1):
-        folder.mkdir(parents=True, exist_ok=True)
         name = f"{prefix}-{picture.name}-{number}"
         panel.write(folder / name)
         panels.append((Markup(panel.svg(name, picture.caption)), panel.wide, f"{folder.name}/{name}"))
