@@ -20,7 +20,6 @@ from torch import Tensor, nn
 import torchgrow
 from torchgrow import Budget, Event, TorchgrowError
 from torchgrow.lab import data, from_recipe, run, train
-from torchgrow.lab.baselines import uniform_width
 from torchgrow.lab.display import Display, short
 from torchgrow.lab.environment import environment
 from torchgrow.lab.models import ResNet
@@ -405,33 +404,6 @@ def test_dense_runs_repeat_exactly() -> None:
         return [epoch.loss for epoch in train.fit("x", model, from_recipe.make_optimizer(model, TINY), digits, TINY)]
 
     assert losses() == losses()
-
-
-# --- the uniform twin
-
-
-@pytest.mark.parametrize("share", [0.05, 0.36, 0.9])
-def test_uniform_twin_is_the_widest_that_fits(share: str) -> None:
-    def count(width: float) -> Any:
-        return sum(p.numel() for p in BUILD(width).parameters())
-
-    limit = int(count(1.0) * share)
-    width = uniform_width(BUILD, limit)
-    assert count(width) <= limit
-    assert count(width + 1e-6) > limit
-
-
-def test_uniform_twin_at_the_ends() -> None:
-    assert uniform_width(BUILD, 10**9) == 1.0
-    smallest = BUILD(uniform_width(BUILD, 1))
-    assert smallest.conv1.out_channels == 1
-
-
-def test_uniform_twin_draws_no_random_numbers() -> None:
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    uniform_width(BUILD, 1000)
-    assert torch.equal(before, torch.get_rng_state())
 
 
 # --- the environment and the display
