@@ -33,7 +33,8 @@ def row(method: str, recipe: Any = RECIPE, **changed: Any) -> Any:
     config = Job(method=method, recipe=recipe, data=(10, 5)).config()
     if "growing" in config:
         config["growing"] |= changed
-    return {"recipe": RECIPE.name, "method": method, "budget": "params <= 36%", "config": config, "accuracy": 1.0}
+    same = {"recipe": RECIPE.name, "seed": config["seed"], "budget": "params <= 36%", "accuracy": 1.0}
+    return {**same, "method": method, "config": config}
 
 
 def labels(tables: Any, rows: Any) -> Any:
@@ -49,6 +50,16 @@ def test_what_differs_in_method_alone_stands_together(tables: Any) -> None:
     together = [*methods, "default --no-depth", "paper --no-depth", "direct --no-depth"]
     assert labels(tables, rows) == [together]
     assert labels(tables, [*rows, row("uniform", replace(RECIPE, epochs=7))]) == [together, ["uniform"]]
+
+
+def test_threads_are_those_that_were_used_and_a_network_counts_once(tables: Any) -> None:
+    told, found = row("dense", replace(RECIPE, threads=1)), row("dense", replace(RECIPE, threads=None))
+    other, more = row("uniform", replace(RECIPE, threads=None)), row("dense", replace(RECIPE, threads=1, seed=1))
+    for one in (found, other):
+        one["versions"] = {"threads": 1}
+    assert labels(tables, [told, found, other, more]) == [["dense", "uniform", "dense"]]
+    other["versions"] = {"threads": 2}
+    assert labels(tables, [told, found, other, more]) == [["dense", "dense"], ["uniform"]]
 
 
 def test_what_was_otherwise_once_is_named(tables: Any) -> None:

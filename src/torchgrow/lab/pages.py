@@ -72,13 +72,18 @@ VARYING = (
 
 
 def by_setting(rows: list[Row]) -> list[list[Row]]:
-    """Rows of one recipe that differ in method, seed and budget only; `label` becomes their method."""
-    settings: dict[str, list[Row]] = defaultdict(list)
+    """Rows of one recipe that differ in method, seed and budget only; `label` becomes their method.
+
+    Threads are those that were used, asked for or not. The same network, measured twice, counts once: the first time.
+    """
+    settings: dict[str, dict[tuple[str, ...], Row]] = defaultdict(dict)
     for row in rows:
         same = {key: value for key, value in row["config"].items() if key not in VARYING}
+        same["threads"] = row.get("versions", {}).get("threads") or same.get("threads")
         row["method"] = label(row)
-        settings[json.dumps([same, row["config"]["epochs"]], sort_keys=True)].append(row)
-    return list(settings.values())
+        setting = json.dumps([same, row["config"]["epochs"]], sort_keys=True)
+        settings[setting].setdefault((row["method"], str(row["budget"]), str(row["seed"])), row)
+    return [list(found.values()) for found in settings.values()]
 
 
 def _scaled(name: str, config: Row) -> tuple[recipes.Recipe, bool]:
