@@ -39,3 +39,8 @@ def on_default() -> Iterator[None]:
         return
     with torch.device(default):
         yield
+
+
+def gpus_in_use() -> list[int]:
+    """Numbers of the GPUs whose random numbers somebody may have drawn from; asking for them initialises none."""
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import torchgrow
 import zoo
 from torchgrow import Budget, Grower
+from torchgrow.lab.checkpoints import Checkpoints, Progress
 from torchgrow.tracing.model_call import call
 
 DEVICE = os.environ.get("TORCHGROW_DEVICE") or ("cuda" if torch.cuda.is_available() else "")
@@ -168,6 +169,34 @@ def test_the_proof_runs_on_the_device() -> None:
     assert torchgrow.verify(net(), data(0)[0], depth=True).ok
 
 
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_what_ranks_must_agree_on_is_summed_on_the_host(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU adds by atomics, in another order each time."""
+    original, devices = Tensor.index_add_, set()
+
+    def noted(self: Tensor, *arguments: Any, **more: Any) -> Tensor:
+        devices.add(self.device.type)
+        return original(self, *arguments, **more)
+
+    monkeypatch.setattr(Tensor, "index_add_", noted)
+    grown(preset=preset)
+    assert devices == {"cpu"}
+
+
+def test_memory_is_given_back_when_nothing_holds_the_old_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer, grower = begun()
+    then: list[int] = []
+    afterwards: list[int] = []
+    monkeypatch.setattr("torchgrow.growth.run._give_back", lambda: then.append(held()))
+    for step in range(6):
+        train(model, optimizer, step)
+        optimizer.zero_grad()
+        grower.update()
+        afterwards += [held()] * (len(then) - len(afterwards))  # not where no shape changed
+    assert len(then) > 1
+    assert then == afterwards
+
+
 def held() -> int:
     gc.collect()
     return torch.cuda.memory_allocated() if DEVICE == "cuda" else emulated.held()
@@ -223,6 +252,39 @@ def test_a_resumed_run_is_the_unbroken_one(then: str, tmp_path: Path) -> None:
         second.update()
     assert astray(again, other, then) == []
     assert apart(model, again) <= (0.0 if DEVICE == then == "emulated" else 1e-9)
+
+
+def test_averages_are_resumed_where_they_are(tmp_path: Path) -> None:
+    class Averaged(torch.optim.swa_utils.AveragedModel):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__(model)
+            self.register_buffer("seen", torch.zeros(3, device=DEVICE))
+
+    found = []
+    for name in ("one", "two"):
+        model, optimizer, grower = begun()
+        average = Averaged(model).to(DEVICE)
+        grower.follow(average)
+        if name == "two":
+            torchgrow.load_checkpoint(tmp_path, grower)
+        train(model, optimizer, 0)
+        average.update_parameters(model)
+        grower.update()
+        if name == "one":
+            torchgrow.save_checkpoint(tmp_path, grower)
+        found.append({key: x.device.type for key, x in average.state_dict().items() if isinstance(x, Tensor)})
+    assert found[0] == found[1]
+    assert found[1]["seen"] == DEVICE
+
+
+def test_a_carried_state_of_the_lab_is_resumed_where_the_network_is(tmp_path: Path) -> None:
+    model = net()
+    optimizer = sgd(model.parameters())
+    checkpoints, state = Checkpoints(folder=tmp_path), (torch.ones(2, device=DEVICE), torch.ones(3, device=DEVICE))
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    checkpoints.save(Progress(state=state, taught=state), model, optimizer, None, schedule)
+    found = checkpoints.load(model, optimizer, None, schedule)
+    assert {x.device.type for x in (*found.state, *found.taught)} == {DEVICE}
 
 
 @pytest.mark.parametrize("then", [DEVICE, "cpu"])

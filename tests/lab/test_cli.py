@@ -271,11 +271,25 @@ def test_a_device_that_is_not_there() -> None:
     ):
         done = invoke(*arguments)
         assert done.exit_code == 1
-        assert "there is no device 'tpu'; --device takes auto, cpu, cuda, mps" in plain(done.output)
+        assert "there is no device 'tpu'; --device takes auto, cpu, cuda" in plain(done.output)
     if not torch.cuda.is_available():
         with pytest.raises(TorchgrowError, match=r"no device 'cuda' here; .* and PyTorch finds .*cpu"):
             devices.chosen("cuda")
     assert devices.chosen("cpu") == torch.device("cpu")
+    with pytest.raises(TorchgrowError, match=r"MPS has no float64, in which a network is proven .* --device cpu"):
+        devices.chosen("mps")
+
+
+def test_every_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for mine in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", mine)
+        assert devices.chosen("auto") == torch.device("cuda", int(mine))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(TorchgrowError, match=r"process 3 of this node, which has 2 GPUs.* --nproc-per-node=2, or take"):
+        devices.chosen("auto")
 
 
 # --- recipes of one's own

@@ -4,16 +4,22 @@ import copy
 import random
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import zoo
 from torchgrow import Budget, Grower, Space, TraceError, measure, shrink_, trace, verify
-from torchgrow.tracing.passes import Pass, running
+from torchgrow.lab import devices
+from torchgrow.persistence import randomness
+from torchgrow.tracing.passes import RECURRENT, Pass, running
 from torchgrow.tracing.rules.registry import RULES
 
 
@@ -445,3 +451,73 @@ def test_a_given_state_in_double_precision_stays_as_it_is() -> None:
     state = (torch.zeros(1, 4, 8, dtype=torch.float64), torch.zeros(1, 4, 8, dtype=torch.float64))
     trace(model, (torch.randn(4, 5, 3, dtype=torch.float64), state), carried={1: 1})
     assert not any(bool(part.any()) for part in state)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("packed", [False, True])
+def test_dropout_between_recurrent_layers_is_off(kind: type[nn.RNNBase], packed: bool) -> None:
+    """On a GPU one operation draws it, whose numbers nothing holds still."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            made: Any = kind
+            self.inner, self.out = made(4, 6, 2, dropout=0.5), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            put_in: Any = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3])) if packed else x
+            return self.out(self.inner(put_in)[1][0] if kind is nn.LSTM else self.inner(put_in)[1])
+
+    seen: list[tuple[bool, float]] = []
+
+    class Spy(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in RECURRENT:
+                at = 6 if packed else 5
+                seen.append((args[at + 1], args[at]))
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        space = trace(Model(), torch.randn(5, 2, 4))
+    assert set(seen) == {(False, 0.0), (True, 0.0)}
+    assert any(name.startswith("inner") for name in space.widths(space.everything()))
+
+
+def test_a_copy_asks_no_other_process() -> None:
+    """SyncBatchNorm, in a group of two of which this is one: its statistics are those of the batch at hand."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(
+        nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(6, 2))
+    )
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            space = trace(model, torch.randn(4, 3, 6, 6))
+    finally:
+        dist.destroy_process_group()
+    assert space.widths(space.everything()) == {"0": 6}
+    assert not any(frozen.op == "proof" for frozen in space.frozen)
+    assert "forward" not in vars(model[1])
+
+
+def test_gpus_that_nobody_uses_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a run on the CPU would take memory on each, and fail in a process forked from one that has a GPU in use."""
+
+    def started() -> None:
+        raise AssertionError("CUDA was initialised")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", started)
+    model = nn.Sequential(nn.Linear(4, 6), nn.RReLU(), nn.Linear(6, 3))
+    trace(model, torch.randn(2, 4))
+    assert randomness.random_state()["cuda"] == devices.random_state()[1] == []
+
+
+def test_a_model_on_mps_is_refused() -> None:
+    class Elsewhere(nn.Linear):
+        def named_parameters(self, *arguments: Any, **more: Any) -> Any:
+            yield "weight", SimpleNamespace(device=torch.device("mps:0"))
+
+    with pytest.raises(TraceError, match=r"the model is on MPS, which has no float64.* grow it on the CPU \(model\.to"):
+        trace(Elsewhere(3, 4), torch.randn(2, 3))

@@ -74,15 +74,15 @@ class Fold:
                 if axis != WHOLE:
                     vector = vector[live_positions(space.unit_of[name, axis], keep)]
                 units.append(torch.where(vector < 0, self.n, vector))  # entry n stands for "no gate"
-        device = self.parameters[0].device if self.parameters else torch.device("cpu")
-        self._units = (torch.cat(units) if units else torch.zeros(0, dtype=torch.int64)).to(device)
+        self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
+        self._units = torch.cat(units) if units else torch.zeros(0, dtype=torch.int64)  # the host's, as all sums are
         self._lengths = [vector.numel() for vector in units]
 
     def part(self, names: Collection[str]) -> Fold:
         """The same for some of the parameters; raw contents are shared."""
         part = object.__new__(Fold)
         chosen = [i for i, name in enumerate(self.names) if name in names]
-        part.n, part.gated = self.n, self.gated
+        part.n, part.gated, part.device = self.n, self.gated, self.device
         part.names = [self.names[i] for i in chosen]
         part.parameters, part.raw = [self.parameters[i] for i in chosen], [self.raw[i] for i in chosen if self.gated]
         part._axes = [self._axes[i] for i in chosen]
@@ -100,8 +100,8 @@ class Fold:
         """Factor of every gated parameter, broadcastable to it. `gate`: float64 [n], or None without gates."""
         if gate is None or not self.gated:
             return []
-        extended = torch.cat([gate, gate.new_ones(1)])
-        values = extended.to(self._units.device)[self._units].split(self._lengths)
+        extended = torch.cat([gate, gate.new_ones(1)]).cpu()
+        values = extended[self._units].to(self.device).split(self._lengths)
         factors, i = [], 0
         for raw, axes in zip(self.raw, self._axes, strict=True):
             factor: Tensor | None = None
@@ -121,7 +121,10 @@ class Fold:
         return {name: raw * factor for (name, raw), factor in gated}
 
     def gate_gradient(self, gradients: list[Tensor | None]) -> Tensor:
-        """The product m dL/dm for every unit, float64 [n], from the gradients of the folded parameters."""
+        """The product m dL/dm for every unit, float64 [n], from the gradients of the folded parameters.
+
+        Summed on the host: a GPU adds by atomics, in another order each time, and ranks must come to the same bits.
+        """
         products = []
         for parameter, gradient, axes in zip(self.parameters, gradients, self._axes, strict=True):
             product = torch.zeros_like(parameter) if gradient is None else gradient * parameter.conj()
@@ -129,10 +132,10 @@ class Fold:
             for axis in axes:
                 others = [k for k in range(product.dim()) if k != axis]
                 products.append((product.sum(others) if others else product).reshape(-1))
-        total = torch.zeros(self.n + 1, dtype=torch.float64, device=self._units.device)
+        total = torch.zeros(self.n + 1, dtype=torch.float64)
         if products:
-            total.index_add_(0, self._units, torch.cat(products).double())
-        return total[: self.n].cpu()
+            total.index_add_(0, self._units, torch.cat(products).cpu().double())
+        return total[: self.n]
 
     def adopt_edits(self, factors: list[Tensor]) -> None:
         """Take over edits of gated parameters made by other code since they were folded (a loaded state, say).

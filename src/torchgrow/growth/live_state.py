@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import SavedModelError
 from ..exchange import Exchange
@@ -149,7 +149,9 @@ class LiveState:
             bank_slots=read_bank_slots(saved["bank_slots"], stored, bank.empty_slot, bank.layouts, slots, space.shapes),
             optimizers=optimizers,
             waiting=[entry.flag() for entry in steps["waiting"].items(count)],
-            summed=None if total.value is None else total.tensor((space.n_units,), torch.float64, finite=True).clone(),
+            summed=None
+            if total.value is None
+            else total.tensor((space.n_units,), torch.float64, finite=True).cpu().clone(),
             taken=[] if taken.value is None else [one.whole() for one in taken.items(count)],
             moved=steps["moved"].value is not None and steps["moved"].flag(),
             followers=followers,
@@ -216,7 +218,7 @@ def _read_followers(
             Follower(
                 network=read_network(parts["network"], live.space, bank.model, shapes),
                 bank=read_stores(parts["bank"], {} if finished else bank.blank(), live.space, bank.tensors),
-                beside=copies(values),
+                beside=_copied_to(values, own),
             )
         )
     return found
@@ -230,6 +232,6 @@ def _read_extra_states(field: Field, live: LiveNetwork) -> list[dict[str, Any]]:
     return [{p: x.value for p, x in entry.fields(extra_states(one.model)).items()} for entry, one in found]
 
 
-def _copied_to(tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Copies on the devices of the parameters of the same names."""
-    return {name: tensor.to(parameters[name].device, copy=True) for name, tensor in tensors.items()}
+def _copied_to(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the devices of the network's own tensors of the same names."""
+    return {name: tensor.to(own[name].device, copy=True) for name, tensor in tensors.items()}

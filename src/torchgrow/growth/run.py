@@ -263,8 +263,7 @@ class Run:
         if last:
             exchange.fields(state, finished=True, early=early)
         exchange.fields(self.policy, **vars(policy))
-        ever = state.ever | self.plan.space.present(keep)
-        exchange.fields(state, before=previous, ever=ever, generator=generator)
+        exchange.fields(state, before=previous, ever=state.ever | self.plan.space.present(keep), generator=generator)
         exchange.append(state.history, event)
         self._note(exchange, [*state.history, event], last)
         self.ranks.invalidate(exchange)
@@ -274,6 +273,7 @@ class Run:
         self.ranks.agree(lambda: self._decided(keep, policy, generator))
         exchange.make()
         if reshapes:
+            del exchange  # for its undo it holds the storages of before
             _give_back()
         return event
 
@@ -308,7 +308,9 @@ class Run:
 
 
 def _give_back() -> None:
-    """Have glibc return free memory: tensors of ever new sizes fragment the heap, which grows with every update."""
+    """Return free memory, of GPUs and of glibc: tensors of ever new sizes fragment it, and every update takes more."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..default_device import on_default, on_host
+from ..default_device import gpus_in_use, on_default, on_host
 from ..errors import BudgetError, TorchgrowError, TrainingError
 from ..exchange import Exchange
 from ..onednn_guard import guard_
@@ -306,7 +306,7 @@ def _frame(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
     Raises:
         TorchgrowError: it has none.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=gpus_in_use()):
         torch.manual_seed(seed)
         with on_default():
             model = factory()

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from ..default_device import gpus_in_use
 from ..errors import TorchgrowError
 from ..persistence.checkpoint import load_checkpoint, save_checkpoint
 from ..structure.limits import Budget
+from ..tracing.nested import mapped
 from .borrowed_loop import BorrowedLoop, one_process
 from .pretrained import from_pretrained
 
@@ -75,6 +77,8 @@ class GrowCallback(TrainerCallback):
             optimizer.state.clear()  # of the saved structure; the run has it too
         planned = state.max_steps // every if every else math.ceil(state.num_train_epochs)
         inputs = self._example(given["train_dataloader"]) if self.example_inputs is None else self.example_inputs
+        device = next(given["model"].parameters()).device
+        inputs = mapped(inputs, lambda x: x.to(device))
         found = self.loop.begin(given["model"], [optimizer], inputs, max(1, planned))
         if resumed:
             folder = Path(self.resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}") / "torchgrow"
@@ -90,7 +94,7 @@ class GrowCallback(TrainerCallback):
     @staticmethod
     def _example(loader: Any) -> Any:
         """Two samples of the first batch, without labels; the loop's own random numbers stay as they are."""
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=gpus_in_use()):
             batch = next(iter(loader))
         return {name: x[:2] for name, x in batch.items() if name not in ("labels", "label", "label_ids")}
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgrow import Grower, TorchgrowError, load_checkpoint, save_checkpoint
+from torchgrow.lab.devices import moved
 from torchgrow.lab.hooks import Hooks
 
 
@@ -112,6 +113,8 @@ class Checkpoints:
             if grower is None:
                 model.load_state_dict(extra.pop("model"))
                 optimizer.load_state_dict(extra.pop("optimizer"))
+            device = next(model.parameters()).device
+            extra |= {name: moved(extra[name], device) for name in ("state", "taught") if name in extra}
             return replace(Progress(), **extra)
         except (TypeError, KeyError, AttributeError, RuntimeError, ValueError) as error:
             raise TorchgrowError(f"the checkpoint in {self.folder} is not one of this run: {error}") from error

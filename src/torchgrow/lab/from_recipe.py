@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchgrow import Grower, TorchgrowError, policies, warmup_stable_decay
 from torchgrow.lab.data import Data, ImageData, train_steps
 from torchgrow.lab.data import load as load_data
-from torchgrow.lab.devices import random_state, set_random_state
+from torchgrow.lab.devices import random_kept
 from torchgrow.lab.metrics import ACCURACY
 from torchgrow.lab.names import RECIPES
 from torchgrow.lab.recipes import Recipe
@@ -68,12 +68,11 @@ def _tried(recipe: Recipe, data: ImageData) -> None:
     Raises:
         TorchgrowError: it fails, or gives something else than a score for every class; the message says which.
     """
-    before, x = random_state(), data.example()
+    x = data.example()
     what = f"recipe {recipe.name!r}: build(1.0), or its network on images {list(x.shape)}, failed"
     fix = "build takes a width factor and returns a module that takes such images and returns scores, [N, classes]"
-    with explained(what, fix), torch.no_grad():
+    with explained(what, fix), random_kept(), torch.no_grad():
         scores = make_network(recipe.build, 1.0, data.device).eval()(x)
-    set_random_state(before)
     if not isinstance(scores, Tensor):
         raise TorchgrowError(
             f"recipe {recipe.name!r}: the network returns a {type(scores).__name__}; let it return scores, [N, classes]"

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from torchgrow import TorchgrowError
 from torchgrow.lab.data import Data
+from torchgrow.lab.devices import random_kept
 from torchgrow.lab.from_recipe import make_network
 from torchgrow.lab.metrics import scores_of
 from torchgrow.lab.recipes import Recipe
@@ -89,7 +90,7 @@ class LargeBatches:
         self._room = 0
         self._found: tuple[list[torch.Size], int] | None = None
         if self._most > 1:
-            with torch.random.fork_rng():  # it is looked at only
+            with random_kept():  # it is looked at only
                 frame = Memory.of(make_network(recipe.build, 1.0, self._x.device), self._x, self._slots)
             self._room = frame.fixed + self._batch * frame.sample
 

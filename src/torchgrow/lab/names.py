@@ -1,7 +1,7 @@
 """What can be chosen by name, where the command line finds it without importing PyTorch."""
 
 DATASETS = ("digits", "cifar10", "imagefolder", "voc", "text", "shapes", "shape-masks")
-DEVICES = ("auto", "cpu", "cuda", "mps")
+DEVICES = ("auto", "cpu", "cuda")
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("float32", "bfloat16")
 SCALES = ("small", "full")

@@ -17,7 +17,7 @@ from torchgrow import Search, TorchgrowError, TrainingError, Trial, measure
 from torchgrow.lab import processes, report
 from torchgrow.lab.checkpoints import Checkpoints
 from torchgrow.lab.data import Data
-from torchgrow.lab.devices import chosen, random_state, set_random_state
+from torchgrow.lab.devices import chosen, random_kept, random_state, set_random_state
 from torchgrow.lab.display import Display, short
 from torchgrow.lab.environment import environment
 from torchgrow.lab.from_recipe import example, extent, make_network, make_optimizer, with_data
@@ -166,7 +166,7 @@ class _Trials:
         training: Iterator[Epoch] = trial.memory["training"]
         record = None
         while record is None or record.epoch < until:
-            with torch.random.fork_rng():
+            with random_kept():
                 set_random_state(trial.memory["random"])
                 record = next(training)
                 trial.memory["random"] = random_state()

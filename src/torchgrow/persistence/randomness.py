@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..default_device import gpus_in_use
 from ..errors import SavedModelError
 from .folder import pack
 from .plain_data import Field
 
 
 def random_state() -> dict[str, Any]:
-    """Random states of PyTorch (host and all CUDA devices), NumPy and Python as plain data."""
+    """Random states of PyTorch (host, and all CUDA devices once one is in use), NumPy and Python as plain data."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = sys.modules["numpy"].random.get_state()  # safetensors has imported it
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state(index) for index in gpus_in_use()],
         "numpy": [kind, torch.from_numpy(keys.astype("int64")), position, has_gauss, cached],
         "python": [version, torch.tensor(words), gauss],
     }

@@ -71,6 +71,11 @@ def check_model(model: nn.Module, example_inputs: Any) -> None:
     devices = sorted({str(tensor.device) for _, tensor in tensors})
     if len(devices) > 1:
         raise TraceError(f"the model is spread over {', '.join(devices)}; move it to one device with model.to(...)")
+    if devices and devices[0].partition(":")[0] == "mps":
+        raise TraceError(
+            "the model is on MPS, which has no float64, in which it is proven and its gates are kept; grow it on the "
+            'CPU (model.to("cpu"), and an optimizer of these parameters) and move it to "mps" when it is grown'
+        )
     for name, tensor in tensors:
         if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
             raise TraceError(f"{name} is not materialised yet; run one forward pass before attaching torchgrow")

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
 
+from ..default_device import gpus_in_use
 from ..errors import TraceError
 from .nested import leaves
 
@@ -192,13 +193,15 @@ def running(model: nn.Module, one: Pass, *, still_norms: bool = False) -> Iterat
         for module in modules:
             if isinstance(module, nn.modules.batchnorm._NormBase):
                 module.training = False
+    alone = [module for module in modules if isinstance(module, nn.SyncBatchNorm)]
     kept = [(module, dict(module._buffers)) for module in modules if module._buffers]
     values = {id(b): (b, b.detach().clone()) for _, own in kept for b in own.values() if b is not None}
     states = random.getstate(), np.random.get_state()
-    devices: list[int] | None = None if torch.cuda.is_initialized() else []  # counting devices takes milliseconds
     chance, modes = Chance(one.draw), _modes()
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        for module in alone:  # a copy asks no other process, which runs no copy of its own at this moment
+            vars(module)["forward"] = types.MethodType(nn.modules.batchnorm._BatchNorm.forward, module)
+        with torch.random.fork_rng(devices=gpus_in_use()), torch.no_grad():
             random.seed(one.draw)
             np.random.seed(one.draw)
             began = _states()
@@ -206,6 +209,8 @@ def running(model: nn.Module, one: Pass, *, still_norms: bool = False) -> Iterat
         chance.decides |= began != _states()
     finally:
         _leave_modes(*modes)
+        for module in alone:
+            vars(module).pop("forward", None)
         random.setstate(states[0])
         np.random.set_state(states[1])
         for module, own in kept:
@@ -383,6 +388,10 @@ LEAVING_OUT: dict[Any, tuple[int, str]] = {
 """Functions that leave entries out in training, and the argument that is False (or 0) where they do not."""
 
 
+RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
+"""Functions that leave entries out between layers. Dropout is behind the state, the weights, a bool and the layers."""
+
+
 class Steady(TorchFunctionMode):
     """Switches dropout off everywhere."""
 
@@ -395,4 +404,7 @@ class Steady(TorchFunctionMode):
                 args = (*args[:position], False, *args[position + 1 :])
             else:
                 kwargs[name] = False
+        elif func in RECURRENT:
+            at = 5 if isinstance(args[3], bool) else 6  # packed sequences have their lengths before the state
+            args = (*args[:at], 0.0, *args[at + 1 :])
         return func(*args, **kwargs)

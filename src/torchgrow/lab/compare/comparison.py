@@ -18,7 +18,7 @@ from torchgrow.lab.compare.results_file import Rows
 from torchgrow.lab.compare.training import NETWORK, Bench, train
 from torchgrow.lab.data import Data, sizes
 from torchgrow.lab.devices import chosen as chosen_device
-from torchgrow.lab.devices import random_state, set_random_state
+from torchgrow.lab.devices import random_kept, random_state, set_random_state
 from torchgrow.lab.environment import environment
 from torchgrow.lab.from_recipe import with_data
 from torchgrow.lab.names import FIXED, SYSTEMS, is_system
@@ -197,7 +197,7 @@ def _together(jobs: Sequence[Job], bench: Bench) -> dict[str, str]:
         states = {job.key(): random_state() for job in jobs}
         while trainings:
             for key, training in list(trainings.items()):
-                with torch.random.fork_rng():
+                with random_kept():
                     set_random_state(states[key])
                     try:
                         over = next(training, None) is None
