@@ -4,6 +4,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,34 @@ def nested(levels: int) -> Any:
 
 
 # --- places and permissions ---
+
+
+@pytest.mark.skipif(os.name == "nt", reason="it is as it says there")
+def test_windows_opens_no_folder_and_flushes_what_may_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, original, flushed = dict[int, int](), os.open, list[int]()
+
+    def as_there(path: Any, flags: int, *arguments: Any, **more: Any) -> int:
+        if Path(path).is_dir():
+            raise PermissionError(13, "Permission denied", str(path))
+        handle = original(path, flags, *arguments, **more)
+        opened[handle] = flags
+        return handle
+
+    def flush(handle: int) -> None:
+        if not opened[handle] & os.O_RDWR:
+            raise OSError(9, "Bad file descriptor")
+        flushed.append(handle)
+
+    monkeypatch.setattr(torchgrow.persistence.folder, "sys", SimpleNamespace(platform="win32"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", as_there)
+        patch.setattr(os, "fsync", flush)
+        save(body(), tmp_path / "net")
+        save(body(), tmp_path / "net")
+    assert len(flushed) == 4
+    assert load(tmp_path / "net", body)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no umask")

@@ -188,8 +188,14 @@ def check_size(text: bytes, advice: str = "") -> None:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file or a folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until a file or a folder is on the disk.
+
+    Windows opens no folders, and flushes only what may be written.
+    """
+    windows = sys.platform == "win32"
+    if windows and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
