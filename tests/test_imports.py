@@ -18,8 +18,8 @@ LAB = sorted(ROOT.glob("lab/**/*.py"))
 
 # Each may import only what stands before it, and packages what is in themselves.
 ORDER = [
-    "errors", "default_device", "exchange", "onednn_guard", "moved", "renamed", "distributed", "adapters", "structure",
-    "persistence", "tracing", "policies", "growth", "integrations", "__init__",
+    "errors", "default_device", "patience", "exchange", "onednn_guard", "moved", "renamed", "distributed", "adapters",
+    "structure", "persistence", "tracing", "policies", "growth", "integrations", "__init__",
 ]  # fmt: skip
 APART = {"tracing": "persistence"}
 """Packages that stand before, and are no business of theirs."""
@@ -30,7 +30,9 @@ LAB_ORDER = [
     "report", "run_folder", "results", "systems", "compare", "pages", "evidence", "run", "search", "sources", "inspect",
 ]  # fmt: skip
 BEYOND = {
-    "inspect": {"torchgrow.structure.budget", "torchgrow.structure.cost"},  # it shows the core's own counts and answers
+    "checkpoints": {"torchgrow.patience"},
+    "run_folder": {"torchgrow.patience"},
+    "inspect": {"torchgrow.structure.budget", "torchgrow.structure.cost", "torchgrow.patience"},  # and its own counts
     "structure": {"torchgrow.structure.cost"},  # of the compared systems, which look for structures as policies do
 }
 OUTSIDE = {"__main__", "cli", "options", "terminal", "evidence_commands"}

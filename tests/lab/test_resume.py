@@ -178,7 +178,7 @@ def test_two_processes_at_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     first = RunFolder(tmp_path / "out", resume=True)
     with pytest.raises(TorchgrowError, match=r"another process is running in .*out\.partial; wait for it, or stop"):
         run.resume(partial_folder, console=quiet())
-    os.close(first._lock)
+    first._let_go()
     run.resume(partial_folder, console=quiet())
 
 

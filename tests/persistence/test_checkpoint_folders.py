@@ -188,7 +188,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(
             "safetensors": (torchgrow.persistence.folder, "save_file"),
             "json": (Path, "write_text"),
             "fsync": (os, "fsync"),
-            "rename": (Path, "rename"),
+            "rename": (Path, "replace"),
             "mkdir": (Path, "mkdir"),
         }[where]
         patch.setattr(owner, name, fail)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchgrow import Grower, TorchgrowError, load_checkpoint, save_checkpoint
 from torchgrow.lab.devices import moved
 from torchgrow.lab.hooks import Hooks
+from torchgrow.patience import rename
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ def write_whole(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())  # else a loss of power may leave an empty file
-    half.replace(path)
+    rename(half, path)
 
 
 @dataclass(frozen=True, kw_only=True)

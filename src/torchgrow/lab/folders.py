@@ -89,7 +89,7 @@ def voc(folder: Path, side: int, crop: bool, void: tuple[int, ...]) -> ImageData
     sets = {}
     for split, (name, masks) in lists.items():
         listed = root / _LISTS / f"{name}.txt"
-        names = listed.read_text().split() if listed.exists() else []
+        names = listed.read_text(encoding="utf-8").split() if listed.exists() else []
         if not names:
             raise TorchgrowError(f"{listed} is missing or empty. {_VOC_HELP}")
         pairs = [(root / f"JPEGImages/{name}.jpg", root / f"{masks}/{name}.png") for name in names]

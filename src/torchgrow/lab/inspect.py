@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from torchgrow import Budget, BudgetError, Cost, Frozen, Space, TorchgrowError, trace, verify
 from torchgrow.lab.display import short
+from torchgrow.patience import rename
 from torchgrow.structure.budget import check_feasible
 from torchgrow.structure.cost import CostModel
 
@@ -401,7 +402,7 @@ def draw(seen: Inspection, path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_bytes(picture.getvalue())
-        partial.replace(path)
+        rename(partial, path)
     except OSError as error:
         raise TorchgrowError(f"{path} cannot be written: {error.strerror}; choose another --svg") from error
 

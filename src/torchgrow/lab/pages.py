@@ -48,7 +48,7 @@ def alike(folder: Path) -> dict[str, list[Row]]:
     """
     pictures: dict[str, list[Row]] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        settings = by_setting([json.loads(line) for line in path.read_text().splitlines()])
+        settings = by_setting([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
         pictures |= {f"{path.stem}-{number}.png": found for number, found in enumerate(settings, start=1)}
     return pictures
 

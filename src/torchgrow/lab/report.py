@@ -57,9 +57,9 @@ def draw(folder: Path) -> list[str]:
     Returns:
         the names of the files.
     """
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    frame = json.loads((folder / "frame.json").read_text())
-    results = json.loads((folder / "results.json").read_text())
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    frame = json.loads((folder / "frame.json").read_text(encoding="utf-8"))
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     metric = metric_of(records[0])
     figures = {
         **({"size.png": _sizes(results, metric)} if len(results) > 1 else {}),

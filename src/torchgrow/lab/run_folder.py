@@ -12,11 +12,16 @@ from typing import Any
 from torchgrow import TorchgrowError
 from torchgrow.lab.checkpoints import write_whole
 from torchgrow.lab.train import Epoch
+from torchgrow.patience import rename
 
+fcntl: Any
+msvcrt: Any
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    import msvcrt
+
+    fcntl = None
 
 
 LOCK = "lock"
@@ -62,7 +67,7 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise TorchgrowError(f"{self.path} cannot be made: {error.strerror}; choose another --out") from error
-        self._lock = lock(self.path)
+        self._lock: int | None = lock(self.path)
         if resume:
             (self.path / "stopped.txt").unlink(missing_ok=True)
             for left in self.path.glob(".*"):  # half of a file or folder that was being written
@@ -74,13 +79,22 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self.path.rename(self.out)
-            (self.out / LOCK).unlink(missing_ok=True)
-            shutil.rmtree(self.out / "checkpoints", ignore_errors=True)  # the network has been saved
-        elif self.path.is_dir():
-            (self.path / "stopped.txt").write_text(f"{type(error).__name__}: {error}\n")
-        os.close(self._lock)
+        try:
+            if error is None:
+                if fcntl is None:
+                    self._let_go()  # Windows renames no folder while a file in it is open
+                rename(self.path, self.out)
+                (self.out / LOCK).unlink(missing_ok=True)
+                shutil.rmtree(self.out / "checkpoints", ignore_errors=True)  # the network has been saved
+            elif self.path.is_dir():
+                (self.path / "stopped.txt").write_text(f"{type(error).__name__}: {error}\n", encoding="utf-8")
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        held, self._lock = self._lock, None
+        if held is not None:
+            os.close(held)
 
     def write_json(self, name: str, value: object) -> None:
         """Write ``value`` to the file ``name``, which holds it whole or not at all.
@@ -93,7 +107,7 @@ class RunFolder:
     def read_json(self, name: str) -> dict[str, Any]:
         """What `write_json` wrote to the file ``name``; empty if it is not there."""
         try:
-            value = json.loads((self.path / name).read_text()) if (self.path / name).exists() else {}
+            value = json.loads((self.path / name).read_text(encoding="utf-8")) if (self.path / name).exists() else {}
             if isinstance(value, dict):
                 return value
         except (OSError, ValueError, RecursionError):
@@ -103,7 +117,7 @@ class RunFolder:
     def epochs(self, network: str | None = None) -> list[Epoch]:
         """Whole lines of ``metrics.jsonl``: of all networks, or of one."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         try:
             records = [Epoch(**json.loads(line)) for line in lines if line.endswith("\n")]
         except (ValueError, TypeError) as error:
@@ -137,14 +151,16 @@ def lock(path: Path) -> int:
     The lock is on a file in it, not on the folder, which is locked for a moment whenever a network is saved there.
     """
     handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT)
-    if fcntl is not None:
-        try:
+    try:
+        if fcntl is not None:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(handle)
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise TorchgrowError(f"another process is running in {path}; wait for it, or stop it first") from None
-            return os.open(path / LOCK, os.O_RDWR | os.O_CREAT)  # a file system without locks
+        else:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        os.close(handle)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+            raise TorchgrowError(f"another process is running in {path}; wait for it, or stop it first") from None
+        return os.open(path / LOCK, os.O_RDWR | os.O_CREAT)  # a file system without locks
     return handle
 
 

@@ -59,7 +59,7 @@ def save_checkpoint(
 ) -> Path:
     """Add a checkpoint to a folder: it appears whole, flushed to the disk, or not at all.
 
-    Several processes may write to one folder and read from it: they wait for each other, up to ten minutes.
+    Several processes may write to one folder and read from it: they wait for each other, but on Windows, ten minutes.
 
     Stored are the grower's whole state (see `Grower.state_dict`), the scheduler's, and the random numbers of PyTorch
     (host and all CUDA devices), NumPy and Python. Everything else that changes while you train goes into `extra`:
@@ -156,7 +156,7 @@ def _write(
         write_folder(new, record, tensors, (RECORD, TENSORS), alone=True)
         for number in sorted(there)[: max(0, len(there) + 1 - keep)]:
             hidden = target / f".{there[number].name}.old"  # so that a half deleted one is not taken for a checkpoint
-            with suppress(FileNotFoundError):  # by another writer, on a file system without locks
+            with suppress(OSError):  # another writer was faster; or it is open, on Windows
                 there[number].rename(hidden)
             shutil.rmtree(hidden, ignore_errors=True)
     return new

@@ -30,6 +30,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import SavedModelError
+from ..patience import rename
 
 if sys.platform != "win32":
     import fcntl
@@ -82,7 +83,7 @@ def write_folder(
             lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in {**record, SEAL: seal}.items()]
             text = "{\n" + ",\n".join(lines) + "\n}\n"
             check_size(text.encode(), "; store less in it, or as tensors")
-            (staging / record_name).write_text(text)
+            (staging / record_name).write_text(text, encoding="utf-8")
             (staging / tensors_name).chmod((staging / record_name).stat().st_mode)
             for name in names:
                 _flush(staging / name)
@@ -205,17 +206,20 @@ def _flush(path: Path) -> None:
 def _swap_in(staging: Path, target: Path) -> None:
     """Put a finished folder in the place of another, which is deleted afterwards."""
     if not target.exists():
-        staging.rename(target)
+        rename(staging, target)
         return
     if _exchanged(staging, target):
         shutil.rmtree(staging, ignore_errors=True)  # the old one by now
         return
     old = target.with_name(f"{staging.name}.old")
-    target.rename(old)
+    rename(target, old)
     try:
-        staging.rename(target)
+        rename(staging, target)
     except BaseException:
-        old.rename(target)
+        try:
+            rename(old, target)
+        except OSError as error:
+            raise SavedModelError(f"{target} could not be written, and what was there is in {old} ({error})") from error
         raise
     shutil.rmtree(old, ignore_errors=True)
 

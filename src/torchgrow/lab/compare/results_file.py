@@ -26,7 +26,7 @@ class Rows:
 
     def read(self) -> list[dict[str, Any]]:
         """All rows; a line that was cut short by a kill is none."""
-        lines = self.path.read_text().splitlines(keepends=True)
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         rows = []
         for number, line in enumerate(lines, start=1):
             if not line.endswith("\n"):

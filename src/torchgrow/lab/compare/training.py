@@ -79,7 +79,7 @@ def train(job: Job, beside: Sequence[Job], bench: Bench, bars: Bars) -> Iterator
             bars.say(warning)
         grower = make_grower(model, optimizer, data, recipe)
     checkpoints, records = Checkpoints(folder=folder / "checkpoints"), folder / EPOCHS
-    epochs = [Epoch(**fields) for fields in json.loads(records.read_text())] if records.exists() else []
+    epochs = [Epoch(**fields) for fields in json.loads(records.read_text(encoding="utf-8"))] if records.exists() else []
     if not any(checkpoints.folder.glob("checkpoint-*")):
         epochs = []
 
@@ -123,7 +123,7 @@ def _train_system(job: Job, beside: Sequence[Job], bench: Bench, bars: Bars) -> 
     records = folder / EPOCHS
     if after(job.method):
         task.spent.append(_before(job, bench))
-    epochs = [Epoch(**fields) for fields in json.loads(records.read_text())] if records.exists() else []
+    epochs = [Epoch(**fields) for fields in json.loads(records.read_text(encoding="utf-8"))] if records.exists() else []
     if not (folder / PHASES).exists():
         epochs = []
 
@@ -253,5 +253,5 @@ def _dense(job: Job, bench: Bench) -> nn.Module:
 def _before(job: Job, bench: Bench) -> Spent:
     """What its training cost."""
     base = bench.folder(replace(job, method=after(job.method)))
-    last = Epoch(**json.loads((base / EPOCHS).read_text())[-1])
+    last = Epoch(**json.loads((base / EPOCHS).read_text(encoding="utf-8"))[-1])
     return Spent(name="dense", counted=False, epochs=last.epoch, flops=last.training_flops, seconds=last.seconds)

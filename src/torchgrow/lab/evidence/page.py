@@ -72,7 +72,7 @@ def write(sources: Sequence[Path], out: Path) -> list[str]:
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     text = loader.get_template("page.html").render(
-        style=Markup((HERE / "page.css").read_text()),
+        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         light=Markup(light),
         dark=Markup(dark),
         parts=parts,

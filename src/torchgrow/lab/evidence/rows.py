@@ -138,9 +138,10 @@ def _of_run(folder: Path) -> list[Row]:
     """The networks of a run folder as rows; what only `torchgrow compare` counts is left out or None."""
     try:
         config, frame, results, here = (
-            json.loads((folder / f"{name}.json").read_text()) for name in ("config", "frame", "results", "environment")
+            json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+            for name in ("config", "frame", "results", "environment")
         )
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         seen = _samples(records, frame, taught=config.get("distil", 0) > 0)
         same = {key: value for key, value in decisive(config).items() if key not in ("run", "text", "search")}
         same |= {"samples": config["run"].get("samples", [seen]), "validate": False}

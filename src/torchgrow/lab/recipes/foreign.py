@@ -64,7 +64,7 @@ def _of_torchvision(name: str) -> dict[str, Any]:
 
 
 def _of_folder(folder: str) -> dict[str, Any]:
-    said = json.loads((Path(folder) / "preprocessor_config.json").read_text())
+    said = json.loads((Path(folder) / "preprocessor_config.json").read_text(encoding="utf-8"))
     fields: dict[str, Any] = {field: tuple(map(float, said[f"image_{field}"])) for field in ("mean", "std")}
     size = said.get("crop_size") or said.get("size") or {}
     size = size if isinstance(size, int) else size.get("height", size.get("shortest_edge"))

@@ -143,7 +143,7 @@ class NetAdapt:
         live = whole.costs.live(whole.space.everything())
         multiples = torch.minimum((live // self.parts).clamp(min=1), torch.full_like(live, self.multiple))
         goals = targets(first, budget, self.ratio, self.decay, self.most)[:-1]
-        known = [Step(**fields) for fields in json.loads(path.read_text())] if path.exists() else []
+        known = [Step(**fields) for fields in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
         steps = list[Step]()
         for number, target in enumerate(goals, 1):
             if float(whole.cost(whole.space.everything())[which]) <= target:

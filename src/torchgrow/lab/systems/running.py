@@ -29,7 +29,7 @@ def run(name: str, system: System, task: Task, on_step: Callable[[int, float, in
         UnfitError: the system cannot serve this network or data.
     """
     path = task.folder / PHASES
-    known = [Spent(**fields) for fields in json.loads(path.read_text())] if path.exists() else []
+    known = [Spent(**fields) for fields in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
     begun = len(task.spent)
     for number, phase in enumerate(system.phases(task)):
         before, entry = list(task.spent), Spent(name=phase.name, counted=phase.counted)

@@ -53,7 +53,9 @@ class Shrinking:
         optimizer = make_optimizer(model, recipe)
         try:
             Structure(model, task).scores(policies.importance.IMPORTANCES[self.settings["importance"]])
-            rises = rises_of(model, task.data, recipe, json.loads(path.read_text()) if path.exists() else {})
+            rises = rises_of(
+                model, task.data, recipe, json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            )
             grower = make_grower(model.train(), optimizer, task.data, recipe, rises.rises if rises else None)
         except TorchgrowError as error:
             raise UnfitError(f"{self.preset} does not suit this network: {error}") from None
