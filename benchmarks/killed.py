@@ -106,7 +106,7 @@ def child(out: Path, state: Path, aim: str, call: int) -> None:
         for owner, function in (
             (os, "fsync"),
             (os, "close"),
-            (Path, "rename"),
+            (torchgrow.persistence.folder, "rename"),
             (torchgrow.persistence.folder, "save_file"),
         ):
             deadly(owner, function)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import torchgrow.exchange
+import torchgrow.persistence.folder
 from stopping import Stop, stopping
 from torchgrow import Budget, TorchgrowError
 from torchgrow.lab import checkpoints, report, run
@@ -132,7 +133,7 @@ def forked(work: Callable[[], object], kill_at: tuple[Any, str, int, str]) -> in
 KILLS = [
     (torchgrow.exchange, "writes", 9, "in an update"),  # a change is prepared, not made
     (os, "fsync", 9, "anywhere"),  # while a checkpoint is written
-    (Path, "rename", 1, "anywhere"),  # a checkpoint is whole, but not in its place
+    (torchgrow.persistence.folder, "rename", 1, "anywhere"),  # a checkpoint is whole, but not in its place
     (torchgrow.growth.gates._Hooks, "_after", 3, "anywhere"),  # in an optimizer step
 ]
 

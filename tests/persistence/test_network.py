@@ -334,7 +334,7 @@ def test_an_interrupted_save_leaves_nothing_or_the_old_folder(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    real_save, real_rename = save_file, Path.rename
+    real_save, real_rename = save_file, Path.replace
     full = (
         SavedModelError,
         r"net could not be written \(disk full\); what was there before is unchanged\. Make room or",
@@ -352,7 +352,7 @@ def test_an_interrupted_save_leaves_nothing_or_the_old_folder(
 
     for name, broken, (error, text) in (
         ("save_file", half_a_file, (KeyboardInterrupt, None)),
-        ("rename", no_second_rename, full),
+        ("replace", no_second_rename, full),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(torchgrow.persistence.folder if name == "save_file" else Path, name, broken)

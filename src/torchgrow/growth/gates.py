@@ -132,7 +132,7 @@ class Fold:
             for axis in axes:
                 others = [k for k in range(product.dim()) if k != axis]
                 products.append((product.sum(others) if others else product).reshape(-1))
-        total = torch.zeros(self.n + 1, dtype=torch.float64)
+        total = torch.zeros(self.n + 1, dtype=torch.float64, device="cpu")
         if products:
             total.index_add_(0, self._units, torch.cat(products).cpu().double())
         return total[: self.n]

@@ -33,7 +33,8 @@ class Bars:
             self._progress.console.print(f"{self._names[job.key()]}  {epoch_line(record, total, left)}", soft_wrap=True)
 
     def note(self, job: Job, line: str) -> None:
-        """Print a line on one of the networks that stays."""
+        """Print a line on one of the networks that stays; the time of what it tells of is no epoch's."""
+        self._start, self._begun = time.perf_counter(), {key: self._epochs[key][0] for key in self._begun}
         self.say(f"{self._names[job.key()]}  {line}")
 
     def _left(self) -> float:
