@@ -85,17 +85,22 @@ def test_state_of_kept_units_stays() -> None:
     assert all(after[positions[1].index(p)] == before[old.index(p)] for p in shared)
 
 
+def end_alike(straight: Grower, other: Grower) -> None:
+    """Both go on for two updates."""
+    for grower in (straight, other):
+        for _ in range(2):
+            grower.update()
+            step(grower, IMAGES)
+    same(straight.model, other.model)
+
+
 def test_the_order_of_accelerate() -> None:
     straight, source = grown(updates=2), grown(updates=2)
     state = copy.deepcopy([source.model.state_dict(), source.optimizers[0].state_dict(), source.state_dict()])
     other = begun()
     for one, what in zip((other.model, *other.optimizers, other), state, strict=True):
         one.load_state_dict(what)
-    for grower in (straight, other):
-        for _ in range(2):
-            grower.update()
-            step(grower, IMAGES)
-    same(straight.model, other.model)
+    end_alike(straight, other)
 
 
 def test_after_the_end_it_is_told() -> None:
@@ -153,11 +158,7 @@ def test_another_optimizer_takes_a_run_over() -> None:
             broken.model, optimizer, example_inputs=IMAGES, budget=Budget(params="50%"), updates=6, depth=True
         )
     other.load_state_dict(state)
-    for grower in (straight, other):
-        for _ in range(2):
-            grower.update()
-            step(grower, IMAGES)
-    same(straight.model, other.model)
+    end_alike(straight, other)
     other.finish()
     with pytest.raises(TorchgrowError, match="nothing another grower could go on with"):
         other.release()

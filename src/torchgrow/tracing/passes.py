@@ -193,7 +193,7 @@ def running(model: nn.Module, one: Pass, *, still_norms: bool = False) -> Iterat
         for module in modules:
             if isinstance(module, nn.modules.batchnorm._NormBase):
                 module.training = False
-    alone = [module for module in modules if isinstance(module, nn.SyncBatchNorm)]
+    alone = [m for m in modules if isinstance(m, nn.SyncBatchNorm) and "forward" not in vars(m)]
     kept = [(module, dict(module._buffers)) for module in modules if module._buffers]
     values = {id(b): (b, b.detach().clone()) for _, own in kept for b in own.values() if b is not None}
     states = random.getstate(), np.random.get_state()
