@@ -50,38 +50,54 @@ EVERY = 4
 # --- the process that is killed ---
 
 
-def child(out: Path, state: Path, aim: str, call: int) -> None:
-    """Start or go on with the run; kill itself at a call of what is aimed at; leave the state's checksum at the end."""
-    growers: list[Grower] = []
-    now = "training"
-    phase = state.with_suffix(".phase").open("wb", buffering=0)
+class Course:
+    """What a run is doing, written down as it goes; it kills itself at a call of what is aimed at.
 
-    def within(name: str, owner: Any, function: str) -> None:
+    Args:
+        file: in which the parent reads what the run is doing.
+        aim: "update", "checkpoint", "evaluation" or "training".
+        call: at which call, counted from 1, of a function that is `deadly`.
+    """
+
+    def __init__(self, file: Path, aim: str, call: int) -> None:
+        self.aim, self.call, self.now, self.file = aim, call, "training", file.open("wb", buffering=0)
+
+    def note(self, name: str) -> None:
+        """The run is in this part from now on."""
+        self.now = name
+        self.file.write(f"{name}\n".encode())
+
+    def within(self, name: str, owner: Any, function: str) -> None:
+        """A call of this function is this part of the run."""
         original = getattr(owner, function)
 
         def wrapper(*arguments: Any, **keywords: Any) -> Any:
-            nonlocal now
-            now = name
-            phase.write(f"{name}\n".encode())
+            self.note(name)
             try:
                 return original(*arguments, **keywords)
             finally:
-                now = "training"
-                phase.write(b"training\n")
+                self.note("training")
 
         setattr(owner, function, wrapper)
 
-    def deadly(owner: Any, function: str) -> None:
+    def deadly(self, owner: Any, function: str) -> None:
+        """Calls of this function are counted, while the run is in the part that is aimed at."""
         original, count = getattr(owner, function), 0
 
         def wrapper(*arguments: Any, **keywords: Any) -> Any:
             nonlocal count
-            count += now == aim
-            if count == call and now == aim:
+            count += self.now == self.aim
+            if count == self.call and self.now == self.aim:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*arguments, **keywords)
 
         setattr(owner, function, wrapper)
+
+
+def child(out: Path, state: Path, aim: str, call: int) -> None:
+    """Start or go on with the run; kill itself at a call of what is aimed at; leave the state's checksum at the end."""
+    growers: list[Grower] = []
+    course = Course(state.with_suffix(".phase"), aim, call)
 
     class Recorded(Grower):
         def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -97,11 +113,11 @@ def child(out: Path, state: Path, aim: str, call: int) -> None:
 
     torchgrow.save = save_both
     vars(from_recipe)["Grower"] = Recorded
-    within("update", Recorded, "update")
-    within("checkpoint", Checkpoints, "save")
-    within("evaluation", train, "evaluate")
+    course.within("update", Recorded, "update")
+    course.within("checkpoint", Checkpoints, "save")
+    course.within("evaluation", train, "evaluate")
     if aim == "update":
-        deadly(torchgrow.exchange, "writes")
+        course.deadly(torchgrow.exchange, "writes")
     if aim == "checkpoint":
         for owner, function in (
             (os, "fsync"),
@@ -109,12 +125,12 @@ def child(out: Path, state: Path, aim: str, call: int) -> None:
             (torchgrow.persistence.folder, "rename"),
             (torchgrow.persistence.folder, "save_file"),
         ):
-            deadly(owner, function)
+            course.deadly(owner, function)
     console = Console(quiet=True)
     real = train.fit
 
     def fit(*arguments: Any, **keywords: Any) -> Any:
-        phase.write(b"training\n")  # from here on the parent may kill
+        course.note("training")  # from here on the parent may kill
         yield from real(*arguments, **keywords)
 
     vars(run)["fit"] = fit

@@ -97,24 +97,26 @@ def _timm(name: str) -> tuple[nn.Module, Any]:
     return model, torch.randn(2, channels, side, side if height == width else width)
 
 
+Row = tuple[Any, Any, Any]
+"""A class of transformers, its configuration and an example."""
+
+
 def transformers_models() -> dict[str, Factory]:
     """Small random configurations, heads included."""
+    made = _decoders() | _encoders_and_pairs()
+    return {f"hf:{name}": partial(_hugging_face, *row) for name, row in made.items()}
+
+
+def _decoders() -> dict[str, Row]:
     import transformers as tr
 
     tokens = torch.randint(0, 50, (2, 7))
     words = {"vocab_size": 64}
     llama = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "use_cache": False, **words}  # fmt: skip
-    bert = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    whisper = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
-               "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8,
-               "max_source_positions": 16, "max_target_positions": 16, "decoder_start_token_id": 1,
-               "suppress_tokens": None, "begin_suppress_tokens": None, **words, **ids}  # fmt: skip
     one = {"input_ids": tokens, "use_cache": False}
-    both = {"input_ids": tokens, "decoder_input_ids": tokens, "use_cache": False}
-    picture = torch.randn(2, 3, 32, 32)
-    made: dict[str, tuple[Any, Any, Any]] = {
+    return {
         "gpt2": (tr.GPT2LMHeadModel, tr.GPT2Config(n_embd=32, n_layer=2, n_head=4, **words, **ids), one),
         "llama": (tr.LlamaForCausalLM, tr.LlamaConfig(**llama), one),
         "mistral": (tr.MistralForCausalLM, tr.MistralConfig(**llama), one),
@@ -140,6 +142,24 @@ def transformers_models() -> dict[str, Factory]:
             one,
         ),
         "gemma": (tr.GemmaForCausalLM, tr.GemmaConfig(head_dim=8, **llama), one),
+    }  # fmt: skip
+
+
+def _encoders_and_pairs() -> dict[str, Row]:
+    import transformers as tr
+
+    tokens = torch.randint(0, 50, (2, 7))
+    words = {"vocab_size": 64}
+    bert = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    whisper = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+               "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8,
+               "max_source_positions": 16, "max_target_positions": 16, "decoder_start_token_id": 1,
+               "suppress_tokens": None, "begin_suppress_tokens": None, **words, **ids}  # fmt: skip
+    one = {"input_ids": tokens, "use_cache": False}
+    both = {"input_ids": tokens, "decoder_input_ids": tokens, "use_cache": False}
+    picture = torch.randn(2, 3, 32, 32)
+    return {
         "bert": (tr.BertForMaskedLM, tr.BertConfig(**bert, **words), {"input_ids": tokens}),
         "roberta": (
             tr.RobertaForMaskedLM,
@@ -177,7 +197,6 @@ def transformers_models() -> dict[str, Factory]:
             {"input_features": torch.randn(2, 8, 32), "decoder_input_ids": tokens, "use_cache": False},
         ),
     }  # fmt: skip
-    return {f"hf:{name}": partial(_hugging_face, *row) for name, row in made.items()}
 
 
 def _hugging_face(build: Callable[[Any], nn.Module], config: Any, example: Any) -> tuple[nn.Module, Any]:

@@ -236,14 +236,19 @@ def run(name: str, spoil: bool = False) -> dict[str, Any]:
     if not grower.finished:
         grower.finish()
         note()
+    structures = [f"{len(bits)}:{int(bits, 2):x}" for bits in structures]
+    return {"structures": structures, "costs": costs, **_of_weights(model)}
+
+
+def _of_weights(model: nn.Module) -> dict[str, Any]:
+    """Each parameter's sum and product with fixed random numbers, and a digest of all bits."""
     weights, digest = {}, hashlib.sha256()
     for number, (key, parameter) in enumerate(model.named_parameters()):
         values = parameter.detach().flatten()
         against = torch.randn(values.numel(), generator=torch.Generator().manual_seed(number), dtype=torch.float64)
         weights[key] = [float(values.sum()), float(values @ against)]
         digest.update(values.numpy().tobytes())
-    structures = [f"{len(bits)}:{int(bits, 2):x}" for bits in structures]
-    return {"structures": structures, "costs": costs, "weights": weights, "bits": digest.hexdigest()}
+    return {"weights": weights, "bits": digest.hexdigest()}
 
 
 def differences(golden: dict[str, Any], found: dict[str, Any], tolerance: float = 1e-9) -> list[str]:

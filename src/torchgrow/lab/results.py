@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from rich import box
 from rich.table import Table
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from torchgrow.lab.display import short
 from torchgrow.lab.metrics import Metric, metric_of
@@ -38,7 +38,7 @@ def difference(rows: Sequence[Mapping[str, Any]], method: str, other: str) -> tu
     gaps = [scores[method, seed] - scores[other, seed] for seed in seeds]
     if len(gaps) < 2:
         return gaps, math.nan
-    return gaps, interval(gaps) if len(gaps) > 2 else float(student.ppf(0.975, 1)) * stdev(gaps) / math.sqrt(2)
+    return gaps, interval(gaps) if len(gaps) > 2 else float(stdtrit(1, 0.975)) * stdev(gaps) / math.sqrt(2)
 
 
 def by_budget(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -233,7 +233,7 @@ def interval(values: Sequence[float]) -> float:
     """Half the 95 % interval of a mean (Student's t); 0 for fewer than three values."""
     if len(values) < 3:
         return 0.0
-    return float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / math.sqrt(len(values))
 
 
 def _by_method(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
