@@ -1,10 +1,12 @@
 """Files as a version writes them, which later versions must read: `python tests/earlier.py FOLDER` writes them.
 
-`tests/saved/0.1` was written by the version before the packages (commit 358b88a).
+`tests/saved/0.1` was written by the version before the packages (commit 358b88a), with the preset "default". So was
+`0.1-paper`, with the preset "paper", which meant what `PAPER` is now.
 """
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -13,12 +15,13 @@ from torch import nn
 import torchgrow
 from records import LAYERS, cut, example, network
 
+PAPER = torchgrow.policies.Paper(lambda_base=1.0, penalised="all", start=1.0, paced=False)
 FOLDER = Path(__file__).parent / "saved" / "0.1"
 SAVED, PICKLED, CHECKPOINTS, OUTPUTS = "network", "pickled.pt", "checkpoints", "outputs.safetensors"
 
 
-def growing() -> tuple[nn.Module, torch.optim.Optimizer, torchgrow.Grower]:
-    """The small network of `records` in double precision at the start of its run."""
+def growing(**how: Any) -> tuple[nn.Module, torch.optim.Optimizer, torchgrow.Grower]:
+    """The small network of `records` in double precision at the start of its run; how: another policy."""
     model = network().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     grower = torchgrow.Grower(
@@ -28,8 +31,8 @@ def growing() -> tuple[nn.Module, torch.optim.Optimizer, torchgrow.Grower]:
         budget=torchgrow.Budget(params="60%"),
         updates=6,
         depth=list(LAYERS),
-        preset="default",
         seed=3,
+        **how,
     )
     return model, optimizer, grower
 

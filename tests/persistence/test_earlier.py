@@ -1,6 +1,7 @@
 """Files of earlier versions are read: networks, whole pickled models, and runs that go on."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file
 
 import earlier
 import torchgrow
-from earlier import CHECKPOINTS, FOLDER, OUTPUTS, PICKLED, SAVED
+from earlier import CHECKPOINTS, FOLDER, OUTPUTS, PAPER, PICKLED, SAVED
 from records import example, network
 from torchgrow.moved import MOVED
 
@@ -26,12 +27,23 @@ def test_a_pickled_model_still_loads_and_can_be_saved(tmp_path: Path) -> None:
     torch.testing.assert_close(torchgrow.load(tmp_path / "net", network).eval()(example()), model(example()))
 
 
-def test_a_run_still_goes_on() -> None:
-    model, optimizer, grower = earlier.growing()
-    torchgrow.load_checkpoint(FOLDER / CHECKPOINTS, grower)
-    assert [event.update for event in grower.history] == [0, 1, 2, 3]
+@pytest.mark.parametrize(("folder", "how"), [("0.1", {}), ("0.1-paper", {"policy": PAPER})])
+def test_a_run_still_goes_on(folder: str, how: dict[str, Any]) -> None:
+    saved = FOLDER.with_name(folder)
+    model, optimizer, grower = earlier.growing(**how)
+    torchgrow.load_checkpoint(saved / CHECKPOINTS, grower)
+    events = [event.update for event in grower.history]
+    assert events == list(range(len(events)))
+    assert 1 < len(events) < 7
     earlier.train(model, optimizer, grower, 6)
-    torch.testing.assert_close(model.eval()(example().double()), load_file(FOLDER / OUTPUTS)["run"])
+    torch.testing.assert_close(model.eval()(example().double()), load_file(saved / OUTPUTS)["run"])
+
+
+def test_a_run_of_another_reading_does_not_go_on() -> None:
+    """The paper's run of an earlier version was none of today's preset."""
+    _, _, grower = earlier.growing(preset="paper")
+    with pytest.raises(torchgrow.TorchgrowError, match=r"policy\.penalised=all, this Grower has present"):
+        torchgrow.load_checkpoint(FOLDER.with_name("0.1-paper") / CHECKPOINTS, grower)
 
 
 @pytest.mark.parametrize("name", MOVED)

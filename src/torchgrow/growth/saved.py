@@ -25,6 +25,9 @@ FIELDS = (
 LATER = ("extra_states", "early", "buffers")
 """Fields that states of older versions lack."""
 
+ONCE = {"policy.penalised": "all", "policy.start": 1.0, "policy.paced": False}
+"""Settings that states of older versions lack, with the only value there was."""
+
 
 def examine(state: Any, frame: dict[str, Any], settings: Mapping[str, Any], unborn: bool) -> dict[str, Field]:
     """The fields of a state, once it is known to fit this grower and frame.
@@ -46,22 +49,23 @@ def examine(state: Any, frame: dict[str, Any], settings: Mapping[str, Any], unbo
     saved = Field(state).fields(FIELDS, LATER)
     check_frame(saved["frame"], frame)
     unset = {key for key, value in settings.items() if value is None and key.startswith("policy.")}
-    later = ("start", "rescale", *unset)
+    later = ("start", "rescale", *unset, *(key for key in ONCE if key in settings))
     for key, field in saved["settings"].fields(settings.keys() - {*later}, later).items():
-        if field.value is None and key in unset:
+        found = ONCE.get(key) if field.value is None else field.value
+        if found is None and key in unset:
             continue  # not there in older versions, and not made use of here
-        if field.value is None and ((key == "rescale" and not unborn) or (key == "start" and settings[key] == SEED)):
+        if found is None and ((key == "rescale" and not unborn) or (key == "start" and settings[key] == SEED)):
             continue  # older versions had no other, and the weights are in the state
-        if field.value is None and key == "rescale":
+        if found is None and key == "rescale":
             if not settings[key]:
                 continue
             raise SavedModelError(
                 "the state is of a version in which fresh weights had the frame's scale, and units that were never "
                 "born would begin at another one here; construct Grower(..., rescale=False). Nothing was changed"
             )
-        if type(field.value) is not type(settings[key]) or field.value != settings[key]:
+        if type(found) is not type(settings[key]) or found != settings[key]:
             raise SavedModelError(
-                f"the state is of a run with {key}={str(field.value)[:60]}, this Grower has {settings[key]}; "
+                f"the state is of a run with {key}={str(found)[:60]}, this Grower has {settings[key]}; "
                 "construct it with the budget, updates, preset, start and seed of the saved run. Nothing was changed"
             )
     return saved

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import SavedModelError
 from ..persistence.plain_data import Field, is_data
+from ..policies.paper import Paper
 from ..policies.policy import Policy
 from ..structure.space import Space
 from ..structure.store import Store
@@ -129,10 +130,15 @@ def read_tensors(
     return {name: tensor.tensor(shapes[name], like[name].dtype) for name, tensor in found.items()}
 
 
+UNPACED = {"pace": 1.0, "steps": 0}
+"""State of `Paper` that older versions lack, whose runs all went at the paper's own pace."""
+
+
 def read_policy(field: Field, policy: Policy, events: int) -> Policy:
     """A copy of the present policy with a saved state of so many events; see `Policy.state_dict`."""
-    here = policy.state_dict()
-    found = {key: _like(one, here[key]) for key, one in field.fields(here).items()}
+    here, once = policy.state_dict(), UNPACED if isinstance(policy, Paper) and not policy.paced else {}
+    read_fields = field.fields(here.keys() - once.keys(), once.keys())
+    found = {key: once[key] if one.value is None else _like(one, here[key]) for key, one in read_fields.items()}
     wrong = policy.check_state(found, events)
     if wrong:
         raise SavedModelError(f"{field.path} of {type(policy).__name__} is damaged: {wrong}; nothing was changed")
