@@ -15,7 +15,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +24,6 @@ from trajectories import CASES, GOLDEN, differences, run  # noqa: E402
 
 def everything() -> dict[str, Any]:
     """All trajectories of the library that is imported."""
-    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     return {name: run(name) for name in CASES}
 

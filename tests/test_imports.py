@@ -1,4 +1,4 @@
-"""Who may import whom: the rooms of the core in one order, the lab and the command line by public names only."""
+"""Who may import whom: the packages of the core in one order, the lab and the command line by public names only."""
 
 import ast
 import re
@@ -90,6 +90,19 @@ def wrong_in_core(module: str, source: str) -> list[str]:
     return wrong
 
 
+def used_by(package: str) -> set[str]:
+    """Packages and single modules of the core that a package of the core imports."""
+    paths = (ROOT / package).rglob("*.py")
+    found = [one for path in paths for one in imports(path.read_text(encoding="utf-8"), dotted(path))]
+    return {inside(*one)[0] for one in found if one[0].startswith("torchgrow") and inside(*one)} - {package}
+
+
+def said(readme: str) -> set[str] | None:
+    """What a package may import by its README; None where it says so in other words."""
+    line = re.search(r"May import: ((?:`\w+`(?: \([\w ]+\))?(?:,\s+)?)+)\.", readme)
+    return {*re.findall(r"`(\w+)`", line[1])} if line else None
+
+
 def wrong_in_lab(module: str, source: str) -> list[str]:
     """Modules of the lab that one of them may not import."""
     own = module.split(".")[1]
@@ -138,6 +151,11 @@ def test_core_imports_only_what_stands_above(path: Any) -> None:
     assert wrong_in_core(dotted(path), path.read_text()) == []
 
 
+@pytest.mark.parametrize("package", ["adapters", "structure", "persistence", "tracing", "policies"])
+def test_the_readme_of_a_package_says_what_it_imports(package: str) -> None:
+    assert said((ROOT / package / "README.md").read_text(encoding="utf-8")) == used_by(package)
+
+
 def test_no_modules_import_each_other() -> None:
     assert circles({dotted(path): path.read_text() for path in [*CORE, *LAB] if dotted(path) != "__init__"}) == set()
 
@@ -184,6 +202,19 @@ def test_the_rules_see_violations() -> None:
     ]
     assert wrong_outside("import torchgrow\ntorchgrow.no_such_thing()") == ["no_such_thing"]
     assert wrong_outside("from torchgrow import Grower\nfrom torchgrow.lab import data") == []
+
+
+# Of the version before the packages (commit 358b88a): code that uses them must not break.
+EARLIER = {
+    "PRESETS", "Bank", "Budget", "BudgetError", "Context", "Cost", "Event", "Frozen", "Grower", "Limits", "Method",
+    "OptimizerError", "Report", "SavedModelError", "Space", "StructureError", "TorchgrowError", "TraceError",
+    "TrainingError", "adapter", "guard_", "load", "load_checkpoint", "measure", "module_rule", "policies", "rule",
+    "save", "save_checkpoint", "shrink_", "trace", "verify",
+}  # fmt: skip
+
+
+def test_names_of_earlier_versions_are_still_public() -> None:
+    assert set(torchgrow.__all__) >= EARLIER
 
 
 def test_public_names_exist() -> None:

@@ -1,4 +1,4 @@
-"""docs/line-by-line.md: everything it names exists, and it names everything."""
+"""docs/line-by-line.md: everything it names exists, and it names everything; so do the laws of CONTRIBUTING.md."""
 
 import ast
 import re
@@ -59,6 +59,14 @@ def is_read(command: str) -> bool:
 def test_everything_named_is_there() -> None:
     assert wrong(PAGE.read_text()) == []
     assert len(spans(PAGE.read_text())) > 60
+
+
+def test_every_law_has_its_test() -> None:
+    rows = re.findall(
+        r"^\| (\d+) \| .* \| (.*) \|$", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert [int(number) for number, _ in rows] == [*range(1, 12)]
+    assert [span for _, tests in rows for span in spans(tests) if "::test_" not in span or wrong(f"`{span}`")] == []
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,16 @@ EARLY = {"adamw": 4, "adamw, first reading": 4}
 
 
 def run(name: str, spoil: bool = False) -> dict[str, Any]:
+    """One trajectory, on one thread, since others may add up in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _run(name, spoil)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(name: str, spoil: bool) -> dict[str, Any]:
     """One trajectory.
 
     Args:

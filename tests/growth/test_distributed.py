@@ -26,6 +26,7 @@ SCENARIOS: list[Callable[..., Any]] = [
     ranks.plain,
     ranks.with_batch_norm,
     ranks.layers,
+    ranks.own_policy,
     ranks.seeds_differ,
     ranks.budgets_differ,
     ranks.bare_model,
@@ -65,6 +66,12 @@ def test_with_batch_norm_adam_and_accumulation(two: Results) -> None:
 def test_layers_come_and_go_on_all_ranks(two: Results) -> None:
     same_everywhere([found["layers"] for found in two])
     assert any(int(update["left out"]) for update in two[0]["layers"])
+
+
+def test_a_policy_of_ones_own_decides_alike_on_all_ranks(two: Results) -> None:
+    found = [result["own_policy"] for result in two]
+    same_everywhere(found)
+    assert found[0][0]["keep"].sum() > found[0][-1]["keep"].sum() > 0
 
 
 def same_everywhere(found: list[list[dict[str, Any]]]) -> None:
