@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/memory.py [--updates 200]
 
-Units are drawn anew at every update (independent draws at a constant half of the parameters), so that thousands come
+Units are drawn anew at every update (by the policy `Random`, at half of the parameters), so that thousands come
 and go; a training step (2 images of 64 x 64) is taken before each. After every update the resident memory is read and
 optimizer state is checked: none but of the model's parameters, every slot of its parameter's shape or a number. After
 every tenth all tensors alive are counted. The first quarter is left out; the slope is that of medians over ten updates,
@@ -25,12 +25,13 @@ from rich.console import Console
 from rich.progress import track
 from torchvision.models import resnet50
 
-from torchgrow import Budget, Grower, Method
+from torchgrow import Budget, Grower
 from torchgrow.lab.environment import environment
+from torchgrow.policies import Random
 
 RESULTS = Path(__file__).parent.parent / "results" / "memory.jsonl"
 EVENT = 0.01  # megabytes; an event of the history takes some kilobytes, and is meant to stay
-CHURN = Method(draws="independent", ramp=0.01, settle=0.0, heat=1.0, align=1)
+CHURN = Random()
 OPTIMIZERS = {
     "SGD with momentum": lambda model: torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4),
     "AdamW": lambda model: torch.optim.AdamW(model.parameters(), 1e-3),
@@ -99,7 +100,7 @@ def measure(name: str, updates: int, console: Console) -> dict[str, Any]:
     model = resnet50()
     x, target = torch.randn(2, 3, 64, 64), torch.randint(0, 1000, (2,))
     optimizer = OPTIMIZERS[name](model)
-    grower = Grower(model, optimizer, example_inputs=x, budget=Budget(params="50%"), updates=updates + 2, preset=CHURN)
+    grower = Grower(model, optimizer, example_inputs=x, budget=Budget(params="50%"), updates=updates + 2, policy=CHURN)
     rss, used, counted, wrong, changed = [], [], [], [], 0
     for update in track(range(updates), name, console=console):
         optimizer.zero_grad()

@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from torchgrow import Budget, Grower, Method
+from torchgrow import Budget, Grower
 from torchgrow.lab import data, processes
 from torchgrow.lab.environment import environment
 from torchgrow.lab.models import ResNet
+from torchgrow.policies import Paper
 
 RESULTS = Path(__file__).parent.parent / "results" / "ranks.jsonl"
 TARGET = 1e-9  # largest difference to one process, relative to a tensor's largest entry (or 1)
@@ -83,7 +84,7 @@ def train(network: str, epochs: int, folder: Path) -> None:
         example_inputs=images.normalise(images.train.pixels[:2]).double(),
         budget=Budget(params="30%"),
         updates=updates + 1,
-        preset=Method(ramp=0.7, align=1, settle=0.1),
+        policy=Paper(settle=0.1),
     )
     generator = torch.Generator().manual_seed(0)
     hashes: list[dict[str, str]] = []

@@ -1,6 +1,6 @@
 """Seconds of a training step by stage widths, over the full width, side by side: python benchmarks/step_by_width.py
 
-Why `Method.align` exists: CPUs (and tensor cores) compute channels in blocks, so a width between two multiples of
+Why `Default.align` exists: CPUs (and tensor cores) compute channels in blocks, so a width between two multiples of
 the block costs what the next multiple costs.
 """
 

@@ -374,7 +374,7 @@ def page() -> str:
             "step-by-width.jsonl",
             "python benchmarks/step_by_width.py",
             "One training step of a ResNet-20 over one at full width (16-32-64), batch 128: why widths can be "
-            "held at multiples of 8 (`Method.align`).",
+            "held at multiples of 8 (`Default.align`).",
         ),
         "# Appendix\n\n" + appendix(COMPARISONS, PICTURES.name),
     ]

@@ -23,12 +23,13 @@ from step_overhead import Trainer, interval, now, optimizer_of
 from torch import nn
 from torchvision.models import resnet50
 
-from torchgrow import Budget, Grower, Method
+from torchgrow import Budget, Grower
 from torchgrow.lab.environment import environment
 from torchgrow.lab.models import ResNet
+from torchgrow.policies import Default
 
 RESULTS = Path(__file__).parent.parent / "results" / "update-cost.jsonl"
-RISING = Method(ramp=1.0, settle=0.0)
+RISING = Default(ramp=1.0, peak=1.0, settle=0.0)
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -46,7 +47,7 @@ def resnet20(updates: int) -> dict[str, Any]:
     optimizer = optimizer_of(model)
     x, target = torch.randn(128, 3, 32, 32), torch.randint(0, 10, (128,))
     grower = Grower(
-        model, optimizer, example_inputs=x[:2], budget=Budget(params="36%"), updates=updates + 1, preset=RISING
+        model, optimizer, example_inputs=x[:2], budget=Budget(params="36%"), updates=updates + 1, policy=RISING
     )
     trainer = Trainer(model, optimizer, x, target)
     ups, steps = [], []
@@ -65,7 +66,7 @@ def resnet50_(updates: int) -> dict[str, Any]:
     x, target = torch.randn(2, 3, 64, 64), torch.randint(0, 1000, (2,))
     frame = [p.detach().clone() for p in model.parameters()]
     momentum = [torch.zeros_like(p) for p in frame]
-    grower = Grower(model, optimizer, example_inputs=x, budget=Budget(params="50%"), updates=updates + 1, preset=RISING)
+    grower = Grower(model, optimizer, example_inputs=x, budget=Budget(params="50%"), updates=updates + 1, policy=RISING)
 
     def copies() -> object:
         return [t.clone() for t in frame], [t.clone() for t in momentum]

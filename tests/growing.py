@@ -4,7 +4,6 @@ import copy
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,21 +12,21 @@ from torch import Tensor, nn
 
 from lookalikes import Prodigy
 from oracle import Eq6, SmallResNet
-from torchgrow import Budget, Event, Grower, Limits, Method, Space
-from torchgrow.policies import Policy, View
+from torchgrow import Budget, Event, Grower, Limits, Space
+from torchgrow.policies import Paper, Policy, View
 from torchgrow.structure.cost import CostModel
 
-STILL = Method(controller="pressure", draws="independent", lambda_base=0.0, heat=1.0, align=1, settle=0.0)
+STILL = Paper(lambda_base=0.0, final_inverse_temperature=1.0)
 """No pressure and a constant temperature: an update changes the structure and nothing else."""
 
 
-LITERAL = replace(Method.paper(), penalised="all", paced=False)
+LITERAL = Paper(lambda_base=0.5, penalised="all", paced=False)
 """The paper's settings with one lambda for all units, where one step of Eq 6 is one step."""
 
 
 def indicators_of(grower: Grower) -> Any:
-    """What holds s, gates and temperatures: the paper's policy itself, or what a combined one wraps."""
-    return getattr(grower.policy, "indicators", grower.policy)
+    """What holds s, gates and temperatures, of `Paper` or `Planned`."""
+    return grower.policy
 
 
 def view_of(space: Space, limits: Limits, updates: int, seed: int = 0) -> View:
@@ -56,7 +55,7 @@ def prodigy(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def make(
-    preset: str | Method = "default",
+    preset: str | Policy = "default",
     budget: Budget | None = None,
     updates: int = 10,
     seed: int = 0,
@@ -71,8 +70,8 @@ def make(
         example_inputs=batch(0)[0],
         budget=budget or Budget(params="50%"),
         updates=updates,
-        preset=preset,
-        policy=policy,
+        preset=preset if isinstance(preset, str) else None,
+        policy=policy if isinstance(preset, str) else preset,
         seed=seed,
     )
 

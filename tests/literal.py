@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from growing import begun_as, indicators_of
 from oracle import Eq6, SmallResNet
-from torchgrow import Budget, Grower, Method
+from torchgrow import Budget, Grower
+from torchgrow.policies import Paper
 
 Make = Callable[[Any], torch.optim.Optimizer]
 
-METHOD = Method.paper()
+METHOD = Paper(lambda_base=0.5)
 STEPS = 30
 
 
@@ -68,7 +69,7 @@ def make_pair(make: Make, penalty: float = 0.0, model: nn.Module | None = None) 
     live = (SmallResNet() if model is None else model).double()
     frame = copy.deepcopy(live)
     grower = Grower(
-        live, make(live), example_inputs=batch(0)[0], budget=Budget(params="50%"), updates=10, preset=METHOD
+        live, make(live), example_inputs=batch(0)[0], budget=Budget(params="50%"), updates=10, policy=METHOD
     )
     space, indicators = grower.space, indicators_of(grower)
     generator = torch.Generator().manual_seed(1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from torchgrow import Method, Space
+from torchgrow import Space
 from torchgrow.structure.space import WHOLE
 
 
@@ -65,7 +65,7 @@ class Eq6:
         frame: nn.Module,
         optimizer: torch.optim.Optimizer,
         space: Space,
-        method: Method,
+        method: Any,
         *,
         s: Tensor,
         q: Tensor,

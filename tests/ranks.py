@@ -21,7 +21,8 @@ from growing import batch, interrupted_step, sgd
 from layered import Residual, Stages
 from oracle import SmallResNet
 from own_policy import cubic
-from torchgrow import Budget, Grower, Method, TorchgrowError, load_checkpoint, save_checkpoint
+from planned import Planned
+from torchgrow import Budget, Grower, TorchgrowError, load_checkpoint, save_checkpoint
 from torchgrow.policies import View
 
 EPOCHS, STEPS = 3, 4
@@ -53,8 +54,7 @@ def shard(step: int) -> tuple[Tensor, Tensor]:
 
 def make(model: nn.Module, optimizer: Any = sgd, **settings: Any) -> Grower:
     arguments = {"example_inputs": batch(0)[0], "budget": Budget(params="50%"), "updates": EPOCHS + 2}
-    method = Method(ramp=0.5, align=1, settle=0.0)
-    return Grower(model, optimizer(model), **{"preset": method, **arguments, **settings})
+    return Grower(model, optimizer(model), **{"policy": Planned(ramp=0.5), **arguments, **settings})
 
 
 def train(net: nn.Module, grower: Grower, first: int, steps: int = STEPS, parts: int = 1) -> None:
@@ -136,7 +136,7 @@ def layers() -> list[dict[str, Tensor]]:
 def own_policy() -> list[dict[str, Tensor]]:
     """A policy that a user wrote, which knows nothing of ranks."""
     torch.manual_seed(rank())
-    grower, seen = make(Plain().double(), preset=None, policy=cubic()(), updates=EPOCHS), []
+    grower, seen = make(Plain().double(), policy=cubic()(), updates=EPOCHS), []
     for epoch in range(EPOCHS):
         train(grower.wrap(), grower, STEPS * epoch)
         grower.update()

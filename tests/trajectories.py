@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from planned import Planned
 from torchgrow import Budget, Grower
 
 GOLDEN = Path(__file__).parent / "golden" / "trajectories.json"
@@ -130,13 +132,15 @@ def two(model: nn.Module) -> list[torch.optim.Optimizer]:
     return [torch.optim.SGD(wide, 0.05, momentum=0.9), torch.optim.AdamW(rest, 0.01)]
 
 
+PERSISTENT = Planned(ramp=0.03, peak=1.0, hold=0.45, settle=0.4, layer_lag=3.0)
+ALIGNED = replace(PERSISTENT, peak=1.35, align=2, prune="worth", ranked=True, final_inverse_temperature=1.0)
 Case = tuple[Callable[[], nn.Module], Any, Any, dict[str, Any]]
 """Model, data, optimizers, settings of the grower."""
 
 CASES: dict[str, Case] = {
     "default": (Convolutions, images, sgd, {}),
-    "default, gates and aligned": (Convolutions, images, sgd, {"preset": "default:gates=True,align=2,prune=worth"}),
-    "persistent": (Convolutions, images, sgd, {"preset": "default:draws=persistent,gates=True,heat=100,peak=1"}),
+    "default, gates and aligned": (Convolutions, images, sgd, {"policy": ALIGNED}),
+    "persistent": (Convolutions, images, sgd, {"policy": PERSISTENT}),
     "paper": (Convolutions, images, sgd, {"preset": "paper"}),
     "gumbel": (
         Convolutions,

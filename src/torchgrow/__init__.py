@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from .persistence.checkpoint import load_checkpoint, save_checkpoint
     from .persistence.network import load, save
     from .persistence.portable import portable_, shrink_
-    from .policies.indicators import PRESETS, Method
+    from .policies.method import Method
+    from .policies.named import PRESETS
     from .structure.bank import Bank
     from .structure.cost import Cost
     from .structure.limits import Budget, Limits
@@ -65,7 +66,8 @@ _HOMES = {
     "growth.search": ["Search", "Trial", "search"],
     "growth.teacher": ["distillation_loss"],
     "onednn_guard": ["guard_"],
-    "policies.indicators": ["PRESETS", "Method"],
+    "policies.method": ["Method"],
+    "policies.named": ["PRESETS"],
     "structure.limits": ["Budget", "Limits"],
     "persistence.network": ["load", "save"],
     "persistence.portable": ["portable_", "shrink_"],

@@ -63,11 +63,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-PRESETS = ("default", "paper", "global", "nas", "random")
+GROWN = ("default", "paper", "global", "nas", "random")
+PRESETS = (*GROWN, "shrink", "late")
 """Names of `torchgrow.PRESETS`, which would import PyTorch."""
 
 _PRESET_HELP = (
-    f"How to grow: {', '.join(PRESETS)}, late; with other values behind a colon, as in default:peak=1,ramp=0.2. "
+    f"How to grow: {', '.join(PRESETS)}; with other values behind a colon, as in default:peak=1,ramp=0.2. "
     "Default: the recipe's."
 )
 _BESIDE_HELP = (
@@ -325,8 +326,8 @@ def compare(
         typer.Option(
             help=f"Names with spaces between: {', '.join(names.FIXED)}; systems of other papers: "
             f"{', '.join(name for name in names.SYSTEMS if name != 'shrink')}; shrink, the trained dense one made "
-            f"smaller, shrink:until=0.3 and so on; or ways to grow: {', '.join(PRESETS)}, "
-            "default:peak=1,gates=True and so on."
+            f"smaller, shrink:until=0.3 and so on; or ways to grow: {', '.join(GROWN)}, "
+            "default:peak=1,ramp=0.2 and so on."
         ),
     ] = "dense uniform default",
     seeds: Annotated[int, typer.Option(min=1, help="How many; they are counted from 0.")] = 3,

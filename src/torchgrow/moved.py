@@ -13,7 +13,7 @@ MOVED = {
     "torchgrow.adapters_torchvision": "torchgrow.adapters.torchvision",
     "torchgrow.adapters_ultralytics": "torchgrow.adapters.ultralytics",
     "torchgrow.cost": "torchgrow.structure.cost",
-    "torchgrow.indicators": "torchgrow.policies.indicators",
+    "torchgrow.indicators": "torchgrow.policies.method",
     "torchgrow.limits": "torchgrow.structure.limits",
     "torchgrow.record": "torchgrow.structure.record",
     "torchgrow.space": "torchgrow.structure.space",

@@ -13,7 +13,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from drawn import zeroed
 from growing import STILL, begun_as, indicators_of, same_indicators, same_parameters, sgd, step_both
 from oracle import Eq6
-from torchgrow import Budget, Grower, Method, Space, StructureError, TraceError, shrink_, trace
+from planned import Planned
+from torchgrow import Budget, Grower, Space, StructureError, TraceError, shrink_, trace
+from torchgrow.policies import Policy
 from torchgrow.structure.surgery import recut
 from torchgrow.tracing.prover import TOLERANCE, Prover
 from torchgrow.tracing.tracer import replay
@@ -154,7 +156,7 @@ def cut(space: Space, state: Any, old: Tensor, new: Tensor) -> Any:
     return tree_map(lambda x: recut(x, next(places).units, old, new), state)
 
 
-def growing(name: str, method: Method = STILL, updates: int = 30, seed: int = 0) -> Grower:
+def growing(name: str, method: Policy = STILL, updates: int = 30, seed: int = 0) -> Grower:
     model = build(name).eval()  # without dropout, which draws as many numbers as there are units
     return Grower(
         model,
@@ -162,7 +164,7 @@ def growing(name: str, method: Method = STILL, updates: int = 30, seed: int = 0)
         example_inputs=example(name, model),
         budget=Budget(params="85%"),
         updates=updates,
-        preset=method,
+        policy=method,
         seed=seed,
         carried=CASES[name].carried,
     )
@@ -291,7 +293,7 @@ def test_survivors_are_the_same_bit_for_bit_and_newborns_are_zero(name: str) -> 
 @pytest.mark.parametrize("name", ["lstm-stack", "gru-stack", "rnn-stack", "lstm-tied", "by-hand"])
 def test_growing_with_a_carried_state_is_literal_eq6(name: str) -> None:
     """Law 3 under truncated backpropagation: losses, indicators and weights, the oracle's state at full size."""
-    updates, method = 8, Method(ramp=0.5, align=1, settle=0.0)
+    updates, method = 8, Planned(ramp=0.5)
     grower, frame = growing(name, method, updates, seed=1), build(name).eval()
     space, indicators = grower.space, indicators_of(grower)
     t = torch.zeros(space.n_units, dtype=torch.int64)
@@ -333,7 +335,7 @@ def test_growing_with_a_carried_state_is_literal_eq6(name: str) -> None:
 
 def test_law_11_with_a_state() -> None:
     """A loss kept over an update leaves the next backward right; a graph through the old state refuses its own."""
-    grower = growing("lstm-stack", Method(ramp=0.5, align=1, settle=0.0), updates=4)
+    grower = growing("lstm-stack", Planned(ramp=0.5), updates=4)
     model = grower.model
     scores, state = model(words(0), grower.carry(example("lstm-stack", build("lstm-stack"))[1]))
     loss = scores.square().mean()
@@ -350,7 +352,7 @@ def test_law_11_with_a_state() -> None:
 
 
 def test_the_state_of_another_batch_size_and_the_end_of_the_run() -> None:
-    grower = growing("gru-stack", Method(ramp=0.5, align=1, settle=0.0), updates=4)
+    grower = growing("gru-stack", Planned(ramp=0.5), updates=4)
     state = grower.carry(tree_map(Tensor.double, build("gru-stack").start(batch=7)))
     x = torch.randint(WORDS, (7, 2))
     for end in (grower.update, grower.update, grower.finish):
@@ -374,7 +376,7 @@ def test_carry_without_declaration_says_how_to_declare() -> None:
 
 
 def test_a_state_that_does_not_fit_is_refused() -> None:
-    grower = growing("lstm-stack", Method(ramp=0.5, align=1, settle=0.0), updates=4)
+    grower = growing("lstm-stack", Planned(ramp=0.5), updates=4)
     whole = build("lstm-stack").start()
     with pytest.raises(StructureError, match="the state holds 2 tensors, but 4 were declared as carried; pass"):
         grower.carry(whole[0])

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 import torchgrow.exchange
 from growing import batch, differences, indicators_of, make, sgd
 from oracle import SmallResNet, TwoLayers
-from torchgrow import Budget, Grower, Method, trace
+from torchgrow import Budget, Grower, trace
+from torchgrow.policies import Paper
 
-LITERAL = Method.paper()  # the structure changes at nearly every update
+LITERAL = Paper()  # the structure changes at nearly every update
 
 
 class Backend:
@@ -48,7 +49,7 @@ def grown(how: str, backend: Any, updates: int, model: nn.Module, x: Tensor) -> 
         model.compile(backend=backend)
         net = model
     budget = Budget(params="50%")
-    grower = Grower(model, sgd(model), example_inputs=x, budget=budget, updates=updates, preset=LITERAL, seed=1)
+    grower = Grower(model, sgd(model), example_inputs=x, budget=budget, updates=updates, policy=LITERAL, seed=1)
     if how == "after":
         net = torch.compile(model, backend=backend)
     return grower, model if how == "eager" else net

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from growing import begun_as, indicators_of, same_indicators, same_parameters, step_both
 from layered import Plain, Residual, Stages, batch
 from oracle import Eq6
-from torchgrow import Budget, Grower, Method, Space, TraceError, load, save, shrink_, trace, verify
+from planned import Planned
+from torchgrow import Budget, Grower, Space, TraceError, load, save, shrink_, trace, verify
+from torchgrow.policies import Paper, Random
 from torchgrow.structure.store import Births, Store, gather, scatter_
 from torchgrow.tracing.prover import Prover
 
@@ -243,11 +245,11 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("block", [Residual, Plain])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_grows_like_eq_6(block: type[nn.Module], kind: str) -> None:
-    method = Method(controller="pressure", draws="independent", lambda_base=1.0, align=1, settle=0.0, heat=20.0)
+    method = Paper(lambda_base=1.0, final_inverse_temperature=20.0)
     method = replace(method, paced=False)  # one step of Eq 6 is one step
     torch.manual_seed(0)
     frame = Stages(block).double()
-    grower = make(block, OPTIMIZERS[kind], preset=method, updates=40)
+    grower = make(block, OPTIMIZERS[kind], policy=method, updates=40)
     indicators = indicators_of(grower)
     begun_as(grower, frame)
     oracle = WithLayers(
@@ -277,7 +279,7 @@ def test_grows_like_eq_6(block: type[nn.Module], kind: str) -> None:
 
 
 def test_counters_rise_only_where_a_unit_is_there() -> None:
-    grower = make(Residual, preset=Method(ramp=1.0))
+    grower = make(Residual, policy=Planned(ramp=1.0, settle=0.5))
     x, target = batch()
     F.cross_entropy(grower.model(x), target).backward()
     grower.optimizer.step()
@@ -342,7 +344,7 @@ def test_a_frame_on_the_meta_device_grows_as_a_real_one_does(block: type[nn.Modu
                 updates=8,
                 seed=3,
                 depth=True,
-                preset=Method(draws="independent"),
+                policy=Random(),
             )
         )
     assert sum(store.held.numel() for store in growers[1].run.live.bank.full.values()) == 0

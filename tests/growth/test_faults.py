@@ -27,13 +27,13 @@ from torchgrow import (
     BudgetError,
     Event,
     Grower,
-    Method,
     OptimizerError,
     StructureError,
     TorchgrowError,
 )
 from torchgrow.growth.gates import Fold
 from torchgrow.growth.run import Run
+from torchgrow.policies import Random
 
 # --- transactions ---
 
@@ -190,7 +190,7 @@ def test_a_frame_without_values_can_be_tried_again_after_a_failed_trace(monkeypa
 @pytest.mark.parametrize("optimizer", [sgd, lambda m: torch.optim.AdamW(m.parameters())], ids=["sgd", "adamw"])
 def test_updates_leave_nothing_behind(optimizer: Any) -> None:
     """No more tensors after 30 updates than after 10, and optimizer state of the model's parameters only."""
-    churn = Method(draws="independent", ramp=0.1, settle=0.0, heat=1.0, align=1)
+    churn = Random()
     grower, counts = make(churn, updates=32, optimizer=optimizer), []
     for update in range(30):
         train(grower, 2 * update, 1)

@@ -14,13 +14,15 @@ import torchgrow.exchange
 from growing import batch, breaking, differences, everything, make, run, sgd, train
 from layered import Residual, Stages
 from oracle import SmallResNet, TwoLayers
-from torchgrow import Budget, Grower, Method, StructureError, TorchgrowError, save
+from planned import Planned
+from torchgrow import Budget, Grower, StructureError, TorchgrowError, save
 from torchgrow.persistence.network import load
+from torchgrow.policies import Paper, Policy
 from torchgrow.structure.store import gather
 from torchgrow.structure.surgery import named_tensors
 
-METHOD = Method(ramp=0.5, align=1, settle=0.0)
-LITERAL = Method.paper()  # units leave and come back
+METHOD = Planned(ramp=0.5)
+LITERAL = Paper()  # units leave and come back
 DECAY = 0.75
 
 
@@ -56,13 +58,13 @@ class Literal:
 
 @pytest.mark.parametrize("preset", [METHOD, LITERAL], ids=["plan", "paper"])
 @pytest.mark.parametrize("made", ["before", "after", "late"])
-def test_a_moving_average_is_literally_that(preset: Method, made: str) -> None:
+def test_a_moving_average_is_literally_that(preset: Policy, made: str) -> None:
     """Against an average kept at full size: copies of the frame, of the seed, and of a half-grown network."""
     torch.manual_seed(0)
     model = SmallResNet().double()
     early = averaged(model)
     arguments: dict[str, Any] = {"example_inputs": batch(0)[0], "budget": Budget(params="50%"), "updates": 12}
-    grower = Grower(model, sgd(model), preset=preset, seed=1, **arguments)
+    grower = Grower(model, sgd(model), policy=preset, seed=1, **arguments)
     if made == "late":
         run(grower, 5)
     average = early if made == "before" else averaged(model)

@@ -167,7 +167,7 @@ def test_after_the_end_copies_do_not_pull_the_weights_back(make: Make) -> None:
     torch.manual_seed(0)
     model = SmallResNet().double()
     grower = Grower(
-        model, make(model), example_inputs=batch(0)[0], budget=Budget(params="70%"), updates=10, preset=METHOD
+        model, make(model), example_inputs=batch(0)[0], budget=Budget(params="70%"), updates=10, policy=METHOD
     )
     for number in range(3):
         F.cross_entropy(model(batch(number)[0]), batch(number)[1]).backward()

@@ -28,16 +28,17 @@ from growing import (
     train,
 )
 from oracle import Eq6, SmallResNet, TwoLayers
+from planned import Planned
 from torchgrow import (
     Budget,
     Event,
     Grower,
-    Method,
     TorchgrowError,
     TrainingError,
     measure,
     shrink_,
 )
+from torchgrow.policies import Paper
 
 # --- Law 3 across updates ---
 
@@ -45,7 +46,7 @@ from torchgrow import (
 @pytest.mark.parametrize("preset", ["paper", "plan"])
 def test_growing_is_literal_eq6(preset: str) -> None:
     """SGD in float64, the oracle following the structure event by event: detached units come back as they left."""
-    method = LITERAL if preset == "paper" else Method(ramp=0.5, align=1, settle=0.0)
+    method = LITERAL if preset == "paper" else Planned(ramp=0.5)
     grower = make(method, updates=12, seed=1)
     torch.manual_seed(0)
     frame = SmallResNet().double()
@@ -146,7 +147,7 @@ def test_the_budget_is_used(preset: str, share: str) -> None:
 
 
 def test_the_structure_is_final_from_the_last_but_one_update_on() -> None:
-    for method in (Method(settle=0.0), Method.paper(), Method(settle=0.4)):
+    for method in (Planned(), Paper(), Planned(settle=0.4)):
         grower = make(method, updates=10)
         settled = grower.updates - max(1, math.ceil(method.settle * 10))
         run(grower, settled)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from growing import view_of
 from layered import Residual, batch
-from torchgrow import Budget, Grower, Limits, Method, Space, trace
+from torchgrow import Budget, Grower, Limits, Space, trace
 from torchgrow.policies import Default
 
 
@@ -50,12 +50,12 @@ def test_layers_come_after_channels_by_the_lag(lag: float, share: float) -> None
 @pytest.mark.parametrize("lag", [1.0, 3.0])
 def test_a_peak_widens_what_is_there_and_no_layer_comes_for_it_alone(lag: float) -> None:
     """Beyond the budget only channels come, up to the peak, and all layers stay when it falls."""
-    method = Method.named(f"default:layer_lag={lag},peak=1.5,hold=0.6,settle=0.2")
+    method = Default(layer_lag=lag, peak=1.5, hold=0.6, settle=0.2)
     torch.manual_seed(0)
     model = TwoStages().double()
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     settings: dict[str, Any] = {"example_inputs": batch()[0], "budget": Budget(params="45%"), "updates": 20}
-    grower = Grower(model, optimizer, depth=True, preset=method, **settings)
+    grower = Grower(model, optimizer, depth=True, policy=method, **settings)
     seen = [(sum(grower.depths().values()), grower.cost().params)]
     for _ in range(20):
         grower.update()

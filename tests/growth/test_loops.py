@@ -11,15 +11,18 @@ from torch.utils.checkpoint import checkpoint
 
 from growing import batch, differences, everything, indicators_of, make, run, sgd, train
 from oracle import SmallResNet
-from torchgrow import Budget, Grower, Method, StructureError, TraceError, TrainingError
+from planned import Planned
+from torchgrow import Budget, Grower, StructureError, TraceError, TrainingError
+from torchgrow.policies import Policy
 
-GROWN = Method(ramp=0.5, align=1, settle=0.0)
+GROWN = Planned(ramp=0.5)
 
 
-def grow(model: nn.Module, make_optimizer: Any = sgd, updates: int = 8, preset: str | Method = GROWN) -> Grower:
+def grow(model: nn.Module, make_optimizer: Any = sgd, updates: int = 8, preset: str | Policy = GROWN) -> Grower:
     x = batch(0, next(model.parameters()).dtype)[0]
     budget = Budget(params="50%")
-    return Grower(model, make_optimizer(model), example_inputs=x, budget=budget, updates=updates, preset=preset)
+    how: Any = {"preset": preset} if isinstance(preset, str) else {"policy": preset}
+    return Grower(model, make_optimizer(model), example_inputs=x, budget=budget, updates=updates, **how)
 
 
 # --- mixed precision ---

@@ -1,6 +1,5 @@
 """Presets: the seed decides alone, budgets are approached as planned, the paper's formulas to the letter."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,12 +15,12 @@ from growing import (
     timeless,
     train,
 )
+from planned import Planned
 from torchgrow import (
     Budget,
     Grower,
-    Method,
 )
-from torchgrow.policies import Paper, kit
+from torchgrow.policies import Default, Paper, kit
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
@@ -72,7 +71,7 @@ def test_generators_of_accelerators_are_not_seeded(device: str, monkeypatch: pyt
 @pytest.mark.parametrize("ramp", [0.0, 0.5, 1.0])
 def test_the_plan_is_kept(budget: Budget, ramp: float) -> None:
     """At every update the cost is within a line from the seed's to the budget's."""
-    grower = run(make(Method(ramp=ramp, settle=0.0), budget, updates=10))
+    grower = run(make(Planned(ramp=ramp, align=8), budget, updates=10))
     seed = grower.history[0]
     for event in grower.history[1:9]:  # at update T-1 the rest of the budget is filled
         progress = min(1.0, event.update / max(1, round(10 * ramp)))
@@ -93,7 +92,7 @@ def test_the_plan_is_kept(budget: Budget, ramp: float) -> None:
 @pytest.mark.parametrize("align", [1, 2])
 def test_it_grows_beyond_the_budget_and_back_as_planned(budget: Budget, prune: str, align: int) -> None:
     """Never above a line up to the peak, the peak, and a line down to the budget; what leaves is worth least."""
-    method = replace(Method.default(), prune=prune, align=align, ramp=0.25, peak=1.8, hold=0.5, settle=0.25)
+    method = Default(prune=prune, align=align, ramp=0.25, peak=1.8, hold=0.5, settle=0.25)
     grower = make(method, budget, updates=20)
     full = grower.frame_cost
     seed = grower.history[0]

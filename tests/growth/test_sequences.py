@@ -8,7 +8,8 @@ from torch.utils._pytree import tree_leaves
 import zoo
 from growing import LITERAL, begun_as, indicators_of, same_indicators, same_parameters, sgd, step_both
 from oracle import Eq6
-from torchgrow import Budget, Grower, Method
+from planned import Planned
+from torchgrow import Budget, Grower
 
 NAMES = [
     "lstm", "lstm-bidirectional", "lstm-projected", "gru", "rnn", "states", "lstm-cell", "gru-cell", "heads",
@@ -33,7 +34,7 @@ def double(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("preset", ["paper", "plan"])
 @pytest.mark.parametrize("name", NAMES)
 def test_growing_is_literal_eq6(name: str, preset: str) -> None:
-    method = LITERAL if preset == "paper" else Method(ramp=0.5, align=1, settle=0.0)
+    method = LITERAL if preset == "paper" else Planned(ramp=0.5)
     model, frame = zoo.build(name).double(), zoo.build(name).double()
     grower = Grower(
         model,
@@ -41,7 +42,7 @@ def test_growing_is_literal_eq6(name: str, preset: str) -> None:
         example_inputs=double(zoo.inputs(name)),
         budget=Budget(params="100%" if name == "heads-grouped" else "85%"),  # which has two units in all
         updates=EPOCHS,
-        preset=method,
+        policy=method,
         seed=1,
     )
     space, indicators = grower.space, indicators_of(grower)

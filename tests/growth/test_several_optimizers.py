@@ -23,9 +23,10 @@ from growing import (
     train,
 )
 from oracle import Eq6, SmallResNet, TwoLayers
-from torchgrow import Budget, Grower, Method, OptimizerError, TrainingError
+from planned import Planned
+from torchgrow import Budget, Grower, OptimizerError, TrainingError
 
-METHOD = Method(ramp=0.5, align=1, settle=0.0)
+METHOD = Planned(ramp=0.5)
 
 
 class Both(torch.optim.Optimizer):

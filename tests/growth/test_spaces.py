@@ -14,9 +14,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from growing import differences, everything
 from layered import Plain, Residual, Stages
 from layered import batch as pictures
-from torchgrow import Budget, Grower, Method, load_checkpoint, save_checkpoint
+from planned import Planned
+from torchgrow import Budget, Grower, load_checkpoint, save_checkpoint
 from torchgrow.lab.attention import GPT, ViT
 from torchgrow.lab.recurrent import LSTM
+from torchgrow.policies import Default, Paper, Policy
 
 UPDATES = 4
 
@@ -46,7 +48,7 @@ CASES = {
     "vit": Case(lambda: ViT(size=6, features=8, layers=3, heads=3, head=2, neurons=7), depth=True, adamw=True),
     "lstm": Case(lambda: LSTM(words=11, embedding=5, hidden=(6, 7), dropout=0.2), words=True, carried=True),
 }
-METHODS = {"default": Method.default(), "paper": Method.paper(), "gates": Method(ramp=0.5, align=1, settle=0.2)}
+METHODS = {"default": Default(), "paper": Paper(), "gates": Planned(ramp=0.5, settle=0.2)}
 
 
 def sample(case: Case, step: int) -> tuple[Tensor, Tensor]:
@@ -56,7 +58,7 @@ def sample(case: Case, step: int) -> tuple[Tensor, Tensor]:
     return text[:, :-1], text[:, 1:].flatten()
 
 
-def made(case: Case, method: Method) -> Grower:
+def made(case: Case, method: Policy) -> Grower:
     torch.manual_seed(0)
     with torch.device("meta" if case.meta else "cpu"):
         model = case.build().double()
@@ -70,7 +72,7 @@ def made(case: Case, method: Method) -> Grower:
         example_inputs=(x, model.start(len(x))) if case.carried else x,  # type: ignore[operator]
         budget=Budget(params="60%"),
         updates=UPDATES,
-        preset=method,
+        policy=method,
         seed=1,
         depth=case.depth,
         carried={1: 1} if case.carried else None,

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from growing import differences
 from layered import Residual, Stages, batch
-from torchgrow import Budget, Grower, Method, SavedModelError, load_checkpoint, save_checkpoint
+from torchgrow import Budget, Grower, SavedModelError, load_checkpoint, save_checkpoint
 
 
 class Run:
@@ -27,7 +27,7 @@ class Run:
         rest = [p for p in model.parameters() if p.dim() == 1]
         split = [torch.optim.SGD(wide, 0.05, momentum=0.9), torch.optim.AdamW(rest, 0.01)]
         self.optimizers = split if kind == "optimizers" else [torch.optim.AdamW(model.parameters(), 0.01)]
-        preset: Any = {"gumbel": Method(relaxation="gumbel", temperature="learning_rate"), "paper": "paper"}
+        preset = {"gumbel": "paper:relaxation=gumbel,temperature_rises=learning_rate", "paper": "paper"}
         self.grower = Grower(
             model,
             self.optimizers,

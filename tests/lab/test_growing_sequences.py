@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from growing import begun_as, indicators_of, same_indicators, same_parameters, sgd, step_both
 from oracle import Eq6
-from torchgrow import Budget, Grower, Method, measure
+from planned import Planned
+from torchgrow import Budget, Grower, measure
 from torchgrow.lab import from_recipe
 from torchgrow.lab.attention import GPT, ViT
 from torchgrow.lab.recipes import get
 
-PLAN = Method(ramp=0.5, align=1, settle=0.0)
+PLAN = Planned(ramp=0.5)
 RECIPES = {
     "gpt-ptb": lambda: GPT(words=11, features=8, layers=1, heads=3, head=2, neurons=7, context=6, dropout=0.0),
     "vit-cifar10": lambda: ViT(size=8, features=8, layers=1, heads=3, head=2, neurons=7),
@@ -48,7 +49,7 @@ def pair(name: str, optimizer: str, updates: int = 8) -> tuple[Grower, Eq6]:
     model, frame = build(name), build(name)
     budget = Budget(params="90%")
     grower = Grower(
-        model, made(model), example_inputs=inputs(name), budget=budget, updates=updates, preset=PLAN, seed=1
+        model, made(model), example_inputs=inputs(name), budget=budget, updates=updates, policy=PLAN, seed=1
     )
     n = grower.space.n_units
     s, q = indicators_of(grower).s, grower.keep

@@ -4,7 +4,7 @@ import copy
 import inspect
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import torchgrow
-from growing import STILL, batch, differences, everything, make, run, sgd, train
+from growing import batch, differences, everything, make, run, sgd, train
+from oracle import SmallResNet
 from own_policy import cubic, source
 from torchgrow import Grower, Method, TorchgrowError, load_checkpoint, save_checkpoint
 from torchgrow.policies import Default, Paper, Policy, Random, Shrink, View, kit, named, policy_of
@@ -253,13 +254,20 @@ def test_names_mean_policies(preset: str, kind: type[Policy]) -> None:
         ("late:importance=l1", r"write it like late:until=0\.5,factor=2\.0 \(settings: until, factor, grow"),
         (
             "default:paced=False",
-            r"'paced=False' in preset 'default:paced=False' changes nothing: it grows by .*Default",
+            r"'paced=False' in preset 'default:paced=False' is not a setting of torchgrow.policies.Default",
         ),
         (
             "default:peak=1,lambda_base=2",
-            r"'lambda_base=2' .* changes nothing: .*settings are ramp, peak, .*; leave it",
+            r"'lambda_base=2' .* is not a setting of .*write it like default:ramp=0.03,peak=1.35 \(settings: ramp",
         ),
-        ("paper:peak=2", r"'peak=2' in preset 'paper:peak=2' changes nothing: it grows by torchgrow.policies.Paper"),
+        ("paper:peak=2", r"'peak=2' in preset 'paper:peak=2' is not a setting of torchgrow.policies.Paper"),
+        ("fast", r"preset 'fast' is unknown; use one of \['default', 'global'"),
+        ("default:peak", r"'peak' in preset 'default:peak' is not a setting .*with its value"),
+        ("default:peak=much", r"'peak=much' .* with its value"),
+        ("default:gates=1", r"'gates=1' .* is not a setting of torchgrow.policies.Default"),
+        ("default:peak=0.5", r"Default\(peak=0\.5\): peak must lie in \[1"),
+        ("paper:heat=9,final_inverse_temperature=3", r"or there by its other name too"),
+        ("paper:final_inverse_temperature=3,heat=9", r"or there by its other name too"),
         ("shrink:until=2", r"Shrink\(until=2\.0\): until must lie in \[0, 1\]"),
         ("shrink:importance=fisher", r"importance must be one of \('taylor', 'l1', "),
     ],
@@ -272,13 +280,34 @@ def test_a_name_that_is_none_is_told(preset: str, text: str) -> None:
 def test_names_and_objects_grow_alike() -> None:
     one, other = run(make("paper:lambda_base=0.3", updates=6)), run(grown(Paper(lambda_base=0.3)))
     assert not differences(everything(one), everything(other))
-    assert Default().settings() == policy_of(Method.default()).settings()
-    assert Random().settings() == policy_of(Method.random()).settings()
+    assert named("default: peak=2.5,align=4").settings() == Default(peak=2.5, align=4).settings()
+    assert named("default:peak=2,peak=3").settings() == Default(peak=3.0).settings(), "a recipe's own way, and more"
+    assert named("paper", layers=True).settings() == Paper(lambda_base=1.0).settings()
+    assert (
+        named("paper:temperature=global,heat=9").settings()
+        == replace(Paper(lambda_base=0.5), temperature_rises="global", final_inverse_temperature=9.0).settings()
+    )
 
 
 def test_a_method_is_deprecated_and_names_its_policy() -> None:
+    arguments: Any = {"example_inputs": batch(0)[0], "budget": torchgrow.Budget(params="50%"), "updates": 4}
+    model = SmallResNet().double()
     with pytest.warns(DeprecationWarning, match=r"Method is deprecated .*policy=torchgrow\.policies\.Paper\(\.\.\.\)"):
-        make(STILL)
+        grower = Grower(model, sgd(model), preset=Method.paper(), **arguments)
+    assert grower.policy.settings() == Paper(lambda_base=0.5).settings()
+
+
+def test_a_method_is_the_policy_of_its_name() -> None:
+    for name in ("default", "paper", "global", "nas", "random"):
+        method: Method = getattr(Method, {"global": "global_"}.get(name, name))()
+        assert policy_of(method).settings() == named(name).settings(), name
+    assert policy_of(Method.paper(layers=True)).settings() == named("paper", layers=True).settings()
+    changed = replace(Method.paper(), temperature="global", heat=9.0, penalised="all")
+    assert policy_of(changed).settings() == named("paper:temperature=global,heat=9,penalised=all").settings()
+    with pytest.raises(TorchgrowError, match=r"no policy grows by .* draws='persistent' and gates=True; give policy="):
+        policy_of(Method())
+    with pytest.raises(TorchgrowError, match=r"Default\(ramp=2\): ramp must lie in"):
+        policy_of(replace(Method.default(), ramp=2))
 
 
 def test_one_per_group_takes_the_best() -> None:

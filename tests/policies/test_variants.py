@@ -11,7 +11,6 @@ from torch import Tensor
 
 from chains import chain
 from growing import (
-    STILL,
     batch,
     begun_as,
     indicators_of,
@@ -23,13 +22,14 @@ from growing import (
     view_of,
 )
 from oracle import Eq6, SmallResNet
-from torchgrow import Budget, Grower, Method, TorchgrowError, trace
-from torchgrow.policies import Random
+from torchgrow import Budget, Grower, TorchgrowError, trace
+from torchgrow.policies import Paper, Policy, Random
 from torchgrow.structure.budget import fit
 from torchgrow.structure.cost import CostModel
 from torchgrow.structure.limits import Limits
 
-WARM = replace(STILL, heat=50.0, lambda_base=1.0, penalised="all", paced=False)  # one step of Eq 6 is one step
+WARM = Paper(lambda_base=1.0, final_inverse_temperature=50.0, penalised="all", paced=False)
+"""One step of it is one step of Eq 6, with one lambda for all units."""
 
 
 class Variant(Eq6):
@@ -39,8 +39,6 @@ class Variant(Eq6):
     noise: Tensor
 
     def relaxed(self) -> Tensor:
-        if not self.method.gates:
-            return torch.ones_like(self.s)
         if self.method.relaxation == "sigmoid":
             return super().relaxed()
         tau = 1 / self.beta  # falls, as the Gumbel-softmax form wants
@@ -61,12 +59,12 @@ class Variant(Eq6):
         super().zero_grad() if self.method.relaxation == "sigmoid" else Eq6.zero_grad(self)
 
 
-def pair(method: Method, updates: int = 20) -> tuple[Grower, Variant]:
+def pair(method: Paper, updates: int = 20) -> tuple[Grower, Variant]:
     torch.manual_seed(0)
     model = SmallResNet().double()
     frame = copy.deepcopy(model)
     grower = Grower(
-        model, sgd(model), example_inputs=batch(0)[0], budget=Budget(params="50%"), updates=updates, preset=method
+        model, sgd(model), example_inputs=batch(0)[0], budget=Budget(params="50%"), updates=updates, policy=method
     )
     indicators = indicators_of(grower)
     begun_as(grower, frame)
@@ -82,18 +80,16 @@ def both(grower: Grower, oracle: Variant, epoch: int, steps: int = 3) -> None:
         grower.optimizer.zero_grad()
         live, literal = F.cross_entropy(grower.model(x), target), F.cross_entropy(oracle(x), target)
         policy: Any = grower.policy
-        step_both(grower, oracle, live, literal, float(policy.penalty[0]) if oracle.method.gates else 0.0)
+        step_both(grower, oracle, live, literal, float(policy.penalty[0]))
 
 
 @pytest.mark.parametrize("relaxation", ["sigmoid", "gumbel"])
-@pytest.mark.parametrize("gates", [True, False])
-def test_relaxations(relaxation: str, gates: bool) -> None:
-    method = replace(WARM, relaxation=relaxation, gates=gates)
+def test_relaxations(relaxation: str) -> None:
+    method = replace(WARM, relaxation=relaxation)
     grower, oracle = pair(method)
     for epoch in range(3):
         both(grower, oracle, epoch)
-        if gates:
-            same_indicators(grower, oracle)
+        same_indicators(grower, oracle)
         raw = {**dict(grower.model.named_parameters()), **grower.run.live.raw()}
         same_parameters(grower, oracle, raw, f"in epoch {epoch}")
         grower.update()
@@ -112,7 +108,7 @@ def test_gumbel_noise_is_drawn_at_every_step() -> None:
 @pytest.mark.parametrize("temperature", ["unit", "global", "learning_rate"])
 def test_temperatures(temperature: str) -> None:
     """Eq 7's counters, one schedule for all, and gamma that decays with the learning rate."""
-    grower, _ = pair(replace(WARM, temperature=temperature, heat=100.0), updates=10)
+    grower, _ = pair(replace(WARM, temperature_rises=temperature, final_inverse_temperature=100.0), updates=10)
     schedule = torch.optim.lr_scheduler.MultiStepLR(grower.optimizer, [2, 4], gamma=0.1)
     exponent = torch.zeros(grower.space.n_units, dtype=torch.float64)
     absent = torch.zeros(grower.space.n_units, dtype=torch.bool)
@@ -170,24 +166,24 @@ def test_random_draws_do_not_drift() -> None:
 
 
 def test_options_are_checked() -> None:
-    with pytest.raises(TorchgrowError, match=r"Method\.temperature='hot' is unknown; use one of \('unit', 'global'"):
-        Method(temperature="hot")
-    with pytest.raises(TorchgrowError, match=r"Method\.relaxation='softmax' is unknown"):
-        Method(relaxation="softmax")
+    with pytest.raises(TorchgrowError, match=r"temperature_rises='hot'\): temperature_rises must be one of"):
+        Paper(temperature_rises="hot")
+    with pytest.raises(TorchgrowError, match=r"relaxation='softmax'\): relaxation must be one of"):
+        Paper(relaxation="softmax")
 
 
 def test_every_variant_ends_within_the_budget() -> None:
-    for method in (
-        Method(temperature="global"),
-        Method(relaxation="gumbel"),
-        Method(gates=False),
-        replace(Method.paper(), temperature="learning_rate", relaxation="gumbel"),
-        Method.random(),
-    ):
+    policies: list[Policy] = [
+        Paper(temperature_rises="global"),
+        Paper(relaxation="gumbel"),
+        Paper(temperature_rises="learning_rate", relaxation="gumbel"),
+        Random(),
+    ]
+    for policy in policies:
         torch.manual_seed(0)
         model = SmallResNet().double()
         grower = run(
-            Grower(model, sgd(model), example_inputs=batch(0)[0], budget=Budget(flops="40%"), updates=6, preset=method)
+            Grower(model, sgd(model), example_inputs=batch(0)[0], budget=Budget(flops="40%"), updates=6, policy=policy)
         )
         assert grower.finished
         assert grower.cost().flops <= (grower.limits.flops or 0)

@@ -1,4 +1,4 @@
-"""Budgets: Eq 4, the planned shift, and the final fit against a slow literal greedy one on random small spaces."""
+"""Budgets: Eq 4, the largest share of all groups that fits, and the final fit against a slow literal greedy one."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from chains import chain
-from torchgrow import Budget, Cost, Method, Space
-from torchgrow.policies.indicators import Indicators
+from growing import view_of
+from torchgrow import Budget, Cost, Space
+from torchgrow.policies import Default, kit
 from torchgrow.policies.kit import gap
-from torchgrow.structure.budget import fit, largest_shift, shed
+from torchgrow.structure.budget import fit, shed
 from torchgrow.structure.cost import CostModel
 from torchgrow.structure.limits import Limits
 
@@ -113,27 +114,27 @@ def test_fit_guarantees_the_budget_at_any_step(problem: tuple[Space, Tensor, Ten
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(problems(), st.integers(1, 3), st.sampled_from(["persistent", "independent"]))
-def test_largest_shift(problem: tuple[Space, Tensor, Tensor, Limits], align: int, draws: str) -> None:
-    """The structure fits, and at a slightly larger shift it would not. A larger shift never narrows a group."""
+@given(problems(), st.integers(1, 3))
+def test_the_largest_share_that_fits(problem: tuple[Space, Tensor, Tensor, Limits], align: int) -> None:
+    """What the default keeps fits, and with the next unit of every pool it would not. More is never narrower."""
     space, _, score, limits = problem
-    costs = CostModel(space)
-    indicators = Indicators(space, Method(align=align, draws=draws), updates=5, seed=int(score.sum()))
-    indicators.s = score - 3
-    keep_at = indicators.shifted()
-    shift, keep = largest_shift(keep_at, costs, limits.tensor())
+    policy, view = Default(align=align), view_of(space, limits, updates=5, seed=int(score.sum()))
+    policy.seed(view)
+    keep = policy.target(view)
     assert within(space, keep, limits)
-    assert torch.equal(keep, keep_at(shift))
-    if torch.equal(keep, keep_at(200.0)):  # everything fits: no higher than it takes
-        assert shift == 0 or not torch.equal(keep_at(shift - 2e-6), keep)
-    else:
-        assert not within(space, keep_at(shift + 2e-6), limits)
-    widths = torch.stack([costs.live(keep_at(x)) for x in torch.linspace(-10, 10, 41).tolist()])
+    costs, steps, must = view.costs, kit.multiples(space, align), kit.smallest(space, policy.rank)
+
+    def at(share: float) -> Tensor:
+        margin = share - policy.rank
+        return kit.aligned(space, (margin > 0) | must, must, margin, steps)
+
+    larger = [at(rank + 1e-12) for rank in sorted(policy.rank.tolist())]
+    fitting = [one for one in larger if within(space, one, limits)]
+    most = max([int(one.sum()) for one in fitting], default=int(must.sum()))
+    assert int(keep.sum()) == max(most, int(must.sum()))
+    widths = torch.stack([costs.live(one) for one in larger])
     assert bool((widths.diff(dim=0) >= 0).all())
     assert bool((keep | space.removable).all())
-    live, least = costs.live(keep), costs.smallest()
-    held = (live % indicators.steps == 0) | (live < indicators.steps) | (live == least) | (live == costs.sizes)
-    assert bool(held.all())
 
 
 class Largest(TorchDispatchMode):
@@ -153,11 +154,12 @@ def test_memory_grows_with_the_network() -> None:
     space = chain([2] * 400, [1] * 401)
     with Largest() as largest:
         costs = CostModel(space)
-        indicators = Indicators(space, Method.default(), updates=5, seed=0)
         limits, steps = Limits(int(costs.both(costs.sizes)[0]) // 2, None), torch.ones(400, dtype=torch.int64)
-        largest_shift(indicators.shifted(), costs, limits.tensor())
-        fit(space, costs, indicators.seed_structure(), indicators.score(), limits, steps)
-        fit(space, costs, space.everything(), indicators.score(), limits, steps)
+        policy, view = Default(), view_of(space, limits, updates=5)
+        seed = policy.seed(view)
+        policy.target(view)
+        fit(space, costs, seed, policy.score(view), limits, steps)
+        fit(space, costs, space.everything(), policy.score(view), limits, steps)
         worth = torch.rand(space.n_units, dtype=torch.float64)
         shed(space, costs, space.everything(), worth, limits.tensor(), steps)
     assert largest.elements <= 20 * space.n_units

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import BudgetError, TorchgrowError
 from ..exchange import Exchange, by_one_thread, trainable
 from ..policies import Policy, named, policy_of
-from ..policies.indicators import Method
+from ..policies.method import Method
 from ..renamed import frames_to_user, renamed_arguments
 from ..structure.limits import Budget
 from ..structure.optimizers import optimizers_of

@@ -188,8 +188,8 @@ def far_from_paper(recipe: Recipe, steps: int) -> str:
         steps: of an epoch.
     """
     total = steps * recipe.epochs
-    method = recipe.method()  # what is asked of it, layers do not change
-    if method is None or method.controller != "pressure" or method.updates or 2 * total >= PAPER_STEPS:
+    policy = recipe.policy()
+    if not isinstance(policy, policies.Paper) or policy.paced or 2 * total >= PAPER_STEPS:
         return ""
     return (
         f"Warning: preset {recipe.preset!r} takes the paper's constants literally; they belong to {PAPER_STEPS:,} "

@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torchgrow import Method, TorchgrowError
+from torchgrow import TorchgrowError
 from torchgrow.lab import recipes
-from torchgrow.lab.compare import Job, after
+from torchgrow.lab.compare import Job, after, growing
 from torchgrow.lab.metrics import PERPLEXITY, Metric, metric_of
 from torchgrow.lab.names import RECIPES
 from torchgrow.lab.results import by_budget, difference
@@ -108,7 +108,10 @@ def label(row: Row) -> str:
     recipe = replace(recipe, epochs=row["config"]["epochs"])
     suffix = "" if depth == recipe.depth else " --depth" if depth else " --no-depth"
     job = Job(method=after(method) or method, recipe=recipe, data=())
-    now = asdict(Method.named(job.preset(), layers=depth))
+    try:
+        now = growing(job.preset(), layers=depth)
+    except TorchgrowError:  # of a way that is gone
+        return method
     if depth:
         then = {"layer_lag": 1.0, **then}  # before there was such a thing, layers came as channels did
     if then["controller"] == "pressure":  # before there was a choice

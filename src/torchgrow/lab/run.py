@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import nn
 
 import torchgrow
-from torchgrow import Budget, Grower, TorchgrowError, measure
+from torchgrow import Budget, Grower, TorchgrowError, measure, policies
 from torchgrow.lab import processes, report
 from torchgrow.lab.baselines import initialised, twin_width, uniform_width
 from torchgrow.lab.checkpoints import Checkpoints
@@ -246,7 +246,7 @@ def _go(recipe: Recipe, data: Data, run_folder: RunFolder, console: Console, sta
         console.print(
             what_it_cost(start), f"To load it:\n{loading(recipe, run_folder.out)}\n", sep="\n", soft_wrap=True
         )
-    elif first and recipe.method():
+    elif first and isinstance(recipe.policy(), (policies.Default, policies.Paper, policies.Random)):
         methods = ["dense", "uniform", "direct", "default"]
         for line in verdict(recorded(recipe, data, methods), data.metric, f"{RESULTS / recipe.name}.jsonl"):
             console.print(line, soft_wrap=True)

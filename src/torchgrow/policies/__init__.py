@@ -2,9 +2,9 @@
 
 from ..renamed import rename_settings
 from . import importance, kit
-from .combined import policy_of
 from .default import Default
 from .late import Late
+from .method import policy_of
 from .named import named
 from .paper import Paper
 from .policy import Policy, View

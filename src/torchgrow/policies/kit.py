@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,16 +36,6 @@ __all__ = [
 
 SMALLEST_GATE = 1e-6
 """Gates are kept at or above this, so that a raw weight can always be told from its folded value in float32."""
-
-
-class Drawing(Protocol):
-    """What random ranks need of a run; a `View` has it."""
-
-    @property
-    def space(self) -> Space: ...
-
-    @property
-    def generator(self) -> torch.Generator: ...
 
 
 def pools(space: Space) -> list[Tensor]:
@@ -86,25 +75,25 @@ def smallest(space: Space, rank: Tensor) -> Tensor:
     return one_per_group(space, none(space), -rank)
 
 
-def spread(run: Drawing) -> Tensor:
+def spread(view: View) -> Tensor:
     """A number in (0, 1) for every unit, float64 [n]: spread evenly over each pool, in random order."""
-    found = torch.empty(run.space.n_units, dtype=torch.float64)
-    for pool in pools(run.space):
-        order = torch.randperm(pool.numel(), generator=run.generator).double()
-        found[pool] = (order + torch.rand(1, generator=run.generator, dtype=torch.float64)) / pool.numel()
+    found = torch.empty(view.space.n_units, dtype=torch.float64)
+    for pool in pools(view.space):
+        order = torch.randperm(pool.numel(), generator=view.generator).double()
+        found[pool] = (order + torch.rand(1, generator=view.generator, dtype=torch.float64)) / pool.numel()
     return found
 
 
-def staggered(run: Drawing, layer_lag: float) -> Tensor:
+def staggered(view: View, layer_lag: float) -> Tensor:
     """Ranks in (0, 1), float64 [n], in random order: those up to p are the share p of every group, rounded down.
 
     Of a stage of n layers they are p^layer_lag n; stages alternate, the last one first, so one layer enters at a time.
     """
-    layers, stages = {block.unit for block in run.space.blocks}, len({block.stage for block in run.space.blocks})
-    found, turn = torch.empty(run.space.n_units, dtype=torch.float64), 0
-    for pool in pools(run.space):
-        order = torch.randperm(pool.numel(), generator=run.generator).double()
-        torch.rand(1, generator=run.generator, dtype=torch.float64)  # keeps the draws of earlier versions
+    layers, stages = {block.unit for block in view.space.blocks}, len({block.stage for block in view.space.blocks})
+    found, turn = torch.empty(view.space.n_units, dtype=torch.float64), 0
+    for pool in pools(view.space):
+        order = torch.randperm(pool.numel(), generator=view.generator).double()
+        torch.rand(1, generator=view.generator, dtype=torch.float64)  # keeps the draws of earlier versions
         is_stage = int(pool[0]) in layers
         lag, late = (layer_lag, turn / stages) if is_stage else (1.0, 0.0)
         turn += is_stage
@@ -216,8 +205,8 @@ def gap(view: View, keep: Tensor) -> float:
     return max(present / full - limit / full for limit, full, present in costs if limit < unlimited and full)
 
 
-def gumbel(run: Drawing) -> Tensor:
+def gumbel(view: View) -> Tensor:
     """The difference of two Gumbel variables for every unit, float64 [n]; a new draw."""
-    uniform = torch.rand(2, run.space.n_units, generator=run.generator, dtype=torch.float64)
+    uniform = torch.rand(2, view.space.n_units, generator=view.generator, dtype=torch.float64)
     drawn = -torch.log(-torch.log(uniform.clamp(1e-12, 1 - 1e-12)))
     return drawn[1] - drawn[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from heapq import heapify, heappop, heapreplace
 
 import torch
@@ -30,41 +29,6 @@ def check_feasible(budget: Budget, limits: Limits, costs: CostModel) -> None:
             raise BudgetError(f"{budget} allows {limit:,} {name}, but what cannot be removed costs {low:,}; {span}")
         if limit > high:
             raise BudgetError(f"{budget} allows {limit:,} {name}, more than the whole frame has ({high:,}); {span}")
-
-
-def largest_shift(
-    keep_at: Callable[[float], Tensor], costs: CostModel, allowed: Tensor, span: float = 200.0
-) -> tuple[float, Tensor]:
-    """The largest shift of all indicators whose realised structure stays within `allowed`.
-
-    Args:
-        keep_at: shift -> keep vector (bool [n]); a larger shift never drops a unit.
-        costs: of the space.
-        allowed: int64 [2], the planned parameters and FLOPs.
-        span: shifts are searched in [-span, span].
-
-    Returns:
-        The shift and its keep vector. Bisection to 1e-6; exact in cost, since the realised cost is what is bisected.
-        Where everything fits, the smallest shift that lets everything in, or 0 if that does too: indicators must not
-        rise further, since the plan may fall later.
-    """
-    low, high = -span, span
-    best, most = keep_at(low), keep_at(high)
-    if torch.equal(best, most):
-        return 0.0, most
-    everything = _fits(costs, most, allowed)
-    while high - low > 1e-6:
-        middle = (low + high) / 2
-        keep = keep_at(middle)
-        if not torch.equal(keep, most) if everything else _fits(costs, keep, allowed):
-            low, best = middle, keep
-        else:
-            high = middle
-    return (high, most) if everything else (low, best)
-
-
-def _fits(costs: CostModel, keep: Tensor, allowed: Tensor) -> bool:
-    return bool((costs.both(costs.live(keep)) <= allowed).all())
 
 
 def aligned(space: Space, keep: Tensor, must: Tensor, margin: Tensor, multiples: Tensor) -> Tensor:

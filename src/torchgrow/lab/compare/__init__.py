@@ -4,7 +4,7 @@ Every finished (method, seed, budget) is one line of a results file, written onc
 """
 
 from torchgrow.lab.compare.comparison import RESULTS, compare, recorded
-from torchgrow.lab.compare.job import Job, after, decisive
+from torchgrow.lab.compare.job import Job, after, decisive, growing
 from torchgrow.lab.compare.results_file import Rows
 
-__all__ = ["RESULTS", "Job", "Rows", "after", "compare", "decisive", "recorded"]
+__all__ = ["RESULTS", "Job", "Rows", "after", "compare", "decisive", "growing", "recorded"]

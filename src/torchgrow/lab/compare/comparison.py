@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from torchgrow import Budget, Method, TorchgrowError
+from torchgrow import Budget, TorchgrowError
 from torchgrow.lab.compare import pruning
-from torchgrow.lab.compare.job import Job, after
+from torchgrow.lab.compare.job import Job, after, growing
 from torchgrow.lab.compare.progress_bars import Bars
 from torchgrow.lab.compare.results_file import Rows
 from torchgrow.lab.compare.training import NETWORK, Bench, train
@@ -148,7 +148,7 @@ def _check(methods: Sequence[str], recipe: Recipe) -> None:
             raise TorchgrowError(f'{method!r}: put spaces between methods: --methods "{method.replace(",", " ")}"')
         elif method not in FIXED:
             try:
-                Method.named(method)
+                growing(method)
             except TorchgrowError as error:
                 raise TorchgrowError(f"{error}; or compare with {', '.join([*FIXED, *SYSTEMS])}") from None
 

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torchgrow import Method
+from torchgrow import TorchgrowError, policies
 from torchgrow.lab.names import FIXED, UNBUDGETED, is_system
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.systems import BEGIN_TRAINED, system
@@ -29,12 +29,54 @@ def decisive(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in idle}
 
 
+_OF_ALL = {
+    "lambda_base": 0.5,
+    "layer_lambda_base": 0.1,
+    "layer_lag": 1.0,
+    "ramp": 0.1,
+    "peak": 1.0,
+    "hold": 0.1,
+    "prune": "alike",
+    "align": 1,
+    "settle": 0.0,
+    "heat": 1.0,
+    "temperature": "unit",
+    "relaxation": "sigmoid",
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 1e-6,
+}
+_OF_KIND: dict[type[policies.Policy], dict[str, Any]] = {
+    policies.Default: {"controller": "plan", "draws": "ranked", "gates": False},
+    policies.Paper: {"controller": "pressure", "draws": "independent", "gates": True},
+    policies.Random: {"controller": "plan", "draws": "independent", "gates": False, "ramp": 0.0},
+}
+_ROWS_SAY = {"final_inverse_temperature": "heat", "temperature_rises": "temperature"}
+
+
+def growing(preset: str, layers: bool = False) -> dict[str, Any]:
+    """Settings of a way to grow, all in the one list that rows have had from the beginning.
+
+    Args:
+        preset: as `torchgrow.policies.named` reads it.
+        layers: whether layers grow too.
+
+    Raises:
+        TorchgrowError: it is unknown, or not among the ways to grow that are compared.
+    """
+    policy = policies.named(preset, layers=layers)
+    if type(policy) not in _OF_KIND:
+        raise TorchgrowError(f"preset {preset!r} grows in another way than those that are compared")
+    own = {_ROWS_SAY.get(name, name): value for name, value in policy.settings().items()}
+    return {**_OF_ALL, **_OF_KIND[type(policy)], **own}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One network to train: a method and everything that decides what comes out.
 
     Attributes:
-        method: a name in `FIXED` or `SYSTEMS` (of shrink with settings), or what `torchgrow.Method.named` reads.
+        method: a name in `FIXED` or `SYSTEMS` (of shrink with settings), or what `torchgrow.policies.named` reads.
         recipe: with seed and budget.
         data: what tells one data set from another.
         validate: whether it is judged by training images that were held out.
@@ -58,14 +100,10 @@ class Job:
         if is_system(self.method):
             config["system"] = asdict(system(self.method))
         if base.method not in FIXED and not is_system(base.method):
-            growing = asdict(Method.named(base.preset(), layers=bool(self.recipe.depth)))
+            config["growing"] = growing(base.preset(), layers=bool(self.recipe.depth))
             if not self.recipe.depth:
-                del growing["layer_lag"]  # decides nothing; rows from before there was such a thing stay good
-            method = Method.named(base.preset())
-            if not method.literal:
-                del growing["penalised"], growing["start"], growing["paced"]
-            config["growing"] = growing
-            if growing["draws"] == "ranked" or method.updates:
+                del config["growing"]["layer_lag"]  # decides nothing; rows from before it was there stay good
+            if config["growing"]["draws"] == "ranked" or config["growing"].get("paced"):
                 config["updates_per_epoch"] = replace(self.recipe, preset=base.preset()).updates_an_epoch()
         else:
             config |= {"depth": False, "meta": False}

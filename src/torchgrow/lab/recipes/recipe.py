@@ -8,11 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from torchgrow import PRESETS, Budget, Method, TorchgrowError, policies
+from torchgrow import Budget, TorchgrowError, policies
 from torchgrow.lab.names import DATASETS, OPTIMIZERS, PRECISIONS, SCALES, SCHEDULES, SMOKE
 
 STREAMED = ("imagefolder", "voc")
 """Data sets in folders, which need not be kept in memory."""
+
+
+PAPER_UPDATES = 160
+"""Of the paper's runs: one after each epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +159,7 @@ class Recipe:
         need("distil", 0 <= self.distil <= 1, "a share of the loss, at least 0 and at most 1")
         need("distil", not self.distil or bool(self.weights), "0 without weights, which the teacher has")
         try:
-            policy = policies.named(self.preset, rises={})
+            policy = self.policy()
         except TorchgrowError as error:
             raise TorchgrowError(f"recipe {self.name!r}: {error}") from None
         measured = isinstance(policy, policies.Shrink) and policy.rises is not None
@@ -167,14 +171,16 @@ class Recipe:
 
     def updates_an_epoch(self) -> int:
         """How often the grower updates in each epoch."""
-        method = self.method()
-        ranked = method is None or method.draws == "ranked"
-        often = 12 if ranked else ceil(((method and method.updates) or 1) / self.epochs)
+        policy, often = self.policy(), 12
+        if isinstance(policy, policies.Paper):
+            often = ceil(PAPER_UPDATES / self.epochs) if policy.paced else 1
+        elif isinstance(policy, policies.Random):
+            often = 1
         return self.updates_per_epoch or often
 
-    def method(self) -> Method | None:
-        """The preset as a `torchgrow.Method`; None for one that is none, such as "shrink"."""
-        return Method.named(self.preset) if self.preset.partition(":")[0] in PRESETS else None
+    def policy(self) -> policies.Policy:
+        """What its preset names."""
+        return policies.named(self.preset, layers=bool(self.depth), rises={})
 
     def milestones_in_epochs(self, epochs: int | None = None) -> list[int]:
         """The epochs, of so many, after which the learning rate drops; the one place where fractions become epochs."""
