@@ -1,19 +1,23 @@
 """What cannot be trained in a comparison: said with the fix, before anything is written, and never at others' cost."""
 
+import itertools
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
 from small_tasks import DIGITS
 from torchgrow import Budget, TorchgrowError
+from torchgrow.lab import models
 from torchgrow.lab.baselines import twin_width
-from torchgrow.lab.compare import Rows, compare
+from torchgrow.lab.compare import Rows, compare, recorded
 from torchgrow.lab.data import load_images
 from torchgrow.lab.recipes import Recipe
 
@@ -52,6 +56,34 @@ def test_one_that_cannot_be_trained_is_named_and_the_others_are_trained_all_the_
         with pytest.raises(TorchgrowError, match=r"^1 of 4 could not be trained: default, seed 0, .*: depth=True, but"):
             run(tmp_path, "default dense direct uniform", recipe)
         assert sorted(methods_in(tmp_path)) == ["dense", "uniform"]
+
+
+def test_rows_of_other_data_of_the_same_size_are_not_taken(tmp_path: Path) -> None:
+    """Neither as this data's rows nor as what a stopped command goes on from."""
+    recipe = replace(DIGITS, name="pictures", dataset="imagefolder", build=PICTURES, side=16, subset=None, shift=0)
+    first, other = (noise(tmp_path / name, seed) for seed, name in enumerate(("first", "other")))
+    run(tmp_path / "out", "uniform", recipe, folder=first)
+    with pytest.raises(
+        TorchgrowError, match=r"pictures\.jsonl holds rows of other data with as many samples"
+    ):
+        run(tmp_path / "out", "uniform", recipe, folder=other)
+    run(tmp_path / "out", "uniform", recipe, folder=first)
+    assert len(methods_in(tmp_path / "out")) == 1
+    data = load_images("imagefolder", folder=other, side=16)
+    assert recorded(recipe, data, ["uniform"], tmp_path / "out") == []
+
+
+def noise(folder: Path, seed: int) -> Path:
+    """Two classes of pictures of noise, as many in every folder."""
+    for number, place in enumerate(itertools.product(("train", "val"), ("a", "b"), range(8))):
+        path = folder.joinpath(*map(str, place[:2]), f"{place[2]}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(100 * seed + number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+PICTURES = partial(models.ResNet, depth=8, widths=(4, 8, 8), classes=2)
 
 
 def test_no_network_stands_at_a_budget_that_it_breaks(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Data sets by name, from whatever form they lie on disk in."""
 
+import hashlib
 import io
+import json
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,18 @@ from torchgrow.lab.names import DATASETS
 from torchgrow.lab.shapes import shapes
 from torchgrow.lab.text import TextData, load_text
 
-__all__ = ["Data", "ImageData", "Images", "augment", "dataset_in", "load", "load_images", "sizes", "train_steps"]
+__all__ = [
+    "Data",
+    "ImageData",
+    "Images",
+    "augment",
+    "dataset_in",
+    "fingerprint",
+    "load",
+    "load_images",
+    "sizes",
+    "train_steps",
+]
 
 # Per channel, of the 50,000 training images with values in [0, 1]; published with the set's first ResNets.
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -50,6 +63,38 @@ def sizes(data: Data) -> tuple[int, ...]:
     """How many images, or words, are for training, for validation where text has that, and for the test."""
     parts = [data.train, data.valid, data.test] if isinstance(data, TextData) else [data.train, data.test]
     return tuple(len(part) for part in parts)
+
+
+def fingerprint(data: Data) -> str:
+    """Tells data sets of equal size apart: of texts, of images as read, or of the names and sizes of files.
+
+    Of a set of many images 64 are looked at, spread over it, and all labels.
+    """
+    seen = hashlib.sha256()
+    if isinstance(data, TextData):
+        seen.update("\n".join(data.vocabulary).encode())
+        parts: list[Any] = [data.train, data.valid, data.test]
+    else:
+        parts = [data.train, data.test]
+    for part in parts:
+        for known in _looked_at(part):
+            seen.update(known)
+    return seen.hexdigest()[:16]
+
+
+def _looked_at(part: Any) -> Iterator[bytes]:
+    """What tells a part of a data set from others."""
+    if isinstance(part, Tensor):
+        yield part.cpu().numpy().tobytes()
+        return
+    spread = torch.linspace(0, max(0, len(part) - 1), 64).long()
+    if isinstance(part, Images):
+        labels = part.labels if part.labels.dim() == 1 else part.labels[spread.to(part.device)]
+        yield labels.cpu().numpy().tobytes()
+        yield part.pixels[spread.to(part.device)].cpu().numpy().tobytes()
+        return
+    names = [Path(path).parts[-2:] for path in part.paths]
+    yield json.dumps([names, [Path(part.paths[i]).stat().st_size for i in spread.tolist()]]).encode()
 
 
 def load(

@@ -16,7 +16,7 @@ from torchgrow.lab.compare.job import Job, after, growing
 from torchgrow.lab.compare.progress_bars import Bars
 from torchgrow.lab.compare.results_file import Rows
 from torchgrow.lab.compare.training import NETWORK, Bench, train
-from torchgrow.lab.data import Data, sizes
+from torchgrow.lab.data import Data, fingerprint, sizes
 from torchgrow.lab.devices import chosen as chosen_device
 from torchgrow.lab.devices import random_kept, random_state, set_random_state
 from torchgrow.lab.environment import environment
@@ -73,10 +73,12 @@ def compare(
         torch.set_num_threads(recipe.threads)
     recipe, data = with_data(recipe, console, folder, held_out=validate, device=chosen_device(device))
     rows, work = Rows(out / f"{recipe.name}.jsonl"), out / f".{recipe.name}"
+    known = fingerprint(data)
+    _refuse_other_data(rows, Job(method="dense", recipe=recipe, data=sizes(data), validate=validate), known)
     work.mkdir(exist_ok=True)
     held, jobs, failed = lock(work), list[Job](), dict[str, str]()
     # Versions now: the commit that runs, whatever is committed meanwhile.
-    bench = Bench(data, rows, work, console, {**environment(data.device), "torch-pruning": pruning.installed()})
+    bench = Bench(data, rows, work, console, {**environment(data.device), "torch-pruning": pruning.installed()}, known)
     try:
         for seed in seeds:
             for budget in budgets or [recipe.budget]:
@@ -91,6 +93,19 @@ def compare(
     _show(found, rows.path, console)
     _raise(failed, len(jobs))
     return found
+
+
+def _refuse_other_data(rows: Rows, job: Job, known: str) -> None:
+    """Raise where rows that count as many images or words were measured on others."""
+    of_these = ("dataset", "samples", "validate", "side")
+    now = job.config()
+    for row in rows.read():
+        alike = all(row["config"].get(name) == now.get(name) for name in of_these)
+        if alike and row.get("data", known) != known:
+            raise TorchgrowError(
+                f"{rows.path} holds rows of other data with as many samples ({row['method']}, seed {row['seed']}), and "
+                "these would be taken for them; give --out another folder"
+            )
 
 
 def _raise(failed: dict[str, str], jobs: int) -> None:
@@ -122,9 +137,9 @@ def recorded(recipe: Recipe, data: Data, methods: Sequence[str], out: Path = RES
     path = out / f"{recipe.name}.jsonl"
     if not path.is_file():
         return []
-    found = []
+    found, known = [], fingerprint(data)
     for row in Rows(path).read():
-        if row["method"] in methods and "error" not in row:
+        if row["method"] in methods and "error" not in row and row.get("data", known) == known:
             job = Job(method=row["method"], recipe=replace(recipe, seed=row["seed"]), data=sizes(data))
             found += [row] if job.key() == row["config_hash"] else []
     return found

@@ -45,10 +45,11 @@ class Bench:
     work: Path
     console: Console
     versions: dict[str, Any]
+    fingerprint: str
 
     def folder(self, job: Job) -> Path:
         """Where a job leaves what it goes on from."""
-        return self.work / job.key()
+        return self.work / f"{job.key()}-{self.fingerprint}"
 
 
 def train(job: Job, beside: Sequence[Job], bench: Bench, bars: Bars) -> Iterator[Epoch]:
@@ -204,6 +205,7 @@ def _head(job: Job, bench: Bench) -> dict[str, Any]:
         "config_hash": job.key(),
         "config": job.config(),
         "versions": bench.versions,
+        "data": bench.fingerprint,
     }
 
 

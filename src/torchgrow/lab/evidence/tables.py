@@ -7,11 +7,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from torchgrow import TorchgrowError
+from torchgrow import TorchgrowError, measure
 from torchgrow.lab import recipes
 from torchgrow.lab.compare import RESULTS
 from torchgrow.lab.evidence.rows import Task, in_words, read
@@ -113,7 +114,7 @@ def _measured(group: dict[str, Any], results: Path) -> tuple[dict[str, Task], li
         return {}, [f"not measured here yet: torchgrow compare {group['recipe']} --data FOLDER."]
 
     def methods(task: Task) -> int:
-        return len({row["method"] for row in task.fine} & {row["method"] for row in group["rows"]})
+        return len({row["method"] for row in task.fine} & {row.get("method") for row in group["rows"]})
 
     def training(task: Task) -> int:
         return _epochs(task.config) * int(task.config["samples"][0])
@@ -178,11 +179,11 @@ def _apart(near: dict[str, float] | None, task: Task) -> float:
 def _lines(group: dict[str, Any], columns: list[str], tasks: dict[str, Task]) -> list[list[str]]:
     """Lines for every method of the paper, its own and ours, and one for each of ours beside them."""
     methods, lines = {name: task.methods() for name, task in tasks.items()}, []
-    told = {row["method"] for row in group["rows"]}
+    told = {row.get("method") for row in group["rows"]}
     for row in group["rows"]:
         cells = ["" if column not in row else _cell(row, column) for column in columns]
         lines.append([row["name"], "paper", *cells, ""])
-        here = [[by, *_ours(tasks[by], methods[by].get(row["method"], []), columns, group)] for by in tasks]
+        here = [[by, *_ours(tasks[by], methods[by].get(row.get("method"), []), columns, group)] for by in tasks]
         measured = [line for line in here if line[-1]] or [["here", *[""] * (len(columns) + 1)]]
         lines += [["", *line] for line in measured]
     for method, name in ALSO.items():
@@ -207,12 +208,17 @@ def _ours(task: Task, rows: list[Row], columns: list[str], group: dict[str, Any]
         if column == "score":
             cells.append(spread([row[task.metric.name] for row in rows]))
         elif column == "flops" and "flops_of" in group:
-            narrow = task.methods().get(group["flops_of"], [])
-            whole = mean(row["flops"] for row in narrow) if narrow else 0
-            cells.append(f"{100 * mean(row['flops'] for row in rows) / whole:.1f}" if whole else "")
+            whole = _flops_of(group, task.config)
+            cells.append(f"{100 * mean(row['flops'] for row in rows) / whole:.1f}")
         else:
             cells.append(_HERE[column](rows) if column in _HERE else "")
     return [*cells, str(len(rows))]
+
+
+def _flops_of(group: dict[str, Any], config: dict[str, Any]) -> int:
+    """FLOPs of the frame with the group's share of every width, which the paper counts MobileNetV1's in."""
+    network = recipes.get(group["recipe"]).build(group["flops_of"], **config["model_arguments"])
+    return measure(network, torch.zeros(1, 3, config["side"], config["side"])).flops
 
 
 def _saving(rows: list[Row]) -> str:
