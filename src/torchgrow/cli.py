@@ -46,6 +46,7 @@ from torchgrow.options import (
     check_device,
     colours,
     edited,
+    one_budget,
     shares,
     sized,
     variant,
@@ -117,7 +118,7 @@ def run(
     download: Download = False,
     subset: Subset = None,
     epochs: Epochs = None,
-    budget: Annotated[str | None, typer.Option(help=BUDGET_HELP)] = None,
+    budget: Annotated[list[str] | None, typer.Option(help=BUDGET_HELP)] = None,
     seed: Seed = None,
     preset: Annotated[str | None, typer.Option(help=_PRESET_HELP)] = None,
     scale: Scale = None,
@@ -148,7 +149,7 @@ def run(
             _resume(resume, data, device, alone=not other and all(value is None for value in given))
             return
         others = _others(beside, twins)
-        edits["budget"] = Budget.read(budget) if budget else None
+        edits["budget"] = one_budget(budget)
         chosen = variant(recipe, edits, size=size, scale=scale, shortcut=shortcut, device=device)
         from torchgrow.lab import run as lab_run
 
@@ -183,7 +184,7 @@ def _resume(run: Path, data: Path | None, device: str, *, alone: bool) -> None:
 def shrink(
     model: Annotated[str | None, typer.Argument(help=_SHRINK_HELP, metavar="MODEL")] = None,
     weights: Annotated[Path | None, typer.Option("--from", help=_FROM_HELP)] = None,
-    budget: Annotated[str | None, typer.Option(help=_SMALL_HELP)] = None,
+    budget: Annotated[list[str] | None, typer.Option(help=_SMALL_HELP)] = None,
     data: Annotated[Path | None, typer.Option(help=_IMAGES_HELP)] = None,
     download: Download = False,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images, or text. Default: 10.")] = None,
@@ -227,7 +228,7 @@ def shrink(
             other = download or depth
             _resume(resume, data, device, alone=not other and all(value is None for value in given))
             return
-        edits |= {"depth": depth, "budget": Budget.read(budget) if budget else None}
+        edits |= {"depth": depth, "budget": one_budget(budget)}
         chosen = _shrinking(model, weights, data, edits, network=(size, scale, shortcut), device=device)
         from torchgrow.lab import run as lab_run
 
@@ -273,7 +274,7 @@ def search(
     download: Download = False,
     subset: Subset = None,
     epochs: Epochs = None,
-    budget: Annotated[str | None, typer.Option(help=BUDGET_HELP)] = None,
+    budget: Annotated[list[str] | None, typer.Option(help=BUDGET_HELP)] = None,
     candidates: Annotated[int | None, typer.Option(min=1, help=_CANDIDATES_HELP)] = None,
     rungs: Annotated[str | None, typer.Option(help=_RUNGS_HELP)] = None,
     anew: Annotated[bool, typer.Option("--anew", help=_ANEW_HELP)] = False,
@@ -309,7 +310,7 @@ def search(
 
             lab_search.resume(resume, console=_console(), folder=data, device=device)
             return
-        edits["budget"] = Budget.read(budget) if budget else None
+        edits["budget"] = one_budget(budget)
         chosen = variant(recipe, edits, size=size, scale=scale, shortcut=shortcut, device=device)
         from torchgrow.lab import search as lab_search
 
@@ -399,7 +400,7 @@ def list_recipes() -> None:
 @app.command("inspect")
 def inspect_model(
     model: Annotated[str, typer.Argument(help=f"One of {names.MODELS}. A file is executed as Python.")],
-    budget: Annotated[str | None, typer.Option(help="A budget to ask about, as for `torchgrow run`.")] = None,
+    budget: Annotated[list[str] | None, typer.Option(help="A budget to ask about, as for `torchgrow run`.")] = None,
     shapes: Annotated[
         list[str] | None, typer.Option("--input", help="Shape of an input, such as 1x3x224x224; repeat for several.")
     ] = None,
@@ -415,7 +416,7 @@ def inspect_model(
     """
     errors = Console(stderr=True)
     with _clean_exit(errors):
-        asked = Budget.read(budget) if budget else None
+        asked = one_budget(budget)
         check_device(device)
         from torchgrow.lab import inspect, sources
         from torchgrow.lab.devices import chosen, moved

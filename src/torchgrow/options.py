@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from torchgrow import TorchgrowError
+from torchgrow import Budget, TorchgrowError
 from torchgrow.lab import names
 from torchgrow.lab.user_files import is_file
 
@@ -50,6 +50,20 @@ CheckpointEvery = Annotated[
 ]
 Resume = Annotated[Path | None, typer.Option(help=RESUME_HELP)]
 Device = Annotated[str, typer.Option(help=f"Where to compute: {', '.join(names.DEVICES)} (the first that is there).")]
+
+
+def one_budget(given: list[str] | None) -> Budget | None:
+    """The budget of a command that has one; None where none is given.
+
+    Raises:
+        TorchgrowError: there are several, or it is none.
+    """
+    if given and len(given) > 1:
+        raise TorchgrowError(
+            f"--budget is given {len(given)} times, and here there is one; for limits of both kinds write "
+            "--budget params=36%,flops=50%, and for a network at each of several torchgrow compare"
+        )
+    return Budget.read(given[0]) if given else None
 
 
 def check_alone(run: Path, command: str, *, alone: bool, device: str) -> None:

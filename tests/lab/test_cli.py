@@ -51,6 +51,25 @@ def test_budgets_as_typed(text: str, params: Any, flops: Any) -> None:
     assert (budget.params, budget.flops) == (params, flops)
 
 
+@pytest.mark.parametrize("command", [["run", "digits"], ["search", "digits"], ["inspect", "torchvision:resnet18"]])
+def test_a_second_budget_is_not_dropped(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, [*command, "--budget", "36%", "--budget", "flops=50%"])
+    assert done.exit_code == 1
+    assert "write --budget params=36%,flops=50%" in " ".join(done.output.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_that_cannot_be_put_together_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["run", "lstm-ptb", "--scale", "smoke", "--largest-batch", "64"])
+    assert done.exit_code == 1
+    assert "leave largest_batch (--largest-batch) out" in " ".join(done.output.split())
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "text", ["", "half", "36 percent", "macs=36%", "-5%", "36%,params=30%", "params=", "1Q", "36%%", "1.5", "1.0"]
 )

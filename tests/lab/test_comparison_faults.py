@@ -63,9 +63,7 @@ def test_rows_of_other_data_of_the_same_size_are_not_taken(tmp_path: Path) -> No
     recipe = replace(DIGITS, name="pictures", dataset="imagefolder", build=PICTURES, side=16, subset=None, shift=0)
     first, other = (noise(tmp_path / name, seed) for seed, name in enumerate(("first", "other")))
     run(tmp_path / "out", "uniform", recipe, folder=first)
-    with pytest.raises(
-        TorchgrowError, match=r"pictures\.jsonl holds rows of other data with as many samples"
-    ):
+    with pytest.raises(TorchgrowError, match=r"pictures\.jsonl holds rows of other data with as many samples"):
         run(tmp_path / "out", "uniform", recipe, folder=other)
     run(tmp_path / "out", "uniform", recipe, folder=first)
     assert len(methods_in(tmp_path / "out")) == 1

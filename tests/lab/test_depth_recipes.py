@@ -84,8 +84,17 @@ def test_the_paper_s_frames_have_the_paper_s_sizes() -> None:
             assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(size, abs=0.03), name
 
 
+def test_every_recipe_has_the_small_scale_and_what_was_published_the_full_one() -> None:
+    for name in RECIPES:
+        assert with_scale(get(name), "small").name == name
+    large = with_scale(get("lstm-ptb"), "full")
+    assert (large.epochs, large.budget) == (55, Budget(flops="11.9%"))  # the paper's, Table 8
+
+
 def test_digits_have_one_scale() -> None:
-    with pytest.raises(TorchgrowError, match="recipe 'digits' has no choice of scales but smoke; leave --scale out"):
+    with pytest.raises(
+        TorchgrowError, match="recipe 'digits' is small, and has no other scale but smoke; leave --scale out"
+    ):
         with_scale(get("digits"), "full")
 
 

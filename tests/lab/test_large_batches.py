@@ -218,7 +218,9 @@ def test_the_papers_indicators_follow_the_linear_rule() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(TorchgrowError, match="largest_batch must be at least batch_size, 16, or None"):
+    with pytest.raises(
+        TorchgrowError, match="largest_batch must be at least 32, since whole batches go together, or None"
+    ):
         replace(TINY, largest_batch=8)
     recipe = replace(get("lstm-ptb"), largest_batch=40, build=partial(LSTM, embedding=8, hidden=(8,), words=20))
     text = load("text", subset=2000)

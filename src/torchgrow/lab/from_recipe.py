@@ -49,6 +49,7 @@ def with_data(
         )
         if recipe.channels_last:
             raise TorchgrowError("a text has no channels; leave --channels-last out")
+        check_order(recipe, getattr(recipe.build, "func", recipe.build))
         return recipe.with_words(len(data.vocabulary)), data
     if recipe.dataset in ("imagefolder", "shapes", "shape-masks") and not recipe.weights:
         most = max(int(images.labels.max()) for images in (data.train, data.test))  # a subset may lack a class
@@ -60,6 +61,23 @@ def with_data(
     if recipe.name not in RECIPES and not (recipe.meta or recipe.weights):
         _tried(recipe, data)
     return recipe, data
+
+
+def check_order(recipe: Recipe, kind: Any) -> None:
+    """Refuse to put batches together whose order is not free.
+
+    Args:
+        recipe: what is asked for.
+        kind: class of its network, or what makes it.
+
+    Raises:
+        TorchgrowError: the network carries a state from batch to batch.
+    """
+    if recipe.largest_batch and hasattr(kind, "carried"):
+        raise TorchgrowError(
+            f"recipe {recipe.name!r}: largest_batch={recipe.largest_batch} puts batches together, and "
+            f"{kind.__name__} carries a state from one to the next; leave largest_batch (--largest-batch) out"
+        )
 
 
 def _tried(recipe: Recipe, data: ImageData) -> None:

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchgrow import TorchgrowError
 from torchgrow.lab.data import Data
 from torchgrow.lab.devices import random_kept
-from torchgrow.lab.from_recipe import make_network
+from torchgrow.lab.from_recipe import check_order, make_network
 from torchgrow.lab.metrics import scores_of
 from torchgrow.lab.recipes import Recipe
 
@@ -81,12 +80,7 @@ class LargeBatches:
     def __init__(self, model: nn.Module, data: Data, recipe: Recipe) -> None:
         self._model, self._x, self._batch = model, data.example(), recipe.batch_size
         self._most, self._slots = (recipe.largest_batch or 0) // recipe.batch_size, SLOTS[recipe.optimizer]
-        if self._most > 1 and hasattr(model, "carried"):
-            raise TorchgrowError(
-                f"recipe {recipe.name!r}: largest_batch={recipe.largest_batch} puts batches together, and "
-                f"{type(model).__name__} carries a state from one to the next; leave largest_batch "
-                "(--largest-batch) out"
-            )
+        check_order(recipe, type(model))
         self._room = 0
         self._found: tuple[list[torch.Size], int] | None = None
         if self._most > 1:

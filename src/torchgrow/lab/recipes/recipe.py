@@ -134,8 +134,8 @@ class Recipe:
         need("side", self.side >= 8, "at least 8 (pixels)")
         need("updates_per_epoch", self.updates_per_epoch is None or self.updates_per_epoch >= 1, "at least 1")
         need("batch_size", self.batch_size >= 2, "at least 2 (images, or sequences of words)")
-        large = self.largest_batch is None or self.largest_batch >= self.batch_size
-        need("largest_batch", large, f"at least batch_size, {self.batch_size}, or None for one batch a step")
+        large = self.largest_batch is None or self.largest_batch >= 2 * self.batch_size
+        need("largest_batch", large, f"at least {2 * self.batch_size}, since whole batches go together, or None")
         need("steps", self.steps >= 1, "at least 1 (words)")
         need("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         need("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")

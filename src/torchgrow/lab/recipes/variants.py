@@ -7,7 +7,7 @@ from inspect import signature
 
 from torchgrow import TorchgrowError
 from torchgrow.lab import models
-from torchgrow.lab.names import SMOKE
+from torchgrow.lab.names import SCALES, SMOKE
 from torchgrow.lab.recipes.recipe import Recipe
 from torchgrow.lab.recipes.registry import RECIPES
 from torchgrow.lab.recipes.sequences import lstm_ptb
@@ -36,8 +36,12 @@ def with_scale(recipe: Recipe, scale: str) -> Recipe:
     if scale == SMOKE:
         return smoke(recipe)
     make: Callable[..., Recipe] = RECIPES.get(recipe.name, lambda: recipe)
+    if recipe.name == "lstm-ptb" and scale in SCALES:
+        return lstm_ptb({"small": "small", "full": "large"}[scale])
     if "scale" not in signature(make).parameters:
-        raise TorchgrowError(f"recipe {recipe.name!r} has no choice of scales but {SMOKE}; leave --scale out")
+        if scale == "small" and recipe.name in RECIPES:
+            return recipe
+        raise TorchgrowError(f"recipe {recipe.name!r} is small, and has no other scale but {SMOKE}; leave --scale out")
     return make(scale)
 
 
