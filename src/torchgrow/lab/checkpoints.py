@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchgrow import Grower, TorchgrowError, load_checkpoint, save_checkpoint
 from torchgrow.lab.devices import moved
 from torchgrow.lab.hooks import Hooks
+from torchgrow.lab.weights import versioned
 from torchgrow.patience import rename
 
 
@@ -112,7 +113,7 @@ class Checkpoints:
             if hooks and "hooks" in extra:  # first, since they may decide which structure is loaded
                 hooks.load_state_dict(extra.pop("hooks"))
             if grower is None:
-                model.load_state_dict(extra.pop("model"))
+                model.load_state_dict(versioned(extra.pop("model"), model))
                 optimizer.load_state_dict(extra.pop("optimizer"))
             device = next(model.parameters()).device
             extra |= {name: moved(extra[name], device) for name in ("state", "taught") if name in extra}

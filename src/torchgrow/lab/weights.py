@@ -1,7 +1,8 @@
 """Weights that a run begins with: a file of them, a folder that `torchgrow.save` wrote, or one of transformers."""
 
 import hashlib
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,10 +118,18 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"{path} holds no state dict, of names and tensors, but {what or 'nothing'}; write one with "
             f'torch.save(model.state_dict(), "{path}")'
         )
-    state = dict(found)
+    state: OrderedDict[str, Tensor] = OrderedDict(found)
+    vars(state).update(vars(found) if isinstance(found, OrderedDict) else {})  # versions of its modules
     for prefix in _PREFIXES:
         consume_prefix_in_state_dict_if_present(state, prefix)
     return state
+
+
+def versioned(state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A state dict with the versions of the modules here, where it has none; some modules load nothing without."""
+    found = OrderedDict(state)
+    vars(found)["_metadata"] = getattr(state, "_metadata", vars(model.state_dict())["_metadata"])
+    return found
 
 
 def _give(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -146,7 +155,7 @@ def _give(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
             f"the weights in {path} are not those of this {type(model).__name__}: {'; '.join(wrong)}. Name the model "
             f"they were saved from: torchgrow shrink MODEL --from {path}"
         )
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict(versioned(state, model), strict=False)
 
 
 def _some(names: list[str]) -> str:

@@ -99,7 +99,10 @@ def train(job: Job, beside: Sequence[Job], bench: Bench, bars: Bars) -> Iterator
         torchgrow.save(model, folder / NETWORK)
     if any(row["config_hash"] == job.key() for row in rows.read()):
         return  # trained once more for the sake of another
-    _finish(job, beside, bench, bars, _row(job, bench, model, frame, [before, *_parts(job, epochs)]), epochs)
+    row = _row(job, bench, model, frame, [before, *_parts(job, epochs)])
+    if grower:
+        row["full_widths"] = grower.full_widths()
+    _finish(job, beside, bench, bars, row, epochs)
 
 
 def _parts(job: Job, epochs: Sequence[Epoch]) -> list[Spent]:

@@ -55,7 +55,12 @@ def write(sources: Sequence[Path], out: Path) -> list[str]:
     Raises:
         TorchgrowError: there is nothing to read, it is damaged, or the page cannot be written there.
     """
-    tasks = sorted((task for task in read(sources) if task.fine), key=_rank)
+    found = read(sources)
+    if not found:
+        raise TorchgrowError(
+            f"{', '.join(map(str, sources))}: no rows in it yet; torchgrow compare adds one as each network ends"
+        )
+    tasks = sorted((task for task in found if task.fine), key=_rank)
     if not tasks:
         raise TorchgrowError(
             f"{', '.join(map(str, sources))}: no network came to a result, so there is nothing to show; the "
@@ -133,7 +138,11 @@ def _part(number: int, task: Task, folder: Path) -> dict[str, Any]:
         "arguments": task.config["model_arguments"],
         "machines": _machines(task.rows),
         "growing": {r["method"]: r["config"]["growing"] for r in task.rows if "growing" in r["config"]},
-        "failed": [f"{r['method']}, seed {r['seed']}: {r['error']}" for r in task.rows if "error" in r],
+        "failed": [
+            f"{r['method']}, seed {r['seed']}: {r.get('error', 'its score is not finite')}"
+            for r in task.rows
+            if not any(r is one for one in task.fine)
+        ],
         "sources": sorted({row["source"] for row in task.rows if "source" in row}),
     }
 
@@ -156,7 +165,8 @@ def _shown(picture: Picture, task: Task, prefix: str, folder: Path) -> Shown:
 
 def _heads(task: Task) -> list[str]:
     text = ["test perplexity"] if any("test_perplexity" in row for row in task.fine) else []
-    beside = f"minus uniform, {task.metric.unit.strip() or task.metric.name}"
+    unit = task.metric.unit.strip() or task.metric.name
+    beside = f"minus uniform, {unit} (± 95 % interval; of two seeds: both)"
     costs = ["parameters", "of dense", "FLOPs of dense", "training FLOPs of dense", "seconds"]
     return ["method", "n", f"{task.metric.name}{task.metric.unit}", *text, beside, *costs]
 

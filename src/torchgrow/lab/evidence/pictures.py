@@ -40,14 +40,19 @@ class Picture:
     all_budgets: bool = False
 
 
+def _looks(task: Task) -> dict[str, dict[str, Any]]:
+    """Of every method the same on all pictures of a setting."""
+    return styles(task.beside or task.methods())
+
+
 def _unit(task: Task) -> str:
-    return f"{task.metric.on} {task.metric.name}{task.metric.unit}"
+    return f"{task.judged_on} {task.metric.name}{task.metric.unit}"
 
 
 def _costs(task: Task) -> list[Panel]:
     """Score against what the final network costs."""
     panels = []
-    looks, groups = styles(task.methods()), task.methods()
+    looks, groups = _looks(task), task.methods()
     if sum(len(by_budget(rows)) for rows in groups.values()) < 2:
         return []
     low, high = shown_range(task.fine, task.metric)
@@ -92,14 +97,14 @@ def _points(ax: Axes, task: Task, groups: Sequence[list[Row]], part: str, label:
 def _sizes(task: Task) -> list[Panel]:
     """What the network costs in every epoch."""
     panels, groups = [], task.methods()
-    looks = styles(groups)
+    looks = _looks(task)
     for part, name in (("params", "parameters"), ("flops", "FLOPs of one sample")):
         panel, ax = axes(f"{name[0].upper()}{name[1:]} over epochs", "epoch", name)
         series = {method: _by_epoch(rows, part) for method, rows in groups.items()}
         allowed = sorted({limits(row)[part] for row in task.fine if part in limits(row)})
         means = {method: [mean(values) for values in some.values()] for method, some in series.items()}
         others = [value for method, some in means.items() if method != "dense" for value in some]
-        above = close(ax, max(means.get("dense", [0])), [*others, *allowed])
+        above = close(ax, max(means.get("dense") or [0]), [*others, *allowed])
         for method, some in series.items():
             curve(ax, some, method + above * (method == "dense"), looks[method])
         for limit in allowed:
@@ -144,7 +149,7 @@ def phase_starts(row: Row) -> dict[int, int]:
 def _spending(task: Task) -> list[Panel]:
     """Training FLOPs of every epoch, and of all of them together, as shares of the dense network's."""
     groups = {m: rows for m, rows in task.methods().items() if all(r["train_flops"] is not None for r in rows)}
-    looks = styles(task.methods())
+    looks = _looks(task)
     if len(groups) < 2:
         return []
     panel, ax = axes("Training FLOPs of every epoch", "epoch", "share of a dense epoch (log scale)")
@@ -160,6 +165,7 @@ def _spending(task: Task) -> list[Panel]:
                 before = epoch["training_flops"]
         curve(ax, series, method, looks[method])
     ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
     _epochs(ax)
@@ -181,7 +187,7 @@ def _totals(groups: dict[str, list[Row]], looks: dict[str, dict[str, Any]]) -> P
             bars.plot([rule, rule], [place - 0.36, place + 0.36], color=INK, linewidth=2)
         beyond: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "color": INK}
         bars.annotate(f"{share:.2f}", (share, place), fontsize=8.5, **beyond)
-    bars.set_yticks(range(len(names)), [name if len(name) < 30 else f"{name[:28]}…" for name in names])
+    bars.set_yticks(range(len(names)), [name if len(name) < 30 else f"{name[:12]}…{name[-16:]}" for name in names])
     bars.margins(x=0.14)
     bars.grid(visible=False, axis="y")
     return total
@@ -190,11 +196,11 @@ def _totals(groups: dict[str, list[Row]], looks: dict[str, dict[str, Any]]) -> P
 def _scores(task: Task) -> list[Panel]:
     """Score by epoch, and by training FLOPs spent."""
     panels, name, groups = [], task.metric.name, task.methods()
-    looks = styles(groups)
+    looks = _looks(task)
     seen = [epoch[name] for row in task.fine for epoch in row["epochs"] if epoch.get(name) is not None]
     if not seen:
         return []
-    by_epoch, ax = axes(f"{task.metric.on.capitalize()} {name} by epoch", "epoch", _unit(task))
+    by_epoch, ax = axes(f"{task.judged_on.capitalize()} {name} by epoch", "epoch", _unit(task))
     by_cost, other = axes("The same by training FLOPs", "training FLOPs so far (log scale)", _unit(task))
     for method, rows in groups.items():
         scores, spent = _by_epoch(rows, name), _by_epoch(rows, "training_flops")
@@ -219,7 +225,7 @@ def _depths(task: Task) -> list[Panel]:
     if not deep:
         return []
     panel, ax = axes("Blocks over epochs", "epoch", "blocks, all stages")
-    looks = styles(task.methods())
+    looks = _looks(task)
     for method, rows in deep.items():
         series: dict[float, list[float]] = defaultdict(list)
         for row in rows:
@@ -236,7 +242,7 @@ def _depths(task: Task) -> list[Panel]:
 
 def _sweep(task: Task) -> list[Panel]:
     """Score along several budgets of one kind."""
-    panels, looks = [], styles(task.methods())
+    panels, looks = [], _looks(task)
     for kind, rows in sweeps(task.fine).items():
         name = {"params": "parameters", "flops": "FLOPs"}[kind]
         panel, ax = axes(f"Along the budgets of {name}", f"{name} left, share of the dense network", _unit(task))
@@ -261,7 +267,7 @@ def _pressure(task: Task) -> list[Panel]:
     if not groups:
         return []
     panel, ax = axes("Lambda over epochs", "epoch", "lambda (below 0: growth is rewarded)")
-    looks = styles(task.methods())
+    looks = _looks(task)
     for method, rows in groups.items():
         curve(ax, _by_epoch(rows, "pressure"), method, looks[method])
     ax.axhline(0, color=INK, linewidth=0.8)
@@ -276,7 +282,8 @@ def _decay(task: Task) -> list[Panel]:
     if not ways:
         return []
     plain = {m: rows for m, rows in task.methods().items() if m in ("paper", "global")}
-    only = Task([row for rows in {**plain, **ways}.values() for row in rows], task.metric)
+    beside = task.beside or tuple(task.methods())
+    only = Task([row for rows in {**plain, **ways}.values() for row in rows], task.metric, beside)
     return [_scores(only)[0], _sizes(only)[0]]
 
 
@@ -284,12 +291,12 @@ _COMPARE = "torchgrow compare digits --methods"
 PICTURES = (
     Picture(
         "score-cost", "Score against size", "Figure 3",
-        "Up and to the left is better: a higher score from a smaller network; bars are one standard deviation.",
+        "Left is smaller. A higher accuracy is better, a lower perplexity; bars are one standard deviation.",
         _costs, f'{_COMPARE} "dense uniform default direct"', all_budgets=True,
     ),
     Picture(
         "size", "How the network grows", "Figures 1b, 4 and 5",
-        "What the network costs in every epoch; a grown network is small from the first to the last.",
+        "What the network that is trained costs in every epoch.",
         _sizes, f'{_COMPARE} "dense uniform default"',
     ),
     Picture(
@@ -304,9 +311,10 @@ PICTURES = (
         _scores, f'{_COMPARE} "dense uniform default autogrow"',
     ),
     Picture(
-        "sweep", "Along the budgets", "Figures 6 and 11",
+        "sweep", "Along the budgets", "Figures 6 (parameters) and 11 (FLOPs)",
         "The score of each method at several budgets; direct is the grown structure, trained from scratch.",
-        _sweep, f'{_COMPARE} "dense uniform default direct" --budget 8% --budget 25% --budget 50%', all_budgets=True,
+        _sweep, f'{_COMPARE} "dense uniform default direct" --budget 8% --budget 25% --budget 50% '
+        "--budget flops=25% --budget flops=50%", all_budgets=True,
     ),
     Picture(
         "widths", "Which layers get units", "Figures 7 to 10",

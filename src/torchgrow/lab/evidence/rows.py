@@ -4,6 +4,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ class Task:
     Attributes:
         rows: all of them, those that failed too.
         metric: what they are judged by.
+        beside: methods of all budgets of the setting, in whose order colours are given out.
     """
 
     rows: list[Row]
     metric: Metric
+    beside: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -38,8 +41,13 @@ class Task:
 
     @property
     def fine(self) -> list[Row]:
-        """Rows that came to something."""
-        return [row for row in self.rows if "error" not in row]
+        """Rows that came to something: a finite score after at least one epoch."""
+        return [row for row in self.rows if "error" not in row and isfinite(row[self.metric.name])]
+
+    @property
+    def judged_on(self) -> str:
+        """What scores are of, in a word: "test", "validation" or "held-out"."""
+        return "held-out" if self.config.get("validate") else self.metric.on
 
     @property
     def config(self) -> dict[str, Any]:
@@ -54,7 +62,8 @@ class Task:
 
     def budgets(self) -> dict[str, "Task"]:
         """A task for every budget, that with most methods first; the dense network belongs to each."""
-        parts = {budget: Task(rows, self.metric) for budget, rows in by_budget(self.rows).items() if rows}
+        all_of = tuple(self.methods())
+        parts = {budget: Task(rows, self.metric, all_of) for budget, rows in by_budget(self.rows).items() if rows}
         return dict(sorted(parts.items(), key=lambda item: -len({row["method"] for row in item[1].fine})))
 
     def setting(self) -> str:
@@ -64,8 +73,12 @@ class Task:
         judged = "training images held out" if config.get("validate") else f"{self.metric.on} data"
         length = f"{config['epochs']} epochs" + (f" and {config['then']} more" if config.get("then") else "")
         lr = f"{config['schedule']} schedule from {config['lr']:g}"
-        large = f", up to {config['largest_batch']:,} samples a step" if config.get("largest_batch") else ""
-        return f"{config['model']} on {config['dataset']}: {seen}, {length}, {lr}{large}, judged by {judged}"
+        more = f", up to {config['largest_batch']:,} samples a step" if config.get("largest_batch") else ""
+        more += f", {config['precision']}" if config.get("precision", "float32") != "float32" else ""
+        more += ", channels last" if config.get("channels_last") else ""
+        kind = config["model_arguments"].get("shortcut")
+        model = f"{config['model']} (shortcuts {kind})" if kind else config["model"]
+        return f"{model} on {config['dataset']}: {seen}, {length}, {lr}{more}, judged by {judged}"
 
 
 def grows(row: Row) -> bool:
@@ -203,9 +216,9 @@ def in_words(budget: str) -> str:
 def _method(network: str, config: dict[str, Any]) -> str:
     """What `torchgrow compare` calls a network of a run."""
     if network in ("grown", "shrunk"):
-        preset = str(config["preset"])
-        own = recipes.get(config["name"]).preset if config["name"] in RECIPES else None
-        return "default" if preset == own else preset
+        preset, own = str(config["preset"]), recipes.get(config["name"]) if config["name"] in RECIPES else None
+        depth = "" if own is None or config["depth"] == own.depth else " --depth" if config["depth"] else " --no-depth"
+        return ("default" if own and preset == own.preset else preset) + depth
     return network.partition("=")[0] if network.startswith("uniform") else network
 
 

@@ -29,6 +29,7 @@ _HERE: dict[str, Callable[[list[Row]], str]] = {
     "saving": lambda rows: _saving(rows),
     "test": lambda rows: spread([row["test_perplexity"] for row in rows]) if "test_perplexity" in rows[0] else "",
     "found": lambda rows: _found(rows[0]),
+    "depth": lambda rows: _depth(rows[0]),
 }
 
 
@@ -100,7 +101,8 @@ def beside(number: int, results: Path) -> Beside:
         lines[group["name"]] = _lines(group, table["columns"], tasks)
         notes += [f"{group['name']}: {note}" for note in said]
     names = [table["score"] if column == "score" else units[column] for column in table["columns"]]
-    saving = "Saving: the dense network's training FLOPs over those of growing or pruning phases, the paper's rule."
+    whose = "narrow original" if any("flops_of" in group for group in table["groups"]) else "dense network"
+    saving = f"Saving: the {whose}'s training FLOPs over those of growing or pruning phases, the paper's rule."
     notes += [saving] * ("saving" in table["columns"]) + [f"paper: {PAPER['source'].partition(':')[0]}."]
     title = f"Table {number} of the paper: {table['title']}"
     return Beside(title, ["method", "by", *names, "n"], lines, notes)
@@ -127,6 +129,11 @@ def _measured(group: dict[str, Any], results: Path) -> tuple[dict[str, Task], li
     chosen = {"here": longest}
     if methods(fullest[0]) > methods(longest[0]):
         chosen["here, short"] = fullest
+    wanted = {row.get("method") for row in group["rows"]}
+    for one in found:  # what only another setting has
+        here = {row["method"] for task, _ in chosen.values() for row in task.fine}
+        if wanted & {row["method"] for row in one[0].fine} - here:
+            chosen[f"here, {len(chosen) + 1}"] = one
     return {name: task for name, (task, _) in chosen.items()}, [f"{name} {note}" for name, (_, note) in chosen.items()]
 
 
@@ -154,9 +161,7 @@ def _nearest(group: dict[str, Any], chosen: Task) -> tuple[Task, str]:
     config, full = chosen.config, group["full"]
     samples = config["samples"][0]
     few = [f"{samples:,} of {full['samples']:,} samples"] if samples < full["samples"] else []
-    hidden = config["model_arguments"].get("hidden", [full.get("hidden")])[0]
-    if hidden != full.get("hidden"):
-        few.append(f"{hidden} of {full['hidden']} hidden units")
+    few += _smaller(group, config)
     whole = full.get("epochs") or (0 if few else _published(group["recipe"]))
     if _epochs(config) < whole:
         few.append(f"{_epochs(config)} of {whole} epochs")
@@ -164,6 +169,31 @@ def _nearest(group: dict[str, Any], chosen: Task) -> tuple[Task, str]:
     size = f"{chosen.fine[0]['dense_params'] / 1e6:.3g} M parameters dense"
     kept = f", {in_words(budget)}" if budget != "none" else ""
     return budgets[budget], f"{group['recipe']}, {how}; {chosen.setting()}; {size}{kept}."
+
+
+_SHAPE = ("widen", "widths", "depth", "units", "unit")
+
+
+def _smaller(group: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """What of a network and its images is smaller than in the paper's, in words."""
+    full, own, found = group["full"], config["model_arguments"], list[str]()
+    hidden = own.get("hidden", [full.get("hidden")])[0]
+    if hidden != full.get("hidden"):
+        found.append(f"{hidden} of {full['hidden']} hidden units")
+    if config["dataset"] == "text":
+        return found
+    paper = recipes.with_scale(recipes.get(group["recipe"]), "full")
+    if config["dataset"] == "imagefolder" and own.get("classes", 1000) < 1000:
+        found.append(f"{own['classes']} of 1,000 classes")
+    if config.get("void"):
+        found.append(f"{21 - len(config['void'])} of 21 classes")
+    if config.get("side") and config["side"] < paper.side:
+        found.append(f"images of {config['side']} pixels for {paper.side}")
+    keywords = getattr(paper.build, "keywords", {})
+    whole = json.loads(json.dumps({name: keywords[name] for name in _SHAPE if name in keywords}))
+    if any(own[name] != value for name, value in whole.items() if name in own):
+        found.append("a smaller network")
+    return found
 
 
 def _apart(near: dict[str, float] | None, task: Task) -> float:
@@ -210,6 +240,8 @@ def _ours(task: Task, rows: list[Row], columns: list[str], group: dict[str, Any]
         elif column == "flops" and "flops_of" in group:
             whole = _flops_of(group, task.config)
             cells.append(f"{100 * mean(row['flops'] for row in rows) / whole:.1f}")
+        elif column == "saving" and "flops_of" in group:
+            cells.append(_saving(rows, _flops_of(group, task.config) / rows[0]["dense_flops"]))
         else:
             cells.append(_HERE[column](rows) if column in _HERE else "")
     return [*cells, str(len(rows))]
@@ -221,10 +253,16 @@ def _flops_of(group: dict[str, Any], config: dict[str, Any]) -> int:
     return measure(network, torch.zeros(1, 3, config["side"], config["side"])).flops
 
 
-def _saving(rows: list[Row]) -> str:
-    """By the paper's rule."""
-    spent = [(row["train_flops_paper_rule"], row["dense_train_flops"]) for row in rows]
+def _saving(rows: list[Row], share: float = 1.0) -> str:
+    """By the paper's rule, beside a training of the dense network, or of one with this share of its FLOPs."""
+    spent = [(row["train_flops_paper_rule"], share * row["dense_train_flops"]) for row in rows]
     return f"{mean(dense / own for own, dense in spent):.2f}" if all(own for own, _ in spent) else ""
+
+
+def _depth(row: Row) -> str:
+    """Blocks of all stages together, of the first seed."""
+    blocks = (row["epochs"][-1] if row["epochs"] else {}).get("depths", {})
+    return str(sum(blocks.values())) if blocks else ""
 
 
 def _found(row: Row) -> str:

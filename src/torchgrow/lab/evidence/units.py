@@ -5,7 +5,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from torchgrow.lab.evidence.drawing import SETTINGS, Panel, axes, legend
 from torchgrow.lab.evidence.rows import Task, grows
@@ -29,12 +29,14 @@ def widths(task: Task) -> list[Panel]:
         edges = [0.0, *(at for at, _ in steps)]
         unit = "% of full width" if known else "% of the widest it was"
         ends = [f"{counts[-1]} of {full[g]}" if known else f"{counts[-1]}" for g, counts in live.items()]
-        layers.append(_cells(f"{method}: width of every layer", edges, shares, unit, ends, Normalize(0)))
+        layers.append(
+            _cells(f"{method}, seed {row['seed']}: width of every layer", edges, shares, unit, ends, Normalize(0))
+        )
         stages: dict[str, list[str]] = {}
         for group in full:
             stages.setdefault(group.partition(".")[0], []).append(group)
         if 1 < len(stages) <= 12:
-            by_stage.append(_stages(method, edges, live, full, stages, unit))
+            by_stage.append(_stages(f"{method}, seed {row['seed']}", edges, live, full, stages, unit))
     return layers + by_stage
 
 
@@ -50,7 +52,7 @@ def temperatures(task: Task) -> list[Panel]:
             continue  # none rises
         edges = [epochs[0]["epoch"] - 1.0, *(float(epoch["epoch"]) for epoch in epochs)]
         ends = [f"{some[-1]:.3g}" for some in values.values()]
-        title = f"{method}: mean temperature of every layer"
+        title = f"{method}, seed {row['seed']}: mean temperature of every layer"
         panels.append(_cells(title, edges, values, "beta (log scale)", ends, LogNorm()))
     return panels
 
@@ -90,7 +92,9 @@ def _cells(
         final.set_yticks(places, ends[::every])
         final.tick_params(length=0)
         final.spines["right"].set_visible(False)
-        bar = panel.figure.colorbar(image, label=unit, pad=0.02, aspect=30)
+        plain = FuncFormatter(lambda value, _: f"{value:g}")  # a logarithmic scale would write formulas
+        bar = panel.figure.colorbar(image, label=unit, pad=0.02, aspect=30, format=plain)
+        bar.ax.yaxis.set_minor_formatter(NullFormatter())
     bar.outline.set_visible(False)
     return panel
 

@@ -53,7 +53,7 @@ def scored(task: Task, rows: Iterable[Row]) -> str:
 
 def _verdict(task: Task, method: str, budget: str) -> Verdict:
     rows, others = task.methods()[method], task.methods()
-    sentences = [f"{method} came to a {task.metric.on} {task.metric.name} of {scored(task, rows)}."]
+    sentences = [f"{method} came to a {task.judged_on} {task.metric.name} of {scored(task, rows)}."]
     over = [row for row in rows if any(row[part] > limit for part, limit in limits(row).items())]
     size = f"{mean(row['params'] for row in rows):,.0f} parameters"
     share = f"{100 * mean(row['params'] / row['dense_params'] for row in rows):.1f} % of the dense network's"
