@@ -199,6 +199,56 @@ def test_what_failed_is_not_counted_and_alone_is_no_evidence(tmp_path: Path) -> 
     assert not (tmp_path / "all.html").exists()
 
 
+def test_a_score_that_is_not_finite_is_a_failure(tmp_path: Path) -> None:
+    lost = [row("uniform", seed, float("nan")) for seed in range(2)]
+    page.write([results_file(tmp_path / "a.jsonl", [*lost, *several("default", [90.0, 91.0])])], tmp_path / "a.html")
+    text = (tmp_path / "a.html").read_text()
+    assert "uniform, seed 1: its score is not finite" in text
+    assert "2 trained networks in 1 setting" in text
+
+
+def test_an_empty_file_is_told_as_such(tmp_path: Path) -> None:
+    with pytest.raises(TorchgrowError, match=r"empty\.jsonl: no rows in it yet; torchgrow compare adds one"):
+        page.write([results_file(tmp_path / "empty.jsonl", [])], tmp_path / "a.html")
+
+
+def test_held_out_scores_are_called_so(tmp_path: Path) -> None:
+    found = several("default", [90.0, 91.0])
+    for one in found:
+        one["config"]["validate"] = True
+    page.write([results_file(tmp_path / "a.jsonl", found)], tmp_path / "a.html")
+    text = (tmp_path / "a.html").read_text()
+    assert "came to a held-out accuracy of" in text
+    assert "test accuracy" not in text
+    assert "Test accuracy" not in text
+
+
+def test_a_run_with_layers_is_another_method_than_one_without(tmp_path: Path) -> None:
+    folders = [run_folder(tmp_path / name, "digits") for name in ("one", "two")]
+    recipe = get("digits")
+    for folder, depth in zip(folders, (recipe.depth, not recipe.depth), strict=True):
+        config = {**recipe.as_json(), "seed": 3, "depth": depth, "run": {"data": None, "samples": [SAMPLES, 50]}}
+        (folder / "config.json").write_text(json.dumps(config))
+    methods = {one["method"] for found in rows.read(folders) for one in found.rows}
+    assert methods == {"dense", "default", "default --no-depth" if recipe.depth else "default --depth"}
+
+
+def test_a_method_has_one_colour_on_a_page() -> None:
+    """Whatever budgets and pictures it is on."""
+    odd = [several(name, [80.0], budget="params <= 80%") for name in ("paper:b", "paper:c")]
+    found = task(several("paper:a", [80.0]), *odd)
+    whole = drawing.styles(found.methods())
+    for part in found.budgets().values():
+        assert pictures._looks(part) == whole
+
+
+def test_no_formula_is_left_in_a_picture() -> None:
+    found = task(several("paper", [80.0]))
+    for picture in pictures.PICTURES:
+        for panel in picture.draw(found):
+            assert "mathdefault" not in panel.svg("a", "b"), picture.name
+
+
 def test_a_headline_is_of_one_budget(tmp_path: Path) -> None:
     """Where nothing was grown, too: the budget that most methods stand at, and it says which."""
     found = [*several("uniform", [70.0], budget="params <= 10%"), *several("uniform", [90.0, 91.0])]

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from measured import results_file, row
-from torchgrow import TorchgrowError
+from torchgrow import TorchgrowError, measure
 from torchgrow.cli import app
 from torchgrow.lab import recipes
 from torchgrow.lab.compare import RESULTS
 from torchgrow.lab.evidence.tables import PAPER, _found, beside
+from torchgrow.lab.models import MobileNetV1
 
 RESNET = {"name": "resnet20-cifar10", "model": "ResNet", "dataset": "cifar10", "samples": [50000, 10000]}
 
@@ -119,6 +121,38 @@ def test_a_short_run_says_so_and_gives_way_to_a_long_one(tmp_path: Path) -> None
     assert line(beside(1, tmp_path), "ResNet-20", "the paper's method")[2] == "70.00 ± 0.00"
     results_file(path, [*short, cifar("paper", 0, 90.0)])
     assert line(beside(1, tmp_path), "ResNet-20", "the paper's method")[2] == "90.00"
+
+
+def test_what_is_smaller_than_the_papers_is_named(tmp_path: Path) -> None:
+    one = row("uniform", 0, 50.0, recipe="mobilenetv1-imagenet", budget="flops <= 40%")
+    one["config"] |= {"name": "mobilenetv1-imagenet", "dataset": "imagefolder", "side": 64, "samples": [9469, 3925]}
+    one["config"] |= {"model": "MobileNetV1", "model_arguments": {"widen": 0.5, "classes": 10}, "epochs": 90}
+    results_file(tmp_path / "mobilenetv1-imagenet.jsonl", [one])
+    found = beside(6, tmp_path)
+    note = next(note for note in found.notes if note.startswith("224 px"))
+    assert "9,469 of 1,281,167 samples, 10 of 1,000 classes, images of 64 pixels for 224, a smaller network" in note
+    assert line(found, "224 px, grown out of 1.0x", "Original 0.75x")[2] == "", "a network narrowed to a budget is none"
+
+
+def test_flops_and_saving_of_mobilenets_are_of_the_narrow_original(tmp_path: Path) -> None:
+    """0.75 of every width of the frame; of its FLOPs and of a training with them."""
+    narrow = measure(MobileNetV1(0.75, classes=10), torch.zeros(1, 3, 64, 64)).flops
+    whole = measure(MobileNetV1(classes=10), torch.zeros(1, 3, 64, 64)).flops
+    one = row("uniform", 0, 50.0, recipe="mobilenetv1-imagenet", flops=narrow // 2, dense_flops=whole)
+    one["config"] |= {"name": "mobilenetv1-imagenet", "dataset": "imagefolder", "side": 64}
+    one["config"] |= {"model": "MobileNetV1", "model_arguments": {"widen": 1.0, "classes": 10}}
+    one |= {"dense_train_flops": 100 * whole, "train_flops_paper_rule": 50 * narrow}
+    results_file(tmp_path / "mobilenetv1-imagenet.jsonl", [one])
+    assert line(beside(6, tmp_path), "224 px, grown out of 1.0x", "narrowed by one factor")[3:5] == ["50.0", "2.00"]
+
+
+def test_what_only_another_setting_has_has_a_line_of_its_own(tmp_path: Path) -> None:
+    path, other = tmp_path / "resnet20-cifar10.jsonl", cifar("thinet", 0, 60.0, epochs=20)
+    rows = [cifar(name, 0, 90.0) for name in ("dense", "paper", "sfp")]
+    results_file(path, [*rows, other])
+    found = beside(1, tmp_path)
+    assert line(found, "ResNet-20", "ThiNet")[1:3] == ["here, 2", "60.00"]
+    assert any("here, 2 resnet20-cifar10, a short run" in note for note in found.notes)
 
 
 def test_a_short_setting_with_more_methods_has_lines_of_its_own(tmp_path: Path) -> None:
