@@ -90,8 +90,8 @@ class Planned(Policy):
         if self.prune == "worth" and bool((view.cost(view.keep) > planned).any()):
             assert self.multiples is not None
             return shed(view.space, view.costs, view.keep, self.importance.sqrt(), planned, self.multiples), exactly
-        shift, keep = self._shifted(view, planned)
-        self.s = self.s + shift
+        self.pressure, keep = self._shifted(view, planned)  # in the history, for those who follow it
+        self.s = self.s + self.pressure
         return keep, exactly
 
     def applied(self, view: View) -> None:
