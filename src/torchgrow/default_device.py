@@ -1,7 +1,7 @@
 """Our own tensors are on the CPU, whatever the user made the default; the user's code keeps its default.
 
 `torch.set_default_device("cuda")` decides where every tensor is made that does not say. Units, labels and the bank are
-the host's, and a forward that makes its positions without a word must find them beside its weights.
+on the host. A forward that creates tensors without a device needs them on the device of its weights.
 """
 
 from __future__ import annotations

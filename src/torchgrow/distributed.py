@@ -144,8 +144,9 @@ class Ranks:
             yield
         except RuntimeError as error:
             raise TorchgrowError(
-                f"rank {self.rank} waited in an update for other ranks in vain ({error}). Call update(), finish() and "
-                "save_checkpoint(..., together=True) on every rank, not on some alone; or else another rank has died"
+                f"rank {self.rank} timed out waiting for other ranks during an update ({error}). Call update(), "
+                "finish() and save_checkpoint(..., together=True) on every rank, not on some alone; or else another "
+                "rank has died"
             ) from error
 
     @torch.no_grad()

@@ -186,7 +186,7 @@ def test_a_rank_that_waits_in_vain_says_so(two: Results) -> None:
     """Rank 0 in one grower's update, rank 1 in another's."""
     for rank in (0, 1):
         said = two[rank]["alone_in_an_update"]
-        assert f"rank {rank} waited in an update for other ranks in vain" in said
+        assert f"rank {rank} timed out waiting for other ranks during an update" in said
         assert "Call update(), finish() and save_checkpoint(..., together=True) on every rank, not on some" in said
         assert "alone; or else another rank has died" in said
 

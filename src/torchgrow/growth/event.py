@@ -18,7 +18,7 @@ class Event:
         params: parameters of the network after it.
         flops: FLOPs of the network after it, for one sample.
         widths: live units per group.
-        pressure: what the policy tells: lambda of Eq 4 for the epoch to come (`Paper`), else 0.
+        pressure: lambda of Eq 4 until the next update (`Paper`); 0 for other policies.
         temperature: mean beta per group; empty where the policy has none.
         born: units present for the first time.
         regrown: units that came back with their old weights.

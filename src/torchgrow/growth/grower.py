@@ -121,8 +121,8 @@ class Grower(Shown):
     def update(self) -> Event:
         """Grow, detach and regrow once. Evaluate before: new units are untrained.
 
-        With several processes every rank calls it; buffers such as running statistics become rank 0's, and every rank
-        hears of the random states of all, for `save_checkpoint`.
+        With several processes every rank calls it; buffers such as running statistics become rank 0's. Every rank
+        receives the random states of all ranks; `save_checkpoint` needs them.
 
         Raises:
             TorchgrowError: the run is over, the ranks do not agree, or another thread is at it.

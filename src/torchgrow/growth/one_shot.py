@@ -253,8 +253,8 @@ def _compare(found: list[Tensor], expected: list[Tensor]) -> None:
     if worst:
         raise StructureError(
             f"the cut model's outputs differ by {worst:.1e} from those of the model with the same units zeroed, so an "
-            "operation or attribute depends on what went. It is of no use now: load its weights again, and leave out "
-            "proof=False, or protect what is cut wrongly (protect=[...])"
+            "operation or attribute depends on removed units. This model can no longer be used: reload its weights, "
+            "and leave out proof=False, or protect what is cut wrongly (protect=[...])"
         )
 
 

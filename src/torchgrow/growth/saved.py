@@ -60,8 +60,8 @@ def examine(state: Any, frame: dict[str, Any], settings: Mapping[str, Any], unbo
             if not settings[key]:
                 continue
             raise SavedModelError(
-                "the state is of a version in which fresh weights had the frame's scale, and units that were never "
-                "born would begin at another one here; construct Grower(..., rescale=False). Nothing was changed"
+                "the state is of a version in which fresh weights had the frame's scale, and units not yet "
+                "initialised would start at another one here; construct Grower(..., rescale=False). Nothing was changed"
             )
         if type(found) is not type(settings[key]) or found != settings[key]:
             raise SavedModelError(

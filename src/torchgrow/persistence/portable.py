@@ -291,7 +291,7 @@ def _fits(module: nn.Module, state: Mapping[str, Any], prefix: str) -> bool:
 
 
 def _read(blob: Any, key: str, fits: Callable[[], bool]) -> dict[str, Any] | None:
-    """The record in a tensor, of which no name is checked as yet; None if it was averaged away and is not needed."""
+    """The record in a tensor, its names not checked yet; None if averaging destroyed it and the shapes fit already."""
     where = f"state_dict[{key!r}]"
     if not isinstance(blob, Tensor) or blob.dim() != 1 or blob.is_meta or blob.is_complex():
         found = (

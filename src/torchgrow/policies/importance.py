@@ -41,8 +41,9 @@ def l2(view: View, squared: Tensor) -> Tensor:
 
 
 def group_norm(view: View, squared: Tensor) -> Tensor:
-    """Root of the sum of squares of all parameters that go with the unit, each tensor's divided by their mean over its
-    units (Fang et al., 2023, 3.3), so that between groups it compares as a share of the mean.
+    """Root of the sum of squares of the unit's parameters (Fang et al., 2023, 3.3).
+
+    Each tensor's sum is divided by its mean over units, so groups can be compared.
     """
     total = torch.zeros(view.space.n_units, dtype=torch.float64)
     for part in _sums(view, 2, lambda name, axis: True):

@@ -88,12 +88,12 @@ class Paper(Policy):
             self.exponent = self.exponent + rise * (view.rate if self.temperature_rises == "learning_rate" else 1.0)
         self.beta = self.temperature = self.gamma**self.exponent
         self._set_gates()
-        self.pressure = self._base * gap(view, view.keep)
+        self.pressure = self._base * gap(view, view.keep)  # Eq 4
         self.penalty = self.pressure * self.lambda_share * (self.penalised == "all" or present)
 
     def score(self, view: View) -> Tensor:
         """The probability of every unit, sigma(beta s)."""
-        return torch.sigmoid(self.beta * self.s)
+        return torch.sigmoid(self.beta * self.s)  # Eq 5
 
     def final(self, updates: int) -> int:
         """T - 1, or earlier where the structure settles."""

@@ -32,8 +32,8 @@ class Shrink(Policy):
         importance: what says how much a unit matters, of `torchgrow.policies.importance`: "taylor", "l1", "l2",
             "group_norm", "bn_scale", "random".
         allocation: what goes, of groups and layers: "uniform": the same share of each; "global": the least importance
-            for the parameters or FLOPs that go with it; "levelled": so too, with importance as a multiple of its mean
-            in the group; "measured": so too, with how much the loss rises, as `rises` says.
+            for the parameters or FLOPs that go with it; "levelled": as "global", with importance divided by its
+            mean in the group; "measured": as "global", with how much the loss rises, as `rises` says.
         rises: for "measured": the rise of the loss when a tenth of a group goes, by the names of `Grower.widths`, and
             of the layers of a stage, by those of `Grower.depths`: what `torchgrow.measure_rises` gives. The rise is
             taken to grow with the square of the share that went.

@@ -21,7 +21,7 @@ def keep_of(bank: Bank, record: Record, left_out: Collection[str], what: str, *,
         record: of the network.
         left_out: its modules that are left out.
         what: where the record comes from, for errors.
-        earlier: whether layers may be left out for long, so that what is noted of their insides is of other widths.
+        earlier: whether layers left out may hold outdated positions: they are not updated while they are left out.
 
     Raises:
         StructureError: it is no structure of this space; the message names a tensor.
@@ -36,7 +36,7 @@ def keep_of(bank: Bank, record: Record, left_out: Collection[str], what: str, *,
         live = torch.isin(torch.arange(units.numel()) if before is None else before, where)
         gone = units[~live]
         gone = gone[gone >= 0]
-        if name.startswith(below):  # empty: what came after it was left out has passed it by
+        if name.startswith(below):  # empty: a layer left out does not receive later changes
             gone = gone[space.owner[gone] >= 0]
         keep[gone] = False
     for block in space.blocks:

@@ -172,8 +172,8 @@ def begun_anew(
 ) -> list[tuple[dict[str, Any], str, Tensor]]:
     """Reset slots and step count to those of a new parameter, where nearly all of a tensor is new.
 
-    With few units each one's gradient is large, and a second moment takes a thousand steps to forget that. With the
-    moments of the few, the many new ones would learn several times too slowly for as long.
+    With few units each one's gradient is large, and a second moment takes a thousand steps to forget that. If new
+    units inherited these moments, they would learn several times too slowly for about as long.
     Optimizers without a correction by the step count, or with scalars beside it, keep their slots.
     """
     known = math.prod(1 - float(places.double().mean()) for places in born.values())

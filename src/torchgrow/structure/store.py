@@ -66,7 +66,7 @@ def scatter_(full: Tensor, index: Index | None, part: Tensor) -> None:
 def memory_order(tensor: Tensor, before: Sequence[int]) -> tuple[int, ...]:
     """The axes of a tensor from the outermost in memory to the innermost: (0, 2, 3, 1) for channels_last.
 
-    Where axes of size 1 leave it open, as in `before`; so too for a tensor that is empty.
+    Axes of size 1 and empty tensors keep the order given in `before`.
     """
     if tensor.dim() != len(before) or not tensor.numel():
         return tuple(before)

@@ -304,6 +304,6 @@ def gated(space: Space, frame: nn.Module, run: Callable[[], Any], tolerance: flo
     space = replace(space, fold=fold, blocks=blocks)
     for block in blocks:
         if not any(kinds[block.unit]) or not gates[block.unit]:
-            reason = "with its weights at zero the layer neither hands its input on nor gives zero"
+            reason = "with its weights at zero the layer returns neither its input nor zero"
             space = space.freeze([block.unit], Frozen("depth", block.modules[0], "", reason, ()))
     return space

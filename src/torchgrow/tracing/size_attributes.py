@@ -1,8 +1,8 @@
 """Attributes that count an axis (`num_heads`, `all_head_size`, ...): guesses, which the proof accepts or rejects.
 
 Legend: a *guess* is an `Attribute`: an int attribute of a module together with the unit ids it may count. It is
-*strong* if it equals the length of an axis or the number of units on it, *sure* if besides nothing else in its
-module has that size, or if it equals the length of a piece that the module's forward cuts off an axis.
+*strong* if it equals the length of an axis or the number of units on it. It is *sure* if also nothing else in its
+module has that size, or if it equals the length of a slice that the module's forward takes of an axis.
 """
 
 from __future__ import annotations

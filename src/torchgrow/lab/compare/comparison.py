@@ -52,7 +52,7 @@ def compare(
     Args:
         recipe: what to train; its seed and budget matter only where none are given.
         methods: of `FIXED` or `SYSTEMS`, "shrink:until=0.3" and the like, or ways to grow: "default" (the recipe's
-            own), "paper", "default:gates=True,peak=1".
+            own), "paper", "default:ramp=0.2,peak=1".
         seeds: of weights, batches and growth; every method is trained with each.
         budgets: one after another; default: the recipe's.
         console: where to show it.
@@ -73,8 +73,7 @@ def compare(
         torch.set_num_threads(recipe.threads)
     recipe, data = with_data(recipe, console, folder, held_out=validate, device=chosen_device(device))
     rows, work = Rows(out / f"{recipe.name}.jsonl"), out / f".{recipe.name}"
-    known = fingerprint(data)
-    _refuse_other_data(rows, Job(method="dense", recipe=recipe, data=sizes(data), validate=validate), known)
+    known = _refuse_other_data(rows, Job(method="dense", recipe=recipe, data=sizes(data), validate=validate), data)
     work.mkdir(exist_ok=True)
     held, jobs, failed = lock(work), list[Job](), dict[str, str]()
     # Versions now: the commit that runs, whatever is committed meanwhile.
@@ -88,15 +87,20 @@ def compare(
                 failed |= _all(_missing(now, bench), bench)
     finally:
         os.close(held)
-    wanted = {job.key() for job in jobs}
-    found = [row for row in rows.read() if row["config_hash"] in wanted]
+    found = _rows_of(jobs, rows)
     _show(found, rows.path, console)
     _raise(failed, len(jobs))
     return found
 
 
-def _refuse_other_data(rows: Rows, job: Job, known: str) -> None:
-    """Raise where rows that count as many images or words were measured on others."""
+def _rows_of(jobs: Sequence[Job], rows: Rows) -> list[dict[str, Any]]:
+    wanted = {job.key() for job in jobs}
+    return [row for row in rows.read() if row["config_hash"] in wanted]
+
+
+def _refuse_other_data(rows: Rows, job: Job, data: Data) -> str:
+    """The fingerprint of the data; raise where rows that count as many images or words were measured on others."""
+    known = fingerprint(data)
     of_these = ("dataset", "samples", "validate", "side")
     now = job.config()
     for row in rows.read():
@@ -106,6 +110,7 @@ def _refuse_other_data(rows: Rows, job: Job, known: str) -> None:
                 f"{rows.path} holds rows of other data with as many samples ({row['method']}, seed {row['seed']}), and "
                 "these would be taken for them; give --out another folder"
             )
+    return known
 
 
 def _raise(failed: dict[str, str], jobs: int) -> None:
