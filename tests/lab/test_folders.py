@@ -69,15 +69,54 @@ def test_voc_is_found_wherever_the_folder_begins(tmp_path: Path, inner: str, cro
     assert found.train[:2].pixels.shape == (2, 3, 32, 32)
 
 
-def test_the_augmented_list_is_taken_where_it_is_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("outer", [".", "VOCdevkit"])
+def test_of_several_years_2012_is_taken_or_else_the_newest(tmp_path: Path, outer: str) -> None:
+    def taken() -> str:
+        train = data.load_images("voc", folder=tmp_path, side=8, crop=True).train
+        assert isinstance(train, Streamed)
+        return Path(train.paths[0]).parents[1].name
+
+    for year, newest in (("2007", "2007"), ("2010", "2010"), ("2009", "2010"), ("2012", "2012"), ("2031", "2012")):
+        write_voc(tmp_path / outer / f"VOC{year}")
+        assert taken() == f"VOC{newest}"
+    write_voc(tmp_path)  # what is named itself comes before what it holds
+    assert taken() == tmp_path.name
+
+
+@pytest.mark.parametrize("name", ["train_aug", "trainaug"])
+def test_the_augmented_list_is_taken_where_it_is_there(tmp_path: Path, name: str) -> None:
     write_voc(tmp_path)
-    write_voc(tmp_path, masks="SegmentationClassAug")
     assert len(data.load_images("voc", folder=tmp_path, side=8).train) == 4
-    (tmp_path / LISTS / "train_aug.txt").write_text("a0\na1\nb0\n")
+    write_voc(tmp_path, masks="SegmentationClassAug")
+    (tmp_path / LISTS / f"{name}.txt").write_text("a0\na1\nb0\n")
     assert len(data.load_images("voc", folder=tmp_path, side=8).train) == 3
     train = data.load_images("voc", folder=tmp_path, side=8, crop=True).train
     assert isinstance(train, Streamed)
     assert all("SegmentationClassAug" in str(target) for target in train.targets)
+
+
+@pytest.mark.parametrize(
+    ("there", "missing"), [(f"{LISTS}/trainaug.txt", "SegmentationClassAug"), ("SegmentationClassAug", LISTS)]
+)
+def test_half_of_what_augmenting_needs_is_told(tmp_path: Path, there: str, missing: str) -> None:
+    write_voc(tmp_path)
+    if there.endswith(".txt"):
+        (tmp_path / there).write_text("a0\n")
+    else:
+        (tmp_path / there).mkdir()
+    text = f"{tmp_path / there} is there and {tmp_path / missing}.* is not, so the 4 images of .*train.txt are trained"
+    with pytest.warns(UserWarning, match=text):
+        assert len(data.load_images("voc", folder=tmp_path, side=8).train) == 4
+
+
+def test_lists_as_editors_of_windows_save_them(tmp_path: Path) -> None:
+    """UTF-8 with a mark in front is read; other encodings are refused by name."""
+    listed = write_voc(tmp_path) / LISTS / "val.txt"
+    listed.write_text("b0\nb1\n", encoding="utf-8-sig")
+    assert len(data.load_images("voc", folder=tmp_path, side=8).test) == 2
+    listed.write_text("b0\nb1\n", encoding="utf-16")
+    with pytest.raises(TorchgrowError, match=r"val\.txt cannot be read as a list in UTF-8 \(.*\); save it in UTF-8"):
+        data.load_images("voc", folder=tmp_path, side=8)
 
 
 def test_what_is_missing_of_voc_is_named_with_what_to_put_where(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 Both are read into memory at one size, squeezed to squares, or, where they are cropped at random, streamed from disk.
 """
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ VOC_CLASSES = 21
 
 _MOST_BYTES = 16e9  # of images in memory
 _LISTS = "ImageSets/Segmentation"
+_AUGMENTED_LISTS, _AUGMENTED_MASKS = ("train_aug", "trainaug"), "SegmentationClassAug"  # both names are in use
 _VOC_HELP = (
     "--data names a folder that holds VOCdevkit/VOC2012/ (or is one of the two), as VOCtrainval_11-May-2012.tar of "
     "host.robots.ox.ac.uk/pascal/VOC unpacks to: JPEGImages/NAME.jpg, SegmentationClass/NAME.png and "
@@ -68,6 +70,8 @@ def of_classes(folder: Path, side: int, crop: bool) -> ImageData:
 def voc(folder: Path, side: int, crop: bool, void: tuple[int, ...]) -> ImageData:
     """PASCAL VOC's segmentation, in the layout of its devkit; augmented where the list and the masks for that are.
 
+    Of several years that of 2012 is taken, or else the newest.
+
     Args:
         folder: that, or one of the folders around it.
         side: height and width, in pixels.
@@ -75,23 +79,16 @@ def voc(folder: Path, side: int, crop: bool, void: tuple[int, ...]) -> ImageData
         void: classes that are neither learned nor judged.
 
     Raises:
-        TorchgrowError: a list, an image or a mask is missing, or memory is too small.
+        TorchgrowError: a list, an image or a mask is missing or cannot be read, or memory is too small.
     """
-    around = [folder, *sorted(folder.glob("VOC20*")), *sorted(folder.glob("VOCdevkit/VOC20*"))]
+    years = [*folder.glob("VOC20*"), *folder.glob("VOCdevkit/VOC20*")]
+    around = [folder, *sorted(years, key=lambda place: (place.name == "VOC2012", place.name), reverse=True)]
     root = next((place for place in around if (place / _LISTS).is_dir()), None)
     if root is None:
         raise TorchgrowError(f"no segmentation of PASCAL VOC in {folder}: {what_is_in(folder)}. {_VOC_HELP}")
-    augmented = (root / _LISTS / "train_aug.txt").exists() and (root / "SegmentationClassAug").is_dir()
-    lists = {
-        "train": ("train_aug", "SegmentationClassAug") if augmented else ("train", "SegmentationClass"),
-        "val": ("val", "SegmentationClass"),
-    }
     sets = {}
-    for split, (name, masks) in lists.items():
-        listed = root / _LISTS / f"{name}.txt"
-        names = listed.read_text(encoding="utf-8").split() if listed.exists() else []
-        if not names:
-            raise TorchgrowError(f"{listed} is missing or empty. {_VOC_HELP}")
+    for split, (listed, masks) in _lists(root).items():
+        names = _names(listed)
         pairs = [(root / f"JPEGImages/{name}.jpg", root / f"{masks}/{name}.png") for name in names]
         missing = [path for pair in pairs for path in pair if not path.exists()]
         if missing:
@@ -102,6 +99,38 @@ def voc(folder: Path, side: int, crop: bool, void: tuple[int, ...]) -> ImageData
         images = Streamed(paths=paths, targets=targets, side=side, void=void)
         sets[split] = images if crop else _in_memory(images, listed)
     return ImageData(train=sets["train"], test=sets["val"], mean=IMAGENET_MEAN, std=IMAGENET_STD, metric=MIOU)
+
+
+def _lists(root: Path) -> dict[str, tuple[Path, str]]:
+    """For each split the list of its names, and the folder of its masks.
+
+    Half of what the augmented images need is warned of: whoever put it there takes them to be trained on.
+    """
+    named = [root / _LISTS / f"{name}.txt" for name in _AUGMENTED_LISTS]
+    listed, masks = next((path for path in named if path.exists()), None), root / _AUGMENTED_MASKS
+    plain = root / _LISTS / "train.txt"
+    if (listed is None) == masks.is_dir():
+        there, missing = (masks, " or ".join(map(str, named))) if listed is None else (listed, str(masks))
+        warnings.warn(
+            f"{there} is there and {missing} is not, so the {len(_names(plain))} images of {plain} are trained on; "
+            "the augmented ones need both",
+            stacklevel=2,
+        )
+    train = (listed, _AUGMENTED_MASKS) if listed and masks.is_dir() else (plain, "SegmentationClass")
+    return {"train": train, "val": (root / _LISTS / "val.txt", "SegmentationClass")}
+
+
+def _names(listed: Path) -> list[str]:
+    """Those in a list, one at least; a mark that editors on Windows put in front is none of them."""
+    try:
+        names = listed.read_text(encoding="utf-8-sig").split() if listed.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise TorchgrowError(
+            f"{listed} cannot be read as a list in UTF-8 ({error}); save it in UTF-8, with a name a line"
+        ) from error
+    if not names:
+        raise TorchgrowError(f"{listed} is missing or empty. {_VOC_HELP}")
+    return names
 
 
 def _in_memory(images: Streamed, place: Path) -> Images:
