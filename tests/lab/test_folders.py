@@ -139,6 +139,12 @@ def test_masks_as_files_have_them() -> None:
     assert as_labels(mask, void=(20,)).tolist() == [0, 1, VOID, VOID]
 
 
+@pytest.mark.parametrize(("dataset", "where"), [("imagefolder", "image-net.org"), ("voc", "host.robots.ox.ac.uk")])
+def test_what_cannot_be_downloaded_says_where_it_is(dataset: str, where: str, tmp_path: Path) -> None:
+    with pytest.raises(TorchgrowError, match=f"{dataset} cannot be downloaded: .*{where}.*; leave --download out"):
+        data.load(dataset, folder=tmp_path, download=True)
+
+
 # --- streamed
 
 
@@ -177,6 +183,43 @@ def test_a_damaged_picture_is_named(what: str, bad: str, crop: bool, tmp_path: P
         list(data.load_images("voc", folder=tmp_path, side=16, crop=crop).test_batches(batch_size=4))
 
 
+def deep(mode: str) -> Image.Image:
+    """A picture with values beyond 255, in a mode that keeps them."""
+    return Image.new(mode, (30, 20), 40_000)
+
+
+@pytest.mark.parametrize("crop", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "kept"), [("I", "bad.tif"), ("I;16", "bad.png"), ("I;16B", "bad.tif"), ("F", "bad.tif")]
+)
+def test_pictures_of_more_than_8_bits_a_colour_are_refused(mode: str, kept: str, crop: bool, tmp_path: Path) -> None:
+    """Pillow would clip them, nearly all to white."""
+    deep(mode).save(write_classes(tmp_path) / "val/cat" / kept)
+    with pytest.raises(TorchgrowError, match=rf"{kept} is a picture of mode {mode[0]}.*save it with 8 bits a colour"):
+        list(data.load_images("imagefolder", folder=tmp_path, side=16, crop=crop).test_batches(batch_size=4))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_pictures_of_other_modes_are_read(mode: str, tmp_path: Path) -> None:
+    for path in write_classes(tmp_path).rglob("*.png"):
+        changed = Image.new("RGB", (30, 20), (255, 255, 255)).convert(mode)
+        path.unlink()
+        changed.save(path.with_suffix(".tif"))
+    for crop in (False, True):
+        found = data.load_images("imagefolder", folder=tmp_path, side=16, crop=crop).test
+        assert found.pixels.min() == 255
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_pictures_too_large_for_pillow_are_named(crop: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_classes(tmp_path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow refuses more than twice that
+    with pytest.raises(
+        TorchgrowError, match=r"0\.png is not a picture that Pillow can read \(Image size \(2400 pixels"
+    ):
+        list(data.load_images("imagefolder", folder=tmp_path, side=16, crop=crop).test_batches(batch_size=4))
+
+
 def batches(loaded: ImageData, **more: Any) -> list[tuple[Tensor, Tensor]]:
     draw: dict[str, Any] = {"batch_size": 2, "shift": 0, "mirror": True, **more}
     return list(loaded.train_batches(**draw, generator=torch.Generator().manual_seed(3)))
@@ -196,6 +239,25 @@ def write_classes(folder: Path, each: int = 4) -> Path:
 def test_one_class_is_refused(tmp_path: Path) -> None:
     shutil.rmtree(write_classes(tmp_path) / "train/dog")
     with pytest.raises(TorchgrowError, match=r"train holds one class, cat/, so there is nothing to tell apart"):
+        data.load_images("imagefolder", folder=tmp_path, side=28)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("stray", [".ipynb_checkpoints", "__MACOSX", "zebra"])
+def test_a_class_folder_without_pictures_is_named(split: str, stray: str, tmp_path: Path) -> None:
+    (write_classes(tmp_path) / split / stray / "inner").mkdir(parents=True)
+    (tmp_path / split / stray / "notes.txt").touch()
+    text = rf"class folder {stray}/ in {tmp_path / split}/ holds no picture .*\.png.*; take it out or fill it"
+    with pytest.raises(TorchgrowError, match=text):
+        data.load_images("imagefolder", folder=tmp_path, side=28)
+
+
+def test_a_folder_without_classes_says_what_is_there(tmp_path: Path) -> None:
+    shutil.rmtree(write_classes(tmp_path) / "train")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(
+        TorchgrowError, match=r"has no images in train/CLASS/\*: found train/, val/ \(Couldn't find any"
+    ):
         data.load_images("imagefolder", folder=tmp_path, side=28)
 
 

@@ -3,6 +3,7 @@
 Both are read into memory at one size, squeezed to squares, or, where they are cropped at random, streamed from disk.
 """
 
+import os
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from torchgrow import TorchgrowError
 from torchgrow.lab.images import IMAGENET_MEAN, IMAGENET_STD, ImageData, Images
@@ -41,13 +43,15 @@ def of_classes(folder: Path, side: int, crop: bool) -> ImageData:
         crop: stream them, a random part of each, instead of reading them into memory.
 
     Raises:
-        TorchgrowError: a split has no images or one class, the two differ in classes, or memory is too small.
+        TorchgrowError: a split or a class has no images, a split one class, the two differ in classes, or memory is
+            too small.
     """
     sets = {}
     for split in ("train", "val"):
         try:
             found = ImageFolder(str(folder / split))
-        except (OSError, RuntimeError) as error:  # torchvision says which class has no image
+        except (OSError, RuntimeError) as error:
+            _filled(folder / split)
             raise TorchgrowError(
                 f"{folder} has no images in {split}/CLASS/*: {what_is_in(folder)} ({error}); "
                 "--data names a folder that holds train/ and val/, with one folder of images a class in each"
@@ -65,6 +69,17 @@ def of_classes(folder: Path, side: int, crop: bool) -> ImageData:
         odd = sorted(set(classes) ^ set(others))
         raise TorchgrowError(f"{folder}: train/ and val/ differ in classes, e.g. {odd[0]}; both need the same folders")
     return ImageData(train=train, test=test, mean=IMAGENET_MEAN, std=IMAGENET_STD, metric=ACCURACY)
+
+
+def _filled(split: Path) -> None:
+    """Find the class folder without a picture, as editors and archives leave them beside those of classes."""
+    for place in sorted(split.iterdir()) if split.is_dir() else []:
+        files = (name for _, _, names in os.walk(place, followlinks=True) for name in names)
+        if place.is_dir() and not any(name.lower().endswith(IMG_EXTENSIONS) for name in files):
+            raise TorchgrowError(
+                f"class folder {place.name}/ in {split}/ holds no picture ({', '.join(IMG_EXTENSIONS)}); "
+                "take it out or fill it"
+            )
 
 
 def voc(folder: Path, side: int, crop: bool, void: tuple[int, ...]) -> ImageData:
