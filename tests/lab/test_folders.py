@@ -139,6 +139,58 @@ def test_masks_as_files_have_them() -> None:
     assert as_labels(mask, void=(20,)).tolist() == [0, 1, VOID, VOID]
 
 
+def write_masks(folder: Path, values: dict[str, int], each: int) -> Path:
+    """Pictures whose masks are one class all over; one list names them as often as it takes."""
+    for split, value in values.items():
+        save(folder / f"JPEGImages/{split}.jpg", np.zeros((20, 30, 3)))
+        save(folder / f"SegmentationClass/{split}.png", np.full((20, 30), value), palette=True)
+        (folder / LISTS).mkdir(parents=True, exist_ok=True)
+        (folder / LISTS / f"{split}.txt").write_text(f"{split}\n" * each)
+    return folder
+
+
+@pytest.mark.parametrize("crop", [False, True])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_masks_without_a_class_that_is_learned_are_refused(split: str, crop: bool, tmp_path: Path) -> None:
+    """Own masks of classes 1 and 2, of which the small recipe learns neither: the loss would be nan."""
+    write_masks(tmp_path, {"train": 0, "val": 0} | {split: 2}, each=100)
+    kept: dict[str, Any] = {"folder": tmp_path, "side": 8, "crop": crop}
+    text = (
+        rf"{split}\.txt: of 64 masks looked at, no pixel has a class that is learned; classes found: 2, "
+        r"classes that are void in this recipe: 1, 2, 3; .*--scale full"
+    )
+    with pytest.raises(TorchgrowError, match=text):
+        data.load("voc", void=(1, 2, 3), **kept)
+    assert len(data.load_images("voc", void=(1, 3), **kept).test) == 100
+    write_masks(tmp_path, {split: 255}, each=1)
+    with pytest.raises(TorchgrowError, match=r"of 1 masks looked at, .*found: none, .* in this recipe: none; "):
+        data.load("voc", **kept)
+
+
+def test_few_masks_with_a_class_that_is_learned_are_enough(tmp_path: Path) -> None:
+    """Lists are sorted in many ways: those that are looked at are spread over all of them."""
+    write_masks(tmp_path, {"train": 1, "val": 0}, each=100)
+    with (tmp_path / LISTS / "train.txt").open("a") as file:
+        file.write("val\n" * 2)
+    assert len(data.load_images("voc", folder=tmp_path, side=8, void=(1,)).train) == 102
+
+
+@pytest.mark.parametrize("crop", [False, True])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_subset_without_a_labelled_pixel_is_refused(part: str, crop: bool, tmp_path: Path) -> None:
+    """One mask of 20 has labels, and is drawn to be trained on, or to be held out."""
+    write_masks(tmp_path, {"train": 255, "val": 0}, each=20)
+    drawn = torch.randperm(20, generator=torch.Generator().manual_seed(0)).tolist()
+    labelled = drawn[-1 if part == "train" else 0]
+    names = ["val" if i == labelled else "train" for i in range(20)]
+    (tmp_path / LISTS / "train.txt").write_text("\n".join(names))
+    few: dict[str, Any] = {"folder": tmp_path, "side": 8, "crop": crop, "held_out": part == "test"}
+    text = "no pixel of the 10 images that are left to {} has a class that is learned; take a larger --subset"
+    with pytest.raises(TorchgrowError, match=text.format("train on" if part == "train" else "judge by")):
+        data.load("voc", subset=10, **few)
+    assert len(data.load_images("voc", folder=tmp_path, side=8, crop=crop).train) == 20
+
+
 @pytest.mark.parametrize(("dataset", "where"), [("imagefolder", "image-net.org"), ("voc", "host.robots.ox.ac.uk")])
 def test_what_cannot_be_downloaded_says_where_it_is(dataset: str, where: str, tmp_path: Path) -> None:
     with pytest.raises(TorchgrowError, match=f"{dataset} cannot be downloaded: .*{where}.*; leave --download out"):

@@ -19,6 +19,7 @@ from torchgrow import TorchgrowError
 from torchgrow.lab import folders
 from torchgrow.lab.folders import what_is_in
 from torchgrow.lab.images import ImageData, Images, augment, train_steps
+from torchgrow.lab.metrics import MIOU
 from torchgrow.lab.names import DATASETS
 from torchgrow.lab.shapes import shapes
 from torchgrow.lab.streamed import UNREADABLE, in_rgb
@@ -51,7 +52,7 @@ _MADE_HERE = {
 }
 
 _FETCHED_BY_HAND = {
-    "imagefolder": "ImageNet is given out at image-net.org, to those who accept its terms",
+    "imagefolder": "ImageNet is given out at image-net.org, Imagenette at github.com/fastai/imagenette",
     "voc": "VOCtrainval_11-May-2012.tar is at host.robots.ox.ac.uk/pascal/VOC",
 }
 
@@ -190,10 +191,21 @@ def load_images(
     if subset is not None and not 1 <= subset <= len(data.train):
         raise TorchgrowError(f"a subset has 1 to {len(data.train)} of the training images of {dataset}, got {subset}")
     if held_out:
-        return _held_out(data, subset)
-    if subset is None:
-        return data
-    return replace(data, train=data.train[_permutation(len(data.train))[:subset]])
+        data = _held_out(data, subset)
+    elif subset is not None:
+        data = replace(data, train=data.train[_permutation(len(data.train))[:subset]])
+    _check_drawn(data)
+    return data
+
+
+def _check_drawn(data: ImageData) -> None:
+    """Whole sets have masks to learn; what was drawn from them may have none."""
+    for images, use in ((data.train, "train on"), (data.test, "judge by")) if data.metric is MIOU else ():
+        if not folders.any_learned(images):
+            raise TorchgrowError(
+                f"no pixel of the {len(images)} images that are left to {use} has a class that is learned; take a "
+                "larger --subset, or leave it out"
+            )
 
 
 def _held_out(data: ImageData, subset: int | None) -> ImageData:

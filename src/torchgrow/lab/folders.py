@@ -18,8 +18,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from torchgrow import TorchgrowError
 from torchgrow.lab.images import IMAGENET_MEAN, IMAGENET_STD, ImageData, Images
-from torchgrow.lab.metrics import ACCURACY, MIOU
-from torchgrow.lab.streamed import Streamed, as_labels
+from torchgrow.lab.metrics import ACCURACY, MIOU, VOID
+from torchgrow.lab.streamed import Streamed, as_labels, classes_in
 
 VOC_CLASSES = 21
 
@@ -94,7 +94,8 @@ def voc(folder: Path, side: int, crop: bool, void: tuple[int, ...]) -> ImageData
         void: classes that are neither learned nor judged.
 
     Raises:
-        TorchgrowError: a list, an image or a mask is missing or cannot be read, or memory is too small.
+        TorchgrowError: a list, an image or a mask is missing or cannot be read, masks have no class that is not void,
+            or memory is too small.
     """
     years = [*folder.glob("VOC20*"), *folder.glob("VOCdevkit/VOC20*")]
     around = [folder, *sorted(years, key=lambda place: (place.name == "VOC2012", place.name), reverse=True)]
@@ -112,6 +113,7 @@ def voc(folder: Path, side: int, crop: bool, void: tuple[int, ...]) -> ImageData
             )
         paths, targets = zip(*((str(image), str(mask)) for image, mask in pairs), strict=True)
         images = Streamed(paths=paths, targets=targets, side=side, void=void)
+        _check_classes(images, listed)
         sets[split] = images if crop else _in_memory(images, listed)
     return ImageData(train=sets["train"], test=sets["val"], mean=IMAGENET_MEAN, std=IMAGENET_STD, metric=MIOU)
 
@@ -146,6 +148,25 @@ def _names(listed: Path) -> list[str]:
     if not names:
         raise TorchgrowError(f"{listed} is missing or empty. {_VOC_HELP}")
     return names
+
+
+def _check_classes(images: Streamed, listed: Path) -> None:
+    """Masks must have a class that is learned, else their loss is nan and their mIoU too."""
+    found, looked = classes_in(images)
+    if not found - set(images.void):
+        classes, void = (", ".join(map(str, sorted(some))) or "none" for some in (found, images.void))
+        raise TorchgrowError(
+            f"{listed}: of {looked} masks looked at, no pixel has a class that is learned; classes found: {classes}, "
+            f"classes that are void in this recipe: {void}; take --scale full, which learns 0 to {VOC_CLASSES - 1}, or "
+            "a recipe without these in void, or give masks other numbers"
+        )
+
+
+def any_learned(images: Images | Streamed) -> bool:
+    """Whether a mask has a class that is learned, as far as `classes_in` looks at those on disk."""
+    if isinstance(images, Streamed):
+        return bool(classes_in(images)[0] - set(images.void))
+    return bool((images.labels != VOID).any())
 
 
 def _in_memory(images: Streamed, place: Path) -> Images:

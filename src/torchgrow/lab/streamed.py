@@ -21,6 +21,7 @@ BACKGROUND = (124, 116, 104)  # of 255, the mean of ImageNet's training images: 
 _VOID = 255  # void in files of masks
 _CLASSES = 21  # of VOC, background included
 _WORKERS = 16
+_LOOKED_AT = 64  # masks, before training
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What Pillow raises of a picture that it cannot read; a broken PNG is a SyntaxError."""
 
@@ -254,6 +255,23 @@ def classes_of(mask: Image.Image, path: str) -> Image.Image:
             "(mode P or L, as in VOC's SegmentationClass)"
         )
     return mask
+
+
+def classes_in(images: Streamed) -> tuple[set[int], int]:
+    """Which classes some of its masks have, void ones too, and how many were read.
+
+    At most 64, spread over all of them, and none after one with a class that is not void: reading all masks of a large
+    set takes minutes.
+    """
+    found: set[int] = set()
+    looked = min(_LOOKED_AT, len(images))
+    for read in range(looked):
+        path = str(images.targets[read * len(images) // looked])
+        counts = classes_of(_opened(path), path).histogram()
+        found |= {value for value, count in enumerate(counts[:_VOID]) if count}
+        if found - set(images.void):
+            return found, read + 1
+    return found, looked
 
 
 def as_labels(mask: Tensor, void: tuple[int, ...] = ()) -> Tensor:
