@@ -43,7 +43,7 @@ Precision = Annotated[str | None, typer.Option(help=PRECISION_HELP)]
 Layout = Annotated[bool | None, typer.Option("--channels-last/--contiguous", help=LAYOUT_HELP)]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the recipe's.")]
 Out = Annotated[Path | None, typer.Option(help="Run folder to write. Default: a new one in runs/.")]
-Download = Annotated[bool, typer.Option("--download", help="Fetch the data if it is not there.")]
+Download = Annotated[bool, typer.Option("--download", help="Fetch CIFAR-10 if it is not there.")]
 Seed = Annotated[int | None, typer.Option(help="Of weights, batches and growth. Default: 0.")]
 CheckpointEvery = Annotated[
     int | None, typer.Option(min=1, help="Steps between checkpoints within an epoch. Default: one at its end.")

@@ -1,14 +1,17 @@
 """Data: every format that is accepted, every folder that is not, and what a batch is."""
 
+import io
 import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from tiny_cifar import images, write_batches, write_parquet
 from torchgrow import TorchgrowError
@@ -203,6 +206,43 @@ def test_damaged_batch(tmp_path: Path) -> None:
     write_batches(tmp_path)
     (tmp_path / "cifar-10-batches-py" / "data_batch_2").write_bytes(pickle.dumps({"data": 1}))
     refused(tmp_path, "data_batch_2 is not a batch of CIFAR-10")
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"data": np.zeros((0, 3072), np.uint8), "labels": []}, "it has no images"),
+        ({"data": np.zeros((4, 3072), np.float64)}, "its data is float64, not uint8"),
+        ({"data": np.zeros((4, 3072), np.int8)}, "its data is int8, not uint8"),
+    ],
+)
+def test_a_batch_of_something_else(tmp_path: Path, changed: dict[str, Any], text: str) -> None:
+    write_batches(tmp_path)
+    for name in ("test_batch", "data_batch_2"):
+        path = tmp_path / "cifar-10-batches-py" / name
+        whole = pickle.loads(path.read_bytes(), encoding="latin1")
+        path.write_bytes(pickle.dumps({**whole, **changed}))
+        refused(tmp_path, f"{name} is not a batch of CIFAR-10: {text}")
+
+
+def test_parquet_without_rows(cifar_folder: Path) -> None:
+    whole = pq.read_table(cifar_folder / "test.parquet")
+    pq.write_table(whole.slice(0, 0), cifar_folder / "test.parquet")
+    refused(cifar_folder, rf"holds no test images. {WORKS}")
+
+
+def test_parquet_of_more_than_8_bits_a_colour(cifar_folder: Path) -> None:
+    file = io.BytesIO()
+    Image.new("I;16", (32, 32), 40_000).save(file, "PNG")
+    pq.write_table(
+        pa.table({"img": [{"bytes": file.getvalue(), "path": None}], "label": [1]}), cifar_folder / "test.parquet"
+    )
+    refused(cifar_folder, r"test\.parquet: row 1 is a picture of mode I;16.*save it with 8 bits a colour")
+
+
+def test_parquet_of_pictures_too_large_for_pillow(cifar_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    refused(cifar_folder, r"train\.parquet cannot be read as images: Image size \(1024 pixels\) exceeds limit")
 
 
 def test_download_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,15 +69,54 @@ def test_voc_is_found_wherever_the_folder_begins(tmp_path: Path, inner: str, cro
     assert found.train[:2].pixels.shape == (2, 3, 32, 32)
 
 
-def test_the_augmented_list_is_taken_where_it_is_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("outer", [".", "VOCdevkit"])
+def test_of_several_years_2012_is_taken_or_else_the_newest(tmp_path: Path, outer: str) -> None:
+    def taken() -> str:
+        train = data.load_images("voc", folder=tmp_path, side=8, crop=True).train
+        assert isinstance(train, Streamed)
+        return Path(train.paths[0]).parents[1].name
+
+    for year, newest in (("2007", "2007"), ("2010", "2010"), ("2009", "2010"), ("2012", "2012"), ("2031", "2012")):
+        write_voc(tmp_path / outer / f"VOC{year}")
+        assert taken() == f"VOC{newest}"
+    write_voc(tmp_path)  # what is named itself comes before what it holds
+    assert taken() == tmp_path.name
+
+
+@pytest.mark.parametrize("name", ["train_aug", "trainaug"])
+def test_the_augmented_list_is_taken_where_it_is_there(tmp_path: Path, name: str) -> None:
     write_voc(tmp_path)
-    write_voc(tmp_path, masks="SegmentationClassAug")
     assert len(data.load_images("voc", folder=tmp_path, side=8).train) == 4
-    (tmp_path / LISTS / "train_aug.txt").write_text("a0\na1\nb0\n")
+    write_voc(tmp_path, masks="SegmentationClassAug")
+    (tmp_path / LISTS / f"{name}.txt").write_text("a0\na1\nb0\n")
     assert len(data.load_images("voc", folder=tmp_path, side=8).train) == 3
     train = data.load_images("voc", folder=tmp_path, side=8, crop=True).train
     assert isinstance(train, Streamed)
     assert all("SegmentationClassAug" in str(target) for target in train.targets)
+
+
+@pytest.mark.parametrize(
+    ("there", "missing"), [(f"{LISTS}/trainaug.txt", "SegmentationClassAug"), ("SegmentationClassAug", LISTS)]
+)
+def test_half_of_what_augmenting_needs_is_told(tmp_path: Path, there: str, missing: str) -> None:
+    write_voc(tmp_path)
+    if there.endswith(".txt"):
+        (tmp_path / there).write_text("a0\n")
+    else:
+        (tmp_path / there).mkdir()
+    text = f"{tmp_path / there} is there and {tmp_path / missing}.* is not, so the 4 images of .*train.txt are trained"
+    with pytest.warns(UserWarning, match=text):
+        assert len(data.load_images("voc", folder=tmp_path, side=8).train) == 4
+
+
+def test_lists_as_editors_of_windows_save_them(tmp_path: Path) -> None:
+    """UTF-8 with a mark in front is read; other encodings are refused by name."""
+    listed = write_voc(tmp_path) / LISTS / "val.txt"
+    listed.write_text("b0\nb1\n", encoding="utf-8-sig")
+    assert len(data.load_images("voc", folder=tmp_path, side=8).test) == 2
+    listed.write_text("b0\nb1\n", encoding="utf-16")
+    with pytest.raises(TorchgrowError, match=r"val\.txt cannot be read as a list in UTF-8 \(.*\); save it in UTF-8"):
+        data.load_images("voc", folder=tmp_path, side=8)
 
 
 def test_what_is_missing_of_voc_is_named_with_what_to_put_where(tmp_path: Path) -> None:
@@ -98,6 +137,64 @@ def test_what_is_missing_of_voc_is_named_with_what_to_put_where(tmp_path: Path) 
 def test_masks_as_files_have_them() -> None:
     mask = torch.tensor([0, 1, 20, 255], dtype=torch.uint8)
     assert as_labels(mask, void=(20,)).tolist() == [0, 1, VOID, VOID]
+
+
+def write_masks(folder: Path, values: dict[str, int], each: int) -> Path:
+    """Pictures whose masks are one class all over; one list names them as often as it takes."""
+    for split, value in values.items():
+        save(folder / f"JPEGImages/{split}.jpg", np.zeros((20, 30, 3)))
+        save(folder / f"SegmentationClass/{split}.png", np.full((20, 30), value), palette=True)
+        (folder / LISTS).mkdir(parents=True, exist_ok=True)
+        (folder / LISTS / f"{split}.txt").write_text(f"{split}\n" * each)
+    return folder
+
+
+@pytest.mark.parametrize("crop", [False, True])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_masks_without_a_class_that_is_learned_are_refused(split: str, crop: bool, tmp_path: Path) -> None:
+    """Own masks of classes 1 and 2, of which the small recipe learns neither: the loss would be nan."""
+    write_masks(tmp_path, {"train": 0, "val": 0} | {split: 2}, each=100)
+    kept: dict[str, Any] = {"folder": tmp_path, "side": 8, "crop": crop}
+    text = (
+        rf"{split}\.txt: of 64 masks looked at, no pixel has a class that is learned; classes found: 2, "
+        r"classes that are void in this recipe: 1, 2, 3; .*--scale full"
+    )
+    with pytest.raises(TorchgrowError, match=text):
+        data.load("voc", void=(1, 2, 3), **kept)
+    assert len(data.load_images("voc", void=(1, 3), **kept).test) == 100
+    write_masks(tmp_path, {split: 255}, each=1)
+    with pytest.raises(TorchgrowError, match=r"of 1 masks looked at, .*found: none, .* in this recipe: none; "):
+        data.load("voc", **kept)
+
+
+def test_few_masks_with_a_class_that_is_learned_are_enough(tmp_path: Path) -> None:
+    """Lists are sorted in many ways: those that are looked at are spread over all of them."""
+    write_masks(tmp_path, {"train": 1, "val": 0}, each=100)
+    with (tmp_path / LISTS / "train.txt").open("a") as file:
+        file.write("val\n" * 2)
+    assert len(data.load_images("voc", folder=tmp_path, side=8, void=(1,)).train) == 102
+
+
+@pytest.mark.parametrize("crop", [False, True])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_subset_without_a_labelled_pixel_is_refused(part: str, crop: bool, tmp_path: Path) -> None:
+    """One mask of 20 has labels, and is drawn to be trained on, or to be held out."""
+    write_masks(tmp_path, {"train": 255, "val": 0}, each=20)
+    drawn = torch.randperm(20, generator=torch.Generator().manual_seed(0)).tolist()
+    labelled = drawn[-1 if part == "train" else 0]
+    names = ["val" if i == labelled else "train" for i in range(20)]
+    (tmp_path / LISTS / "train.txt").write_text("\n".join(names))
+    few: dict[str, Any] = {"folder": tmp_path, "side": 8, "crop": crop, "held_out": part == "test"}
+    text = "no pixel of the 10 images that are left to {} has a class that is learned; take a larger --subset"
+    with pytest.raises(TorchgrowError, match=text.format("train on" if part == "train" else "judge by")):
+        data.load("voc", subset=10, **few)
+    assert len(data.load_images("voc", folder=tmp_path, side=8, crop=crop).train) == 20
+
+
+@pytest.mark.parametrize(("dataset", "where"), [("imagefolder", "image-net.org"), ("voc", "host.robots.ox.ac.uk")])
+def test_what_cannot_be_downloaded_says_where_it_is(dataset: str, where: str, tmp_path: Path) -> None:
+    with pytest.raises(TorchgrowError, match=f"{dataset} cannot be downloaded: .*{where}.*; leave --download out"):
+        data.load(dataset, folder=tmp_path, download=True)
 
 
 # --- streamed
@@ -138,6 +235,43 @@ def test_a_damaged_picture_is_named(what: str, bad: str, crop: bool, tmp_path: P
         list(data.load_images("voc", folder=tmp_path, side=16, crop=crop).test_batches(batch_size=4))
 
 
+def deep(mode: str) -> Image.Image:
+    """A picture with values beyond 255, in a mode that keeps them."""
+    return Image.new(mode, (30, 20), 40_000)
+
+
+@pytest.mark.parametrize("crop", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "kept"), [("I", "bad.tif"), ("I;16", "bad.png"), ("I;16B", "bad.tif"), ("F", "bad.tif")]
+)
+def test_pictures_of_more_than_8_bits_a_colour_are_refused(mode: str, kept: str, crop: bool, tmp_path: Path) -> None:
+    """Pillow would clip them, nearly all to white."""
+    deep(mode).save(write_classes(tmp_path) / "val/cat" / kept)
+    with pytest.raises(TorchgrowError, match=rf"{kept} is a picture of mode {mode[0]}.*save it with 8 bits a colour"):
+        list(data.load_images("imagefolder", folder=tmp_path, side=16, crop=crop).test_batches(batch_size=4))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_pictures_of_other_modes_are_read(mode: str, tmp_path: Path) -> None:
+    for path in write_classes(tmp_path).rglob("*.png"):
+        changed = Image.new("RGB", (30, 20), (255, 255, 255)).convert(mode)
+        path.unlink()
+        changed.save(path.with_suffix(".tif"))
+    for crop in (False, True):
+        found = data.load_images("imagefolder", folder=tmp_path, side=16, crop=crop).test
+        assert found.pixels.min() == 255
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_pictures_too_large_for_pillow_are_named(crop: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_classes(tmp_path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow refuses more than twice that
+    with pytest.raises(
+        TorchgrowError, match=r"0\.png is not a picture that Pillow can read \(Image size \(2400 pixels"
+    ):
+        list(data.load_images("imagefolder", folder=tmp_path, side=16, crop=crop).test_batches(batch_size=4))
+
+
 def batches(loaded: ImageData, **more: Any) -> list[tuple[Tensor, Tensor]]:
     draw: dict[str, Any] = {"batch_size": 2, "shift": 0, "mirror": True, **more}
     return list(loaded.train_batches(**draw, generator=torch.Generator().manual_seed(3)))
@@ -157,6 +291,25 @@ def write_classes(folder: Path, each: int = 4) -> Path:
 def test_one_class_is_refused(tmp_path: Path) -> None:
     shutil.rmtree(write_classes(tmp_path) / "train/dog")
     with pytest.raises(TorchgrowError, match=r"train holds one class, cat/, so there is nothing to tell apart"):
+        data.load_images("imagefolder", folder=tmp_path, side=28)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("stray", [".ipynb_checkpoints", "__MACOSX", "zebra"])
+def test_a_class_folder_without_pictures_is_named(split: str, stray: str, tmp_path: Path) -> None:
+    (write_classes(tmp_path) / split / stray / "inner").mkdir(parents=True)
+    (tmp_path / split / stray / "notes.txt").touch()
+    text = rf"class folder {stray}/ in {tmp_path / split}/ holds no picture .*\.png.*; take it out or fill it"
+    with pytest.raises(TorchgrowError, match=text):
+        data.load_images("imagefolder", folder=tmp_path, side=28)
+
+
+def test_a_folder_without_classes_says_what_is_there(tmp_path: Path) -> None:
+    shutil.rmtree(write_classes(tmp_path) / "train")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(
+        TorchgrowError, match=r"has no images in train/CLASS/\*: found train/, val/ \(Couldn't find any"
+    ):
         data.load_images("imagefolder", folder=tmp_path, side=28)
 
 

@@ -97,6 +97,24 @@ def test_a_run_on_text(finished: Any, folder: Path) -> None:
     assert "%  " not in shown.partition("network")[0], "perplexity is no share"
 
 
+@pytest.mark.parametrize(
+    ("recipe", "changes", "text"),
+    [
+        (TINY, {"subset": 10}, "10 words, too few for one batch of 4 samples of 5 words"),
+        (TINY, {"subset": 23}, "23 words, too few for one batch of 4 samples of 5 words"),
+        (TINY_GPT, {"subset": 20}, "20 words, too few for one batch of 4 samples of 5 words"),
+    ],
+)
+def test_a_text_too_short_leaves_nothing_behind(
+    recipe: Recipe, changes: dict[str, Any], text: str, folder: Path, tmp_path: Path
+) -> None:
+    before = torch.random.get_rng_state()
+    with pytest.raises(TorchgrowError, match=f"the training text has {text} and the word after each; .* --subset"):
+        run.run(replace(recipe, **changes), console=Console(quiet=True), out=tmp_path / "out", folder=folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_training_flops_follow_every_update(folder: Path) -> None:
     """Worked out update by update, with three updates an epoch and 4 sequences a step."""
     data, recipe = load_text(folder=folder, steps=5), TINY.with_words(9)

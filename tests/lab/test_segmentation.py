@@ -1,5 +1,6 @@
 """Classes for every pixel: the network, its loss and metric, data in VOC's layout, a run."""
 
+import contextlib
 import json
 import math
 from dataclasses import replace
@@ -15,8 +16,8 @@ from torch.nn import functional as F
 from torchvision.models.segmentation import deeplabv3_resnet101
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
-from torchgrow import measure, trace, verify
-from torchgrow.lab import compare, run, shapes
+from torchgrow import TorchgrowError, measure, trace, verify
+from torchgrow.lab import compare, processes, run, shapes
 from torchgrow.lab.images import ImageData, Images
 from torchgrow.lab.metrics import MIOU, VOID, confusion, metric_of, miou
 from torchgrow.lab.models import MobileNetV1, Staged
@@ -158,6 +159,14 @@ def test_evaluation_is_over_the_whole_set_and_not_over_batches() -> None:
     assert evaluate(model, by_two)[0] == score
 
 
+def test_nothing_to_judge_by_is_said() -> None:
+    images = Images(pixels=torch.zeros(2, 3, 8, 8, dtype=torch.uint8), labels=torch.full((2, 8, 8), VOID))
+    data = ImageData(train=images, test=images, mean=(0.5,) * 3, std=(0.2,) * 3, metric=MIOU)
+    text = "no pixel of the 2 images to judge by has a class that is judged; give masks with other classes"
+    with pytest.raises(TorchgrowError, match=text):
+        evaluate(Fixed(4), data)
+
+
 def test_large_images_are_evaluated_in_small_batches() -> None:
     for side, size in ((32, 500), (64, 500), (128, 125), (513, 7)):
         images = Images(
@@ -203,6 +212,27 @@ def test_a_run_learns_masks(finished: Path) -> None:
     assert grown[-1]["miou"] > background + 5  # it has found more than that
     results = json.loads((finished / "results.json").read_text())
     assert all(math.isfinite(result["miou"]) and result["accuracy"] is None for result in results.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "text"),
+    [
+        ({"subset": 1}, 1, "1 training image and a batch of 16"),
+        ({"subset": 3}, 2, "3 training images and a batch of 16"),
+        ({"batch_size": 2}, 2, "64 training images and a batch of 2"),
+    ],
+)
+def test_masks_need_two_images_of_every_process(
+    changes: dict[str, int], size: int, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One branch of the network is normalised over the images of a batch alone."""
+    monkeypatch.setattr(processes, "size", lambda: size)
+    recipe = replace(with_scale(get("deeplabv3-voc"), "smoke"), **changes)  # type: ignore[arg-type]
+    text = f"masks are trained on with 2 images a step and process at least, .*{text}.*--subset {2 * size}"
+    monkeypatch.setattr(processes, "first_alone", contextlib.nullcontext)
+    with pytest.raises(TorchgrowError, match=text):
+        run.run(recipe, console=Console(quiet=True), out=tmp_path / "run", beside=())
+    assert not list(tmp_path.iterdir())
 
 
 def test_systems_for_classes_of_images_say_so(tmp_path: Path) -> None:

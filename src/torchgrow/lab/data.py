@@ -19,8 +19,10 @@ from torchgrow import TorchgrowError
 from torchgrow.lab import folders
 from torchgrow.lab.folders import what_is_in
 from torchgrow.lab.images import ImageData, Images, augment, train_steps
+from torchgrow.lab.metrics import MIOU
 from torchgrow.lab.names import DATASETS
 from torchgrow.lab.shapes import shapes
+from torchgrow.lab.streamed import UNREADABLE, in_rgb
 from torchgrow.lab.text import TextData, load_text
 
 __all__ = [
@@ -47,6 +49,11 @@ _SPLIT_SEED = 0  # the digits split and the subset draw are the same for every r
 _MADE_HERE = {
     "digits": "the digits come with scikit-learn",
     **dict.fromkeys(("shapes", "shape-masks"), "at scale smoke the pictures are drawn"),
+}
+
+_FETCHED_BY_HAND = {
+    "imagefolder": "ImageNet is given out at image-net.org, Imagenette at github.com/fastai/imagenette",
+    "voc": "VOCtrainval_11-May-2012.tar is at host.robots.ox.ac.uk/pascal/VOC",
 }
 
 _CIFAR10_HELP = (
@@ -132,7 +139,7 @@ def load(
     Raises:
         TorchgrowError: an unknown data set; a folder or a download for one that needs none; a folder that is missing,
             empty, incomplete or holds something else; a subset that is not between 1 and the number of training images
-            or words; a download of a text, or held-out parts of one.
+            or words; a download of anything but CIFAR-10; held-out parts of a text.
     """
     if dataset == "text":
         if held_out:
@@ -164,6 +171,11 @@ def load_images(
             f"{_MADE_HERE[dataset]}, so no folder is read; leave {'--data' if folder else '--download'} out, or take a "
             "recipe and a scale that read one: torchgrow run resnet20-cifar10 --data FOLDER"
         )
+    if dataset in _FETCHED_BY_HAND and download:
+        raise TorchgrowError(
+            f"{dataset} cannot be downloaded: {_FETCHED_BY_HAND[dataset]}; leave --download out and name your copy: "
+            "--data FOLDER"
+        )
     if dataset == "digits":
         data = _digits()
     elif dataset == "cifar10":
@@ -179,10 +191,21 @@ def load_images(
     if subset is not None and not 1 <= subset <= len(data.train):
         raise TorchgrowError(f"a subset has 1 to {len(data.train)} of the training images of {dataset}, got {subset}")
     if held_out:
-        return _held_out(data, subset)
-    if subset is None:
-        return data
-    return replace(data, train=data.train[_permutation(len(data.train))[:subset]])
+        data = _held_out(data, subset)
+    elif subset is not None:
+        data = replace(data, train=data.train[_permutation(len(data.train))[:subset]])
+    _check_drawn(data)
+    return data
+
+
+def _check_drawn(data: ImageData) -> None:
+    """Whole sets have masks to learn; what was drawn from them may have none."""
+    for images, use in ((data.train, "train on"), (data.test, "judge by")) if data.metric is MIOU else ():
+        if not folders.any_learned(images):
+            raise TorchgrowError(
+                f"no pixel of the {len(images)} images that are left to {use} has a class that is learned; take a "
+                "larger --subset, or leave it out"
+            )
 
 
 def _held_out(data: ImageData, subset: int | None) -> ImageData:
@@ -289,11 +312,24 @@ def _read_batches(folder: Path, split: str) -> Images:
         try:
             with path.open("rb") as file:
                 batch = _ArrayUnpickler(file, encoding="latin1").load()
-            pixels.append(torch.from_numpy(batch["data"]).view(-1, 3, 32, 32))
+            pixels.append(_as_images(np.asarray(batch["data"])))
             labels.append(torch.tensor(batch["labels"]))
         except Exception as error:  # whatever a damaged pickle raises
             raise TorchgrowError(f"{path} is not a batch of CIFAR-10: {error}. {_CIFAR10_HELP}") from error
     return _checked(torch.cat(pixels), torch.cat(labels), folder)
+
+
+def _as_images(rows: np.ndarray[Any, Any]) -> Tensor:
+    """Uint8 ``[N, 3, 32, 32]`` of what a batch has as its data; other numbers may be pixels in [0, 1], or anything.
+
+    Raises:
+        ValueError: it has no rows, or others.
+    """
+    if rows.dtype != np.uint8:
+        raise ValueError(f"its data is {rows.dtype}, not uint8")
+    if not len(rows):
+        raise ValueError("it has no images")
+    return torch.from_numpy(rows).view(-1, 3, 32, 32)
 
 
 def _shards(folder: Path, split: str) -> list[Path]:
@@ -329,11 +365,13 @@ def _read_parquet(folder: Path, split: str) -> Images:
                     + _CIFAR10_HELP
                 )
             labels += [int(label) for label in table["label"].to_pylist()]
-            for cell in table[column].to_pylist():
+            for row, cell in enumerate(table[column].to_pylist(), 1):
                 with Image.open(io.BytesIO(cell["bytes"])) as image:
-                    pixels.append(np.asarray(image.convert("RGB")))
-        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+                    pixels.append(np.asarray(in_rgb(image, f"{path}: row {row}")))
+        except (pa.ArrowException, KeyError, TypeError, *UNREADABLE) as error:
             raise TorchgrowError(f"{path} cannot be read as images: {error}. {_CIFAR10_HELP}") from error
+    if not pixels:
+        raise TorchgrowError(f"{folder} holds no {split} images. {_CIFAR10_HELP}")
     sizes = {image.shape for image in pixels}
     if sizes != {(32, 32, 3)}:
         raise TorchgrowError(f"{folder} holds {split} images of {sorted(sizes)}, CIFAR-10's are 32 x 32")

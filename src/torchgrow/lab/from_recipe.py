@@ -11,10 +11,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from torchgrow import Grower, TorchgrowError, policies, warmup_stable_decay
+from torchgrow.lab import processes
 from torchgrow.lab.data import Data, ImageData, train_steps
 from torchgrow.lab.data import load as load_data
 from torchgrow.lab.devices import random_kept
-from torchgrow.lab.metrics import ACCURACY
+from torchgrow.lab.metrics import ACCURACY, MIOU
 from torchgrow.lab.names import RECIPES
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.text import TextData
@@ -30,7 +31,11 @@ def with_data(
     held_out: bool = False,
     device: torch.device | None = None,
 ) -> tuple[Recipe, Data]:
-    """The data, on the device, and the recipe with networks that fit it."""
+    """The data, on the device, and the recipe with networks that fit it.
+
+    Raises:
+        TorchgrowError: as `torchgrow.lab.data.load`; or there is too little of it for a batch.
+    """
     data = load_data(
         recipe.dataset,
         folder=folder,
@@ -49,8 +54,13 @@ def with_data(
         )
         if recipe.channels_last:
             raise TorchgrowError("a text has no channels; leave --channels-last out")
-        check_order(recipe, getattr(recipe.build, "func", recipe.build))
-        return recipe.with_words(len(data.vocabulary)), data
+        recipe = recipe.with_words(len(data.vocabulary))
+        with random_kept():  # whether it carries a state decides how long a text must be, and about its order
+            model = make_network(recipe.build, 1.0, torch.device("cpu"), meta=recipe.meta)
+        check_order(recipe, type(model))
+        extent(model, data, recipe)
+        return recipe, data
+    _check_batch(recipe, data)
     if recipe.dataset in ("imagefolder", "shapes", "shape-masks") and not recipe.weights:
         most = max(int(images.labels.max()) for images in (data.train, data.test))  # a subset may lack a class
         recipe = recipe.with_classes(1 + most)
@@ -77,6 +87,17 @@ def check_order(recipe: Recipe, kind: Any) -> None:
         raise TorchgrowError(
             f"recipe {recipe.name!r}: largest_batch={recipe.largest_batch} puts batches together, and "
             f"{kind.__name__} carries a state from one to the next; leave largest_batch (--largest-batch) out"
+        )
+
+
+def _check_batch(recipe: Recipe, data: ImageData) -> None:
+    """Networks for masks normalise over the images of a batch alone, where they pool all of an image."""
+    images, size = len(data.train), processes.size()
+    if data.metric is MIOU and min(recipe.batch_size, images) // size < 2:
+        raise TorchgrowError(
+            f"masks are trained on with 2 images a step and process at least, got {images} training "
+            f"image{'s' * (images > 1)} and a batch of {recipe.batch_size} on {size} process{'es' * (size > 1)}; take "
+            f"--subset {2 * size} or more, or fewer processes"
         )
 
 

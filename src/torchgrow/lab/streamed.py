@@ -21,6 +21,9 @@ BACKGROUND = (124, 116, 104)  # of 255, the mean of ImageNet's training images: 
 _VOID = 255  # void in files of masks
 _CLASSES = 21  # of VOC, background included
 _WORKERS = 16
+_LOOKED_AT = 64  # masks, before training
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises of a picture that it cannot read; a broken PNG is a SyntaxError."""
 
 
 def _cores() -> int:
@@ -86,7 +89,7 @@ class Streamed:
         Raises:
             TorchgrowError: one of the two cannot be read, or the mask is not one, or not of the picture's size.
         """
-        picture, target = _opened(self.paths[i]).convert("RGB"), self.targets[i]
+        picture, target = in_rgb(_opened(self.paths[i]), self.paths[i]), self.targets[i]
         if not isinstance(target, str):
             return picture, None
         mask = classes_of(_opened(target), target)
@@ -217,10 +220,24 @@ def _opened(path: str) -> Image.Image:
         with Image.open(path) as file:
             file.load()
             return file
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow says a broken PNG is a SyntaxError
+    except UNREADABLE as error:
         raise TorchgrowError(
             f"{path} is not a picture that Pillow can read ({error}); mend it or take it out"
         ) from None
+
+
+def in_rgb(picture: Image.Image, name: str) -> Image.Image:
+    """A picture in 8 bits a colour.
+
+    Raises:
+        TorchgrowError: it has more, which Pillow would clip: nearly all of a 16-bit picture to white.
+    """
+    if picture.mode.startswith(("I", "F")):
+        raise TorchgrowError(
+            f"{name} is a picture of mode {picture.mode}, whose values go beyond 255 and cannot be read as they are; "
+            "save it with 8 bits a colour"
+        )
+    return picture.convert("RGB")
 
 
 def classes_of(mask: Image.Image, path: str) -> Image.Image:
@@ -238,6 +255,23 @@ def classes_of(mask: Image.Image, path: str) -> Image.Image:
             "(mode P or L, as in VOC's SegmentationClass)"
         )
     return mask
+
+
+def classes_in(images: Streamed) -> tuple[set[int], int]:
+    """Which classes some of its masks have, void ones too, and how many were read.
+
+    At most 64, spread over all of them, and none after one with a class that is not void: reading all masks of a large
+    set takes minutes.
+    """
+    found: set[int] = set()
+    looked = min(_LOOKED_AT, len(images))
+    for read in range(looked):
+        path = str(images.targets[read * len(images) // looked])
+        counts = classes_of(_opened(path), path).histogram()
+        found |= {value for value, count in enumerate(counts[:_VOID]) if count}
+        if found - set(images.void):
+            return found, read + 1
+    return found, looked
 
 
 def as_labels(mask: Tensor, void: tuple[int, ...] = ()) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchgrow import Cost, Event, Grower, TrainingError, distillation_loss, guard_, measure
+from torchgrow import Cost, Event, Grower, TorchgrowError, TrainingError, distillation_loss, guard_, measure
 from torchgrow.lab import processes
 from torchgrow.lab.checkpoints import Checkpoints, Progress
 from torchgrow.lab.data import Data
@@ -348,6 +348,9 @@ def evaluate(model: nn.Module, data: Data, split: str | None = None) -> tuple[fl
 
     Returns:
         Accuracy or mIoU in percent, or perplexity, and the loss of an image, a pixel or a word.
+
+    Raises:
+        TorchgrowError: of masks, no pixel has a label.
     """
     model.eval()
     correct, loss, count, state = 0, 0.0, 0, None
@@ -361,6 +364,11 @@ def evaluate(model: nn.Module, data: Data, split: str | None = None) -> tuple[fl
         if data.metric is MIOU:
             seen = confusion(guesses, labels, scores.shape[1])
             pairs = seen if pairs is None else pairs + seen
+    if not count:
+        raise TorchgrowError(
+            f"no pixel of the {len(data.test)} images to judge by has a class that is judged; give masks with other "
+            "classes, or take a recipe in which theirs are not void (--scale full)"
+        )
     mean = loss / count
     if pairs is not None:
         return miou(pairs), mean
