@@ -88,6 +88,15 @@ NETWORKS = (
 )
 
 
+MACS = {
+    "VGG-16": "313 (Li et al., 2017)",
+    "ResNet-50": "4,090 (torchvision)",
+    "MobileNetV1 1.0x": "569 (Howard et al., 2017)",
+    "MobileNetV1 0.5x": "49 (Howard et al., 2017)",
+}
+"""Of one sample in millions, as others printed them; the paper prints none."""
+
+
 def not_convolution(module: nn.Module) -> bool:
     """Whether it has parameters of its own and is no convolution."""
     return isinstance(module, nn.BatchNorm2d | nn.Linear)
@@ -109,6 +118,7 @@ def counted(dense: Dense) -> dict[str, object]:
         "recipe": recipe.name,
         "params": cost.params,
         "macs": cost.flops // 2,
+        "macs_published": MACS.get(dense.name, ""),
         "of": f"{recipe.steps} words" if text else f"{side} x {side} pixels",
         "paper_millions": dense.paper,
         "where": dense.where,

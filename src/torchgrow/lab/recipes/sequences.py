@@ -67,6 +67,7 @@ def gpt_ptb() -> Recipe:
     Command: ``torchgrow run gpt-ptb --data FOLDER``, with the Penn Treebank or any other text in three files;
     without ``--data``, the manual that comes with Python.
     Hardware: 2 CPU cores; for a try there, leave ``--data`` out and add ``--epochs 2``.
+    Here: docs/results.md, under its name.
     """
     return Recipe(
         name="gpt-ptb",
