@@ -134,6 +134,15 @@ def test_soft_pruning_zeroes_exactly_so_many_rows_and_they_recover() -> None:
     assert int((weight == 0).sum()) == 0
 
 
+def test_soft_pruning_leaves_weights_alone_that_could_not_recover() -> None:
+    model: Any = Two(10)
+    model[0].weight.requires_grad_(False)
+    before = model[0].weight.clone()
+    whole = Structure(model, task_of(lambda: model, Budget(params="50%")))
+    Soft(whole, 0.5).ended(1)
+    assert torch.equal(model[0].weight, before)
+
+
 # --- ThiNet (Luo 2017) ---
 
 

@@ -179,7 +179,8 @@ class Structure:
 
     @torch.no_grad()
     def zero_rows(self, units: Tensor) -> None:
-        """Set the rows that make these units (bool [n]) to zero."""
+        """Set the rows that make these units (bool [n]) to zero, but for weights that are frozen."""
         weights = dict(self.model.named_parameters())
         for name, rows in self.rows(units).items():
-            weights[name].index_fill_(0, rows.to(weights[name].device), 0)
+            if weights[name].requires_grad:
+                weights[name].index_fill_(0, rows.to(weights[name].device), 0)
