@@ -94,8 +94,8 @@ def train(job: Job, beside: Sequence[Job], bench: Bench, bars: Bars) -> Iterator
     if not any(checkpoints.folder.glob("checkpoint-*")):
         epochs = []
 
-    def on_step(step: int, steps: int) -> None:
-        bars(job, len(epochs) + step / steps, recipe.epochs + recipe.then)
+    def on_step(epoch: int, step: int, steps: int) -> None:
+        bars(job, epoch - 1 + step / steps, recipe.epochs + recipe.then)
 
     for epoch in fit(
         job.method, model, optimizer, data, recipe, grower=grower, on_step=on_step, checkpoints=checkpoints
