@@ -333,8 +333,6 @@ def test_what_is_no_start_is_refused() -> None:
     for start, kind, text in cases:
         with pytest.raises(kind, match=text):
             begin(model, start=start)
-    with pytest.raises(TorchgrowError, match="begins with a seed only; with start= give policy="):
-        begin(model, preset="default:gates=True")
     assert not differences(before, model.state_dict())
     with torch.device("meta"):
         empty = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))

@@ -1,12 +1,15 @@
-"""The uniform twin: one factor for every width."""
+"""The uniform twin: one factor for every width. What is of a structure from scratch."""
 
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from torchgrow.lab.baselines import uniform_width
+from torchgrow import shrink_, trace
+from torchgrow.lab.attention import ViT
+from torchgrow.lab.baselines import initialised, uniform_width
 from torchgrow.lab.models import ResNet
 
 BUILD = partial(ResNet, depth=8, widths=(4, 8, 16), in_channels=1)
@@ -34,3 +37,46 @@ def test_uniform_twin_draws_no_random_numbers() -> None:
     before = torch.get_rng_state()
     uniform_width(BUILD, 1000)
     assert torch.equal(before, torch.get_rng_state())
+
+
+class Biased(nn.Module):
+    """c3(1, 4) - relu - two blocks, x + c3(4, 4)(relu(bn(c3(4, 4)(x)))) - pool - fc; all with biases. Blocks may go."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.bn, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = x + self.b(self.bn(self.a(x)).relu())
+            return found
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(4, 2)
+        self.blocks = nn.Sequential(self.Block(), self.Block())
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.fc(self.blocks(self.stem(x).relu()).mean((2, 3)))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [(Biased, (2, 1, 8, 8)), (partial(ViT, size=8, features=16, layers=2, heads=2, head=8, neurons=16), (2, 3, 8, 8))],
+)
+def test_a_structure_without_a_block_that_has_biases_begins_anew(build: Any, shape: Any) -> None:
+    """Nothing is left of the block to draw; PyTorch's layers cannot tell how many inputs such a weight has."""
+    model, x = build(), torch.randn(shape)
+    space = trace(model, x, depth=True)
+    keep = space.everything()
+    keep[space.blocks[-1].unit] = False
+    shrink_(model, space, keep, store=False)
+    expect = model.eval()(x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7.0)
+    assert any(parameter.shape == (0,) for parameter in model.parameters())
+    found = initialised(model)(x)
+    assert found.shape == expect.shape
+    assert not any(bool((parameter == 7).any()) for parameter in model.parameters())

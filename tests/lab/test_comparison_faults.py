@@ -1,6 +1,7 @@
 """What cannot be trained in a comparison: said with the fix, before anything is written, and never at others' cost."""
 
 import itertools
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -89,6 +90,39 @@ def test_no_network_stands_at_a_budget_that_it_breaks(tmp_path: Path) -> None:
     assert "narrowest network that one factor gives has" in rows["uniform"]["error"]
     assert "more than params <= 20 allows; give a larger --budget" in rows["uniform"]["error"]
     assert "give a larger --budget" in rows["sfp"]["error"]
+
+
+def test_a_budget_out_of_reach_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By all systems in the same words; those that may leave layers out come to a smaller network than the others.
+
+    Blocks of one channel inside: 22 parameters in a stream of 1, and 62, or 44 at its beginning, in a stream of 3 (what
+    shortcuts pad has a channel each). Twice 22, 44 and 62, twice 62, a stem of 11 and a classifier of 40 are 325;
+    without the second block of every stage 179.
+    """
+    trained: list[str] = []
+
+    def fit(name: str, *_: Any, **__: Any) -> Any:
+        trained.append(name)
+        raise TorchgrowError("a network began to train")
+
+    monkeypatch.setattr("torchgrow.lab.systems.running.fit", fit)
+    monkeypatch.setattr("torchgrow.lab.compare.training.fit", fit)
+    monkeypatch.setattr("torchgrow.lab.systems.netadapt.NetAdapt._search", fit)
+    methods = "l1-norm sfp thinet pfp bar morphnet netadapt autogrow darts proxyless shrink shrink:until=0.3"
+    rows = run(tmp_path, methods, budgets=[Budget(params=20)])
+    assert trained == []
+    assert [row["method"] for row in rows] == methods.split()
+    text = "the budget is below the smallest network here, of {} parameters and .* FLOPs; give a larger --budget"
+    for row in rows:
+        least = 179 if row["method"] in ("autogrow", "darts", "proxyless") else 325
+        assert re.fullmatch(text.format(least), row["error"]), row["error"]
+    with pytest.raises(TorchgrowError, match=r"dense, seed 0, .*: a network began to train"):
+        run(tmp_path, "dense sfp", budgets=[Budget(params=20)])
+    assert trained == ["dense"]
+    with pytest.raises(TorchgrowError, match="1 of 2 could not be trained: autogrow"):
+        run(tmp_path, "autogrow sfp", budgets=[Budget(params=300)])
 
 
 def test_the_uniform_twin_is_within_all_that_is_budgeted() -> None:

@@ -153,7 +153,7 @@ def grown(
     grower = make_grower(model, optimizer, DATA, recipe)
     checkpoints = Checkpoints(folder=folder, every=5) if folder else None
 
-    def count(done: int, total: int) -> None:
+    def count(epoch: int, done: int, total: int) -> None:
         steps.append(done)
         if len(steps) == stop:
             raise KeyboardInterrupt

@@ -451,7 +451,7 @@ def test_the_live_panel_shows_progress_size_and_widths(finished: Any) -> None:
     display.start("grown", epochs=30, frame=replace(cost, params=100_000), limits=limits, full=full)
     assert "epoch 1/30" in shown(display)
     display.epoch(epoch_of(widths={"conv1": 3, "layer3.0.conv1": 7}))
-    display.step(2, 4)
+    display.step(5, 2, 4)
     text = shown(display)
     assert "epoch 5/30" in text
     assert "accuracy 97.50 %" in text

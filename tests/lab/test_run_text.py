@@ -218,13 +218,13 @@ def test_a_teacher_carries_its_own_state(folder: Path) -> None:
 
 
 def test_its_state_is_in_checkpoints(folder: Path, tmp_path: Path) -> None:
-    def fit(place: str, on_step: Any = lambda done, total: None) -> Any:
+    def fit(place: str, on_step: Any = lambda epoch, done, total: None) -> Any:
         data, recipe, model, teacher, optimizer, grower = students(folder)
         checkpoints = Checkpoints(folder=tmp_path / place, every=1)
         how: dict[str, Any] = {"grower": grower, "teacher": teacher, "on_step": on_step, "checkpoints": checkpoints}
         return [replace(epoch, seconds=0.0) for epoch in train.fit("shrunk", model, optimizer, data, recipe, **how)]
 
-    def stop(done: int, total: int) -> None:
+    def stop(epoch: int, done: int, total: int) -> None:
         if done == 2:
             raise KeyboardInterrupt
 

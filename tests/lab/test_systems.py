@@ -134,6 +134,15 @@ def test_soft_pruning_zeroes_exactly_so_many_rows_and_they_recover() -> None:
     assert int((weight == 0).sum()) == 0
 
 
+def test_soft_pruning_leaves_weights_alone_that_could_not_recover() -> None:
+    model: Any = Two(10)
+    model[0].weight.requires_grad_(False)
+    before = model[0].weight.clone()
+    whole = Structure(model, task_of(lambda: model, Budget(params="50%")))
+    Soft(whole, 0.5).ended(1)
+    assert torch.equal(model[0].weight, before)
+
+
 # --- ThiNet (Luo 2017) ---
 
 
@@ -210,6 +219,62 @@ def test_sizes_of_samples_and_draws_by_hand() -> None:
     assert distinct(torch.ones(2), 1) == pytest.approx(1.0)
     assert distinct(torch.ones(2), 2) == pytest.approx(1.5)
     assert distinct(torch.tensor([1.0, 0.0]), 100) == pytest.approx(1.0, abs=1e-3)
+
+
+# --- ThiNet and Provable: units that no layer they know reads ---
+
+
+class Sequences(nn.Module):
+    """c1(1, 8) -> pixels in a row -> inner layer of 8 -> mean -> fc; a layer that reads the first one's units."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.stem, self.kind, self.fc = nn.Conv2d(1, 8, 1), kind, nn.Linear(8, 2)
+        if kind == "conv":
+            self.inner: nn.Module = nn.Conv1d(8, 8, 1)
+        elif kind == "grouped":
+            self.inner = nn.Conv2d(8, 8, 1, groups=2)
+        else:
+            self.inner = nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.kind == "grouped":
+            x = self.inner(x).flatten(2)
+        elif self.kind == "conv":
+            x = self.inner(x.flatten(2))
+        else:
+            x = self.inner(x.flatten(2).transpose(1, 2))[0].transpose(1, 2)
+        found: Tensor = self.fc(x.mean(2))
+        return found
+
+
+class Attending(nn.Module):
+    """c1(1, 8) -> an encoder layer of two heads, whose out_proj is a weight that no call passes through -> fc"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(1, 8, 1), nn.Linear(8, 2)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.fc(self.encoder(self.stem(x).flatten(2).transpose(1, 2)).mean(1))
+        return found
+
+
+@pytest.mark.parametrize("who", ["ThiNet", "PFP"])
+@pytest.mark.parametrize(
+    ("build", "group"),
+    [
+        (partial(Sequences, "conv"), "group stem"),
+        (partial(Sequences, "grouped"), "group stem"),
+        (partial(Sequences, "lstm"), "group stem"),
+        (Attending, r"group encoder.self_attn.in_proj_weight\[0\]"),
+    ],
+)
+def test_units_that_no_known_layer_reads_are_not_cut_by_their_place(build: Any, group: str, who: str) -> None:
+    with pytest.raises(UnfitError, match=rf"^{who} judges units .*, and {group} has no layer that reads them so; take"):
+        next(system(who.lower()).phases(task_of(build, Budget(params="60%"))))
 
 
 # --- BAR (Lemaire 2019) ---

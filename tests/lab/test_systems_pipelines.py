@@ -273,6 +273,57 @@ def test_netadapt_keeps_the_candidate_of_best_accuracy_and_filters_of_large_norm
     assert evaluate(model, task.data)[0] == 100.0
 
 
+class Grouped(nn.Sequential):
+    """x -> c1(1, A) -> bn -> relu -> c3(A, B), four groups -> bn -> relu -> c1(B, 2) -> pool"""
+
+    def __init__(self, first: int, second: int) -> None:
+        inner = nn.Conv2d(first, second, 3, padding=1, groups=4, bias=False)
+        super().__init__(
+            *(nn.Conv2d(1, first, 1, bias=False), nn.BatchNorm2d(first), nn.ReLU()),
+            *(inner, nn.BatchNorm2d(second), nn.ReLU()),
+            *(nn.Conv2d(second, 2, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        )
+
+
+@pytest.mark.parametrize(
+    ("build", "share"), [(partial(Three, 2, 64), "10%"), (partial(Grouped, 32, 32), "10%"), (seeing, "10%")]
+)
+def test_netadapt_goes_on_where_groups_vanish_or_form_anew(build: Any, share: str, tmp_path: Path) -> None:
+    """What is down to one unit is no group any more, and grouped convolutions lose whole groups."""
+    task = task_of(build, Budget(params=share))
+    task.folder = tmp_path
+    (phase,) = NetAdapt(short=1).phases(task)
+    first, last = (sum(p.numel() for p in model.parameters()) for model in (task.network(), phase.model))
+    assert last <= float(share[:-1]) / 100 * first
+
+
+def test_netadapt_keeps_to_the_multiple_of_a_group_whose_number_changes(tmp_path: Path) -> None:
+    """A has 2 units, B 64: A is cut to one and is gone, and B, from then on the first group, still goes in eights."""
+    task = task_of(partial(Three, 2, 64), Budget(params="10%"))
+    task.folder = tmp_path
+    next(NetAdapt(short=1).phases(task))
+    steps = json.loads((tmp_path / "search.json").read_text())
+    assert (0, 1) in [(step["group"], step["width"]) for step in steps]
+    assert [step["width"] % 8 for step in steps if step["width"] > 1] == [0] * (len(steps) - 1)
+    assert len(steps) > 2
+
+
+def test_netadapt_searches_anew_from_a_step_that_is_none_of_its_candidates(tmp_path: Path) -> None:
+    """An earlier version left a width here that is no multiple of what the group began with."""
+
+    def searched(folder: Path) -> Any:
+        task = task_of(partial(Two, 32), Budget(params="40%"))
+        task.folder = folder
+        next(NetAdapt(short=1).phases(task))
+        return [(step["group"], step["width"]) for step in json.loads((folder / "search.json").read_text())]
+
+    expect = searched(tmp_path / "whole")
+    step = {"group": 0, "width": 27, "accuracy": 1.0, "flops": 1, "seconds": 1.0}
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "search.json").write_text(json.dumps([step]))
+    assert searched(tmp_path / "broken") == expect
+
+
 # --- AutoGrow (Wen 2020) ---
 
 

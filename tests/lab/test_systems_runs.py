@@ -129,6 +129,14 @@ def test_published_networks_are_trained_as_they_are_and_serve_all_budgets(tmp_pa
     assert "mnasnet" in [str(cell) for table in tables(found) for cell in table.columns[0].cells]
 
 
+def test_published_networks_give_classes_and_no_masks(tmp_path: Path) -> None:
+    rows = run(tmp_path, "mnasnet efficientnet-b0", recipes.with_scale(recipes.get("deeplabv3-voc"), "smoke"))
+    assert [row["error"] for row in rows] == [
+        f"{name} gives classes of images, and recipe 'deeplabv3-voc' trains on masks"
+        for name in ("mnasnet", "efficientnet-b0")
+    ]
+
+
 def test_without_torchvision_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(TorchgrowError, match=r"this needs the package torchvision, .* pip install torchvision"):

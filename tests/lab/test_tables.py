@@ -1,14 +1,16 @@
-"""The results page: which rows stand beside each other, and what they are called."""
+"""The results page: which rows stand beside each other, and what they are called. Printed tables."""
 
 import importlib.util
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from torchgrow.lab import metrics, pages, recipes
+from torchgrow.lab import metrics, pages, recipes, results
 from torchgrow.lab.compare import Job
 from torchgrow.lab.results import by_budget, draw_sizes
 
@@ -169,3 +171,28 @@ def test_in_short_leaves_out_what_was_measured_under_a_schedule_given_up(tables:
     assert len(heads) == len(set(heads)) == 2
     labels(tables, then)
     assert ", milestones" in pages.summary(folder, briefly=True)
+
+
+def test_a_printed_table_says_of_published_networks_that_its_budget_is_not_theirs() -> None:
+    """Of those that break it: a budget may be wide enough for them."""
+
+    def finished(method: str, budget: str | None, params: int, flops: int) -> Any:
+        found = {"method": method, "seed": 0, "budget": budget, "accuracy": 1.0, "params": params, "flops": flops}
+        spent = dict.fromkeys(("train_flops", "train_flops_paper_rule", "seconds", "dense_seconds"), 1)
+        return {**found, **spent, **{f"dense_{key}": 100 for key in ("params", "flops", "train_flops")}}
+
+    def notes(rows: Any) -> Any:
+        return [table.caption for table in results.tables(rows)]
+
+    budgets = ["params <= 20%", "params <= 60% and flops <= 70", "params <= 90%"]
+    rows = [finished("uniform", budget, 10, 10) for budget in budgets]
+    rows += [finished("dense", None, 100, 100)]
+    searched = [finished("mnasnet", None, 50, 80), finished("efficientnet-b0", None, 85, 95)]
+    failed = [{"method": "mnasnet", "seed": 1, "budget": None, "error": "no"}]
+    both = "mnasnet, efficientnet-b0: as published, not within the budget"
+    assert notes(rows + searched + failed) == [both, both, None]
+    assert notes(rows + failed) == [None, None, None]
+    assert notes(rows[3:] + searched) == [None]  # no budget, so none that is broken
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(*results.tables(rows[2:] + searched), *results.tables(rows[1:2] + searched[:1]), sep="\n")
+    assert console.export_text().rstrip().endswith("\nmnasnet: as published, not within the budget")

@@ -59,7 +59,9 @@ def initialised(model: nn.Module) -> nn.Module:
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # those of layers that are left out
         for module in model.modules():
             reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
-            if reset is not None:
+            own = list(module.parameters(recurse=False))
+            left_out = bool(own) and not any(parameter.numel() for parameter in own)
+            if reset is not None and not left_out:  # an empty weight does not say how many inputs it has
                 reset()
         if hasattr(model, "initialise"):
             model.initialise()  # type: ignore[operator]

@@ -89,16 +89,16 @@ class Display:
             full: units of every group at full width; empty for a network that does not grow.
         """
         self._network, self._epochs, self._frame, self._limits, self._full = network, epochs, frame, limits, full
-        self._steps = (0, 1)
+        self._under_way, self._steps = 1, (0, 1)
         self._last: Epoch | None = None
 
-    def step(self, done: int, total: int) -> None:
-        """Note the progress within the epoch, in steps."""
-        self._steps = (done, total)
+    def step(self, epoch: int, done: int, total: int) -> None:
+        """Note the progress within an epoch (counted from 1), in steps."""
+        self._under_way, self._steps = epoch, (done, total)
 
     def epoch(self, record: Epoch) -> None:
         """Note a finished epoch."""
-        self._last, self._steps = record, (0, self._steps[1])
+        self._last, self._under_way, self._steps = record, record.epoch + 1, (0, self._steps[1])
         if not self.console.is_terminal:
             left = record.seconds / record.epoch * (self._epochs - record.epoch)
             self.console.print(f"{record.network:<12}{epoch_line(record, self._epochs, left)}", soft_wrap=True)
@@ -110,12 +110,11 @@ class Display:
     def _render(self) -> RenderableType:
         if not self._network:
             return ""
-        done = self._last.epoch if self._last else 0
         head = Table.grid(padding=(0, 2))
         status = f"{_score(self._last)}  loss {self._last.loss:.3f}" if self._last else ""
         head.add_row(
             Text(self._network, style="bold"),
-            f"epoch {min(done + 1, self._epochs)}/{self._epochs}",
+            f"epoch {min(self._under_way, self._epochs)}/{self._epochs}",
             ProgressBar(total=self._steps[1], completed=self._steps[0], width=_BAR),
             status,
         )

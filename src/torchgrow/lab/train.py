@@ -91,7 +91,7 @@ def fit(
     teacher: nn.Module | None = None,
     hooks: Hooks | None = None,
     spent: tuple[int, float] = (0, 0.0),
-    on_step: Callable[[int, int], None] = lambda done, total: None,
+    on_step: Callable[[int, int, int], None] = lambda epoch, done, total: None,
     checkpoints: Checkpoints | None = None,
 ) -> Iterator[Epoch]:
     """Train ``model`` for the recipe's epochs, yielding after each; those done before the latest checkpoint are not.
@@ -108,7 +108,7 @@ def fit(
         teacher: what ``model`` also learns from, by the recipe's share; in evaluation mode, with a state of its own.
         hooks: what else is done while it trains.
         spent: training FLOPs and seconds before its first step, which records have in them.
-        on_step: called as ``on_step(done, total)`` after each step of an epoch.
+        on_step: called as ``on_step(epoch, done, total)`` after each step of an epoch, which is counted from 1.
         checkpoints: where to go on from, and where to leave them; that of an epoch once the next is asked for.
 
     Raises:
@@ -171,7 +171,7 @@ class _Run:
     checkpoints: Checkpoints | None
     steps: int
     samples: int
-    on_step: Callable[[int, int], None]
+    on_step: Callable[[int, int, int], None]
     fixed: tuple[nn.Module, Cost] | None
     generator: torch.Generator
 
@@ -238,7 +238,7 @@ class _Run:
             for _ in range(many):
                 self.schedule.step()
             flops, changes = many * (3 * cost.flops + self.lesson) * self.samples, progress.changes
-            self.on_step(step, steps)
+            self.on_step(progress.epoch, step, steps)
             if grower and step in between:
                 changes = _added(changes, grower.update())
                 at = progress.epoch - 1 + step / steps

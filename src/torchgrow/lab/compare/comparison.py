@@ -15,7 +15,7 @@ from torchgrow.lab.compare import pruning
 from torchgrow.lab.compare.job import Job, after, growing
 from torchgrow.lab.compare.progress_bars import Bars
 from torchgrow.lab.compare.results_file import Rows
-from torchgrow.lab.compare.training import NETWORK, Bench, train
+from torchgrow.lab.compare.training import NETWORK, Bench, refused, train
 from torchgrow.lab.data import Data, fingerprint, sizes
 from torchgrow.lab.devices import chosen as chosen_device
 from torchgrow.lab.devices import random_kept, random_state, set_random_state
@@ -84,7 +84,7 @@ def compare(
                 chosen = replace(recipe, seed=seed, budget=budget)
                 now = [Job(method=m, recipe=chosen, data=sizes(data), validate=validate) for m in _ordered(methods)]
                 jobs += [job for job in now if job not in jobs]
-                failed |= _all(_missing(now, bench), bench)
+                failed |= _all(_missing(_within_reach(now, methods, bench), bench), bench)
     finally:
         os.close(held)
     found = _rows_of(jobs, rows)
@@ -178,6 +178,13 @@ def _ordered(methods: Sequence[str]) -> list[str]:
     methods = [method.removesuffix(":") for method in methods]  # "shrink:" is "shrink"
     once = dict.fromkeys([*methods, *(base for method in methods if (base := after(method)))])
     return sorted(once, key=lambda method: method != "dense")
+
+
+def _within_reach(jobs: Sequence[Job], methods: Sequence[str], bench: Bench) -> list[Job]:
+    """Jobs of these methods but for systems whose budget is out of reach, and for what only these begin with."""
+    out = refused(jobs, bench)
+    left = _ordered([method for method in methods if method.removesuffix(":") not in out])
+    return [job for job in jobs if job.method in left]
 
 
 def _missing(jobs: Sequence[Job], bench: Bench) -> list[Job]:

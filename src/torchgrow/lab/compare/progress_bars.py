@@ -39,8 +39,8 @@ class Bars:
 
     def _left(self) -> float:
         """Seconds until all of these networks are trained, if an epoch of one takes as long as that of another."""
-        done = sum(self._epochs[key][0] - begun for key, begun in self._begun.items())
-        missing = sum(total - done for done, total in self._epochs.values())
+        done = sum(max(0.0, self._epochs[key][0] - begun) for key, begun in self._begun.items())
+        missing = sum(max(0.0, total - done) for done, total in self._epochs.values())
         return (time.perf_counter() - self._start) / done * missing if done else 0.0
 
     def say(self, text: str) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import nn
 
 import torchgrow
-from torchgrow import Cost, Grower, measure
+from torchgrow import Cost, Grower, TorchgrowError, measure
 from torchgrow.lab.baselines import initialised, twin_width, uniform_width
 from torchgrow.lab.checkpoints import Checkpoints, write_whole
 from torchgrow.lab.compare.job import AFTER, Job, after
@@ -23,10 +23,21 @@ from torchgrow.lab.compare.pruning import PruningError, l1_pruned
 from torchgrow.lab.compare.published import published_network
 from torchgrow.lab.compare.results_file import Rows
 from torchgrow.lab.data import Data
+from torchgrow.lab.devices import random_kept
 from torchgrow.lab.from_recipe import extent, far_from_paper, make_grower, make_network, make_optimizer
 from torchgrow.lab.names import FIXED, PUBLISHED, UNBUDGETED, is_system
 from torchgrow.lab.recipes import Recipe
-from torchgrow.lab.systems import PHASES, Spent, Structure, Task, UnfitError, fine_tuned, run, system
+from torchgrow.lab.systems import (
+    LEAVE_LAYERS_OUT,
+    PHASES,
+    Spent,
+    Structure,
+    Task,
+    UnfitError,
+    fine_tuned,
+    run,
+    system,
+)
 from torchgrow.lab.text import TextData
 from torchgrow.lab.train import Epoch, evaluate, fit
 
@@ -84,8 +95,8 @@ def train(job: Job, beside: Sequence[Job], bench: Bench, bars: Bars) -> Iterator
     if not any(checkpoints.folder.glob("checkpoint-*")):
         epochs = []
 
-    def on_step(step: int, steps: int) -> None:
-        bars(job, len(epochs) + step / steps, recipe.epochs + recipe.then)
+    def on_step(epoch: int, step: int, steps: int) -> None:
+        bars(job, epoch - 1 + step / steps, recipe.epochs + recipe.then)
 
     for epoch in fit(
         job.method, model, optimizer, data, recipe, grower=grower, on_step=on_step, checkpoints=checkpoints
@@ -114,6 +125,33 @@ def _parts(job: Job, epochs: Sequence[Epoch]) -> list[Spent]:
     flops, seconds = last.training_flops - grown.training_flops, last.seconds - grown.seconds
     growth = Spent(name="growth", flops=grown.training_flops, seconds=grown.seconds)
     return [growth, Spent(name="after growth", counted=False, flops=flops, seconds=seconds)]
+
+
+def refused(jobs: Sequence[Job], bench: Bench) -> set[str]:
+    """Methods whose budget is below the smallest network that they can come to; their rows say so from now on.
+
+    Args:
+        jobs: of one seed and budget; only systems without a row are looked at.
+        bench: as for `train`.
+    """
+    done, found = {row["config_hash"] for row in bench.rows.read()}, set[str]()
+    structures: dict[bool, Structure] = {}
+    for job in jobs:
+        if not is_system(job.method) or job.key() in done:
+            continue
+        deep = job.method in LEAVE_LAYERS_OUT
+        task = Task(recipe=job.recipe, data=bench.data, folder=bench.folder(job), trained=partial(_dense, job, bench))
+        try:
+            with random_kept():
+                if deep not in structures:
+                    structures[deep] = Structure(task.network(), task, depth=deep)
+                structures[deep].check(task.limits())
+        except UnfitError as failed:
+            bench.rows.append({**_head(job, bench), "error": str(failed)})
+            found.add(job.method)
+        except TorchgrowError:
+            pass  # the system says so itself when its turn comes
+    return found
 
 
 def _train_system(job: Job, beside: Sequence[Job], bench: Bench, bars: Bars) -> Iterator[Epoch]:

@@ -23,6 +23,7 @@ from torchgrow.lab.systems.thinet import ThiNet
 
 __all__ = [
     "BEGIN_TRAINED",
+    "LEAVE_LAYERS_OUT",
     "PHASES",
     "Phase",
     "Spent",
@@ -52,6 +53,9 @@ _SYSTEMS: dict[str, type[System]] = {
 
 BEGIN_TRAINED = ("l1-norm", "thinet", "pfp", "bar", "netadapt", "shrink")
 """Those that begin with the trained dense network, or learn from it."""
+
+LEAVE_LAYERS_OUT = ("autogrow", "darts", "proxyless")
+"""Those that may come to a network without some of its layers."""
 
 
 def system(name: str) -> System:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchgrow import Space
+from torchgrow.lab.systems.system import UnfitError
 
 AT_ONCE = 128
 """Images of a forward pass."""
@@ -70,6 +71,44 @@ def readers(model: nn.Module, space: Space) -> list[Reader]:
         inner = module.weight[0, 0].numel() if isinstance(module, nn.Conv2d) else 1
         for group in space.group_of[owned[space.removable[owned]]].unique().tolist():
             found.append(Reader(path, module, vector.repeat_interleave(inner), group))
+    return found
+
+
+@torch.no_grad()
+def judges(who: str, model: nn.Module, space: Space, x: Tensor) -> list[Reader]:
+    """The readers that are called, in the order of the model's modules: those by which a system can judge all units.
+
+    Some are never called: attention of PyTorch hands the weight of its `out_proj` on, and nothing passes through it.
+
+    Args:
+        who: the system.
+        model: the network.
+        space: its units.
+        x: images to try it on.
+
+    Raises:
+        UnfitError: a group that may shrink has none.
+    """
+    found, called = readers(model, space), set[nn.Module]()
+
+    def note(module: nn.Module, _: tuple[Tensor, ...]) -> None:
+        called.add(module)
+
+    handles = [module.register_forward_pre_hook(note) for module in {reader.module for reader in found}]
+    try:
+        model.eval()(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = [reader for reader in found if reader.module in called]
+    groups = set(space.group_of[space.removable].tolist()) - {reader.group for reader in found}
+    names = [space.group_names[group] for group in sorted(groups)]
+    if names:
+        which = f"each of the groups {', '.join(names)}" if names[1:] else f"group {names[0]}"
+        raise UnfitError(
+            f"{who} judges units by the Conv2d (groups=1) or Linear that reads them, and {which} has no layer that "
+            "reads them so; take a system that judges by their own weights, such as l1-norm"
+        )
     return found
 
 

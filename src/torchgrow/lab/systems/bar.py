@@ -1,11 +1,12 @@
 """BAR: Lemaire, Achkar, Jodoin: Budget-Aware Regularization, CVPR 2019 (arXiv 1811.09332).
 
 Steps and settings: A-LinCui/Structured-Pruning-of-Neural-Networks-with-Budget-Aware-Regularization@b48d78b, which is
-unofficial. Its budget is a volume of activations. Here it is the volume at which a network that keeps the same share
-of every group meets the budget; what then differs from the budget, a cut by the gates settles. Units that a skip
-connection ties share a gate, and a gate scales what torchgrow would cut: the last affine map of its channel. Adam
-moves a gate by about its rate a step, and 2.4 of log alpha lie between the start and closed: in fewer steps than
-published the rate of gates is larger in proportion. Weight decay is of weights, not of gates.
+unofficial. Its budget is a volume of activations. Here it is the volume at which a network that keeps the same share of
+every group meets the budget; what then differs from the budget, a cut by the gates settles. Units that a skip
+connection ties share a gate, and a gate scales what torchgrow would cut: the last affine map of its channel. Such a
+unit counts one area once, the largest of its convolutions', where the source sums over all of them. Adam moves a gate
+by about its rate a step, and 2.4 of log alpha lie between the start and closed: in fewer steps than published the rate
+of gates is larger in proportion. Weight decay is of weights, not of gates.
 Cost: the dense training, which is the teacher's too (the paper's rule leaves it out); gates at dense size with a
 forward pass of the teacher; fine-tuning.
 """

@@ -4,8 +4,8 @@ Steps and settings: quark0/darts@f276dd3, read and written anew. What is chosen,
 cells of operations: `torchgrow.lab.systems.supernet`. Weights train on one half of the training images as the recipe
 says; after each step of theirs, alpha takes one on the next batch of the other half. The source has one alpha for all
 normal cells; here every choice has its own. Its search is a training to the end, of 50 epochs, and so it is here, of as
-many as the recipe has. Its evaluation, 600 epochs of a larger network with cutout and drop-path, is here a training
-like that of the dense network.
+many as the recipe has. Steps of alpha are in float32, whatever the recipe's precision. Its evaluation, 600 epochs of a
+larger network with cutout and drop-path, is here a training like that of the dense network.
 Cost: in every step of the search a pass for weights and one for alpha at dense size; and training from scratch, of a
 structure that is final, so the paper's rule leaves it out.
 """

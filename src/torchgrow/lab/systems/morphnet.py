@@ -1,10 +1,12 @@
 """MorphNet: Gordon, Eban, Nachum, Chen, Wu, Yang, Choi, CVPR 2018 (arXiv 1711.06798).
 
-Steps: google-research/morph-net@d9286a1, with the scales of batch norms. Units that a skip connection ties share one
-scale, the largest. What has no batch norm counts as alive and is not penalised. In a recurrent network, which has none,
-the scale of a unit is the norm of its weights (the group of ISS) over the mean norm in the beginning. That is ours,
-after the source's group lasso for layers without batch norms, which knows no LSTM. The source widens beyond the network
-it began with; here no group gets wider than in the frame, and what is left of the budget is filled up.
+Steps: google-research/morph-net@d9286a1, with the scales of batch norms. The penalty, and which search is nearest to
+the budget, are on FLOPs, or on parameters where they are all that is budgeted; the widths are then brought to both.
+Units that a skip connection ties share one scale, the largest. What has no batch norm counts as alive and is not
+penalised. In a recurrent network, which has none, the scale of a unit is the norm of its weights (the group of ISS)
+over the mean norm in the beginning. That is ours, after the source's group lasso for layers without batch norms, which
+knows no LSTM. The source widens beyond the network it began with; here no group gets wider than in the frame, and what
+is left of the budget is filled up.
 Cost: a dense training for every strength of the penalty. The retraining from scratch is of a structure that is final,
 so the paper's rule leaves it out.
 """

@@ -1,12 +1,14 @@
 """NetAdapt: Yang, Howard, Chen, Zhang, Go, Sandler, Sze, Adam, ECCV 2018 (arXiv 1804.03230).
 
-Steps: denru01/netadapt@248ae1c, on FLOPs, or on parameters where they are all that is budgeted. The source's
-reductions add up to 62.5 % of the network; for a budget below what `most` steps of them reach, the first is made
-larger. Widths are multiples of 8, of groups that begin below 64 units of an eighth of them. Of the source's two numbers
-of steps of a short training, 10 and 500, it is 10, at the rate of its long one. Accuracy is judged on a tenth of the
-training images, which are held out. The search never goes below the budget: its last step is a cut of filters of the
-least L2 norm, the same share of every group, that uses the budget exactly. What every step chose is kept with the run:
-a command that was stopped in the search trains the chosen candidates again, one a step, and no other.
+Steps: denru01/netadapt@248ae1c, on FLOPs, or on parameters where they are all that is budgeted. The source's reductions
+add up to 62.5 % of the network; for a budget below what `most` steps of them reach, the first is made larger. Widths
+are multiples of 8, of groups that begin below 64 units of an eighth of them. Of the source's two numbers of steps of a
+short training, 10 and 500, it is 10, at the rate of its long one. Accuracy is judged on a tenth of the training images,
+which are held out. The search never goes below the budget: its last step is a cut of filters of the least L2 norm, the
+same share of every group, to within the budget. Units that the search cut do not come back to fill it up, so the
+network ends a little below it, further where one unit is a large share of the network. What every step chose is kept
+with the run: a command that was stopped in the search trains the chosen candidates again, one a step, and no other.
+Short trainings know neither the recipe's limit of gradients (`clip`) nor its precision: they are in float32.
 Cost: the dense training (which the paper's rule leaves out); for every step and every group a short training and an
 evaluation (forward passes, counted); and fine-tuning for as long as the dense training.
 """
@@ -140,21 +142,21 @@ class NetAdapt:
         budget = float((limits.flops if which else limits.params) or 0)
         whole = Structure(task.trained(), task)
         first = float(whole.cost(whole.space.everything())[which])
-        live = whole.costs.live(whole.space.everything())
-        multiples = torch.minimum((live // self.parts).clamp(min=1), torch.full_like(live, self.multiple))
+        widths = whole.widths()
         goals = targets(first, budget, self.ratio, self.decay, self.most)[:-1]
         known = [Step(**fields) for fields in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
         steps = list[Step]()
         for number, target in enumerate(goals, 1):
             if float(whole.cost(whole.space.everything())[which]) <= target:
                 continue
-            tried = self._tried(whole, multiples, (budget, target), which)
+            tried = self._tried(whole, self._multiples(whole, widths), (budget, target), which)
             if not tried:
                 break
-            if len(steps) < len(known):
-                step = known[len(steps)]
+            step = known[len(steps)] if len(steps) < len(known) else None
+            if step and (step.group, step.width) in tried:
                 model = self._trained(whole, tried[step.group, step.width], task, split)[0]
             else:
+                known = []  # an earlier version may have taken multiples of another group from here on
                 model, step = self._best(whole, tried, task, split)
                 write_whole(path, json.dumps([asdict(one) for one in [*steps, step]]))
                 task.say(
@@ -164,6 +166,17 @@ class NetAdapt:
             steps.append(step)
             whole = Structure(model, task)
         return whole.model, steps
+
+    def _multiples(self, whole: Structure, first: dict[str, int]) -> Tensor:
+        """Of the widths of all groups, int64 [G].
+
+        Args:
+            whole: the network as it is now, traced anew: a group that is down to one unit is no group any more.
+            first: by the group's name, what it began with.
+        """
+        now = whole.widths()
+        found = [min(self.multiple, max(1, first.get(name, width) // self.parts)) for name, width in now.items()]
+        return torch.tensor(found, dtype=torch.int64)
 
     def _tried(
         self, whole: Structure, multiples: Tensor, span: tuple[float, float], which: int

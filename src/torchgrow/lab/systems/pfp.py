@@ -1,10 +1,11 @@
 """Provable: Liebenwein, Baykal, Lang, Feldman, Rus: Provable Filter Pruning, ICLR 2020 (arXiv 1911.07412).
 
 Steps: lucaslie/torchprune@14b392c. A channel's sensitivity is the largest share that it has in any sampled output of
-the layers that read it; of a group, the largest in all of its readers. Numbers of draws are rounded up. Pruned and
-retrained in rounds; the cost falls by the same factor in each, and the last one fills the budget up. Published rounds
-belong to 182 epochs: they are scaled like epochs. The sample is of training images; the source takes validation data,
-of which a comparison here has none but what judges it.
+the layers that read it; of a group, the largest in all of its readers. These are convolutions of one group (Conv2d) and
+Linear: a network with units that others alone read cannot be served, and others that read them too have no say. Numbers
+of draws are rounded up. Pruned and retrained in rounds; the cost falls by the same factor in each, and the last one
+fills the budget up. Published rounds belong to 182 epochs: they are scaled like epochs. The sample is of training
+images; the source takes validation data, of which a comparison here has none but what judges it.
 Cost: the dense training (which the paper's rule leaves out), and one training for every round, smaller and smaller.
 """
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgrow import Limits
-from torchgrow.lab.systems.activations import Reader, look, readers
+from torchgrow.lab.systems.activations import Reader, judges, look
 from torchgrow.lab.systems.structure import Structure
 from torchgrow.lab.systems.system import Phase, Task, scaled
 
@@ -107,7 +108,8 @@ class PFP:
         sample = task.sampled(sample_size(self.c, self.delta, eta), generator)
         found: dict[int, Layer] = {}
         start = time.perf_counter()
-        for reader in readers(model, space):
+        all_readers = judges("PFP", model, space, sample[:2])
+        for reader in all_readers:
             units = torch.nonzero(space.group_of == reader.group).flatten()
             layer = self._layer(model, reader, units, sample)
             before = found.get(reader.group)
@@ -115,7 +117,7 @@ class PFP:
                 s = torch.maximum(before.s, layer.s)
                 layer = Layer(units, s, max(before.patches, layer.patches), max(before.filters, layer.filters))
             found[reader.group] = layer
-        looks = len(sample) * len(readers(model, space))
+        looks = len(sample) * len(all_readers)
         task.spend("sampling", task.cost(model).flops * looks, time.perf_counter() - start)
         return list(found.values())
 

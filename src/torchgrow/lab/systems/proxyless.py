@@ -2,9 +2,10 @@
 
 Steps and settings: mit-han-lab/proxylessnas@bf58b5c, search, in its mode "two", read and written anew. What is chosen,
 and how it differs from the source's kernels and expansions: `torchgrow.lab.systems.supernet`. Weights train on paths
-that are sampled one a step; alpha learns from a tenth of the training images, which is held out. The source's
-expected latency is here the expected cost that is budgeted, FLOPs or parameters, as its option `flops` has it, and the
-reference is the budget. Its warm-up has a learning rate schedule of its own; here one goes over all of the search.
+that are sampled one a step; alpha learns from a tenth of the training images, which is held out. The source's expected
+latency is here the expected cost that is budgeted, FLOPs or parameters, as its option `flops` has it, and the reference
+is the budget. Steps of alpha are in float32, whatever the recipe's precision. The source's warm-up has a learning rate
+schedule of its own; here one goes over all of the search.
 Cost: of the search that of the paths that are sampled (the mean under the probabilities at the beginning of an epoch
 for weights, the sampled ones for alpha, of which the inactive one has a forward pass only); and training from scratch,
 of a structure that is final, so the paper's rule leaves it out.

@@ -40,8 +40,8 @@ def run(name: str, system: System, task: Task, on_step: Callable[[int, float, in
         epochs, flops = sum(one.epochs for one in before[begun:]), sum(one.flops for one in before)
         seconds = sum(one.seconds for one in before)
 
-        def stepped(step: int, steps: int, entry: Spent = entry, phase: Phase = phase, epochs: int = epochs) -> None:
-            on_step(epochs, entry.epochs + step / steps, phase.recipe.epochs + phase.recipe.then)
+        def stepped(epoch: int, step: int, steps: int, phase: Phase = phase, epochs: int = epochs) -> None:
+            on_step(epochs, epoch - 1 + step / steps, phase.recipe.epochs + phase.recipe.then)
 
         optimizer = phase.optimizer or make_optimizer(phase.model, phase.recipe)
         for epoch in fit(

@@ -2,8 +2,9 @@
 
 Steps: he-y/soft-filter-pruning@919c399. The source has one rate for all layers; here it is the largest at which the
 network meets the budget, and the last cut fills the budget up. Units that are tied by a skip connection go together, by
-the norm of all their filters, since nothing else can be cut. A filter of zeros still puts out its batch norm's shift,
-which goes with the cut: statistics of the norms behind it are estimated anew on training data, and counted.
+the norm of all their filters, since nothing else can be cut. Weights that are frozen are not set to zero, since nothing
+would bring them back. A filter of zeros still puts out its batch norm's shift, which goes with the cut: statistics of
+the norms behind it are estimated anew on training data, and counted.
 Cost: one training of the dense size.
 """
 

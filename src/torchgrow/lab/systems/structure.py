@@ -105,16 +105,23 @@ class Structure:
         Raises:
             UnfitError: not even the smallest network fits.
         """
+        self.check(limits)
         ones = torch.ones(self.space.n_groups, dtype=torch.int64)
         keep = policies.kit.one_per_group(self.space, keep.clone(), score)
-        found = policies.kit.fit(self.space, self.costs, keep, score, limits, ones)
-        if bool((self.cost(found) > limits.tensor()).any()):
-            least = self.costs.both(self.costs.smallest()).tolist()
+        return policies.kit.fit(self.space, self.costs, keep, score, limits, ones)
+
+    def check(self, limits: Limits) -> None:
+        """Compare the smallest structure with the limits: what cannot go, one unit a group, no layer that may go.
+
+        Raises:
+            UnfitError: not even that fits.
+        """
+        least = self.costs.both(self.costs.smallest())
+        if bool((least > limits.tensor()).any()):
             raise UnfitError(
                 f"the budget is below the smallest network here, of {least[0]:,} parameters and {least[1]:,} FLOPs; "
                 "give a larger --budget"
             )
-        return found
 
     def at_most(self, keep: Tensor, score: Tensor, limits: Limits) -> Tensor:
         """The structure itself, with one unit a group at least, where it is within the limits; else as `exact`."""
@@ -179,7 +186,8 @@ class Structure:
 
     @torch.no_grad()
     def zero_rows(self, units: Tensor) -> None:
-        """Set the rows that make these units (bool [n]) to zero."""
+        """Set the rows that make these units (bool [n]) to zero, but for weights that are frozen."""
         weights = dict(self.model.named_parameters())
         for name, rows in self.rows(units).items():
-            weights[name].index_fill_(0, rows.to(weights[name].device), 0)
+            if weights[name].requires_grad:
+                weights[name].index_fill_(0, rows.to(weights[name].device), 0)

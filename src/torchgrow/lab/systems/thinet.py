@@ -1,9 +1,11 @@
 """ThiNet: Luo, Wu, Lin, ICCV 2017 (arXiv 1707.06342).
 
 Steps: Roll920/ThiNet_Code@728ce54. The source halves most layers of VGG-16; here every group keeps the same share,
-exactly at the budget. A group that several layers read (behind a skip connection) takes the samples of all of them. The
-source fine-tunes for an epoch after each layer and for 12 after the last. In short recipes that is less than an epoch a
-layer, so here all of it comes after the last layer; layers still see the pruned ones before them.
+exactly at the budget. A group that several layers read (behind a skip connection) takes the samples of all of them.
+Layers that read are convolutions of one group (Conv2d) and Linear: a network with units that others alone read cannot
+be served, and others that read them too have no say. The source fine-tunes for an epoch after each layer and for 12
+after the last. In short recipes that is less than an epoch a layer, so here all of it comes after the last layer;
+layers still see the pruned ones before them.
 Cost: the dense training (which the paper's rule leaves out), a forward pass of the sample for each layer that reads,
 and fine-tuning.
 """
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgrow.lab.data import ImageData
-from torchgrow.lab.systems.activations import Reader, look, readers
+from torchgrow.lab.systems.activations import Reader, judges, look
 from torchgrow.lab.systems.structure import Structure
 from torchgrow.lab.systems.system import Phase, Task, scaled, tuned
 
@@ -70,7 +72,7 @@ class ThiNet:
         """Fine-tuning after all layers."""
         model, generator = task.trained(), torch.Generator().manual_seed(task.recipe.seed)
         whole, data = Structure(model, task), task.images("ThiNet")
-        all_readers = readers(model, whole.space)
+        all_readers = judges("ThiNet", model, whole.space, data.example())
         nothing = torch.zeros(whole.space.n_units, dtype=torch.float64)
         counts = whole.costs.live(whole.within(nothing, task.limits()))  # how many stay: any units cost the same
         sample, keep, groups = self._sample(data, generator), whole.space.everything(), list[int]()
