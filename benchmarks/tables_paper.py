@@ -144,8 +144,8 @@ def frames(rows: list[Row]) -> str:
     return (
         "Parameters of the frames that recipes build, on the meta device, beside those that the paper prints; where "
         "they differ, other ways to count, and which of them gives the printed number. For ResNet-50 none does: the "
-        "paper prints 23.0, and does not say what it counts. It prints no FLOPs of dense networks; those of others stand "
-        "beside ours.\n\n"
+        "paper prints 23.0, and does not say what it counts. It prints no FLOPs of dense networks; those of others "
+        "stand beside ours.\n\n"
         f"Command: `python benchmarks/frames.py`. Made on {machine(rows)}.\n\n"
         + grid([*head, "MACs of one sample, millions", "as published", "sample"], body)
     )
