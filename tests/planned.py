@@ -55,7 +55,7 @@ class Planned(Policy):
     sensitive: ClassVar[bool] = True
 
     def seed(self, view: View) -> Tensor:
-        space = view.space
+        space, self.pressure = view.space, 0.0
         self.gamma = self.final_inverse_temperature ** (1 / view.updates)
         self.s, self.velocity, self.importance = (torch.zeros(space.n_units, dtype=torch.float64) for _ in range(3))
         self.t = torch.zeros(space.n_units, dtype=torch.int64)

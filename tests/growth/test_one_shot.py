@@ -206,6 +206,6 @@ def test_a_cut_that_was_not_proven_is_looked_at() -> None:
     x = torch.randn(4, 5)
     assert not bool(torchgrow.trace(Elsewhere(), x).removable.any())
     with pytest.raises(
-        StructureError, match=r"outputs differ by .* can no longer be used: reload its weights again, and leave out"
+        StructureError, match=r"outputs differ by .* can no longer be used: reload its weights, and leave out"
     ):
         torchgrow.prune_(Elsewhere(), x, budget=Budget(params="50%"), proof=False)
