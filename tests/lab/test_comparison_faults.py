@@ -19,7 +19,7 @@ from torchgrow import Budget, TorchgrowError
 from torchgrow.lab import models
 from torchgrow.lab.baselines import twin_width
 from torchgrow.lab.compare import Rows, compare, recorded
-from torchgrow.lab.data import load_images
+from torchgrow.lab.data import fingerprint, load_images
 from torchgrow.lab.recipes import Recipe
 
 
@@ -70,6 +70,10 @@ def test_rows_of_other_data_of_the_same_size_are_not_taken(tmp_path: Path) -> No
     assert len(methods_in(tmp_path / "out")) == 1
     data = load_images("imagefolder", folder=other, side=16)
     assert recorded(recipe, data, ["uniform"], tmp_path / "out") == []
+    streamed = [
+        fingerprint(load_images("imagefolder", folder=one, side=16, crop=True)) for one in (first, first, other)
+    ]
+    assert streamed[0] == streamed[1] != streamed[2]
 
 
 def noise(folder: Path, seed: int) -> Path:

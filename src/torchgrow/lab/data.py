@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import pickle
 import re
 from collections.abc import Callable, Iterator
@@ -73,9 +74,9 @@ def sizes(data: Data) -> tuple[int, ...]:
 
 
 def fingerprint(data: Data) -> str:
-    """Tells data sets of equal size apart: of texts, of images as read, or of the names and sizes of files.
+    """Tells data sets of equal size apart: by their words, by images as read, or by names of files and what is in some.
 
-    Of a set of many images 64 are looked at, spread over it, and all labels.
+    Of images 64 are looked at, spread over the set, and all labels, or names.
     """
     seen = hashlib.sha256()
     if isinstance(data, TextData):
@@ -100,8 +101,10 @@ def _looked_at(part: Any) -> Iterator[bytes]:
         yield labels.cpu().numpy().tobytes()
         yield part.pixels[spread.to(part.device)].cpu().numpy().tobytes()
         return
-    names = [Path(path).parts[-2:] for path in part.paths]
-    yield json.dumps([names, [Path(part.paths[i]).stat().st_size for i in spread.tolist()]]).encode()
+    yield json.dumps([path.rsplit(os.sep, 2)[-2:] for path in part.paths]).encode()  # quick for a million of them
+    for i in spread.tolist():
+        yield Path(part.paths[i]).read_bytes()
+        yield str(part.targets[i]).encode() if isinstance(part.targets[i], int) else Path(part.targets[i]).read_bytes()
 
 
 def load(
