@@ -125,7 +125,9 @@ def test_published_networks_are_trained_as_they_are_and_serve_all_budgets(tmp_pa
     network = torchvision.models.mnasnet1_0(num_classes=10)
     assert row["budget"] is None
     assert row["params"] == sum(parameter.numel() for parameter in network.parameters())
-    assert row["train_flops"] == row["train_flops_paper_rule"] == 3 * row["flops"] * 2 * row["config"]["samples"][0]
+    # Two epochs, and the forward passes by which the statistics of its slow batch norms are estimated in the end.
+    samples = row["config"]["samples"][0]
+    assert row["train_flops"] == row["train_flops_paper_rule"] == (3 * 2 + 1) * row["flops"] * samples
     assert "mnasnet" in [str(cell) for table in tables(found) for cell in table.columns[0].cells]
 
 

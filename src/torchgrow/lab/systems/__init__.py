@@ -17,6 +17,7 @@ from torchgrow.lab.systems.proxyless import ProxylessNAS
 from torchgrow.lab.systems.running import PHASES, run
 from torchgrow.lab.systems.sfp import SFP
 from torchgrow.lab.systems.shrink import Shrinking
+from torchgrow.lab.systems.statistics import estimate_anew
 from torchgrow.lab.systems.structure import Structure
 from torchgrow.lab.systems.system import Phase, Spent, System, Task, UnfitError, fine_tuned
 from torchgrow.lab.systems.thinet import ThiNet
@@ -31,6 +32,7 @@ __all__ = [
     "System",
     "Task",
     "UnfitError",
+    "estimate_anew",
     "fine_tuned",
     "run",
     "system",

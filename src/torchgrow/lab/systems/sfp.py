@@ -70,4 +70,4 @@ class SFP:
         soft.zero()
         places = whole.places(whole.scores(policies.importance.l2))
         whole.cut(whole.exact(soft.kept(), -places, limits))
-        estimate_anew(model, task, self.batches)
+        task.spent.append(estimate_anew(model, task.data, task.recipe, self.batches))
