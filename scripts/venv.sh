@@ -26,7 +26,8 @@ use_venv() {
         fi
     done
     echo "Installing torchgrow[$extra] into .venv (PyTorch is large; a few minutes the first time) ..."
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$extra]" || fail "pip could not install torchgrow[$extra]"
+    # Modules are compiled when they are first used: to compile all 10,000 beforehand takes half a minute.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -e ".[$extra]" || fail "pip could not install torchgrow[$extra]"
     echo "$hash" >".venv/torchgrow-$extra"
     export PATH="$PWD/.venv/bin:$PATH"
 }

@@ -1,14 +1,21 @@
 // A second device for PyTorch without hardware: memory of the host under the name of the PrivateUse1 backend, with the
 // kernels of the CPU. As on a GPU, a tensor of it that meets one of the CPU is an error, recurrent cells are one operation,
 // and what is held in its memory can be asked. What only CUDA has (cuDNN, graphs, streams) is not here. See emulated.py.
-#include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/CPUFallback.h>
 #include <ATen/native/Resize.h>
+#include <ATen/ops/_local_scalar_dense.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/native_batch_norm.h>
 #include <ATen/ops/view_native.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/alloc_cpu.h>

@@ -378,6 +378,7 @@ def drawn(rows: list[Row], path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     }
 
 
+@pytest.mark.rendered
 def test_pictures_show_the_plane_of_every_budget_and_the_score_along_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

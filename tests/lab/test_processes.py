@@ -15,7 +15,7 @@ from torchgrow import TorchgrowError
 from torchgrow.lab import processes
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-RUN = ["run", "digits", "--epochs", "2", "--subset", "128", "--no-twins"]
+RUN = ["run", "digits", "--epochs", "3", "--subset", "128", "--no-twins", "--checkpoint-every", "1"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(torchgrow.__file__).parent.parent)}
 
 
@@ -25,12 +25,14 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def test_two_nodes_make_one_run(tmp_path: Path) -> None:
-    """Two torchrun agents on loopback, a process each: that of node 0 writes and prints, the other is silent."""
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Two torchrun agents on loopback, a process each: the folder of their run, and what each printed."""
+    out = tmp_path_factory.mktemp("nodes") / "run"
     where = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
     agents = [
         subprocess.Popen(
-            [*TORCHRUN, *where, f"--node-rank={node}", "-m", "torchgrow", *RUN, "--out", str(tmp_path / "run")],
+            [*TORCHRUN, *where, f"--node-rank={node}", "-m", "torchgrow", *RUN, "--out", str(out)],
             env=ENV,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -40,13 +42,19 @@ def test_two_nodes_make_one_run(tmp_path: Path) -> None:
     ]
     said = [agent.communicate(timeout=240) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
-    assert "grown       epoch   2/2" in said[0][0]
-    assert said[1][0] == ""
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [record["epoch"] for record in records] == [1, 2]
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["processes"] == 2
-    assert (tmp_path / "run" / "network" / "structure.json").exists()
+    return out, [printed for printed, _ in said]
+
+
+def test_two_nodes_make_one_run(nodes: tuple[Path, list[str]]) -> None:
+    """The process of node 0 writes and prints, the other is silent."""
+    out, said = nodes
+    assert "grown       epoch   3/3" in said[0]
+    assert said[1] == ""
+    assert [path.name for path in out.parent.iterdir()] == ["run"]
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    assert json.loads((out / "environment.json").read_text())["processes"] == 2
+    assert (out / "network" / "structure.json").exists()
 
 
 def test_a_mismatch_reaches_the_user(tmp_path: Path) -> None:
@@ -89,30 +97,31 @@ app()
 """
 
 
-def test_a_killed_rank_is_started_anew_and_the_run_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
-    """Rank 1 is killed in its third update; torchrun starts both again, which go on from the last checkpoint."""
-    script = tmp_path / "falls.py"
+def test_a_killed_rank_is_started_anew_and_the_run_ends_as_if_nothing_had_been(
+    nodes: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    """Rank 1 is killed in its third update; torchrun starts both again, which go on from the last checkpoint.
+
+    On one node; the run in which nothing had been is that of two nodes with as many processes.
+    """
+    script, out, torchrun = tmp_path / "falls.py", tmp_path / "broken", [*TORCHRUN, "--standalone"]
     script.write_text(FALLS)
-    ends, torchrun = [], [*TORCHRUN, "--standalone", "--nproc-per-node=2"]
-    more = ["--epochs", "4", "--checkpoint-every", "1"]
-    for name, restarts in (("whole", 0), ("broken", 1)):
-        out = tmp_path / name
-        program = ["-m", "torchgrow"] if name == "whole" else [str(script)]
-        done = subprocess.run(
-            [*torchrun, f"--max-restarts={restarts}", *program, *RUN, *more, "--out", str(out)],
-            env=ENV,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr
-        assert ("exitcode: -9" in done.stderr) == (name == "broken")
-        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node=2", "--max-restarts=1", str(script), *RUN, "--out", str(out)],
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "exitcode: -9" in done.stderr
+    ends = []
+    for folder in (nodes[0], out):
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for record in records:
             record.pop("seconds")
-        ends.append((records, (out / "network" / "model.safetensors").read_bytes()))
+        ends.append((records, (folder / "network" / "model.safetensors").read_bytes()))
     assert ends[0] == ends[1]
-    assert [record["epoch"] for record in ends[0][0]] == [1, 2, 3, 4]
 
 
 def test_shares_are_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:

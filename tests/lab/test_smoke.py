@@ -16,6 +16,7 @@ from torchgrow.lab.recipes import from_json, get, with_scale
 from torchgrow.lab.recipes.foreign import of_model
 
 
+@pytest.mark.rendered
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_runs_without_data(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
