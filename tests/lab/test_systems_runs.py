@@ -35,7 +35,7 @@ TEXT = replace(
     recipes.get("lstm-ptb"),
     build=partial(LSTM, embedding=8, hidden=(8, 8)),
     epochs=2,
-    subset=4000,
+    subset=1000,
     lr_milestones=(0.5,),
     threads=1,
 )
