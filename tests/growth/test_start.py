@@ -411,8 +411,9 @@ def test_statistics_survive_bad_batches() -> None:
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(TorchgrowError, match="recalibrate was given no batches, so statistics are as before"):
         grower.recalibrate([])
-    with pytest.raises(RuntimeError):
-        grower.recalibrate([torch.randn(2, 7, 6, 6).double()])
+    for batches in ([torch.randn(2, 7, 6, 6).double()], [X, torch.randn(2, 7, 6, 6).double()]):
+        with pytest.raises(RuntimeError):
+            grower.recalibrate(batches)
     assert not differences(before, model.state_dict())
     assert norm.momentum == 0.1
     assert not norm.training

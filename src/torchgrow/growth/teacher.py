@@ -52,14 +52,14 @@ def recalibrate(model: nn.Module, loader: Iterable[Any]) -> None:
     """See `Grower.recalibrate`.
 
     Raises:
-        TorchgrowError: there are no batches; statistics are as before.
+        TorchgrowError: there are no batches; as after any error, statistics are as before.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     modes = {module: module.training for module in model.modules()}
     before = [
         (norm.momentum, {name: b.clone() for name, b in norm._buffers.items() if b is not None}) for norm in norms
     ]
-    device, done = next((tensor.device for tensor in model.parameters()), None), 0
+    device, done, whole = next((tensor.device for tensor in model.parameters()), None), 0, False
     try:
         model.eval()
         for norm in norms:
@@ -72,10 +72,11 @@ def recalibrate(model: nn.Module, loader: Iterable[Any]) -> None:
             with on_default():
                 model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
             done += 1
+        whole = done > 0
     finally:
         for norm, (momentum, buffers) in zip(norms, before, strict=True):
             norm.momentum = momentum
-            for name, value in buffers.items() if not done else ():
+            for name, value in buffers.items() if not whole else ():
                 norm._buffers[name].copy_(value)  # type: ignore[union-attr]
         for module, mode in modes.items():
             module.training = mode
