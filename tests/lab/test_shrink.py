@@ -1,5 +1,6 @@
 """`torchgrow shrink`: a trained network goes down to a budget, whatever it is and wherever its weights are."""
 
+import argparse
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import torch
 import torchvision
 from PIL import Image
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
@@ -51,6 +52,13 @@ def net():
 
 def pixels():
     return nn.Conv2d(3, 2, 3)
+
+class Aided(nn.Sequential):
+    def forward(self, x):
+        return (super().forward(x),) * 2 if self.training else super().forward(x)
+
+def aided():
+    return Aided(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
 """
 
 
@@ -336,6 +344,13 @@ def test_a_network_in_a_file(base: Any, tmp_path: Path, monkeypatch: pytest.Monk
     assert "error: mine.py:pixels is no image classifier: its output is [2, 2, 14, 14], not scores" in plain(
         done.output
     )
+    torch.save(nn.Sequential(nn.Identity(), nn.Identity(), nn.Linear(3, 2)).state_dict(), "aided.pt")
+    done = invoke("mine.py:aided", "--from", "aided.pt", *options)
+    assert "error: mine.py:aided is no image classifier: its output is tuple in training, not scores" in plain(
+        done.output
+    )
+    done = invoke("mine.py:net", "--from", "net.safetensors", *options, "--out", ".")
+    assert "error: . exists already and is not overwritten" in plain(done.output)
     done = invoke("mine.py:net", "--from", "net.safetensors", "--budget", "60%")
     assert "error: mine.py:net is no recipe, so nothing says which images it is for; name them with" in plain(
         done.output
@@ -356,6 +371,8 @@ def test_pictures_are_as_the_network_was_trained_on_them(tmp_path: Path, monkeyp
         (299, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     ]
     assert of_model("torchvision:efficientnet_v2_l").mean == (0.5, 0.5, 0.5)
+    monkeypatch.chdir(tmp_path)
+    assert of_model("hf:.").name == tmp_path.name
     (tmp_path / "preprocessor_config.json").write_text(
         '{"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1], "size": {"shortest_edge": 256}, "crop_size": 192}'
     )
@@ -459,6 +476,48 @@ def test_names_that_need_no_pytorch_are_those_there_are() -> None:
         True,
         *[False] * 4,
     ]
+
+
+def two_layers(width: float = 1.0) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+
+
+def tied_layers(width: float = 1.0) -> nn.Module:
+    model = two_layers()
+    model[2].weight = model[0].weight  # type: ignore[index]
+    return model
+
+
+def test_checkpoints_of_usual_programs_are_read(tmp_path: Path) -> None:
+    """Wherever the state dict stands, whatever wrapped the network, and with arguments and scores beside it."""
+    model, path = two_layers(), tmp_path / "weights.pt"
+    state = model.state_dict()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1).state_dict()
+    for found in (
+        {"model": state, "optimizer": optimizer, "args": argparse.Namespace(lr=0.1)},
+        {"net": state, "optimizer": optimizer, "acc": np.float64(91.2)},
+        {"state_dict": {f"model.{name}": tensor for name, tensor in state.items()} | {"loss.weight": torch.ones(2)}},
+        {f"_orig_mod.module.{name}": tensor for name, tensor in state.items()},
+        torch.optim.swa_utils.AveragedModel(model).state_dict(),
+    ):
+        torch.save(found, path)
+        assert weights.digest(weights.network(path, two_layers)) == weights.digest(model)
+    tied = tied_layers()
+    save_model(tied, str(tmp_path / "tied.safetensors"))
+    assert weights.digest(weights.network(tmp_path / "tied.safetensors", tied_layers)) == weights.digest(tied)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({f"{who}.{name}": tensor for who in "ab" for name, tensor in state.items()}, "foreign a.0.weight"),
+        ({f"module.{name}": state[name] for name in list(state)[1:]}, r"Sequential: missing 0.weight. Name"),
+        (state | {"1.bias": torch.full((4,), torch.nan)}, "are no numbers: 1.bias hold NaN, as after a training that"),
+        ({"big": state, "small": state}, "holds no state dict, of names and tensors, but big, small"),
+    ]
+    for given, message in wrong:
+        torch.save(given, path)
+        with pytest.raises(TorchgrowError, match=message):
+            weights.network(path, two_layers)
+    path.write_bytes(b"")
+    with pytest.raises(TorchgrowError, match=r"cannot be read as weights: it is damaged, or holds more than tensors"):
+        weights.network(path, two_layers)
 
 
 def test_weights_have_a_digest() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchgrow import Cost, Grower, TorchgrowError, measure
 from torchgrow.lab import weights
 from torchgrow.lab.data import Data
+from torchgrow.lab.devices import random_kept
 from torchgrow.lab.from_recipe import make_grower, make_optimizer
 from torchgrow.lab.metrics import ACCURACY
 from torchgrow.lab.recipes import Recipe
@@ -116,30 +117,40 @@ def _check(model: nn.Module, recipe: Recipe, data: Data) -> None:
     """
     if isinstance(data, TextData):
         return
-    x = data.example()
-    shape, name = tuple(x.shape[1:]), recipe.source or recipe.name
+    name, classes = recipe.source or recipe.name, 1 + max(int(part.labels.max()) for part in (data.train, data.test))
+    for training in (False, True):  # some give more than scores in training, where only the loss would notice
+        scores = _tried(model, data.example(), name, training=training)
+        if data.metric is not ACCURACY:
+            continue  # pixels have classes, and the network is that of a recipe
+        if not isinstance(scores, Tensor) or scores.dim() != 2:
+            found = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise TorchgrowError(
+                f"{name} is no image classifier: its output is {found}{' in training' * training}, not scores of shape "
+                '[images, classes]; for other tasks use torchgrow.Grower(..., start="frame") in your own training loop '
+                "(docs/trained.md)"
+            )
+        if scores.shape[1] != classes:
+            raise TorchgrowError(
+                f"the network tells {scores.shape[1]} classes and the images have {classes}; shrink it on the classes "
+                "it was trained for, or train a new classifier on these first"
+            )
+
+
+def _tried(model: nn.Module, x: Tensor, name: str, *, training: bool) -> Any:
+    """What a copy of the network gives for some images.
+
+    Raises:
+        TorchgrowError: it fails.
+    """
     try:
-        out = model.eval()(x)
+        with random_kept():
+            out = copy.deepcopy(model).train(training)(x)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise TorchgrowError(
-            f"{name} cannot read images of {' x '.join(map(str, shape))}: {error}; give the size that it was trained "
-            "with, as in --side 224"
+            f"{name} cannot read images of {' x '.join(map(str, x.shape[1:]))}: {error}; it has to take float32 images "
+            "of these colours, in the size that it was trained with, as in --side 224"
         ) from error
-    if data.metric is not ACCURACY:
-        return  # pixels have classes, and the network is that of a recipe
-    scores = getattr(out, "logits", out)
-    if not isinstance(scores, Tensor) or scores.dim() != 2:
-        found = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise TorchgrowError(
-            f"{name} is no image classifier: its output is {found}, not scores of shape [images, classes]; for other "
-            'tasks use torchgrow.Grower(..., start="frame") in your own training loop (docs/trained.md)'
-        )
-    classes = 1 + max(int(images.labels.max()) for images in (data.train, data.test))
-    if scores.shape[1] != classes:
-        raise TorchgrowError(
-            f"the network tells {scores.shape[1]} classes and the images have {classes}; shrink it on the classes it "
-            "was trained for, or train a new classifier on these first"
-        )
+    return getattr(out, "logits", out)
 
 
 def what_it_cost(start: Start) -> str:
