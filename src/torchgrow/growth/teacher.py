@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from ..default_device import on_default, on_host
+from ..default_device import on_host
 from ..errors import TorchgrowError
 from ..persistence.portable import portable_
 from ..structure.record import Mark, set_mark
+from ..tracing.model_call import call
 from ..tracing.passes import twin
 from .run import Run
 
@@ -69,8 +70,7 @@ def recalibrate(model: nn.Module, loader: Iterable[Any]) -> None:
         for given in loader if norms else ():
             inputs = given[0] if isinstance(given, (list, tuple)) else given
             inputs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
-            with on_default():
-                model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+            call(model, inputs)
             done += 1
         whole = done > 0
     finally:
