@@ -1,6 +1,5 @@
 """`torchgrow shrink`: a trained network goes down to a budget, whatever it is and wherever its weights are."""
 
-import argparse
 import json
 import os
 import re
@@ -20,7 +19,7 @@ import torch
 import torchvision
 from PIL import Image
 from rich.console import Console
-from safetensors.torch import load_file, save_file, save_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
@@ -28,7 +27,7 @@ from typer.testing import CliRunner
 import torchgrow
 from torchgrow import TorchgrowError, measure
 from torchgrow.cli import app
-from torchgrow.lab import data, frames, names, recipes, run, train, weights
+from torchgrow.lab import data, frames, names, recipes, run, train
 from torchgrow.lab.compare import compare
 from torchgrow.lab.recipes.foreign import of_model
 from torchgrow.lab.run_folder import RunFolder
@@ -476,52 +475,3 @@ def test_names_that_need_no_pytorch_are_those_there_are() -> None:
         True,
         *[False] * 4,
     ]
-
-
-def two_layers(width: float = 1.0) -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
-
-
-def tied_layers(width: float = 1.0) -> nn.Module:
-    model = two_layers()
-    model[2].weight = model[0].weight  # type: ignore[index]
-    return model
-
-
-def test_checkpoints_of_usual_programs_are_read(tmp_path: Path) -> None:
-    """Wherever the state dict stands, whatever wrapped the network, and with arguments and scores beside it."""
-    model, path = two_layers(), tmp_path / "weights.pt"
-    state = model.state_dict()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1).state_dict()
-    for found in (
-        {"model": state, "optimizer": optimizer, "args": argparse.Namespace(lr=0.1)},
-        {"net": state, "optimizer": optimizer, "acc": np.float64(91.2)},
-        {"state_dict": {f"model.{name}": tensor for name, tensor in state.items()} | {"loss.weight": torch.ones(2)}},
-        {f"_orig_mod.module.{name}": tensor for name, tensor in state.items()},
-        torch.optim.swa_utils.AveragedModel(model).state_dict(),
-    ):
-        torch.save(found, path)
-        assert weights.digest(weights.network(path, two_layers)) == weights.digest(model)
-    tied = tied_layers()
-    save_model(tied, str(tmp_path / "tied.safetensors"))
-    assert weights.digest(weights.network(tmp_path / "tied.safetensors", tied_layers)) == weights.digest(tied)
-    wrong: list[tuple[dict[str, Any], str]] = [
-        ({f"{who}.{name}": tensor for who in "ab" for name, tensor in state.items()}, "foreign a.0.weight"),
-        ({f"module.{name}": state[name] for name in list(state)[1:]}, r"Sequential: missing 0.weight. Name"),
-        (state | {"1.bias": torch.full((4,), torch.nan)}, "are no numbers: 1.bias hold NaN, as after a training that"),
-        ({"big": state, "small": state}, "holds no state dict, of names and tensors, but big, small"),
-    ]
-    for given, message in wrong:
-        torch.save(given, path)
-        with pytest.raises(TorchgrowError, match=message):
-            weights.network(path, two_layers)
-    path.write_bytes(b"")
-    with pytest.raises(TorchgrowError, match=r"cannot be read as weights: it is damaged, or holds more than tensors"):
-        weights.network(path, two_layers)
-
-
-def test_weights_have_a_digest() -> None:
-    one, other = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
-    assert weights.digest(one) == weights.digest(other)
-    other.load_state_dict({**one.state_dict(), "num_batches_tracked": torch.tensor(1)})
-    assert weights.digest(one) != weights.digest(other)
