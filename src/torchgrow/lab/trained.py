@@ -137,14 +137,17 @@ def _check(model: nn.Module, recipe: Recipe, data: Data) -> None:
 
 
 def _tried(model: nn.Module, x: Tensor, name: str, *, training: bool) -> Any:
-    """What a copy of the network gives for some images.
+    """What the network gives for some images; its statistics stay.
 
     Raises:
         TorchgrowError: it fails.
     """
+    before = [buffer.clone() for buffer in model.buffers()]
     try:
         with random_kept():
-            out = copy.deepcopy(model).train(training)(x)
+            out = model.train(training)(x)
+        for buffer, old in zip(model.buffers(), before, strict=True):
+            buffer.copy_(old)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise TorchgrowError(
             f"{name} cannot read images of {' x '.join(map(str, x.shape[1:]))}: {error}; it has to take float32 images "
