@@ -37,6 +37,7 @@ from torchgrow.lab.user_files import is_library
 MINE = """
 from dataclasses import replace
 from functools import partial
+from threading import Lock
 from torch import nn
 from torchgrow.lab.models import ResNet
 from torchgrow.lab.recipes import get
@@ -46,8 +47,10 @@ def recipe():
     return replace(get("digits"), name="mine", build=build, depth=False, subset=256, batch_size=32)
 
 def net():
-    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                         nn.Linear(8, 2))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(8, 2))
+    model.lock = Lock()  # which deepcopy cannot copy
+    return model
 
 def pixels():
     return nn.Conv2d(3, 2, 3)
@@ -333,7 +336,7 @@ def test_a_network_in_a_file(base: Any, tmp_path: Path, monkeypatch: pytest.Monk
     fitted(model, found, 20, 0.05)
     save_file(model.state_dict(), "net.safetensors")
     options = ["--budget", "60%", "--data", "pictures", "--side", 16, "--epochs", 2]
-    done = invoke("mine.py:net", "--from", "net.safetensors", *options)
+    done = invoke("mine.py:net", "--from", "net.safetensors", *options, "--distil")
     assert done.exit_code == 0, done.output
     results = json.loads((tmp_path / "runs" / "shrunk-mine-net" / "results.json").read_text())
     assert results["before"]["accuracy"] == evaluate(model, found)[0] > 80

@@ -1,6 +1,5 @@
 """The beginning of a run that shrinks a trained network: that network, its score, and its copy as a teacher."""
 
-import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -90,7 +89,6 @@ def begin(recipe: Recipe, data: Data, rises: Mapping[str, Any]) -> Start:
     model = weights.network(Path(recipe.weights), recipe.build_grown or recipe.build).to(data.device)
     _check(model, recipe, data)
     scores, cost = judged(model, data), measure(model, data.example())
-    teacher = copy.deepcopy(model).eval().requires_grad_(False) if recipe.distil else None
     optimizer, digest = make_optimizer(model, recipe), weights.digest(model)
     found = rises_of(model, data, recipe, rises)
     with warnings.catch_warnings():  # a network that was cut before is shown as it came, and is its own frame here
@@ -100,7 +98,7 @@ def begin(recipe: Recipe, data: Data, rises: Mapping[str, Any]) -> Start:
         model=model,
         optimizer=optimizer,
         grower=grower,
-        teacher=teacher,
+        teacher=grower.teacher() if recipe.distil else None,
         scores=scores,
         cost=cost,
         digest=digest,
