@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
-from torchgrow import TorchgrowError
+import torchgrow
+from torchgrow import Budget, TorchgrowError
 from torchgrow.lab import weights
 
 
@@ -54,6 +55,15 @@ def test_checkpoints_of_usual_programs_are_read(tmp_path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(TorchgrowError, match=r"cannot be read as weights: it is damaged, or holds more than tensors"):
         weights.network(path, two_layers)
+
+
+def test_a_network_that_was_cut_comes_from_its_state_dict_too(tmp_path: Path) -> None:
+    model = two_layers()
+    torchgrow.prune_(model, torch.randn(2, 4), budget=Budget(params="60%"))
+    torchgrow.save(model, tmp_path / "saved")
+    torch.save(model.state_dict(), tmp_path / "cut.pt")
+    for path in (tmp_path / "saved", tmp_path / "saved" / "model.safetensors", tmp_path / "cut.pt"):
+        assert weights.digest(weights.network(path, two_layers)) == weights.digest(model)
 
 
 def test_weights_have_a_digest() -> None:

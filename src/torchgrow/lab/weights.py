@@ -31,13 +31,14 @@ def network(path: Path, build: Callable[..., nn.Module]) -> nn.Module:
     """The network with those weights, on the CPU, in training mode.
 
     Args:
-        path: a ``.pt``, ``.pth`` or ``.safetensors`` file of the whole frame; a folder that `torchgrow.save` wrote,
-            which gives the smaller network that is in it; or a folder of transformers.
+        path: a ``.pt``, ``.pth`` or ``.safetensors`` file, of the whole frame or of a network that was cut; a folder
+            that `torchgrow.save` wrote, which gives the smaller network that is in it; or a folder of transformers.
         build: builds the frame, as in `Recipe`.
 
     Raises:
         TorchgrowError: the weights cannot be read, are of another network, or no numbers; names are in the message.
     """
+    path = path.parent if _is_saved(path.parent) else path  # a file in such a folder
     if _is_saved(path):
         model = torchgrow.load(path, partial(build, 1.0))
     else:
@@ -65,6 +66,7 @@ def classes_in(path: Path, build: Callable[..., nn.Module]) -> int | None:
     Raises:
         TorchgrowError: the weights cannot be read.
     """
+    path = path.parent if _is_saved(path.parent) else path
     few, many = _shapes(build, 3), _shapes(build, 5)
     given = load_file(path / "model.safetensors") if _is_saved(path) else _inner(_read(path), few)
     heads = [name for name in few if few[name] != many.get(name, ()) and few[name][0] == 3 and name in given]
@@ -189,6 +191,9 @@ def _give(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     Raises:
         TorchgrowError: they are of another one.
     """
+    if any("torchgrow_structure" in name for name in state):  # of a network that was cut: the record travels along
+        torchgrow.portable_(model).load_state_dict(versioned(state, model))
+        return
     own: dict[str, Any] = model.state_dict(keep_vars=True)
     here = {id(own[name]) for name in state if name in own}  # of tied ones a safetensors file has one name
     counters = {name for name in own if name.endswith(".num_batches_tracked")}  # which old files lack
