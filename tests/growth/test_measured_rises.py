@@ -203,6 +203,8 @@ def test_rises_of_another_model_are_refused() -> None:
 
 def test_what_cannot_be_measured_is_refused() -> None:
     model, x = perceptron(4, 4), torch.randn(2, 6, dtype=torch.float64)
+    with pytest.raises(TorchgrowError, match="evaluate returned None; it must return the mean loss"):
+        torchgrow.measure_rises(model, x, lambda model: None)  # type: ignore[arg-type, return-value]
     with pytest.raises(TorchgrowError, match="evaluate returned nan; it must return the mean loss"):
         torchgrow.measure_rises(model, x, lambda m: float("nan"))
     with pytest.raises(TorchgrowError, match="got importance='taylor' of Sequential; use importance='group_norm'"):

@@ -1,6 +1,7 @@
 """A trained network cut at once: within the budget, computing what it did without the units that went."""
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,10 @@ def alone(space: torchgrow.Space) -> Tensor:
 
 
 def test_what_cannot_be_cut_is_told_and_left_alone() -> None:
+    broken = SmallResNet()
+    nn.init.constant_(broken.fc1.bias, math.inf)
     cases: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
+        (broken, {}, TorchgrowError, r"fc1.bias holds NaN or infinite numbers, so nothing says which of its units mat"),
         (SmallResNet(), {"budget": Budget(params="1%")}, BudgetError, "but what cannot be removed costs"),
         (SmallResNet(), {"policy": Shrink()}, TorchgrowError, r"reads gradients, and the model has none: call loss"),
         (nn.Sequential(nn.Linear(4, 3), nn.Softmax(1)), {}, StructureError, "nothing can be cut here, because"),

@@ -411,12 +411,14 @@ def test_statistics_survive_bad_batches() -> None:
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(TorchgrowError, match="recalibrate was given no batches, so statistics are as before"):
         grower.recalibrate([])
-    with pytest.raises(RuntimeError):
-        grower.recalibrate([torch.randn(2, 7, 6, 6).double()])
+    for batches in ([torch.randn(2, 7, 6, 6).double()], [X, torch.randn(2, 7, 6, 6).double()]):
+        with pytest.raises(RuntimeError):
+            grower.recalibrate(batches)
     assert not differences(before, model.state_dict())
     assert norm.momentum == 0.1
     assert not norm.training
-    grower.recalibrate([{"x": X}])
+    for given in ({"x": X}, [(X,), batch(0)[1]]):
+        grower.recalibrate([given])
     assert not norm.training
     assert norm.momentum == 0.1
 
@@ -432,6 +434,20 @@ def test_an_optimizer_of_other_weights_is_refused() -> None:
     with pytest.raises(torchgrow.OptimizerError, match=r"has stepped on weights that start= replaces.*build the optim"):
         Grower(frame, optimizer, example_inputs=X, budget=Budget(params="60%"), updates=4, start=grown.model)
     assert not differences(before, frame.state_dict())
+
+
+def test_a_transformer_with_a_layer_left_out_shrinks_on() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double(), torch.randn(2, 3, 8).double()
+    space = torchgrow.trace(model, x, depth=True)
+    keep = space.everything()
+    keep[space.blocks[-1].unit] = False
+    torchgrow.shrink_(model, space, keep)
+    before = model.eval()(x)
+    budget = Budget(params=sum(parameter.numel() for parameter in model.parameters()) - 50)
+    grower = Grower(model, sgd(model), example_inputs=x, budget=budget, updates=2, start="frame", depth=True)
+    same(model(x), before)
+    assert grower.finish().params <= budget.limits(grower.frame_cost).params  # type: ignore[operator]
 
 
 def test_a_network_cut_twice_with_layers_left_out_goes_on(tmp_path: Path) -> None:

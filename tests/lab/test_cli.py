@@ -360,7 +360,7 @@ def test_a_recipe_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("own.py:nothing", "own.py:nothing returned int; return a torchgrow.lab.recipes.Recipe, such as"),
         ("own.py:broken", "own.py:broken failed (line 21): ZeroDivisionError"),
         ("own.py:taken", "the recipe of own.py:taken is called 'digits'; results are filed by that name"),
-        ("other.py:mine", "there is no file other.py; check the path"),
+        ("other.py:mine", "there is no file other.py; check the path, which begins in "),
     ],
 )
 def test_recipes_in_files_that_are_none(

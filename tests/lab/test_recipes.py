@@ -76,6 +76,8 @@ def test_config_holds_what_a_variant_changed() -> None:
         ("epochs", 1, "at least 2"),
         ("batch_size", 1, "at least 2"),
         ("lr", 0.0, "above 0"),
+        ("lr", float("inf"), "above 0, and finite"),
+        ("mean", (float("nan"),), "a number for every colour"),
         ("lr_milestones", (0.75, 0.5), "rising fractions of the run"),
         ("lr_milestones", (80, 120), "rising fractions of the run"),
         ("lr_factor", 0.0, "above 0 and at most 1"),

@@ -95,6 +95,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     assert end(tmp_path / "out") == unbroken
     assert not (tmp_path / "out.partial").exists()
     assert not (tmp_path / "out" / "checkpoints").exists()
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(TorchgrowError, match="is finished; there is nothing to go on with"):
+        run.resume(Path(), console=quiet())
     assert not (tmp_path / "out" / "stopped.txt").exists()
 
 

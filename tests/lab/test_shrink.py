@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 import torchgrow
 from torchgrow import TorchgrowError, measure
 from torchgrow.cli import app
-from torchgrow.lab import data, frames, names, recipes, run, train, weights
+from torchgrow.lab import data, frames, names, recipes, run, train
 from torchgrow.lab.compare import compare
 from torchgrow.lab.recipes.foreign import of_model
 from torchgrow.lab.run_folder import RunFolder
@@ -37,6 +37,7 @@ from torchgrow.lab.user_files import is_library
 MINE = """
 from dataclasses import replace
 from functools import partial
+from threading import Lock
 from torch import nn
 from torchgrow.lab.models import ResNet
 from torchgrow.lab.recipes import get
@@ -46,11 +47,20 @@ def recipe():
     return replace(get("digits"), name="mine", build=build, depth=False, subset=256, batch_size=32)
 
 def net():
-    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                         nn.Linear(8, 2))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(8, 2))
+    model.lock = Lock()  # which deepcopy cannot copy
+    return model
 
 def pixels():
     return nn.Conv2d(3, 2, 3)
+
+class Aided(nn.Sequential):
+    def forward(self, x):
+        return (super().forward(x),) * 2 if self.training else super().forward(x)
+
+def aided():
+    return Aided(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
 """
 
 
@@ -326,7 +336,7 @@ def test_a_network_in_a_file(base: Any, tmp_path: Path, monkeypatch: pytest.Monk
     fitted(model, found, 20, 0.05)
     save_file(model.state_dict(), "net.safetensors")
     options = ["--budget", "60%", "--data", "pictures", "--side", 16, "--epochs", 2]
-    done = invoke("mine.py:net", "--from", "net.safetensors", *options)
+    done = invoke("mine.py:net", "--from", "net.safetensors", *options, "--distil")
     assert done.exit_code == 0, done.output
     results = json.loads((tmp_path / "runs" / "shrunk-mine-net" / "results.json").read_text())
     assert results["before"]["accuracy"] == evaluate(model, found)[0] > 80
@@ -336,6 +346,13 @@ def test_a_network_in_a_file(base: Any, tmp_path: Path, monkeypatch: pytest.Monk
     assert "error: mine.py:pixels is no image classifier: its output is [2, 2, 14, 14], not scores" in plain(
         done.output
     )
+    torch.save(nn.Sequential(nn.Identity(), nn.Identity(), nn.Linear(3, 2)).state_dict(), "aided.pt")
+    done = invoke("mine.py:aided", "--from", "aided.pt", *options)
+    assert "error: mine.py:aided is no image classifier: its output is tuple in training, not scores" in plain(
+        done.output
+    )
+    done = invoke("mine.py:net", "--from", "net.safetensors", *options, "--out", ".")
+    assert "error: . exists already and is not overwritten" in plain(done.output)
     done = invoke("mine.py:net", "--from", "net.safetensors", "--budget", "60%")
     assert "error: mine.py:net is no recipe, so nothing says which images it is for; name them with" in plain(
         done.output
@@ -356,6 +373,8 @@ def test_pictures_are_as_the_network_was_trained_on_them(tmp_path: Path, monkeyp
         (299, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     ]
     assert of_model("torchvision:efficientnet_v2_l").mean == (0.5, 0.5, 0.5)
+    monkeypatch.chdir(tmp_path)
+    assert of_model("hf:.").name == tmp_path.name
     (tmp_path / "preprocessor_config.json").write_text(
         '{"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1], "size": {"shortest_edge": 256}, "crop_size": 192}'
     )
@@ -459,10 +478,3 @@ def test_names_that_need_no_pytorch_are_those_there_are() -> None:
         True,
         *[False] * 4,
     ]
-
-
-def test_weights_have_a_digest() -> None:
-    one, other = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
-    assert weights.digest(one) == weights.digest(other)
-    other.load_state_dict({**one.state_dict(), "num_batches_tracked": torch.tensor(1)})
-    assert weights.digest(one) != weights.digest(other)

@@ -107,8 +107,12 @@ def test_none_of_the_models_parameters() -> None:
 
 def test_only_untrained_parameters() -> None:
     model = TwoLayers().requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(OptimizerError, match=r"all parameters of TwoLayers are frozen.*thaw.*model\.requires_grad_"):
+        check_optimizer(optimizer, model)
+    model.register_parameter("other", nn.Parameter(torch.zeros(1)))
     with pytest.raises(OptimizerError, match="holds none of the model's trainable parameters"):
-        check_optimizer(torch.optim.SGD(model.parameters(), 0.1), model)
+        check_optimizer(optimizer, model)
 
 
 def test_foreign_parameters() -> None:

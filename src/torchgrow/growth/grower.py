@@ -218,7 +218,8 @@ class Grower(Shown):
         After units have left, the old statistics belong to other activations. Followers keep theirs.
 
         Args:
-            loader: of inputs, or of tuples and lists that begin with them; a few batches will do. Dicts are keywords.
+            loader: of inputs, or of tuples and lists that begin with them; a few batches will do. Dicts are keywords,
+                and several positional inputs a tuple of their own, as in `((x, mask), labels)`.
 
         Raises:
             TorchgrowError: there were no batches.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -200,10 +200,10 @@ def _loss_with(
     if batches:
         recalibrate(copied, batches)
     with torch.no_grad(), on_default():  # tensors that the user's code makes are where it wants them
-        found = float(evaluate(copied.eval()))
-    if not math.isfinite(found):
+        found: Any = evaluate(copied.eval())
+    if not isinstance(found, SupportsFloat) or not math.isfinite(found):
         raise TorchgrowError(f"evaluate returned {found}; it must return the mean loss of the model, a finite number")
-    return found
+    return float(found)
 
 
 @torch.no_grad()

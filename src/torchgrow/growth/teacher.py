@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from ..default_device import on_default, on_host
+from ..default_device import on_host
 from ..errors import TorchgrowError
 from ..persistence.portable import portable_
 from ..structure.record import Mark, set_mark
+from ..tracing.model_call import call
 from ..tracing.passes import twin
 from .run import Run
 
@@ -52,14 +53,14 @@ def recalibrate(model: nn.Module, loader: Iterable[Any]) -> None:
     """See `Grower.recalibrate`.
 
     Raises:
-        TorchgrowError: there are no batches; statistics are as before.
+        TorchgrowError: there are no batches; as after any error, statistics are as before.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     modes = {module: module.training for module in model.modules()}
     before = [
         (norm.momentum, {name: b.clone() for name, b in norm._buffers.items() if b is not None}) for norm in norms
     ]
-    device, done = next((tensor.device for tensor in model.parameters()), None), 0
+    device, done, whole = next((tensor.device for tensor in model.parameters()), None), 0, False
     try:
         model.eval()
         for norm in norms:
@@ -69,13 +70,13 @@ def recalibrate(model: nn.Module, loader: Iterable[Any]) -> None:
         for given in loader if norms else ():
             inputs = given[0] if isinstance(given, (list, tuple)) else given
             inputs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
-            with on_default():
-                model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+            call(model, inputs)
             done += 1
+        whole = done > 0
     finally:
         for norm, (momentum, buffers) in zip(norms, before, strict=True):
             norm.momentum = momentum
-            for name, value in buffers.items() if not done else ():
+            for name, value in buffers.items() if not whole else ():
                 norm._buffers[name].copy_(value)  # type: ignore[union-attr]
         for module, mode in modes.items():
             module.training = mode

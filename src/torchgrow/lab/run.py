@@ -189,7 +189,8 @@ def resume(run: Path, *, console: Console, folder: Path | None = None, device: s
 
 
 def _resume(run: Path, console: Console, folder: Path | None, device: str) -> Path:
-    target, first = run.with_name(run.name.removesuffix(".partial")), processes.rank() == 0
+    run, first = run if run.name else run.resolve(), processes.rank() == 0  # "." has no name
+    target = run.with_name(run.name.removesuffix(".partial"))
     run_folder = RunFolder(target, resume=True) if first else Onlooker(target)
     config = run_folder.read_json("config.json")
     if "search" in config:

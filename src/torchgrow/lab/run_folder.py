@@ -44,8 +44,7 @@ class RunFolder:
 
     def __init__(self, out: Path, resume: bool = False) -> None:
         self.out = out
-        self.path = out.with_name(out.name + ".partial")
-        if out.exists():
+        if out.exists():  # so do those without a name of their own, such as "."
             raise TorchgrowError(
                 f"{out} is finished; there is nothing to go on with"
                 if resume and (out / "config.json").exists()
@@ -53,6 +52,7 @@ class RunFolder:
                 if resume
                 else f"{out} exists already and is not overwritten; choose another --out, or move it away first"
             )
+        self.path = out.with_name(out.name + ".partial")
         if resume and not (self.path / "config.json").exists():
             raise TorchgrowError(
                 f"{self.path} is not a run that was stopped: it has no config.json; name the --out of one that was, "

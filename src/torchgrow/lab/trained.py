@@ -1,6 +1,5 @@
 """The beginning of a run that shrinks a trained network: that network, its score, and its copy as a teacher."""
 
-import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torchgrow import Cost, Grower, TorchgrowError, measure
 from torchgrow.lab import weights
 from torchgrow.lab.data import Data
+from torchgrow.lab.devices import random_kept
 from torchgrow.lab.from_recipe import make_grower, make_optimizer
 from torchgrow.lab.metrics import ACCURACY
 from torchgrow.lab.recipes import Recipe
@@ -89,7 +89,6 @@ def begin(recipe: Recipe, data: Data, rises: Mapping[str, Any]) -> Start:
     model = weights.network(Path(recipe.weights), recipe.build_grown or recipe.build).to(data.device)
     _check(model, recipe, data)
     scores, cost = judged(model, data), measure(model, data.example())
-    teacher = copy.deepcopy(model).eval().requires_grad_(False) if recipe.distil else None
     optimizer, digest = make_optimizer(model, recipe), weights.digest(model)
     found = rises_of(model, data, recipe, rises)
     with warnings.catch_warnings():  # a network that was cut before is shown as it came, and is its own frame here
@@ -99,7 +98,7 @@ def begin(recipe: Recipe, data: Data, rises: Mapping[str, Any]) -> Start:
         model=model,
         optimizer=optimizer,
         grower=grower,
-        teacher=teacher,
+        teacher=grower.teacher() if recipe.distil else None,
         scores=scores,
         cost=cost,
         digest=digest,
@@ -116,30 +115,43 @@ def _check(model: nn.Module, recipe: Recipe, data: Data) -> None:
     """
     if isinstance(data, TextData):
         return
-    x = data.example()
-    shape, name = tuple(x.shape[1:]), recipe.source or recipe.name
+    name, classes = recipe.source or recipe.name, 1 + max(int(part.labels.max()) for part in (data.train, data.test))
+    for training in (False, True):  # some give more than scores in training, where only the loss would notice
+        scores = _tried(model, data.example(), name, training=training)
+        if data.metric is not ACCURACY:
+            continue  # pixels have classes, and the network is that of a recipe
+        if not isinstance(scores, Tensor) or scores.dim() != 2:
+            found = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise TorchgrowError(
+                f"{name} is no image classifier: its output is {found}{' in training' * training}, not scores of shape "
+                '[images, classes]; for other tasks use torchgrow.Grower(..., start="frame") in your own training loop '
+                "(docs/trained.md)"
+            )
+        if scores.shape[1] != classes:
+            raise TorchgrowError(
+                f"the network tells {scores.shape[1]} classes and the images have {classes}; shrink it on the classes "
+                "it was trained for, or train a new classifier on these first"
+            )
+
+
+def _tried(model: nn.Module, x: Tensor, name: str, *, training: bool) -> Any:
+    """What the network gives for some images; its statistics stay.
+
+    Raises:
+        TorchgrowError: it fails.
+    """
+    before = [buffer.clone() for buffer in model.buffers()]
     try:
-        out = model.eval()(x)
+        with random_kept():
+            out = model.train(training)(x)
+        for buffer, old in zip(model.buffers(), before, strict=True):
+            buffer.copy_(old)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise TorchgrowError(
-            f"{name} cannot read images of {' x '.join(map(str, shape))}: {error}; give the size that it was trained "
-            "with, as in --side 224"
+            f"{name} cannot read images of {' x '.join(map(str, x.shape[1:]))}: {error}; it has to take float32 images "
+            "of these colours, in the size that it was trained with, as in --side 224"
         ) from error
-    if data.metric is not ACCURACY:
-        return  # pixels have classes, and the network is that of a recipe
-    scores = getattr(out, "logits", out)
-    if not isinstance(scores, Tensor) or scores.dim() != 2:
-        found = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise TorchgrowError(
-            f"{name} is no image classifier: its output is {found}, not scores of shape [images, classes]; for other "
-            'tasks use torchgrow.Grower(..., start="frame") in your own training loop (docs/trained.md)'
-        )
-    classes = 1 + max(int(images.labels.max()) for images in (data.train, data.test))
-    if scores.shape[1] != classes:
-        raise TorchgrowError(
-            f"the network tells {scores.shape[1]} classes and the images have {classes}; shrink it on the classes it "
-            "was trained for, or train a new classifier on these first"
-        )
+    return getattr(out, "logits", out)
 
 
 def what_it_cost(start: Start) -> str:

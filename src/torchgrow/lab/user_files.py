@@ -39,7 +39,8 @@ def made_in(name: str, what: str) -> Any:
     if not file.is_file():
         near = difflib.get_close_matches(file.stem, [p.stem for p in file.parent.glob("*.py")], 3)
         names = " or ".join(str(file.with_name(f"{close}.py")) for close in near)
-        hint = f"did you mean {names}?" if near else "check the path"
+        begins = "" if file.is_absolute() else f", which begins in {Path.cwd()}"  # where a run is resumed, say
+        hint = f"did you mean {names}?" if near else f"check the path{begins}"
         raise TorchgrowError(f"there is no file {file}; {hint}")
     if not function:
         raise TorchgrowError(f"{file} needs the name of a function that returns {what}: {file}:build")

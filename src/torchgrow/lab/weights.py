@@ -1,12 +1,15 @@
 """Weights that a run begins with: a file of them, a folder that `torchgrow.save` wrote, or one of transformers."""
 
+import argparse
 import hashlib
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -18,23 +21,35 @@ from torchgrow.lab import frames
 
 _INSIDE = ("state_dict", "model_state_dict", "model")  # where common checkpoints keep the weights
 _PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
+_SCALAR = np.float64(0).__reduce__()[0]
+_PLAIN: list[Any] = [argparse.Namespace, np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.float32)), _SCALAR]
+_PLAIN += [(_SCALAR, "numpy.core.multiarray.scalar")]  # its name before numpy 2
+"""Beside tensors, what training programs leave in checkpoints: their arguments, and scores. It runs no code."""
 
 
 def network(path: Path, build: Callable[..., nn.Module]) -> nn.Module:
     """The network with those weights, on the CPU, in training mode.
 
     Args:
-        path: a ``.pt``, ``.pth`` or ``.safetensors`` file of the whole frame; a folder that `torchgrow.save` wrote,
-            which gives the smaller network that is in it; or a folder of transformers.
+        path: a ``.pt``, ``.pth`` or ``.safetensors`` file, of the whole frame or of a network that was cut; a folder
+            that `torchgrow.save` wrote, which gives the smaller network that is in it; or a folder of transformers.
         build: builds the frame, as in `Recipe`.
 
     Raises:
-        TorchgrowError: the weights cannot be read, or are of another network; names are in the message.
+        TorchgrowError: the weights cannot be read, are of another network, or no numbers; names are in the message.
     """
+    path = path.parent if _is_saved(path.parent) else path  # a file in such a folder
     if _is_saved(path):
-        return torchgrow.load(path, partial(build, 1.0)).train()
-    model = build(1.0)
-    _give(model, _read(path), path)
+        model = torchgrow.load(path, partial(build, 1.0))
+    else:
+        model = build(1.0)
+        _give(model, _inner(_read(path), [name for name, _ in model.named_parameters()]), path)
+    odd = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if bool(tensor.isnan().any())]
+    if odd:
+        raise TorchgrowError(
+            f"the weights in {path} are no numbers: {_some(odd)} hold NaN, as after a training that diverged; take an "
+            "earlier checkpoint of it"
+        )
     return model.train()
 
 
@@ -51,8 +66,9 @@ def classes_in(path: Path, build: Callable[..., nn.Module]) -> int | None:
     Raises:
         TorchgrowError: the weights cannot be read.
     """
+    path = path.parent if _is_saved(path.parent) else path
     few, many = _shapes(build, 3), _shapes(build, 5)
-    given = load_file(path / "model.safetensors") if _is_saved(path) else _read(path)
+    given = load_file(path / "model.safetensors") if _is_saved(path) else _inner(_read(path), few)
     heads = [name for name in few if few[name] != many.get(name, ()) and few[name][0] == 3 and name in given]
     return int(given[heads[0]].shape[0]) if heads and given[heads[0]].dim() else None
 
@@ -104,23 +120,60 @@ def _read(path: Path) -> dict[str, Tensor]:
             f'there are no weights in {path}; write them with torch.save(model.state_dict(), "{path}")'
         )
     try:
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or foreign file raises
+        found = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
+    except Exception as error:  # whatever a damaged or foreign file raises; what it advises is to run its code
         raise TorchgrowError(
-            f"{path} cannot be read as weights: {str(error).partition(chr(10))[0]}; files that would run code are not "
-            f'opened. In the program that trained the model: torch.save(model.state_dict(), "{path}")'
+            f"{path} cannot be read as weights: it is damaged, or holds more than tensors and plain data, such as a "
+            "whole model, and files that would run code are not opened. In the program that trained the model: "
+            f'torch.save(model.state_dict(), "{path}")'
         ) from error
-    for key in _INSIDE:
-        found = found[key] if isinstance(found, dict) and isinstance(found.get(key), dict) else found
-    if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
-        what = ", ".join(map(str, [*found][:5])) if isinstance(found, dict) else type(found).__name__
+    state = _state_in(found)
+    if not _is_state(state):
+        what = ", ".join(map(str, [*state][:5])) if isinstance(state, dict) else type(state).__name__
         raise TorchgrowError(
             f"{path} holds no state dict, of names and tensors, but {what or 'nothing'}; write one with "
             f'torch.save(model.state_dict(), "{path}")'
         )
-    state: OrderedDict[str, Tensor] = OrderedDict(found)
-    vars(state).update(vars(found) if isinstance(found, OrderedDict) else {})  # versions of its modules
-    for prefix in _PREFIXES:
+    return state
+
+
+def _unpickled(path: Path) -> Any:
+    """What `torch.save` wrote, if reading it runs no code."""
+    with warnings.catch_warnings(), torch.serialization.safe_globals(_PLAIN):
+        warnings.simplefilter("ignore", UserWarning)  # of TorchScript, which is refused anyway
+        return torch.load(path, "cpu", weights_only=True)
+
+
+def _is_state(found: Any) -> bool:
+    """Whether this is a state dict: names and tensors."""
+    return isinstance(found, dict) and bool(found) and all(isinstance(value, Tensor) for value in found.values())
+
+
+def _state_in(found: Any) -> Any:
+    """The state dict in a checkpoint: under a usual name, or the only one there is; else what is there."""
+    while isinstance(found, dict) and not _is_state(found):
+        usual = [found[key] for key in _INSIDE if isinstance(found.get(key), dict)]
+        alone = [value for value in found.values() if _is_state(value)]
+        if not usual and len(alone) != 1:
+            break
+        found = (usual or alone)[0]
+    return found
+
+
+def _inner(given: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of a network that was saved within a wrapper, by the names of its parameters alone.
+
+    DataParallel, torch.compile, an average and modules of Lightning put their own name before, and may have more
+    tensors beside the network. If parameters are missing, or two networks have all of them, nothing is taken out.
+    """
+    own = [*names]
+    found = [name.removesuffix(own[0]) for name in given if own and name.endswith(own[0])]
+    fits = [prefix for prefix in found if all(prefix + name in given for name in own)]
+    whole = len(fits) == 1 and fits[0].endswith(".")
+    inside = {name: tensor for name, tensor in given.items() if not whole or name.startswith(fits[0])}
+    state: OrderedDict[str, Tensor] = OrderedDict(inside)
+    vars(state).update(vars(given) if isinstance(given, OrderedDict) else {})  # versions of its modules
+    for prefix in fits if whole else _PREFIXES:  # of what does not fit, the message has plain names
         consume_prefix_in_state_dict_if_present(state, prefix)
     return state
 
@@ -138,14 +191,18 @@ def _give(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     Raises:
         TorchgrowError: they are of another one.
     """
-    own: dict[str, Any] = model.state_dict()
+    if any("torchgrow_structure" in name for name in state):  # of a network that was cut: the record travels along
+        torchgrow.portable_(model).load_state_dict(versioned(state, model))
+        return
+    own: dict[str, Any] = model.state_dict(keep_vars=True)
+    here = {id(own[name]) for name in state if name in own}  # of tied ones a safetensors file has one name
     counters = {name for name in own if name.endswith(".num_batches_tracked")}  # which old files lack
     odd = [
         f"{name} has {list(state[name].shape)} and must have {list(tensor.shape)}"
         for name, tensor in own.items()
         if isinstance(tensor, Tensor) and name in state and state[name].shape != tensor.shape
     ]
-    missing = [name for name in own if name not in state and name not in counters]
+    missing = [name for name in own if id(own[name]) not in here and name not in counters]
     foreign = [name for name in state if name not in own]
     wrong = [f"{what} {_some(names)}" for what, names in (("missing", missing), ("foreign", foreign)) if names]
     if odd:

@@ -144,6 +144,9 @@ def _sums(view: View, power: int, wanted: Callable[[str, int], bool]) -> list[Te
     """For every wanted axis of a parameter the sum of |w|^power by unit, float64 [n]; a layer has the mean below it.
 
     Computed in parts, since a float64 copy of a large parameter would not fit into memory.
+
+    Raises:
+        TorchgrowError: a parameter is not finite.
     """
     space, n, found = view.space, view.space.n_units, []
     weights = view.weights()
@@ -151,6 +154,11 @@ def _sums(view: View, power: int, wanted: Callable[[str, int], bool]) -> list[Te
         if name not in space.parameters or space.absent(name, view.keep):
             continue
         own = weights[name].detach()
+        if not bool(own.isfinite().all()):
+            raise TorchgrowError(
+                f"{name} holds NaN or infinite numbers, so nothing says which of its units matter; take weights from "
+                "before the training diverged"
+            )
         for axis in (axis for axis in space.cut_axes[name] if wanted(name, axis)):
             vector = space.unit_of[name, axis]
             if not has_units(vector):

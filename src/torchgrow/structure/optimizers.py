@@ -108,6 +108,11 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Layou
     own = {id(p) for p in model.parameters()}
     foreign = [p for p in held if id(p) not in own]
     trained = [p for p in held if id(p) in own and p.requires_grad]
+    if not any(p.requires_grad for p in model.parameters()):
+        raise OptimizerError(
+            f"all parameters of {type(model).__name__} are frozen (requires_grad is False), so none could be trained; "
+            "thaw what is to be trained: model.requires_grad_(True)"
+        )
     if not trained:
         raise OptimizerError(
             f"{name} holds none of the model's trainable parameters; build it from this very module: "

@@ -185,7 +185,7 @@ class Findings:
                 tensor = "in_proj_weight" if module.in_proj_weight is not None else "q_proj_weight"
                 rows = unit_of[f"{path}.{tensor}" if path else tensor, 0]
                 heads = rows[: module.num_heads * module.head_dim].reshape(module.num_heads, -1)
-                if bool((heads == heads[:, :1]).all()):
+                if rows.numel() and bool((heads == heads[:, :1]).all()):  # a left-out layer has no rows
                     found[path, "num_heads"] = heads[:, 0]
         return tuple(Attribute(module, name, vector) for (module, name), vector in found.items() if has_units(vector))
 

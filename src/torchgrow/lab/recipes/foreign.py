@@ -28,7 +28,7 @@ def of_model(name: str) -> Recipe:
     file = is_file(name)
     build = partial(file_network, model=name) if file else partial(library_network, model=name)
     path, _, last = name.rpartition(":")
-    filed = f"{Path(path).stem}-{last}" if file else Path(last).name
+    filed = f"{Path(path).stem}-{last}" if file else Path(last).resolve().name  # "." has none
     return Recipe(
         name=re.sub(r"[^\w.-]+", "-", filed),
         dataset="imagefolder",

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil
+from math import ceil, inf, isfinite
 from typing import Any
 
 from torch import nn
@@ -143,7 +143,7 @@ class Recipe:
         need("warmup", self.warmup == 0 or self.schedule != "milestones", "0 with milestones, which do not warm up")
         need("decay", 0 < self.decay <= 1 - self.warmup, "a share of the run, above 0 and at most 1 - warmup")
         need("clip", self.clip is None or self.clip > 0, "above 0 (norm of the gradients), or None for any")
-        need("lr", self.lr > 0, "above 0")
+        need("lr", 0 < self.lr < inf, "above 0, and finite")
         milestones = self.lr_milestones
         rising = all(a < b for a, b in zip((0.0, *milestones), (*milestones, 1.0), strict=True))
         need("lr_milestones", rising, "rising fractions of the run, between 0 and 1")
@@ -155,7 +155,8 @@ class Recipe:
         need("void", not self.void or self.dataset == "voc", "empty but for voc, which has masks")
         need("crop", not self.crop or self.dataset in STREAMED, f"False but for {' and '.join(STREAMED)}")
         need("subset", self.subset is None or self.subset >= 1, "at least 1 (images, or words), or None for all")
-        need("std", self.std is None or min(self.std, default=0) > 0, "above 0 for every colour")
+        need("mean", self.mean is None or all(map(isfinite, self.mean)), "a number for every colour")
+        need("std", self.std is None or all(0 < one < inf for one in self.std), "above 0, and finite, for every colour")
         need("distil", 0 <= self.distil <= 1, "a share of the loss, at least 0 and at most 1")
         need("distil", not self.distil or bool(self.weights), "0 without weights, which the teacher has")
         try:

@@ -69,16 +69,20 @@ def get(name: str) -> Recipe:
     return RECIPES[name]()
 
 
-def made(name: str) -> Any:
+def made(name: str, what: str = "a torchgrow.lab.recipes.Recipe") -> Any:
     """What a function in a user's file returns, called without arguments.
+
+    Args:
+        name: ``path/to/file.py:function``.
+        what: what it is to return, in words.
 
     Raises:
         TorchgrowError: there is no such file or function, or it fails.
     """
-    found = made_in(name, "a torchgrow.lab.recipes.Recipe")
+    found = made_in(name, what)
     if callable(found):
         path = str(Path(name.rpartition(":")[0]).resolve())
-        with explained(f"{name} failed", "it is called without arguments and must return a Recipe", path):
+        with explained(f"{name} failed", f"it is called without arguments and must return {what}", path):
             found = found()
     return found
 

@@ -12,6 +12,8 @@ from torchgrow.lab.recipes.recipe import Recipe
 from torchgrow.lab.recipes.registry import get, made
 from torchgrow.lab.user_files import is_file, is_library
 
+_IN_FILES = "a network, or a torchgrow.lab.recipes.Recipe"
+
 
 def trainable(name: str, folder: Path | None) -> Recipe:
     """The recipe that trains a network of that name: its own, or one for image classifiers.
@@ -23,7 +25,7 @@ def trainable(name: str, folder: Path | None) -> Recipe:
     Raises:
         TorchgrowError: there is no such network, or no images are known for it.
     """
-    if not is_library(name) and not (is_file(name) and not isinstance(made(name), Recipe)):
+    if not is_library(name) and not (is_file(name) and not isinstance(made(name, _IN_FILES), Recipe)):
         return get(name)
     if folder is None:
         raise TorchgrowError(
