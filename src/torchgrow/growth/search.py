@@ -178,9 +178,8 @@ class Search:
     @property
     def most(self) -> float:
         """Most that the search and a whole training of its winner, from new weights, may cost relative to one dense."""
-        return _most([trial.cost.flops for trial in self.trials], self.rungs, self.length) / max(
-            1, self.frame_cost.flops * self.length
-        )
+        flops, whole = [trial.cost.flops for trial in self.trials], self.frame_cost.flops * self.length
+        return _most(flops, self.rungs, self.length) / max(1, whole)
 
     def __str__(self) -> str:
         lines = [f"{'*' if self._over and trial in self._left else ' '} {trial}" for trial in self.trials]
@@ -219,8 +218,7 @@ class Search:
                 f"no candidate has a finite loss after {trials[0].done} of {self.length}; a lower learning rate or "
                 "clipped gradients may help"
             )
-        last = self._passed == len(self.rungs) - 1
-        kept = order[: 1 if last else (len(order) + 1) // 2]
+        kept = order[: 1 if self._passed == len(self.rungs) - 1 else (len(order) + 1) // 2]
         return [trial for trial in trials if trial in kept]
 
 
