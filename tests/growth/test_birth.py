@@ -76,10 +76,27 @@ class Recurrent(nn.Module):
         return scores
 
 
+class Tied(nn.Module):
+    """The head's weights are the embedding's, with the head's own initial values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(50, 64)
+        self.inner = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
+        self.head = nn.Linear(64, 50, bias=False)
+        self.table.weight = self.head.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores, of a vector for every row."""
+        scores: Tensor = self.head(self.inner(self.table(x.long() % 50)))
+        return scores
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     **{f"MLP, {rule}": (lambda rule=rule: mlp(rule), (512, 60)) for rule in RULES},  # type: ignore[misc]
     "convolutions": (Conv, (16, 3, 12, 12)),
     "LSTM": (Recurrent, (64, 12, 20)),
+    "tied": (Tied, (64, 12)),
 }
 
 

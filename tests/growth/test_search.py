@@ -158,7 +158,9 @@ def test_first_weights_have_the_scale_of_the_narrow_network() -> None:
     def factory() -> nn.Module:
         return nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 8))
 
-    search = searched(factory=factory, budget=Budget(params="5%"), example_inputs=torch.randn(4, 64), depth=False)
+    search = searched(
+        factory=factory, budget=Budget(params="5%"), example_inputs=torch.randn(4, 64), candidates=3, depth=False
+    )
     for trial in search.trials:
         model = search.fresh(trial)
         for layer in (module for module in model.modules() if isinstance(module, nn.Linear)):
@@ -184,7 +186,8 @@ def test_candidates_of_ones_own() -> None:
     space = torchgrow.trace(stages(), X, depth=True)
     some = space.everything()
     some[torch.nonzero(space.owner >= 0).flatten()[:3]] = False
-    search = searched(candidates=[Shape("shallow", {"stage": 1}), some, Shape("again", {"stage": 1})])
+    with pytest.warns(UserWarning, match="only 2 of 3 candidates differ at params <= 50%"):
+        search = searched(candidates=[Shape("shallow", {"stage": 1}), some, Shape("again", {"stage": 1})])
     assert [trial.name for trial in search.trials] == ["shallow", "given 1"]
     assert search.trials[0].depths == {"stage": 2}
     limit = HALF.limits(search.frame_cost).params
@@ -239,6 +242,8 @@ def bad(returned: Any) -> Any:
         ({"candidates": []}, "candidates=[]: give how many"),
         ({"candidates": ["even"]}, "a candidate is a str; give torchgrow.policies.Shape objects or keep vectors"),
         ({"budget": "36%"}, "search takes a torchgrow.Budget such as Budget(params=\"36%\"), got '36%'"),
+        ({"factory": stages()}, "factory is a Stages; it must be a function that makes the frame"),
+        ({"factory": lambda: None}, "factory made a NoneType; it must be a function that makes the frame"),
         (
             {"factory": lambda: stages().to("meta")},
             "factory made a Stages on the meta device, and candidates are cut from frames that have weights",
@@ -273,17 +278,57 @@ def test_where_all_diverge_there_is_no_winner() -> None:
         _ = search.winner
 
 
-def test_a_search_runs_once() -> None:
-    search = searched()
-    for _ in itertools.islice(search, 2):
-        pass
-    with pytest.raises(TorchgrowError, match="this search has run, or is running"):
+def test_a_search_that_was_stopped_goes_on() -> None:
+    """By a loop that is left, by Ctrl-C in `train`, and where two loops take turns; then it is over."""
+    expected, stops = searched(step_by_step), iter([False, False, True, False, False, False, False, True])
+    best = expected.run()
+
+    def train(trial: Trial, more: int) -> float:
+        if next(stops, False):
+            raise KeyboardInterrupt
+        return step_by_step(trial, more)
+
+    search = searched(train)
+    order = [trial.number for trial in itertools.islice(search, 2)]
+    with pytest.raises(KeyboardInterrupt):
         search.run()
+    with pytest.raises(TorchgrowError, match="so there is no winner"):
+        _ = search.winner
+    order += [trial.number for pair in itertools.islice(zip(search, search, strict=False), 2) for trial in pair]
+    with pytest.raises(KeyboardInterrupt):
+        search.run()
+    assert order == [0, 1, 2, 3, 4, 5]
+    assert search.run().number == best.number
+    assert [trial.losses for trial in search.trials] == [trial.losses for trial in expected.trials]
+    assert search.training_flops == expected.training_flops
+    with pytest.raises(TorchgrowError, match=re.escape("this search is over, see search.winner")):
+        search.run()
+
+
+@pytest.mark.parametrize(("share", "blocks"), [("30%", 2), ("50%", 4), ("90%", 7)])
+def test_where_only_layers_can_go_as_many_stay_as_the_budget_holds(share: str, blocks: int) -> None:
+    """None of the proposed depths need be it, and that there is no choice is told."""
+
+    def factory() -> nn.Module:
+        return nn.Sequential(nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(8))))
+
+    with pytest.warns(UserWarning, match="only 1 of 2 candidates differ at .*each shape is tried once"):
+        search = searched(
+            factory=factory,
+            example_inputs=torch.randn(2, 8),
+            budget=Budget(params=share),
+            candidates=None,
+            protect=[f"0.{block}.0" for block in range(8)],
+        )
+    assert search.trials[0].depths == {"0": blocks}
+    assert search.trials[0].name == f"layers {blocks - 1}"
+    assert search.run().cost.params == blocks * 72
 
 
 def test_frames_without_layers_to_leave_out() -> None:
     x: Tensor = torch.randn(2, 3, 6, 6)
-    search = searched(factory=SmallResNet, example_inputs=x, depth=False)
+    with pytest.warns(UserWarning, match="only 3 of 6 candidates differ"):
+        search = searched(factory=SmallResNet, example_inputs=x, depth=False)
     assert [trial.name for trial in search.trials] == ["even", "early wider", "late wider"]
     assert search.trials[0].depths == {}
 

@@ -73,7 +73,7 @@ def test_what_grows_is_what_was_asked_for(grow: str, factor: float) -> None:
     assert many["stage"] > 1
 
 
-@pytest.mark.parametrize("grow", ["width", "layers"])
+@pytest.mark.parametrize("grow", ["width", "both"])
 @pytest.mark.parametrize("stop", [2, 5, 7])
 def test_a_resumed_run_is_the_unbroken_one(grow: str, stop: int, tmp_path: Any) -> None:
     """Law 4: before, at and after the growth."""
@@ -150,3 +150,10 @@ def test_a_run_with_a_start_keeps_it_and_grows_from_it() -> None:
     run(again)
     assert bool((again.keep | ~start).all())
     assert again.cost().params <= again.limits.params  # type: ignore[operator]
+
+
+def test_what_would_grow_nothing_is_told() -> None:
+    """Layers that are to come late, where none may be left out."""
+    with pytest.warns(UserWarning, match=r"Late\(grow='layers', factor=2\) grows nothing here: .*depth=True"):
+        grower = make(policy=Late(grow="layers"))
+    assert torch.equal(grower.keep, grower.policy.grown)  # type: ignore[attr-defined]

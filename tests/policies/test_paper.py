@@ -83,6 +83,18 @@ def test_the_first_update_makes_up_for_steps_that_were_not_counted_yet() -> None
     assert not torch.allclose(longer, course(Paper(paced=False), UPDATES, 10, 1)[1], atol=1e-2)
 
 
+def test_an_update_before_any_step_says_nothing_of_steps() -> None:
+    """As where a loop calls update() before it trains: the pace is that of the first update with steps."""
+    policy, view = Paper(), view_of(SPACE, ALLOWED, UPDATES)
+    policy.applied(view := replace(view, keep=policy.seed(view)))
+    for update, steps in enumerate((0, 10, 20), start=1):
+        for _ in range(steps):
+            policy.step(view, torch.zeros(SPACE.n_units, dtype=torch.float64))
+        view = replace(view, update=update)
+        policy.applied(view := replace(view, keep=policy.update(view)[0]))
+    assert policy.pace == STEPS / 10
+
+
 @pytest.mark.parametrize("penalised", ["present", "all"])
 def test_whose_gates_are_counted(penalised: str) -> None:
     """A unit that is absent stays where it was, but for weight decay, or rises with all the others."""

@@ -106,6 +106,43 @@ def test_what_is_no_structure_is_refused_and_nothing_changed(returned: Callable[
     assert not differences(before, everything(grower))
 
 
+def test_a_policy_may_edit_what_it_is_given() -> None:
+    """The view's tensors are copies: what a policy does to them is what it returns, and no more."""
+
+    class Edits(Churn):
+        def update(self, view: View) -> tuple[Tensor, bool]:
+            view.keep[::3] = ~view.keep[::3]
+            view.limits[:] = 10**9
+            return view.keep, False
+
+    grower = grown(Edits())
+    limits, before = grower.run.plan.limit_tensor.clone(), grower.keep
+    grower.update()
+    assert not torch.equal(grower.keep, before)
+    assert sum(p.numel() for p in grower.model.parameters()) == grower.cost().params
+    assert torch.equal(grower.run.plan.limit_tensor, limits)
+
+
+@pytest.mark.parametrize("score", [torch.zeros(3), [0.0]])
+def test_a_score_that_has_not_a_number_per_unit_is_refused(score: Any) -> None:
+    """Units beyond it would never leave, whatever the budget."""
+
+    class Wrong(Churn):
+        def update(self, view: View) -> tuple[Tensor, bool]:
+            return view.space.everything(), True
+
+        def score(self, view: View) -> Any:
+            return score
+
+    grower = grown(Wrong())
+    before = everything(grower)
+    with pytest.raises(
+        TorchgrowError, match=r"Wrong\.score returned .*, it must be a tensor of \d+ numbers, one a unit"
+    ):
+        grower.update()
+    assert not differences(before, everything(grower))
+
+
 def test_an_update_that_returns_no_pair_is_refused() -> None:
     class Wrong(Churn):
         def update(self, view: View) -> Any:

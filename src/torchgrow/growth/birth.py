@@ -147,15 +147,16 @@ def rescale_(model: nn.Module, scales: Mapping[str, float], exchange: Exchange) 
 
 
 def _random(model: nn.Module, space: Space, planned: Tensor, full: Callable[[str], Tensor]) -> Iterator[_Tensor]:
-    """The parameters that are not all the same, with the fans that they have, a module at a time."""
+    """The parameters that are not all the same, with the fans of the first module of theirs that has any."""
+    seen = set[int]()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for path, module in model.named_modules():
+    for module in model.modules():
         own = {key: p for key, p in module.named_parameters(recurse=False) if p.is_floating_point()}
         shapes = {key: _shapes(space, names[id(p)], tuple(p.shape), planned) for key, p in own.items()}
         for key, parameter in own.items():
             name, fans = names[id(parameter)], _fans(module, key, shapes)
-            at_home = name == (f"{path}.{key}" if path else key)  # else it is tied, and another module has it
-            if fans and at_home and parameter.numel() > 1:
+            if fans and id(parameter) not in seen and parameter.numel() > 1:
+                seen.add(id(parameter))
                 whole = full(name).detach()
                 values = whole.flatten()[:: 1 + whole.numel() // MOST].double()
                 variance = float(values.var())

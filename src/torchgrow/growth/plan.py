@@ -80,9 +80,9 @@ class Plan:
         generator: torch.Generator,
         weights: Callable[[], Mapping[str, Tensor]],
     ) -> View:
-        """The run as a policy sees it at an update."""
-        limits, start = self.limit_tensor, self.start
-        return View(self.space, self.costs, limits, number, self.updates, keep, rate, generator, start, weights)
+        """The run as a policy sees it at an update, in copies: a policy may edit what it is given."""
+        limits, start = self.limit_tensor.clone(), None if self.start is None else self.start.clone()
+        return View(self.space, self.costs, limits, number, self.updates, keep.clone(), rate, generator, start, weights)
 
     def target(self, policy: Policy, view: View, seed: Tensor) -> Tensor:
         """A structure of about the widths that the run will end with; if it begins with more, its seed."""
@@ -118,10 +118,14 @@ class Plan:
 
     def fitted(self, keep: Tensor, policy: Policy, view: View) -> Tensor:
         """The nearest structure exactly at the budget."""
-        multiples = policy.multiples
-        ones = torch.ones(self.space.n_groups, dtype=torch.int64)
-        score = policy.score(view)
-        return fit(self.space, self.costs, keep, score, self.limits, ones if multiples is None else multiples)
+        multiples = torch.ones(self.space.n_groups, dtype=torch.int64) if policy.multiples is None else policy.multiples
+        score: Any = policy.score(view)
+        if not isinstance(score, Tensor) or score.shape != keep.shape:
+            raise TorchgrowError(
+                f"{type(policy).__name__}.score returned {getattr(score, 'shape', type(score).__name__)}, it must be a "
+                f"tensor of {keep.numel()} numbers, one a unit; nothing was changed"
+            )
+        return fit(self.space, self.costs, keep, score.cpu(), self.limits, multiples)
 
     def settings(self, policy: Policy) -> dict[str, Any]:
         """Settings that must be equal when a state is loaded."""

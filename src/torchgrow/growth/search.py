@@ -7,6 +7,7 @@ Successive halving: Jamieson and Talwalkar, *Non-stochastic Best Arm Identificat
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -22,8 +23,8 @@ from ..exchange import Exchange
 from ..onednn_guard import guard_
 from ..persistence.portable import shrink_
 from ..policies.kit import fit, one_per_group
-from ..policies.shapes import Shape, counts, proposals, stages
-from ..renamed import renamed_arguments
+from ..policies.shapes import Shape, counts, proposals, stages, told
+from ..renamed import frames_to_user, renamed_arguments
 from ..structure.cost import Cost
 from ..structure.limits import Budget
 from ..structure.space import Place, Space
@@ -87,6 +88,9 @@ class Trial:
 class Search:
     """Candidates and their results; iterate over it to search. See `search`.
 
+    Stopped on the way, by `break`, Ctrl-C or an error of `train`, it goes on when iterated again. A rung in which
+    `train` was stopped is asked for again as a whole, of the model as it is then.
+
     Attributes:
         trials: all candidates.
         rungs: how long a trial has been trained after each rung, in the unit of `train`.
@@ -109,28 +113,29 @@ class Search:
         self._factory, self._train, self._plan = factory, train, plan
         self.trials, self.rungs, self.length, self.samples = list(trials), tuple(rungs), length, samples
         self.space, self.frame_cost = plan.space, plan.frame_cost
-        self._left: list[Trial] | None = None
+        self._left, self._passed = self.trials, 0  # of the rungs
 
     def __iter__(self) -> Iterator[Trial]:
-        """Search; yields a trial whenever it has been trained to its next rung.
+        """Search, or go on with it; yields a trial whenever it has been trained to its next rung.
 
         Raises:
-            TorchgrowError: the search has begun before, or `train` returned no number.
+            TorchgrowError: the search is over, or `train` returned no number.
             TrainingError: no loss of a rung is finite.
         """
-        if self._left is not None:
-            raise TorchgrowError("this search has run, or is running; call torchgrow.search(...) anew for another one")
-        self._left = left = list(self.trials)
-        for rung in self.rungs:
-            for trial in left:
+        if self._over:
+            raise TorchgrowError("this search is over, see search.winner; call torchgrow.search(...) for another one")
+        while not self._over:  # all that is known of the way is in the object, whoever iterates, and however often
+            rung = self.rungs[self._passed]
+            trial = next((trial for trial in self._left if trial.done < rung), None)
+            if trial is not None:
                 self._on(trial, rung)
                 yield trial
-            left = self._better(left, last=rung == self.rungs[-1])
-            for trial in self._left:
-                if trial not in left:
+                continue
+            self._left, self._passed = self._better(self._left), self._passed + 1
+            for trial in self.trials:
+                if trial not in self._left:
                     trial.model = None
                     trial.memory.clear()
-            self._left = left
 
     def run(self) -> Trial:
         """Search to the end; returns the winner."""
@@ -145,7 +150,7 @@ class Search:
         Raises:
             TorchgrowError: the search is not over.
         """
-        if self._left is None or len(self._left) != 1 or len(self._left[0].losses) < len(self.rungs):
+        if not self._over:
             raise TorchgrowError(
                 "the search is not over, so there is no winner; iterate to its end: best = search.run()"
             )
@@ -173,19 +178,21 @@ class Search:
     @property
     def most(self) -> float:
         """Most that the search and a whole training of its winner, from new weights, may cost relative to one dense."""
-        return _most([trial.cost.flops for trial in self.trials], self.rungs, self.length) / _whole(
-            self.frame_cost.flops, self.length
-        )
+        flops, whole = [trial.cost.flops for trial in self.trials], self.frame_cost.flops * self.length
+        return _most(flops, self.rungs, self.length) / max(1, whole)
 
     def __str__(self) -> str:
-        best = {id(trial) for trial in self._left or ()} if self._left and len(self._left) == 1 else set()
-        lines = [f"{'*' if id(trial) in best else ' '} {trial}" for trial in self.trials]
+        lines = [f"{'*' if self._over and trial in self._left else ' '} {trial}" for trial in self.trials]
         share = self.training_flops / max(1, self.dense_flops)
         return "\n".join(
             [*lines, f"training FLOPs so far: {self.training_flops:.3g}, {share:.2f} of one dense training"]
         )
 
     # --- how it is done ---
+
+    @property
+    def _over(self) -> bool:
+        return self._passed == len(self.rungs)
 
     def _on(self, trial: Trial, rung: int) -> None:
         """Train a trial to a rung."""
@@ -203,7 +210,7 @@ class Search:
         trial.training_flops += 3 * trial.cost.flops * self.samples * (rung - trial.done)
         trial.done = rung
 
-    def _better(self, trials: list[Trial], *, last: bool) -> list[Trial]:
+    def _better(self, trials: list[Trial]) -> list[Trial]:
         """The better half of them by their last loss, rounded up; after the last rung the best one."""
         order = sorted(trials, key=lambda trial: (_finite(trial.losses[-1]), trial.number))
         if _finite(order[0].losses[-1]) == math.inf:
@@ -211,7 +218,7 @@ class Search:
                 f"no candidate has a finite loss after {trials[0].done} of {self.length}; a lower learning rate or "
                 "clipped gradients may help"
             )
-        kept = order[: 1 if last else (len(order) + 1) // 2]
+        kept = order[: 1 if self._passed == len(self.rungs) - 1 else (len(order) + 1) // 2]
         return [trial for trial in trials if trial in kept]
 
 
@@ -306,11 +313,17 @@ def _frame(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
     Raises:
         TorchgrowError: it has none.
     """
-    with torch.random.fork_rng(devices=gpus_in_use()):
-        torch.manual_seed(seed)
-        with on_default():
+    model: Any = factory
+    if not isinstance(factory, nn.Module):
+        with torch.random.fork_rng(devices=gpus_in_use()), on_default():
+            torch.manual_seed(seed)
             model = factory()
-    if isinstance(model, nn.Module) and is_meta(model):
+    if model is factory or not isinstance(model, nn.Module):
+        raise TorchgrowError(
+            f"factory {'is' if model is factory else 'made'} a {type(model).__name__}; it must be a function that "
+            "makes the frame, a torch.nn.Module, anew at every call: lambda: Net(), not Net()"
+        )
+    if is_meta(model):
         raise TorchgrowError(
             f"factory made a {type(model).__name__} on the meta device, and candidates are cut from frames that have "
             "weights; build it on a real device"
@@ -325,19 +338,27 @@ def _candidates(
     plan: Plan, rungs: Sequence[int], length: int, wanted: int | Sequence[Shape | Tensor] | None
 ) -> list[tuple[str, Tensor]]:
     """Names and structures of what is tried, each structure once."""
-    if wanted is None or isinstance(wanted, int):
-        return _proposed(plan, rungs, length, wanted)
+    own = wanted if isinstance(wanted, (list, tuple)) else ()
     first: dict[tuple[int, ...], tuple[str, Tensor]] = {}
-    for number, one in enumerate(wanted):
+    for number, one in enumerate(own):
         keep = _given(plan, one)
         first.setdefault(counts(plan.space, keep), (one.name if isinstance(one, Shape) else f"given {number}", keep))
-    return list(first.values())
+    found = list(first.values()) or _proposed(plan, rungs, length, wanted)
+    least = len(own) or (wanted if isinstance(wanted, int) else 2)
+    if len(found) < least:
+        warnings.warn(
+            f"only {len(found)} of {least} candidates differ at {plan.budget}, and each shape is tried once; for more "
+            "of them make the frame larger, search with depth=True, or give other torchgrow.policies.Shape objects",
+            stacklevel=frames_to_user(),
+        )
+    return found
 
 
-def _proposed(plan: Plan, rungs: Sequence[int], length: int, wanted: int | None) -> list[tuple[str, Tensor]]:
+def _proposed(plan: Plan, rungs: Sequence[int], length: int, wanted: Any) -> list[tuple[str, Tensor]]:
     """Proposals and their structures: as many as wanted; None: as many as cost less, in all, than a dense network."""
     space, view = plan.space, plan.view(0, plan.space.everything(), 1.0, torch.Generator(), dict)
     found: dict[tuple[int, ...], tuple[str, Tensor]] = {}
+    others: dict[tuple[int, ...], tuple[str, Tensor]] = {}
     flops: list[int] = []
     for shape in proposals(space, plan.seed):
         if len(found) == (MOST if wanted is None else wanted):
@@ -348,12 +369,17 @@ def _proposed(plan: Plan, rungs: Sequence[int], length: int, wanted: int | None)
             continue
         asked = [shape.depths.get(stage, len(units)) for stage, units in stages(space).items()]
         own = counts(space, keep)
-        if own in found or list(own[len(own) - len(asked) :]) != asked:  # the frame is too narrow for so few layers
-            continue
-        flops.append(plan.costs.cost(keep).flops)
-        if wanted is None and len(flops) > 2 and _most(flops, rungs, length) > _whole(plan.frame_cost.flops, length):
-            break
-        found[own] = shape.name, keep
+        layers = list(own[len(own) - len(asked) :])
+        if layers != asked:  # the frame is too narrow for so few layers
+            others.setdefault(own, (told(layers), keep))
+        elif own not in found:
+            flops.append(plan.costs.cost(keep).flops)
+            most, whole = _most(flops, rungs, length), plan.frame_cost.flops * length
+            if wanted is None and len(flops) > 2 and most > whole:
+                break
+            found[own] = shape.name, keep
+    if len(found) < 2:  # where little but layers can go: as many of these as the budget holds
+        return list((found | others | found).values())[: 2 if wanted is None else wanted]
     return list(found.values())
 
 
@@ -383,10 +409,6 @@ def _most(flops: Sequence[int], rungs: Sequence[int], length: int) -> int:
         total += sum(dearest[:left]) * (rung - done)
         done, left = rung, (left + 1) // 2
     return total + dearest[0] * length
-
-
-def _whole(flops: int, length: int) -> int:
-    return max(1, flops * length)
 
 
 def _finite(loss: float) -> float:

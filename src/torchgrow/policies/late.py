@@ -7,12 +7,14 @@ The cheap steps come first. The learning rate should stay constant until after t
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..renamed import frames_to_user
 from .kit import around, fit, none, one_per_group, pools, top_share
 from .policy import Policy, View
 from .shapes import limits_of, stages
@@ -51,7 +53,16 @@ class Late(Policy):
         self.rank, ones = self._ranks(view), torch.ones(space.n_groups, dtype=torch.int64)
         keep = top_share(view, self.rank, view.limits)
         self.grown = fit(space, view.costs, keep, -self.rank, limits_of(view), ones)
-        return self._small(view) if view.start is None else view.start
+        if view.start is not None:
+            return view.start
+        small = self._small(view)
+        if torch.equal(small, self.grown):
+            warnings.warn(
+                f"Late(grow={self.grow!r}, factor={self.factor:g}) grows nothing here: it begins with all that it may "
+                "have; let layers be left out (depth=True), or give another grow, factor or budget",
+                stacklevel=frames_to_user(),
+            )
+        return small
 
     def update(self, view: View) -> tuple[Tensor, bool]:
         """The small structure, then the grown one."""

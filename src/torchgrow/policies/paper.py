@@ -52,7 +52,7 @@ class Paper(Policy):
 
     def seed(self, view: View) -> Tensor:
         """One unit per group, at random."""
-        space, self.steps, self.pace = view.space, 0, 1.0
+        space, self.steps, self.pace = view.space, 0, 0.0 if self.paced else 1.0  # 0: not known yet
         self.s, self.t, self._removable = starts(view, self.start, self.paced), none(space).long(), space.removable
         self.velocity, self.exponent, self.noise = (torch.zeros_like(self.s) for _ in range(3))
         base = self.lambda_base if self.lambda_base is not None else 1.0 if space.blocks else 0.5
@@ -63,8 +63,8 @@ class Paper(Policy):
 
     def step(self, view: View, sensitivity: Tensor) -> None:
         """One step of SGD on s, or in a short run several of the paper's."""
-        self.steps += view.update == 0
-        self._move(view, sensitivity, self.pace)
+        self.steps += not self.pace
+        self._move(view, sensitivity, self.pace or 1.0)
         if self.relaxation == "gumbel":
             self.noise = gumbel(view)
             self._set_gates()
@@ -73,7 +73,7 @@ class Paper(Policy):
         """Algorithm 1: a new draw q ~ Bernoulli(m) of all units; in the end exactly to the budget."""
         if view.update > self.final(view.updates):
             return view.keep, False
-        if view.update == 1 and self.paced:  # the steps of an update are known now; make up for those of the first
+        if self.steps and not self.pace:  # the steps of an update are known now; make up for those of the first
             self.pace = pace(self.steps)
             self._move(view, torch.zeros_like(self.s), (self.pace - 1) * self.steps)
         drawn = torch.rand(self.s.numel(), generator=view.generator, dtype=torch.float64) < self.score(view)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -157,7 +157,7 @@ def proposals(space: Space, seed: int = 0) -> Iterator[Shape]:
         space: the units.
         seed: of the order in which things are changed two at a time.
     """
-    families = [[Shape(_told(depths), depths) for depths in _depths(space)], _kinds(space), _tilts(space)]
+    families = [[Shape(told(depths.values()), depths) for depths in _depths(space)], _kinds(space), _tilts(space)]
     yield EVEN
     yield from (shape for some in itertools.zip_longest(*families) for shape in some if shape is not None)
     pairs = [one.and_(other) for a, b in itertools.combinations(families, 2) for one in a for other in b]
@@ -165,8 +165,9 @@ def proposals(space: Space, seed: int = 0) -> Iterator[Shape]:
     yield from pairs
 
 
-def _told(depths: Mapping[str, int]) -> str:
-    return "layers " + "-".join(str(depth) for depth in depths.values())
+def told(depths: Iterable[int]) -> str:
+    """Depths of stages in words."""
+    return "layers " + "-".join(map(str, depths))
 
 
 def _depths(space: Space) -> list[dict[str, int]]:
