@@ -118,14 +118,13 @@ class Plan:
 
     def fitted(self, keep: Tensor, policy: Policy, view: View) -> Tensor:
         """The nearest structure exactly at the budget."""
-        multiples = torch.ones(self.space.n_groups, dtype=torch.int64) if policy.multiples is None else policy.multiples
         score: Any = policy.score(view)
         if not isinstance(score, Tensor) or score.shape != keep.shape:
             raise TorchgrowError(
                 f"{type(policy).__name__}.score returned {getattr(score, 'shape', type(score).__name__)}, it must be a "
                 f"tensor of {keep.numel()} numbers, one a unit; nothing was changed"
             )
-        return fit(self.space, self.costs, keep, score.cpu(), self.limits, multiples)
+        return fit(self.space, self.costs, keep, score.cpu(), self.limits, policy.multiples)
 
     def settings(self, policy: Policy) -> dict[str, Any]:
         """Settings that must be equal when a state is loaded."""

@@ -396,7 +396,7 @@ def _given(plan: Plan, one: Any) -> Tensor:
     if one.shape == space.removable.shape and one.dtype == torch.bool:
         one = one | ~space.removable
     keep = one_per_group(space, space.check_keep(one), torch.zeros(space.n_units))
-    return fit(space, plan.costs, keep, keep.double(), plan.limits, torch.ones(space.n_groups, dtype=torch.int64))
+    return fit(space, plan.costs, keep, keep.double(), plan.limits)
 
 
 # --- numbers ---

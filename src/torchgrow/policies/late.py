@@ -49,10 +49,9 @@ class Late(Policy):
 
     def seed(self, view: View) -> Tensor:
         """The small structure; of a run with a start the grown one has it, as far as the budget holds."""
-        space = view.space
-        self.rank, ones = self._ranks(view), torch.ones(space.n_groups, dtype=torch.int64)
+        self.rank = self._ranks(view)
         keep = top_share(view, self.rank, view.limits)
-        self.grown = fit(space, view.costs, keep, -self.rank, limits_of(view), ones)
+        self.grown = fit(view.space, view.costs, keep, -self.rank, limits_of(view))
         if view.start is not None:
             return view.start
         small = self._small(view)

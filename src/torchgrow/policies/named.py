@@ -62,8 +62,7 @@ def named(text: str, *, layers: bool = False, rises: Mapping[str, float] | None 
         ) from None
     if changed.get("allocation") == "measured":
         changed["rises"] = rises
-    made: Policy = replace(plain, **changed)
-    return made
+    return replace(plain, **changed)
 
 
 def _read(plain: Any, edits: str) -> dict[str, Any]:

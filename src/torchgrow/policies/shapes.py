@@ -88,8 +88,7 @@ class Shape:
                 f"shape {self.name!r} costs {view.cost(keep).tolist()} (parameters, FLOPs) with one unit in every "
                 "group, more than the budget allows; give it fewer layers (depths)"
             )
-        steps = torch.ones(space.n_groups, dtype=torch.int64)
-        return fit(space, view.costs, keep, -rank, limits_of(view), steps)
+        return fit(space, view.costs, keep, -rank, limits_of(view))
 
     def and_(self, other: Shape) -> Shape:
         """Both together."""

@@ -72,7 +72,7 @@ def shed(space: Space, costs: CostModel, keep: Tensor, importance: Tensor, allow
         keep: bool [n], the structure to start from.
         importance: float64 [n], not negative; what a unit adds to the importance of its group.
         allowed: int64 [2], parameters and FLOPs, known to be feasible.
-        steps: int64 [G], the multiple at which each group's width is held; 1 for any width.
+        steps: int64 [G], the multiple at which each group's width is held; 1, or None for all, for any width.
     """
     keep, live = keep.clone(), costs.live(keep)
     order = torch.argsort(importance, stable=True)
@@ -115,7 +115,9 @@ def _cheapest(
     return (float(importance[queues[group][-count:]].sum()) / gain, group, count) if count > 0 and gain > 0 else None
 
 
-def fit(space: Space, costs: CostModel, keep: Tensor, score: Tensor, limits: Limits, steps: Tensor) -> Tensor:
+def fit(
+    space: Space, costs: CostModel, keep: Tensor, score: Tensor, limits: Limits, steps: Tensor | None = None
+) -> Tensor:
     """The structure nearest to `keep` that uses the budget: never above it, and no removable unit fits any more.
 
     Drops units in order of rising score until the cost is within the limits. Then adds, in order of falling
@@ -129,7 +131,7 @@ def fit(space: Space, costs: CostModel, keep: Tensor, score: Tensor, limits: Lim
         keep: bool [n], the structure to start from.
         score: float [n]; units of higher score stay longer.
         limits: absolute limits, known to be feasible.
-        steps: int64 [G], the multiple at which each group's width is held; 1 for any width.
+        steps: int64 [G], the multiple at which each group's width is held; 1, or None for all, for any width.
     """
     allowed, keep = limits.tensor(), keep.clone()
     order = torch.argsort(score, stable=True).tolist()
@@ -145,14 +147,15 @@ def fit(space: Space, costs: CostModel, keep: Tensor, score: Tensor, limits: Lim
     absent: dict[int, list[int]] = {}  # by group, best first; groups in the order of their best unit
     for unit in best_first:
         absent.setdefault(group_of[unit], []).append(unit)
-    _add(space, best_first, absent, keep, tally, allowed, steps.tolist())
+    ones = [1] * space.n_groups
+    _add(space, best_first, absent, keep, tally, allowed, ones if steps is None else steps.tolist())
     live = torch.tensor(tally.live, dtype=torch.int64)
     flops = costs.each(live, torch.ones_like(live))[:, 1].tolist()
     cheapest_first = sorted((u for u in best_first if not keep[u]), key=lambda u: flops[group_of[u]])
     before = None
     while before is None or not torch.equal(before, keep):  # a layer that came in may have room inside
         before = keep.clone()
-        _add(space, cheapest_first, absent, keep, tally, allowed, [1] * space.n_groups)
+        _add(space, cheapest_first, absent, keep, tally, allowed, ones)
     return keep
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,25 +83,22 @@ def find(model: nn.Module, example_inputs: Any, wanted: bool | Sequence[Named]) 
 def _calls(model: nn.Module, example: Any) -> dict[str, list[_Call]]:
     """All calls of all modules in one forward."""
     seen: dict[str, list[_Call]] = {}
-    handles = []
-    for path, module in model.named_modules():
+    with ExitStack() as hooks:
+        for path, module in model.named_modules():
 
-        def note(module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
-            inputs = {"": args[0]} if args else kwargs
-            keyword, x = next(((k, v) for k, v in inputs.items() if isinstance(v, Tensor)), ("", None))
-            seen.setdefault(path, []).append(_Call(x, keyword, output))
+            def note(module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
+                inputs = {"": args[0]} if args else kwargs
+                keyword, x = next(((k, v) for k, v in inputs.items() if isinstance(v, Tensor)), ("", None))
+                seen.setdefault(path, []).append(_Call(x, keyword, output))
 
-        handles.append(module.register_forward_hook(note, with_kwargs=True))
-    if is_meta(model):
-        example = mapped(example, lambda x: x.to("meta"))
-    try:
-        with running(model, Pass()):
-            call(model, fresh(example))
-    except Exception as error:
-        raise TraceError(f"the model's forward failed: {type(error).__name__}: {error}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
+            hooks.enter_context(module.register_forward_hook(note, with_kwargs=True))
+        if is_meta(model):
+            example = mapped(example, lambda x: x.to("meta"))
+        try:
+            with running(model, Pass()):
+                call(model, fresh(example))
+        except Exception as error:
+            raise TraceError(f"the model's forward failed: {type(error).__name__}: {error}") from error
     return seen
 
 
@@ -224,33 +221,25 @@ def _left_out(
 
         return hook
 
-    handles = []
-    for block in blocks:
-        first, last = (frame.get_submodule(block.modules[k]) for k in (0, -1))
-        handles.append(first.register_forward_pre_hook(enter(block), with_kwargs=True))
-        handles.append(last.register_forward_hook(leave(block)))
-    try:
+    with ExitStack() as hooks:
+        for block in blocks:
+            first, last = (frame.get_submodule(block.modules[k]) for k in (0, -1))
+            hooks.enter_context(first.register_forward_pre_hook(enter(block), with_kwargs=True))
+            hooks.enter_context(last.register_forward_hook(leave(block)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _running_order(frame: nn.Module, run: Callable[[], Any]) -> dict[str, int]:
     """When each module is first called in a forward."""
     order: dict[str, int] = {}
-    handles = []
-    for path, module in frame.named_modules():
+    with ExitStack() as hooks:
+        for path, module in frame.named_modules():
 
-        def note(module: nn.Module, args: Any, path: str = path) -> None:
-            order.setdefault(path, len(order))
+            def note(module: nn.Module, args: Any, path: str = path) -> None:
+                order.setdefault(path, len(order))
 
-        handles.append(module.register_forward_pre_hook(note))
-    try:
+            hooks.enter_context(module.register_forward_pre_hook(note))
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return order
 
 

@@ -26,8 +26,6 @@ from ..structure.space import Place
 FIXED = 0
 NOTHING = torch.zeros(0, dtype=torch.int64)
 Array = npt.NDArray[np.int64]
-
-
 T = TypeVar("T")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -51,22 +51,20 @@ class ModuleHooks:
     @contextmanager
     def on(self) -> Iterator[None]:
         """A context with the tracer's hooks on the model."""
-        pre = nn.modules.module.register_module_forward_pre_hook(self._enter)
-        post = nn.modules.module.register_module_forward_hook(self._leave, always_call=True)
-        handles: list[Any] = [pre, post]
-        for module in self.model.modules():
-            if type(module) in MODULE_RULES:
-                handles.append(module.register_forward_pre_hook(self._enter_whole))
-                handles.append(module.register_forward_hook(self._leave_whole, with_kwargs=True))
-        for block in self.blocks:
-            first, last = (self.model.get_submodule(block.modules[k]) for k in (0, -1))
-            handles.append(first.register_forward_pre_hook(partial(self._enter_block, block), with_kwargs=True))
-            handles.append(last.register_forward_hook(partial(self._leave_block, block)))
-        try:
+        everywhere = nn.modules.module
+        with ExitStack() as hooks:
+            hooks.enter_context(everywhere.register_module_forward_pre_hook(self._enter))
+            hooks.enter_context(everywhere.register_module_forward_hook(self._leave, always_call=True))
+            for module in self.model.modules():
+                if type(module) in MODULE_RULES:
+                    hooks.enter_context(module.register_forward_pre_hook(self._enter_whole))
+                    hooks.enter_context(module.register_forward_hook(self._leave_whole, with_kwargs=True))
+            for block in self.blocks:
+                first, last = (self.model.get_submodule(block.modules[k]) for k in (0, -1))
+                enter, leave = partial(self._enter_block, block), partial(self._leave_block, block)
+                hooks.enter_context(first.register_forward_pre_hook(enter, with_kwargs=True))
+                hooks.enter_context(last.register_forward_hook(leave))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @on_host()
     def _enter(self, module: nn.Module, inputs: Any) -> None:

@@ -106,9 +106,8 @@ class Structure:
             UnfitError: not even the smallest network fits.
         """
         self.check(limits)
-        ones = torch.ones(self.space.n_groups, dtype=torch.int64)
         keep = policies.kit.one_per_group(self.space, keep.clone(), score)
-        return policies.kit.fit(self.space, self.costs, keep, score, limits, ones)
+        return policies.kit.fit(self.space, self.costs, keep, score, limits)
 
     def check(self, limits: Limits) -> None:
         """Compare the smallest structure with the limits: what cannot go, one unit a group, no layer that may go.
