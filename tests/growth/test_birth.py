@@ -38,6 +38,7 @@ RULES: dict[str, Callable[[Tensor], object]] = {
     "PyTorch": lambda w: nn.init.kaiming_uniform_(w, math.sqrt(5)),
     "He": lambda w: nn.init.kaiming_normal_(w, nonlinearity="relu"),
     "He, fan out": lambda w: nn.init.kaiming_normal_(w, mode="fan_out", nonlinearity="relu"),
+    "He, leaky": lambda w: nn.init.kaiming_normal_(w, 0.2),
     "Glorot": nn.init.xavier_uniform_,
     "orthogonal": nn.init.orthogonal_,
     "tanh": lambda w: nn.init.xavier_normal_(w, gain=nn.init.calculate_gain("tanh")),

@@ -29,8 +29,8 @@ Rule = tuple[str, float]
 """A fan by name, and what the variance is times that."""
 
 UNIFORM = 1 / 3
-CONSTANTS = (UNIFORM, 1.0, 2.0, 25 / 9)
-"""Variances times fan: PyTorch's own uniform rule; LeCun's, Glorot's and orthogonal ones; He's; with tanh's gain."""
+CONSTANTS = (UNIFORM, 1.0, 2 / 1.04, 2 / 1.01, 2.0, 25 / 9)
+"""Variances times fan: PyTorch's rule; LeCun's, Glorot's, orthogonal; He's with leaks of 0.2, 0.1, 0; tanh's gain."""
 
 STANDARD_ERRORS = 4.0
 """By how many standard errors a variance may differ from a rule."""
