@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .growth.one_shot import measure_rises, prune_
     from .growth.schedule import warmup_stable_decay
     from .growth.search import Search, Trial, search
-    from .growth.teacher import distillation_loss
+    from .growth.teacher import distillation_loss, recalibrate
     from .onednn_guard import guard_
     from .persistence.checkpoint import load_checkpoint, save_checkpoint
     from .persistence.network import load, save
@@ -64,7 +64,7 @@ _HOMES = {
     "growth.one_shot": ["measure_rises", "prune_"],
     "growth.schedule": ["warmup_stable_decay"],
     "growth.search": ["Search", "Trial", "search"],
-    "growth.teacher": ["distillation_loss"],
+    "growth.teacher": ["distillation_loss", "recalibrate"],
     "onednn_guard": ["guard_"],
     "policies.method": ["Method"],
     "policies.named": ["PRESETS"],
@@ -113,6 +113,7 @@ __all__ = [
     "policies",
     "portable_",
     "prune_",
+    "recalibrate",
     "rule",
     "save",
     "save_checkpoint",

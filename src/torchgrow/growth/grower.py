@@ -213,17 +213,7 @@ class Grower(Shown):
 
     @trainable()
     def recalibrate(self, loader: Iterable[Any]) -> None:
-        """Re-estimate the running statistics of all batch norms, as means over the batches; nothing else changes.
-
-        After units have left, the old statistics belong to other activations. Followers keep theirs.
-
-        Args:
-            loader: of inputs, or of tuples and lists that begin with them; a few batches will do. Dicts are keywords,
-                and several positional inputs a tuple of their own, as in `((x, mask), labels)`.
-
-        Raises:
-            TorchgrowError: there were no batches.
-        """
+        """Re-estimate the network's batch statistics: `torchgrow.recalibrate`. Followers keep theirs."""
         recalibrate(self.model, loader)
 
     @trainable()

@@ -142,7 +142,7 @@ def measure_rises(
         example_inputs: as for `trace`.
         evaluate: returns the mean loss of the model that it is given, in evaluation mode and without gradients, on the
             same few batches every time.
-        batches: as for `Grower.recalibrate`: statistics of batch norms are re-estimated on them before each
+        batches: as for `recalibrate`: statistics of batch norms are re-estimated on them before each
             evaluation. Default: they stay.
         importance: which units are the least important, of `torchgrow.policies.importance`; not "taylor".
         protect: as for `trace`.

@@ -50,7 +50,14 @@ def teacher_of(run: Run) -> nn.Module:
 @on_host()
 @torch.no_grad()
 def recalibrate(model: nn.Module, loader: Iterable[Any]) -> None:
-    """See `Grower.recalibrate`.
+    """Re-estimate the running statistics of all batch norms, as means over the batches; nothing else changes.
+
+    After units have left, the old statistics belong to other activations.
+
+    Args:
+        model: the network, of any kind.
+        loader: of inputs, or of tuples and lists that begin with them; a few batches will do. Dicts are keywords, and
+            several positional inputs a tuple of their own, as in `((x, mask), labels)`.
 
     Raises:
         TorchgrowError: there are no batches; as after any error, statistics are as before.
@@ -83,7 +90,7 @@ def recalibrate(model: nn.Module, loader: Iterable[Any]) -> None:
     if norms and not done:
         raise TorchgrowError(
             "recalibrate was given no batches, so statistics are as before; pass some: "
-            "grower.recalibrate(itertools.islice(loader, 20))"
+            "torchgrow.recalibrate(model, itertools.islice(loader, 20))"
         )
 
 
