@@ -35,5 +35,6 @@ def chain(widths: list[int], pixels: list[int], stuck: int = 0) -> Space:
         flops=tuple(flops),
         batch=1,
         fold={(f"w{k}", 0): u for k, u in enumerate(units)},
+        columns={},
         attributes=(),
     )

@@ -233,6 +233,7 @@ def test_a_faint_mistake_is_not_taken_for_rounding() -> None:
         shapes={names[name]: shape for name, shape in honest.shapes.items()},
         parameters=tuple(names[name] for name in honest.parameters),
         fold={(names[name], axis): units for (name, axis), units in honest.fold.items()},
+        columns={},
         attributes=(),
         proven=False,
     )

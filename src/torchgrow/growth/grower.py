@@ -139,8 +139,8 @@ class Grower(Shown):
     def finish(self) -> Event:
         """End the run now: the network is brought to the budget, the bank is emptied, the hooks come off.
 
-        Called before update T-1 the network may change once more. Units that enter here have gated weights of 0: the
-        other units compute what they did.
+        Called before update T-1 the network may change once more. Units that enter here have no effect at first, as the
+        weights by which they are read are 0: outputs stay, but for norms over units; training on makes use of them.
 
         Raises:
             TorchgrowError: the run is over already, the ranks do not agree, or another thread is at it.

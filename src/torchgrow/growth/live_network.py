@@ -162,7 +162,7 @@ class LiveNetwork:
         *,
         first: bool,
         last: bool,
-        zeroed: Tensor | None,
+        silent: Tensor | None,
         as_is: bool = False,
     ) -> bool:
         """Have `exchange` make `keep` the live structure of the model and its followers; nothing is written before.
@@ -173,14 +173,14 @@ class LiveNetwork:
             gate: that the weights shall be folded with, float64 [n], or None.
             first: whether it is the first change of the run, so that everything is written.
             last: the hooks come off and the banks are emptied.
-            zeroed: bool [n], units that enter with gated weights of 0.
+            silent: bool [n], units that enter without an effect, as the weights by which they are read are 0.
             as_is: whether live units keep their function although they get gates: raw weights are divided by the gates.
 
         Returns:
             Whether a tensor will have another shape.
         """
         stays = not first and torch.equal(keep, self.keep) and self.gates.folded_with(gate)
-        changes, installed = ([self.bank.unchanged()], None) if stays else self._stage(keep, gate, zeroed, as_is)
+        changes, installed = ([self.bank.unchanged()], None) if stays else self._stage(keep, gate, silent, as_is)
         reshapes = changes[0].reshapes
         for change in changes:
             change.into(exchange)
@@ -199,25 +199,22 @@ class LiveNetwork:
         return reshapes
 
     def _stage(
-        self, keep: Tensor, gate: Tensor | None, zeroed: Tensor | None, as_is: bool
+        self, keep: Tensor, gate: Tensor | None, silent: Tensor | None, as_is: bool
     ) -> tuple[list[Change], tuple[Fold, list[Tensor], dict[tuple[str, str], Tensor]]]:
         """The staged changes of the network and its followers, and the arguments of `Folding.install`."""
         bank = self.bank
         raw = self.raw() or {name: self.parameters[name].detach() for name in self.gated}
         change = bank.stage(keep, raw, self.gates.raw_copies())
         fresh = {name: change.swaps[name].new for name in self.gated if not self.space.absent(name, keep)}
-        if zeroed is not None:
-            _zero(self.space, fresh, keep, zeroed)
-            for name in fresh:
-                for part in change.swaps[name].raw_copies().values():
-                    _zero(self.space, {name: part}, keep, zeroed)
+        if silent is not None:
+            _silence(self.space, change, keep, silent)
         fold = self.fold(keep, fresh, gate)
         factors = fold.factors(gate)
         for name, factor in zip(fold.names, factors, strict=True) if as_is and factors else ():
             for part in (fresh[name], *change.swaps[name].raw_copies().values()):
                 part.div_(factor)
         folded = fold.folded(factors)
-        followed = self._followed(keep, fresh, folded)
+        followed = self._followed(keep, fresh, folded, silent)
         copies: dict[tuple[str, str], Tensor] = {}
         for (name, contents), factor in zip(folded.items(), factors, strict=True):
             swap = change.swaps[name]
@@ -226,11 +223,15 @@ class LiveNetwork:
             swap.fold_copies(factor)
         return [change, *followed], (fold, factors, copies)
 
-    def _followed(self, keep: Tensor, raw: Mapping[str, Tensor], folded: Mapping[str, Tensor]) -> list[Change]:
+    def _followed(
+        self, keep: Tensor, raw: Mapping[str, Tensor], folded: Mapping[str, Tensor], silent: Tensor | None
+    ) -> list[Change]:
         """The change to `keep` of every follower; where a copy still holds what the bank holds, it gets that folded."""
         changes = []
         for follower in self.followers:
             change = follower.stage(keep)
+            if silent is not None:
+                _silence(self.space, change, keep, silent)
             for name in change.swaps.keys() & folded.keys() if follower in self.copies else ():
                 own, value = change.swaps[name].new, folded[name].to(change.swaps[name].new)
                 change.swaps[name].new = torch.where(own == raw[name].to(own), value, own)
@@ -277,16 +278,15 @@ class LiveNetwork:
             raise
 
 
-def _zero(space: Space, raw: Mapping[str, Tensor], keep: Tensor, zeroed: Tensor) -> None:
-    """Zero the gated raw weights of the units in `zeroed` (bool [n])."""
-    for (name, axis), vector in space.fold.items():
-        if name not in raw:
-            continue
-        if axis == WHOLE:
-            if bool(zeroed[vector]):
-                raw[name].zero_()
-            continue
-        live = vector[live_positions(space.unit_of[name, axis], keep)]
-        positions = torch.nonzero((live >= 0) & zeroed[live.clamp(min=0)]).flatten()
-        if positions.numel():
-            raw[name].index_fill_(axis, positions.to(raw[name].device), 0)
+def _silence(space: Space, change: Change, keep: Tensor, silent: Tensor) -> None:
+    """Zero the weights by which units (bool [n]) of a staged structure are read; in a layer among them, its gate's."""
+    silent = silent & ~((space.owner >= 0) & silent[space.owner.clamp(min=0)])  # else the layer had no gradients
+    for (name, axis), vector in space.columns.items():
+        swap = change.swaps.get(name)
+        for part in (swap.new, *swap.raw_copies().values()) if swap and not space.absent(name, keep) else ():
+            if axis == WHOLE:
+                part.mul_(~silent[vector].to(part.device))
+                continue
+            live = vector[live_positions(space.unit_of[name, axis], keep)]
+            positions = torch.nonzero((live >= 0) & silent[live.clamp(min=0)]).flatten()
+            part.index_fill_(axis, positions.to(part.device), 0)

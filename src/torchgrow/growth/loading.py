@@ -89,7 +89,7 @@ class Loading:
         else:
             check_gates(policy)
             view = run.view(len(state.history) - 1)
-            live.change(exchange, keep, None, first=True, last=False, zeroed=None)
+            live.change(exchange, keep, None, first=True, last=False, silent=None)
             policy.applied(replace(view, keep=keep))
             exchange.fields(run.policy, **vars(policy))
         cost = run.plan.costs.cost(keep)
@@ -120,7 +120,7 @@ class Loading:
                 "the run is over and the structure final; there is nothing another grower could go on with"
             )
         state, exchange = run.state_dict(), Exchange()
-        run.live.change(exchange, run.plan.space.everything(), None, first=True, last=True, zeroed=None)
+        run.live.change(exchange, run.plan.space.everything(), None, first=True, last=True, silent=None)
         exchange.fields(run.state, finished=True, early=True, released=True)
         exchange.fields(run.live.bank.growth, finished=True)
         run.ranks.invalidate(exchange)

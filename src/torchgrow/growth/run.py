@@ -239,8 +239,8 @@ class Run:
     def _finish(self, early: bool = False) -> Event:
         start, old = time.perf_counter(), self.live.keep
         keep = self.plan.fitted(old, self.policy, self.view(len(self.state.history) - 1))
-        generator, zeroed = self.state.generator, keep & ~old
-        return self._change_to(keep, self.policy, generator, start, zeroed=zeroed, last=True, early=early)
+        generator, silent = self.state.generator, keep & ~old
+        return self._change_to(keep, self.policy, generator, start, silent=silent, last=True, early=early)
 
     def _change_to(
         self,
@@ -249,7 +249,7 @@ class Run:
         generator: torch.Generator,
         start: float,
         *,
-        zeroed: Tensor | None = None,
+        silent: Tensor | None = None,
         last: bool = False,
         early: bool = False,
         exchange: Exchange | None = None,
@@ -258,7 +258,7 @@ class Run:
         self.live.check()
         state, exchange, previous = self.state, exchange or Exchange(), self.live.keep
         first, as_is = not state.history, not state.history and self.plan.start is not None
-        reshapes = self.live.change(exchange, keep, policy.gate, first=first, last=last, zeroed=zeroed, as_is=as_is)
+        reshapes = self.live.change(exchange, keep, policy.gate, first=first, last=last, silent=silent, as_is=as_is)
         event = event_of(self.plan.costs, state, keep, previous if state.history else keep, policy, start)
         if last:
             exchange.fields(state, finished=True, early=early)

@@ -285,12 +285,9 @@ def gated(space: Space, frame: nn.Module, run: Callable[[], Any], tolerance: flo
                     gates[unit].append(name)
         for name, value in values.items():
             tensors[name].copy_(value)
-    fold = dict(space.fold)
-    for block in space.blocks:
-        for name in gates[block.unit]:
-            fold[name, WHOLE] = torch.tensor([block.unit])
+    whole = {(name, WHOLE): torch.tensor([block.unit]) for block in space.blocks for name in gates[block.unit]}
     blocks = tuple(replace(block, residual=kinds[block.unit][0]) for block in space.blocks)
-    space = replace(space, fold=fold, blocks=blocks)
+    space = replace(space, fold={**space.fold, **whole}, columns={**space.columns, **whole}, blocks=blocks)
     for block in blocks:
         if not any(kinds[block.unit]) or not gates[block.unit]:
             reason = "with its weights at zero the layer returns neither its input nor zero"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -100,7 +101,8 @@ class Findings:
             parameters=self.parameters,
             flops=terms,
             batch=batch,
-            fold=self._fold_places(unit_of, units, real.numel()),
+            fold=self._scaling_places(unit_of, units, self._by_producer(units, real.numel())),
+            columns=self._scaling_places(unit_of, units, np.zeros(real.numel(), dtype=np.bool_)),
             attributes=self._attributes(unit_of, units),
             frozen=self._frozen(),
             carried=tuple(
@@ -128,40 +130,38 @@ class Findings:
             space = space.freeze(torch.nonzero(mine).flatten().tolist(), frozen)
         return space
 
-    def _fold_places(
-        self, unit_of: dict[Place, Tensor], units: Callable[[Tensor], Tensor], n: int
-    ) -> dict[Place, Tensor]:
-        """Where each unit's gate sits.
-
-        On the last affine map that produces the unit, if all readers see zero when it is zero; else on the columns of
-        all readers.
-        """
-        parameters = set(self.parameters)
-        by_producer = np.ones(n, dtype=np.bool_)
-        reads = []
+    def _by_producer(self, units: Callable[[Tensor], Tensor], n: int) -> npt.NDArray[np.bool_]:
+        """Units (bool [n]) that are zero for all readers where the last affine map that produces them is."""
+        found = np.ones(n, dtype=np.bool_)
         for read in self.reads:
-            read_units = units(read.produced.symbols).flatten().numpy()
-            owned = read_units >= 0
             if not read.produced.all_zero:
-                by_producer[read_units[owned & ~read.produced.zero.flatten().numpy()]] = False
-            reads.append((read_units[owned], read.produced.sources, read.weight.sources))
-        fold: dict[Place, Array] = {}
-        here = np.zeros(n + 1, dtype=np.bool_)  # the last entry stands for -1, "no unit"
-        for read_units, produced, weights in reads:
+                read_units = units(read.produced.symbols).flatten().numpy()
+                found[read_units[(read_units >= 0) & ~read.produced.zero.flatten().numpy()]] = False
+        return found
+
+    def _scaling_places(
+        self, unit_of: dict[Place, Tensor], units: Callable[[Tensor], Tensor], by_producer: npt.NDArray[np.bool_]
+    ) -> dict[Place, Tensor]:
+        """Where to scale what each unit puts out: `by_producer` on that last affine map, else on columns of readers."""
+        parameters, scales = set(self.parameters), dict[Place, Array]()
+        here = np.zeros(len(by_producer) + 1, dtype=np.bool_)  # the last entry stands for -1, "no unit"
+        for read in self.reads:
+            read_units, weights = units(read.produced.symbols).flatten().numpy(), read.weight.sources
+            read_units = read_units[read_units >= 0]
             chosen = by_producer[read_units] | (not weights)  # a sum over units has no columns of its own
-            for places, gates in ((produced, read_units[chosen]), (weights, read_units[~chosen])):
-                if not gates.size:
+            for places, scaled in ((read.produced.sources, read_units[chosen]), (weights, read_units[~chosen])):
+                if not scaled.size:
                     continue
-                here[gates] = True
+                here[scaled] = True
                 for place in sorted(places):
                     vector = unit_of[place].numpy()
-                    gated = here[vector]
-                    if place[0] not in parameters or not gated.any():
+                    found = here[vector]
+                    if place[0] not in parameters or not found.any():
                         continue
-                    old = fold.get(place)
-                    fold[place] = np.where(gated if old is None else gated | (old >= 0), vector, -1)
-                here[gates] = False
-        return {place: torch.from_numpy(vector) for place, vector in fold.items()}
+                    old = scales.get(place)
+                    scales[place] = np.where(found if old is None else found | (old >= 0), vector, -1)
+                here[scaled] = False
+        return {place: torch.from_numpy(vector) for place, vector in scales.items()}
 
     def _attributes(self, unit_of: dict[Place, Tensor], units: Callable[[Tensor], Tensor]) -> tuple[Attribute, ...]:
         """Attributes of torch.nn modules that count an axis."""

@@ -1,0 +1,49 @@
+"""`Space.columns`: where a unit is read. With these weights at 0 a unit has no effect, although it is computed."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import zoo
+from drawn import without
+from torchgrow import shrink_
+
+
+def doubled(x: Any) -> Any:
+    """Example inputs in float64."""
+    if isinstance(x, Tensor):
+        return x.double() if x.is_floating_point() else x
+    return {key: doubled(v) for key, v in x.items()} if isinstance(x, dict) else tuple(doubled(v) for v in x)
+
+
+def outputs(model: torch.nn.Module, x: Any) -> list[Tensor]:
+    """All tensors that a model returns."""
+
+    def flat(out: Any) -> list[Tensor]:
+        if isinstance(out, Tensor):
+            return [out]
+        return [tensor for part in (out.values() if isinstance(out, dict) else out) for tensor in flat(part)]
+
+    with torch.no_grad():
+        return flat(model(**x) if isinstance(x, dict) else model(*x) if isinstance(x, tuple) else model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("name", [name for name in zoo.ZOO if name != "weight-norm"])  # a norm over units
+def test_units_that_nothing_reads_have_no_effect(name: str) -> None:
+    """The whole network with columns of 0 computes what the compact one does, to the last rounding."""
+    space, model, x = zoo.space(name), zoo.build(name).double().eval(), doubled(zoo.inputs(name))
+    keep = without(space, 0.5, seed=0)
+    compact = copy.deepcopy(model)
+    shrink_(compact, space, keep)
+    before = outputs(model, x)
+    for (parameter, axis), vector in space.columns.items():
+        silent = torch.nonzero((vector >= 0) & ~keep[vector.clamp(min=0)]).flatten()
+        model.get_parameter(parameter).data.index_fill_(axis, silent, 0)
+    for small, whole in zip(outputs(compact, x), outputs(model, x), strict=True):
+        torch.testing.assert_close(whole, small, rtol=1e-9, atol=1e-11)
+    if not bool(keep.all()):
+        assert any(not torch.equal(one, other) for one, other in zip(before, outputs(model, x), strict=True))
