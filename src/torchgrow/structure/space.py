@@ -321,6 +321,12 @@ class Space:
         return replace(self, removable=removable, frozen=(*self.frozen, frozen))
 
 
+def frozen_for(space: Space, units: Tensor, op: str, module: str, reason: str) -> Space:
+    """The space with units (their ids) no longer removable, for a reason that is about all of their places."""
+    places = tuple(place for place, vector in space.unit_of.items() if bool(torch.isin(vector, units).any()))
+    return space.freeze(units.tolist(), Frozen(op, module, "", reason, places))
+
+
 def has_units(units: Tensor) -> bool:
     """Whether any position of an axis has a unit."""
     positions = units.numpy()

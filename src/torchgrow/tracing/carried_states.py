@@ -22,11 +22,7 @@ States = dict[int, dict[int, Tensor]]
 
 
 class CarriedStates:
-    """The carried states of all runs.
-
-    Args:
-        context: what is known.
-    """
+    """The carried states of all runs."""
 
     def __init__(self, context: TraceContext) -> None:
         self.context = context
@@ -36,11 +32,9 @@ class CarriedStates:
         entering, found = carried_inputs(example, carries), tensors(example)
         for x in found:
             self.context.note(x).from_input = True
-        return entering, {i: self.new_state(found[i]) for indices in entering.values() for i in indices}
-
-    def new_state(self, state: Tensor) -> dict[int, Tensor]:
-        """Fresh symbols for every axis of a carried input."""
-        return {axis: self.context.classes.new(size) for axis, size in enumerate(state.shape) if size > 1}
+        new = self.context.classes.new
+        carried = (i for indices in entering.values() for i in indices)
+        return entering, {i: {k: new(n) for k, n in enumerate(found[i].shape) if n > 1} for i in carried}
 
     def label_state(self, state: Tensor, symbols: Mapping[int, Tensor]) -> None:
         """Give a carried input its symbols."""

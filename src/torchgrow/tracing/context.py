@@ -21,12 +21,7 @@ Failed = Mapping[tuple[str, str], int]
 
 
 class TraceContext:
-    """Implements `rules.Context`.
-
-    Args:
-        model: the frame.
-        failed: how often the proof has failed on a cut of an axis there, by module and line.
-    """
+    """Implements `rules.Context`."""
 
     def __init__(self, model: nn.Module, failed: Failed | None = None) -> None:
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}

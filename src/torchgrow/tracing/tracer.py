@@ -53,14 +53,7 @@ class Unsettled(BaseException):
 
 
 class Tracer:
-    """Runs a frame on all examples in both modes, and joins what the runs have found.
-
-    Args:
-        model: the frame.
-        blocks: layers that may hand their input on.
-        values: see `Dispatch`.
-        failed: how often the proof has failed on a cut of an axis there, by module and line.
-    """
+    """Runs a frame on all examples in both modes, and joins what the runs have found; see `replay` and `Dispatch`."""
 
     def __init__(
         self, model: nn.Module, blocks: Sequence[Block] = (), *, values: bool = True, failed: Failed | None = None
@@ -295,19 +288,11 @@ def replay(
     failed: Failed | None = None,
     counting: bool = False,
 ) -> Space:
-    """Trace the frame by label replay, without proof.
+    """Trace the frame by label replay, without proof; the first axis of the first tensor is taken for the batch.
 
-    Args:
-        model: the frame, on one device, not wrapped and not compiled.
-        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs, or a list of several such
-            examples; the first axis of the first tensor is taken for the batch.
-        protect: parameters or modules that keep their shape, by qualified name or pattern ("head.*"); or single
-            axes, such as ("head.weight", 1).
-        couple: pairs of axes that are cut alike, position by position, such as (("a.weight", 0), ("b.weight", 0)).
-        blocks: layers that may hand their input on instead; they become units in `depth.with_layers`.
-        carried: outputs that become arguments of the next call, {argument: output}, by position or name.
-        failed: how often the proof has failed on parts of an axis (`Space.parts`), by module and line.
-        counting: run the first example in evaluation mode only: enough for parameters and FLOPs, not for cutting.
+    Arguments are as for `trace`, beside `blocks`, layers that may hand their input on instead and become units in
+    `blocks.with_layers`, and `failed`. With `counting`, the first example is run in evaluation mode only: enough for
+    parameters and FLOPs, not for cutting.
 
     Raises:
         TraceError: the model or the inputs cannot be traced; the message says what would work.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..structure.space import Frozen, Space
+from ..structure.space import Space, frozen_for
 from .model_call import call, examples_of, fresh
 from .nested import mapped
 from .passes import passes, running
@@ -17,12 +17,9 @@ from .size_attributes import guesses
 
 
 def undecided_frozen(model: nn.Module, space: Space, example_inputs: Any) -> Space:
-    """The space with units frozen that attributes may count: only a proof could tell whether these must follow.
+    """The space of a copy on the meta device, with units frozen that attributes may count.
 
-    Args:
-        model: on the meta device, a copy.
-        space: what was found for it.
-        example_inputs: as for `trace`.
+    Only a proof could tell whether these must follow.
     """
     found = [guess for guess in guesses(model, space) if guess.sure]
     paths = {guess.attribute.module for guess in found}
@@ -39,10 +36,8 @@ def undecided_frozen(model: nn.Module, space: Space, example_inputs: Any) -> Spa
         module, name = guess.attribute.module, guess.attribute.name
         units = torch.isin(space.group_of, torch.tensor(sorted(guess.groups))) & space.removable
         if (module, name.partition("[")[0]) in seen and bool(units.any()):
-            numbers = torch.nonzero(units).flatten()
-            places = tuple(place for place, v in space.unit_of.items() if bool(torch.isin(v, numbers).any()))
             reason = f"{module or 'the model'}.{name} may count these units, which only the proof can tell (proof=True)"
-            space = space.freeze(numbers.tolist(), Frozen("attribute", module, "", reason, places))
+            space = frozen_for(space, torch.nonzero(units).flatten(), "attribute", module, reason)
     return space
 
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from ..default_device import on_host
 from ..errors import TraceError
 from ..renamed import renamed_arguments
-from ..structure.cost import CostModel
-from ..structure.space import Frozen, Place, Space
+from ..structure.cost import Cost, CostModel
+from ..structure.space import Frozen, Place, Space, frozen_for
 from ..structure.store import is_meta
 from .blocks import Named, find, gated, with_layers
 from .model_call import Carries, check_model
-from .passes import twin_on_meta
+from .passes import twin
 from .prover import TOLERANCE, Prover
 from .requests import Couples
 from .size_attributes import Guess, guesses
@@ -34,8 +34,13 @@ FRACTIONS = (0.3, "ends", 0.7, 0.5)
 """What the proof tries to remove from every group: random shares, and the first and the last unit ("ends").
 
 Operations that depend on the order of channels (a roll by a fixed number, a cut at a fixed place) can agree by
-chance on a random subset; the ends of an axis give them away.
+chance on a random subset; the ends of an axis give them away. Where layers may go, every share is tried with all of
+them there too: with few, one might be left out in all draws, and the units inside it be tried in none.
 """
+
+
+ALONE = "is the only unit of its group"
+"""Reason for freezing such units."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +89,12 @@ def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) ->
     if space.blocks:
         space = prover.space = prover.bank.space = gated(space, prover.frame, prover._outputs, TOLERANCE)
         free = _free_groups(space)
+    draws = [(fraction, whole) for whole in ((False, True) if space.blocks else (False,)) for fraction in FRACTIONS]
     found: list[Guess] | None = None
     hopeless: set[frozenset[tuple[type[nn.Module], str]]] = set()
     while free:
         failed: dict[int, str] = {}
-        for fraction, whole in _draws(space):
+        for fraction, whole in draws:
             draw = prover.draw(fraction, free, whole=whole)
             if prover.error(draw)[0] <= TOLERANCE:
                 continue
@@ -109,23 +115,11 @@ def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) ->
             return replace(prover.space, proven=True)
         space = prover.space
         for group, reason in failed.items():
-            units = torch.nonzero(space.group_of == group).flatten().tolist()
-            name = space.group_names[group]
-            places = tuple(
-                place for place, v in space.unit_of.items() if bool(torch.isin(v, torch.tensor(units)).any())
-            )
-            space = space.freeze(units, Frozen("proof", name, "", reason, places))
+            units = torch.nonzero(space.group_of == group).flatten()
+            space = frozen_for(space, units, "proof", space.group_names[group], reason)
         free = _free_groups(space)
         prover.space = prover.bank.space = space
     return replace(prover.space, proven=True)
-
-
-def _draws(space: Space) -> list[tuple[float | str, bool]]:
-    """What to draw: every share, and where layers may go every share with all of them as well.
-
-    With few layers, one might be left out in all draws, and the units inside it be tried in none.
-    """
-    return [(fraction, whole) for whole in ((False, True) if space.blocks else (False,)) for fraction in FRACTIONS]
 
 
 def _only(space: Space, groups: list[int], draw: Tensor) -> Tensor:
@@ -137,10 +131,8 @@ def _without_lone_units(space: Space) -> Space:
     """Units alone in their group always stay, since no group is ever left empty; nothing could prove them either."""
     sizes = torch.bincount(space.group_of, minlength=space.n_groups)
     lone = torch.nonzero((sizes[space.group_of] == 1) & (space.least[space.group_of] > 0) & space.removable).flatten()
-    for unit in lone.tolist():
-        name = space.group_names[int(space.group_of[unit])]
-        places = tuple(place for place, vector in space.unit_of.items() if bool((vector == unit).any()))
-        space = space.freeze([unit], Frozen("proof", name, "", "is the only unit of its group", places))
+    for unit in lone[:, None]:
+        space = frozen_for(space, unit, "proof", space.group_names[int(space.group_of[unit])], ALONE)
     return space
 
 
@@ -204,7 +196,7 @@ def trace(
     """
     if not proof and not is_meta(model):
         check_model(model, example_inputs)
-        model = twin_on_meta(model)
+        model = twin(model, meta=True)
     blocks = find(model, example_inputs, depth)
     failed: dict[tuple[str, str], int] = {}
     best: tuple[int, Space] | None = None
@@ -222,6 +214,21 @@ def trace(
         if not broken:
             return best[1]
         failed.update({place: failed.get(place, 0) + 1 for place in broken})  # at 2 the cut counts as fixed
+
+
+@on_host()
+def measure(model: nn.Module, example_inputs: Any) -> Cost:
+    """Parameters and FLOPs (2 x multiply-accumulates, one sample) of a model as it is.
+
+    Args:
+        model: any plain module.
+        example_inputs: a small batch: a tensor, a tuple, or a dict of keywords; of a list of them the first counts.
+
+    Raises:
+        TraceError: the model cannot be run on the inputs.
+    """
+    space = replay(model, example_inputs, counting=True)
+    return CostModel(space).cost(space.everything())
 
 
 def _broken_parts(space: Space, proven: Space) -> set[tuple[str, str]]:

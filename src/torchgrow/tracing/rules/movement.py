@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..labels import Labelled, compressed, standing
 from .labelled import aligned, harmonize, placed, without_axes
-from .pointwise import combined
+from .pointwise import joined
 from .registry import CONSTANT, Context, rule
 
 
@@ -239,19 +239,9 @@ def cat(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
             single = [labels for labels in labelled if labels not in multi]
             labelled[:] = single + without_axes(ctx, multi, [dim], reason)
         along = [[labels for labels in labelled if labels.axes == (dim,)] for _, labelled in operands]
-    result: list[Labelled | None] = []
-    if any(along):
-        result.append(_in_a_row(ctx, [part.shape[dim] for part in parts], along, dim))
-    groups: dict[tuple[int, ...], list[tuple[int, Labelled]]] = {}
-    for index, (_, labelled) in enumerate(operands):
-        for labels in labelled:
-            if dim not in labels.axes:
-                groups.setdefault(labels.axes, []).append((index, labels))
-    for members in groups.values():
-        for _, other in members[1:]:
-            ctx.unify(members[0][1], other)
-        result.append(combined(members[0][1], members, set(), True, len(operands)))
-    ctx.set_labelled(out, result)
+    row = [_in_a_row(ctx, [part.shape[dim] for part in parts], along, dim)] if any(along) else []
+    beside = [[labels for labels in labelled if dim not in labels.axes] for _, labelled in operands]
+    ctx.set_labelled(out, [*row, *joined(ctx, beside)])
 
 
 def _in_a_row(ctx: Context, sizes: Sequence[int], along: Sequence[Sequence[Labelled]], dim: int) -> Labelled:

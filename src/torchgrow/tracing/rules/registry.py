@@ -82,16 +82,12 @@ class Context(Protocol):
 
 Rule = Callable[[Context, Any, dict[str, Any], Any], None]
 
-
 ModuleRule = Callable[[Context, Any, dict[str, Any], Any], None]
-
 
 RULES: dict[str, Rule] = {}
 
-
 MODULE_RULES: dict[type, ModuleRule] = {}
 """Modules that are traced as one operation."""
-
 
 COUNTED: set[Rule] = set()
 """Rules that count FLOPs, and so must run even without labels."""
@@ -128,12 +124,10 @@ RANDOM = (
     "cauchy_", "geometric_", "log_normal_", "normal_functional",
 )  # fmt: skip
 
-
 CONSTANT = frozenset(
     {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
 )
 """New tensors that do not depend on the values of the tensor they are made from."""
-
 
 FILLED = CONSTANT | {"zeros", "ones", "full", "empty"}
 """Operations that make tensors of one value (or uninitialised ones)."""
