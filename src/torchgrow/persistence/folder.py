@@ -138,9 +138,7 @@ def real_folder(folder: str | os.PathLike[str]) -> Path:
 def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
     """A lock for one process or thread at a time; without effect on systems that have no file locks.
 
-    Args:
-        folder: to be worked in, or to be read with `shared`: any number of readers, but no writer.
-        shared: as said.
+    With `shared` the folder is to be read: any number of readers, but no writer.
 
     Raises:
         SavedModelError: another one has been at it for `LONGEST_WAIT`.
