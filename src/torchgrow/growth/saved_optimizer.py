@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SavedModelError
-from ..exchange import Exchange
 from ..persistence.plain_data import Field, alike, plain
+from ..structure.optimizer_checks import is_plain
 from ..structure.optimizer_slots import Layout
 from ..structure.optimizer_trial import Slot
 from ..structure.store import Store
@@ -49,16 +49,8 @@ def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value.detach().clone() if isinstance(value, Tensor) else value
         for key, value in values.items()
-        if key != "params" and _data(value)
+        if key != "params" and is_plain(value, math.inf)
     }
-
-
-def _data(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_data, value))
-    if isinstance(value, dict):
-        return all(map(_data, value.values()))
-    return value is None or isinstance(value, (Tensor, bool, int, float, str))
 
 
 def read_optimizer(
@@ -68,17 +60,10 @@ def read_optimizer(
     shapes: Mapping[str, tuple[int, ...]],
     full: Mapping[str, tuple[int, ...]],
 ) -> tuple[Slots, list[dict[str, Any]]]:
-    """Check a saved optimizer state.
-
-    Args:
-        field: what `optimizer_state` made.
-        layout: of the optimizer that it shall go to.
-        parameters: of the model, by name.
-        shapes: what the tensors' shapes will be, by name.
-        full: their shapes in the frame.
+    """Check what `optimizer_state` made of parameters that will have `shapes`, and have the shapes `full` in the frame.
 
     Returns:
-        Slots by parameter and settings by group, as copies on the right devices, for `swapped_in`.
+        Slots by parameter and settings by group, as copies on the right devices.
 
     Raises:
         SavedModelError: other parameters, other settings, or slots that this optimizer does not keep so.
@@ -118,7 +103,7 @@ def _settings(
     which stay. Their kind is what it is now, or was when the optimizer was made, or is after steps: a number may become
     a tensor. Others may be what steps add, or numbers.
     """
-    settings = {key: value for key, value in present.items() if key == "params" or not _data(value)}
+    settings = {key: value for key, value in present.items() if key == "params" or not is_plain(value, math.inf)}
     for key in [key for key in present if key not in settings]:  # in order, so that an error names the same each time
         if key in saved:
             samples = [sample[key] for sample in (made_with, stepped) if key in sample]
@@ -131,7 +116,7 @@ def _settings(
             )
     for key, field in saved.items():
         if key not in present:
-            known = key in stepped and _data(stepped[key])
+            known = key in stepped and is_plain(stepped[key], math.inf)
             settings[key] = field.like(stepped[key]) if known else field.number()  # initial_lr, say, of a schedule
     device = next((p.device for p in present["params"]), torch.device("cpu"))
     places = {key: value.device for key, value in {**stepped, **present}.items() if isinstance(value, Tensor)}
@@ -192,12 +177,7 @@ def fold_copies(
 ) -> dict[tuple[str, str], Tensor]:
     """Fold those slots that are copies of gated weights, in place; returns their raw contents by parameter and key.
 
-    Args:
-        slots: by parameter, as read.
-        layout: of their optimizer.
-        fold: of the structure that they belong to.
-        factors: that its parameters are folded with.
-        shapes: of the tensors in the frame.
+    They belong to the structure of `fold`, whose parameters are folded with `factors` and have `shapes` in the frame.
     """
     raw = {}
     gated = zip(fold.contents.items(), fold.parameters if fold.gated else (), factors, strict=True)
@@ -208,15 +188,6 @@ def fold_copies(
                 raw[name, key] = value.view_as(contents)
                 slots[parameter][key] = (raw[name, key] * factor).view_as(value)
     return raw
-
-
-def exchange_state(
-    exchange: Exchange, optimizer: torch.optim.Optimizer, slots: Slots, settings: list[dict[str, Any]]
-) -> None:
-    """Have `exchange` give an optimizer other state and settings."""
-    exchange.fill(optimizer.state, slots)
-    for group, new in zip(optimizer.param_groups, settings, strict=True):
-        exchange.fill(group, new)
 
 
 def read_bank_slots(

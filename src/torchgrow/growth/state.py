@@ -75,11 +75,6 @@ def store_state(store: Store) -> dict[str, Any]:
     return {"box": box, "held": None if box is None else store.held.detach()}
 
 
-def stores_state(stores: Mapping[str, Store]) -> dict[str, Any]:
-    """The state of stores by name."""
-    return {name: store_state(store) for name, store in stores.items()}
-
-
 def read_store(field: Field, present: Store, dtype: torch.dtype, shape: Sequence[int]) -> Store:
     """A copy of a present store with the contents of a state."""
     saved, held, box = field.fields(("box", "held")), list(shape), None
@@ -116,14 +111,7 @@ def read_stores(
 def read_tensors(
     field: Field, like: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], some: bool = False
 ) -> dict[str, Tensor]:
-    """Tensors by name, one for every name in `like` (with `some`: for any of them), of its dtype.
-
-    Args:
-        field: of the state.
-        like: present tensors, for names and dtypes.
-        shapes: wanted shapes by name.
-        some: whether names may be missing.
-    """
+    """Tensors by name, one for every name in `like` (with `some`: for any of them), of its dtype and these shapes."""
     found = field.fields()
     if not found.keys() <= like.keys() or not (some or len(found) == len(like)):
         field.fields(like)

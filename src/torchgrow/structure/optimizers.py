@@ -129,16 +129,6 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Layou
 # --- learning rates ---
 
 
-def present_rate(optimizer: torch.optim.Optimizer) -> float:
-    """Learning rate of the first group of parameters; 0 where it has none of its own."""
-    return float(optimizer.param_groups[0].get("lr") or 0.0)
-
-
-def peak_rate(optimizer: torch.optim.Optimizer) -> float:
-    """Peak rate of a one-cycle schedule, which it stores in the group; 0 without one."""
-    return float(optimizer.param_groups[0].get("max_lr") or 0.0)
-
-
 def first_rate(optimizer: torch.optim.Optimizer) -> float:
     """Learning rate that the first group was made with, which a schedule made since may have changed.
 
