@@ -179,11 +179,7 @@ def trainable() -> Iterator[None]:
 
 @contextmanager
 def by_one_thread(inside: dict[str, int]) -> Iterator[None]:
-    """A context that one thread at a time may be in; `inside` remembers which, and needs no lock that could stay shut.
-
-    Raises:
-        TorchgrowError: another thread is in it.
-    """
+    """A context for one thread at a time, others get a `TorchgrowError`; `inside` says which: no lock can stay shut."""
     own = threading.get_ident()
     if inside.setdefault("thread", own) != own:
         raise TorchgrowError(

@@ -175,10 +175,7 @@ class Folding:
     """
 
     def __init__(
-        self,
-        layouts: Sequence[Layout],
-        on_step: Callable[[Tensor], None],
-        gate: Callable[[], Tensor | None],
+        self, layouts: Sequence[Layout], on_step: Callable[[Tensor], None], gate: Callable[[], Tensor | None]
     ) -> None:
         self.fold: Fold | None = None
         self._on_step = on_step
@@ -268,11 +265,7 @@ class Folding:
         return {place: raw for hooks in self._hooks for place, raw in hooks.raw_copies().items()}
 
     def recover(self) -> None:
-        """If a step was interrupted half-way, fold the weights again and say so.
-
-        Raises:
-            TrainingError: it was.
-        """
+        """If a step was interrupted half-way, fold the weights again and raise a `TrainingError`."""
         for hooks in self._hooks:
             hooks.recover()
 

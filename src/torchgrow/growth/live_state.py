@@ -25,15 +25,10 @@ from ..persistence.beside import (
 )
 from ..persistence.plain_data import Field
 from ..policies import Policy
+from ..structure.space import Shapes
 from ..structure.store import Store, live_shapes
 from .live_network import LiveNetwork
-from .saved_optimizer import (
-    Slots,
-    fold_copies,
-    optimizer_state,
-    read_bank_slots,
-    read_optimizer,
-)
+from .saved_optimizer import Slots, fold_copies, optimizer_state, read_bank_slots, read_optimizer
 from .state import copies, read_stores, read_tensors, store_state
 
 
@@ -199,9 +194,7 @@ class LiveState:
             yield
 
 
-def _read_followers(
-    field: Field, live: LiveNetwork, shapes: Mapping[str, tuple[int, ...]], finished: bool
-) -> list[Follower]:
+def _read_followers(field: Field, live: LiveNetwork, shapes: Shapes, finished: bool) -> list[Follower]:
     """The state of every follower."""
     saved = field.items()
     if len(saved) != len(live.followers):

@@ -23,7 +23,7 @@ from .plan import Plan
 from .run_state import RunState
 
 
-class Running(Protocol):
+class _Running(Protocol):
     """The part of `Run` that is used here."""
 
     plan: Plan
@@ -33,19 +33,15 @@ class Running(Protocol):
     ranks: Ranks
     live: LiveNetwork
 
-    def state_dict(self) -> dict[str, Any]:
-        """The whole run."""
-
-    def view(self, number: int) -> View:
-        """The run as a policy sees it at an update."""
-
+    def state_dict(self) -> dict[str, Any]: ...
+    def view(self, number: int) -> View: ...
     def _note(self, exchange: Exchange, history: list[Event], finished: bool) -> None: ...
 
 
 class Loading:
     """Handles `model.load_state_dict(state)` for one run."""
 
-    def __init__(self, run: Running) -> None:
+    def __init__(self, run: _Running) -> None:
         self.run = run
 
     @property

@@ -68,11 +68,7 @@ class RunState:
         return rate / full if full else 1.0
 
     def check_released(self) -> None:
-        """Refuse to go on with a run that was released.
-
-        Raises:
-            TorchgrowError: it was.
-        """
+        """Refuse (`TorchgrowError`) to go on with a run that was released."""
         if self.released:
             raise TorchgrowError(
                 "this run was released: the whole frame is back, and the state that release() returned goes on in "
@@ -134,11 +130,7 @@ def event_of(costs: CostModel, state: RunState, keep: Tensor, old: Tensor, polic
 
 
 def read_keep(field: Field, space: Space) -> Tensor:
-    """The structure of a state, bool [n].
-
-    Raises:
-        SavedModelError: it is none of the space.
-    """
+    """The structure of a state, bool [n]; a `SavedModelError` if it is none of the space."""
     keep = field.tensor((space.n_units,), torch.bool).cpu().clone()
     try:
         return space.check_keep(keep)

@@ -15,6 +15,7 @@ from ..persistence.plain_data import Field, alike, plain
 from ..structure.optimizer_checks import is_plain
 from ..structure.optimizer_slots import Layout
 from ..structure.optimizer_trial import Slot
+from ..structure.space import Shapes
 from ..structure.store import Store
 from .gates import Fold
 from .state import read_store
@@ -24,9 +25,7 @@ Slots = dict[Tensor, dict[str, Any]]
 
 
 def optimizer_state(
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
-    raw: Mapping[tuple[str, str], Tensor],
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], raw: Mapping[tuple[str, str], Tensor]
 ) -> dict[str, Any]:
     """State and settings of an optimizer, by the names of its parameters, as copies.
 
@@ -54,11 +53,7 @@ def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_optimizer(
-    field: Field,
-    layout: Layout,
-    parameters: Mapping[str, nn.Parameter],
-    shapes: Mapping[str, tuple[int, ...]],
-    full: Mapping[str, tuple[int, ...]],
+    field: Field, layout: Layout, parameters: Mapping[str, nn.Parameter], shapes: Shapes, full: Shapes
 ) -> tuple[Slots, list[dict[str, Any]]]:
     """Check what `optimizer_state` made of parameters that will have `shapes`, and have the shapes `full` in the frame.
 
@@ -127,11 +122,7 @@ def _settings(
 
 
 def _check_values(optimizer: torch.optim.Optimizer, settings: Mapping[str, Any], path: str) -> None:
-    """Refuse settings that the constructor of one of PyTorch's own optimizers refuses.
-
-    Raises:
-        SavedModelError: with what the constructor says.
-    """
+    """Refuse settings that the constructor of one of PyTorch's own optimizers refuses."""
     if not type(optimizer).__module__.startswith("torch.optim."):
         return
     known = inspect.signature(type(optimizer)).parameters.keys() - {"params"}
@@ -173,7 +164,7 @@ def _judged(field: Field, shape: tuple[int, ...]) -> Slot:
 
 
 def fold_copies(
-    slots: Slots, layout: Layout, fold: Fold, factors: Sequence[Tensor], shapes: Mapping[str, tuple[int, ...]]
+    slots: Slots, layout: Layout, fold: Fold, factors: Sequence[Tensor], shapes: Shapes
 ) -> dict[tuple[str, str], Tensor]:
     """Fold those slots that are copies of gated weights, in place; returns their raw contents by parameter and key.
 
@@ -196,7 +187,7 @@ def read_bank_slots(
     empty: Callable[[str, torch.dtype, Slot], Store],
     layouts: Sequence[Layout],
     slots: Slots,
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Shapes,
 ) -> dict[tuple[str, str], Store]:
     """Stored optimizer slots, of the dtypes that the optimizers keep them in."""
     stored: dict[tuple[str, str], Store] = {}

@@ -301,11 +301,7 @@ def search(
 
 
 def _frame(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A frame with weights drawn from a seed.
-
-    Raises:
-        TorchgrowError: it has none.
-    """
+    """A frame with weights drawn from a seed; a `TorchgrowError` if the factory makes none."""
     model: Any = factory
     if not isinstance(factory, nn.Module):
         with torch.random.fork_rng(devices=gpus_in_use()), on_default():
@@ -410,11 +406,7 @@ def _finite(loss: float) -> float:
 
 
 def _rungs(shares: Sequence[float], length: int) -> list[int]:
-    """Rungs in the unit of `train`, each later than the one before.
-
-    Raises:
-        TorchgrowError: no rising shares, or no such length.
-    """
+    """Rungs in the unit of `train`, each later than the one before."""
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise TorchgrowError(f"length={length!r} must be a whole number of epochs or steps, those of a whole training")
     several = isinstance(shares, (list, tuple)) and all(isinstance(share, (int, float)) for share in shares)
@@ -428,11 +420,7 @@ def _rungs(shares: Sequence[float], length: int) -> list[int]:
 
 
 def _check(budget: Budget, candidates: Any, samples: int, train: object) -> None:
-    """Check arguments early.
-
-    Raises:
-        TorchgrowError: no budget, no candidates, no samples.
-    """
+    """Check arguments early: budget, number of candidates, training, number of samples."""
     if not isinstance(budget, Budget):
         raise BudgetError(f'search takes a torchgrow.Budget such as Budget(params="36%"), got {budget!r}')
     number = len(candidates) if isinstance(candidates, (list, tuple)) else 2 if candidates is None else candidates

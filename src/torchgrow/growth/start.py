@@ -23,11 +23,7 @@ SEED, FRAME = "seed", "frame"
 
 
 def check_start(start: Any) -> None:
-    """Refuse an invalid `start`.
-
-    Raises:
-        TorchgrowError: it is neither a name, nor a structure, nor a network.
-    """
+    """Refuse (`TorchgrowError`) a start that is neither a name, nor a structure, nor a network."""
     if isinstance(start, str) and start not in (SEED, FRAME):
         raise TorchgrowError(f'start={start!r} is unknown; use "seed" or "frame", a keep vector, or a smaller network')
     if not isinstance(start, (str, Tensor, nn.Module)):
@@ -38,11 +34,7 @@ def check_start(start: Any) -> None:
 
 
 def check_unspent(start: Any, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Refuse optimizers that have stepped on weights that will be replaced by those of a smaller network.
-
-    Raises:
-        OptimizerError: one has.
-    """
+    """Refuse (`OptimizerError`) optimizers that have stepped on weights which a smaller network will replace."""
     for optimizer in optimizers if isinstance(start, nn.Module) else ():
         slots = [slot for state in optimizer.state.values() for slot in state.values() if isinstance(slot, Tensor)]
         if any(bool(slot.any()) for slot in slots):

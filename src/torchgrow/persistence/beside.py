@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import SavedModelError
 from ..exchange import Exchange
-from ..structure.space import Space
+from ..structure.space import Shapes, Space
 from ..structure.store import live_shapes
 from ..structure.surgery import named_tensors
 from .folder import pack
@@ -60,9 +60,7 @@ def check_network(space: Space, keep: Tensor, model: nn.Module) -> None:
             )
 
 
-def read_network(
-    field: Field, space: Space, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Tensor]:
+def read_network(field: Field, space: Space, model: nn.Module, shapes: Shapes) -> dict[str, Tensor]:
     """Parameters and buffers by name: of the shapes given, or, of buffers that nothing cuts, of any.
 
     The latter may be missing, or be there though the model has not made them yet.

@@ -94,10 +94,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def _check_explained(
-    modules: Mapping[str, nn.Module],
-    tensors: Mapping[str, Tensor],
-    record: Record,
-    skipped: Mapping[str, PassThrough],
+    modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], record: Record, skipped: Mapping[str, PassThrough]
 ) -> None:
     """Refuse a model that cannot be rebuilt from its frame and what is recorded."""
     below, wrong = tuple(f"{path}." for path in skipped), []
@@ -190,7 +187,12 @@ def _fill(source: Path, structure: dict[str, Any], tensors: dict[str, Tensor], f
     kept = read_kept(where, structure, own)
     late, dropped = _late(structure, modules, own, tensors)
     fixed = {name: tensor for name, tensor in own.items() if name not in dropped}  # tensors that take contents
-    _check_names(source, fixed.keys(), tensors.keys() - late)
+    missing, foreign = sorted(fixed.keys() - tensors.keys()), sorted(tensors.keys() - fixed.keys() - {*late})
+    if missing or foreign:
+        raise SavedModelError(
+            f"{source} does not fit the frame: missing {missing[:3]}, foreign {foreign[:3]}; "
+            "frame_factory must build the same full-size model that was grown"
+        )
     skipped = read_skipped(where, structure, modules, own)
     below = tuple(f"{path}." for path in skipped)
     free = {name for name in structure["buffers"] if name not in kept and not name.startswith(below)}
@@ -262,16 +264,6 @@ def _late(
         [name for name in late if may_appear(modules, name)],
         [name for name in dropped if name not in structure["kept"] and not isinstance(own[name], nn.Parameter)],
     )
-
-
-def _check_names(source: Path, own: AbstractSet[str], tensors: AbstractSet[str]) -> None:
-    """Refuse tensors of another model."""
-    missing, foreign = sorted(own - tensors), sorted(tensors - own)
-    if missing or foreign:
-        raise SavedModelError(
-            f"{source} does not fit the frame: missing {missing[:3]}, foreign {foreign[:3]}; "
-            "frame_factory must build the same full-size model that was grown"
-        )
 
 
 def _check_contents(

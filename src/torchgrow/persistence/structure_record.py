@@ -15,7 +15,7 @@ from ..adapters.registry import ADAPTERS
 from ..errors import SavedModelError
 from ..structure.attributes import get, held
 from ..structure.record import Record, join, skip_of
-from ..structure.space import PassThrough
+from ..structure.space import PassThrough, Shapes
 from ..structure.store import Index
 
 FORMAT = 4
@@ -102,9 +102,7 @@ Shown = tuple[str, int, int, int]
 """Evidence for a count: tensor, axis, how often the axis repeats what is counted (0: a piece of it), its start."""
 
 
-def _evidence(
-    path: str, number: int, whole: int, kept: Mapping[str, Index], shapes: Mapping[str, tuple[int, ...]]
-) -> Shown | None:
+def _evidence(path: str, number: int, whole: int, kept: Mapping[str, Index], shapes: Shapes) -> Shown | None:
     """An axis of a module's own tensors of which `number` of `whole` equal parts are kept."""
     for tensor, index in kept.items():
         if tensor.startswith(f"{path}." if path else ""):
@@ -115,9 +113,7 @@ def _evidence(
     return None
 
 
-def _piece(
-    path: str, number: int, whole: int, kept: Mapping[str, Index], shapes: Mapping[str, tuple[int, ...]]
-) -> Shown | None:
+def _piece(path: str, number: int, whole: int, kept: Mapping[str, Index], shapes: Shapes) -> Shown | None:
     """A piece of `whole` positions of which `number` are kept, of an axis of the module's own tensors, else of any."""
     lead = f"{path}." if path else ""
     for tensor in sorted(kept, key=lambda name: not name.startswith(lead)):

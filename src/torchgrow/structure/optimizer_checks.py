@@ -55,11 +55,7 @@ def is_plain(value: Any, most: float = 1) -> bool:
 
 
 def check_attributes(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse tensors of a parameter's shape, or of all together, that are kept outside of the state.
-
-    Raises:
-        OptimizerError: there are.
-    """
+    """Refuse (`OptimizerError`) tensors of a parameter's shape, or of all together, kept outside of the state."""
     held = [p for group in optimizer.param_groups for p in group["params"]]
     shapes, total = {tuple(p.shape) for p in held}, sum(p.numel() for p in held)
     own = {id(p) for p in held}
@@ -70,11 +66,7 @@ def check_attributes(optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_what_is_new(optimizer: torch.optim.Optimizer, probe: torch.optim.Optimizer) -> None:
-    """Refuse optimizers whose steps store tensors outside the state of their parameters.
-
-    Raises:
-        OptimizerError: they did so.
-    """
+    """Refuse (`OptimizerError`) optimizers whose steps store tensors outside the state of their parameters."""
     before = {path for path, _ in reach(attributes_of(optimizer))}
     stands = {id(p) for group in probe.param_groups for p in group["params"]}
     for path, leaf in reach(attributes_of(probe)):

@@ -388,11 +388,7 @@ def _kind(base: Tensor, moved: Any, turned: Any, shift: Tensor) -> Kind:
 
 
 def _check_layout(optimizer: torch.optim.Optimizer, run: _Run) -> dict[Any, dict[str, str]]:
-    """The form of every slot, by kind of parameter: the same for stand-ins of all sizes.
-
-    Raises:
-        OptimizerError: it is not, or cannot be re-cut.
-    """
+    """The form of every slot, by kind of parameter; refused if it is not the same for stand-ins of all sizes."""
     forms: dict[Any, dict[str, str]] = {}
     for stand, parameter, slots in zip(run.stands, run.parameters, run.slots, strict=True):
         own = {key: form_of(optimizer, key, value, parameter) for key, value in slots.items()}

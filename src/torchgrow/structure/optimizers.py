@@ -39,11 +39,7 @@ def optimizers_of(optimizer: Any) -> tuple[Any, ...]:
 
 
 def layouts_of(optimizer: Any) -> list[Layout]:
-    """The slots that optimizers keep.
-
-    Raises:
-        OptimizerError: one cannot be served.
-    """
+    """The slots that optimizers keep; an `OptimizerError` if one cannot be served."""
     return [Layout(one) for one in optimizers_of(optimizer)]
 
 

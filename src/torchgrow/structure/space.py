@@ -25,6 +25,10 @@ Place = tuple[str, int]
 """A tensor name (as in `named_parameters` / `named_buffers`) and one of its axes."""
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of tensors by name."""
+
+
 @dataclass(frozen=True)
 class Frozen:
     """Positions that can never be removed, and why.
@@ -200,7 +204,7 @@ class Space:
     removable: Tensor
     group_of: Tensor
     group_names: tuple[str, ...]
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: Shapes
     parameters: tuple[str, ...]
     flops: tuple[FlopTerm, ...]
     batch: int

@@ -48,10 +48,7 @@ def scale_(tensors: Mapping[str, Tensor], scales: Mapping[str, float], exchange:
 
 
 def materialise_(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    contents: Callable[[str], Tensor],
-    exchange: Exchange | None = None,
+    model: nn.Module, tensors: Mapping[str, Tensor], contents: Callable[[str], Tensor], exchange: Exchange | None = None
 ) -> None:
     """Exchange the named tensors of a model on the meta device for real ones, with `contents` of the name.
 

@@ -232,7 +232,8 @@ class TraceContext:
                 own, sources = packed[name, axis], frozenset([(name, axis)])
                 if name not in parameters:
                     sources = frozenset()
-                    own ^= 1 if tensor.is_meta else _nonzero_along(tensor, axis)
+                    nonzero = (tensor.detach() != 0).movedim(axis, 0).unsqueeze(-1).flatten(1).any(1)
+                    own ^= 1 if tensor.is_meta else nonzero.cpu()
                 shape = [1] * tensor.dim()
                 shape[axis] = size
                 labelled.append(Labelled(own.view(shape), sources, compact=True))
@@ -247,9 +248,3 @@ class TraceContext:
     def show(self, path: str, notes: Iterable[Note]) -> None:
         """Note tensors that the forward of a module can see."""
         self.visible.setdefault(path, []).extend(note for note in notes if note.labelled and not note.name)
-
-
-def _nonzero_along(tensor: Tensor, axis: int) -> Tensor:
-    """For every position of an axis, whether anything is not zero there."""
-    nonzero = (tensor.detach() != 0).cpu()
-    return nonzero if nonzero.dim() == 1 else nonzero.movedim(axis, 0).flatten(1).any(1)

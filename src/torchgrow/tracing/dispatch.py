@@ -140,11 +140,7 @@ class Dispatch(TorchDispatchMode):
         return Fresh(root, 1.0) if note.filled and not note.labelled else None  # uninitialised: anything, but not zero
 
     def _shaped(self, operation: Operation, args: Any, notes: list[Note]) -> Any:
-        """Zeros in place of what depends on the inputs, of the most costly operations; None for what is computed.
-
-        Raises:
-            ValuesRead: the result depends on values that are not there.
-        """
+        """Zeros in place of what depends on the inputs, of the most costly operations; None for what is computed."""
         if not any(note.from_input for note in notes) or any(x.layout != torch.strided for x in tensors_among(args)):
             return None
         masked = operation.name != "index" or any(x is not None and is_mask(x) for x in args[1])
@@ -162,11 +158,7 @@ class Dispatch(TorchDispatchMode):
         return args[0] if operation.name == "relu_" else None
 
     def read_values(self, tensor: Tensor) -> None:
-        """Python reads the values of a tensor.
-
-        Raises:
-            ValuesRead: they were not computed.
-        """
+        """Python reads the values of a tensor: `ValuesRead` if they were not computed."""
         if not self.values and self.context.depends_on_input(tensor):
             raise ValuesRead
 

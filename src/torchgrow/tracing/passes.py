@@ -23,11 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.overrides import _pop_mode as _pop_function_mode
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _disable_current_modes,
-    _get_current_dispatch_mode_stack,
-)
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
 
 from ..default_device import gpus_in_use
@@ -129,11 +125,7 @@ def storages(model: nn.Module) -> dict[int, str]:
 
 
 def foreign(tensor: Tensor, original: Mapping[int, str]) -> None:
-    """Refuse a tensor of the original model in the forward of its copy.
-
-    Raises:
-        TraceError: it is one.
-    """
+    """Refuse (`TraceError`) a tensor of the original model in the forward of its copy."""
     name = original.get(storage(tensor)) if original else None
     if name is not None:
         raise TraceError(

@@ -83,11 +83,7 @@ class Prover:
             )
 
     def _settled(self, original: dict[int, str]) -> list[Pass]:
-        """The passes that run, each after one trial run, since some forwards do more at their first call.
-
-        Raises:
-            TraceError: the forward reads tensors of the model itself.
-        """
+        """The passes that run, each after one trial run, since some forwards do more at their first call."""
         waiting, found, wrote = passes(len(self.examples)), [], False
         while waiting:
             one = waiting.pop(0)

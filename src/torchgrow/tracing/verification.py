@@ -7,7 +7,8 @@ groups and frozen with the reason; nothing unproven is ever removed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,13 +23,13 @@ from ..structure.cost import Cost, CostModel
 from ..structure.space import Frozen, Place, Space, frozen_for
 from ..structure.store import is_meta
 from .blocks import Named, find, gated, with_layers
-from .model_call import Carries, check_model
-from .passes import twin
+from .model_call import Carries, call, check_model, examples_of, fresh
+from .nested import mapped
+from .passes import passes, running, twin
 from .prover import TOLERANCE, Prover
 from .requests import Couples
 from .size_attributes import Guess, guesses
 from .tracer import replay
-from .unproven import undecided_frozen
 
 FRACTIONS = (0.3, "ends", 0.7, 0.5)
 """What the proof tries to remove from every group: random shares, and the first and the last unit ("ends").
@@ -204,7 +205,7 @@ def trace(
     while True:
         space = with_layers(run(failed=failed), blocks)
         if is_meta(model):
-            return space if proof else undecided_frozen(model, space, example_inputs)
+            return space if proof else _undecided_frozen(model, space, example_inputs)
         proven = prove(model, space, example_inputs)
         costs = CostModel(proven)
         least = int(costs.both(costs.smallest())[0])
@@ -296,3 +297,52 @@ def verify(
         groups=space.widths(space.everything()),
         frozen=space.frozen,
     )
+
+
+# --- without a proof ---
+
+
+def _undecided_frozen(model: nn.Module, space: Space, example_inputs: Any) -> Space:
+    """The space of a copy on the meta device, with units frozen that attributes may count.
+
+    Only a proof could tell whether these must follow.
+    """
+    found = [guess for guess in guesses(model, space) if guess.sure]
+    paths = {guess.attribute.module for guess in found}
+    examples = [mapped(example, lambda x: x.to("meta")) for example in examples_of(example_inputs)]
+    seen: set[tuple[str, str]] = set()
+    with _watched({path: model.get_submodule(path) for path in paths}, seen):
+        for one in passes(len(examples)):
+            with running(model, one):
+                try:
+                    call(model, fresh(examples[one.example]))
+                except Exception:
+                    continue  # it does not run in this mode or on meta; it was traced before
+    for guess in found:
+        module, name = guess.attribute.module, guess.attribute.name
+        units = torch.isin(space.group_of, torch.tensor(sorted(guess.groups))) & space.removable
+        if (module, name.partition("[")[0]) in seen and bool(units.any()):
+            reason = f"{module or 'the model'}.{name} may count these units, which only the proof can tell (proof=True)"
+            space = frozen_for(space, torch.nonzero(units).flatten(), "attribute", module, reason)
+    return space
+
+
+@contextmanager
+def _watched(modules: dict[str, nn.Module], seen: set[tuple[str, str]]) -> Iterator[None]:
+    """Note in `seen` which attributes of modules are read, by the module's name and theirs."""
+
+    def watching(path: str, kind: type[nn.Module]) -> type[nn.Module]:
+        def read(self: nn.Module, name: str) -> Any:
+            seen.add((path, name))
+            return kind.__getattribute__(self, name)
+
+        return type(kind.__name__, (kind,), {"__getattribute__": read, "__module__": kind.__module__})
+
+    kinds = {path: type(module) for path, module in modules.items()}
+    try:
+        for path, module in modules.items():
+            module.__class__ = watching(path, kinds[path])
+        yield
+    finally:
+        for path, module in modules.items():
+            object.__setattr__(module, "__class__", kinds[path])

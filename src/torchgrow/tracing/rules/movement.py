@@ -130,16 +130,12 @@ def image_windows(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> N
     source = named["self"]
     spatial = [source.dim() - 2, source.dim() - 1]
     labelled = without_axes(ctx, ctx.labelled(source), spatial, "slides a window along this axis")
-    ctx.set_labelled(out, [windowed(labels, out.dim(), named["kernel_size"]) for labels in labelled])
-
-
-def windowed(labels: Labelled, rank: int, kernel: Sequence[int]) -> Labelled:
-    """Labels of images, constant along both sides, on their windows."""
-    packed = labels.packed.squeeze(-1)  # the sides are of size 1
-    axis = rank - 2
-    if axis in labels.axes:
-        packed = packed.repeat_interleave(kernel[0] * kernel[1], axis)
-    return Labelled(packed, labels.sources)
+    axis, result = out.dim() - 2, []
+    for labels in labelled:
+        each = math.prod(named["kernel_size"]) if axis in labels.axes else 1
+        packed = labels.packed.squeeze(-1).repeat_interleave(each, axis)  # the sides are of size 1
+        result.append(Labelled(packed, labels.sources))
+    ctx.set_labelled(out, result)
 
 
 @rule("col2im")
