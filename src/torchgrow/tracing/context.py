@@ -55,16 +55,13 @@ class TraceContext:
 
     def labelled(self, tensor: Tensor | None) -> list[Labelled]:
         """Labels of a tensor, every symbol by its root."""
-        if tensor is None:
-            return []
-        note = self.notes.get(id(tensor))
+        note = self.notes.get(id(tensor)) if tensor is not None else None
         if note is None:
             return []
         note.used = True
-        if not note.labelled:
-            return []
-        note.labelled = tuple(labels for labels in map(self.classes.canonical, note.labelled) if labels is not None)
-        return list(note.labelled)
+        if note.labelled:
+            note.labelled = tuple(labels for labels in map(self.classes.canonical, note.labelled) if labels is not None)
+        return list(note.labelled or ())
 
     def set_labelled(self, tensor: Tensor, labelled: Sequence[Labelled | None]) -> None:
         """Give an output its labels."""

@@ -217,21 +217,6 @@ def trace(
         failed.update({place: failed.get(place, 0) + 1 for place in broken})  # at 2 the cut counts as fixed
 
 
-@on_host()
-def measure(model: nn.Module, example_inputs: Any) -> Cost:
-    """Parameters and FLOPs (2 x multiply-accumulates, one sample) of a model as it is.
-
-    Args:
-        model: any plain module.
-        example_inputs: a small batch: a tensor, a tuple, or a dict of keywords; of a list of them the first counts.
-
-    Raises:
-        TraceError: the model cannot be run on the inputs.
-    """
-    space = replay(model, example_inputs, counting=True)
-    return CostModel(space).cost(space.everything())
-
-
 def _broken_parts(space: Space, proven: Space) -> set[tuple[str, str]]:
     """Places where the forward seemed to cut an axis by attributes, but the proof kept a piece whole."""
     alone = torch.bincount(space.group_of, minlength=space.n_groups)[space.group_of] == 1
@@ -297,6 +282,21 @@ def verify(
         groups=space.widths(space.everything()),
         frozen=space.frozen,
     )
+
+
+@on_host()
+def measure(model: nn.Module, example_inputs: Any) -> Cost:
+    """Parameters and FLOPs (2 x multiply-accumulates, one sample) of a model as it is.
+
+    Args:
+        model: any plain module.
+        example_inputs: a small batch: a tensor, a tuple, or a dict of keywords; of a list of them the first counts.
+
+    Raises:
+        TraceError: the model cannot be run on the inputs.
+    """
+    space = replay(model, example_inputs, counting=True)
+    return CostModel(space).cost(space.everything())
 
 
 # --- without a proof ---

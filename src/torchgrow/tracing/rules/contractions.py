@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..labels import Labelled
 from .labelled import aligned, first_tensor, freeze_all, harmonize, on_axis, placed, tie_rows, without_axes
+from .pointwise import combined
 from .registry import Context, rule
 
 Side = Labelled | None
@@ -74,10 +75,7 @@ def output(ctx: Context, rows: Side, bias: Side, rank: int, axis: int) -> Side:
         return rows
     bias = placed(bias, rank, axis)
     ctx.unify(rows, bias)
-    sources = rows.sources | bias.sources
-    if rows.all_zero and bias.all_zero:
-        return rows.with_zeros(True, sources)
-    return rows.with_zeros(rows.zero & bias.zero, sources)
+    return combined(rows, [(0, rows), (1, bias)], 2)
 
 
 def grouped(ctx: Context, x: Tensor, weight: Tensor, entering: Side, rows: Side, columns: Side, groups: int) -> None:
@@ -207,9 +205,8 @@ def product(
     of_b = [x for x in of_b if x.axes == (rank - 2,)] + without_axes(
         ctx, [x for x in of_b if x.axes != (rank - 2,)], [rank - 2], several)  # fmt: skip
     summed_a, summed_b = on_axis(of_a, rank - 1), on_axis(of_b, rank - 2)
-    if summed_a is None and not ctx.depends_on_input(a) and ctx.constant_along(a, a.dim() - 1):
-        pass  # zeros as the initial state of a recurrent cell: as many as the columns that read them
-    else:
+    # Of zeros as the initial state of a recurrent cell there are as many as the columns that read them.
+    if summed_a is not None or ctx.depends_on_input(a) or not ctx.constant_along(a, a.dim() - 1):
         contract(ctx, *sorted_by_input(ctx, (a, summed_a), (b, summed_b)))
     left = [x for x in of_a if rank - 1 not in x.axes]
     right = [x for x in of_b if rank - 2 not in x.axes]

@@ -44,10 +44,8 @@ def affine(
 def batch_norm(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """Each channel on its own; scale and offset are the last affine map of the channel."""
     x, out = named["input"], first_tensor(out)
-    labelled = _of_channels(ctx, x)
-    channels = on_axis(labelled, 1)
-    names = ("weight", "bias", "running_mean", "running_var")
-    vectors = [named.get(name) for name in names]
+    channels = on_axis(_of_channels(ctx, x), 1)
+    vectors = [named.get(name) for name in ("weight", "bias", "running_mean", "running_var")]
     if channels is None:
         for vector in vectors:
             freeze_all(ctx, ctx.labelled(vector), "normalises values that cannot be removed")
