@@ -60,7 +60,7 @@ class Course:
 def course(seed: Tensor, planned: Sequence[Tensor] | None, frame: Cost, limits: Limits, settled: int) -> Course:
     """The course of a run in what its budget limits first.
 
-    Of parameters and FLOPs, int64 [2], at the start (`seed`), and for every update; None where nothing is `planned`.
+    `seed` and, for every update, `planned` are parameters and FLOPs, int64 [2]; None where nothing is planned.
     """
     which = 0 if limits.params is not None else 1
     end = limits.params if limits.params is not None else limits.flops

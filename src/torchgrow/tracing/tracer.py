@@ -285,9 +285,8 @@ def replay(
 ) -> Space:
     """Trace the frame by label replay, without proof; the first axis of the first tensor is taken for the batch.
 
-    Arguments are as for `trace`, beside `blocks`, layers that may hand their input on instead and become units in
-    `blocks.with_layers`, and `failed`. With `counting`, the first example is run in evaluation mode only: enough for
-    parameters and FLOPs, not for cutting.
+    Arguments are as for `trace`. `blocks` may hand their input on instead; `blocks.with_layers` makes them units. With
+    `counting`, the first example is run in evaluation mode only: enough for parameters and FLOPs, not for cutting.
 
     Raises:
         TraceError: the model or the inputs cannot be traced; the message says what would work.
