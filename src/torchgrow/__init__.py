@@ -38,9 +38,8 @@ if TYPE_CHECKING:
     from .structure.cost import Cost
     from .structure.limits import Budget, Limits
     from .structure.space import Frozen, Space
-    from .tracing.measure import measure
     from .tracing.rules.registry import Context, module_rule, rule
-    from .tracing.verification import Report, trace, verify
+    from .tracing.verification import Report, measure, trace, verify
 
 __version__ = "0.1.0"
 
@@ -52,12 +51,7 @@ _HOMES = {
     "persistence.checkpoint": ["load_checkpoint", "save_checkpoint"],
     "structure.cost": ["Cost"],
     "errors": [
-        "BudgetError",
-        "OptimizerError",
-        "SavedModelError",
-        "StructureError",
-        "TorchgrowError",
-        "TraceError",
+        "BudgetError", "OptimizerError", "SavedModelError", "StructureError", "TorchgrowError", "TraceError",
         "TrainingError",
     ],
     "growth.grower": ["Grower"],
@@ -72,57 +66,20 @@ _HOMES = {
     "persistence.network": ["load", "save"],
     "persistence.portable": ["portable_", "shrink_"],
     "policies": ["policies"],
-    "tracing.measure": ["measure"],
-    "tracing.verification": ["Report", "trace", "verify"],
+    "tracing.verification": ["Report", "measure", "trace", "verify"],
     "tracing.rules.registry": ["Context", "module_rule", "rule"],
     "structure.space": ["Frozen", "Space"],
     "growth.event": ["Event"],
     "structure.bank": ["Bank"],
-}
+}  # fmt: skip
 
 __all__ = [
-    "PRESETS",
-    "Bank",
-    "Budget",
-    "BudgetError",
-    "Context",
-    "Cost",
-    "Event",
-    "Frozen",
-    "Grower",
-    "Limits",
-    "Method",
-    "OptimizerError",
-    "Report",
-    "SavedModelError",
-    "Search",
-    "Space",
-    "StructureError",
-    "TorchgrowError",
-    "TraceError",
-    "TrainingError",
-    "Trial",
-    "adapter",
-    "distillation_loss",
-    "guard_",
-    "load",
-    "load_checkpoint",
-    "measure",
-    "measure_rises",
-    "module_rule",
-    "policies",
-    "portable_",
-    "prune_",
-    "recalibrate",
-    "rule",
-    "save",
-    "save_checkpoint",
-    "search",
-    "shrink_",
-    "trace",
-    "verify",
-    "warmup_stable_decay",
-]
+    "PRESETS", "Bank", "Budget", "BudgetError", "Context", "Cost", "Event", "Frozen", "Grower", "Limits", "Method",
+    "OptimizerError", "Report", "SavedModelError", "Search", "Space", "StructureError", "TorchgrowError",
+    "TraceError", "TrainingError", "Trial", "adapter", "distillation_loss", "guard_", "load", "load_checkpoint",
+    "measure", "measure_rises", "module_rule", "policies", "portable_", "prune_", "recalibrate", "rule", "save",
+    "save_checkpoint", "search", "shrink_", "trace", "verify", "warmup_stable_decay",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -36,12 +36,8 @@ def writes(tensor: Tensor, new: Tensor, *, reshapes: bool | None = None) -> list
     """The calls that give a parameter or buffer other contents of any shape; object, hooks and requires_grad stay.
 
     The gradient goes first: it has the old shape. Passing through an empty tensor of another dtype drops the
-    gradient accumulator of the old shape, which a live graph would otherwise keep; hooks survive.
-
-    Args:
-        tensor: the parameter or buffer.
-        new: the contents.
-        reshapes: whether the tensor will have another shape when the calls are made (None: if it has now).
+    gradient accumulator of the old shape, which a live graph would otherwise keep; hooks survive. `reshapes`: whether
+    the tensor will have another shape when the calls are made (None: if it has now).
     """
     calls: list[Call] = [partial(setattr, tensor, "grad", None)]
     if tensor.shape != new.shape if reshapes is None else reshapes:
@@ -183,11 +179,7 @@ def trainable() -> Iterator[None]:
 
 @contextmanager
 def by_one_thread(inside: dict[str, int]) -> Iterator[None]:
-    """A context that one thread at a time may be in; `inside` remembers which, and needs no lock that could stay shut.
-
-    Raises:
-        TorchgrowError: another thread is in it.
-    """
+    """A context for one thread at a time, others get a `TorchgrowError`; `inside` says which: no lock can stay shut."""
     own = threading.get_ident()
     if inside.setdefault("thread", own) != own:
         raise TorchgrowError(

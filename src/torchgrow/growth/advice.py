@@ -60,12 +60,7 @@ class Course:
 def course(seed: Tensor, planned: Sequence[Tensor] | None, frame: Cost, limits: Limits, settled: int) -> Course:
     """The course of a run in what its budget limits first.
 
-    Args:
-        seed: int64 [2], parameters and FLOPs at the start.
-        planned: the same for every update; None where nothing is planned.
-        frame: cost of the frame.
-        limits: of the budget.
-        settled: the update from which on the structure is final.
+    `seed` and, for every update, `planned` are parameters and FLOPs, int64 [2]; None where nothing is planned.
     """
     which = 0 if limits.params is not None else 1
     end = limits.params if limits.params is not None else limits.flops
@@ -85,16 +80,7 @@ def course(seed: Tensor, planned: Sequence[Tensor] | None, frame: Cost, limits: 
 
 
 def summary(name: str, budget: Budget, way: Course, costs: CostModel, keep: Tensor, done: int) -> str:
-    """A run on one screen: what it starts from and ends at, what grows, and what keeps its size and why.
-
-    Args:
-        name: of the model.
-        budget: as it was given.
-        way: how the cost goes over the run.
-        costs: of the space.
-        keep: bool [n], the live units.
-        done: updates so far.
-    """
+    """A run on one screen, after `done` updates: what it starts from and ends at, what grows, what stays and why."""
     space = costs.space
     now, frame = costs.cost(keep), costs.cost(space.everything())
     widths, full = space.widths(keep), space.widths(space.everything())

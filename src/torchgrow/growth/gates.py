@@ -175,10 +175,7 @@ class Folding:
     """
 
     def __init__(
-        self,
-        layouts: Sequence[Layout],
-        on_step: Callable[[Tensor], None],
-        gate: Callable[[], Tensor | None],
+        self, layouts: Sequence[Layout], on_step: Callable[[Tensor], None], gate: Callable[[], Tensor | None]
     ) -> None:
         self.fold: Fold | None = None
         self._on_step = on_step
@@ -192,13 +189,8 @@ class Folding:
     ) -> None:
         """Have `exchange` install the gates of a new structure, whose parameters will be folded with `factors`.
 
+        So will the slots that are copies of gated weights, whose raw contents are in `copies` by parameter and key.
         An unfinished optimizer step is discarded.
-
-        Args:
-            exchange: makes it.
-            fold: of the structure.
-            factors: see there.
-            copies: raw contents of slots that are copies of gated weights, by parameter and key; folded likewise.
         """
         owner: dict[int, _Hooks] = {}
         for hooks in self._hooks:
@@ -273,16 +265,9 @@ class Folding:
         return {place: raw for hooks in self._hooks for place, raw in hooks.raw_copies().items()}
 
     def recover(self) -> None:
-        """If a step was interrupted half-way, fold the weights again and say so.
-
-        Raises:
-            TrainingError: it was.
-        """
+        """If a step was interrupted half-way, fold the weights again and raise a `TrainingError`."""
         for hooks in self._hooks:
             hooks.recover()
-
-    def _wait(self) -> None:
-        self._waiting, self._sum = [hooks for hooks in self._hooks if hooks.fold is not None], None
 
     def _stepped(self, hooks: _Hooks, gradient: Tensor) -> None:
         self._sum = gradient if self._sum is None else self._sum + gradient
@@ -294,7 +279,7 @@ class Folding:
             for other in self._hooks:
                 if other is not hooks:
                     other.refold()
-            self._wait()
+            self._waiting, self._sum = [other for other in self._hooks if other.fold is not None], None
 
 
 def attached(optimizer: torch.optim.Optimizer) -> bool:
@@ -305,13 +290,7 @@ def attached(optimizer: torch.optim.Optimizer) -> bool:
 
 
 class _Hooks:
-    """Those on one optimizer.
-
-    Args:
-        layout: of the optimizer.
-        on_step: called after every step with m dL/dm (float64 [n]) of the optimizer's own parameters.
-        gate: returns the present gates, float64 [n].
-    """
+    """Those on one optimizer; methods are as those of `Folding`, of its parameters only."""
 
     def __init__(
         self, layout: Layout, on_step: Callable[[_Hooks, Tensor], None], gate: Callable[[], Tensor | None]
@@ -327,7 +306,6 @@ class _Hooks:
         self._handles: list[RemovableHandle] = []  # empty: the hooks do nothing
 
     def attach(self, exchange: Exchange) -> None:
-        """As `Folding.attach`, of this optimizer only."""
         if self._handles:
             return
         before = self.optimizer.register_step_pre_hook(self._before)
@@ -340,18 +318,15 @@ class _Hooks:
     def install(
         self, exchange: Exchange, fold: Fold, factors: list[Tensor], copies: Mapping[tuple[str, str], Tensor]
     ) -> None:
-        """As `Folding.install`, of this optimizer's parameters only."""
         own = {place: raw for place, raw in copies.items() if place[0] in fold.names}
         exchange.fields(self, fold=fold if fold.names else None, _factors=factors, _raw_copies=own)
         exchange.fields(self, _unfolded=False, _gradient=None, _lent=[])
 
     def folded_with(self, gate: Tensor | None) -> bool:
-        """As `Folding.folded_with`, of this optimizer's parameters only."""
         factors = self.fold.factors(gate) if self.fold is not None else []
         return all(map(torch.equal, factors, self._factors))
 
     def remove(self, exchange: Exchange) -> None:
-        """As `Folding.remove`, of this optimizer only."""
         for handle in self._handles:
             exchange.drop(_hooks_of(handle), handle.id)
         exchange.fields(self, _handles=[])
@@ -372,12 +347,10 @@ class _Hooks:
 
     @torch.no_grad()
     def raw_copies(self) -> dict[tuple[str, str], Tensor]:
-        """As `Folding.raw_copies`, of this optimizer's parameters only."""
         found = {}
         for place, slot, factor in self._copies():
             raw = self._raw_copies.get(place)
-            known = raw is not None and raw.shape == slot.shape
-            found[place] = unfolded(slot, raw, factor) if raw is not None and known else slot / factor
+            found[place] = slot / factor if raw is None or raw.shape != slot.shape else unfolded(slot, raw, factor)
         return found
 
     def refold(self) -> None:
@@ -389,7 +362,6 @@ class _Hooks:
             self._refold()
 
     def recover(self) -> None:
-        """As `Folding.recover`."""
         if self._unfolded:
             self._refold()
             raise TrainingError(

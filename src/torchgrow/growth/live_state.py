@@ -25,17 +25,11 @@ from ..persistence.beside import (
 )
 from ..persistence.plain_data import Field
 from ..policies import Policy
+from ..structure.space import Shapes
 from ..structure.store import Store, live_shapes
 from .live_network import LiveNetwork
-from .saved_optimizer import (
-    Slots,
-    exchange_state,
-    fold_copies,
-    optimizer_state,
-    read_bank_slots,
-    read_optimizer,
-)
-from .state import copies, read_stores, read_tensors, store_state, stores_state
+from .saved_optimizer import Slots, fold_copies, optimizer_state, read_bank_slots, read_optimizer
+from .state import copies, read_stores, read_tensors, store_state
 
 
 def state_of(live: LiveNetwork, finished: bool) -> dict[str, Any]:
@@ -61,13 +55,13 @@ def state_of(live: LiveNetwork, finished: bool) -> dict[str, Any]:
         "gradients": copies({name: p.grad for name, p in live.parameters.items() if p.grad is not None}),
         "raw": copies(fold.contents),
         "steps": live.gates.state_dict(),
-        "bank": stores_state(full),
+        "bank": {name: store_state(store) for name, store in full.items()},
         "bank_slots": [[name, key, store_state(slot)] for (name, key), slot in slots.items()],
         "optimizers": [optimizer_state(optimizer, live.parameters, raw_copies) for optimizer in optimizers],
         "followers": [
             {
                 "network": copies(of_state(one.model)),
-                "bank": stores_state(one.stored({}, {})[0]),
+                "bank": {name: store_state(store) for name, store in one.stored({}, {})[0].items()},
                 "beside": copies(held_beside(wrapper, one.model)),
             }
             for one, wrapper in zip(live.followers, live.wrappers, strict=True)
@@ -108,13 +102,9 @@ class LiveState:
 
     @classmethod
     def read(cls, saved: dict[str, Field], live: LiveNetwork, keep: Tensor, finished: bool) -> LiveState:
-        """Check everything that a state says of the network.
+        """Check everything that a state of the structure `keep` (bool [n]) says of the network.
 
-        Args:
-            saved: fields of a state.
-            live: the network that it is for.
-            keep: bool [n], the structure of the state.
-            finished: whether it is final, so that nothing is stored beside it.
+        If it is final (`finished`), nothing is stored beside it.
 
         Raises:
             SavedModelError: a field is damaged, or does not fit; the message names it.
@@ -134,6 +124,10 @@ class LiveState:
         total, taken, count = steps["sum"], steps["taken"], len(bank.layouts)
         network = read_network(saved["network"], space, live.model, shapes)
         followers = _read_followers(saved["followers"], live, shapes, finished)
+        extra: list[dict[str, Any]] = [{} for _ in live.banks]
+        if saved["extra_states"].value is not None:  # for the same modules as here
+            for mine, one, entry in zip(extra, live.banks, saved["extra_states"].items(len(extra)), strict=True):
+                mine |= {path: x.value for path, x in entry.fields(extra_states(one.model)).items()}
         if saved["buffers"].value is not None:
             contents = [network, *(follower.network for follower in followers)]
             for one, found, listed in zip(live.banks, contents, saved["buffers"].items(len(contents)), strict=True):
@@ -155,7 +149,7 @@ class LiveState:
             taken=[] if taken.value is None else [one.whole() for one in taken.items(count)],
             moved=steps["moved"].value is not None and steps["moved"].flag(),
             followers=followers,
-            extra_states=_read_extra_states(saved["extra_states"], live),
+            extra_states=extra,
         )
 
     def into(self, exchange: Exchange, live: LiveNetwork, policy: Policy) -> None:
@@ -166,7 +160,9 @@ class LiveState:
         for layout, (slots, settings) in zip(live.bank.layouts, self.optimizers, strict=True):
             if not self.finished:
                 raw_copies |= fold_copies(slots, layout, fold, factors, live.space.shapes)
-            exchange_state(exchange, layout.optimizer, slots, settings)
+            exchange.fill(layout.optimizer.state, slots)
+            for group, new in zip(layout.optimizer.param_groups, settings, strict=True):
+                exchange.fill(group, new)
         change = live.bank.stage_contents(self.keep, self.network)
         change.into(exchange)
         for one, follower in zip(live.followers, self.followers, strict=True):
@@ -198,9 +194,7 @@ class LiveState:
             yield
 
 
-def _read_followers(
-    field: Field, live: LiveNetwork, shapes: Mapping[str, tuple[int, ...]], finished: bool
-) -> list[Follower]:
+def _read_followers(field: Field, live: LiveNetwork, shapes: Shapes, finished: bool) -> list[Follower]:
     """The state of every follower."""
     saved = field.items()
     if len(saved) != len(live.followers):
@@ -222,14 +216,6 @@ def _read_followers(
             )
         )
     return found
-
-
-def _read_extra_states(field: Field, live: LiveNetwork) -> list[dict[str, Any]]:
-    """Extra states of the model and of every follower, for the same modules as here."""
-    if field.value is None:
-        return [{} for _ in live.banks]
-    found = zip(field.items(len(live.banks)), live.banks, strict=True)
-    return [{p: x.value for p, x in entry.fields(extra_states(one.model)).items()} for entry, one in found]
 
 
 def _copied_to(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:

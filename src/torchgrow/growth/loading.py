@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -15,10 +15,7 @@ from ..errors import StructureError, TorchgrowError
 from ..exchange import Exchange, forget_compiled, trainable
 from ..policies import Policy, View
 from ..renamed import frames_to_user
-from ..structure.bank import Bank
-from ..structure.cost import Cost
 from ..structure.kept import keep_of
-from ..structure.limits import Limits
 from ..structure.record import Record
 from .event import Event
 from .live_network import LiveNetwork
@@ -26,7 +23,7 @@ from .plan import Plan
 from .run_state import RunState
 
 
-class Running(Protocol):
+class _Running(Protocol):
     """The part of `Run` that is used here."""
 
     plan: Plan
@@ -36,19 +33,15 @@ class Running(Protocol):
     ranks: Ranks
     live: LiveNetwork
 
-    def state_dict(self) -> dict[str, Any]:
-        """The whole run."""
-
-    def view(self, number: int) -> View:
-        """The run as a policy sees it at an update."""
-
+    def state_dict(self) -> dict[str, Any]: ...
+    def view(self, number: int) -> View: ...
     def _note(self, exchange: Exchange, history: list[Event], finished: bool) -> None: ...
 
 
 class Loading:
     """Handles `model.load_state_dict(state)` for one run."""
 
-    def __init__(self, run: Running) -> None:
+    def __init__(self, run: _Running) -> None:
         self.run = run
 
     @property
@@ -66,11 +59,7 @@ class Loading:
         followers change too. After the run nothing is stored any more, so optimizer state of tensors that change is
         reset.
 
-        Args:
-            model: the network, or a follower.
-            record: the structure, relative to the first frame.
-            left_out: names of modules that are left out.
-            contents: what tensors hold until they are loaded, where nothing is stored.
+        See `Owner.loaded`.
 
         Raises:
             StructureError: the model is a follower, the run could not have reached this structure, or its policy has
@@ -81,27 +70,17 @@ class Loading:
         """
         run, exchange = self.run, Exchange()
         live, state, space = run.live, run.state, run.plan.space
-        check_follower(live, model)
-        keep = keep_of(live.bank, record, left_out, "the state dict")
-        policy = run.policy.copied()
+        keep, policy = self._allowed(model, record, left_out), run.policy.copied()
         if state.finished:
-            change_at_end(exchange, live.bank, keep, contents, run.optimizers)
+            self._change_at_end(exchange, keep, contents)
         else:
-            check_gates(policy)
             view = run.view(len(state.history) - 1)
             live.change(exchange, keep, None, first=True, last=False, silent=None)
             policy.applied(replace(view, keep=keep))
             exchange.fields(run.policy, **vars(policy))
         cost = run.plan.costs.cost(keep)
-        last = replace(
-            state.history[-1],
-            params=cost.params,
-            flops=cost.flops,
-            widths=space.widths(keep),
-            born=0,
-            regrown=0,
-            detached=0,
-        )
+        last = replace(state.history[-1], params=cost.params, flops=cost.flops, widths=space.widths(keep))
+        last = replace(last, born=0, regrown=0, detached=0)
         exchange.fields(state, before=live.keep, ever=state.ever | space.present(keep))
         history = [*state.history[:-1], last]
         exchange.fields(state, history=history)
@@ -110,7 +89,44 @@ class Loading:
         exchange.make()
         forget_compiled()
         if state.finished:
-            tell_end(model, cost, run.plan.limits)
+            limits = run.plan.limits
+            known = ((cost.params, limits.params, "parameters"), (cost.flops, limits.flops, "FLOPs"))
+            costs = [f"{now:,} {what}, of {most:,} in the budget" for now, most, what in known if most is not None]
+            warnings.warn(
+                f"the run has ended, and {type(model).__name__} now gets another structure by load_state_dict: "
+                f"{' and '.join(costs)}. To compare only networks on the budget, choose the best one after the last "
+                "update",
+                stacklevel=frames_to_user(),
+            )
+
+    def _allowed(self, model: nn.Module, record: Record, left_out: Collection[str]) -> Tensor:
+        """The structure (bool [n]) of a record, if it may be loaded into this model now."""
+        if model is not self.run.live.model:
+            raise StructureError(
+                f"the state dict is of another structure, and this {type(model).__name__} follows a network that "
+                "grows: it is cut when the network is. Load the whole run, grower.load_state_dict(state), which brings "
+                "followers along, or load it into a copy that does not follow: torchgrow.portable_(build()). Nothing "
+                "was changed"
+            )
+        keep = keep_of(self.run.live.bank, record, left_out, "the state dict")
+        if self.run.policy.gate is not None and not self.run.state.finished:
+            raise StructureError(
+                f"the state dict is of another structure, and {type(self.run.policy).__name__} scales weights by "
+                "gates, which are not in it: divided by those of now, its weights could become anything. Load the "
+                "whole run, grower.load_state_dict(state), or load into a model of its own: "
+                "torchgrow.portable_(build()). Nothing was changed"
+            )
+        return keep
+
+    def _change_at_end(self, exchange: Exchange, keep: Tensor, contents: Mapping[str, Tensor]) -> None:
+        """Change a final structure: nothing is stored; optimizer state of changed tensors is reset."""
+        bank = self.run.live.bank
+        here = {name: bank.tensors[name].detach() for name in bank.order}
+        change = bank.stage_contents(keep, {**here, **contents})
+        for name, swap in change.swaps.items():
+            for optimizer in self.run.optimizers if swap.tensor.shape != swap.new.shape else ():
+                exchange.drop(optimizer.state, bank.tensors[name])
+        change.into(exchange)
 
     def release(self) -> dict[str, Any]:
         """See `Grower.release`."""
@@ -127,68 +143,3 @@ class Loading:
         exchange.make()
         forget_compiled()
         return state
-
-
-def check_follower(live: LiveNetwork, model: nn.Module) -> None:
-    """Refuse to load another structure into a follower.
-
-    Raises:
-        StructureError: the model is not the network itself.
-    """
-    if model is not live.model:
-        raise StructureError(
-            f"the state dict is of another structure, and this {type(model).__name__} follows a network that "
-            "grows: it is cut when the network is. Load the whole run, grower.load_state_dict(state), which brings "
-            "followers along, or load it into a copy that does not follow: torchgrow.portable_(build()). Nothing "
-            "was changed"
-        )
-
-
-def check_gates(policy: Policy) -> None:
-    """Refuse to load another structure under a policy with gates.
-
-    Raises:
-        StructureError: it has some.
-    """
-    if policy.gate is not None:
-        raise StructureError(
-            f"the state dict is of another structure, and {type(policy).__name__} scales weights by gates, which "
-            "are not in it: divided by those of now, its weights could become anything. Load the whole run, "
-            "grower.load_state_dict(state), or load into a model of its own: torchgrow.portable_(build()). Nothing "
-            "was changed"
-        )
-
-
-def change_at_end(
-    exchange: Exchange,
-    bank: Bank,
-    keep: Tensor,
-    contents: Mapping[str, Tensor],
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> None:
-    """Have `exchange` change a final structure: nothing is stored; optimizer state of changed tensors is reset.
-
-    Args:
-        exchange: makes it.
-        bank: of the network.
-        keep: bool [n].
-        contents: what tensors hold until they are loaded.
-        optimizers: that train it.
-    """
-    here = {name: bank.tensors[name].detach() for name in bank.order}
-    change = bank.stage_contents(keep, {**here, **contents})
-    for name, swap in change.swaps.items():
-        for optimizer in optimizers if swap.tensor.shape != swap.new.shape else ():
-            exchange.drop(optimizer.state, bank.tensors[name])
-    change.into(exchange)
-
-
-def tell_end(model: nn.Module, cost: Cost, limits: Limits) -> None:
-    """Warn that a finished network gets another structure."""
-    known = ((cost.params, limits.params, "parameters"), (cost.flops, limits.flops, "FLOPs"))
-    costs = " and ".join(f"{now:,} {what}, of {most:,} in the budget" for now, most, what in known if most is not None)
-    warnings.warn(
-        f"the run has ended, and {type(model).__name__} now gets another structure by load_state_dict: {costs}. To "
-        "compare only networks on the budget, choose the best one after the last update",
-        stacklevel=frames_to_user(),
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from ..exchange import Exchange
 from ..persistence.plain_data import Field
 from ..policies import Policy
 from ..structure.cost import CostModel
-from ..structure.optimizers import peak_rate, present_rate
 from ..structure.space import Space
 from .event import Event, read_event
 
@@ -62,17 +61,14 @@ class RunState:
         so far. With the first rate alone, a schedule that starts low would scale the indicators' rate far above 1. It
         is above 1 only where a step goes beyond a `max_lr`, as one of a larger batch may.
         """
-        rate = present_rate(optimizer)
+        first = optimizer.param_groups[0]
+        rate = float(first.get("lr") or 0.0)
         self.initial_lr = max(self.initial_lr, rate)
-        full = peak_rate(optimizer) or self.initial_lr
+        full = float(first.get("max_lr") or 0.0) or self.initial_lr
         return rate / full if full else 1.0
 
     def check_released(self) -> None:
-        """Refuse to go on with a run that was released.
-
-        Raises:
-            TorchgrowError: it was.
-        """
+        """Refuse (`TorchgrowError`) to go on with a run that was released."""
         if self.released:
             raise TorchgrowError(
                 "this run was released: the whole frame is back, and the state that release() returned goes on in "
@@ -81,20 +77,20 @@ class RunState:
 
     @classmethod
     def read(cls, saved: dict[str, Field], costs: CostModel, keep: Tensor, updates: int) -> RunState:
-        """The checked result of `state_dict`.
-
-        Args:
-            saved: fields of a state.
-            costs: of the space.
-            keep: bool [n], the structure of the state, which the last event must describe.
-            updates: of the run.
+        """The checked result of `state_dict`, whose last event must describe the structure `keep` (bool [n]).
 
         Raises:
             SavedModelError: a field is damaged; the message names it.
         """
         finished, units = saved["finished"].flag(), (costs.space.n_units,)
         before, ever = (saved[name].tensor(units, torch.bool).cpu().clone() for name in ("before", "ever"))
-        history = _read_history(saved["history"], costs, keep, updates, finished)
+        history = [read_event(entry) for entry in saved["history"].items()]
+        cost, widths = costs.cost(keep), costs.space.widths(keep)
+        numbered = [event.update for event in history] == list(range(len(history)))
+        last = history[-1] if history else None
+        fits = last is not None and (last.params, last.flops, last.widths) == (cost.params, cost.flops, widths)
+        if not fits or not numbered or len(history) > updates + finished:
+            saved["history"].refuse(f"events 0 to at most {updates}, the last one of the structure {widths}")
         return cls(
             generator=torch.Generator().set_state(saved["generator"].generator()),
             before=before,
@@ -107,20 +103,11 @@ class RunState:
 
     def take_over(self, exchange: Exchange, other: RunState) -> None:
         """Have `exchange` copy all fields of the other."""
-        exchange.fields(self, **{field.name: getattr(other, field.name) for field in fields(other)})
+        exchange.fields(self, **vars(other))
 
 
 def event_of(costs: CostModel, state: RunState, keep: Tensor, old: Tensor, policy: Policy, start: float) -> Event:
-    """The event of a change of structure.
-
-    Args:
-        costs: of the space.
-        state: of the run before it.
-        keep: bool [n], the structure that comes.
-        old: bool [n], the one that was.
-        policy: that decided.
-        start: when it began to, `time.perf_counter()`.
-    """
+    """The event of a change of structure from `old` to `keep` (bool [n]); the policy began to decide it at `start`."""
     space, cost = costs.space, costs.cost(keep)
     here, before = space.present(keep), space.present(old)
     born, back = here & ~state.ever, here & ~before & state.ever
@@ -143,25 +130,9 @@ def event_of(costs: CostModel, state: RunState, keep: Tensor, old: Tensor, polic
 
 
 def read_keep(field: Field, space: Space) -> Tensor:
-    """The structure of a state, bool [n].
-
-    Raises:
-        SavedModelError: it is none of the space.
-    """
+    """The structure of a state, bool [n]; a `SavedModelError` if it is none of the space."""
     keep = field.tensor((space.n_units,), torch.bool).cpu().clone()
     try:
         return space.check_keep(keep)
     except StructureError as error:
         raise SavedModelError(f"the state's structure is damaged: {error}") from error
-
-
-def _read_history(field: Field, costs: CostModel, keep: Tensor, updates: int, finished: bool) -> list[Event]:
-    """Events of a saved run, of which the last one must describe the structure `keep`."""
-    history = [read_event(entry) for entry in field.items()]
-    cost, widths = costs.cost(keep), costs.space.widths(keep)
-    numbered = [event.update for event in history] == list(range(len(history)))
-    last = history[-1] if history else None
-    fits = last is not None and (last.params, last.flops, last.widths) == (cost.params, cost.flops, widths)
-    if not fits or not numbered or len(history) > updates + finished:
-        field.refuse(f"events 0 to at most {updates}, the last one of the structure {widths}")
-    return history

@@ -30,13 +30,9 @@ ONCE = {"policy.penalised": "all", "policy.start": 1.0, "policy.paced": False}
 
 
 def examine(state: Any, frame: dict[str, Any], settings: Mapping[str, Any], unborn: bool) -> dict[str, Field]:
-    """The fields of a state, once it is known to fit this grower and frame.
+    """The fields of a state, once it is known to fit this run, its settings, and the `fingerprint` of its frame.
 
-    Args:
-        state: what `Grower.load_state_dict` was given.
-        frame: what `fingerprint` says of the frame here.
-        settings: of the run here.
-        unborn: whether weights are initialised only when their unit first enters (a frame on the meta device).
+    `unborn`: whether weights are initialised only when their unit first enters (a frame on the meta device).
 
     Raises:
         SavedModelError: it is no state, or of another run; the message names what differs.

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SavedModelError
-from ..exchange import Exchange
 from ..persistence.plain_data import Field, alike, plain
+from ..structure.optimizer_checks import is_plain
 from ..structure.optimizer_slots import Layout
 from ..structure.optimizer_trial import Slot
+from ..structure.space import Shapes
 from ..structure.store import Store
 from .gates import Fold
 from .state import read_store
@@ -24,9 +25,7 @@ Slots = dict[Tensor, dict[str, Any]]
 
 
 def optimizer_state(
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
-    raw: Mapping[tuple[str, str], Tensor],
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], raw: Mapping[tuple[str, str], Tensor]
 ) -> dict[str, Any]:
     """State and settings of an optimizer, by the names of its parameters, as copies.
 
@@ -49,36 +48,17 @@ def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value.detach().clone() if isinstance(value, Tensor) else value
         for key, value in values.items()
-        if key != "params" and _data(value)
+        if key != "params" and is_plain(value, math.inf)
     }
 
 
-def _data(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_data, value))
-    if isinstance(value, dict):
-        return all(map(_data, value.values()))
-    return value is None or isinstance(value, (Tensor, bool, int, float, str))
-
-
 def read_optimizer(
-    field: Field,
-    layout: Layout,
-    parameters: Mapping[str, nn.Parameter],
-    shapes: Mapping[str, tuple[int, ...]],
-    full: Mapping[str, tuple[int, ...]],
+    field: Field, layout: Layout, parameters: Mapping[str, nn.Parameter], shapes: Shapes, full: Shapes
 ) -> tuple[Slots, list[dict[str, Any]]]:
-    """Check a saved optimizer state.
-
-    Args:
-        field: what `optimizer_state` made.
-        layout: of the optimizer that it shall go to.
-        parameters: of the model, by name.
-        shapes: what the tensors' shapes will be, by name.
-        full: their shapes in the frame.
+    """Check what `optimizer_state` made of parameters that will have `shapes`, and have the shapes `full` in the frame.
 
     Returns:
-        Slots by parameter and settings by group, as copies on the right devices, for `swapped_in`.
+        Slots by parameter and settings by group, as copies on the right devices.
 
     Raises:
         SavedModelError: other parameters, other settings, or slots that this optimizer does not keep so.
@@ -118,7 +98,7 @@ def _settings(
     which stay. Their kind is what it is now, or was when the optimizer was made, or is after steps: a number may become
     a tensor. Others may be what steps add, or numbers.
     """
-    settings = {key: value for key, value in present.items() if key == "params" or not _data(value)}
+    settings = {key: value for key, value in present.items() if key == "params" or not is_plain(value, math.inf)}
     for key in [key for key in present if key not in settings]:  # in order, so that an error names the same each time
         if key in saved:
             samples = [sample[key] for sample in (made_with, stepped) if key in sample]
@@ -131,7 +111,7 @@ def _settings(
             )
     for key, field in saved.items():
         if key not in present:
-            known = key in stepped and _data(stepped[key])
+            known = key in stepped and is_plain(stepped[key], math.inf)
             settings[key] = field.like(stepped[key]) if known else field.number()  # initial_lr, say, of a schedule
     device = next((p.device for p in present["params"]), torch.device("cpu"))
     places = {key: value.device for key, value in {**stepped, **present}.items() if isinstance(value, Tensor)}
@@ -142,11 +122,7 @@ def _settings(
 
 
 def _check_values(optimizer: torch.optim.Optimizer, settings: Mapping[str, Any], path: str) -> None:
-    """Refuse settings that the constructor of one of PyTorch's own optimizers refuses.
-
-    Raises:
-        SavedModelError: with what the constructor says.
-    """
+    """Refuse settings that the constructor of one of PyTorch's own optimizers refuses."""
     if not type(optimizer).__module__.startswith("torch.optim."):
         return
     known = inspect.signature(type(optimizer)).parameters.keys() - {"params"}
@@ -188,16 +164,11 @@ def _judged(field: Field, shape: tuple[int, ...]) -> Slot:
 
 
 def fold_copies(
-    slots: Slots, layout: Layout, fold: Fold, factors: Sequence[Tensor], shapes: Mapping[str, tuple[int, ...]]
+    slots: Slots, layout: Layout, fold: Fold, factors: Sequence[Tensor], shapes: Shapes
 ) -> dict[tuple[str, str], Tensor]:
     """Fold those slots that are copies of gated weights, in place; returns their raw contents by parameter and key.
 
-    Args:
-        slots: by parameter, as read.
-        layout: of their optimizer.
-        fold: of the structure that they belong to.
-        factors: that its parameters are folded with.
-        shapes: of the tensors in the frame.
+    They belong to the structure of `fold`, whose parameters are folded with `factors` and have `shapes` in the frame.
     """
     raw = {}
     gated = zip(fold.contents.items(), fold.parameters if fold.gated else (), factors, strict=True)
@@ -210,22 +181,13 @@ def fold_copies(
     return raw
 
 
-def exchange_state(
-    exchange: Exchange, optimizer: torch.optim.Optimizer, slots: Slots, settings: list[dict[str, Any]]
-) -> None:
-    """Have `exchange` give an optimizer other state and settings."""
-    exchange.fill(optimizer.state, slots)
-    for group, new in zip(optimizer.param_groups, settings, strict=True):
-        exchange.fill(group, new)
-
-
 def read_bank_slots(
     field: Field,
     parameters: Mapping[str, nn.Parameter],
     empty: Callable[[str, torch.dtype, Slot], Store],
     layouts: Sequence[Layout],
     slots: Slots,
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Shapes,
 ) -> dict[tuple[str, str], Store]:
     """Stored optimizer slots, of the dtypes that the optimizers keep them in."""
     stored: dict[tuple[str, str], Store] = {}

@@ -27,7 +27,7 @@ from ..policies.shapes import Shape, counts, proposals, stages, told
 from ..renamed import frames_to_user, renamed_arguments
 from ..structure.cost import Cost
 from ..structure.limits import Budget
-from ..structure.space import Place, Space
+from ..structure.space import Place
 from ..structure.store import is_meta
 from ..structure.surgery import named_tensors
 from ..tracing.blocks import Named
@@ -156,14 +156,31 @@ class Search:
             )
         return self._left[0]
 
+    @on_host()
     def fresh(self, trial: Trial, seed: int | None = None) -> nn.Module:
-        """A new network of a trial's shape, with new weights.
+        """A new plain network of a trial's shape, with new weights; the global random state does not change.
 
         Args:
             trial: of this search.
             seed: of the weights; None: that of the search, so the very weights that the trial began with.
+
+        Raises:
+            TorchgrowError: the factory does not make the frame that it made at first.
         """
-        return network_of(self._factory, self.space, trial.keep, self._plan.seed if seed is None else seed)
+        space, model = self.space, _frame(self._factory, self._plan.seed if seed is None else seed)
+        shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+        for name in space.cut_axes:
+            if shapes.get(name) != space.shapes[name]:
+                raise TorchgrowError(
+                    f"factory made a network whose {name} is {shapes.get(name, 'not there')}, at first it was "
+                    f"{space.shapes[name]}; it must build the same frame anew at every call: lambda: Net(), not "
+                    "lambda: net"
+                )
+        if not trained(model):
+            rescale_(model, birth_scales(model, space, trial.keep), Exchange())
+        shrink_(model, space, trial.keep, store=False)
+        guard_(model)
+        return model
 
     @property
     def training_flops(self) -> int:
@@ -283,36 +300,8 @@ def search(
     return Search(factory, train, plan, trials, at, length, samples)
 
 
-@on_host()
-def network_of(factory: Callable[[], nn.Module], space: Space, keep: Tensor, seed: int) -> nn.Module:
-    """A plain network of a structure (bool [n]), with new weights of the right scale.
-
-    The global random state does not change.
-
-    Raises:
-        TorchgrowError: the factory does not make the frame that the space is of.
-    """
-    model = _frame(factory, seed)
-    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
-    for name in space.cut_axes:
-        if shapes.get(name) != space.shapes[name]:
-            raise TorchgrowError(
-                f"factory made a network whose {name} is {shapes.get(name, 'not there')}, at first it was "
-                f"{space.shapes[name]}; it must build the same frame anew at every call: lambda: Net(), not lambda: net"
-            )
-    if not trained(model):
-        rescale_(model, birth_scales(model, space, keep), Exchange())
-    shrink_(model, space, keep, store=False)
-    guard_(model)
-    return model
-
-
 def _frame(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A frame with weights drawn from a seed.
-
-    Raises:
-        TorchgrowError: it has none.
-    """
+    """A frame with weights drawn from a seed; a `TorchgrowError` if the factory makes none."""
     model: Any = factory
     if not isinstance(factory, nn.Module):
         with torch.random.fork_rng(devices=gpus_in_use()), on_default():
@@ -417,11 +406,7 @@ def _finite(loss: float) -> float:
 
 
 def _rungs(shares: Sequence[float], length: int) -> list[int]:
-    """Rungs in the unit of `train`, each later than the one before.
-
-    Raises:
-        TorchgrowError: no rising shares, or no such length.
-    """
+    """Rungs in the unit of `train`, each later than the one before."""
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise TorchgrowError(f"length={length!r} must be a whole number of epochs or steps, those of a whole training")
     several = isinstance(shares, (list, tuple)) and all(isinstance(share, (int, float)) for share in shares)
@@ -435,11 +420,7 @@ def _rungs(shares: Sequence[float], length: int) -> list[int]:
 
 
 def _check(budget: Budget, candidates: Any, samples: int, train: object) -> None:
-    """Check arguments early.
-
-    Raises:
-        TorchgrowError: no budget, no candidates, no samples.
-    """
+    """Check arguments early: budget, number of candidates, training, number of samples."""
     if not isinstance(budget, Budget):
         raise BudgetError(f'search takes a torchgrow.Budget such as Budget(params="36%"), got {budget!r}')
     number = len(candidates) if isinstance(candidates, (list, tuple)) else 2 if candidates is None else candidates

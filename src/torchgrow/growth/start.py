@@ -23,11 +23,7 @@ SEED, FRAME = "seed", "frame"
 
 
 def check_start(start: Any) -> None:
-    """Refuse an invalid `start`.
-
-    Raises:
-        TorchgrowError: it is neither a name, nor a structure, nor a network.
-    """
+    """Refuse (`TorchgrowError`) a start that is neither a name, nor a structure, nor a network."""
     if isinstance(start, str) and start not in (SEED, FRAME):
         raise TorchgrowError(f'start={start!r} is unknown; use "seed" or "frame", a keep vector, or a smaller network')
     if not isinstance(start, (str, Tensor, nn.Module)):
@@ -38,11 +34,7 @@ def check_start(start: Any) -> None:
 
 
 def check_unspent(start: Any, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Refuse optimizers that have stepped on weights that will be replaced by those of a smaller network.
-
-    Raises:
-        OptimizerError: one has.
-    """
+    """Refuse (`OptimizerError`) optimizers that have stepped on weights which a smaller network will replace."""
     for optimizer in optimizers if isinstance(start, nn.Module) else ():
         slots = [slot for state in optimizer.state.values() for slot in state.values() if isinstance(slot, Tensor)]
         if any(bool(slot.any()) for slot in slots):
@@ -71,24 +63,9 @@ def begin(start: str | Tensor | nn.Module, model: nn.Module, space: Space, excha
             f"{type(model).__name__} is on the meta device, without weights that a run could begin with; load them "
             'before (load_state_dict(..., assign=True)), or begin with start="seed" or a smaller network'
         )
-    return space.everything() if isinstance(start, str) else _checked(start, space)
-
-
-def name_of(start: str | Tensor | nn.Module, keep: Tensor | None) -> str:
-    """A start as stored in a state: its name, or a digest of its units."""
-    if isinstance(start, str) or keep is None:
-        return str(start)
-    kind = "network" if isinstance(start, nn.Module) else "units"
-    return f"{kind} {hashlib.sha256(keep.numpy().tobytes()).hexdigest()[:16]}"
-
-
-def _checked(keep: Tensor, space: Space) -> Tensor:
-    """The given units, if they are a legal structure.
-
-    Raises:
-        StructureError: they are not.
-    """
-    keep = space.check_keep(keep)
+    if isinstance(start, str):
+        return space.everything()
+    keep = space.check_keep(start)
     live = torch.bincount(space.group_of[keep], minlength=space.n_groups)
     short = torch.nonzero(live < space.least).flatten().tolist()
     if short:
@@ -97,6 +74,14 @@ def _checked(keep: Tensor, space: Space) -> Tensor:
             "that is no layer has to stay"
         )
     return keep.clone()
+
+
+def name_of(start: str | Tensor | nn.Module, keep: Tensor | None) -> str:
+    """A start as stored in a state: its name, or a digest of its units."""
+    if isinstance(start, str) or keep is None:
+        return str(start)
+    kind = "network" if isinstance(start, nn.Module) else "units"
+    return f"{kind} {hashlib.sha256(keep.numpy().tobytes()).hexdigest()[:16]}"
 
 
 @torch.no_grad()

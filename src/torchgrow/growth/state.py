@@ -14,7 +14,7 @@ from ..errors import SavedModelError
 from ..persistence.plain_data import Field, is_data
 from ..policies.paper import Paper
 from ..policies.policy import Policy
-from ..structure.space import Space
+from ..structure.space import Shapes, Space
 from ..structure.store import Store
 
 
@@ -46,11 +46,7 @@ def fingerprint(space: Space, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def check_frame(field: Field, own: dict[str, Any]) -> None:
-    """Refuse a state of another frame.
-
-    Raises:
-        SavedModelError: names the first tensor that differs, or says that the units do.
-    """
+    """Refuse (`SavedModelError`) a state of another frame."""
     saved = field.fields(own.keys())
     advice = "the model must be built just as the one of the saved run"
     for kind in ("shapes", "dtypes"):
@@ -73,11 +69,6 @@ def store_state(store: Store) -> dict[str, Any]:
     """Contents of a store, not copied, with its box as positions by axis; None for an empty one."""
     box = None if store.box is None else {str(axis): positions.clone() for axis, positions in store.box.items()}
     return {"box": box, "held": None if box is None else store.held.detach()}
-
-
-def stores_state(stores: Mapping[str, Store]) -> dict[str, Any]:
-    """The state of stores by name."""
-    return {name: store_state(store) for name, store in stores.items()}
 
 
 def read_store(field: Field, present: Store, dtype: torch.dtype, shape: Sequence[int]) -> Store:
@@ -113,17 +104,8 @@ def read_stores(
     }
 
 
-def read_tensors(
-    field: Field, like: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], some: bool = False
-) -> dict[str, Tensor]:
-    """Tensors by name, one for every name in `like` (with `some`: for any of them), of its dtype.
-
-    Args:
-        field: of the state.
-        like: present tensors, for names and dtypes.
-        shapes: wanted shapes by name.
-        some: whether names may be missing.
-    """
+def read_tensors(field: Field, like: Mapping[str, Tensor], shapes: Shapes, some: bool = False) -> dict[str, Tensor]:
+    """Tensors by name, one for every name in `like` (with `some`: for any of them), of its dtype and these shapes."""
     found = field.fields()
     if not found.keys() <= like.keys() or not (some or len(found) == len(like)):
         field.fields(like)

@@ -19,12 +19,7 @@ from ..structure.space import Space
 
 
 class Watch:
-    """Watches the weights from one change of structure to the next.
-
-    Args:
-        space: the space; of parameters that no optimizer holds, those that can be cut are watched.
-        optimizers: those that were given.
-        parameters: of the model, by name.
+    """Watches the weights from one change of structure to the next; those that no optimizer holds, if they can be cut.
 
     Raises:
         OptimizerError: no optimizer holds a trainable parameter that can be cut.
@@ -49,11 +44,7 @@ class Watch:
         exchange.fields(self, _norms=_norms(contents))
 
     def check_trained(self, contents: Mapping[str, Tensor], taken: Sequence[int]) -> None:
-        """Raise if another optimizer has trained the network since `begin`.
-
-        Args:
-            contents: as for `begin`.
-            taken: how many steps each optimizer took since.
+        """Raise if another optimizer has trained the network since `begin`, since when each has taken so many steps.
 
         Raises:
             TrainingError: weights have changed though the optimizer that holds them took no step, or no given one does.
@@ -61,7 +52,8 @@ class Watch:
         if all(taken) and not self._loose():
             return
         now, names = _norms(contents), {id(p): name for name, p in self._parameters.items()}
-        moved = {name for name, norm in now.items() if not _same(norm, self._norms.get(name, norm))}
+        # Compared as text, in which NaN is equal to itself.
+        moved = {name for name, norm in now.items() if repr(norm) != repr(self._norms.get(name, norm))}
         for i, (optimizer, steps) in enumerate(zip(self._optimizers, taken, strict=True)):
             held = [names[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in names]
             strange = [] if steps else [name for name in held if name in moved]
@@ -88,13 +80,7 @@ class Watch:
 
 
 def warn_idle(optimizers: Sequence[torch.optim.Optimizer], taken: Sequence[int], moved: bool) -> None:
-    """Warn if nothing was learned since the last update.
-
-    Args:
-        optimizers: those that were given.
-        taken: how many steps each took since the last update.
-        moved: whether the indicators took a step since.
-    """
+    """Warn if nothing was learned since the last update: no steps were taken, or the indicators have not moved."""
     if not any(taken):
         warnings.warn(
             "no optimizer that Grower was given took a step since the last update. Is a copy of the network trained "
@@ -156,10 +142,6 @@ def _norms(contents: Mapping[str, Tensor]) -> dict[str, float]:
         real = [torch.view_as_real(x.detach()) if x.is_complex() else x.detach() for x in contents.values()]
     norms = [torch.linalg.vector_norm(x, dtype=torch.float64).cpu() for x in real]
     return dict(zip(contents, torch.stack(norms).tolist() if norms else [], strict=True))
-
-
-def _same(one: float, other: float) -> bool:
-    return one == other or (one != one and other != other)
 
 
 def _listed(names: Iterable[str]) -> str:

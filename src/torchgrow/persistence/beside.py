@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from ..errors import SavedModelError
 from ..exchange import Exchange
-from ..structure.space import Space
+from ..structure.space import Shapes, Space
 from ..structure.store import live_shapes
 from ..structure.surgery import named_tensors
 from .folder import pack
 from .plain_data import Field
+from .wrappers import stored_tensors
 
 
 def late_buffers(space: Space, model: nn.Module) -> set[str]:
@@ -26,21 +27,13 @@ def late_buffers(space: Space, model: nn.Module) -> set[str]:
 
 def of_state(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers that a state holds: not sparse buffers that are not persistent, which the frame has."""
-    return {name: x for name, x in named_tensors(model).items() if not _brought_by_frame(model, name, x)}
-
-
-def _brought_by_frame(model: nn.Module, name: str, tensor: Tensor) -> bool:
-    path, _, own = name.rpartition(".")
-    return tensor.layout != torch.strided and own in model.get_submodule(path)._non_persistent_buffers_set
+    return stored_tensors(dict(model.named_modules()))
 
 
 def late_shapes(space: Space, model: nn.Module) -> dict[str, list[int]]:
     """Shapes of the buffers that nothing cuts, for a state: the frame does not say what they must be."""
-    return {
-        name: list(buffer.shape)
-        for name, buffer in model.named_buffers()
-        if name not in space.cut_axes and not _brought_by_frame(model, name, buffer)
-    }
+    late = late_buffers(space, model)
+    return {name: list(x.shape) for name, x in of_state(model).items() if name in late}
 
 
 def check_late(field: Field, found: Mapping[str, Tensor], space: Space, model: nn.Module) -> None:
@@ -67,9 +60,7 @@ def check_network(space: Space, keep: Tensor, model: nn.Module) -> None:
             )
 
 
-def read_network(
-    field: Field, space: Space, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Tensor]:
+def read_network(field: Field, space: Space, model: nn.Module, shapes: Shapes) -> dict[str, Tensor]:
     """Parameters and buffers by name: of the shapes given, or, of buffers that nothing cuts, of any.
 
     The latter may be missing, or be there though the model has not made them yet.
@@ -79,19 +70,15 @@ def read_network(
     known = {name for name in found if name in present or may_appear(modules, name)}
     if not fixed <= known or len(known) < len(found):
         field.fields(fixed | known)  # raises if names are missing or unknown
-    tensors = {}
+    tensors, layouts = {}, {name: (tensor.layout,) for name, tensor in present.items()}
     for name, entry in found.items():
         if name in fixed:
             tensors[name] = entry.tensor(shapes[name], present[name].dtype)
-        elif isinstance(entry.value, Tensor) and entry.value.layout in (torch.strided, _layout(present.get(name))):
+        elif isinstance(entry.value, Tensor) and entry.value.layout in (torch.strided, *layouts.get(name, ())):
             tensors[name] = entry.value.detach()
         else:
             entry.refuse("a dense tensor")
     return tensors
-
-
-def _layout(tensor: Tensor | None) -> torch.layout:
-    return torch.strided if tensor is None else tensor.layout
 
 
 def may_appear(modules: Mapping[str, nn.Module], name: str) -> bool:
@@ -117,6 +104,11 @@ def take_buffers(exchange: Exchange, model: nn.Module, contents: Mapping[str, Te
             exchange.put(module._buffers, own, None)
 
 
+def has_extra_state(module: nn.Module) -> bool:
+    """Whether a class keeps state beside its tensors."""
+    return type(module).get_extra_state is not nn.Module.get_extra_state
+
+
 def extra_states(model: nn.Module) -> dict[str, Any]:
     """Results of the modules' `get_extra_state`, by path, as copies.
 
@@ -125,7 +117,7 @@ def extra_states(model: nn.Module) -> dict[str, Any]:
     """
     states = {}
     for path, module in model.named_modules():
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
+        if has_extra_state(module):
             states[path] = copy.deepcopy(module.get_extra_state())
             pack(states[path], {}, f"get_extra_state() of {path or 'the model'} ({type(module).__name__})")
     return states

@@ -244,27 +244,20 @@ def _numbered(folder: Path) -> dict[int, Path]:
 def _latest(folder: Path) -> Any:
     """Contents of the latest whole checkpoint."""
     one = bool(NAME.fullmatch(folder.name)) or os.path.exists(folder / RECORD)  # noqa: PTH110
+    what, reasons = "a checkpoint; save one with torchgrow.save_checkpoint", []
     with locked(folder.parent if one else folder, shared=True):  # no other process deletes it meanwhile
-        return _latest_whole(folder, one)
-
-
-def _latest_whole(folder: Path, one: bool) -> Any:
-    there = _numbered(folder)
-    candidates = [folder] if one else [there[number] for number in sorted(there, reverse=True)]
-    reasons = []
-    for candidate in candidates:
-        try:
-            what = "a checkpoint; save one with torchgrow.save_checkpoint"
-            record, tensors = read_folder(candidate, (RECORD, TENSORS), (FORMAT,), what)
-            contents = unpack(
-                Field(record, str(candidate / RECORD)).fields(("format", "contents"))["contents"].value, tensors
-            )
-        except SavedModelError as error:
-            reasons.append(str(error))
-            continue
-        if reasons:
-            warnings.warn(f"going on from {candidate}, since {'; '.join(reasons)}", stacklevel=4)
-        return contents
+        there = _numbered(folder)
+        for candidate in [folder] if one else [there[number] for number in sorted(there, reverse=True)]:
+            try:
+                record, tensors = read_folder(candidate, (RECORD, TENSORS), (FORMAT,), what)
+                packed = Field(record, str(candidate / RECORD)).fields(("format", "contents"))["contents"].value
+                contents = unpack(packed, tensors)
+            except SavedModelError as error:
+                reasons.append(str(error))
+                continue
+            if reasons:
+                warnings.warn(f"going on from {candidate}, since {'; '.join(reasons)}", stacklevel=3)
+            return contents
     if reasons:
         raise SavedModelError(f"no checkpoint in {folder} is whole: {'; '.join(reasons)}")
     raise SavedModelError(

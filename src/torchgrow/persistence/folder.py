@@ -97,11 +97,7 @@ def write_folder(
 
 
 def made(folder: Path) -> Path:
-    """A folder that is there from now on, those above it too.
-
-    Raises:
-        SavedModelError: it could not be made.
-    """
+    """A folder that is there from now on, those above it too; else a `SavedModelError`."""
     with _told(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -138,9 +134,7 @@ def real_folder(folder: str | os.PathLike[str]) -> Path:
 def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
     """A lock for one process or thread at a time; without effect on systems that have no file locks.
 
-    Args:
-        folder: to be worked in, or to be read with `shared`: any number of readers, but no writer.
-        shared: as said.
+    With `shared` the folder is to be read: any number of readers, but no writer.
 
     Raises:
         SavedModelError: another one has been at it for `LONGEST_WAIT`.
@@ -176,11 +170,7 @@ def _wait_for(handle: int, folder: Path, kind: int) -> None:
 
 
 def check_size(text: bytes, advice: str = "") -> None:
-    """Refuse a record whose text or contents take more memory than any record's.
-
-    Raises:
-        ValueError: with the number.
-    """
+    """Refuse (`ValueError`) a record whose text or contents take more memory than any record's."""
     if len(text) > LARGEST_RECORD:
         raise ValueError(f"a record of {len(text):,} bytes is more than any has{advice}")
     parsed = sum(text.count(mark) * size for mark, size in ((b"[", 88), (b"{", 240), (b",", 40), (b'"', 30)))

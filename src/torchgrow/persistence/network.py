@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from ..structure.record import Record, growths, join, mark_, mark_of, own_tensor
 from ..structure.space import PassThrough
 from ..structure.store import Index, live_shape
 from ..structure.surgery import materialise_, replace_
-from .beside import may_appear
+from .beside import has_extra_state, may_appear
 from .folder import pack, read_folder, real_folder, storable, unpack, write_folder
 from .portable import portable_
 from .structure_record import (
@@ -76,9 +75,14 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     skipped = {path: skip for path, module in modules.items() if (skip := skip_of(module)) is not None}
     _check_explained(modules, tensors, record, skipped)
     stored = {name: storable(tensor, name) for name, tensor in tensors.items()}
-    extra = {path: module.get_extra_state() for path, module in modules.items() if _has_extra_state(module)}
+    extra = {path: module.get_extra_state() for path, module in modules.items() if has_extra_state(module)}
     packed = {path: pack(value, stored, f"the extra state of {path}") for path, value in extra.items()}
-    buffers = {join(path, name): kept for path, module in modules.items() for name, kept in _listed(module)}
+    buffers: dict[str, bool | None] = {}  # by name, whether each is part of the `state_dict`; None without a value
+    for path, module in modules.items():
+        passing = module._non_persistent_buffers_set
+        for name, x in module._buffers.items():
+            if name not in passing or x is None or x.layout == torch.strided:
+                buffers[join(path, name)] = None if x is None else name not in passing
     structure = described(modules, tensors, record, packed, buffers)
     for growth in growths(model):
         warnings.warn(
@@ -89,18 +93,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     write_folder(target, structure, stored, (STRUCTURE, WEIGHTS))
 
 
-def _listed(module: nn.Module) -> list[tuple[str, bool | None]]:
-    """Names of a module's buffers, and whether each is part of its `state_dict`; None of one without a value."""
-    passing = module._non_persistent_buffers_set
-    listed = [(n, x) for n, x in module._buffers.items() if n not in passing or x is None or x.layout == torch.strided]
-    return [(name, None if tensor is None else name not in passing) for name, tensor in listed]
-
-
 def _check_explained(
-    modules: Mapping[str, nn.Module],
-    tensors: Mapping[str, Tensor],
-    record: Record,
-    skipped: Mapping[str, PassThrough],
+    modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], record: Record, skipped: Mapping[str, PassThrough]
 ) -> None:
     """Refuse a model that cannot be rebuilt from its frame and what is recorded."""
     below, wrong = tuple(f"{path}." for path in skipped), []
@@ -109,9 +103,16 @@ def _check_explained(
             expected = (0,) if name.startswith(below) else live_shape(shape, record.kept.get(name, {}))
             if tensors[name].shape != expected:
                 wrong.append(f"{name} is {tuple(tensors[name].shape)}, the record makes it {expected} of {shape}")
-    for name, shape in _replaced(modules, tensors, record).items():
-        found = tuple(tensors[name].shape)
-        wrong.append(f"{name} is {found}, of a module put there after the cut; the frame had {shape}")
+    marks = {path: mark for path, module in modules.items() if (mark := mark_of(module)) is not None}
+    roots = {id(mark.record): (path, mark) for path, mark in reversed(marks.items())}  # the outermost of each
+    for path, mark in roots.values():
+        lead = f"{mark.path}." if mark.path else ""
+        for name in mark.record.kept:  # tensors without a record, in the place of recorded ones and of another shape
+            shape, here = mark.record.shapes[name], (f"{path}." if path else "") + name[len(lead) :]
+            unrecorded = name.startswith(lead) and here in tensors and here not in record.shapes
+            if unrecorded and tensors[here].shape != shape:
+                found = f"{here} is {tuple(tensors[here].shape)}"
+                wrong.append(f"{found}, of a module put there after the cut; the frame had {shape}")
     for path, attribute in record.attributes:
         now, then = get(modules[path], attribute), record.attributes[path, attribute]
         if now != then:
@@ -128,28 +129,6 @@ def _check_explained(
             f"the model cannot be rebuilt from its frame, since {'; '.join(wrong[:3])}. Save it as it was grown, "
             "before tensors or modules are replaced by others, or store its state_dict() yourself"
         )
-
-
-def _replaced(
-    modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], record: Record
-) -> dict[str, tuple[int, ...]]:
-    """Tensors without a record, in the place of recorded ones and of another shape; with the shape there was."""
-    marks = {path: mark for path, module in modules.items() if (mark := mark_of(module)) is not None}
-    found: dict[str, tuple[int, ...]] = {}
-    roots = {id(mark.record): (path, mark) for path, mark in reversed(marks.items())}  # the outermost of each
-    for path, mark in roots.values():
-        lead = f"{mark.path}." if mark.path else ""
-        for name in mark.record.kept:
-            shape = mark.record.shapes[name]
-            here = (f"{path}." if path else "") + name[len(lead) :]
-            unrecorded = name.startswith(lead) and here in tensors and here not in record.shapes
-            if unrecorded and tensors[here].shape != shape:
-                found[here] = shape
-    return found
-
-
-def _has_extra_state(module: nn.Module) -> bool:
-    return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
 # --- loading ---
@@ -181,97 +160,76 @@ def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module])
             f"{name}), or with lambda: {name}(...): torchgrow.load cuts a model of its own"
         )
     source = Path(folder)
-    structure, tensors = _read(source)
+    what = "a saved model; save one with torchgrow.save, or take a checkpoint by torchgrow.load_checkpoint"
+    structure, tensors = read_folder(source, (STRUCTURE, WEIGHTS), FORMATS, what)
+    if structure["format"] < 3:
+        structure.setdefault("skipped", {})  # absent before depth
+        structure.setdefault("extra_state", {})
+    if structure["format"] < 4:
+        structure.setdefault("buffers", {})
+    check_form(str(source / STRUCTURE), structure)
     with on_default():
         model = frame_factory()
     if not isinstance(model, nn.Module):
         raise SavedModelError(f"frame_factory must return a torch.nn.Module, got {type(model).__name__}")
     frame = unwrapped(model)
-    modules = plain_modules(frame)
-    found = _parsed(source, structure, tensors, modules)
-    names = {module: path for path, module in frame.named_modules()}
-    try:
-        adapt_(frame, [names.get(modules[path], path) if path in modules else path for path in structure["adapted"]])
-    except TorchgrowError as error:
-        raise SavedModelError(f"{source / STRUCTURE} names a module without its adapter: {error}") from error
-    _give(source, found, frame, modules)
+    _fill(source, structure, tensors, frame)
     guard_(frame)
     return portable_(model)
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """What a folder says of a frame, checked.
-
-    Attributes:
-        structure: its record.
-        tensors: contents by name.
-        own: tensors of the frame, by name.
-        kept: positions that are left, by tensor and axis.
-        late: names of buffers that only the folder has.
-        dropped: names of those that it lacks.
-        skipped: modules that are left out, and what they do instead.
-        attributes: numbers that follow from kept positions, by module and name.
-        extra: extra states by module.
-    """
-
-    structure: dict[str, Any]
-    tensors: dict[str, Tensor]
-    own: dict[str, Tensor]
-    kept: dict[str, Index]
-    late: list[str]
-    dropped: list[str]
-    skipped: dict[str, PassThrough]
-    attributes: dict[tuple[str, str], int]
-    extra: dict[str, Any]
-
-    @property
-    def fixed(self) -> dict[str, Tensor]:
-        """Tensors of the frame that take contents."""
-        return {name: tensor for name, tensor in self.own.items() if name not in self.dropped}
-
-
-def _parsed(
-    source: Path, structure: dict[str, Any], tensors: dict[str, Tensor], modules: dict[str, nn.Module]
-) -> _Saved:
-    """Check the contents of a folder against the modules of a frame."""
-    where, own = str(source / STRUCTURE), stored_tensors(modules)
+def _fill(source: Path, structure: dict[str, Any], tensors: dict[str, Tensor], frame: nn.Module) -> None:
+    """Make a frame the saved network, once all that the folder says is known to fit it."""
+    where, modules = str(source / STRUCTURE), plain_modules(frame)
+    own = stored_tensors(modules)
     _check_fresh(modules, own)
     extra = {path: unpack(value, tensors) for path, value in structure["extra_state"].items()}
     kept = read_kept(where, structure, own)
     late, dropped = _late(structure, modules, own, tensors)
-    _check_names(source, own.keys() - dropped, tensors.keys() - late)
+    fixed = {name: tensor for name, tensor in own.items() if name not in dropped}  # tensors that take contents
+    missing, foreign = sorted(fixed.keys() - tensors.keys()), sorted(tensors.keys() - fixed.keys() - {*late})
+    if missing or foreign:
+        raise SavedModelError(
+            f"{source} does not fit the frame: missing {missing[:3]}, foreign {foreign[:3]}; "
+            "frame_factory must build the same full-size model that was grown"
+        )
     skipped = read_skipped(where, structure, modules, own)
     below = tuple(f"{path}." for path in skipped)
     free = {name for name in structure["buffers"] if name not in kept and not name.startswith(below)}
     attributes = read_attributes(where, structure, modules, kept, own, below)
-    found = _Saved(structure, tensors, own, kept, late, dropped, skipped, attributes, extra)
-    _check_contents(source, found.fixed, tensors, kept, below, free)
+    _check_contents(source, fixed, tensors, kept, below, free)
     check_convolutions(where, modules, tensors, attributes, below)
-    _check_extra(source, structure, modules, extra)
-    return found
-
-
-def _give(source: Path, found: _Saved, frame: nn.Module, modules: dict[str, nn.Module]) -> None:
-    """Make a frame the saved network."""
-    own, tensors, fixed, kept, attributes = found.own, found.tensors, found.fixed, found.kept, found.attributes
-    below = tuple(f"{path}." for path in found.skipped)
+    with_extra = {path for path, module in modules.items() if has_extra_state(module)}
+    if extra.keys() != with_extra and structure["format"] >= 3:
+        raise SavedModelError(
+            f"{where} has the extra state of {sorted(extra)[:3]}, the frame has some in "
+            f"{sorted(with_extra)[:3]}; is frame_factory the same model?"
+        )
+    names = {module: path for path, module in frame.named_modules()}
+    try:
+        adapt_(frame, [names.get(modules[path], path) if path in modules else path for path in structure["adapted"]])
+    except TorchgrowError as error:
+        raise SavedModelError(f"{where} names a module without its adapter: {error}") from error
     wholes = {(path, name): get(modules[path], name) or 0 for path, name in attributes}
     shapes = {name: tuple(own[name].shape) for name in own if name in kept or name.startswith(below)}
     bare = {name: tensor for name, tensor in fixed.items() if tensor.is_meta}
     materialise_(frame, bare, lambda name: tensors[name].detach())  # another object: it is exchanged for the frame's
     for name, tensor in fixed.items():
         replace_(tensor, tensors[name].to(tensor.device))
-    for name in (*found.late, *found.dropped):
-        _put_buffer(modules, name, tensors.get(name), found.structure["buffers"][name])
+    for name in (*late, *dropped):
+        path, _, last = name.rpartition(".")
+        if last in modules[path]._buffers:
+            modules[path]._buffers[last] = tensors.get(name)
+        else:
+            modules[path].register_buffer(last, tensors.get(name), persistent=bool(structure["buffers"][name]))
     for (path, name), number in attributes.items():
         put(modules[path], name, number)
-    for path, skip in found.skipped.items():
+    for path, skip in skipped.items():
         skip_(modules[path], [""], {"": skip})
-    blocks = tuple((path, *left_out_with(found.structure, path)) for path in found.skipped)
+    blocks = tuple((path, *left_out_with(structure, path)) for path in skipped)
     mark_(modules.items(), Record(shapes, kept, wholes, attributes, blocks))
-    for path, value in found.extra.items():
-        _give_extra(source, path, modules[path], value)
+    for path, value in extra.items():
+        _give_extra(where, path, modules[path], value)
 
 
 def _check_fresh(modules: Mapping[str, nn.Module], own: Mapping[str, Tensor]) -> None:
@@ -308,25 +266,6 @@ def _late(
     )
 
 
-def _put_buffer(modules: Mapping[str, nn.Module], name: str, tensor: Tensor | None, persistent: bool | None) -> None:
-    path, _, own = name.rpartition(".")
-    module = modules[path]
-    if own in module._buffers:
-        module._buffers[own] = tensor
-    else:
-        module.register_buffer(own, tensor, persistent=bool(persistent))
-
-
-def _check_names(source: Path, own: AbstractSet[str], tensors: AbstractSet[str]) -> None:
-    """Refuse tensors of another model."""
-    missing, foreign = sorted(own - tensors), sorted(tensors - own)
-    if missing or foreign:
-        raise SavedModelError(
-            f"{source} does not fit the frame: missing {missing[:3]}, foreign {foreign[:3]}; "
-            "frame_factory must build the same full-size model that was grown"
-        )
-
-
 def _check_contents(
     source: Path,
     own: Mapping[str, Tensor],
@@ -347,36 +286,11 @@ def _check_contents(
             )
 
 
-def _check_extra(
-    source: Path, structure: dict[str, Any], modules: Mapping[str, nn.Module], extra: Mapping[str, Any]
-) -> None:
-    """Refuse extra states (`nn.Module.get_extra_state`) of other modules than the frame's."""
-    own = {path for path, module in modules.items() if _has_extra_state(module)}
-    if extra.keys() != own and structure["format"] >= 3:
-        raise SavedModelError(
-            f"{source / STRUCTURE} has the extra state of {sorted(extra)[:3]}, the frame has some in "
-            f"{sorted(own)[:3]}; is frame_factory the same model?"
-        )
-
-
-def _give_extra(source: Path, path: str, module: nn.Module, value: Any) -> None:
+def _give_extra(where: str, path: str, module: nn.Module, value: Any) -> None:
     try:
         module.set_extra_state(value)
     except Exception as error:
         raise SavedModelError(
-            f"{source / STRUCTURE}: {path or 'the model'} ({type(module).__name__}) does not take its extra state: "
+            f"{where}: {path or 'the model'} ({type(module).__name__}) does not take its extra state: "
             f"{type(error).__name__}: {error}"
         ) from error
-
-
-def _read(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Both files, with the record's form checked."""
-    what = "a saved model; save one with torchgrow.save, or take a checkpoint by torchgrow.load_checkpoint"
-    structure, tensors = read_folder(source, (STRUCTURE, WEIGHTS), FORMATS, what)
-    if structure["format"] < 3:
-        structure.setdefault("skipped", {})  # absent before depth
-        structure.setdefault("extra_state", {})
-    if structure["format"] < 4:
-        structure.setdefault("buffers", {})
-    check_form(str(source / STRUCTURE), structure)
-    return structure, tensors

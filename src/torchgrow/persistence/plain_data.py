@@ -16,12 +16,7 @@ LARGEST = 2**62
 
 
 class Field:
-    """A value in a state and its path; raises `SavedModelError` if the value is not as expected.
-
-    Args:
-        value: the value.
-        path: where it stands, in words.
-    """
+    """A value in a state and its path, in words; raises `SavedModelError` if the value is not as expected."""
 
     def __init__(self, value: Any, path: str = "state") -> None:
         self.value, self.path = value, path

@@ -11,7 +11,6 @@ import json
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping, MutableMapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -199,7 +198,7 @@ def structure_of(module: nn.Module) -> tuple[dict[str, Any], Tensor] | None:
     if not cut and all(skip_of(one) is None for one in modules.values()):
         return None
     known = _written.get(module)
-    if known is None or not _same_marks(known[0], marks):
+    if known is None or [(path, id(mark)) for path, mark in known[0]] != [(path, id(mark)) for path, mark in marks]:
         try:
             structure = described(modules, stored_tensors(modules), recorded(modules.items()), {}, {})
             text = json.dumps({**structure, SEAL: digest(structure)}).encode()
@@ -214,35 +213,7 @@ def structure_of(module: nn.Module) -> tuple[dict[str, Any], Tensor] | None:
     return known[1:]
 
 
-def _same_marks(one: list[tuple[str, Mark]], other: list[tuple[str, Mark]]) -> bool:
-    pairs = zip(one, other, strict=False)
-    return len(one) == len(other) and all(a == b and m is n for (a, m), (b, n) in pairs)
-
-
 # --- in ---
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What a module will be cut to.
-
-    Attributes:
-        module: the module.
-        record: the structure, relative to the first frame.
-        contents: by name what its tensors hold until they are loaded, where that changes.
-        attributes: numbers by module and name.
-        skipped: modules that are left out.
-        adapted: names of modules that need an adapter.
-        owner: the grower of the module, if it has one.
-    """
-
-    module: nn.Module
-    owner: Owner | None
-    record: Record
-    contents: dict[str, Tensor]
-    attributes: dict[tuple[str, str], int]
-    skipped: dict[str, PassThrough]
-    adapted: list[str]
 
 
 @on_host()
@@ -257,25 +228,19 @@ def take_structure(module: nn.Module, state: MutableMapping[str, Any], prefix: s
         if part is None or part not in modules.values():
             continue  # PyTorch will call it unexpected
         blob = state.pop(key)
-        structure = _read(blob, key, partial(_fits, part, state, lead))
+        structure = _read(blob, key, part, state, lead)
         now = structure_of(part)
         if structure is None or (now is not None and now[0] == structure):
             continue
         if ASIDE in vars(part):
-            _put_aside(part, state, lead, blob)
+            mine = {name.removeprefix(lead): value for name, value in state.items() if name.startswith(lead)}
+            vars(part)[ASIDE] = {**mine, KEY: blob}
+            present = {lead + name: tensor.detach() for name, tensor in _all_tensors(part).items()}
+            state.update((name, tensor) for name, tensor in present.items() if name in state)
         else:
             cuts.append(_plan(part, structure, state, lead, f"state_dict[{key!r}]"))
     for cut in cuts:
-        _make(cut)
-
-
-def _put_aside(module: nn.Module, state: MutableMapping[str, Any], prefix: str, blob: Tensor) -> None:
-    """Put the state dict of a module aside, and load its present contents instead."""
-    vars(module)[ASIDE] = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    vars(module)[ASIDE][KEY] = blob
-    for name, tensor in _all_tensors(module).items():
-        if prefix + name in state:
-            state[prefix + name] = tensor.detach()
+        cut()
 
 
 def _all_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -284,13 +249,7 @@ def _all_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
 
 
-def _fits(module: nn.Module, state: Mapping[str, Any], prefix: str) -> bool:
-    """Whether a state dict is of the very shapes that a module has."""
-    own = _all_tensors(module)
-    return all(state[prefix + n].shape == t.shape for n, t in own.items() if isinstance(state.get(prefix + n), Tensor))
-
-
-def _read(blob: Any, key: str, fits: Callable[[], bool]) -> dict[str, Any] | None:
+def _read(blob: Any, key: str, module: nn.Module, state: Mapping[str, Any], prefix: str) -> dict[str, Any] | None:
     """The record in a tensor, its names not checked yet; None if averaging destroyed it and the shapes fit already."""
     where = f"state_dict[{key!r}]"
     if not isinstance(blob, Tensor) or blob.dim() != 1 or blob.is_meta or blob.is_complex():
@@ -312,7 +271,9 @@ def _read(blob: Any, key: str, fits: Callable[[], bool]) -> dict[str, Any] | Non
         if seal is None or seal != digest(record):
             raise ValueError("its contents do not fit its checksum")
     except (ValueError, RecursionError, MemoryError) as error:
-        if blob.dtype != torch.uint8 and fits():
+        given = [(state.get(prefix + name), tensor) for name, tensor in _all_tensors(module).items()]
+        fits = all(value.shape == tensor.shape for value, tensor in given if isinstance(value, Tensor))
+        if blob.dtype != torch.uint8 and fits:
             return None
         raise SavedModelError(
             f"{where} is damaged: {error or 'it takes too much memory'}. It is text, not numbers: of state dicts that "
@@ -324,8 +285,10 @@ def _read(blob: Any, key: str, fits: Callable[[], bool]) -> dict[str, Any] | Non
     return record
 
 
-def _plan(module: nn.Module, structure: dict[str, Any], state: Mapping[str, Any], prefix: str, where: str) -> Cut:
-    """Check a record and its tensors for a module; nothing changes."""
+def _plan(
+    module: nn.Module, structure: dict[str, Any], state: Mapping[str, Any], prefix: str, where: str
+) -> Callable[[], None]:
+    """Check a record and its tensors for a module; the function returned cuts it."""
     modules = plain_modules(module)
     own, now = stored_tensors(modules), recorded(modules.items())
     frame = {name: _shaped(now.shapes.get(name, tuple(x.shape)), x) for name, x in own.items()}
@@ -367,7 +330,9 @@ def _plan(module: nn.Module, structure: dict[str, Any], state: Mapping[str, Any]
     shapes = {name: tuple(frame[name].shape) for name in changing}
     blocks = tuple((path, *left_out_with(structure, path)) for path in skipped)
     record = Record({**now.shapes, **shapes}, kept, wholes, attributes, tuple(dict.fromkeys((*now.blocks, *blocks))))
-    return Cut(module, owner, record, contents, attributes, skipped, structure["adapted"])
+    if owner is not None:
+        return partial(owner.loaded, module, record, skipped.keys(), contents)
+    return partial(_cut, module, record, contents, attributes, skipped, structure["adapted"])
 
 
 def _shaped(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -405,22 +370,25 @@ def _interim(
     return laid_out(tensor.new_empty(shape), memory_order(tensor, range(len(shape))))
 
 
-def _make(cut: Cut) -> None:
-    """Cut a module, all of it or nothing; of one that grows, its grower does."""
-    module = cut.module
-    if cut.owner is not None:
-        cut.owner.loaded(module, cut.record, cut.skipped.keys(), cut.contents)
-        return
+def _cut(
+    module: nn.Module,
+    record: Record,
+    contents: Mapping[str, Tensor],
+    attributes: Mapping[tuple[str, str], int],
+    skipped: Mapping[str, PassThrough],
+    adapted: Collection[str],
+) -> None:
+    """Cut a module, all of it or nothing."""
     modules = plain_modules(module)
     own, exchange = stored_tensors(modules), Exchange()
     exchange.remember(module)
     try:
         names = {one: path for path, one in module.named_modules()}
-        adapt_(module, [names.get(modules[path], path) if path in modules else path for path in cut.adapted])
-        for name, new in cut.contents.items():
+        adapt_(module, [names.get(modules[path], path) if path in modules else path for path in adapted])
+        for name, new in contents.items():
             exchange.write(own[name], new)
-        paths = [path for path, one in modules.items() if path in cut.skipped or skip_of(one) is not None]
-        rewrite(exchange, modules, cut.record, cut.attributes, paths, cut.skipped)
+        paths = [path for path, one in modules.items() if path in skipped or skip_of(one) is not None]
+        rewrite(exchange, modules, record, attributes, paths, skipped)
         exchange.make()
     except BaseException:
         exchange.undo()

@@ -15,7 +15,7 @@ from ..adapters.registry import ADAPTERS
 from ..errors import SavedModelError
 from ..structure.attributes import get, held
 from ..structure.record import Record, join, skip_of
-from ..structure.space import PassThrough
+from ..structure.space import PassThrough, Shapes
 from ..structure.store import Index
 
 FORMAT = 4
@@ -28,7 +28,6 @@ REPEATS = (1, 2, 3, 4)
 
 CHANNELS = ("in_channels", "out_channels", "groups")
 """Counts of a convolution, which its weight must fit."""
-
 
 FIELDS = {
     "format": int,
@@ -56,14 +55,9 @@ def described(
     extra_state: dict[str, Any],
     buffers: dict[str, bool | None],
 ) -> dict[str, Any]:
-    """The record of a model.
+    """The record of a model, of its modules and tensors by name.
 
-    Args:
-        modules: of the model, by name.
-        tensors: parameters and buffers, by name.
-        record: what was done to them.
-        extra_state: as it is stored.
-        buffers: by name, whether each is persistent; None of one without a value.
+    `buffers`: by name, whether each is persistent; None of one without a value.
 
     Raises:
         SavedModelError: an attribute was lowered for which there is no evidence.
@@ -108,9 +102,7 @@ Shown = tuple[str, int, int, int]
 """Evidence for a count: tensor, axis, how often the axis repeats what is counted (0: a piece of it), its start."""
 
 
-def _evidence(
-    path: str, number: int, whole: int, kept: Mapping[str, Index], shapes: Mapping[str, tuple[int, ...]]
-) -> Shown | None:
+def _evidence(path: str, number: int, whole: int, kept: Mapping[str, Index], shapes: Shapes) -> Shown | None:
     """An axis of a module's own tensors of which `number` of `whole` equal parts are kept."""
     for tensor, index in kept.items():
         if tensor.startswith(f"{path}." if path else ""):
@@ -121,9 +113,7 @@ def _evidence(
     return None
 
 
-def _piece(
-    path: str, number: int, whole: int, kept: Mapping[str, Index], shapes: Mapping[str, tuple[int, ...]]
-) -> Shown | None:
+def _piece(path: str, number: int, whole: int, kept: Mapping[str, Index], shapes: Shapes) -> Shown | None:
     """A piece of `whole` positions of which `number` are kept, of an axis of the module's own tensors, else of any."""
     lead = f"{path}." if path else ""
     for tensor in sorted(kept, key=lambda name: not name.startswith(lead)):
@@ -142,37 +132,10 @@ def _may_count_pieces(module: nn.Module, name: str) -> bool:
     return name.partition("[")[0] in held(module)
 
 
-def _holds(
-    shown: Shown,
-    path: str,
-    module: nn.Module,
-    name: str,
-    number: int,
-    whole: int,
-    kept: Mapping[str, Index],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> bool:
-    """Whether the evidence in a record is valid."""
-    tensor, axis, repeats, start = shown
-    positions = kept.get(tensor, {}).get(axis)
-    if positions is None:
-        return False
-    size = shapes[tensor][axis]
-    if repeats == 0:
-        inside = int(((positions >= start) & (positions < start + whole)).sum())
-        return 0 <= start <= size - whole and inside == number and _may_count_pieces(module, name)
-    own = tensor.startswith(f"{path}." if path else "")
-    return own and repeats in REPEATS and start == 0 and _counted(positions, size, whole, repeats) == number
-
-
 def _counted(positions: Tensor, size: int, whole: int, repeats: int) -> int:
     """How many of `whole` parts of an axis are kept, each with as many positions as the others; 0 if it has none such.
 
-    Args:
-        positions: int64, those that are kept.
-        size: of the axis in the frame.
-        whole: number of parts in the frame.
-        repeats: how often the parts follow each other along the axis.
+    The axis has `size` positions in the frame, where its parts follow each other so many times (`repeats`).
     """
     if size % (whole * repeats):
         return 0
@@ -277,7 +240,14 @@ def read_attributes(
         if not counts and structure["format"] < 3:
             counts = _evidence(path, number, whole, kept, shapes) is not None
         elif not counts and shown:
-            counts = _holds(tuple(shown), path, module, name, number, whole, kept, shapes)
+            tensor, axis, repeats, start = shown
+            positions, own_tensor = kept.get(tensor, {}).get(axis), tensor.startswith(f"{path}." if path else "")
+            if positions is not None and repeats == 0:
+                inside = int(((positions >= start) & (positions < start + whole)).sum())
+                fits = 0 <= start <= shapes[tensor][axis] - whole and inside == number
+                counts = fits and _may_count_pieces(module, name)
+            elif positions is not None and own_tensor and repeats in REPEATS and start == 0:
+                counts = _counted(positions, shapes[tensor][axis], whole, repeats) == number
         if not counts:
             raise SavedModelError(
                 f"{where}: {path}.{name} = {number}, of {whole} in the frame, follows from no kept "

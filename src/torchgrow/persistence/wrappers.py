@@ -44,8 +44,11 @@ def _walk(path: str, module: nn.Module, seen: set[int]) -> Iterator[tuple[str, n
                 yield from _walk(join(path, name), child, seen)
 
 
-def plain_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Parameters and buffers of modules by name, tied ones once: parameters first, as in `named_tensors`."""
+def stored_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Parameters and buffers by name, tied ones once: parameters first, as in `named_tensors`.
+
+    Sparse buffers that are not persistent are the frame's to make.
+    """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for buffers in (False, True):
@@ -55,11 +58,5 @@ def plain_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
                 if name in own and id(tensor) not in seen:
                     seen.add(id(tensor))
                     found[join(path, name)] = tensor
-    return found
-
-
-def stored_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Parameters and buffers by name; sparse buffers that are not persistent are the frame's to make."""
     transient = {join(path, name) for path, module in modules.items() for name in module._non_persistent_buffers_set}
-    found = plain_tensors(modules)
     return {name: x for name, x in found.items() if x.layout == torch.strided or name not in transient}

@@ -32,14 +32,9 @@ def check_feasible(budget: Budget, limits: Limits, costs: CostModel) -> None:
 
 
 def aligned(space: Space, keep: Tensor, must: Tensor, margin: Tensor, multiples: Tensor) -> Tensor:
-    """Every group's width rounded down to a multiple of its own, by dropping the units of least margin.
+    """Every group's width rounded down to a multiple of its own (int64 [groups]), by dropping units of `keep`.
 
-    Args:
-        space: the units.
-        keep: structure, bool [n].
-        must: what stays in any case, bool [n].
-        margin: by which a unit is in, float64 [n] in (-1, 1).
-        multiples: int64 [groups].
+    Those of least margin go, float64 [n] in (-1, 1), by which a unit is in; what is in `must` (bool [n]) stays.
     """
     group_of, n_groups = space.group_of, space.n_groups
     live = torch.bincount(group_of[keep], minlength=n_groups)
@@ -79,11 +74,19 @@ def shed(space: Space, costs: CostModel, keep: Tensor, importance: Tensor, allow
     queues: list[list[int]] = [[] for _ in range(space.n_groups)]  # by group, the least important last
     for unit in order[keep[order] & space.removable[order]].flip(0).tolist():
         queues[int(space.group_of[unit])].append(unit)
+
+    def cheapest(group: int, saved: Tensor) -> tuple[float, int, int] | None:
+        """What the next units of a group cost in importance for what they save, the group, and how many they are."""
+        width, step, least = int(live[group]), int(steps[group]), int(space.least[group])
+        count = min((width - 1) % step + 1 if width > step else 1, width - least, len(queues[group]))
+        gain, units = float(saved[group].sum()) * count, queues[group][-count:]
+        return (float(importance[units].sum()) / gain, group, count) if count > 0 and gain > 0 else None
+
     while bool(((excess := costs.both(live) - allowed) > 0).any()):
         saved = (costs.both(live) - costs.each(live, -torch.ones_like(live))).double()  # [G, 2], of one unit
         saved = torch.where(excess > 0, saved / allowed, 0.0)
         target, gained = (excess.clamp(min=0) / allowed).double() / 10, torch.zeros(2, dtype=torch.float64)
-        first = [_cheapest(group, queues, live, space, steps, importance, saved) for group in range(space.n_groups)]
+        first = [cheapest(group, saved) for group in range(space.n_groups)]
         heap = [one for one in first if one is not None]
         heapify(heap)
         while heap and not (bool(gained.any()) and bool((gained >= target).all())):
@@ -92,27 +95,11 @@ def shed(space: Space, costs: CostModel, keep: Tensor, importance: Tensor, allow
             del queues[group][-count:]
             live[group] -= count
             gained += saved[group] * count
-            following = _cheapest(group, queues, live, space, steps, importance, saved)
+            following = cheapest(group, saved)
             heappop(heap) if following is None else heapreplace(heap, following)
         if not bool(gained.any()):
             raise BudgetError(f"no unit is left that could go, but {costs.both(live).tolist()} is above {allowed}")
     return keep
-
-
-def _cheapest(
-    group: int,
-    queues: list[list[int]],
-    live: Tensor,
-    space: Space,
-    steps: Tensor,
-    importance: Tensor,
-    saved: Tensor,
-) -> tuple[float, int, int] | None:
-    """What the next units of a group cost in importance for what they save, the group, and how many they are."""
-    width, step = int(live[group]), int(steps[group])
-    count = min((width - 1) % step + 1 if width > step else 1, width - int(space.least[group]), len(queues[group]))
-    gain = float(saved[group].sum()) * count
-    return (float(importance[queues[group][-count:]].sum()) / gain, group, count) if count > 0 and gain > 0 else None
 
 
 def fit(
@@ -133,7 +120,7 @@ def fit(
         limits: absolute limits, known to be feasible.
         steps: int64 [G], the multiple at which each group's width is held; 1, or None for all, for any width.
     """
-    allowed, keep = limits.tensor(), keep.clone()
+    allowed, keep, owner = limits.tensor(), keep.clone(), space.owner.tolist()
     order = torch.argsort(score, stable=True).tolist()
     group_of, floor, tally = space.group_of.tolist(), space.least.tolist(), Tally(costs, costs.live(keep))
     droppable = (keep & space.removable).tolist()
@@ -147,37 +134,28 @@ def fit(
     absent: dict[int, list[int]] = {}  # by group, best first; groups in the order of their best unit
     for unit in best_first:
         absent.setdefault(group_of[unit], []).append(unit)
+
+    def add(candidates: list[int], steps: list[int]) -> None:
+        """Bring the candidates' groups from step to step while that fits."""
+        closed: set[int] = set()  # costs only grow, so a group that does not fit once never fits again
+        for unit in candidates:
+            group = group_of[unit]
+            if group in closed or keep[unit] or (owner[unit] >= 0 and not keep[owner[unit]]):
+                continue
+            count = min(steps[group] - tally.live[group] % steps[group], len(absent[group]))
+            if tally.change(group, count, allowed):
+                entering, absent[group] = absent[group][:count], absent[group][count:]
+                keep[entering] = True
+            else:
+                closed.add(group)
+
     ones = [1] * space.n_groups
-    _add(space, best_first, absent, keep, tally, allowed, ones if steps is None else steps.tolist())
+    add(best_first, ones if steps is None else steps.tolist())
     live = torch.tensor(tally.live, dtype=torch.int64)
     flops = costs.each(live, torch.ones_like(live))[:, 1].tolist()
     cheapest_first = sorted((u for u in best_first if not keep[u]), key=lambda u: flops[group_of[u]])
     before = None
     while before is None or not torch.equal(before, keep):  # a layer that came in may have room inside
         before = keep.clone()
-        _add(space, cheapest_first, absent, keep, tally, allowed, ones)
+        add(cheapest_first, ones)
     return keep
-
-
-def _add(
-    space: Space,
-    candidates: list[int],
-    absent: dict[int, list[int]],
-    keep: Tensor,
-    tally: Tally,
-    allowed: Tensor,
-    steps: list[int],
-) -> None:
-    """Bring the candidates' groups from step to step while that fits; edits `keep`, `tally` and `absent` in place."""
-    group_of, owner = space.group_of.tolist(), space.owner.tolist()
-    closed: set[int] = set()  # costs only grow, so a group that does not fit once never fits again
-    for unit in candidates:
-        group = group_of[unit]
-        if group in closed or keep[unit] or (owner[unit] >= 0 and not keep[owner[unit]]):
-            continue
-        count = min(steps[group] - tally.live[group] % steps[group], len(absent[group]))
-        if tally.change(group, count, allowed):
-            entering, absent[group] = absent[group][:count], absent[group][count:]
-            keep[entering] = True
-        else:
-            closed.add(group)

@@ -6,6 +6,7 @@ counted from the products that contain it, so time and memory grow with the netw
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,11 +30,7 @@ class Cost:
 
 
 class CostModel:
-    """Costs of all networks in a space, as a function of live units per group.
-
-    Args:
-        space: the space; costs are exact for every keep vector it allows.
-    """
+    """Costs of all networks in a space, exact for every keep vector it allows, by live units per group."""
 
     def __init__(self, space: Space) -> None:
         self.space = space
@@ -47,7 +44,7 @@ class CostModel:
             rows = [self._row(space.unit_of[name, axis]) for axis in axes]
             if name in space.block_of:
                 rows.append(self._row(torch.tensor([space.block_of[name]])))
-            terms.append((_product(whole), 0, rows))
+            terms.append((math.prod(whole), 0, rows))
         terms += [(0, term.constant, [self._row(v) for v in term.vectors]) for term in space.flops]
         most = max([len(rows) for *_, rows in terms] or [0])
         self._constants = torch.tensor([term[:2] for term in terms], dtype=torch.int64).reshape(-1, 2)  # [T, 2]
@@ -105,12 +102,7 @@ class CostModel:
         return self._sums(self._counts(live)) / torch.tensor([1, self.space.batch], device="cpu")
 
     def each(self, live: Tensor, more: Tensor) -> Tensor:
-        """What `both` gives when one group alone has more units (or fewer), int64 [G, 2], for every group.
-
-        Args:
-            live: int64 [G], live units per group.
-            more: int64 [G], by how many the group in question has more.
-        """
+        """What `both` gives when one group alone has so many more units (or fewer), int64 [G, 2], for every group."""
         counts = self._counts(live)
         groups, constants, factors, slopes = self._touched
         before = counts[factors]
@@ -144,10 +136,6 @@ class CostModel:
 class Tally:
     """What a structure costs while one group after the other changes: only products that contain it are recomputed.
 
-    Args:
-        costs: of the space.
-        live: int64 [G], live units per group to begin with.
-
     Attributes:
         live: live units per group as they are now.
     """
@@ -166,7 +154,11 @@ class Tally:
 
     def change(self, group: int, more: int, allowed: Tensor | None = None) -> bool:
         """Give one group so many more units (or fewer), unless it would then not fit into `allowed`; whether done."""
-        sums = self._changed(group, more)
+        terms = slice(self._terms[group], self._terms[group + 1])
+        _, constants, factors, slopes = (column[terms] for column in self._costs._touched)
+        before = self._counts[factors]
+        gained = (before + more * slopes).prod(-1) - before.prod(-1)
+        sums = self._sums + (gained[:, None] * constants).sum(0)
         if allowed is not None and not self._within(sums, allowed):
             return False
         entries = slice(self._entries[group], self._entries[group + 1])
@@ -176,17 +168,3 @@ class Tally:
 
     def _within(self, sums: Tensor, allowed: Tensor) -> bool:
         return bool((self._costs._for_one(sums) <= allowed).all())
-
-    def _changed(self, group: int, more: int) -> Tensor:
-        terms = slice(self._terms[group], self._terms[group + 1])
-        _, constants, factors, slopes = (column[terms] for column in self._costs._touched)
-        before = self._counts[factors]
-        gained = (before + more * slopes).prod(-1) - before.prod(-1)
-        return self._sums + (gained[:, None] * constants).sum(0)
-
-
-def _product(sizes: list[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result

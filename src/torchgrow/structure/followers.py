@@ -14,22 +14,19 @@ from ..exchange import Exchange
 from .bank import Bank
 from .record import mark_
 from .store import gather
-from .surgery import scale_
+from .surgery import named_tensors, scale_
 
 
 def follower_of(bank: Bank, model: nn.Module, exchange: Exchange) -> Bank:
-    """A bank of another model of the same frame, which `exchange` will bring to the live structure.
+    """A bank of another model of the same frame as that of `bank`, which `exchange` will bring to the live structure.
 
-    Args:
-        bank: that of the network which it follows.
-        model: the whole frame, with weights of its own, or a copy of the live model; of the latter everything
-            that is stored starts as it is stored here.
-        exchange: makes the change.
+    The model is the whole frame, with weights of its own, or a copy of the live one; of the latter everything that is
+    stored starts as it is stored here.
 
     Raises:
         StructureError: its tensors are neither; the message names them.
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = named_tensors(model)
     frozen = [name for name, tensor in tensors.items() if tensor.is_inference()]
     if frozen:
         raise StructureError(

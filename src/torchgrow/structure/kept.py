@@ -44,7 +44,7 @@ def keep_of(bank: Bank, record: Record, left_out: Collection[str], what: str, *,
     keep = space.check_keep(keep)
     here = bank.record_of(keep)
     there = [name for name in space.cut_axes if not name.startswith(below)]
-    strange = [name for name in there if not alike(here.kept.get(name, {}), record.kept.get(name, {}))]
+    strange = [name for name in there if not _alike(here.kept.get(name, {}), record.kept.get(name, {}))]
     absent = {path for path, module in bank.model.named_modules() if earlier and skip_of(module) is not None}
     strange += sorted(set(left_out) ^ (bank.skipped(keep).keys() | absent))
     if strange:
@@ -56,6 +56,5 @@ def keep_of(bank: Bank, record: Record, left_out: Collection[str], what: str, *,
     return keep
 
 
-def alike(one: Index, other: Index) -> bool:
-    """Whether two indices keep the same positions."""
+def _alike(one: Index, other: Index) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[axis], other[axis]) for axis in one)

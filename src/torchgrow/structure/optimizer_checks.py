@@ -39,28 +39,23 @@ def form_of(optimizer: torch.optim.Optimizer, key: Any, value: Any, parameter: T
         if value.dim() == 1 and value.numel() == parameter.numel():
             return "flat"
         refuse(f"of shape {tuple(value.shape)}")
-    if not _plain(value):
+    if not is_plain(value):
         large = next((leaf for _, leaf in reach(value) if isinstance(leaf, Tensor)), None)
         refuse(f"as a {type(value).__name__}" + ("" if large is None else f" with tensors ({tuple(large.shape)})"))
     return "number"
 
 
-def _plain(value: Any) -> bool:
+def is_plain(value: Any, most: float = 1) -> bool:
+    """Whether a value is data, its tensors of at most so many elements."""
     if isinstance(value, Tensor):
-        return value.numel() <= 1
-    if isinstance(value, (list, tuple)):
-        return all(map(_plain, value))
-    if isinstance(value, dict):
-        return all(map(_plain, value.values()))
+        return value.numel() <= most
+    if isinstance(value, (list, tuple, dict)):
+        return all(is_plain(one, most) for one in (value.values() if isinstance(value, dict) else value))
     return value is None or isinstance(value, (bool, int, float, str))
 
 
 def check_attributes(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse tensors of a parameter's shape, or of all together, that are kept outside of the state.
-
-    Raises:
-        OptimizerError: there are.
-    """
+    """Refuse (`OptimizerError`) tensors of a parameter's shape, or of all together, kept outside of the state."""
     held = [p for group in optimizer.param_groups for p in group["params"]]
     shapes, total = {tuple(p.shape) for p in held}, sum(p.numel() for p in held)
     own = {id(p) for p in held}
@@ -71,11 +66,7 @@ def check_attributes(optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_what_is_new(optimizer: torch.optim.Optimizer, probe: torch.optim.Optimizer) -> None:
-    """Refuse optimizers whose steps store tensors outside the state of their parameters.
-
-    Raises:
-        OptimizerError: they did so.
-    """
+    """Refuse (`OptimizerError`) optimizers whose steps store tensors outside the state of their parameters."""
     before = {path for path, _ in reach(attributes_of(optimizer))}
     stands = {id(p) for group in probe.param_groups for p in group["params"]}
     for path, leaf in reach(attributes_of(probe)):

@@ -42,10 +42,7 @@ class LiveSlot:
 
 
 class Layout:
-    """The slots of one optimizer, and the kind of each.
-
-    Args:
-        optimizer: a copy of it takes steps on stand-in parameters; it does not change.
+    """The slots of one optimizer, and the kind of each; a copy of it takes steps on stand-in parameters.
 
     Raises:
         OptimizerError: it cannot be served.
@@ -82,11 +79,7 @@ class Layout:
         }
 
     def of(self, parameter: Tensor, dims: int) -> list[LiveSlot]:
-        """Slots of a parameter that have an element for each of its own.
-
-        Args:
-            parameter: at its live size.
-            dims: its axes in the frame; a layer that is left out has one of length 0.
+        """Slots of a parameter, with `dims` axes in the frame, that have an element for each of its own.
 
         Raises:
             OptimizerError: there is one of another layout.
@@ -102,12 +95,17 @@ class Layout:
         for key, value in state.items():
             slot = known.get(key) or self._unknown(key, value, parameter)
             single = isinstance(value, Tensor) and value.numel() == 1 != parameter.numel()
-            if slot.kind == "number" or single or not isinstance(value, Tensor):
-                if isinstance(value, Tensor) and value.numel() > 1:
-                    self._refuse(key, value, parameter)
+            number = slot.kind == "number" or single
+            if not isinstance(value, Tensor) or (number and value.numel() <= 1):
                 continue
-            if value.numel() != parameter.numel() or (not slot.flat and value.shape != parameter.shape):
-                self._refuse(key, value, parameter)
+            other = value.numel() != parameter.numel() or (not slot.flat and value.shape != parameter.shape)
+            if number or other:
+                raise OptimizerError(
+                    f"{type(self.optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for a parameter of "
+                    f"shape {tuple(parameter.shape)}; torchgrow can only re-cut slots of the parameter's own shape. If "
+                    "the optimizer's state was loaded by hand, load the grower's too, which brings back both: "
+                    "grower.load_state_dict or torchgrow.load_checkpoint"
+                )
             found.append(LiveSlot(state, key, slot, value.view_as(parameter) if slot.flat else value))
         return found
 
@@ -127,37 +125,22 @@ class Layout:
         self._trial.slots.setdefault(signature, {})[key] = slot
         return slot
 
-    def _refuse(self, key: str, value: Tensor, parameter: Tensor) -> None:
-        raise OptimizerError(
-            f"{type(self.optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for a parameter of shape "
-            f"{tuple(parameter.shape)}; torchgrow can only re-cut slots of the parameter's own shape. If the "
-            "optimizer's state was loaded by hand, load the grower's too, which brings back both: "
-            "grower.load_state_dict or torchgrow.load_checkpoint"
-        )
-
 
 def blank(slot: Slot, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Contents of a slot for untrained units (no memory): 0 for a direction, else a mark that `begun` replaces."""
-    return torch.full((), 0.0 if slot.kind == "direction" else _mark(dtype), dtype=dtype).expand(tuple(shape))
-
-
-def _mark(dtype: torch.dtype) -> float:
-    """A value that no slot holds: the lowest number of the dtype. NaN would not be equal to itself."""
-    return torch.finfo(dtype).min
+    # The mark is a value that no slot holds: the lowest number of the dtype. NaN would not be equal to itself.
+    mark = 0.0 if slot.kind == "direction" else torch.finfo(dtype).min
+    return torch.full((), mark, dtype=dtype).expand(tuple(shape))
 
 
 def begun(part: Tensor, slot: Slot, live: Tensor) -> Tensor:
     """Fill in, in place, the elements that never trained.
 
     A second moment of 0 with a large step count would let a new unit move several learning rates in one step. So a
-    magnitude starts at the mean over the live units. The kind of an unknown slot is read from the live units.
-
-    Args:
-        part: of the slot, with the mark of `blank` where it never trained.
-        slot: its kind.
-        live: what there is of it in the network as it was.
+    magnitude starts at the mean over the live units, whose part of the slot is `live`; the kind of an unknown slot is
+    read from them. An element that never trained has the mark of `blank`.
     """
-    missing = part == _mark(part.dtype)
+    missing = part == torch.finfo(part.dtype).min
     if not bool(missing.any()):
         return part
     values = live if live.numel() else part[~missing]  # a block that comes back has no other live units

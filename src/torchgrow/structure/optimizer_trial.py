@@ -12,7 +12,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,17 +25,13 @@ from .optimizer_checks import attributes_of, check_attributes, check_what_is_new
 STEPS = 12
 """Of a trial: beyond those after which optimizers with slow weights first make them (5 or 6)."""
 
-
 SIDE = 160
 """Longest axis of a stand-in, beyond the 32 or 128 from which on optimizers factor moments or pack them in 8 bits."""
-
 
 SMALL = (5, 3, 2, 7, 4, 6, 8, 9)
 """Sizes of the axes of a small stand-in, all different, so that no slot has the parameter's shape by chance."""
 
-
 Kind = Literal["number", "copy", "direction", "magnitude", "unknown"]
-
 
 Signature = tuple[int, int, torch.dtype]
 """Number of the group, axes of the parameter (at least 1) and its dtype: those alike have the same kinds of slots."""
@@ -93,9 +89,9 @@ def take_trial(optimizer: torch.optim.Optimizer) -> Trial:
         except OptimizerError:
             raise
         except Exception as error:
-            needs = _needs_closure(optimizer, few)
             reason = f"a trial step failed ({type(error).__name__}{f': {error}' if str(error) else ''})"
-            if needs:
+            with suppress(Exception):
+                _Run(optimizer, few, mapped=False, closure=True)
                 reason = "it needs a closure for every step, and may compute the gradients several times in one"
             raise refusal(optimizer, reason) from error
     forms = _check_layout(optimizer, runs[0])
@@ -232,7 +228,7 @@ class _Run:
                 for stand, parameter in zip(stands, self.parameters, strict=True):
                     gradient = _random(stand, drawn)
                     parameter.grad = -gradient if turn else gradient
-                step(self.probe, *([_no_loss] if closure else []))
+                step(self.probe, *([lambda: 0.0] if closure else []))
                 if not number:
                     self.early = [set(self.probe.state.get(parameter, {})) for parameter in self.parameters]
         self.slots = [dict(self.probe.state.get(parameter, {})) for parameter in self.parameters]
@@ -284,19 +280,6 @@ def _first_run(optimizer: torch.optim.Optimizer, stands: Sequence[_StandIn]) -> 
         if not optimizer.state:
             raise
     return True, _Run(optimizer, stands, mapped=True)
-
-
-def _needs_closure(optimizer: torch.optim.Optimizer, stands: Sequence[_StandIn]) -> bool:
-    """Whether steps that failed succeed with a closure."""
-    try:
-        _Run(optimizer, stands, mapped=False, closure=True)
-    except Exception:
-        return False
-    return True
-
-
-def _no_loss() -> float:
-    return 0.0
 
 
 def _random(stand: _StandIn, drawn: torch.Generator) -> Tensor:
@@ -390,7 +373,8 @@ def _kind(base: Tensor, moved: Any, turned: Any, shift: Tensor) -> Kind:
     """
     if not all(isinstance(other, Tensor) and other.shape == base.shape for other in (moved, turned)):
         return "unknown"
-    one, two, three, along = (_real(tensor) for tensor in (base, moved, turned, shift))
+    given = (tensor.detach() for tensor in (base, moved, turned, shift))
+    one, two, three, along = ((torch.view_as_real(x) if x.is_complex() else x).double().flatten() for x in given)
     change = two - one
     slope = change.dot(along) / along.dot(along)
     if float(slope) > 0.02 and float((change - slope * along).norm()) <= 0.1 * float((slope * along).norm()):
@@ -403,17 +387,8 @@ def _kind(base: Tensor, moved: Any, turned: Any, shift: Tensor) -> Kind:
     return "unknown"
 
 
-def _real(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double().flatten()
-
-
 def _check_layout(optimizer: torch.optim.Optimizer, run: _Run) -> dict[Any, dict[str, str]]:
-    """The form of every slot, by kind of parameter: the same for stand-ins of all sizes.
-
-    Raises:
-        OptimizerError: it is not, or cannot be re-cut.
-    """
+    """The form of every slot, by kind of parameter; refused if it is not the same for stand-ins of all sizes."""
     forms: dict[Any, dict[str, str]] = {}
     for stand, parameter, slots in zip(run.stands, run.parameters, run.slots, strict=True):
         own = {key: form_of(optimizer, key, value, parameter) for key, value in slots.items()}

@@ -39,11 +39,7 @@ def optimizers_of(optimizer: Any) -> tuple[Any, ...]:
 
 
 def layouts_of(optimizer: Any) -> list[Layout]:
-    """The slots that optimizers keep.
-
-    Raises:
-        OptimizerError: one cannot be served.
-    """
+    """The slots that optimizers keep; an `OptimizerError` if one cannot be served."""
     return [Layout(one) for one in optimizers_of(optimizer)]
 
 
@@ -127,16 +123,6 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Layou
 
 
 # --- learning rates ---
-
-
-def present_rate(optimizer: torch.optim.Optimizer) -> float:
-    """Learning rate of the first group of parameters; 0 where it has none of its own."""
-    return float(optimizer.param_groups[0].get("lr") or 0.0)
-
-
-def peak_rate(optimizer: torch.optim.Optimizer) -> float:
-    """Peak rate of a one-cycle schedule, which it stores in the group; 0 without one."""
-    return float(optimizer.param_groups[0].get("max_lr") or 0.0)
 
 
 def first_rate(optimizer: torch.optim.Optimizer) -> float:

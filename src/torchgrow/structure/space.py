@@ -25,6 +25,10 @@ Place = tuple[str, int]
 """A tensor name (as in `named_parameters` / `named_buffers`) and one of its axes."""
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of tensors by name."""
+
+
 @dataclass(frozen=True)
 class Frozen:
     """Positions that can never be removed, and why.
@@ -202,7 +206,7 @@ class Space:
     removable: Tensor
     group_of: Tensor
     group_names: tuple[str, ...]
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: Shapes
     parameters: tuple[str, ...]
     flops: tuple[FlopTerm, ...]
     batch: int
@@ -322,6 +326,12 @@ class Space:
         removable = self.removable.clone()
         removable[torch.tensor(list(units), dtype=torch.int64, device="cpu")] = False
         return replace(self, removable=removable, frozen=(*self.frozen, frozen))
+
+
+def frozen_for(space: Space, units: Tensor, op: str, module: str, reason: str) -> Space:
+    """The space with units (their ids) no longer removable, for a reason that is about all of their places."""
+    places = tuple(place for place, vector in space.unit_of.items() if bool(torch.isin(vector, units).any()))
+    return space.freeze(units.tolist(), Frozen(op, module, "", reason, places))
 
 
 def has_units(units: Tensor) -> bool:

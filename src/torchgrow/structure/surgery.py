@@ -19,16 +19,10 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def recut(tensor: Tensor, units: Mapping[int, Tensor], old: Tensor, new: Tensor) -> Tensor:
-    """Re-cut a carried tensor (a hidden state) from the units in `old` to the units in `new`.
+    """Re-cut a carried tensor (a hidden state) from the units in `old` to the units in `new` (bool [n]).
 
-    Args:
-        tensor: as the network with `old` returned it.
-        units: per axis, int64 unit ids of its positions in the frame.
-        old: bool [n].
-        new: bool [n].
-
-    Returns:
-        The same tensor, detached, without the entries of units that left, and with zeros for those that came.
+    `units`: per axis, int64 unit ids of its positions in the frame. Returned is the same tensor, detached, without the
+    entries of units that left, and with zeros for those that came.
     """
     tensor = tensor.detach()
     for axis, vector in units.items():
@@ -54,18 +48,11 @@ def scale_(tensors: Mapping[str, Tensor], scales: Mapping[str, float], exchange:
 
 
 def materialise_(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    contents: Callable[[str], Tensor],
-    exchange: Exchange | None = None,
+    model: nn.Module, tensors: Mapping[str, Tensor], contents: Callable[[str], Tensor], exchange: Exchange | None = None
 ) -> None:
-    """Exchange the named tensors of a model on the meta device for real ones; the objects stay.
+    """Exchange the named tensors of a model on the meta device for real ones, with `contents` of the name.
 
-    Args:
-        model: the model.
-        tensors: parameters and buffers by name.
-        contents: returns the contents for a name.
-        exchange: its `undo` will bring the tensors back.
+    The objects stay; the exchange's `undo` will bring the tensors back.
     """
     recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
     for module in recurrent:

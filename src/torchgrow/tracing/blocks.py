@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,13 +56,7 @@ class _Call:
 def find(model: nn.Module, example_inputs: Any, wanted: bool | Sequence[Named]) -> tuple[Block, ...]:
     """The blocks of a model that may be left out; unit ids are those of a space without other units.
 
-    Args:
-        model: the frame.
-        example_inputs: as for `trace`.
-        wanted: True: blocks of the same class that follow each other in a container (`nn.Sequential`,
-            `nn.ModuleList`), have layers inside, and return a tensor like the one they are given. Every stage keeps a
-            block: a strided one, else its first. Or qualified names, each of a module, or of several modules that
-            run one after the other and are left out together.
+    `wanted`: as `depth` of `trace`. Of those found, every stage keeps a block: a strided one, else its first.
 
     Raises:
         TraceError: no block qualifies, or a named one does not; the message says why.
@@ -205,40 +200,32 @@ def _left_out(
     """While the frame runs, every block returns its input, after `judge` has seen its real output."""
     entering: dict[int, Any] = {}
 
-    def enter(block: Block) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            given = block.skip(*args, **kwargs)
-            x = given[0] if block.skip.outputs else given
-            entering[block.unit] = x.clone()  # the layer may write into it
+    def enter(block: Block, module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = block.skip(*args, **kwargs)
+        entering[block.unit] = (given[0] if block.skip.outputs else given).clone()  # the layer may write into it
 
-        return hook
-
-    def leave(block: Block) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            x = entering.pop(block.unit)
-            judge(block, x, output[0] if block.skip.outputs else output)
-            return (x, *output[1:]) if block.skip.outputs else x
-
-        return hook
+    def leave(block: Block, module: nn.Module, args: Any, output: Any) -> Any:
+        x = entering.pop(block.unit)
+        judge(block, x, output[0] if block.skip.outputs else output)
+        return (x, *output[1:]) if block.skip.outputs else x
 
     with ExitStack() as hooks:
         for block in blocks:
             first, last = (frame.get_submodule(block.modules[k]) for k in (0, -1))
-            hooks.enter_context(first.register_forward_pre_hook(enter(block), with_kwargs=True))
-            hooks.enter_context(last.register_forward_hook(leave(block)))
+            hooks.enter_context(first.register_forward_pre_hook(partial(enter, block), with_kwargs=True))
+            hooks.enter_context(last.register_forward_hook(partial(leave, block)))
         yield
 
 
 def _running_order(frame: nn.Module, run: Callable[[], Any]) -> dict[str, int]:
     """When each module is first called in a forward."""
-    order: dict[str, int] = {}
-    with ExitStack() as hooks:
-        for path, module in frame.named_modules():
+    order, paths = dict[str, int](), {id(module): path for path, module in frame.named_modules()}
 
-            def note(module: nn.Module, args: Any, path: str = path) -> None:
-                order.setdefault(path, len(order))
+    def note(module: nn.Module, args: Any) -> None:
+        if id(module) in paths:
+            order.setdefault(paths[id(module)], len(order))
 
-            hooks.enter_context(module.register_forward_pre_hook(note))
+    with nn.modules.module.register_module_forward_pre_hook(note):
         run()
     return order
 
@@ -248,13 +235,7 @@ def gated(space: Space, frame: nn.Module, run: Callable[[], Any], tolerance: flo
 
     With all its parameters at zero a layer must return its input (a residual layer) or zero (a plain one). Then one
     parameter after the other gets its value back, unless that changes this. All layers are tried at the same time,
-    each on its input when all others are left out too.
-
-    Args:
-        space: the space with its blocks.
-        frame: a copy of the frame, full size, randomised; left as it was.
-        run: runs the frame.
-        tolerance: largest relative error that counts as equal.
+    each on its input when all others are left out too. `frame` is a randomised copy at full size, left as it was.
     """
     tensors = dict(frame.named_parameters())
     names = {block.unit: [name for name in tensors if block.holds(name)] for block in space.blocks}

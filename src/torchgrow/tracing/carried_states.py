@@ -21,57 +21,48 @@ States = dict[int, dict[int, Tensor]]
 """For every carried tensor of an example, by index, its symbols per axis."""
 
 
-class CarriedStates:
-    """The carried states of all runs.
+def given(ctx: TraceContext, example: Any, carries: Carries) -> tuple[Entering, States]:
+    """Which tensors of an example are carried states, and fresh symbols for them."""
+    entering, found = carried_inputs(example, carries), tensors(example)
+    for x in found:
+        ctx.note(x).from_input = True
+    new = ctx.classes.new
+    carried = (i for indices in entering.values() for i in indices)
+    return entering, {i: {k: new(n) for k, n in enumerate(found[i].shape) if n > 1} for i in carried}
 
-    Args:
-        context: what is known.
-    """
 
-    def __init__(self, context: TraceContext) -> None:
-        self.context = context
+def label_state(ctx: TraceContext, state: Tensor, symbols: Mapping[int, Tensor]) -> None:
+    """Give a carried input its symbols."""
+    labelled = [placed(Labelled(s << 1), state.dim(), axis) for axis, s in symbols.items()]
+    ctx.set_labelled(state, labelled)
 
-    def given(self, example: Any, carries: Carries) -> tuple[Entering, States]:
-        """Which tensors of an example are carried states, and fresh symbols for them."""
-        entering, found = carried_inputs(example, carries), tensors(example)
-        for x in found:
-            self.context.note(x).from_input = True
-        return entering, {i: self.new_state(found[i]) for indices in entering.values() for i in indices}
 
-    def new_state(self, state: Tensor) -> dict[int, Tensor]:
-        """Fresh symbols for every axis of a carried input."""
-        return {axis: self.context.classes.new(size) for axis, size in enumerate(state.shape) if size > 1}
+def close_state(ctx: TraceContext, out: Tensor, symbols: dict[int, Tensor]) -> None:
+    """A carried output is the input of the next call: the same units at the same positions."""
+    labelled = ctx.labelled(out)
+    for labels in labelled:
+        if len(labels.axes) != 1:
+            ctx.freeze(labels, "is carried on, but not along one axis")
+    for axis, own in symbols.items():
+        ends = [labels for labels in labelled if labels.axes == (axis,)]
+        for end in ends:
+            ctx.tie(own, end.symbols.flatten())
+        if not ends:
+            ctx.freeze_symbols(own, "is carried over from positions that cannot be removed")
 
-    def label_state(self, state: Tensor, symbols: Mapping[int, Tensor]) -> None:
-        """Give a carried input its symbols."""
-        labelled = [placed(Labelled(s << 1), state.dim(), axis) for axis, s in symbols.items()]
-        self.context.set_labelled(state, labelled)
 
-    def close_state(self, out: Tensor, symbols: dict[int, Tensor]) -> None:
-        """A carried output is the input of the next call: the same units at the same positions."""
-        labelled = self.context.labelled(out)
-        for labels in labelled:
-            if len(labels.axes) != 1:
-                self.context.freeze(labels, "is carried on, but not along one axis")
-        for axis, own in symbols.items():
-            ends = [labels for labels in labelled if labels.axes == (axis,)]
-            for end in ends:
-                self.context.tie(own, end.symbols.flatten())
-            if not ends:
-                self.context.freeze_symbols(own, "is carried over from positions that cannot be removed")
-
-    def same_states(self, leaving: dict[int, int], states: States) -> None:
-        """Carried tensors of a further run have the units of those of the first."""
-        known = {i: (o, symbols) for i, o, symbols in self.context.found.carried}
-        for o, i in leaving.items():
-            if i not in known or known[i][0] != o:
-                raise TraceError(
-                    f"carried output {o} of {len(leaving)} is at another place among the tensors put out than in the "
-                    "first run (another example, or training mode); put what comes in training only behind the state"
-                )
-            for axis, own in states[i].items():
-                other = known[i][1].get(axis)
-                if other is not None and other.numel() == own.numel():
-                    self.context.tie(own, other)
-                else:
-                    self.context.freeze_symbols(own, "")
+def same_states(ctx: TraceContext, leaving: dict[int, int], states: States) -> None:
+    """Carried tensors of a further run have the units of those of the first."""
+    known = {i: (o, symbols) for i, o, symbols in ctx.found.carried}
+    for o, i in leaving.items():
+        if i not in known or known[i][0] != o:
+            raise TraceError(
+                f"carried output {o} of {len(leaving)} is at another place among the tensors put out than in the "
+                "first run (another example, or training mode); put what comes in training only behind the state"
+            )
+        for axis, own in states[i].items():
+            other = known[i][1].get(axis)
+            if other is not None and other.numel() == own.numel():
+                ctx.tie(own, other)
+            else:
+                ctx.freeze_symbols(own, "")

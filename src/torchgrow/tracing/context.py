@@ -21,12 +21,7 @@ Failed = Mapping[tuple[str, str], int]
 
 
 class TraceContext:
-    """Implements `rules.Context`.
-
-    Args:
-        model: the frame.
-        failed: how often the proof has failed on a cut of an axis there, by module and line.
-    """
+    """Implements `rules.Context`."""
 
     def __init__(self, model: nn.Module, failed: Failed | None = None) -> None:
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -60,16 +55,13 @@ class TraceContext:
 
     def labelled(self, tensor: Tensor | None) -> list[Labelled]:
         """Labels of a tensor, every symbol by its root."""
-        if tensor is None:
-            return []
-        note = self.notes.get(id(tensor))
+        note = self.notes.get(id(tensor)) if tensor is not None else None
         if note is None:
             return []
         note.used = True
-        if not note.labelled:
-            return []
-        note.labelled = tuple(labels for labels in map(self.classes.canonical, note.labelled) if labels is not None)
-        return list(note.labelled)
+        if note.labelled:
+            note.labelled = tuple(labels for labels in map(self.classes.canonical, note.labelled) if labels is not None)
+        return list(note.labelled or ())
 
     def set_labelled(self, tensor: Tensor, labelled: Sequence[Labelled | None]) -> None:
         """Give an output its labels."""
@@ -237,7 +229,8 @@ class TraceContext:
                 own, sources = packed[name, axis], frozenset([(name, axis)])
                 if name not in parameters:
                     sources = frozenset()
-                    own ^= 1 if tensor.is_meta else _nonzero_along(tensor, axis)
+                    nonzero = (tensor.detach() != 0).movedim(axis, 0).unsqueeze(-1).flatten(1).any(1)
+                    own ^= 1 if tensor.is_meta else nonzero.cpu()
                 shape = [1] * tensor.dim()
                 shape[axis] = size
                 labelled.append(Labelled(own.view(shape), sources, compact=True))
@@ -252,9 +245,3 @@ class TraceContext:
     def show(self, path: str, notes: Iterable[Note]) -> None:
         """Note tensors that the forward of a module can see."""
         self.visible.setdefault(path, []).extend(note for note in notes if note.labelled and not note.name)
-
-
-def _nonzero_along(tensor: Tensor, axis: int) -> Tensor:
-    """For every position of an axis, whether anything is not zero there."""
-    nonzero = (tensor.detach() != 0).cpu()
-    return nonzero if nonzero.dim() == 1 else nonzero.movedim(axis, 0).flatten(1).any(1)

@@ -15,13 +15,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..default_device import on_host
 from .context import TraceContext
-from .module_hooks import ModuleHooks
+from .module_hooks import ModuleHooks, user_line
 from .notes import Fresh, Note, Operation, Step, tensors_among
 from .pending import Pending
+from .rules.indexing import is_mask
 from .rules.movement import constant
 from .rules.registry import CONSTANT, FILLED
-from .shapes import SHAPES, beside
-from .source_line import user_line
 
 IN_PLACE_VIEWS = {"squeeze_", "unsqueeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
 """Operations that change the shape of a tensor in place, so that its old shape is lost."""
@@ -141,14 +140,11 @@ class Dispatch(TorchDispatchMode):
         return Fresh(root, 1.0) if note.filled and not note.labelled else None  # uninitialised: anything, but not zero
 
     def _shaped(self, operation: Operation, args: Any, notes: list[Note]) -> Any:
-        """Zeros in place of what depends on the inputs, of the most costly operations; None for what is computed.
-
-        Raises:
-            ValuesRead: the result depends on values that are not there.
-        """
+        """Zeros in place of what depends on the inputs, of the most costly operations; None for what is computed."""
         if not any(note.from_input for note in notes) or any(x.layout != torch.strided for x in tensors_among(args)):
             return None
-        if operation.by_values and not (operation.name == "index" and not _has_mask(args[1])):
+        masked = operation.name != "index" or any(x is not None and is_mask(x) for x in args[1])
+        if operation.by_values and masked:
             raise ValuesRead
         if operation.name in SHAPES:
             shape = SHAPES[operation.name](*args)
@@ -162,11 +158,7 @@ class Dispatch(TorchDispatchMode):
         return args[0] if operation.name == "relu_" else None
 
     def read_values(self, tensor: Tensor) -> None:
-        """Python reads the values of a tensor.
-
-        Raises:
-            ValuesRead: they were not computed.
-        """
+        """Python reads the values of a tensor: `ValuesRead` if they were not computed."""
         if not self.values and self.context.depends_on_input(tensor):
             raise ValuesRead
 
@@ -203,11 +195,49 @@ class Dispatch(TorchDispatchMode):
         return func(*tree_map(real, args), **tree_map(real, kwargs))
 
 
-def _has_mask(indices: Any) -> bool:
-    return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in indices)
-
-
 def _changes_nothing(tensor: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> bool:
     """Whether `as_strided_` leaves every element in place: only axes of size 1 get other strides."""
     same = offset in (None, tensor.storage_offset()) and tuple(size) == tuple(tensor.shape)
     return same and all(n == 1 or old == new for n, old, new in zip(size, tensor.stride(), stride, strict=True))
+
+
+# --- shapes of the results of costly operations, so that tracing need not compute them ---
+
+
+def _convolved(
+    x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, *rest: Any
+) -> tuple[int, ...] | None:
+    """Shape of a convolution's result, if it is laid out in memory as it is named and the shapes fit."""
+    fits = x.dim() == weight.dim() and x.shape[1] == weight.shape[1] * rest[1]
+    if transposed or not fits or not x.is_contiguous() or not weight.is_contiguous():
+        return None
+    sides = [
+        (size + 2 * pad - step * (kernel - 1) - 1) // by + 1
+        for size, kernel, by, pad, step in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    ]
+    return (x.shape[0], weight.shape[0], *sides) if min(sides) > 0 else None
+
+
+def _multiplied(a: Tensor, b: Tensor, *_: Any) -> tuple[int, ...] | None:
+    """Shape of a product of matrices, or of batches of them, if the shapes fit."""
+    return (*a.shape[:-1], b.shape[-1]) if a.shape[:-2] == b.shape[:-2] and a.shape[-1] == b.shape[-2] else None
+
+
+SHAPES: dict[str, Callable[..., tuple[int, ...] | None]] = {
+    "convolution": _convolved,
+    "mm": _multiplied,
+    "bmm": _multiplied,
+    "addmm": lambda offset, a, b, *_: (
+        _multiplied(a, b) if offset.dim() == 1 and offset.shape[0] == b.shape[1] else None
+    ),
+}
+"""Shapes of contractions by the arguments; None where the result has to be computed (or is an error)."""
+
+
+def beside(parts: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+    """Zeros of the shape of concatenated parts; None if they are not of one dtype and number of axes."""
+    if len({(part.dim(), part.dtype) for part in parts}) > 1 or not all(part.is_contiguous() for part in parts):
+        return None
+    shape = list(parts[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    return parts[0].new_zeros(shape)

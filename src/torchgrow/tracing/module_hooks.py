@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,22 +16,16 @@ from torch.utils._pytree import tree_leaves
 from ..default_device import on_host
 from ..structure.space import Block
 from .context import TraceContext
+from .model_call import call
 from .nested import tensors
 from .notes import tensors_among
 from .pending import Pending
 from .rules.pointwise import either
 from .rules.registry import MODULE_RULES
-from .source_line import user_line
 
 
 class ModuleHooks:
     """The tracer's hooks.
-
-    Args:
-        model: the frame.
-        context: what is known.
-        pending: steps whose labels wait.
-        blocks: layers that may hand their input on.
 
     Attributes:
         stack: paths of the running modules.
@@ -119,3 +114,29 @@ class ModuleHooks:
             self.pending.obey(
                 rule, [*given, *module.parameters(), *module.buffers()], tensors_among(tree_leaves(output))
             )
+
+
+# --- the line of the user's model that runs, for reasons and errors ---
+
+
+def user_line() -> tuple[str, int] | None:
+    """File and line of the innermost frame of the model itself; None where all its modules are torch's or ours.
+
+    Frames outside the call of the model, such as a command line or a test runner, do not count.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != call.__module__:
+        if not _inner(frame.f_globals.get("__name__", "")):
+            return frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+TOOLS = (__name__.partition(".")[0], "torch", "contextlib", "functools", "einops", "opt_einsum")
+"""Packages that run operations on behalf of a model."""
+
+
+@cache
+def _inner(module: str) -> bool:
+    """Whether a module is torch's or ours or a tool; the lab's models are models like others."""
+    return module.partition(".")[0] in TOOLS and not module.startswith(f"{TOOLS[0]}.lab.")

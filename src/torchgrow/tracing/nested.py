@@ -62,12 +62,7 @@ class Leaf:
 def leaves(value: Any, name: str) -> list[Leaf]:
     """Everything inside a value, in a fixed order; a container that is met again is not opened again.
 
-    Args:
-        value: any object.
-        name: what it is called in paths.
-
-    Returns:
-        Tensors, numbers, arrays of numpy, and objects that cannot be opened; not strings and other plain data.
+    That is: tensors, numbers, arrays of numpy, and objects that cannot be opened; not strings and other plain data.
     """
     found: list[Leaf] = []
     opened: dict[int, Any] = {}  # by id; held, so that no other object gets the id
@@ -156,18 +151,17 @@ def _filled(cell: types.CellType) -> bool:
     return True
 
 
-def _slot_names(kind: type) -> Iterator[str]:
-    """Names under which instances of a class keep what its `__slots__` declare."""
-    for base in kind.__mro__:
+def _slots(value: Any) -> dict[str, Any]:
+    """What an instance keeps under the names that the `__slots__` of its classes declare."""
+    held = {}
+    for base in type(value).__mro__:
         names = base.__dict__.get("__slots__", ())
         for name in (names,) if isinstance(names, str) else names:
             private = name.startswith("__") and not name.endswith("__")
-            yield f"_{base.__name__.lstrip('_')}{name}" if private else name
-
-
-def _slots(value: Any) -> dict[str, Any]:
-    names = (name for name in _slot_names(type(value)) if name not in ("__dict__", "__weakref__"))
-    return {name: getattr(value, name) for name in names if hasattr(value, name)}
+            own = f"_{base.__name__.lstrip('_')}{name}" if private else name
+            if own not in ("__dict__", "__weakref__") and hasattr(value, own):
+                held[own] = getattr(value, own)
+    return held
 
 
 def tensors(value: Any, name: str = "value") -> list[Tensor]:
@@ -176,12 +170,9 @@ def tensors(value: Any, name: str = "value") -> list[Tensor]:
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor], name: str = "example_inputs") -> Any:
-    """A copy of a value with other tensors inside, in the same objects otherwise.
+    """A copy of a value with other tensors inside, in the same objects otherwise; `name`: what errors call it.
 
-    Args:
-        value: any object.
-        change: gives the tensor in place of one of `tensors(value)`; called once for each, in that order.
-        name: what the value is called in errors.
+    `change` gives the tensor in place of one of `tensors(value)`; it is called once for each, in that order.
 
     Raises:
         TraceError: it holds an object that cannot be copied.

@@ -22,7 +22,7 @@ class Note:
 
     Attributes:
         tensor: the tensor it is about.
-        labels: its labels; None if no rule has set them.
+        labelled: its labels; None if no rule has set them.
         from_input: whether it was computed from the inputs.
         filled: whether it was made with one value everywhere.
         deferred: labels that are frozen as soon as it is used.

@@ -23,11 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.overrides import _pop_mode as _pop_function_mode
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _disable_current_modes,
-    _get_current_dispatch_mode_stack,
-)
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
 
 from ..default_device import gpus_in_use
@@ -65,45 +61,29 @@ def passes(examples: int) -> list[Pass]:
     return [Pass(i, training) for training in (False, True) for i in range(examples)]
 
 
-def twin(model: nn.Module) -> nn.Module:
-    """A copy that shares no tensor with the model, without gradients.
+def twin(model: nn.Module, *, meta: bool = False) -> nn.Module:
+    """A copy that shares no tensor with the model, without gradients; with `meta`, on that device, without values.
 
     Raises:
         TraceError: the model cannot be copied.
     """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    memo: dict[int, Any] = {id(gradient): None for gradient in gradients}
+    memo: dict[int, Any] = {id(p.grad): None for p in model.parameters() if p.grad is not None}
+    for tensor in (*model.parameters(), *model.buffers()) if meta else ():
+        empty = tensor.detach().to("meta")
+        kept = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if kept else empty
     try:
         try:
             return copy.deepcopy(model, dict(memo))
-        except Exception as error:
-            if isinstance(error, RecursionError):
-                raise
-            return copy.deepcopy(model, {**memo, **_uncopied(model)})
+        except RecursionError:
+            raise
+        except Exception:
+            return copy.deepcopy(model, {**_uncopied(model), **memo})
     except RecursionError as error:
         raise TraceError(
             "the model nests deeper than Python's stack allows (RecursionError while copying it); call "
             "sys.setrecursionlimit(20_000) first"
         ) from error
-    except Exception as error:
-        raise TraceError(
-            f"tracing needs a copy of the model, but deepcopy failed: {type(error).__name__}: {error}"
-        ) from error
-
-
-def twin_on_meta(model: nn.Module) -> nn.Module:
-    """A copy on the meta device, which takes no memory for parameters and buffers.
-
-    Raises:
-        TraceError: the model cannot be copied.
-    """
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        empty = tensor.detach().to("meta")
-        kept = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if kept else empty
-    try:
-        return copy.deepcopy(model, memo)
     except Exception as error:
         raise TraceError(
             f"tracing needs a copy of the model, but deepcopy failed: {type(error).__name__}: {error}"
@@ -145,11 +125,7 @@ def storages(model: nn.Module) -> dict[int, str]:
 
 
 def foreign(tensor: Tensor, original: Mapping[int, str]) -> None:
-    """Refuse a tensor of the original model in the forward of its copy.
-
-    Raises:
-        TraceError: it is one.
-    """
+    """Refuse (`TraceError`) a tensor of the original model in the forward of its copy."""
     name = original.get(storage(tensor)) if original else None
     if name is not None:
         raise TraceError(
@@ -197,7 +173,8 @@ def running(model: nn.Module, one: Pass, *, still_norms: bool = False) -> Iterat
     kept = [(module, dict(module._buffers)) for module in modules if module._buffers]
     values = {id(b): (b, b.detach().clone()) for _, own in kept for b in own.values() if b is not None}
     states = random.getstate(), np.random.get_state()
-    chance, modes = Chance(one.draw), _modes()
+    chance = Chance(one.draw)
+    operations, functions = len(_get_current_dispatch_mode_stack()), len(_get_current_function_mode_stack())
     try:
         for module in alone:  # a copy asks no other process, which runs no copy of its own at this moment
             vars(module)["forward"] = types.MethodType(nn.modules.batchnorm._BatchNorm.forward, module)
@@ -208,7 +185,11 @@ def running(model: nn.Module, one: Pass, *, still_norms: bool = False) -> Iterat
             yield chance
         chance.decides |= began != _states()
     finally:
-        _leave_modes(*modes)
+        # What was entered since: an interrupt between a `with` block and its exit leaves a mode behind.
+        while len(_get_current_dispatch_mode_stack()) > operations:
+            _pop_dispatch_mode()
+        while len(_get_current_function_mode_stack()) > functions:
+            _pop_function_mode()
         for module in alone:
             vars(module).pop("forward", None)
         random.setstate(states[0])
@@ -218,19 +199,6 @@ def running(model: nn.Module, one: Pass, *, still_norms: bool = False) -> Iterat
         with torch.no_grad():
             for buffer, before in values.values():
                 buffer.copy_(before)
-
-
-def _modes() -> tuple[int, int]:
-    """How many modes are in force, of operations and of functions."""
-    return len(_get_current_dispatch_mode_stack()), len(_get_current_function_mode_stack())
-
-
-def _leave_modes(operations: int, functions: int) -> None:
-    """Leave what was entered since: an interrupt between a `with` block and its exit leaves a mode behind."""
-    while len(_get_current_dispatch_mode_stack()) > operations:
-        _pop_dispatch_mode()
-    while len(_get_current_function_mode_stack()) > functions:
-        _pop_function_mode()
 
 
 BARE = frozenset(vars(nn.Module()))
@@ -386,7 +354,6 @@ LEAVING_OUT: dict[Any, tuple[int, str]] = {
     F.multi_head_attention_forward: (13, "training"),
 }  # fmt: skip
 """Functions that leave entries out in training, and the argument that is False (or 0) where they do not."""
-
 
 RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
 """Functions that leave entries out between layers. Dropout is behind the state, the weights, a bool and the layers."""

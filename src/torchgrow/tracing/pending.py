@@ -22,11 +22,7 @@ PENDING_BYTES = 2**25
 
 
 class Pending:
-    """A queue of steps, and how labels are passed through one.
-
-    Args:
-        context: what is known.
-    """
+    """A queue of steps, and how labels are passed through one."""
 
     def __init__(self, context: TraceContext) -> None:
         self.context = context
@@ -68,7 +64,9 @@ class Pending:
         named = step.operation.bind(step.args, step.kwargs)
         rule = unknown if handler is None or step.empty else handler
         out = step.out() if handler is constant else step.out  # None, if it has gone
-        kept, results = self._own_labelled(target), tensors_among((out,))
+        note = self.context.notes.get(id(target)) if isinstance(target, Tensor) else None
+        kept = self.context.labelled(target) if note is not None and note.name else None  # a parameter or buffer
+        results = tensors_among((out,))
         self.obey(partial(rule, self.context, step.func, named, out), step.notes, results)
         if isinstance(target, Tensor) and kept is not None:
             self._keep_own(target, kept)
@@ -100,11 +98,6 @@ class Pending:
             self.context.freeze_symbols(
                 torch.cat([NOTHING, *(labels.symbols.flatten() for labels in (*entering, *said))]), reason
             )
-
-    def _own_labelled(self, target: Any) -> list[Labelled] | None:
-        """The labels of a parameter or buffer that an operation is about to write to; None for another tensor."""
-        note = self.context.notes.get(id(target)) if isinstance(target, Tensor) else None
-        return self.context.labelled(target) if note is not None and note.name else None
 
     def _keep_own(self, target: Tensor, own: Sequence[Labelled]) -> None:
         """What is written into a parameter or buffer has its labels, which it keeps."""

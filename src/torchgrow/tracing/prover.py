@@ -24,14 +24,11 @@ from .size_attributes import Guess, choices
 TOLERANCE = 1e-9
 """Largest relative error in float64 that still counts as equal."""
 
-
 BLOWN_UP, RETRIES = 1e-3, 3
 """Errors up to this may be rounding (seen: 2e-7 in EfficientNet-B4, 1e-13 on its other subsets); how often to ask."""
 
-
 NOISE = 1_000_003
 """Length of the block of noise that large parameters repeat; prime, so that their rows differ."""
-
 
 ZERO = 1e-100
 """What stands for zero where a parameter is zeroed: negligible in a sum, but it can be normalised.
@@ -51,7 +48,7 @@ class Prover:
         examples = examples_of(example_inputs)
         if is_meta(model):
             births = Births(model, seed)
-            self.frame.to_empty(device=_device(examples))
+            self.frame.to_empty(device=tensors(examples[0])[0].device)
             for name, tensor in [*self.frame.named_parameters(), *self.frame.named_buffers()]:
                 tensor.detach().copy_(births.full(name))
         self.frame._apply(_doubled)
@@ -86,11 +83,7 @@ class Prover:
             )
 
     def _settled(self, original: dict[int, str]) -> list[Pass]:
-        """The passes that run, each after one trial run, since some forwards do more at their first call.
-
-        Raises:
-            TraceError: the forward reads tensors of the model itself.
-        """
+        """The passes that run, each after one trial run, since some forwards do more at their first call."""
         waiting, found, wrote = passes(len(self.examples)), [], False
         while waiting:
             one = waiting.pop(0)
@@ -168,24 +161,21 @@ class Prover:
         layers = torch.tensor(
             [s.unit for s in space.blocks if int(space.group_of[s.unit]) in groups], dtype=torch.int64
         )
+
+        def chosen(count: int) -> Tensor:
+            """Which of so many."""
+            if isinstance(fraction, str):
+                return torch.tensor([0, -1])
+            return torch.randperm(count, generator=self.generator)[: max(1, round(fraction * count))]
+
         for group in groups:
             units = torch.nonzero((space.group_of == group) & space.removable).flatten()
             size = int((space.group_of == group).sum())
-            if isinstance(fraction, str):
-                order = torch.tensor([0, -1])
-            else:
-                order = torch.randperm(units.numel(), generator=self.generator)
-                order = order[: max(1, round(fraction * units.numel()))]
-            chosen = order[: min(units.numel(), size - 1)]
-            keep[units[chosen]] = False
+            keep[units[chosen(units.numel())[: min(units.numel(), size - 1)]]] = False
         keep[layers] = True
         layers = layers[space.removable[layers]]
         if layers.numel() and not whole:
-            order = torch.tensor([0, -1])
-            if not isinstance(fraction, str):
-                order = torch.randperm(layers.numel(), generator=self.generator)
-                order = order[: max(1, round(fraction * layers.numel()))]
-            keep[layers[order]] = False
+            keep[layers[chosen(layers.numel())]] = False
         return keep
 
     def error(self, keep: Tensor) -> tuple[float, str]:
@@ -306,10 +296,6 @@ def _no_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-def _device(examples: list[Any]) -> torch.device:
-    return tensors(examples[0])[0].device
 
 
 def _doubled(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ module has that size, or if it equals the length of a slice that the module's fo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice, product
@@ -82,10 +83,7 @@ def guesses(model: nn.Module, space: Space) -> list[Guess]:
                     other = found.setdefault((path, name, tuple(units.tolist())), guess)
                     if (guess.sure, guess.strong) > (other.sure, other.strong):
                         found[path, name, tuple(units.tolist())] = guess
-    readings: dict[tuple[str, str], int] = {}
-    for guess in found.values():
-        key = guess.attribute.module, guess.attribute.name
-        readings[key] = readings.get(key, 0) + 1
+    readings = Counter((guess.attribute.module, guess.attribute.name) for guess in found.values())
     result = []
     for guess in found.values():
         path, name = guess.attribute.module, guess.attribute.name

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ..structure.space import Attribute, Carried, FlopTerm, Frozen, Parts, Place, Space, has_units
+from ..structure.space import Attribute, Carried, FlopTerm, Frozen, Parts, Place, Space, frozen_for, has_units
 from .labels import FIXED, Array, Labelled, UnionFind
 
 UNREAD = "is computed, but nothing reads it in any run; add an example that does: example_inputs=[..., ...]"
@@ -39,7 +39,7 @@ class Findings:
 
     Attributes:
         model: the frame.
-        labels: which symbols are equal, and which can never go.
+        classes: which symbols are equal, and which can never go.
         parameters: names of its parameters.
         tensors: its parameters and buffers.
         symbols: the symbols of every axis of two or more positions.
@@ -120,14 +120,8 @@ class Findings:
             found = units(symbols).flatten()
             unread[found[found >= 0]] = False
         for group in space.group_of[unread].unique().tolist():
-            name, mine = space.group_names[group], unread & (space.group_of == group)
-            places = tuple(
-                place
-                for place, vector in space.unit_of.items()
-                if bool((has := vector[vector >= 0]).numel()) and bool(mine[has].any())
-            )
-            frozen = Frozen("unread", name, "", UNREAD, places)
-            space = space.freeze(torch.nonzero(mine).flatten().tolist(), frozen)
+            mine = torch.nonzero(unread & (space.group_of == group)).flatten()
+            space = frozen_for(space, mine, "unread", space.group_names[group], UNREAD)
         return space
 
     def _by_producer(self, units: Callable[[Tensor], Tensor], n: int) -> npt.NDArray[np.bool_]:

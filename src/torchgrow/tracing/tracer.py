@@ -20,7 +20,8 @@ from ..adapters.registry import adapted
 from ..errors import TraceError
 from ..renamed import frames_to_user
 from ..structure.space import Block, Place, Space
-from .carried_states import CarriedStates, Entering, States
+from . import carried_states
+from .carried_states import Entering, States
 from .context import Failed, TraceContext
 from .dispatch import Dispatch, Readers, ValuesRead
 from .labels import FIXED, Array, Labelled
@@ -53,14 +54,7 @@ class Unsettled(BaseException):
 
 
 class Tracer:
-    """Runs a frame on all examples in both modes, and joins what the runs have found.
-
-    Args:
-        model: the frame.
-        blocks: layers that may hand their input on.
-        values: see `Dispatch`.
-        failed: how often the proof has failed on a cut of an axis there, by module and line.
-    """
+    """Runs a frame on all examples in both modes, and joins what the runs have found; see `replay` and `Dispatch`."""
 
     def __init__(
         self, model: nn.Module, blocks: Sequence[Block] = (), *, values: bool = True, failed: Failed | None = None
@@ -69,7 +63,6 @@ class Tracer:
         self.pending = Pending(self.context)
         self.hooks = ModuleHooks(model, self.context, self.pending, blocks)
         self.dispatch = Dispatch(self.context, self.pending, self.hooks, values=values)
-        self.carried = CarriedStates(self.context)
         self.pristine = model  # what a copy is made of where one is needed
         self.settled: bool | None = None  # False: a forward that writes into parameters is to be reported
         self.finished: list[Array] = []  # what each run has found of the symbols: their roots
@@ -86,7 +79,7 @@ class Tracer:
         examples = examples_of(example_inputs)
         if self.context.meta:
             examples = [self._on_meta(example) for example in examples]
-        given = [self.carried.given(example, carries or {}) for example in examples]
+        given = [carried_states.given(self.context, example, carries or {}) for example in examples]
         self.context.ends = *self.context.ends[:2], self.context.classes.count
         failed: dict[Pass, Exception] = {}
         waiting = [Pass()] if counting else passes(len(examples))
@@ -108,8 +101,14 @@ class Tracer:
             if decides and one.draw == HIGH and not counting:
                 waiting += one.drawn_anew()
             self.context.first = False
-        if not counting:
-            self._warn_of_untrained(failed, len(examples))
+        untrained = [error for one, error in failed.items() if one.training and one.draw == HIGH]
+        if not counting and len(untrained) == len(examples):
+            warnings.warn(
+                f"in training mode the forward failed on all of example_inputs ({type(untrained[0]).__name__}: "
+                f"{untrained[0]}), so that what it does only there is neither followed nor proven; add an example that "
+                "it takes in training: example_inputs=[for_evaluation, for_training]",
+                stacklevel=frames_to_user(),
+            )
         self.context.line = None
         self._join()
         if not counting:
@@ -145,7 +144,7 @@ class Tracer:
             self.context.classes.set_aside()  # a run that failed half way begins again
             self.context.label_anew()
             for i, symbols in states.items():
-                self.carried.label_state(given[i], symbols)
+                carried_states.label_state(self.context, given[i], symbols)
             with self.hooks.on(), adapted(self.model), running(self.model, one, still_norms=still_norms) as chance:
                 before = fingerprint(self.model)
                 try:
@@ -168,14 +167,14 @@ class Tracer:
             self.context.used([self.context.notes.get(id(x))])
             self.context.op = "output" if "." not in leaf.path and leaf.path.count("[") < 2 else leaf.path
             if i in leaving:
-                self.carried.close_state(x, states[leaving[i]])
+                carried_states.close_state(self.context, x, states[leaving[i]])
                 if self.context.first:
                     self.context.found.carried.append((leaving[i], i, states[leaving[i]]))
                 continue
             for labels in self.context.labelled(x):
                 self.context.freeze(labels, "is an output of the model")
         if entering and not self.context.first:
-            self.carried.same_states(leaving, states)
+            carried_states.same_states(self.context, leaving, states)
         return chance.decides
 
     def _failure(self, example: Any, one: Pass, failed: Mapping[Pass, Exception]) -> TraceError:
@@ -204,17 +203,6 @@ class Tracer:
             "pass inputs that model(...) accepts (a tuple for several arguments, a dict for keywords; a list holds "
             "several examples)"
         )
-
-    def _warn_of_untrained(self, failed: Mapping[Pass, Exception], examples: int) -> None:
-        """Warn if the forward ran on no example in training mode."""
-        errors = [error for one, error in failed.items() if one.training and one.draw == HIGH]
-        if len(errors) == examples:
-            warnings.warn(
-                f"in training mode the forward failed on all of example_inputs ({type(errors[0]).__name__}: "
-                f"{errors[0]}), so that what it does only there is neither followed nor proven; add an example that it "
-                "takes in training: example_inputs=[for_evaluation, for_training]",
-                stacklevel=frames_to_user(),
-            )
 
     def _join(self) -> None:
         """Join the findings of all runs: symbols are equal if one run ties them, and FIXED if one run freezes them.
@@ -295,19 +283,10 @@ def replay(
     failed: Failed | None = None,
     counting: bool = False,
 ) -> Space:
-    """Trace the frame by label replay, without proof.
+    """Trace the frame by label replay, without proof; the first axis of the first tensor is taken for the batch.
 
-    Args:
-        model: the frame, on one device, not wrapped and not compiled.
-        example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs, or a list of several such
-            examples; the first axis of the first tensor is taken for the batch.
-        protect: parameters or modules that keep their shape, by qualified name or pattern ("head.*"); or single
-            axes, such as ("head.weight", 1).
-        couple: pairs of axes that are cut alike, position by position, such as (("a.weight", 0), ("b.weight", 0)).
-        blocks: layers that may hand their input on instead; they become units in `depth.with_layers`.
-        carried: outputs that become arguments of the next call, {argument: output}, by position or name.
-        failed: how often the proof has failed on parts of an axis (`Space.parts`), by module and line.
-        counting: run the first example in evaluation mode only: enough for parameters and FLOPs, not for cutting.
+    Arguments are as for `trace`. `blocks` may hand their input on instead; `blocks.with_layers` makes them units. With
+    `counting`, the first example is run in evaluation mode only: enough for parameters and FLOPs, not for cutting.
 
     Raises:
         TraceError: the model or the inputs cannot be traced; the message says what would work.

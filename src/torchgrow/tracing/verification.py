@@ -7,7 +7,8 @@ groups and frozen with the reason; nothing unproven is ever removed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,24 +19,29 @@ from torch import Tensor, nn
 from ..default_device import on_host
 from ..errors import TraceError
 from ..renamed import renamed_arguments
-from ..structure.cost import CostModel
-from ..structure.space import Frozen, Place, Space
+from ..structure.cost import Cost, CostModel
+from ..structure.space import Frozen, Place, Space, frozen_for
 from ..structure.store import is_meta
 from .blocks import Named, find, gated, with_layers
-from .model_call import Carries, check_model
-from .passes import twin_on_meta
+from .model_call import Carries, call, check_model, examples_of, fresh
+from .nested import mapped
+from .passes import passes, running, twin
 from .prover import TOLERANCE, Prover
 from .requests import Couples
 from .size_attributes import Guess, guesses
 from .tracer import replay
-from .unproven import undecided_frozen
 
 FRACTIONS = (0.3, "ends", 0.7, 0.5)
 """What the proof tries to remove from every group: random shares, and the first and the last unit ("ends").
 
 Operations that depend on the order of channels (a roll by a fixed number, a cut at a fixed place) can agree by
-chance on a random subset; the ends of an axis give them away.
+chance on a random subset; the ends of an axis give them away. Where layers may go, every share is tried with all of
+them there too: with few, one might be left out in all draws, and the units inside it be tried in none.
 """
+
+
+ALONE = "is the only unit of its group"
+"""Reason for freezing such units."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +90,12 @@ def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) ->
     if space.blocks:
         space = prover.space = prover.bank.space = gated(space, prover.frame, prover._outputs, TOLERANCE)
         free = _free_groups(space)
+    draws = [(fraction, whole) for whole in ((False, True) if space.blocks else (False,)) for fraction in FRACTIONS]
     found: list[Guess] | None = None
     hopeless: set[frozenset[tuple[type[nn.Module], str]]] = set()
     while free:
         failed: dict[int, str] = {}
-        for fraction, whole in _draws(space):
+        for fraction, whole in draws:
             draw = prover.draw(fraction, free, whole=whole)
             if prover.error(draw)[0] <= TOLERANCE:
                 continue
@@ -109,23 +116,11 @@ def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) ->
             return replace(prover.space, proven=True)
         space = prover.space
         for group, reason in failed.items():
-            units = torch.nonzero(space.group_of == group).flatten().tolist()
-            name = space.group_names[group]
-            places = tuple(
-                place for place, v in space.unit_of.items() if bool(torch.isin(v, torch.tensor(units)).any())
-            )
-            space = space.freeze(units, Frozen("proof", name, "", reason, places))
+            units = torch.nonzero(space.group_of == group).flatten()
+            space = frozen_for(space, units, "proof", space.group_names[group], reason)
         free = _free_groups(space)
         prover.space = prover.bank.space = space
     return replace(prover.space, proven=True)
-
-
-def _draws(space: Space) -> list[tuple[float | str, bool]]:
-    """What to draw: every share, and where layers may go every share with all of them as well.
-
-    With few layers, one might be left out in all draws, and the units inside it be tried in none.
-    """
-    return [(fraction, whole) for whole in ((False, True) if space.blocks else (False,)) for fraction in FRACTIONS]
 
 
 def _only(space: Space, groups: list[int], draw: Tensor) -> Tensor:
@@ -137,10 +132,8 @@ def _without_lone_units(space: Space) -> Space:
     """Units alone in their group always stay, since no group is ever left empty; nothing could prove them either."""
     sizes = torch.bincount(space.group_of, minlength=space.n_groups)
     lone = torch.nonzero((sizes[space.group_of] == 1) & (space.least[space.group_of] > 0) & space.removable).flatten()
-    for unit in lone.tolist():
-        name = space.group_names[int(space.group_of[unit])]
-        places = tuple(place for place, vector in space.unit_of.items() if bool((vector == unit).any()))
-        space = space.freeze([unit], Frozen("proof", name, "", "is the only unit of its group", places))
+    for unit in lone[:, None]:
+        space = frozen_for(space, unit, "proof", space.group_names[int(space.group_of[unit])], ALONE)
     return space
 
 
@@ -204,7 +197,7 @@ def trace(
     """
     if not proof and not is_meta(model):
         check_model(model, example_inputs)
-        model = twin_on_meta(model)
+        model = twin(model, meta=True)
     blocks = find(model, example_inputs, depth)
     failed: dict[tuple[str, str], int] = {}
     best: tuple[int, Space] | None = None
@@ -212,7 +205,7 @@ def trace(
     while True:
         space = with_layers(run(failed=failed), blocks)
         if is_meta(model):
-            return space if proof else undecided_frozen(model, space, example_inputs)
+            return space if proof else _undecided_frozen(model, space, example_inputs)
         proven = prove(model, space, example_inputs)
         costs = CostModel(proven)
         least = int(costs.both(costs.smallest())[0])
@@ -289,3 +282,67 @@ def verify(
         groups=space.widths(space.everything()),
         frozen=space.frozen,
     )
+
+
+@on_host()
+def measure(model: nn.Module, example_inputs: Any) -> Cost:
+    """Parameters and FLOPs (2 x multiply-accumulates, one sample) of a model as it is.
+
+    Args:
+        model: any plain module.
+        example_inputs: a small batch: a tensor, a tuple, or a dict of keywords; of a list of them the first counts.
+
+    Raises:
+        TraceError: the model cannot be run on the inputs.
+    """
+    space = replay(model, example_inputs, counting=True)
+    return CostModel(space).cost(space.everything())
+
+
+# --- without a proof ---
+
+
+def _undecided_frozen(model: nn.Module, space: Space, example_inputs: Any) -> Space:
+    """The space of a copy on the meta device, with units frozen that attributes may count.
+
+    Only a proof could tell whether these must follow.
+    """
+    found = [guess for guess in guesses(model, space) if guess.sure]
+    paths = {guess.attribute.module for guess in found}
+    examples = [mapped(example, lambda x: x.to("meta")) for example in examples_of(example_inputs)]
+    seen: set[tuple[str, str]] = set()
+    with _watched({path: model.get_submodule(path) for path in paths}, seen):
+        for one in passes(len(examples)):
+            with running(model, one):
+                try:
+                    call(model, fresh(examples[one.example]))
+                except Exception:
+                    continue  # it does not run in this mode or on meta; it was traced before
+    for guess in found:
+        module, name = guess.attribute.module, guess.attribute.name
+        units = torch.isin(space.group_of, torch.tensor(sorted(guess.groups))) & space.removable
+        if (module, name.partition("[")[0]) in seen and bool(units.any()):
+            reason = f"{module or 'the model'}.{name} may count these units, which only the proof can tell (proof=True)"
+            space = frozen_for(space, torch.nonzero(units).flatten(), "attribute", module, reason)
+    return space
+
+
+@contextmanager
+def _watched(modules: dict[str, nn.Module], seen: set[tuple[str, str]]) -> Iterator[None]:
+    """Note in `seen` which attributes of modules are read, by the module's name and theirs."""
+
+    def watching(path: str, kind: type[nn.Module]) -> type[nn.Module]:
+        def read(self: nn.Module, name: str) -> Any:
+            seen.add((path, name))
+            return kind.__getattribute__(self, name)
+
+        return type(kind.__name__, (kind,), {"__getattribute__": read, "__module__": kind.__module__})
+
+    kinds = {path: type(module) for path, module in modules.items()}
+    try:
+        for path, module in modules.items():
+            module.__class__ = watching(path, kinds[path])
+        yield
+    finally:
+        for path, module in modules.items():
+            object.__setattr__(module, "__class__", kinds[path])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
 
 from ..labels import Labelled
-from .labelled import aligned, first_tensor, harmonize, on_axis, placed, tie_rows, without_axes
+from .labelled import aligned, first_tensor, freeze_all, harmonize, on_axis, placed, tie_rows, without_axes
+from .pointwise import combined
 from .registry import Context, rule
 
 Side = Labelled | None
@@ -17,7 +19,13 @@ Side = Labelled | None
 
 def contract(ctx: Context, produced: Side, weight: Side) -> None:
     """Sum over an axis: tie what enters with the columns that read it; freeze the side that stands alone."""
-    produced, weight = (_met(ctx, labels) for labels in (produced, weight))
+    sides: list[Side] = []
+    for labels in (produced, weight):
+        follows = labels is not None and ctx.follows(labels)  # it has met nothing that it could follow
+        if labels is not None and follows:
+            ctx.freeze(labels, "")
+        sides.append(None if follows else labels)
+    produced, weight = sides
     if produced is not None and weight is not None:
         ctx.unify(produced, weight)
         ctx.read(produced, weight)
@@ -25,14 +33,6 @@ def contract(ctx: Context, produced: Side, weight: Side) -> None:
         ctx.freeze(weight, "reads values that cannot be removed")
     elif produced is not None:
         ctx.freeze(produced, "is summed over against values that carry no labels")
-
-
-def _met(ctx: Context, labels: Side) -> Side:
-    """The labels, unless they have met nothing that they could follow."""
-    if labels is not None and ctx.follows(labels):
-        ctx.freeze(labels, "")
-        return None
-    return labels
 
 
 @rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution", counted=True)
@@ -68,18 +68,14 @@ def convolution(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> 
 def output(ctx: Context, rows: Side, bias: Side, rank: int, axis: int) -> Side:
     """The labels of a contraction's output, from the weight's rows and the bias."""
     if rows is None:
-        if bias is not None:
-            ctx.freeze(bias, "is added to values that cannot be removed")
+        freeze_all(ctx, [bias], "is added to values that cannot be removed")
         return None
     rows = placed(rows, rank, axis)
     if bias is None:
         return rows
     bias = placed(bias, rank, axis)
     ctx.unify(rows, bias)
-    sources = rows.sources | bias.sources
-    if rows.all_zero and bias.all_zero:
-        return rows.with_zeros(True, sources)
-    return rows.with_zeros(rows.zero & bias.zero, sources)
+    return combined(rows, [(0, rows), (1, bias)], 2)
 
 
 def grouped(ctx: Context, x: Tensor, weight: Tensor, entering: Side, rows: Side, columns: Side, groups: int) -> None:
@@ -94,8 +90,7 @@ def grouped(ctx: Context, x: Tensor, weight: Tensor, entering: Side, rows: Side,
             ctx.freeze(rows, "is grouped over values that cannot be removed")
         elif rows is not None:  # as many outputs must stay in every group
             tie_rows(ctx, rows.symbols.reshape(groups, -1))
-        if columns is not None:
-            ctx.freeze(columns, "reads values that cannot be removed")
+        freeze_all(ctx, [columns], "reads values that cannot be removed")
         return
     inputs = entering.symbols.reshape(groups, per_group)
     if whole:
@@ -104,8 +99,7 @@ def grouped(ctx: Context, x: Tensor, weight: Tensor, entering: Side, rows: Side,
             ctx.tie(rows.symbols.reshape(groups, -1), inputs[:, :1])
         else:
             ctx.freeze(entering, "its groups put out values that cannot be removed")
-        if columns is not None:
-            ctx.freeze(columns, "every group keeps all its inputs: whole groups are the units")
+        freeze_all(ctx, [columns], "every group keeps all its inputs: whole groups are the units")
         ctx.count(weight, "groups", inputs[:, 0])
         return
     tie_rows(ctx, inputs)
@@ -125,12 +119,10 @@ def grouped_transposed(ctx: Context, weight: Tensor, entering: Side, rows: Side,
     """
     per_group = weight.shape[0] // groups
     if entering is None or columns is None:
-        for labels in (entering, columns):
-            if labels is not None:
-                ctx.freeze(labels, "enters a grouped transposed convolution beside values that cannot be removed")
+        reason = "enters a grouped transposed convolution beside values that cannot be removed"
+        freeze_all(ctx, (entering, columns), reason)
     if groups >= per_group:
-        if rows is not None:
-            ctx.freeze(rows, "every group keeps all its outputs: whole groups are the units")
+        freeze_all(ctx, [rows], "every group keeps all its outputs: whole groups are the units")
         if entering is None or columns is None:
             return None
         inputs, own = entering.symbols.reshape(groups, per_group), columns.packed.reshape(groups, per_group)
@@ -153,8 +145,8 @@ def with_vector(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> 
     a = named["self"]
     vector = next(x for key, x in named.items() if key != "self" and isinstance(x, Tensor))
     if vector.dim() != 1:
-        for labels in [*ctx.labelled(a), *ctx.labelled(vector)]:
-            ctx.freeze(labels, "is an inner product of matrices, which has no rule")
+        labelled = [*ctx.labelled(a), *ctx.labelled(vector)]
+        freeze_all(ctx, labelled, "is an inner product of matrices, which has no rule")
         return
     labelled = ctx.labelled(a)
     last = a.dim() - 1
@@ -203,8 +195,7 @@ def product(
     """A [..., n, k] times b [..., k, m], plus a bias [m] or of the shape of the output."""
     rank = out.dim()
     if a.dim() < 2 or b.dim() < 2 or max(a.dim(), b.dim()) != rank:  # vectors are rare: not handled
-        for labels in [*of_a, *of_b, *ctx.labelled(bias)]:
-            ctx.freeze(labels, "is a product with a vector, which has no rule")
+        freeze_all(ctx, [*of_a, *of_b, *ctx.labelled(bias)], "is a product with a vector, which has no rule")
         ctx.set_labelled(out, [])
         return
     of_a, of_b = aligned(of_a, rank), aligned(of_b, rank)
@@ -214,9 +205,8 @@ def product(
     of_b = [x for x in of_b if x.axes == (rank - 2,)] + without_axes(
         ctx, [x for x in of_b if x.axes != (rank - 2,)], [rank - 2], several)  # fmt: skip
     summed_a, summed_b = on_axis(of_a, rank - 1), on_axis(of_b, rank - 2)
-    if summed_a is None and not ctx.depends_on_input(a) and ctx.constant_along(a, a.dim() - 1):
-        pass  # zeros as the initial state of a recurrent cell: as many as the columns that read them
-    else:
+    # Of zeros as the initial state of a recurrent cell there are as many as the columns that read them.
+    if summed_a is not None or ctx.depends_on_input(a) or not ctx.constant_along(a, a.dim() - 1):
         contract(ctx, *sorted_by_input(ctx, (a, summed_a), (b, summed_b)))
     left = [x for x in of_a if rank - 1 not in x.axes]
     right = [x for x in of_b if rank - 2 not in x.axes]
@@ -264,16 +254,9 @@ def solve(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     ctx.set_labelled(out, [*sides, *alone])
 
 
-@rule("embedding")
-def embedding(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
-    """Rows are looked up by the input and stay; columns are features."""
-    labelled = without_axes(ctx, ctx.labelled(named["weight"]), [0], "looks rows up by index")
-    ctx.set_labelled(out, [placed(labels, out.dim(), out.dim() - 1) for labels in labelled])
-
-
-@rule("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
-def embedding_bag(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """As `embedding`, with rows summed, averaged or maximised: each feature on its own."""
+@rule("embedding", "embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
+def embedding(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
+    """Rows are looked up by the input (a bag sums, averages or maximises some) and stay; columns are features."""
     labelled = without_axes(ctx, ctx.labelled(named["weight"]), [0], "looks rows up by index")
     first = first_tensor(out)
     ctx.set_labelled(first, [placed(labels, first.dim(), first.dim() - 1) for labels in labelled])
@@ -286,8 +269,8 @@ def bilinear(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> Non
     labelled = [ctx.labelled(tensor) for tensor in (a, weight, b)]
     expected = ([1, 3], [0], [1, 2], [2, 3])
     if tuple(list(named[key]) for key in ("expand1", "expand2", "expand3", "sumdim")) != expected:
-        for labels in (labels for found in labelled for labels in found):
-            ctx.freeze(labels, "is a trilinear product of another form than nn.Bilinear's, which has no rule")
+        reason = "is a trilinear product of another form than nn.Bilinear's, which has no rule"
+        freeze_all(ctx, chain(*labelled), reason)
         ctx.set_labelled(out, [])
         return
     rows, first, second = (on_axis(labelled[1], axis) for axis in range(3))
@@ -304,9 +287,7 @@ def distances(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> No
     sides = [(tensor, aligned(ctx.labelled(tensor), rank)) for tensor in (a, b)]
     vectors = [on_axis(labelled, rank - 1) for _, labelled in sides]
     if any(vector is None or not vector.all_zero for vector in vectors) or not named.get("p", 2) > 0:
-        for vector in vectors:
-            if vector is not None:
-                ctx.freeze(vector, reason)
+        freeze_all(ctx, vectors, reason)
     else:
         contract(ctx, vectors[0], vectors[1])
     rows = without_axes(ctx, [x for x in sides[0][1] if x is not vectors[0]], [rank - 1], reason)

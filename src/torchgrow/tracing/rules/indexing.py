@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..labels import Labelled
-from .labelled import aligned, harmonize, on_axis, placed, without_axes
-from .pointwise import combined
+from .labelled import aligned, freeze_all, harmonize, on_axis, placed, without_axes
+from .pointwise import combined, joined
 from .registry import Context, rule
 
 Operand = tuple[Tensor, list[Labelled]]
@@ -23,20 +23,11 @@ Operand = tuple[Tensor, list[Labelled]]
 def met(ctx: Context, operands: Sequence[Operand], axes: Sequence[int], rank: int, reason: str) -> list[Labelled]:
     """Labels of a result in which operands meet along `axes`, position by position; zero where all of them are."""
     harmonize(ctx, operands, axes, rank, reason)
-    counted = [(tensor, labelled) for tensor, labelled in operands if labelled or not ctx.zero(tensor)]
-    groups: dict[tuple[int, ...], list[tuple[int, Labelled]]] = {}
-    for index, (_, labelled) in enumerate(counted):
-        for labels in labelled:
-            groups.setdefault(labels.axes, []).append((index, labels))
-    result = []
-    for members in groups.values():
-        for _, other in members[1:]:
-            ctx.unify(members[0][1], other)
-        result.append(combined(members[0][1], members, set(), True, len(counted)))
-    return result
+    return joined(ctx, [labelled for tensor, labelled in operands if labelled or not ctx.zero(tensor)])
 
 
-def _is_mask(index: Tensor) -> bool:
+def is_mask(index: Tensor) -> bool:
+    """Whether an index says of every position whether it is meant."""
     return index.dtype in (torch.bool, torch.uint8)
 
 
@@ -45,10 +36,10 @@ def looked_up(indices: Sequence[Tensor | None]) -> tuple[list[int], int, int]:
     axes: list[int] = []
     ranks, axis = [], 0
     for index in indices:
-        covered = index.dim() if index is not None and _is_mask(index) else 1  # a mask covers as many axes as it has
+        covered = index.dim() if index is not None and is_mask(index) else 1  # a mask covers as many axes as it has
         if index is not None:
             axes += range(axis, axis + covered)
-            ranks.append(1 if _is_mask(index) else index.dim())
+            ranks.append(1 if is_mask(index) else index.dim())
         axis += covered
     adjacent = axes == list(range(axes[0], axes[0] + len(axes)))
     return axes, axes[0] if adjacent else 0, max(ranks)
@@ -126,7 +117,7 @@ def index_put(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> No
     target, values, indices = named["self"], named["values"], named["indices"]
     rank = target.dim()
     first_index = next(x for x in indices if x is not None)
-    if values.numel() == 1 and len([x for x in indices if x is not None]) == 1 and _is_mask(first_index):
+    if values.numel() == 1 and len([x for x in indices if x is not None]) == 1 and is_mask(first_index):
         _masked_fill(ctx, target, first_index, indices.index(first_index), values, out)
         return
     axes, first, width = looked_up(indices)
@@ -170,8 +161,7 @@ def _masked_fill(ctx: Context, target: Tensor, mask: Tensor, start: int, value: 
     elif start + mask.dim() == rank:
         labelled = met(ctx, [(target, labelled), (mask, chosen)], range(rank), rank, WRITTEN)
     else:
-        for labels in chosen:
-            ctx.freeze(labels, WRITTEN)
+        freeze_all(ctx, chosen, WRITTEN)
         labelled = without_axes(ctx, labelled, covered, WRITTEN)
     ctx.set_labelled(out, labelled if ctx.zero(value) else [x.with_zeros(False) for x in labelled])
 
@@ -230,7 +220,7 @@ def _carried_over(ctx: Context, view: Tensor, base: Tensor, under: list[Labelled
     old = on_axis(under, axis)
     if old is not None:
         ctx.unify(old, moved)
-        under[under.index(old)] = combined(old, [(0, old), (1, moved)], set(), True, 2)
+        under[under.index(old)] = combined(old, [(0, old), (1, moved)], 2)
     elif ctx.filled(base):
         under.append(moved if ctx.zero(base) else moved.with_zeros(False))
     else:

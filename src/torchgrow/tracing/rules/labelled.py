@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +14,13 @@ from .registry import Context
 def first_tensor(out: Any) -> Tensor:
     """The main output of an operation."""
     return out if isinstance(out, Tensor) else next(x for x in out if isinstance(x, Tensor))
+
+
+def freeze_all(ctx: Context, labelled: Iterable[Labelled | None], reason: str) -> None:
+    """Freeze all labels that there are."""
+    for labels in labelled:
+        if labels is not None:
+            ctx.freeze(labels, reason)
 
 
 def without_axes(ctx: Context, labelled: Sequence[Labelled], axes: Sequence[int], reason: str) -> list[Labelled]:

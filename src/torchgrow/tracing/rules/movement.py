@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..labels import Labelled, compressed, standing
 from .labelled import aligned, harmonize, placed, without_axes
-from .pointwise import combined
+from .pointwise import joined
 from .registry import CONSTANT, Context, rule
 
 
@@ -130,16 +130,12 @@ def image_windows(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> N
     source = named["self"]
     spatial = [source.dim() - 2, source.dim() - 1]
     labelled = without_axes(ctx, ctx.labelled(source), spatial, "slides a window along this axis")
-    ctx.set_labelled(out, [windowed(labels, out.dim(), named["kernel_size"]) for labels in labelled])
-
-
-def windowed(labels: Labelled, rank: int, kernel: Sequence[int]) -> Labelled:
-    """Labels of images, constant along both sides, on their windows."""
-    packed = labels.packed.squeeze(-1)  # the sides are of size 1
-    axis = rank - 2
-    if axis in labels.axes:
-        packed = packed.repeat_interleave(kernel[0] * kernel[1], axis)
-    return Labelled(packed, labels.sources)
+    axis, result = out.dim() - 2, []
+    for labels in labelled:
+        each = math.prod(named["kernel_size"]) if axis in labels.axes else 1
+        packed = labels.packed.squeeze(-1).repeat_interleave(each, axis)  # the sides are of size 1
+        result.append(Labelled(packed, labels.sources))
+    ctx.set_labelled(out, result)
 
 
 @rule("col2im")
@@ -239,19 +235,9 @@ def cat(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
             single = [labels for labels in labelled if labels not in multi]
             labelled[:] = single + without_axes(ctx, multi, [dim], reason)
         along = [[labels for labels in labelled if labels.axes == (dim,)] for _, labelled in operands]
-    result: list[Labelled | None] = []
-    if any(along):
-        result.append(_in_a_row(ctx, [part.shape[dim] for part in parts], along, dim))
-    groups: dict[tuple[int, ...], list[tuple[int, Labelled]]] = {}
-    for index, (_, labelled) in enumerate(operands):
-        for labels in labelled:
-            if dim not in labels.axes:
-                groups.setdefault(labels.axes, []).append((index, labels))
-    for members in groups.values():
-        for _, other in members[1:]:
-            ctx.unify(members[0][1], other)
-        result.append(combined(members[0][1], members, set(), True, len(operands)))
-    ctx.set_labelled(out, result)
+    row = [_in_a_row(ctx, [part.shape[dim] for part in parts], along, dim)] if any(along) else []
+    beside = [[labels for labels in labelled if dim not in labels.axes] for _, labelled in operands]
+    ctx.set_labelled(out, [*row, *joined(ctx, beside)])
 
 
 def _in_a_row(ctx: Context, sizes: Sequence[int], along: Sequence[Sequence[Labelled]], dim: int) -> Labelled:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import and_, or_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..labels import Labelled
-from .labelled import PROBES, aligned, first_tensor, harmonize
+from .labelled import PROBES, aligned, first_tensor, freeze_all, harmonize
 from .registry import RANDOM, RULES, Context, rule
 
 
@@ -101,18 +103,7 @@ def pointwise(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     harmonize(ctx, operands, range(out.dim()), out.dim(), "operands with different or no labels meet here")
     carriers = [tensor for tensor, labelled in operands if labelled]
     alone, together = zero_if(ctx, func, named, carriers) if carriers else (set(), False)
-    groups: dict[tuple[int, ...], list[tuple[int, Labelled]]] = {}
-    for tensor, labelled in operands:
-        for labels in labelled:
-            index = next(i for i, t in enumerate(carriers) if t is tensor)
-            groups.setdefault(labels.axes, []).append((index, labels))
-    result: list[Labelled | None] = []
-    for members in groups.values():
-        head = members[0][1]
-        for _, other in members[1:]:
-            ctx.unify(head, other)
-        result.append(combined(head, members, alone, together, len(carriers)))
-    ctx.set_labelled(out, result)
+    ctx.set_labelled(out, joined(ctx, [labelled for _, labelled in operands if labelled], alone, together))
 
 
 POINTWISE = (
@@ -126,8 +117,26 @@ POINTWISE = (
 RULES.update(dict.fromkeys(POINTWISE, pointwise))
 
 
+def joined(
+    ctx: Context, operands: Sequence[Sequence[Labelled]], alone: AbstractSet[int] = frozenset(), together: bool = True
+) -> list[Labelled]:
+    """Tie the labels of operands that meet position by position; those of the result, one for every set of axes."""
+    groups: dict[tuple[int, ...], list[tuple[int, Labelled]]] = {}
+    for index, labelled in enumerate(operands):
+        for labels in labelled:
+            groups.setdefault(labels.axes, []).append((index, labels))
+    for members in groups.values():
+        for _, other in members[1:]:
+            ctx.unify(members[0][1], other)
+    return [combined(members[0][1], members, len(operands), alone, together) for members in groups.values()]
+
+
 def combined(
-    head: Labelled, members: Sequence[tuple[int, Labelled]], alone: set[int], together: bool, operands: int
+    head: Labelled,
+    members: Sequence[tuple[int, Labelled]],
+    operands: int,
+    alone: AbstractSet[int] = frozenset(),
+    together: bool = True,
 ) -> Labelled:
     """Where a pointwise result is zero with its sources, from the operands that share its labels."""
     enough = [labels for index, labels in members if index in alone]
@@ -135,18 +144,13 @@ def combined(
         whole = next((labels for labels in enough if labels.all_zero), None)
         if whole is not None:
             return head if whole is head else head.with_zeros(True, whole.sources)
-        zero = enough[0].zero
-        for labels in enough[1:]:
-            zero = zero | labels.zero
+        zero = reduce(or_, (labels.zero for labels in enough))
         return head.with_zeros(zero, frozenset().union(*(labels.sources for labels in enough)))
     if together and len({index for index, _ in members}) == operands:
         sources = frozenset().union(*(labels.sources for _, labels in members))
         if all(labels.all_zero for _, labels in members):
             return head.with_zeros(True, sources)
-        zero = members[0][1].zero
-        for _, labels in members[1:]:
-            zero = zero & labels.zero
-        return head.with_zeros(zero, sources)
+        return head.with_zeros(reduce(and_, (labels.zero for _, labels in members)), sources)
     return head.with_zeros(False)
 
 
@@ -158,7 +162,7 @@ def either(ctx: Context, one: Tensor, other: Tensor) -> None:
     for labels in operands[1][1]:
         mate = next(x for x in operands[0][1] if x.axes == labels.axes)
         ctx.unify(labels, mate)
-        result.append(combined(labels, [(0, mate), (1, labels)], set(), True, 2))
+        result.append(combined(labels, [(0, mate), (1, labels)], 2))
     ctx.set_labelled(other, result)
 
 
@@ -184,5 +188,4 @@ def unknown(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     for value in named.values():
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(item, Tensor):
-                for labels in ctx.labelled(item):
-                    ctx.freeze(labels, "has no rule, so what enters it is kept")
+                freeze_all(ctx, ctx.labelled(item), "has no rule, so what enters it is kept")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..labels import FIXED, Labelled
-from .labelled import first_tensor, harmonize, on_axis, without_axes
+from .labelled import first_tensor, freeze_all, harmonize, on_axis, without_axes
 from .registry import RULES, Context, rule
 
 
@@ -44,14 +44,11 @@ def affine(
 def batch_norm(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
     """Each channel on its own; scale and offset are the last affine map of the channel."""
     x, out = named["input"], first_tensor(out)
-    labelled = _of_channels(ctx, x)
-    channels = on_axis(labelled, 1)
-    names = ("weight", "bias", "running_mean", "running_var")
-    vectors = [named.get(name) for name in names]
+    channels = on_axis(_of_channels(ctx, x), 1)
+    vectors = [named.get(name) for name in ("weight", "bias", "running_mean", "running_var")]
     if channels is None:
         for vector in vectors:
-            for labels in ctx.labelled(vector):
-                ctx.freeze(labels, "normalises values that cannot be removed")
+            freeze_all(ctx, ctx.labelled(vector), "normalises values that cannot be removed")
         ctx.set_labelled(out, [])
         return
     ctx.set_labelled(out, [affine(ctx, channels, *vectors)])
@@ -66,8 +63,7 @@ def group_norm(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None
     labelled = _of_channels(ctx, x)
     channels = on_axis(labelled, 1)
     if channels is None or groups == 1:
-        for labels in [*labelled, *ctx.labelled(weight), *ctx.labelled(bias)]:
-            ctx.freeze(labels, "takes statistics over all channels")
+        freeze_all(ctx, [*labelled, *ctx.labelled(weight), *ctx.labelled(bias)], "takes statistics over all channels")
         ctx.set_labelled(out, [])
         return
     symbols = channels.symbols.reshape(groups, -1)
@@ -84,9 +80,8 @@ def layer_norm(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None
     reason = "takes statistics over this axis"
     normalized = range(x.dim() - len(named["normalized_shape"]), x.dim())
     labelled = without_axes(ctx, ctx.labelled(x), normalized, reason)
-    for vector in (named.get("weight"), named.get("bias")):
-        for labels in ctx.labelled(vector):
-            ctx.freeze(labels, reason)
+    freeze_all(ctx, ctx.labelled(named.get("weight")), reason)
+    freeze_all(ctx, ctx.labelled(named.get("bias")), reason)
     ctx.set_labelled(out, [labels.with_zeros(False) for labels in labelled])
 
 

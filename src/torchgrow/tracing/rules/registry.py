@@ -83,15 +83,10 @@ class Context(Protocol):
 Rule = Callable[[Context, Any, dict[str, Any], Any], None]
 
 
-ModuleRule = Callable[[Context, Any, dict[str, Any], Any], None]
-
-
 RULES: dict[str, Rule] = {}
 
-
-MODULE_RULES: dict[type, ModuleRule] = {}
+MODULE_RULES: dict[type, Rule] = {}
 """Modules that are traced as one operation."""
-
 
 COUNTED: set[Rule] = set()
 """Rules that count FLOPs, and so must run even without labels."""
@@ -110,13 +105,13 @@ def rule(*names: str, counted: bool = False) -> Callable[[Rule], Rule]:
     return register
 
 
-def module_rule(*kinds: type) -> Callable[[ModuleRule], ModuleRule]:
+def module_rule(*kinds: type) -> Callable[[Rule], Rule]:
     """Register a rule for whole modules of these classes (not of their subclasses).
 
     The rule is called as `rule(context, module, named, output)`, `named` being the arguments of `forward`.
     """
 
-    def register(function: ModuleRule) -> ModuleRule:
+    def register(function: Rule) -> Rule:
         MODULE_RULES.update(dict.fromkeys(kinds, function))
         return function
 
@@ -128,12 +123,10 @@ RANDOM = (
     "cauchy_", "geometric_", "log_normal_", "normal_functional",
 )  # fmt: skip
 
-
 CONSTANT = frozenset(
     {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
 )
 """New tensors that do not depend on the values of the tensor they are made from."""
-
 
 FILLED = CONSTANT | {"zeros", "ones", "full", "empty"}
 """Operations that make tensors of one value (or uninitialised ones)."""

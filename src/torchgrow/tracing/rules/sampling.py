@@ -9,7 +9,7 @@ from torch import Tensor
 from ..labels import Labelled
 from .contractions import convolution
 from .indexing import met
-from .labelled import on_axis, placed, tie_rows, without_axes
+from .labelled import freeze_all, on_axis, placed, tie_rows, without_axes
 from .registry import Context, rule
 
 PLACES = "says where values are sampled"
@@ -51,8 +51,7 @@ def regions_of_blocks(ctx: Context, func: Any, named: dict[str, Any], out: Any) 
 
 def _of_channels(ctx: Context, named: dict[str, Any]) -> list[Labelled]:
     """The labels of the channels of maps in which boxes are looked up."""
-    for labels in ctx.labelled(named["rois"]):
-        ctx.freeze(labels, PLACES)
+    freeze_all(ctx, ctx.labelled(named["rois"]), PLACES)
     return without_axes(ctx, ctx.labelled(named["input"]), [0, 2, 3], "is sampled along this axis")
 
 
@@ -60,9 +59,7 @@ def _of_channels(ctx: Context, named: dict[str, Any]) -> list[Labelled]:
 def deform_conv(ctx: Context, func: Any, named: dict[str, Any], out: Tensor) -> None:
     """A convolution whose kernel is moved and scaled place by place (torchvision); groups of channels share that."""
     x = named["input"]
-    for tensor in (named["offset"], named["mask"]):
-        for labels in ctx.labelled(tensor):
-            ctx.freeze(labels, PLACES)
+    freeze_all(ctx, [*ctx.labelled(named["offset"]), *ctx.labelled(named["mask"])], PLACES)
     labelled = without_axes(ctx, ctx.labelled(x), [0], "is sampled along this axis")
     channels, groups = on_axis(labelled, 1), named["offset_groups"]
     if channels is not None and groups > 1:  # as many must stay in each

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..labels import Labelled
-from .labelled import aligned, first_tensor, harmonize, on_axis, placed, without_axes
+from .labelled import aligned, first_tensor, freeze_all, harmonize, on_axis, placed, without_axes
 from .registry import Context, module_rule, rule
 
 
@@ -99,10 +99,9 @@ def recurrent(ctx: Context, module: nn.RNNBase, named: dict[str, Any], output: A
             found = one_direction(ctx, weights, entering, tokens)
             if found is None:
                 for tensor in weights.values():
-                    for part in ctx.labelled(tensor):
-                        ctx.freeze(part, "belongs to a recurrent layer of one unit, or one with frozen weights")
-                if entering is not None:
-                    ctx.freeze(entering, "enters a recurrent layer that cannot be cut")
+                    reason = "belongs to a recurrent layer of one unit, or one with frozen weights"
+                    freeze_all(ctx, ctx.labelled(tensor), reason)
+                freeze_all(ctx, [entering], "enters a recurrent layer that cannot be cut")
                 continue
             cells.append(found[0])
             shown.append(found[1])
@@ -207,8 +206,7 @@ def fused_cell(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None
     gates = [*sums, *(on_axis(ctx.labelled(bias), 0) for bias in biases)]
     found = [gate for gate in gates if gate is not None]
     if len(found) < len(gates):
-        for gate in (*found, *ctx.labelled(state)):
-            ctx.freeze(gate, "belongs to a recurrent cell with frozen weights")
+        freeze_all(ctx, (*found, *ctx.labelled(state)), "belongs to a recurrent cell with frozen weights")
         return
     cell = found[0].symbols.reshape(-1, state.shape[1])[0]
     for gate in found:
