@@ -1,0 +1,182 @@
+"""Biases that take over what leaving units gave on average.
+
+A linear map or convolution that reads a unit loses W[:, u] a_u when unit u leaves. If a_u were its mean, a constant
+would be lost, and the bias can give that exactly (Ye et al., 2018, arXiv:1802.00124, move constant channels into the
+next biases). Padding with zeros makes it no constant: such a reader stays as it is, and so does one without a bias, or
+whose weight or bias is used for anything else. Readers are found by the calls in a forward, not by modules.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from ..errors import TorchgrowError
+from ..policies import Policy
+from ..structure.space import Space, live_positions
+from ..tracing.model_call import feed
+from ..tracing.passes import Pass, running
+
+_ALIKE = ("input", "weight", "bias")
+READERS: dict[Any, tuple[str, ...]] = {
+    F.linear: _ALIKE,
+    torch.addmm: ("bias", "input", "weight"),  # GPT-2's linear map; its weight is [inputs, outputs]
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), (*_ALIKE, "stride", "padding", "dilation", "groups")),
+}
+"""Functions that read units, and what their arguments are."""
+
+
+class Readers(TorchFunctionMode):
+    """While it is on, notes what exact readers read, and which parameters are used otherwise.
+
+    Attributes:
+        read: by name of a weight: name of the bias, axis of the weight's inputs, their sum (float64 [inputs]), and over
+            how many samples and positions.
+        others: names of parameters that no exact reader uses, or that a forward uses twice.
+        seen: names of parameters that the present forward has used.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.read: dict[str, tuple[str, int, Tensor, int]] = {}
+        self.others, self.seen = set[str](), set[str]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Make the call, and note it."""
+        out = func(*args, **(kwargs or {}))
+        used = [self._names[id(x)] for x in tree_leaves((args, kwargs)) if id(x) in self._names]
+        if used and any(isinstance(x, Tensor) for x in tree_leaves(out)):  # else its shape or dtype was asked for
+            given = {**dict(zip(READERS.get(func, ()), args, strict=False)), **(kwargs or {})}
+            if len(used) != 2 or not self._noted(func, given):
+                self.others.update(used)
+            self.others |= self.seen.intersection(used)
+            self.seen.update(used)
+        return out
+
+    def _noted(self, func: Any, given: Any) -> bool:
+        """Note what a call reads; False if no bias can give a constant of it."""
+        x, weight, bias = map(given.get, _ALIKE)
+        padding, axis = given.get("padding", 0), 0 if func is torch.addmm else 1
+        unpadded = padding == "valid" or not any(padding if isinstance(padding, (tuple, list)) else [padding])
+        plain = all(given.get(name, 1) == 1 for name in ("groups", "alpha", "beta"))
+        if not unpadded or not plain or not {id(weight), id(bias)} <= self._names.keys():
+            return False
+        if (
+            x.layout != torch.strided
+            or x.is_nested
+            or weight.dim() < 2
+            or bias.shape != weight.shape[1 - axis : 2 - axis]
+        ):
+            return False
+        inputs, x = x.dim() - weight.dim() + 2, x[None]
+        dtype = torch.promote_types(x.dtype, torch.float64)
+        total = x.sum([i for i in range(x.dim()) if i != inputs], dtype=dtype).cpu()
+        _, _, before, count = self.read.get(self._names[id(weight)], ("", 0, torch.zeros_like(total), 0))
+        count += x.numel() // x.shape[inputs]
+        self.read[self._names[id(weight)]] = self._names[id(bias)], axis, before + total, count
+        return True
+
+
+def check_plain(policy: Policy, batches: Iterable[Any] | None) -> None:
+    """Refuse to compensate where units are scaled.
+
+    Raises:
+        TorchgrowError: they are.
+    """
+    if batches is not None and policy.gate is not None:
+        raise TorchgrowError(
+            f"biases take over exactly only from units that count in full, and {type(policy).__name__} folds gates "
+            'into weights; leave out batches, or grow by a policy without gates, such as preset="shrink"'
+        )
+
+
+def _watched(model: nn.Module, batches: Iterable[Any]) -> Readers:
+    """The readers of a model over some batches, in evaluation mode; its modes, buffers and random states stay.
+
+    Raises:
+        TorchgrowError: there are no batches.
+    """
+    readers, modes = Readers(model), {module: module.training for module in model.modules()}
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    empty = True
+    try:
+        with running(model, Pass()), eager:
+            for given in batches:
+                readers.seen, empty = set(), False
+                with readers:
+                    feed(model, given)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if empty:
+        raise TorchgrowError(
+            "units leave, and batches is empty, so nothing says what they give on average; nothing was changed. Pass "
+            "some, anew at every call: batches=itertools.islice(loader, 20)"
+        )
+    return readers
+
+
+@torch.no_grad()
+def shifts_of(
+    model: nn.Module,
+    space: Space,
+    before: Tensor,
+    keep: Tensor,
+    batches: Iterable[Any] | None,
+    gather: Callable[[Any], list[Any]] = lambda found: [found],
+) -> dict[str, Tensor]:
+    """What biases take over from units that leave: W[:, gone] mean(a[gone]), for exact readers that stay.
+
+    Args:
+        model: with the units `before`; nothing of it changes.
+        space: its space.
+        before: the live units, bool [n].
+        keep: those that stay or come, bool [n].
+        batches: see `Grower.update`; read only if units leave.
+        gather: returns what every rank has; all call it, and means are over all of them.
+
+    Returns:
+        By name of the bias, float64 on the host, of the bias's present size.
+
+    Raises:
+        TorchgrowError: there are no batches, or a mean is not finite.
+    """
+    found = None
+    try:
+        if batches is not None and bool((before & ~keep).any()):
+            readers = _watched(model, batches)
+            found = readers.read, readers.others
+    except BaseException:
+        gather(None)  # ranks that wait for this one
+        raise
+    every = [one for one in gather(found) if one]
+    others, names = set[str]().union(*(one[1] for one in every)), {name: None for one in every for name in one[0]}
+    parameters, shifts = dict(model.named_parameters()), dict[str, Tensor]()
+    for weight in names:
+        bias, axis = next(one[0][weight][:2] for one in every if weight in one[0])
+        units = space.unit_of.get((weight, axis))
+        if units is None or {weight, bias} & others or space.absent(weight, keep):
+            continue
+        units = units[live_positions(units, before)]
+        gone = torch.nonzero(~live_positions(units, keep)).flatten()
+        total, count = (sum(one[0][weight][i] for one in every if weight in one[0]) for i in (2, 3))
+        if not len(gone) or not count:
+            continue
+        lost = parameters[weight].index_select(axis, gone.to(parameters[weight].device)).cpu().to(total.dtype)
+        shift = torch.tensordot(lost, (total / count)[gone], dims=([axis], [0]))
+        shifts[bias] = shift.reshape(len(parameters[bias]), -1).sum(1)  # over the positions of a convolution's kernel
+        if not bool(shifts[bias].isfinite().all()):
+            raise TorchgrowError(
+                f"what {weight} reads from units that leave is not finite on average, so {bias} cannot take it over; "
+                "nothing was changed. Pass batches on which the network computes finite numbers"
+            )
+    return shifts
