@@ -33,13 +33,15 @@ READERS: dict[Any, tuple[str, ...]] = {
 }
 """Functions that read units, and what their arguments are."""
 
+Read = tuple[str, int, Tensor, int]
+"""Of a weight: name of the bias, axis of the weight's inputs, sum of what was read (float64 [inputs]), number of terms."""
+
 
 class Readers(TorchFunctionMode):
     """While it is on, notes what exact readers read, and which parameters are used otherwise.
 
     Attributes:
-        read: by name of a weight: name of the bias, axis of the weight's inputs, their sum (float64 [inputs]), and over
-            how many samples and positions.
+        read: what exact readers read, by names of their weights.
         others: names of parameters that no exact reader uses, or that a forward uses twice.
         seen: names of parameters that the present forward has used.
     """
@@ -47,7 +49,7 @@ class Readers(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self.read: dict[str, tuple[str, int, Tensor, int]] = {}
+        self.read: dict[str, Read] = {}
         self.others, self.seen = set[str](), set[str]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -66,16 +68,11 @@ class Readers(TorchFunctionMode):
         """Note what a call reads; False if no bias can give a constant of it."""
         x, weight, bias = map(given.get, _ALIKE)
         padding, axis = given.get("padding", 0), 0 if func is torch.addmm else 1
-        unpadded = padding == "valid" or not any(padding if isinstance(padding, (tuple, list)) else [padding])
-        plain = all(given.get(name, 1) == 1 for name in ("groups", "alpha", "beta"))
-        if not unpadded or not plain or not {id(weight), id(bias)} <= self._names.keys():
+        sides = padding if isinstance(padding, (tuple, list)) else [padding != "valid" and padding]
+        plain = [given.get(name, 1) == 1 for name in ("groups", "alpha", "beta")]
+        if {id(weight), id(bias)} - self._names.keys() or any(sides) or not all(plain) or weight.dim() < 2:
             return False
-        if (
-            x.layout != torch.strided
-            or x.is_nested
-            or weight.dim() < 2
-            or bias.shape != weight.shape[1 - axis : 2 - axis]
-        ):
+        if bias.shape != weight.shape[1 - axis : 2 - axis] or x.is_nested or x.layout != torch.strided:
             return False
         inputs, x = x.dim() - weight.dim() + 2, x[None]
         dtype = torch.promote_types(x.dtype, torch.float64)
@@ -99,8 +96,8 @@ def check_plain(policy: Policy, batches: Iterable[Any] | None) -> None:
         )
 
 
-def _watched(model: nn.Module, batches: Iterable[Any]) -> Readers:
-    """The readers of a model over some batches, in evaluation mode; its modes, buffers and random states stay.
+def _watched(model: nn.Module, batches: Iterable[Any]) -> tuple[dict[str, Read], set[str]]:
+    """What readers read of some batches, in evaluation mode, and others; modes, buffers and random states stay.
 
     Raises:
         TorchgrowError: there are no batches.
@@ -122,7 +119,7 @@ def _watched(model: nn.Module, batches: Iterable[Any]) -> Readers:
             "units leave, and batches is empty, so nothing says what they give on average; nothing was changed. Pass "
             "some, anew at every call: batches=itertools.islice(loader, 20)"
         )
-    return readers
+    return readers.read, readers.others
 
 
 @torch.no_grad()
@@ -150,29 +147,24 @@ def shifts_of(
     Raises:
         TorchgrowError: there are no batches, or a mean is not finite.
     """
-    found = None
-    try:
-        if batches is not None and bool((before & ~keep).any()):
-            readers = _watched(model, batches)
-            found = readers.read, readers.others
-    except BaseException:
-        gather(None)  # ranks that wait for this one
-        raise
-    every = [one for one in gather(found) if one]
-    others, names = set[str]().union(*(one[1] for one in every)), {name: None for one in every for name in one[0]}
+    leave = batches is not None and bool((before & ~keep).any())
+    every = [one for one in gather(_watched(model, batches or ()) if leave else None) if one]
+    others, read = set[str]().union(*(one for _, one in every)), dict[str, list[Read]]()
+    for weight, one in (item for found, _ in every for item in found.items()):
+        read.setdefault(weight, []).append(one)
     parameters, shifts = dict(model.named_parameters()), dict[str, Tensor]()
-    for weight in names:
-        bias, axis = next(one[0][weight][:2] for one in every if weight in one[0])
+    for weight, found in read.items():
+        bias, axis = found[0][:2]
         units = space.unit_of.get((weight, axis))
         if units is None or {weight, bias} & others or space.absent(weight, keep):
             continue
         units = units[live_positions(units, before)]
         gone = torch.nonzero(~live_positions(units, keep)).flatten()
-        total, count = (sum(one[0][weight][i] for one in every if weight in one[0]) for i in (2, 3))
-        if not len(gone) or not count:
+        if not len(gone) or not (count := sum(one[3] for one in found)):
             continue
-        lost = parameters[weight].index_select(axis, gone.to(parameters[weight].device)).cpu().to(total.dtype)
-        shift = torch.tensordot(lost, (total / count)[gone], dims=([axis], [0]))
+        mean = torch.stack([one[2] for one in found]).sum(0)[gone] / count
+        lost = parameters[weight].index_select(axis, gone.to(parameters[weight].device)).cpu().to(mean.dtype)
+        shift = torch.tensordot(lost, mean, dims=([axis], [0]))
         shifts[bias] = shift.reshape(len(parameters[bias]), -1).sum(1)  # over the positions of a convolution's kernel
         if not bool(shifts[bias].isfinite().all()):
             raise TorchgrowError(

@@ -261,7 +261,7 @@ class Run:
         state, exchange, previous = self.state, exchange or Exchange(), self.live.keep
         first, before = not state.history, previous if state.history else keep
         check_plain(policy, batches)
-        shifts = shifts_of(self.live.model, self.plan.space, before, keep, batches, self.ranks.gather)
+        shifts = shifts_of(self.live.model, self.plan.space, before, keep, batches, self.ranks.exchanged)
         how = {"first": first, "last": last, "as_is": first and self.plan.start is not None}
         reshapes = self.live.change(exchange, keep, policy.gate, zeroed=zeroed, shifts=shifts, **how)
         event = event_of(self.plan.costs, state, keep, before, policy, start)
