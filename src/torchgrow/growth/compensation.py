@@ -34,7 +34,7 @@ READERS: dict[Any, tuple[str, ...]] = {
 """Functions that read units, and what their arguments are."""
 
 Read = tuple[str, int, Tensor, int]
-"""Of a weight: name of the bias, axis of the weight's inputs, sum of what was read (float64 [inputs]), number of terms."""
+"""Of a weight: name of the bias, axis of the weight's inputs, sum of inputs (float64 [inputs]), number of terms."""
 
 
 class Readers(TorchFunctionMode):
