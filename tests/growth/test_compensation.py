@@ -3,7 +3,7 @@
 import copy
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +18,13 @@ import torchgrow.exchange
 from growing import breaking, differences, everything
 from layered import Residual, Stages
 from lookalikes import SlowWeights
+from readers import FLAT, LAWS, PICTURES, WAYS, Odd, Transposed, convolutions, mlp
 from torchgrow import Budget, Grower, Space, TorchgrowError
 from torchgrow.policies import Paper, Policy, Shrink, View
 from torchgrow.structure.bank import Bank
 from torchgrow.structure.kept import keep_of
 from torchgrow.structure.record import recorded
 from torchgrow.structure.space import live_positions
-
-torch.manual_seed(0)
-FLAT = [torch.randn(7, 6).double() for _ in range(3)]
-PICTURES = [torch.randn(5, 3, 8, 8).double() for _ in range(3)]
-WORDS = [torch.randint(11, (4, 5)) for _ in range(3)]
 
 
 @dataclass(eq=False)
@@ -41,90 +37,6 @@ class Chosen(Policy):
 
     def update(self, view: View) -> tuple[Tensor, bool]:
         return self.wanted, False
-
-
-# --- networks, and which of their modules are exact readers ---
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(6, 20), nn.Sigmoid(), nn.Linear(20, 16), nn.GELU(), nn.Linear(16, 4))
-
-
-def convolutions() -> nn.Module:
-    """3x3 without padding, 1x1, a stride, padding by reflection, and a linear layer on 3 x 3 positions a channel."""
-    return nn.Sequential(
-        *(nn.Conv2d(3, 8, 3), nn.Sigmoid(), nn.Conv2d(8, 12, 1), nn.ReLU()),
-        *(nn.Conv2d(12, 9, 2, stride=2), nn.Tanh(), nn.Conv2d(9, 7, 3, padding=1, padding_mode="reflect"), nn.ReLU()),
-        *(nn.Flatten(), nn.Linear(63, 10), nn.ReLU(), nn.Linear(10, 4)),
-    )
-
-
-class Transposed(nn.Module):
-    """GPT-2's linear map, as transformers has it."""
-
-    def __init__(self, n: int, m: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(n, m) / n), nn.Parameter(torch.randn(m))
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
-        return flat.reshape(*x.shape[:-1], -1)
-
-
-class Gpt(nn.Module):
-    """Embedding, attention, two FFNs (of two kinds of linear maps), norms, a head that is tied to the embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.norm = nn.Embedding(11, 8), nn.LayerNorm(8)
-        self.queries, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
-        self.up, self.down = nn.Linear(8, 20), nn.Linear(20, 8)
-        self.fc, self.proj = Transposed(8, 18), Transposed(18, 8)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.words(tokens)
-        q, k, v = self.queries(self.norm(x)).view(*tokens.shape, 3, 2, 4).permute(2, 0, 3, 1, 4)
-        read = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(read.transpose(1, 2).flatten(2))
-        x = x + self.down(F.gelu(self.up(x)))
-        x = x + self.proj(F.gelu(self.fc(x)))
-        return F.linear(self.norm(x), self.words.weight)
-
-
-class Concatenated(nn.Module):
-    """One reader of two producers, and another of one of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(6, 10), nn.Linear(6, 12)
-        self.both, self.one, self.last = nn.Linear(22, 9), nn.Linear(10, 9), nn.Linear(9, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = torch.sigmoid(self.a(x)), torch.relu(self.b(x))
-        return self.last(torch.relu(self.both(torch.cat([a, b], 1)) + self.one(a)))
-
-
-class Mixed(nn.Module):
-    """Channels that are read by one convolution with zeros around, one without, and one without a bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.padded = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 8, 3, padding=1)
-        self.plain, self.bare = nn.Conv2d(12, 8, 1), nn.Conv2d(12, 8, 1, bias=False)
-        self.last = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.sigmoid(self.first(x))
-        return self.last(torch.relu(self.padded(x) + self.plain(x) + self.bare(x)).mean((2, 3)))
-
-
-LAWS: dict[str, tuple[Callable[[], nn.Module], list[Tensor], str]] = {
-    "mlp": (mlp, FLAT, "2 4"),
-    "convolutions": (convolutions, PICTURES, "2 4 6 9 11"),
-    "gpt": (Gpt, WORDS, "out down proj"),
-    "concatenated": (Concatenated, FLAT, "both one last"),
-    "mixed": (Mixed, PICTURES, "plain last"),
-}
 
 
 def axis_of(module: nn.Module) -> int:
@@ -177,7 +89,7 @@ def kept(model: nn.Module, frame: nn.Module, space: Space) -> Tensor:
     return keep_of(Bank(copy.deepcopy(frame), space), recorded(model.named_modules()), [], "it")
 
 
-def begin(model: nn.Module, x: Any, policy: Policy | None = None, optimizer: Any = None, **more: Any) -> Grower:
+def begin(model: nn.Module, x: Any, policy: Policy | None = None, optimizer: Any = None, **more: Any) -> Any:
     """A run from the whole model, to 60 % of its parameters; a step of a rate of 0 is behind it."""
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.0)
     arguments = {"updates": 3, "budget": Budget(params="60%"), "start": "frame", **more}
@@ -225,65 +137,19 @@ def test_units_that_are_constant_leave_without_a_trace(how: str) -> None:
         model = nn.Sequential(*(nn.ReLU() if isinstance(m, nn.Sigmoid) else m for m in build())).double()
         with torch.no_grad():
             for path in pairs:
-                model.get_submodule(path).weight[::2] *= 1e-14
-                model.get_submodule(path).bias[::2] = 0.01
+                model.get_parameter(f"{path}.weight")[::2] *= 1e-14
+                model.get_parameter(f"{path}.bias")[::2] = 0.01
         before = model.eval()(batches[0])
         policy = Shrink(importance="l1", allocation="uniform")
         if how == "prune_":
             torchgrow.prune_(model, batches[0], budget=Budget(params="50%"), policy=policy, batches=batches[:1])
         else:
             begin(model, batches[0], policy, budget=Budget(params="50%")).update(batches[:1])
-        assert model.get_submodule("2").weight.shape[1] < (20 if build is mlp else 8)
+        assert model.get_parameter("2.weight").shape[1] < (20 if build is mlp else 8)
         close(model.eval()(batches[0]), before)
 
 
 # --- what is left alone, bit for bit ---
-
-
-class Odd(nn.Module):
-    """`way` says how the hidden units are read."""
-
-    def __init__(self, way: str) -> None:
-        super().__init__()
-        self.way, self.first, self.reader, self.last = way, nn.Conv2d(3, 12, 1), nn.Conv2d(12, 8, 1), nn.Conv2d(8, 2, 1)
-        if way == "zeros around":
-            self.reader = nn.Conv2d(12, 8, 3, padding=(0, 1))
-        elif way == "same":
-            self.reader = nn.Conv2d(12, 8, 3, padding="same")
-        elif way == "no bias":
-            self.reader = nn.Conv2d(12, 8, 1, bias=False)
-        elif way == "two groups":
-            self.reader = nn.Conv2d(12, 8, 1, groups=2)
-        elif way == "transposed":
-            self.reader = nn.ConvTranspose2d(12, 8, 1)
-        elif way == "two modules":
-            self.other = nn.Conv2d(12, 8, 1)
-            self.other.weight = self.reader.weight
-        elif way == "one bias":
-            self.other = nn.Conv2d(12, 8, 1)
-            self.other.bias = self.reader.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        x, read = torch.sigmoid(self.first(x)), self.reader
-        if self.way == "twice":
-            y = read(x) + read(x.flip(0))
-        elif self.way in ("two modules", "one bias"):
-            y = read(x) + self.other(x)
-        elif self.way == "a function":
-            y = read(x) + F.conv2d(x, read.weight)
-        elif self.way == "its bias":
-            y = read(x) + torch.relu(read.bias).sum()
-        elif self.way == "in another type":
-            y = F.conv2d(x.float(), read.weight.float(), read.bias.float()).double()
-        elif self.way == "scaled":
-            y = F.conv2d(x, read.weight * 2, read.bias)
-        else:
-            y = read(x)
-        return self.last(torch.relu(y)).mean((2, 3))
-
-
-WAYS = ["zeros around", "same", "no bias", "two groups", "transposed", "two modules", "one bias", "twice"]
-WAYS += ["a function", "its bias", "in another type", "scaled"]
 
 
 @pytest.mark.parametrize("way", [*WAYS, "plainly"])
@@ -302,7 +168,7 @@ def test_what_is_no_exact_reader_stays_bit_for_bit(way: str) -> None:
         grower.update(batches)
         assert torch.equal(grower.keep, keep)
         results.append({n: p.detach().clone() for n, p in grower.model.named_parameters() if not n.startswith("last")})
-    changed = {name[1:] for name in differences(*results)}
+    changed = {name[1:] for name in differences(results[0], results[1])}
     assert changed == ({"reader.bias"} if way == "plainly" else set())
 
 
@@ -316,6 +182,7 @@ class Counting(nn.Module):
         super().__init__()
         self.first, self.norm, self.last = nn.Linear(6, 20), nn.BatchNorm1d(20), nn.Linear(20, 4)
         self.drop = nn.Dropout(0.5)
+        self.calls: Tensor
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -324,7 +191,7 @@ class Counting(nn.Module):
         return self.last(self.drop(torch.relu(self.norm(self.first(x)) + 0 * noise)))
 
 
-def counting(policy: Policy | None = None) -> Grower:
+def counting(policy: Policy | None = None) -> Any:
     torch.manual_seed(4)
     model = Counting().double()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
@@ -338,11 +205,12 @@ def counting(policy: Policy | None = None) -> Grower:
 
 def around(grower: Grower) -> dict[str, Any]:
     """All that measuring must leave as it was."""
-    model, state = grower.model, np.random.get_state()
+    model, state = grower.model, [*np.random.get_state()]
+    keys: Any = state[1]
     return {
         "modes": str([module.training for module in model.modules()]),
         "buffers": {name: buffer.clone() for name, buffer in model.named_buffers() if not buffer.shape},
-        "drawn": {"torch": torch.get_rng_state(), "others": f"{random.getstate()} {state[1].tolist()} {state[2]}"},
+        "drawn": {"torch": torch.get_rng_state(), "others": f"{random.getstate()} {keys.tolist()} {state[2]}"},
     }
 
 
@@ -389,7 +257,7 @@ def test_what_cannot_be_measured_changes_nothing(batches: Any, policy: Policy | 
         assert not differences(weights, dict(model.state_dict()))
 
 
-@pytest.mark.parametrize("call", [0, 3, 7, 12, 20, 30])
+@pytest.mark.parametrize("call", [0, 7, 20])
 def test_an_interrupted_change_takes_the_biases_back(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     grower = counting()
     before = everything(grower, run=False)
@@ -453,7 +321,7 @@ def test_layers_leave_without_compensation() -> None:
 def test_from_a_seed_and_into_channels_last() -> None:
     """Units that come and leave at one update: old ones are compensated, and memory stays laid out as it was."""
     torch.manual_seed(7)
-    model = convolutions().double().to(memory_format=torch.channels_last)
+    model: Any = convolutions().double().to(memory_format=torch.channels_last)
     frame = copy.deepcopy(model)
     grower = begin(model, PICTURES[0], Chosen(), updates=6, rescale=False)
     everything_else, first = grower.keep.clone(), grower.space.unit_of["0.weight", 0]
@@ -494,9 +362,9 @@ def test_a_run_from_the_seed_takes_batches_at_every_update(device: str) -> None:
 
 def test_followers_keep_their_biases() -> None:
     torch.manual_seed(9)
-    model = mlp().double()
+    model: Any = mlp().double()
     grower = begin(model, FLAT[0])
-    average = torch.optim.swa_utils.AveragedModel(model)
+    average: Any = torch.optim.swa_utils.AveragedModel(model)
     grower.follow(average)
     bias = average.module[4].bias.detach().clone()
     grower.update(FLAT)

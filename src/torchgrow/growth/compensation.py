@@ -1,9 +1,9 @@
 """Biases that take over what leaving units gave on average.
 
-A linear map or convolution that reads a unit loses W[:, u] a_u when unit u leaves. If a_u were its mean, a constant
-would be lost, and the bias can give that exactly (Ye et al., 2018, arXiv:1802.00124, move constant channels into the
-next biases). Padding with zeros makes it no constant: such a reader stays as it is, and so does one without a bias, or
-whose weight or bias is used for anything else. Readers are found by the calls in a forward, not by modules.
+A linear map or convolution that reads unit u loses W[:, u] a_u when it leaves. Were a_u its mean, a constant would be
+lost, and the bias can give that exactly (Ye et al., 2018, arXiv:1802.00124, do so with constant channels). With zeros
+padded it is no constant: such a reader stays as it is, and so does one without a bias, or whose weight or bias is used
+for anything else. Readers are found by the calls in a forward, not by modules.
 """
 
 from __future__ import annotations

@@ -61,9 +61,8 @@ def prune_(
     """Cut a trained model to a budget in place, at once; what is cut off is gone.
 
     Make the optimizer afterwards. For models too large to train here, and as a start for a training loop of your own:
-    `Grower(..., start="frame")` cuts little by little while it trains, which keeps more of what was learnt.
-
-    Memory: the model, its largest tensor, and with `proof` several copies of it in float64.
+    `Grower(..., start="frame")` cuts little by little while it trains, which keeps more of what was learnt. It takes
+    the memory of the model and its largest tensor, and with `proof` of several copies of it in float64.
 
     Args:
         model: the trained network.
@@ -79,8 +78,7 @@ def prune_(
         proof: as for `trace`. Without, outputs on the first example before and after are compared in the model's own
             dtype, in evaluation mode; layers are not (leave `depth` out).
         seed: of importance "random".
-        batches: on which it is measured what the units that go give on average; biases take it over, as in
-            `Grower.update`.
+        batches: on which means are measured that biases take over from the units that go, as in `Grower.update`.
 
     Returns:
         Cost of the cut model.
@@ -92,8 +90,7 @@ def prune_(
     """
     _check(model, budget, policy)
     space = trace(model, example_inputs, protect=protect, couple=couple, depth=depth, carried=carried, proof=proof)
-    _check_removable(space)
-    plan = Plan.of(model, space, budget, updates=2, seed=seed)
+    plan = _planned(model, space, budget, seed)
     keep = _chosen(model, plan, policy or Shrink(importance="group_norm"))
     shifts = shifts_of(model, space, space.everything(), keep, batches)
     expected = None if space.proven or space.blocks else _without(model, space, keep, example_inputs)
@@ -125,15 +122,17 @@ def _check(model: nn.Module, budget: Budget, policy: Shrink | None) -> None:
     check_free(model, ())
 
 
-def _check_removable(space: Space) -> None:
-    """Refuse a model of which nothing can go.
+def _planned(model: nn.Module, space: Space, budget: Budget, seed: int) -> Plan:
+    """A plan of two updates.
 
     Raises:
-        StructureError: it is one.
+        StructureError: nothing can go.
+        BudgetError: the budget is out of reach.
     """
     if not bool(space.removable.any()):
         reasons = "; ".join(str(frozen) for frozen in space.frozen[:5]) or "the model has no units"
         raise StructureError(f"nothing can be cut here, because {reasons}")
+    return Plan.of(model, space, budget, updates=2, seed=seed)
 
 
 @on_host()

@@ -80,12 +80,7 @@ class Change:
         return {name: self.swaps[name].new for name in names if name in self.swaps}
 
     def add(self, name: str, part: Tensor) -> None:
-        """Add a vector to what a tensor of one axis will hold, and to slots that are copies of it.
-
-        Args:
-            name: of the tensor.
-            part: of its size before the change.
-        """
+        """Add a vector, of the size before the change, to what a tensor of one axis and its copies will hold."""
         bank, full = self.bank, part.new_zeros(self.bank.space.shapes[name])
         if name not in self.swaps:  # its positions stay
             slots = [slot for slot in bank.live_slots(name) if slot.kind.kind == "copy"]
