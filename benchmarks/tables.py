@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tables_models import conformance, exactness, random_networks, training_networks
 from tables_paper import beside_ours, dynamics, frames, schedules
 from tables_published import published
-from tables_shrinking import shrinking
+from tables_shrinking import compensation, shrinking
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "results.md"
@@ -335,6 +335,7 @@ def page() -> str:
         "## Layers and channels\n\n" + depth(),
         "## Initial weights at the scale of the widths planned\n\n" + birth(),
         "## Trained networks made smaller\n\n" + shrinking(rows("shrinking.jsonl")),
+        "## Biases that take over from units that leave\n\n" + compensation(rows("compensation.jsonl")),
         "## Published networks made smaller\n\n" + published(rows("published.jsonl")),
         "## The paper's networks\n\n" + frames(rows("frames.jsonl")),
         "## The paper's tables beside ours\n\n" + beside_ours(COMPARISONS),

@@ -1,9 +1,10 @@
-"""Table of docs/results.md on trained networks that are brought to a budget."""
+"""Tables of docs/results.md on trained networks that are brought to a budget."""
 
 from collections import defaultdict
 
 from torchgrow.lab.pages import Row, grid, machine, spread
 
+TAKEN_OVER = ["network", "units by", "parameters left", "n", "whole %", "cut %", "compensated %", "gained, points"]
 NAMES = {"resnet20": "ResNet-20, CIFAR-10", "digits": "digits"}
 SETTING = ("network", "budget", "epochs", "base_epochs", "images", "batch")
 HEAD = [
@@ -83,3 +84,29 @@ def shrinking(rows: list[Row]) -> str:
             + table(found, bases, "test" if tested else "held_out")
         )
     return "\n\n".join(parts)
+
+
+def compensation(found: list[Row]) -> str:
+    """Networks right after a cut, as they are and with biases that take over what the gone units gave on average."""
+    if not found:
+        return "Not measured yet."
+    cases: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+    for row in found:
+        cases[row["network"], row["importance"], row["share"]].append(row)
+    body = []
+    for (network, importance, share), rows in cases.items():
+        accuracies = [[row[way]["accuracy"] for row in rows] for way in ("whole", "cut", "compensated")]
+        gained = [with_means - without for _, without, with_means in zip(*accuracies, strict=True)]
+        scores = [spread([row[way]["distance"] for row in rows]) for way in ("cut", "compensated")]
+        cells = [network, importance, share, str(len(rows)), *(spread(one, 1) for one in accuracies)]
+        body.append([*cells, spread(gained, 1), *scores])
+    first = found[0]
+    return (
+        f"`torchgrow.prune_(..., batches=...)` on networks without norms, trained on digits for {first['epochs']} to "
+        f"{found[-1]['epochs']} epochs: accuracy on held-out images right after the cut, before any fine-tuning. "
+        f"Compensated: biases take over what the gone units gave on average, over {first['measured']} batches of "
+        f"{first['batch']} training images. Both cuts remove the same units. Distance: of the scores to those of the "
+        "whole network, over their norm.\n\nCommand: `python benchmarks/compensation.py`. Measured on "
+        f"{machine(found, 'versions')}, busy with other runs.\n\n"
+        + grid([*TAKEN_OVER, "distance, cut", "distance, compensated"], body)
+    )

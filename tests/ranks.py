@@ -23,7 +23,7 @@ from oracle import SmallResNet
 from own_policy import cubic
 from planned import Planned
 from torchgrow import Budget, Grower, TorchgrowError, load_checkpoint, save_checkpoint
-from torchgrow.policies import View
+from torchgrow.policies import Shrink, View
 
 EPOCHS, STEPS = 3, 4
 
@@ -142,6 +142,31 @@ def own_policy() -> list[dict[str, Tensor]]:
         grower.update()
         seen.append(tensors(grower))
     return seen
+
+
+def compensated() -> list[Any]:
+    """Means over what all ranks measure; then rank 1 cannot read its batches, and the others do not wait for it."""
+    torch.manual_seed(rank())
+    grower, seen = make(Plain().double(), start="frame", policy=Shrink(importance="l1", until=1.0)), []
+    for step in range(2):
+        train(grower.wrap(), grower, STEPS * step)
+        unequal = [shard(step)[0], shard(step)[0][:2]] if rank() == 0 else [shard(step)[0]]
+        grower.update(unequal if step == 0 or rank() else None)
+        seen.append(tensors(grower))
+    train(grower.wrap(), grower, 2 * STEPS)
+    said = message(lambda: grower.update([shard(0)[0]] if rank() == 0 else []))
+    grower.update()
+    return [seen, said, len(grower.history)]
+
+
+def compensated_alone() -> list[dict[str, Tensor]]:
+    """The same in one process, up to the first update."""
+    torch.manual_seed(0)
+    grower = make(Plain().double(), start="frame", policy=Shrink(importance="l1", until=1.0))
+    train(grower.model, grower, 0)
+    x = batch(0)[0]
+    grower.update([x[0::2], x[0::2][:2], x[1::2]])
+    return [tensors(grower)]
 
 
 class Dropping(nn.Module):

@@ -138,6 +138,12 @@ class Ranks:
         with self._waiting():
             return gathered(value, self._group)
 
+    def exchanged(self, value: Any) -> list[Any]:
+        """As `gather`, within `together`: raises on all ranks if one has failed before."""
+        self.agree(lambda: dict.fromkeys(PARTS, ()))
+        self._agreed = False
+        return self.gather(value)
+
     @contextmanager
     def _waiting(self) -> Iterator[None]:
         try:

@@ -27,6 +27,7 @@ SCENARIOS: list[Callable[..., Any]] = [
     ranks.with_batch_norm,
     ranks.layers,
     ranks.own_policy,
+    ranks.compensated,
     ranks.seeds_differ,
     ranks.budgets_differ,
     ranks.bare_model,
@@ -72,6 +73,18 @@ def test_a_policy_of_ones_own_decides_alike_on_all_ranks(two: Results) -> None:
     found = [result["own_policy"] for result in two]
     same_everywhere(found)
     assert found[0][0]["keep"].sum() > found[0][-1]["keep"].sum() > 0
+
+
+def test_biases_take_over_what_all_ranks_measure(two: Results) -> None:
+    """As one process with the batches of both; a rank without batches takes the others' means."""
+    found = [result["compensated"] for result in two]
+    same_everywhere([seen for seen, _, _ in found])
+    (first, *_), (alone,) = found[0][0], ranks.compensated_alone()
+    for name in first:
+        torch.testing.assert_close(first[name], alone[name], rtol=1e-9, atol=1e-9, msg=name)
+    assert found[0][1].startswith("rank 1 failed in this update, for the reason given there; nothing was changed")
+    assert found[1][1].startswith("units leave, and batches is empty")
+    assert [count for _, _, count in found] == [4, 4]
 
 
 def same_everywhere(found: list[list[dict[str, Any]]]) -> None:

@@ -118,14 +118,23 @@ class Grower(Shown):
         plan = self.run.plan
         self.space, self.limits, self.frame_cost = plan.space, plan.limits, plan.frame_cost
 
-    def update(self) -> Event:
+    def update(self, batches: Iterable[Any] | None = None) -> Event:
         """Grow, detach and regrow once. Evaluate before: new units are untrained.
+
+        With `batches`, biases take over what the leaving units gave on average: the network then computes what it did
+        with the outputs of these units replaced by their means, where they are read by linear maps and convolutions
+        that have a bias and no zero padding; other readers lose them as ever. Followers keep their own biases.
 
         With several processes every rank calls it; buffers such as running statistics become rank 0's. Every rank
         receives the random states of all ranks; `save_checkpoint` needs them.
 
+        Args:
+            batches: to measure means on, in evaluation mode, as for `recalibrate`; means are over all ranks that give
+                some. Read only if units leave.
+
         Raises:
-            TorchgrowError: the run is over, the ranks do not agree, or another thread is at it.
+            TorchgrowError: the run is over, the ranks do not agree, or another thread is at it; there are no batches,
+                the policy folds gates into weights, or a mean is not finite.
             TrainingError: the last optimizer step did not finish, or something else than the given optimizers trains
                 the network.
 
@@ -134,19 +143,20 @@ class Grower(Shown):
                 takes none; or a copy of the frame that does not follow was averaged with the seed.
         """
         with trainable(), by_one_thread(self._inside):
-            return self.run.update()
+            return self.run.update(batches)
 
-    def finish(self) -> Event:
+    def finish(self, batches: Iterable[Any] | None = None) -> Event:
         """End the run now: the network is brought to the budget, the bank is emptied, the hooks come off.
 
         Called before update T-1 the network may change once more. Units that enter here have no effect at first, as the
         weights by which they are read are 0: outputs stay, but for norms over units; training on makes use of them.
+        With `batches` biases take over from units that leave, as in `update`.
 
         Raises:
-            TorchgrowError: the run is over already, the ranks do not agree, or another thread is at it.
+            TorchgrowError: the run is over already, or as for `update`.
         """
         with trainable(), by_one_thread(self._inside):
-            return self.run.finish()
+            return self.run.finish(batches)
 
     def wrap(self, **settings: Any) -> nn.Module:
         """The network for data-parallel training; call it again after every update: `ddp = grower.wrap()`.

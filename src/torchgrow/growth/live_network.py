@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -164,6 +165,7 @@ class LiveNetwork:
         last: bool,
         silent: Tensor | None,
         as_is: bool = False,
+        shifts: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> bool:
         """Have `exchange` make `keep` the live structure of the model and its followers; nothing is written before.
 
@@ -175,12 +177,15 @@ class LiveNetwork:
             last: the hooks come off and the banks are emptied.
             silent: bool [n], units that enter without an effect, as the weights by which they are read are 0.
             as_is: whether live units keep their function although they get gates: raw weights are divided by the gates.
+            shifts: what biases take over from units that leave; see `compensation.shifts_of`.
 
         Returns:
             Whether a tensor will have another shape.
         """
         stays = not first and torch.equal(keep, self.keep) and self.gates.folded_with(gate)
-        changes, installed = ([self.bank.unchanged()], None) if stays else self._stage(keep, gate, silent, as_is)
+        changes, installed = (
+            ([self.bank.unchanged()], None) if stays else self._stage(keep, gate, silent, as_is, shifts)
+        )
         reshapes = changes[0].reshapes
         for change in changes:
             change.into(exchange)
@@ -199,12 +204,14 @@ class LiveNetwork:
         return reshapes
 
     def _stage(
-        self, keep: Tensor, gate: Tensor | None, silent: Tensor | None, as_is: bool
+        self, keep: Tensor, gate: Tensor | None, silent: Tensor | None, as_is: bool, shifts: Mapping[str, Tensor]
     ) -> tuple[list[Change], tuple[Fold, list[Tensor], dict[tuple[str, str], Tensor]]]:
         """The staged changes of the network and its followers, and the arguments of `Folding.install`."""
         bank = self.bank
         raw = self.raw() or {name: self.parameters[name].detach() for name in self.gated}
         change = bank.stage(keep, raw, self.gates.raw_copies())
+        for name, shift in shifts.items():
+            change.add(name, shift)
         fresh = {name: change.swaps[name].new for name in self.gated if not self.space.absent(name, keep)}
         if silent is not None:
             _silence(self.space, change, keep, silent)
@@ -214,7 +221,9 @@ class LiveNetwork:
             for part in (fresh[name], *change.swaps[name].raw_copies().values()):
                 part.div_(factor)
         folded = fold.folded(factors)
-        followed = self._followed(keep, fresh, folded, silent)
+        followed = [
+            _followed(bank, keep, fresh, folded if bank in self.copies else {}, silent) for bank in self.followers
+        ]
         copies: dict[tuple[str, str], Tensor] = {}
         for (name, contents), factor in zip(folded.items(), factors, strict=True):
             swap = change.swaps[name]
@@ -222,21 +231,6 @@ class LiveNetwork:
             swap.new = contents
             swap.fold_copies(factor)
         return [change, *followed], (fold, factors, copies)
-
-    def _followed(
-        self, keep: Tensor, raw: Mapping[str, Tensor], folded: Mapping[str, Tensor], silent: Tensor | None
-    ) -> list[Change]:
-        """The change to `keep` of every follower; where a copy still holds what the bank holds, it gets that folded."""
-        changes = []
-        for follower in self.followers:
-            change = follower.stage(keep)
-            if silent is not None:
-                _silence(self.space, change, keep, silent)
-            for name in change.swaps.keys() & folded.keys() if follower in self.copies else ():
-                own, value = change.swaps[name].new, folded[name].to(change.swaps[name].new)
-                change.swaps[name].new = torch.where(own == raw[name].to(own), value, own)
-            changes.append(change)
-        return changes
 
     # --- copies that follow ---
 
@@ -276,6 +270,19 @@ class LiveNetwork:
         except BaseException:
             exchange.undo()
             raise
+
+
+def _followed(
+    bank: Bank, keep: Tensor, raw: Mapping[str, Tensor], folded: Mapping[str, Tensor], silent: Tensor | None
+) -> Change:
+    """The change to `keep` of a follower; what it still holds as the network's bank does, it gets folded."""
+    change = bank.stage(keep)
+    if silent is not None:
+        _silence(bank.space, change, keep, silent)
+    for name in change.swaps.keys() & folded.keys():
+        own, value = change.swaps[name].new, folded[name].to(change.swaps[name].new)
+        change.swaps[name].new = torch.where(own == raw[name].to(own), value, own)
+    return change
 
 
 def _silence(space: Space, change: Change, keep: Tensor, silent: Tensor) -> None:

@@ -35,7 +35,14 @@ class _Running(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
     def view(self, number: int) -> View: ...
-    def _note(self, exchange: Exchange, history: list[Event], finished: bool) -> None: ...
+
+
+def note(run: _Running, exchange: Exchange, history: list[Event], finished: bool) -> None:
+    """Have `exchange` note the progress of a run on the network, for `save` and other growers."""
+    growth, last, limits = run.live.bank.growth, history[-1], run.plan.limits
+    costs = (("parameters", last.params, limits.params), ("FLOPs", last.flops, limits.flops))
+    known = tuple((what, now, most) for what, now, most in costs if most is not None)
+    exchange.fields(growth, done=len(history) - 1, finished=finished, limits=known)
 
 
 class Loading:
@@ -84,7 +91,7 @@ class Loading:
         exchange.fields(state, before=live.keep, ever=state.ever | space.present(keep))
         history = [*state.history[:-1], last]
         exchange.fields(state, history=history)
-        run._note(exchange, history, state.finished)
+        note(run, exchange, history, state.finished)
         run.ranks.invalidate(exchange)
         exchange.make()
         forget_compiled()

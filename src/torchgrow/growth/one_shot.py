@@ -22,7 +22,7 @@ from ..renamed import renamed_arguments
 from ..structure.cost import Cost, CostModel
 from ..structure.limits import Budget
 from ..structure.space import Place, Space, live_positions
-from ..structure.store import is_meta
+from ..structure.store import gather, index_of, is_meta
 from ..tracing.blocks import Named
 from ..tracing.model_call import Carries, call, examples_of, fresh
 from ..tracing.nested import put_out
@@ -30,6 +30,7 @@ from ..tracing.passes import twin
 from ..tracing.requests import Couples
 from ..tracing.verification import trace
 from .attaching import check_free
+from .compensation import shifts_of
 from .gates import Fold
 from .plan import Plan
 from .teacher import recalibrate
@@ -55,13 +56,13 @@ def prune_(
     carried: Carries | None = None,
     proof: bool = True,
     seed: int = 0,
+    batches: Iterable[Any] | None = None,
 ) -> Cost:
     """Cut a trained model to a budget in place, at once; what is cut off is gone.
 
     Make the optimizer afterwards. For models too large to train here, and as a start for a training loop of your own:
-    `Grower(..., start="frame")` cuts little by little while it trains, which keeps more of what was learnt.
-
-    Memory: the model, its largest tensor, and with `proof` several copies of it in float64.
+    `Grower(..., start="frame")` cuts little by little while it trains, which keeps more of what was learnt. It takes
+    the memory of the model and its largest tensor, and with `proof` of several copies of it in float64.
 
     Args:
         model: the trained network.
@@ -77,6 +78,7 @@ def prune_(
         proof: as for `trace`. Without, outputs on the first example before and after are compared in the model's own
             dtype, in evaluation mode; layers are not (leave `depth` out).
         seed: of importance "random".
+        batches: on which means are measured that biases take over from the units that go, as in `Grower.update`.
 
     Returns:
         Cost of the cut model.
@@ -84,21 +86,21 @@ def prune_(
     Raises:
         TraceError, BudgetError, StructureError: as for `Grower`; nothing was changed. StructureError also if the cut
             was not proven and came out wrong: then the model is of no use.
-        TorchgrowError: importance "taylor" and no gradients.
+        TorchgrowError: importance "taylor" and no gradients; no batches in `batches`, or a mean that is not finite.
     """
     _check(model, budget, policy)
-    check_free(model, ())
     space = trace(model, example_inputs, protect=protect, couple=couple, depth=depth, carried=carried, proof=proof)
-    if not bool(space.removable.any()):
-        reasons = "; ".join(str(frozen) for frozen in space.frozen[:5]) or "the model has no units"
-        raise StructureError(f"nothing can be cut here, because {reasons}")
-    plan = Plan.of(model, space, budget, updates=2, seed=seed)
+    plan = _planned(model, space, budget, seed)
     keep = _chosen(model, plan, policy or Shrink(importance="group_norm"))
+    shifts = shifts_of(model, space, space.everything(), keep, batches)
     expected = None if space.proven or space.blocks else _without(model, space, keep, example_inputs)
     shrink_(model, space, keep, store=False)
     guard_(model)
     if expected is not None:
         _compare(_outputs(model, example_inputs), expected)
+    for name, shift in shifts.items():
+        bias = model.get_parameter(name).data
+        bias += gather(shift, index_of(space, name, keep)).to(bias)
     return plan.costs.cost(keep)
 
 
@@ -106,7 +108,7 @@ def _check(model: nn.Module, budget: Budget, policy: Shrink | None) -> None:
     """Refuse early what would fail late.
 
     Raises:
-        TorchgrowError: no budget, no such policy, or a model without weights.
+        TorchgrowError: no budget, no such policy, a model without weights, or one that a grower holds.
     """
     if not isinstance(budget, Budget) or not isinstance(policy, (Shrink, type(None))):
         raise TorchgrowError(
@@ -117,6 +119,20 @@ def _check(model: nn.Module, budget: Budget, policy: Shrink | None) -> None:
         raise TorchgrowError(
             f"{type(model).__name__} is on the meta device: there are no weights to choose by; load them"
         )
+    check_free(model, ())
+
+
+def _planned(model: nn.Module, space: Space, budget: Budget, seed: int) -> Plan:
+    """A plan of two updates.
+
+    Raises:
+        StructureError: nothing can go.
+        BudgetError: the budget is out of reach.
+    """
+    if not bool(space.removable.any()):
+        reasons = "; ".join(str(frozen) for frozen in space.frozen[:5]) or "the model has no units"
+        raise StructureError(f"nothing can be cut here, because {reasons}")
+    return Plan.of(model, space, budget, updates=2, seed=seed)
 
 
 @on_host()

@@ -6,7 +6,7 @@ import ctypes
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -29,10 +29,11 @@ from ..tracing.nested import tensors
 from .advice import Course, course, warn_if_trained
 from .attaching import pin_untrained, trained_names
 from .birth import rescale_
+from .compensation import check_plain, shifts_of
 from .event import Event
 from .live_network import LiveNetwork
 from .live_state import LiveState, state_of
-from .loading import Loading
+from .loading import Loading, note
 from .plan import Plan
 from .run_state import RunState, event_of, read_keep
 from .saved import FORMAT, examine
@@ -139,7 +140,7 @@ class Run:
         planned = [cost for cost in costs if cost is not None]
         return course(self.seed_cost, planned, plan.frame_cost, plan.limits, policy.final(plan.updates))
 
-    def update(self) -> Event:
+    def update(self, batches: Iterable[Any] | None = None) -> Event:
         """See `Grower.update`."""
         self.state.check_released()
         number, state, updates = len(self.state.history), self.state, self.plan.updates
@@ -157,9 +158,9 @@ class Run:
             warn_idle(self.optimizers, live.gates.taken, live.gates.moved or not live.gates.listens)
             if number == 1:
                 warn_spread(live.model, live.space)
-            return self._finish() if number >= updates else self._update(number)
+            return self._finish(batches) if number >= updates else self._update(number, batches)
 
-    def finish(self) -> Event:
+    def finish(self, batches: Iterable[Any] | None = None) -> Event:
         """See `Grower.finish`."""
         self.state.check_released()
         if self.state.finished:
@@ -168,7 +169,7 @@ class Run:
             )
         with self.ranks.together(self.live.buffers(), random_state):
             self.live.check_trained()
-            return self._finish(early=True)
+            return self._finish(batches, early=True)
 
     def state_dict(self) -> dict[str, Any]:
         """See `Grower.state_dict`."""
@@ -194,7 +195,7 @@ class Run:
         network.into(exchange, live, policy)
         exchange.fields(self.policy, **vars(policy))
         self.state.take_over(exchange, here)
-        self._note(exchange, here.history, here.finished)
+        note(self, exchange, here.history, here.finished)
         self.ranks.invalidate(exchange)
         forget_compiled()
         with network.extra_states_set(live):
@@ -219,7 +220,7 @@ class Run:
         """Call the policy after an optimizer step."""
         self.policy.step(self.view(len(self.state.history) - 1), sensitivity)
 
-    def _update(self, number: int) -> Event:
+    def _update(self, number: int, batches: Iterable[Any] | None) -> Event:
         start = time.perf_counter()
         generator = torch.Generator()
         generator.set_state(self.state.generator.get_state())
@@ -234,13 +235,13 @@ class Run:
         if wanted[1] or number >= self.plan.updates - 1:
             keep = self.plan.fitted(keep, policy, view)
         policy.applied(replace(view, keep=keep))
-        return self._change_to(keep, policy, generator, start)
+        return self._change_to(keep, policy, generator, start, batches)
 
-    def _finish(self, early: bool = False) -> Event:
+    def _finish(self, batches: Iterable[Any] | None, early: bool = False) -> Event:
         start, old = time.perf_counter(), self.live.keep
         keep = self.plan.fitted(old, self.policy, self.view(len(self.state.history) - 1))
         generator, silent = self.state.generator, keep & ~old
-        return self._change_to(keep, self.policy, generator, start, silent=silent, last=True, early=early)
+        return self._change_to(keep, self.policy, generator, start, batches, silent=silent, last=True, early=early)
 
     def _change_to(
         self,
@@ -248,6 +249,7 @@ class Run:
         policy: Policy,
         generator: torch.Generator,
         start: float,
+        batches: Iterable[Any] | None = None,
         *,
         silent: Tensor | None = None,
         last: bool = False,
@@ -257,15 +259,18 @@ class Run:
         """Make `keep` the live structure, with the policy and generator that chose it, all or nothing; record it."""
         self.live.check()
         state, exchange, previous = self.state, exchange or Exchange(), self.live.keep
-        first, as_is = not state.history, not state.history and self.plan.start is not None
-        reshapes = self.live.change(exchange, keep, policy.gate, first=first, last=last, silent=silent, as_is=as_is)
-        event = event_of(self.plan.costs, state, keep, previous if state.history else keep, policy, start)
+        first, before = not state.history, previous if state.history else keep
+        check_plain(policy, batches)
+        shifts = shifts_of(self.live.model, self.plan.space, before, keep, batches, self.ranks.exchanged)
+        how = {"first": first, "last": last, "as_is": first and self.plan.start is not None}
+        reshapes = self.live.change(exchange, keep, policy.gate, silent=silent, shifts=shifts, **how)
+        event = event_of(self.plan.costs, state, keep, before, policy, start)
         if last:
             exchange.fields(state, finished=True, early=early)
         exchange.fields(self.policy, **vars(policy))
         exchange.fields(state, before=previous, ever=state.ever | self.plan.space.present(keep), generator=generator)
         exchange.append(state.history, event)
-        self._note(exchange, [*state.history, event], last)
+        note(self, exchange, [*state.history, event], last)
         self.ranks.invalidate(exchange)
         exchange.call(torch.clear_autocast_cache)  # autocast keeps casts of the old weights
         if reshapes:
@@ -276,13 +281,6 @@ class Run:
             del exchange  # for its undo it holds the storages of before
             _give_back()
         return event
-
-    def _note(self, exchange: Exchange, history: list[Event], finished: bool) -> None:
-        """Have `exchange` note the progress of the run on the network, for `save` and other growers."""
-        growth, last, limits = self.live.bank.growth, history[-1], self.plan.limits
-        costs = (("parameters", last.params, limits.params), ("FLOPs", last.flops, limits.flops))
-        known = tuple((what, now, most) for what, now, most in costs if most is not None)
-        exchange.fields(growth, done=len(history) - 1, finished=finished, limits=known)
 
     def _decided(
         self, keep: Tensor | None, policy: Policy, generator: torch.Generator

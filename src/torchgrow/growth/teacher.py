@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 
 from ..default_device import on_host
 from ..errors import TorchgrowError
 from ..persistence.portable import portable_
 from ..structure.record import Mark, set_mark
-from ..tracing.model_call import call
+from ..tracing.model_call import feed
 from ..tracing.passes import twin
 from .run import Run
 
@@ -67,7 +66,7 @@ def recalibrate(model: nn.Module, loader: Iterable[Any]) -> None:
     before = [
         (norm.momentum, {name: b.clone() for name, b in norm._buffers.items() if b is not None}) for norm in norms
     ]
-    device, done, whole = next((tensor.device for tensor in model.parameters()), None), 0, False
+    done, whole = 0, False
     try:
         model.eval()
         for norm in norms:
@@ -75,9 +74,7 @@ def recalibrate(model: nn.Module, loader: Iterable[Any]) -> None:
             norm.momentum = None  # a plain mean over the batches
             norm.train()
         for given in loader if norms else ():
-            inputs = given[0] if isinstance(given, (list, tuple)) else given
-            inputs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs)
-            call(model, inputs)
+            feed(model, given)
             done += 1
         whole = done > 0
     finally:

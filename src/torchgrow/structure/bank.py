@@ -7,7 +7,7 @@ afterwards (`Bank.commit`) by one call into C, all of it or nothing. Parameter a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from .optimizer_trial import Slot
 from .optimizers import layouts_of
 from .record import Growth, Record, mark_of, recorded, rewrite
 from .space import PassThrough, Space, live_positions
-from .store import Births, Index, Store, gather, index_of, is_meta, laid_out, memory_order
+from .store import Births, Index, Store, gather, index_of, is_meta, laid_out, memory_order, scatter_
 from .surgery import materialise_, named_tensors, replace_
 
 
@@ -34,7 +34,7 @@ class _Swap:
     tensor: Tensor
     new: Tensor
     slots: list[tuple[dict[str, Any], str, Tensor]]
-    copies: frozenset[str] = frozenset()
+    copies: Set[str] = frozenset()
 
     def raw_copies(self) -> dict[str, Tensor]:
         """New contents of the copies, in the tensor's shape; they share memory with the slots."""
@@ -78,6 +78,19 @@ class Change:
     def contents(self, names: Iterable[str]) -> dict[str, Tensor]:
         """New contents of the tensors of those names; those that do not change are left out."""
         return {name: self.swaps[name].new for name in names if name in self.swaps}
+
+    def add(self, name: str, part: Tensor) -> None:
+        """Add a vector, of the size before the change, to what a tensor of one axis and its copies will hold."""
+        bank, full = self.bank, part.new_zeros(self.bank.space.shapes[name])
+        if name not in self.swaps:  # its positions stay
+            slots = [slot for slot in bank.live_slots(name) if slot.kind.kind == "copy"]
+            kept = [(slot.state, slot.key, slot.tensor) for slot in slots]
+            self.swaps[name] = _Swap(bank.tensors[name], bank.tensors[name].detach(), kept, {s.key for s in slots})
+        swap = self.swaps[name]
+        scatter_(full, bank.index.get(name, {}), part)
+        part = gather(full, self.index.get(name, {})).to(swap.new)
+        swap.new = swap.new + part
+        swap.slots = [(s, k, (old + part).to(old) if k in swap.copies else old) for s, k, old in swap.slots]
 
     def into(self, exchange: Exchange) -> None:
         """Add all that the change writes."""

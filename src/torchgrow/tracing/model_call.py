@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_map
 
 from ..default_device import on_default
 from ..errors import TraceError
@@ -30,6 +31,13 @@ def call(model: nn.Module, example: Any) -> Any:
         if isinstance(example, (tuple, list)) and not isinstance(example, PackedSequence):
             return model(*example)
         return model(example)
+
+
+def feed(model: nn.Module, given: Any) -> None:
+    """Call the model on a batch of a loader: inputs, or a tuple or list that begins with them; on its device."""
+    inputs = given[0] if isinstance(given, (list, tuple)) else given
+    device = next((tensor.device for tensor in model.parameters()), None)
+    call(model, tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, inputs))
 
 
 def fresh(example: Any) -> Any:
