@@ -36,7 +36,7 @@ from torchgrow.lab.metrics import metric_of
 from torchgrow.lab.recipes import Recipe, from_json, with_own_classes
 from torchgrow.lab.report import label
 from torchgrow.lab.results import verdict
-from torchgrow.lab.run_folder import Onlooker, RunFolder, default_out
+from torchgrow.lab.run_folder import Onlooker, RunFolder, check_new, default_out
 from torchgrow.lab.text import TextData
 from torchgrow.lab.train import Epoch, fit, judged
 from torchgrow.lab.trained import Start, begin, loading, what_it_cost
@@ -148,6 +148,8 @@ def _run(
     device: str,
     how: dict[str, Any],
 ) -> Path:
+    if out and processes.rank() == 0:
+        check_new(out)  # before it costs data, tracing and measuring
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     if recipe.weights:

@@ -23,7 +23,7 @@ from torchgrow.lab.environment import environment
 from torchgrow.lab.from_recipe import example, extent, make_network, make_optimizer, with_data
 from torchgrow.lab.recipes import Recipe, from_json
 from torchgrow.lab.run import Result, as_before, checked, result_of, score_of, table, train_network
-from torchgrow.lab.run_folder import RunFolder, default_out
+from torchgrow.lab.run_folder import RunFolder, check_new, default_out
 from torchgrow.lab.train import Epoch, fit
 
 SEARCHED = "searched"
@@ -70,6 +70,8 @@ def search(
     """
     _check(recipe)
     names = checked(beside)
+    if out:
+        check_new(out)  # before it costs data and tracing
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     recipe, data = with_data(recipe, console, folder, download=download, held_out=validate, device=chosen(device))
