@@ -24,6 +24,7 @@ from torchgrow.lab.metrics import MIOU, VOID, confusion, metric_of, miou, scores
 from torchgrow.lab.models import MobileNetV1, Staged
 from torchgrow.lab.recipes import get, with_scale
 from torchgrow.lab.segmentation import DeepLabV3
+from torchgrow.lab.streamed import Streamed
 from torchgrow.lab.train import evaluate, fit
 
 TINY = partial(
@@ -199,7 +200,7 @@ class Plain(nn.Module):
         return self.layer(x)
 
 
-def fitted(model: nn.Module, train: Images, lr: float = 0.0, **more: Any) -> float:
+def fitted(model: nn.Module, train: Images | Streamed, lr: float = 0.0, **more: Any) -> float:
     """The training loss of an epoch, two images at a time."""
     data = InOrder(**{**vars(shapes.shapes(16, masks=True)), "train": train})
     recipe = replace(with_scale(get("deeplabv3-voc"), "smoke"), epochs=2, then=0, batch_size=2)

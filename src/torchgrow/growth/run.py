@@ -258,7 +258,8 @@ class Run:
         self.live.check()
         state, exchange, previous = self.state, exchange or Exchange(), self.live.keep
         first, as_is = not state.history, not state.history and self.plan.start is not None
-        reshapes = self.live.change(exchange, keep, policy.gate, first=first, last=last, zeroed=zeroed, as_is=as_is)
+        gate = self.plan.checked(policy, "gate", torch.float64, self.plan.space.present(keep))
+        reshapes = self.live.change(exchange, keep, gate, first=first, last=last, zeroed=zeroed, as_is=as_is)
         event = event_of(self.plan.costs, state, keep, previous if state.history else keep, policy, start)
         if last:
             exchange.fields(state, finished=True, early=early)
