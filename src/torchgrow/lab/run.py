@@ -148,18 +148,19 @@ def _run(
     device: str,
     how: dict[str, Any],
 ) -> Path:
-    if out and processes.rank() == 0:
-        check_new(out)  # before it costs data, tracing and measuring
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     if recipe.weights:
         recipe = with_own_classes(recipe)
     with processes.first_alone():
+        if out and processes.rank() == 0:
+            check_new(out)  # before it costs data, tracing and measuring
         recipe, data = with_data(recipe, console, folder, download=download, device=chosen(device))
     start = begin(recipe, data, {}) if recipe.weights else None  # what is wrong with it leaves no folder
     run_folder = None
-    if processes.rank() == 0:
-        run_folder = RunFolder(out or default_out(_filed(recipe)))
+    with processes.first_alone():
+        run_folder = RunFolder(out or default_out(_filed(recipe))) if processes.rank() == 0 else None
+    if run_folder:
         how = {"data": folder and str(folder.absolute()), "samples": list(sizes(data)), **how}
         text = {"text": data.source} if isinstance(data, TextData) else {}
         run_folder.write_json("environment.json", environment(data.device))
@@ -193,7 +194,8 @@ def resume(run: Path, *, console: Console, folder: Path | None = None, device: s
 def _resume(run: Path, console: Console, folder: Path | None, device: str) -> Path:
     run, first = run if run.name else run.resolve(), processes.rank() == 0  # "." has no name
     target = run.with_name(run.name.removesuffix(".partial"))
-    run_folder = RunFolder(target, resume=True) if first else Onlooker(target)
+    with processes.first_alone():
+        run_folder = RunFolder(target, resume=True) if first else Onlooker(target)
     config = run_folder.read_json("config.json")
     if "search" in config:
         raise TorchgrowError(f"{run} is a search that was stopped; go on with it by: torchgrow search --resume {run}")
@@ -202,7 +204,8 @@ def _resume(run: Path, console: Console, folder: Path | None, device: str) -> Pa
         raise TorchgrowError(f"{run_folder.path / 'config.json'} does not say how the run was started; start it anew")
     as_before(run_folder, device, console)
     folder = folder or (Path(how["data"]) if how["data"] else None)
-    recipe, data = with_data(recipe, console, folder, device=chosen(device))
+    with processes.first_alone():
+        recipe, data = with_data(recipe, console, folder, device=chosen(device))
     start = begin(recipe, data, run_folder.read_json("rises.json")) if recipe.weights else None
     if start:
         start.check(run_folder.read_json("weights.json").get("sha256"))
