@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -24,6 +23,7 @@ from torchgrow.lab.data import Data, sizes
 from torchgrow.lab.devices import chosen
 from torchgrow.lab.display import Display, short
 from torchgrow.lab.environment import environment
+from torchgrow.lab.fitted import Fitted
 from torchgrow.lab.from_recipe import (
     extent,
     far_from_paper,
@@ -403,7 +403,7 @@ def score_of(result: Result) -> str:
 
 def table(results: dict[str, Result]) -> Table:
     """The networks side by side, with shares of the one that the run began with, or of the dense one."""
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # fits 80 columns
+    grid = Fitted()  # fits 80 columns
     metric = metric_of(vars(next(iter(results.values()))))
     head = metric.name if metric.unit else f"{metric.name}\nvalid, test"
     for column in ("network", head, "parameters", "inference\nFLOPs", "training\nFLOPs", "training\nseconds"):
