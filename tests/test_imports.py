@@ -24,10 +24,11 @@ ORDER = [
 APART = {"tracing": "persistence"}
 """Packages that stand before, and are no business of theirs."""
 LAB_ORDER = [
-    "__init__", "names", "user_files", "frames", "weights", "devices", "processes", "environment", "metrics", "models",
-    "segmentation", "recurrent", "attention", "text", "streamed", "images", "folders", "shapes", "data", "recipes",
-    "from_recipe", "large_batches", "hooks", "checkpoints", "train", "rises", "trained", "baselines", "display",
-    "report", "run_folder", "results", "systems", "compare", "pages", "evidence", "run", "search", "sources", "inspect",
+    "__init__", "names", "user_files", "frames", "weights", "devices", "fitted", "processes", "environment", "metrics",
+    "models", "segmentation", "recurrent", "attention", "text", "streamed", "images", "folders", "shapes", "data",
+    "recipes", "from_recipe", "large_batches", "hooks", "checkpoints", "train", "rises", "trained", "baselines",
+    "display", "report", "run_folder", "results", "systems", "compare", "pages", "evidence", "run", "search", "sources",
+    "inspect",
 ]  # fmt: skip
 BEYOND = {
     "checkpoints": {"torchgrow.patience"},

@@ -382,12 +382,10 @@ def compare(
 @app.command("list")
 def list_recipes() -> None:
     """Show the recipes."""
-    from rich import box
-    from rich.table import Table
-
     from torchgrow.lab import recipes
+    from torchgrow.lab.fitted import Fitted
 
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    grid = Fitted()
     for column in ("recipe", "data", "budget", "epochs", "what it does"):
         grid.add_column(column, no_wrap=column == "recipe")  # a name is for copying
     for name, make in recipes.RECIPES.items():

@@ -21,8 +21,9 @@ def clean_exit(errors: Console) -> Iterator[None]:
         errors.print(Text.assemble((f"error{where}: ", "bold red"), str(error)), soft_wrap=True)
         raise typer.Exit(1) from None
     except (OSError, MemoryError, RuntimeError) as error:
-        short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        short = short or "allocate memory" in str(error)
+        from torchgrow.lab.devices import out_of_memory
+
+        short = out_of_memory(error)
         if isinstance(error, RuntimeError) and not short:
             raise  # a fault of ours
         what = f"out of memory; a smaller batch or network may fit ({error})" if short else str(error)

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -331,6 +332,25 @@ def test_frames_without_layers_to_leave_out() -> None:
         search = searched(factory=SmallResNet, example_inputs=x, depth=False)
     assert [trial.name for trial in search.trials] == ["even", "early wider", "late wider"]
     assert search.trials[0].depths == {}
+
+
+def test_a_factory_that_seeds_itself_is_warned_of() -> None:
+    """Its networks are the same, whatever seed is asked for; one that leaves that to the search is not."""
+
+    def seeded() -> nn.Module:
+        torch.manual_seed(7)
+        return stages()
+
+    before = torch.random.get_rng_state()
+    with pytest.warns(UserWarning, match=r"^factory seeds itself, .*; leave it to search\(\.\.\., seed=1\)") as told:
+        found = searched(factory=seeded)
+    assert {warning.filename for warning in told} == {__file__}
+    assert torch.equal(torch.random.get_rng_state(), before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        searched().fresh(searched().trials[0], 5)
+        with pytest.raises(UserWarning, match="seeds itself"):
+            found.fresh(found.trials[0], 5)
 
 
 def test_a_factory_that_returns_one_network_again_is_refused() -> None:

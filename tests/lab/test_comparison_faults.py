@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from small_tasks import DIGITS
 from torchgrow import Budget, TorchgrowError
-from torchgrow.lab import models
+from torchgrow.lab import models, train
 from torchgrow.lab.baselines import twin_width
-from torchgrow.lab.compare import Rows, compare, recorded
+from torchgrow.lab.compare import Rows, compare, recorded, training
 from torchgrow.lab.data import fingerprint, load_images
 from torchgrow.lab.recipes import Recipe
 
@@ -57,6 +57,71 @@ def test_one_that_cannot_be_trained_is_named_and_the_others_are_trained_all_the_
         with pytest.raises(TorchgrowError, match=r"^1 of 4 could not be trained: default, seed 0, .*: depth=True, but"):
             run(tmp_path, "default dense direct uniform", recipe)
         assert sorted(methods_in(tmp_path)) == ["dense", "uniform"]
+
+
+def failing(error: BaseException, after: int = 0) -> Any:
+    """A `fit` that fails with this error in "uniform", after some epochs."""
+
+    def fit(name: str, *args: Any, **more: Any) -> Any:
+        for done, epoch in enumerate(train.fit(name, *args, **more)):
+            if name == "uniform" and done == after:
+                raise error
+            yield epoch
+
+    return fit
+
+
+def test_a_fault_in_one_method_costs_the_others_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told in one line, with where the traceback is; the same command tries it again, from its last epoch."""
+    fault = RuntimeError("mat1 and mat2 do not fit\nand so on, in many lines")
+    monkeypatch.setattr(training, "fit", failing(fault, 1))
+    told = (
+        r"1 of 3 could not be trained: uniform, seed 0, [^\n]*: RuntimeError: mat1 and mat2 do not fit "
+        r"\(the whole traceback is in (.*error\.txt)\)"
+    )
+    with pytest.raises(TorchgrowError) as raised:
+        run(tmp_path, "uniform dense default")
+    where = re.fullmatch(told, str(raised.value))
+    assert where
+    assert sorted(methods_in(tmp_path)) == ["default", "dense"]
+    text = Path(where[1]).read_text(encoding="utf-8")
+    assert text.startswith("Traceback")
+    assert "in fit" in text
+    assert "and so on, in many lines" in text
+    monkeypatch.setattr(training, "fit", train.fit)
+    assert len(run(tmp_path, "uniform dense default")) == 3
+    assert not Path(where[1]).exists()
+
+
+def test_a_fault_while_a_budget_is_looked_at_ends_that_method_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def untraced(*_: Any, **__: Any) -> Any:
+        raise ValueError
+
+    monkeypatch.setattr(training, "Structure", untraced)
+    with pytest.raises(TorchgrowError, match=r"1 of 2 could not be trained: sfp, seed 0, .*: ValueError \(the whole"):
+        run(tmp_path, "uniform sfp")
+    assert methods_in(tmp_path) == ["uniform"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyboardInterrupt(),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        OSError("no space left on device"),
+    ],
+    ids=repr,
+)
+def test_what_is_short_for_all_of_them_ends_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    monkeypatch.setattr(training, "fit", failing(error))
+    with pytest.raises(type(error)):
+        run(tmp_path, "uniform dense")
+    assert methods_in(tmp_path) == []
 
 
 def test_rows_of_other_data_of_the_same_size_are_not_taken(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Images in folders: VOC's layout, and images that are streamed from disk instead of being kept in memory."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -341,6 +342,20 @@ def test_what_is_drawn_depends_on_the_generator_and_not_on_the_workers(tmp_path:
         assert all(torch.equal(a, b) for other in others for a, b in zip(one, other, strict=True))
     epochs = [x for x, _ in some[0]]
     assert not torch.equal(epochs[0][0], epochs[0][1])
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a system that does not say which CPUs a process has")
+@pytest.mark.filterwarnings("error:This DataLoader will create")
+def test_no_more_workers_than_cpus(tmp_path: Path) -> None:
+    """Of which PyTorch would warn, on a machine with one of them."""
+    loaded = data.load_images("imagefolder", folder=write_classes(tmp_path), side=16, crop=True)
+    assert isinstance(loaded.train, Streamed)
+    cpus = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cpus)})
+    try:
+        assert len(batches(replace(loaded, train=replace(loaded.train, workers=2)))) == len(batches(loaded))
+    finally:
+        os.sched_setaffinity(0, cpus)
 
 
 @pytest.mark.parametrize("crop", [False, True])

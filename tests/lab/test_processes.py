@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import torchgrow
 from torchgrow import TorchgrowError
@@ -122,6 +123,47 @@ def test_a_killed_rank_is_started_anew_and_the_run_ends_as_if_nothing_had_been(
             record.pop("seconds")
         ends.append((records, (folder / "network" / "model.safetensors").read_bytes()))
     assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize(
+    ("argument", "text"),
+    [
+        ("--data nowhere --out new", "no CIFAR-10 in nowhere: the folder does not exist"),
+        ("--out {taken}", "exists already and is not overwritten"),
+        ("--resume {taken}", "is not a run: it has no config.json"),
+    ],
+)
+def test_what_is_wrong_with_data_or_folders_is_said_once_and_plainly(argument: str, text: str, tmp_path: Path) -> None:
+    """Process 0 finds it; the other one says the same, and nothing of sockets."""
+    command = {"--data": ["run", "resnet20-cifar10", *RUN[2:]], "--out": RUN, "--resume": ["run"]}[argument.split()[0]]
+    command = [*command, *argument.format(taken=tmp_path).split()]
+    done = subprocess.run(
+        [*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "torchgrow", *command],
+        env=ENV,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    ours = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert done.returncode == 1
+    assert ours
+    assert all(text in line for line in ours), done.stderr
+    assert "torchgrow/lab" not in done.stderr, "a traceback of ours"
+    assert "gloo" not in done.stderr
+
+
+def test_who_waits_for_one_that_has_ended_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(processes, "rendezvous", lambda url: iter([(None, 1, 2)]))
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, lambda *_, **__: None)
+    monkeypatch.setattr(processes, "PrefixStore", lambda *_: None)
+    gone = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
+    with pytest.raises(TorchgrowError, match="another rank has ended, which this one waited for"), processes.joined():
+        raise gone
+    with pytest.raises(RuntimeError, match="shapes"), processes.joined():
+        raise RuntimeError("shapes do not fit")
 
 
 def test_shares_are_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import torchgrow
 from torchgrow import Budget, Event, TorchgrowError
-from torchgrow.lab import data, from_recipe, run, train
+from torchgrow.lab import data, from_recipe, run, search, train
 from torchgrow.lab.display import Display, short
 from torchgrow.lab.environment import environment
 from torchgrow.lab.models import ResNet
@@ -248,6 +248,26 @@ def test_an_existing_run_folder_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(TorchgrowError, match="exists already and is not overwritten; choose another --out"):
         run.run(TINY, console=quiet(), out=tmp_path / "out")
     assert (tmp_path / "out" / "results.json").read_text() == "kept"
+
+
+@pytest.mark.parametrize("taken", ["out", "out.partial", "file"])
+@pytest.mark.parametrize("command", [run.run, search.search])
+def test_a_folder_that_is_taken_is_refused_before_it_costs_anything(
+    command: Any, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No data is read, no network traced, and nothing else is written."""
+    out = tmp_path / "out"
+    if taken == "file":
+        (tmp_path / "file").touch()
+        out = tmp_path / "file" / "deep" / "out"
+    else:
+        (tmp_path / taken).mkdir()
+    for module in (run, search):
+        monkeypatch.setattr(module, "with_data", lambda *_, **__: pytest.fail("data was read"))
+    before = list(tmp_path.iterdir())
+    with pytest.raises(TorchgrowError, match="choose another --out"):
+        command(TINY, console=quiet(), out=out)
+    assert list(tmp_path.iterdir()) == before
 
 
 def test_what_a_stopped_run_left_is_not_overwritten(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,14 +17,15 @@ from torch.nn import functional as F
 from torchvision.models.segmentation import deeplabv3_resnet101
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
-from torchgrow import TorchgrowError, measure, trace, verify
+from torchgrow import TorchgrowError, distillation_loss, measure, trace, verify
 from torchgrow.lab import compare, processes, run, shapes
 from torchgrow.lab.images import ImageData, Images
-from torchgrow.lab.metrics import MIOU, VOID, confusion, metric_of, miou
+from torchgrow.lab.metrics import MIOU, VOID, confusion, metric_of, miou, scores_of
 from torchgrow.lab.models import MobileNetV1, Staged
 from torchgrow.lab.recipes import get, with_scale
 from torchgrow.lab.segmentation import DeepLabV3
-from torchgrow.lab.train import evaluate
+from torchgrow.lab.streamed import Streamed
+from torchgrow.lab.train import evaluate, fit
 
 TINY = partial(
     DeepLabV3, unit="basic", units=(1, 2, 1, 1), widths=(4, 4, 8, 12), output_stride=8, rates=(1, 2, 3), pooled=4
@@ -177,6 +179,57 @@ def test_large_images_are_evaluated_in_small_batches() -> None:
         object.__setattr__(data, "normalise", lambda pixels, seen=seen: seen.append(len(pixels)))
         next(data.test_batches())
         assert seen == [size], side
+
+
+class InOrder(ImageData):
+    """Batches are of images that stand beside each other."""
+
+    def train_batches(self, *, batch_size: int, **_: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self.train), batch_size):
+            yield self.normalise(self.train.pixels[start:][:batch_size]), self.train.labels[start:][:batch_size]
+
+
+class Plain(nn.Module):
+    """Five classes by a 1x1 layer: every image is by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def fitted(model: nn.Module, train: Images | Streamed, lr: float = 0.0, **more: Any) -> float:
+    """The training loss of an epoch, two images at a time."""
+    data = InOrder(**{**vars(shapes.shapes(16, masks=True)), "train": train})
+    recipe = replace(with_scale(get("deeplabv3-voc"), "smoke"), epochs=2, then=0, batch_size=2)
+    if "teacher" in more:
+        recipe = replace(recipe, weights="of the teacher", distil=0.5)
+    record = next(fit("masks", model, torch.optim.SGD(model.parameters(), lr), data, recipe, **more))
+    return record.loss
+
+
+def test_a_batch_without_a_label_is_passed_over() -> None:
+    """It changes nothing, and the loss of an epoch is the mean over the others."""
+    some = shapes.shapes(16, masks=True).train[:4]
+    void = torch.full_like(some.labels, VOID)
+    model = Plain()
+    before = [parameter.clone() for parameter in model.parameters()]
+    mixed = Images(pixels=some.pixels.repeat(2, 1, 1, 1), labels=torch.cat([some.labels, void]))
+    assert fitted(model, mixed) == pytest.approx(fitted(model, some), rel=1e-6)
+    assert fitted(model, Images(pixels=some.pixels, labels=void), lr=0.1) == 0
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+
+
+def test_what_a_teacher_says_is_learned_where_there_is_no_label() -> None:
+    some = shapes.shapes(16, masks=True)
+    model, teacher = Plain(), Plain()
+    void = Images(pixels=some.train.pixels[:4], labels=torch.full_like(some.train.labels[:4], VOID))
+    scores, wanted = (scores_of(net, some.normalise(void.pixels))[0].detach() for net in (model, teacher))
+    soft = distillation_loss(scores, wanted, torch.zeros(len(scores), dtype=torch.int64), share=1.0)
+    assert fitted(model, void, teacher=teacher) == pytest.approx(0.5 * float(soft), rel=1e-5)
+    assert fitted(model, void, teacher=teacher, lr=1.0) > fitted(model, void, teacher=teacher)
 
 
 # --- masks are augmented with their images

@@ -15,7 +15,7 @@ import torch
 
 from small_tasks import Chain, Two, task_of, text_task
 from torchgrow import Budget
-from torchgrow.lab.systems import Phase, System, Task, run, system
+from torchgrow.lab.systems import Phase, System, Task, estimate_anew, run, system
 from torchgrow.lab.systems.autogrow import AutoGrow
 from torchgrow.lab.systems.netadapt import NetAdapt
 from torchgrow.lab.systems.proxyless import ProxylessNAS
@@ -161,3 +161,11 @@ def test_proxyless_costs_the_paths_that_are_taken_and_its_last_training_is_not_c
         ("search", True, 6, 3 * 384 * 32 * 6 + (3 * 384 + 768) * 4 * 3),
         ("from scratch", False, 12, 3 * 384 * 40 * 12),
     ]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_statistics_cost_nothing_where_there_are_none(norm: bool) -> None:
+    """And nothing is said then, though `torchgrow.recalibrate` warns: the lab asks for it of all networks."""
+    task = task_of(partial(Two, norm=norm), Budget(params="50%"))
+    spent = estimate_anew(task.network(), task.data, task.recipe, 2)
+    assert (spent.flops > 0, spent.seconds > 0) == (norm, norm)

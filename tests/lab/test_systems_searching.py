@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from small_tasks import Chain, Two, images, task_of
 from torchgrow import Budget, Limits, measure
 from torchgrow.lab.data import ImageData
-from torchgrow.lab.systems import UnfitError
+from torchgrow.lab.systems import UnfitError, system
 from torchgrow.lab.systems.darts import Mixing, halves
 from torchgrow.lab.systems.proxyless import Binarising, Sampled, binarised, pairs
 from torchgrow.lab.systems.structure import Structure
@@ -81,6 +81,34 @@ def test_what_was_chosen_is_widened_to_the_budget_without_the_blocks_that_were_n
     assert model.blocks[1].conv.weight.numel() == 0
     assert model.blocks[2].conv.weight.shape == (3, 3, 1, 1)
     assert model(task.data.example()).shape == (2, 2)
+
+
+def test_blocks_that_do_not_come_to_the_budget_are_told_with_numbers() -> None:
+    """One unit wide, as above: 1 + 2, three blocks of 1 + 2 each, and 2 + 2 are 16 parameters; without a block, 13."""
+    supernet, *_, task = searched(Chain, (0.5, 1.0))
+    task.recipe = replace(task.recipe, budget=Budget(params=14))
+    with torch.no_grad():
+        supernet.alpha.copy_(torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0]]))
+    text = (
+        r"the blocks that the search has chosen have 16 parameters and .* one unit wide, more than params <= 14 allows"
+    )
+    with pytest.raises(UnfitError, match=text):
+        chosen(task, supernet)
+    with torch.no_grad():
+        supernet.alpha.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]))
+    assert task.cost(chosen(task, supernet)).params <= 14
+
+
+@pytest.mark.parametrize(("params", "said"), [(16, 0), (14, 1)])
+@pytest.mark.parametrize("name", ["darts", "proxyless"])
+def test_before_a_search_it_is_said_what_the_budget_takes(name: str, params: int, said: int) -> None:
+    lines: list[str] = []
+    task = replace(task_of(Chain, Budget(params=params)), say=lines.append)
+    next(iter(system(name).phases(task)))
+    assert len(lines) == said
+    assert all("with all blocks, one unit wide, the network has 16 parameters and" in line for line in lines)
+    with pytest.raises(UnfitError, match="the budget is below the smallest network here"):
+        next(iter(system(name).phases(replace(task, recipe=replace(task.recipe, budget=Budget(params=6))))))
 
 
 def test_rates_of_alpha_grow_by_the_root_of_the_steps_that_are_missing() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from torchgrow.lab import metrics, pages, recipes, results
+from torchgrow.lab import metrics, pages, recipes, results, run
 from torchgrow.lab.compare import Job
 from torchgrow.lab.results import by_budget, draw_sizes
 
@@ -196,3 +196,28 @@ def test_a_printed_table_says_of_published_networks_that_its_budget_is_not_their
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(*results.tables(rows[2:] + searched), *results.tables(rows[1:2] + searched[:1]), sep="\n")
     assert console.export_text().rstrip().endswith("\nmnasnet: as published, not within the budget")
+
+
+def printed(width: int) -> list[str]:
+    """A run's table, in a terminal of so many columns."""
+    one = run.Result(accuracy=93.21, params=1_234_567, flops=12_345_678, training_flops=10**13, seconds=1234.5)
+    console = Console(width=width, file=io.StringIO())
+    console.print(run.table(dict.fromkeys(("dense", "uniform", "grown"), one)))
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 79])
+def test_a_narrow_terminal_breaks_no_word(width: int) -> None:
+    """Cells fold at spaces; columns that do not fit are left out, the last one first, and named below."""
+    lines, whole = printed(width), {word for line in printed(200) for word in line.split()}
+    told = next((number for number, line in enumerate(lines) if line.startswith("not shown")), len(lines))
+    assert max(map(len, lines)) <= width
+    assert {word for line in lines[:told] for word in line.split() if "\u2500" not in word} <= whole
+    if width == 60:
+        assert lines[told] == "not shown for want of room: training seconds"
+    assert any(line.split()[:2] == ["dense", "93.21"] for line in lines)
+
+
+def test_a_wide_terminal_shows_all_in_one_line() -> None:
+    assert not any("not shown" in line for line in printed(100))
+    assert sum("(100%)" in line for line in printed(100)) == 3

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,6 +105,46 @@ def test_what_is_no_structure_is_refused_and_nothing_changed(returned: Callable[
     with pytest.raises(TorchgrowError, match=text):
         grower.update()
     assert not differences(before, everything(grower))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("gate", lambda n, groups: torch.ones(n + 1, dtype=torch.float64)),
+        ("gate", lambda n, groups: torch.ones(n)),
+        ("gate", lambda n, groups: torch.zeros(n, dtype=torch.float64)),
+        ("gate", lambda n, groups: torch.full((n,), 1.5, dtype=torch.float64)),
+        ("gate", lambda n, groups: torch.full((n,), math.nan, dtype=torch.float64)),
+        ("gate", lambda n, groups: [1.0] * n),
+        ("multiples", lambda n, groups: torch.zeros(groups, dtype=torch.int64)),
+        ("multiples", lambda n, groups: torch.ones(n, dtype=torch.int64)),
+        ("multiples", lambda n, groups: torch.ones(groups)),
+        ("multiples", lambda n, groups: 8),
+    ],
+)
+def test_what_is_no_gate_or_multiple_is_refused_and_nothing_changed(name: str, wrong: Callable[..., Any]) -> None:
+    """At the beginning (there the budget is not yet met, so that no multiples are asked for), and in an update."""
+
+    class Wrong(Churn):
+        def update(self, view: View) -> tuple[Tensor, bool]:
+            found = super().update(view)[0], True
+            setattr(self, name, wrong(view.space.n_units, view.space.n_groups))
+            return found
+
+    class AtOnce(Churn):
+        def seed(self, view: View) -> Tensor:
+            setattr(self, name, wrong(view.space.n_units, view.space.n_groups))
+            return super().seed(view)
+
+    text = rf"^(Wrong|AtOnce)\.{name} is .*, must be None or torch\.(float|int)64 \(\d+,\), .*; nothing was changed$"
+    grower = grown(Wrong())
+    before = everything(grower)
+    with pytest.raises(TorchgrowError, match=text):
+        grower.update()
+    assert not differences(before, everything(grower))
+    if name == "gate":
+        with pytest.raises(TorchgrowError, match=text):
+            grown(AtOnce())
 
 
 def test_a_policy_may_edit_what_it_is_given() -> None:
@@ -283,6 +324,7 @@ def test_names_mean_policies(preset: str, kind: type[Policy]) -> None:
     ("preset", "text"),
     [
         ("shrnk", r"preset 'shrnk' is unknown; use one of \['default', .*'shrink'\], or give policy="),
+        ("search", r"preset 'search' is unknown; .*; shapes are searched for by torchgrow\.search\(factory, budget, "),
         ("shrink:peak=1", r"'peak=1' in preset 'shrink:peak=1' is not a setting of torchgrow\.policies\.Shrink with"),
         (
             "shrink:until=soon",

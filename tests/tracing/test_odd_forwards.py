@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchgrow import Budget, Grower, SavedModelError, TraceError, load, save, verify
+from torchgrow import Budget, Grower, SavedModelError, TraceError, load, measure, save, trace, verify
 from torchgrow.tracing.tracer import replay
 
 
@@ -327,3 +327,20 @@ def test_a_constant_is_judged_by_what_it_was_when_it_was_used() -> None:
 
     assert replay(Odd(changed_after_use), torch.randn(5, 3)).n_units == 10
     assert states[0].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("padding", ["valid", "same"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_padding_by_name_is_padding_by_number(padding: str, dims: int) -> None:
+    """PyTorch hands "valid" on as one 0 for all sides."""
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    pool = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dims - 1]
+
+    def build(how: Any) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(conv(3, 6, 3, padding=how), nn.ReLU(), conv(6, 5, 3, padding=how), pool(1))
+
+    x = torch.randn(2, 3, *[7] * dims)
+    by_name, by_number = (trace(build(how), x) for how in (padding, int(padding == "same")))
+    assert int(by_name.removable.sum()) == 6
+    assert measure(build(padding), x) == measure(build(int(padding == "same")), x)

@@ -124,7 +124,18 @@ class Plan:
                 f"{type(policy).__name__}.score returned {getattr(score, 'shape', type(score).__name__)}, it must be a "
                 f"tensor of {keep.numel()} numbers, one a unit; nothing was changed"
             )
-        return fit(self.space, self.costs, keep, score.cpu(), self.limits, policy.multiples)
+        multiples = self.checked(policy, "multiples", torch.int64)
+        return fit(self.space, self.costs, keep, score.cpu(), self.limits, multiples)
+
+    def checked(self, policy: Policy, name: str, kind: torch.dtype, of: Tensor | slice = slice(None)) -> Tensor | None:
+        """The gate of units, or the multiples of groups, of a policy: None, or as its documentation says."""
+        value, n = getattr(policy, name), self.space.n_units if name == "gate" else self.space.n_groups
+        fits = isinstance(value, Tensor) and value.dtype == kind and value.shape == (n,)
+        if value is None or (fits and bool(((value[of] > 0) & ((value[of] <= 1) | (name != "gate"))).all())):
+            return value
+        found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        rule = f"{kind} ({n},), {'in (0, 1]' if name == 'gate' else 'above 0'}"
+        raise TorchgrowError(f"{type(policy).__name__}.{name} is {found}, must be None or {rule}; nothing was changed")
 
     def settings(self, policy: Policy) -> dict[str, Any]:
         """Settings that must be equal when a state is loaded."""

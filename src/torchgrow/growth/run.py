@@ -261,9 +261,10 @@ class Run:
         state, exchange, previous = self.state, exchange or Exchange(), self.live.keep
         first, before = not state.history, previous if state.history else keep
         check_plain(policy, batches)
+        gate = self.plan.checked(policy, "gate", torch.float64, self.plan.space.present(keep))
         shifts = shifts_of(self.live.model, self.plan.space, before, keep, batches, self.ranks.exchanged)
         how = {"first": first, "last": last, "as_is": first and self.plan.start is not None}
-        reshapes = self.live.change(exchange, keep, policy.gate, silent=silent, shifts=shifts, **how)
+        reshapes = self.live.change(exchange, keep, gate, silent=silent, shifts=shifts, **how)
         event = event_of(self.plan.costs, state, keep, before, policy, start)
         if last:
             exchange.fields(state, finished=True, early=early)

@@ -265,7 +265,8 @@ def search(
     grow further: `Grower(factory(), ..., start=best.model)`. All remaining candidates are in memory.
 
     Args:
-        factory: makes the frame, the largest network there may be, with new weights; called for every candidate.
+        factory: makes the frame, the largest network there may be, with new weights; called for every candidate, with
+            PyTorch seeded, so without seeds of its own.
         budget: what each candidate uses exactly.
         example_inputs: as for `trace`.
         train: `train(trial, more)` trains `trial.model` further, by `more` epochs or steps (your unit), and returns
@@ -306,7 +307,12 @@ def _frame(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
     if not isinstance(factory, nn.Module):
         with torch.random.fork_rng(devices=gpus_in_use()), on_default():
             torch.manual_seed(seed)
-            model = factory()
+            model, seeded = factory(), torch.initial_seed() != seed
+        if seeded:
+            warnings.warn(
+                "factory seeds itself, so its weights may be the same for every seed; leave it to search(..., seed=1)",
+                stacklevel=frames_to_user(),
+            )
     if model is factory or not isinstance(model, nn.Module):
         raise TorchgrowError(
             f"factory {'is' if model is factory else 'made'} a {type(model).__name__}; it must be a function that "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from ..default_device import on_host
 from ..errors import TorchgrowError
 from ..persistence.portable import portable_
+from ..renamed import frames_to_user
 from ..structure.record import Mark, set_mark
 from ..tracing.model_call import feed
 from ..tracing.passes import twin
@@ -59,9 +61,14 @@ def recalibrate(model: nn.Module, loader: Iterable[Any]) -> None:
             several positional inputs a tuple of their own, as in `((x, mask), labels)`.
 
     Raises:
-        TorchgrowError: there are no batches; as after any error, statistics are as before.
+        TorchgrowError: there are no batches; as after any error, statistics are as before. No norms: a warning.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        warnings.warn(
+            f"{type(model).__name__} has no batch norms with running statistics, so recalibrate changes nothing",
+            stacklevel=frames_to_user(),
+        )
     modes = {module: module.training for module in model.modules()}
     before = [
         (norm.momentum, {name: b.clone() for name, b in norm._buffers.items() if b is not None}) for norm in norms

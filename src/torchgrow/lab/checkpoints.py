@@ -30,6 +30,7 @@ class Progress:
         updates: as in `torchgrow.lab.train.Epoch`, those of this epoch so far.
         lr: learning rate at the beginning of the epoch.
         loss: sum of the losses of these steps.
+        void: batches among them without a label, which have no loss.
         seconds: of training and updating so far.
         training_flops: 3 x forward FLOPs x samples so far.
     """
@@ -44,12 +45,13 @@ class Progress:
     updates: list[dict[str, Any]] = field(default_factory=list)
     lr: float = 0.0
     loss: float = 0.0
+    void: int = 0
     seconds: float = 0.0
     training_flops: int = 0
 
     def __post_init__(self) -> None:
         """Name the bad field: it may come from a file."""
-        kinds: dict[str, type] = {"epoch": int, "step": int, "taken": int, "training_flops": int}
+        kinds: dict[str, type] = {"epoch": int, "step": int, "taken": int, "void": int, "training_flops": int}
         kinds |= {"lr": float, "loss": float, "seconds": float}
         for name, kind in kinds.items():
             if type(getattr(self, name)) is not kind or not getattr(self, name) >= 0:

@@ -78,3 +78,9 @@ def random_kept() -> Iterator[None]:
         yield
     finally:
         set_random_state(before)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether there was too little memory, of the host or of a device: no fault of a program."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "allocate memory" in str(error))

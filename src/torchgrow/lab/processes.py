@@ -15,6 +15,9 @@ from torchgrow import TorchgrowError
 
 T = TypeVar("T")
 
+GONE = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
+"""What gloo and NCCL say where a process has ended that another one waits for."""
+
 
 @contextmanager
 def joined() -> Iterator[None]:
@@ -32,6 +35,10 @@ def joined() -> Iterator[None]:
     dist.init_process_group(backend, store=PrefixStore(prefix, store), rank=rank, world_size=size)
     try:
         yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in GONE):
+            raise
+        raise TorchgrowError("another rank has ended, which this one waited for; its own message says why") from None
     finally:
         dist.destroy_process_group()
 
@@ -53,12 +60,38 @@ def size() -> int:
 
 @contextmanager
 def first_alone() -> Iterator[None]:
-    """Process 0 goes through the block before the others may enter: it downloads, they find what it has."""
-    if rank() and size() > 1:
-        dist.barrier()
-    yield
-    if not rank() and size() > 1:
-        dist.barrier()
+    """Process 0 goes through the block before the others may enter: it downloads, they find what it has.
+
+    If one fails in it, all do: none is left waiting. In the block they must not wait for each other.
+
+    Raises:
+        TorchgrowError: another process has failed; the message has that of its error.
+    """
+    if rank():
+        _all_well()  # the first one is through
+    try:
+        yield
+    except Exception as failed:
+        told = isinstance(failed, (TorchgrowError, OSError))
+        _all_well(str(failed) if told else f"{type(failed).__name__}: {failed}")
+        raise
+    if not rank():
+        _all_well()
+    _all_well()  # so are the others
+
+
+def _all_well(error: str = "") -> None:
+    """Tell the other processes whether this one has failed, and hear of them; all call it.
+
+    Raises:
+        TorchgrowError: another one has failed, and this one has not.
+    """
+    found = [""] * size()
+    if size() > 1:
+        dist.all_gather_object(found, error)
+    failed = next((number for number, one in enumerate(found) if one), None)
+    if failed is not None and not error:
+        raise TorchgrowError(f"rank {failed} failed: {found[failed]}")
 
 
 def told(value: T) -> T:

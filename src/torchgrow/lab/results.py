@@ -11,12 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
-from rich import box
 from rich.table import Table
 from scipy.special import stdtrit
 
 from torchgrow import Budget, Cost
 from torchgrow.lab.display import short
+from torchgrow.lab.fitted import Fitted
 from torchgrow.lab.metrics import Metric, metric_of
 from torchgrow.lab.names import PUBLISHED
 from torchgrow.lab.report import COLOURS, colour
@@ -52,9 +52,9 @@ def by_budget(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]
 def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
     """One a budget: mean and standard deviation over seeds, and shares of the dense network."""
     metric = metric_of(next((row for row in rows if "error" not in row), {}))
-    grids = []
+    grids: list[Table] = []
     for budget, all_of in by_budget(rows).items():
-        grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=budget, title_justify="left")
+        grid = Fitted(title=budget, title_justify="left")
         heads = (
             metric.name,
             "minus uniform\n(95 % interval;\nof two: both)",

@@ -55,7 +55,7 @@ def rises_of(model: nn.Module, data: Data, recipe: Recipe, known: Mapping[str, A
     if known:
         return Rises(**known)
     few, samples = _few(data, recipe)
-    batches = [x for x, _ in few.test_batches()] if any(map(_re_estimated, model.modules())) else []
+    batches = [x for x, _ in few.test_batches()] if has_statistics(model) else []
     inputs, carried = example(model, data)
     before, start = random_state(), time.perf_counter()
     found = measure_rises(
@@ -84,5 +84,7 @@ def _few(data: Data, recipe: Recipe) -> tuple[Data, int]:
     return replace(data, test=data.train[index]), len(index)
 
 
-def _re_estimated(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+def has_statistics(model: nn.Module) -> bool:
+    """Whether there are batch norms whose running statistics can be estimated anew."""
+    norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    return any(norm.track_running_stats for norm in norms)

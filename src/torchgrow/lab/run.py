@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -24,6 +23,7 @@ from torchgrow.lab.data import Data, sizes
 from torchgrow.lab.devices import chosen
 from torchgrow.lab.display import Display, short
 from torchgrow.lab.environment import environment
+from torchgrow.lab.fitted import Fitted
 from torchgrow.lab.from_recipe import (
     extent,
     far_from_paper,
@@ -36,7 +36,7 @@ from torchgrow.lab.metrics import metric_of
 from torchgrow.lab.recipes import Recipe, from_json, with_own_classes
 from torchgrow.lab.report import label
 from torchgrow.lab.results import verdict
-from torchgrow.lab.run_folder import Onlooker, RunFolder, default_out
+from torchgrow.lab.run_folder import Onlooker, RunFolder, check_new, default_out
 from torchgrow.lab.text import TextData
 from torchgrow.lab.train import Epoch, fit, judged
 from torchgrow.lab.trained import Start, begin, loading, what_it_cost
@@ -153,11 +153,14 @@ def _run(
     if recipe.weights:
         recipe = with_own_classes(recipe)
     with processes.first_alone():
+        if out and processes.rank() == 0:
+            check_new(out)  # before it costs data, tracing and measuring
         recipe, data = with_data(recipe, console, folder, download=download, device=chosen(device))
     start = begin(recipe, data, {}) if recipe.weights else None  # what is wrong with it leaves no folder
     run_folder = None
-    if processes.rank() == 0:
-        run_folder = RunFolder(out or default_out(_filed(recipe)))
+    with processes.first_alone():
+        run_folder = RunFolder(out or default_out(_filed(recipe))) if processes.rank() == 0 else None
+    if run_folder:
         how = {"data": folder and str(folder.absolute()), "samples": list(sizes(data)), **how}
         text = {"text": data.source} if isinstance(data, TextData) else {}
         run_folder.write_json("environment.json", environment(data.device))
@@ -191,7 +194,8 @@ def resume(run: Path, *, console: Console, folder: Path | None = None, device: s
 def _resume(run: Path, console: Console, folder: Path | None, device: str) -> Path:
     run, first = run if run.name else run.resolve(), processes.rank() == 0  # "." has no name
     target = run.with_name(run.name.removesuffix(".partial"))
-    run_folder = RunFolder(target, resume=True) if first else Onlooker(target)
+    with processes.first_alone():
+        run_folder = RunFolder(target, resume=True) if first else Onlooker(target)
     config = run_folder.read_json("config.json")
     if "search" in config:
         raise TorchgrowError(f"{run} is a search that was stopped; go on with it by: torchgrow search --resume {run}")
@@ -200,7 +204,8 @@ def _resume(run: Path, console: Console, folder: Path | None, device: str) -> Pa
         raise TorchgrowError(f"{run_folder.path / 'config.json'} does not say how the run was started; start it anew")
     as_before(run_folder, device, console)
     folder = folder or (Path(how["data"]) if how["data"] else None)
-    recipe, data = with_data(recipe, console, folder, device=chosen(device))
+    with processes.first_alone():
+        recipe, data = with_data(recipe, console, folder, device=chosen(device))
     start = begin(recipe, data, run_folder.read_json("rises.json")) if recipe.weights else None
     if start:
         start.check(run_folder.read_json("weights.json").get("sha256"))
@@ -398,7 +403,7 @@ def score_of(result: Result) -> str:
 
 def table(results: dict[str, Result]) -> Table:
     """The networks side by side, with shares of the one that the run began with, or of the dense one."""
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)  # fits 80 columns
+    grid = Fitted()  # fits 80 columns
     metric = metric_of(vars(next(iter(results.values()))))
     head = metric.name if metric.unit else f"{metric.name}\nvalid, test"
     for column in ("network", head, "parameters", "inference\nFLOPs", "training\nFLOPs", "training\nseconds"):

@@ -44,13 +44,13 @@ class RunFolder:
 
     def __init__(self, out: Path, resume: bool = False) -> None:
         self.out = out
-        if out.exists():  # so do those without a name of their own, such as "."
+        if not resume:
+            check_new(out)
+        elif out.exists():
             raise TorchgrowError(
                 f"{out} is finished; there is nothing to go on with"
-                if resume and (out / "config.json").exists()
+                if (out / "config.json").exists()
                 else f"{out} is not a run: it has no config.json; name the --out of one that was stopped"
-                if resume
-                else f"{out} exists already and is not overwritten; choose another --out, or move it away first"
             )
         self.path = out.with_name(out.name + ".partial")
         if resume and not (self.path / "config.json").exists():
@@ -60,13 +60,10 @@ class RunFolder:
             )
         try:
             self.path.mkdir(parents=True, exist_ok=resume)
-        except FileExistsError:
-            raise TorchgrowError(
-                f"{self.path} is what an earlier run left when it was stopped, or a run that still goes on; "
-                f"go on with it (torchgrow run --resume {out}), look through it and delete it, or choose another --out"
-            ) from None
+        except FileExistsError:  # since it was asked for
+            raise _taken(out) from None
         except OSError as error:
-            raise TorchgrowError(f"{self.path} cannot be made: {error.strerror}; choose another --out") from error
+            raise _not_made(self.path, error.strerror) from error
         self._lock: int | None = lock(self.path)
         if resume:
             (self.path / "stopped.txt").unlink(missing_ok=True)
@@ -143,6 +140,37 @@ class RunFolder:
                 f"(torchgrow run --resume {self.out}), or start anew"
             )
         write_whole(self.path / name, text)
+
+
+def check_new(out: Path) -> None:
+    """Refuse the folder of a new run that could not be made, before anything is done for it.
+
+    Raises:
+        TorchgrowError: it is there already, finished or partial, or no folder can be made in that place.
+    """
+    if out.exists():  # so do those without a name of their own, such as "."
+        raise TorchgrowError(
+            f"{out} exists already and is not overwritten; choose another --out, or move it away first"
+        )
+    path = out.with_name(out.name + ".partial")
+    if path.exists():
+        raise _taken(out)
+    within = next(folder for folder in path.absolute().parents if folder.exists())
+    if not within.is_dir():
+        raise _not_made(path, f"{within} is a file")
+    if not os.access(within, os.W_OK | os.X_OK):
+        raise _not_made(path, f"nothing may be written in {within}")
+
+
+def _taken(out: Path) -> TorchgrowError:
+    return TorchgrowError(
+        f"{out}.partial is what an earlier run left when it was stopped, or a run that still goes on; "
+        f"go on with it (torchgrow run --resume {out}), look through it and delete it, or choose another --out"
+    )
+
+
+def _not_made(path: Path, why: str | None) -> TorchgrowError:
+    return TorchgrowError(f"{path} cannot be made: {why}; choose another --out")
 
 
 def lock(path: Path) -> int:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -20,10 +19,11 @@ from torchgrow.lab.data import Data
 from torchgrow.lab.devices import chosen, random_kept, random_state, set_random_state
 from torchgrow.lab.display import Display, short
 from torchgrow.lab.environment import environment
+from torchgrow.lab.fitted import Fitted
 from torchgrow.lab.from_recipe import example, extent, make_network, make_optimizer, with_data
 from torchgrow.lab.recipes import Recipe, from_json
 from torchgrow.lab.run import Result, as_before, checked, result_of, score_of, table, train_network
-from torchgrow.lab.run_folder import RunFolder, default_out
+from torchgrow.lab.run_folder import RunFolder, check_new, default_out
 from torchgrow.lab.train import Epoch, fit
 
 SEARCHED = "searched"
@@ -70,6 +70,8 @@ def search(
     """
     _check(recipe)
     names = checked(beside)
+    if out:
+        check_new(out)  # before it costs data and tracing
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     recipe, data = with_data(recipe, console, folder, download=download, held_out=validate, device=chosen(device))
@@ -336,7 +338,7 @@ def described(found: Search) -> dict[str, Any]:
 
 def _trials_table(found: Search) -> Table:
     """The trials side by side, with the mean training loss of every rung; the winner has a star."""
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    grid = Fitted()
     heads = ("trial", "shape", "blocks", "parameters", "FLOPs", *(f"loss to\nepoch {rung}" for rung in found.rungs))
     for column in heads:
         grid.add_column(column, justify="left" if column in heads[:3] else "right", no_wrap=column != "shape")

@@ -46,7 +46,7 @@ class Streamed:
         side: height and width of what is read, in pixels.
         void: classes of masks that become void.
         device: where batches go.
-        workers: processes that read; 0: this one reads.
+        workers: processes that read, as far as there are so many CPUs; 0: this one reads.
     """
 
     paths: tuple[str, ...]
@@ -131,7 +131,7 @@ class Streamed:
             _Reading(self, mirror),
             batch_sampler=[items[start : start + batch_size][share] for start in range(0, len(items), batch_size)],
             collate_fn=_collated,
-            num_workers=self.workers,
+            num_workers=min(self.workers, _cores()),  # PyTorch warns of more
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else it draws from the one that dropout draws from
         )

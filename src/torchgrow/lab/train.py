@@ -35,7 +35,7 @@ class Epoch:
     Attributes:
         network: ``"grown"``, ``"shrunk"`` (grown from a trained network down), ``"dense"`` or ``"uniform"``.
         epoch: counted from 1.
-        loss: mean training loss, of an image, a pixel or a word.
+        loss: mean training loss, of an image, a pixel or a word; batches of masks without a label have none.
         test_loss: mean loss on the test images, or on the words of the validation text.
         accuracy: share of test images classified correctly, in percent; None for text and masks.
         miou: mean intersection over union of the masks of validation images, in percent; None for all else.
@@ -204,13 +204,24 @@ class _Run:
         return self.grower.cost()
 
     def loss(self, scores: Tensor, x: Tensor, labels: Tensor, taught: Any) -> tuple[Tensor, Any]:
-        """Cross entropy, with the labels and with a teacher's scores if there is one; and the state of that one."""
-        if self.teacher is None:
-            return F.cross_entropy(scores, labels), None
+        """Cross entropy, with the labels and with a teacher's scores if there is one; and the state of that one.
+
+        Of masks without a label it is 0, or the teacher's part.
+        """
+        labelled = self.data.metric is not MIOU or bool((labels != VOID).any())
+        if self.teacher is None:  # a mean over no pixel is nan; this one has gradients, which other processes wait for
+            return (F.cross_entropy(scores, labels) if labelled else 0.0 * scores.sum()), None
         half = self.recipe.precision == "bfloat16"
         with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=half):
             wanted, taught = scores_of(self.teacher, x, taught)
-        return distillation_loss(scores, wanted.float(), labels, share=self.recipe.distil), taught
+        share = self.recipe.distil
+        if not labelled:  # the teacher's part is what is left
+            return share * distillation_loss(scores, wanted.float(), labels.clamp(min=0), share=1.0), taught
+        return distillation_loss(scores, wanted.float(), labels, share=share), taught
+
+    def silent(self, labels: Tensor) -> bool:
+        """Whether nothing says anything about a batch: of masks every pixel is void, and there is no teacher."""
+        return self.data.metric is MIOU and self.teacher is None and not bool((labels != VOID).any())
 
     def train(self, progress: Progress) -> Progress:
         """One pass over the training data, or what is left of it."""
@@ -253,13 +264,15 @@ class _Run:
                 changes=changes,
                 taken=progress.taken + 1,
                 loss=progress.loss + many * value,
+                void=progress.void + many * self.silent(labels),
                 training_flops=progress.training_flops + flops,
                 seconds=progress.seconds + time.perf_counter() - start,
             )
             # What a model carries differs between processes, of which one writes what it has.
             due = every is not None and step % every == 0 and step < steps
             if due and (state is None or processes.size() == 1):
-                progress = replace(progress, loss=processes.mean(progress.loss))  # one writes it for all
+                alike = processes.mean(progress.loss), round(processes.mean(progress.void))  # one writes it for all
+                progress = replace(progress, loss=alike[0], void=alike[1])
                 self.save(progress)
             start = time.perf_counter()
         return progress
@@ -284,7 +297,7 @@ class _Run:
         return Epoch(
             network=self.network,
             epoch=progress.epoch,
-            loss=processes.mean(progress.loss / self.steps),
+            loss=processes.mean(progress.loss / max(1, self.steps - progress.void)),
             test_loss=test_loss,
             params=cost.params,
             flops=cost.flops,

@@ -49,6 +49,7 @@ def named(text: str, *, layers: bool = False, rises: Mapping[str, float] | None 
     if name not in PRESETS:
         raise TorchgrowError(
             f"preset {name!r} is unknown; use one of {sorted(PRESETS)}, or give policy= an object of torchgrow.policies"
+            f"{'; shapes are searched for by torchgrow.search(factory, budget, ...)' if name == 'search' else ''}"
         )
     plain: Any = PRESETS[name](**({"lambda_base": 1.0 if layers else 0.5} if name == "paper" else {}))
     try:

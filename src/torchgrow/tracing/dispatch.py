@@ -211,9 +211,12 @@ def _convolved(
     fits = x.dim() == weight.dim() and x.shape[1] == weight.shape[1] * rest[1]
     if transposed or not fits or not x.is_contiguous() or not weight.is_contiguous():
         return None
+    each = (
+        given if len(given) > 1 else given * (x.dim() - 2) for given in (stride, padding, dilation)
+    )  # [0] by "valid"
     sides = [
         (size + 2 * pad - step * (kernel - 1) - 1) // by + 1
-        for size, kernel, by, pad, step in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+        for size, kernel, by, pad, step in zip(x.shape[2:], weight.shape[2:], *each, strict=True)
     ]
     return (x.shape[0], weight.shape[0], *sides) if min(sides) > 0 else None
 

@@ -1,6 +1,7 @@
 """The comparison: which jobs lack a row, and training these in turns."""
 
 import os
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from torchgrow.lab.compare.results_file import Rows
 from torchgrow.lab.compare.training import NETWORK, Bench, refused, train
 from torchgrow.lab.data import Data, fingerprint, sizes
 from torchgrow.lab.devices import chosen as chosen_device
-from torchgrow.lab.devices import random_kept, random_state, set_random_state
+from torchgrow.lab.devices import out_of_memory, random_kept, random_state, set_random_state
 from torchgrow.lab.environment import environment
 from torchgrow.lab.from_recipe import with_data
 from torchgrow.lab.names import FIXED, SYSTEMS, is_system
@@ -29,6 +30,9 @@ from torchgrow.lab.systems import system
 
 RESULTS = Path("results/compare")
 """Where results files are, unless said otherwise."""
+
+ERROR = "error.txt"
+"""The traceback of a method that failed, beside its checkpoints."""
 
 
 def compare(
@@ -66,7 +70,7 @@ def compare(
 
     Raises:
         TorchgrowError: an unknown method, bad data, another process at the same file, or, when all others are trained,
-            a loss that is not finite or nothing that can grow.
+            whatever one of them failed with; only files and memory that are out of reach end all of them at once.
     """
     _check(methods, recipe)
     if recipe.threads:
@@ -222,16 +226,34 @@ def _together(jobs: Sequence[Job], bench: Bench) -> dict[str, str]:
         named = {job.key(): f"{job.method}, seed {job.recipe.seed}, {job.recipe.budget}" for job in jobs}
         trainings = {job.key(): train(job, jobs, bench, bars) for job in jobs}
         states = {job.key(): random_state() for job in jobs}
+        errors = {job.key(): bench.folder(job) / ERROR for job in jobs}
+        for file in errors.values():  # of an earlier try
+            file.unlink(missing_ok=True)
         while trainings:
             for key, training in list(trainings.items()):
                 with random_kept():
                     set_random_state(states[key])
                     try:
                         over = next(training, None) is None
-                    except TorchgrowError as error:
-                        failed[key], over = f"{named[key]}: {error}", True
+                    except Exception as error:
+                        failed[key], over = f"{named[key]}: {_why(error, errors[key])}", True
                         bars.say(failed[key])
                     if over:
                         del trainings[key]
                     states[key] = random_state()
     return failed
+
+
+def _why(error: Exception, file: Path) -> str:
+    """An error in one line; of one that torchgrow does not mean to raise, the traceback goes into the file.
+
+    What is short for all methods, memory and what files need, is raised on.
+    """
+    if isinstance(error, TorchgrowError):
+        return str(error)
+    if isinstance(error, OSError) or out_of_memory(error):
+        raise error
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}{first and ': '}{first} (the whole traceback is in {file})"

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import nn
 
 import torchgrow
-from torchgrow import Cost, Grower, TorchgrowError, measure
+from torchgrow import Cost, Grower, measure
 from torchgrow.lab.baselines import initialised, twin_width, uniform_width
 from torchgrow.lab.checkpoints import Checkpoints, write_whole
 from torchgrow.lab.compare.job import AFTER, Job, after
@@ -153,8 +153,8 @@ def refused(jobs: Sequence[Job], bench: Bench) -> set[str]:
         except UnfitError as failed:
             bench.rows.append({**_head(job, bench), "error": str(failed)})
             found.add(job.method)
-        except TorchgrowError:
-            pass  # the system says so itself when its turn comes
+        except Exception:  # the system says so itself when its turn comes
+            pass
     return found
 
 

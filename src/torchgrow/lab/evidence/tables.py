@@ -8,7 +8,6 @@ from statistics import mean
 from typing import Any
 
 import torch
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +15,7 @@ from torchgrow import TorchgrowError, measure
 from torchgrow.lab import recipes
 from torchgrow.lab.compare import RESULTS
 from torchgrow.lab.evidence.rows import Task, in_words, read
+from torchgrow.lab.fitted import Fitted
 from torchgrow.lab.pages import Row, grid, own_schedule, spread
 
 PAPER = json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
@@ -60,7 +60,7 @@ class Beside:
 
     def rich(self) -> list[Table | Text]:
         """For a terminal."""
-        shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=self.title, title_justify="left")
+        shown = Fitted(title=self.title, title_justify="left")
         for number, name in enumerate(self.head):
             shown.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
         for name, lines in self.lines.items():

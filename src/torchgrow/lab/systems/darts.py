@@ -20,8 +20,7 @@ from torch.nn import functional as F
 from torchgrow import Cost
 from torchgrow.lab.data import ImageData, train_steps
 from torchgrow.lab.from_recipe import make_optimizer
-from torchgrow.lab.systems.structure import Structure
-from torchgrow.lab.systems.supernet import Searching, Supernet, chosen, rate
+from torchgrow.lab.systems.supernet import Searching, Supernet, chosen, rate, searched
 from torchgrow.lab.systems.system import Phase, Task, as_dense, scaled
 
 
@@ -71,7 +70,7 @@ class DARTS:
     def phases(self, task: Task) -> Iterator[Phase]:
         """Search, and what was found from scratch."""
         own, other = halves(task.images("DARTS"), task.recipe.seed)
-        whole = Structure(task.network(), task, depth=True)
+        whole = searched(task)
         supernet = Supernet(whole, self.shares)
         epochs = scaled(self.epochs, self.dense, task.recipe)
         recipe = replace(as_dense(task.recipe), epochs=epochs, clip=self.clip)

@@ -23,8 +23,7 @@ from torchgrow import Cost, Limits
 from torchgrow.lab.data import ImageData, train_steps
 from torchgrow.lab.from_recipe import make_optimizer
 from torchgrow.lab.recipes import Recipe
-from torchgrow.lab.systems.structure import Structure
-from torchgrow.lab.systems.supernet import Searching, Supernet, chosen, rate
+from torchgrow.lab.systems.supernet import Searching, Supernet, chosen, rate, searched
 from torchgrow.lab.systems.system import Phase, Task, as_dense, held_out, scaled
 
 
@@ -155,7 +154,7 @@ class ProxylessNAS:
         images, limits = task.images("ProxylessNAS"), task.limits()
         split = held_out(images, task.recipe.seed)
         own, other = replace(images, train=split.train), replace(images, train=split.test)
-        whole = Structure(task.network(), task, depth=True)
+        whole = searched(task)
         supernet = Sampled(whole, self.shares)
         epochs = scaled(self.epochs, self.dense, task.recipe)
         warm = round(epochs * self.warm / self.epochs)

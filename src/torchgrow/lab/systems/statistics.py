@@ -11,6 +11,7 @@ import torchgrow
 from torchgrow import measure
 from torchgrow.lab.data import Data, ImageData
 from torchgrow.lab.recipes import Recipe
+from torchgrow.lab.rises import has_statistics
 from torchgrow.lab.systems.system import Spent
 
 
@@ -29,7 +30,7 @@ def estimate_anew(model: nn.Module, data: Data, recipe: Recipe, batches: int = 2
         What it cost.
     """
     spent, seen, start = Spent(name="statistics"), 0, time.perf_counter()
-    if not isinstance(data, ImageData):
+    if not isinstance(data, ImageData) or not has_statistics(model):
         return spent
     generator = torch.Generator().manual_seed(recipe.seed)
     drawn = data.train_batches(batch_size=recipe.batch_size, shift=0, mirror=False, generator=generator)
@@ -40,7 +41,7 @@ def estimate_anew(model: nn.Module, data: Data, recipe: Recipe, batches: int = 2
             seen += len(x)
             yield x
 
-    torchgrow.recalibrate(model, inputs())  # asks for none where there are no batch norms
+    torchgrow.recalibrate(model, inputs())
     spent.seconds = time.perf_counter() - start
     spent.flops = measure(model, data.example()).flops * seen
     return spent

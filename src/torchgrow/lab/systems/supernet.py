@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from torchgrow import Space
+from torchgrow import Space, policies
 from torchgrow.lab.baselines import initialised
 from torchgrow.lab.data import ImageData
 from torchgrow.lab.hooks import Hooks
@@ -79,6 +79,30 @@ class Choices:
         """Of every unit, float [n], by the weights of the options, float [C, O]: 1 where there is no choice."""
         of, alive = self.of.to(weights.device), self.alive.to(weights)
         return torch.where(of >= 0, (weights[of.clamp(min=0)] * alive).sum(1), 1.0)
+
+
+def searched(task: Task) -> Structure:
+    """What is searched among: the dense network. It is said where only some of the choices come to the budget.
+
+    Raises:
+        UnfitError: none of them does.
+    """
+    whole, limits = Structure(task.network(), task, depth=True), task.limits()
+    whole.check(limits)
+    least = narrowest(whole)
+    if bool((least > limits.tensor()).any()):
+        task.say(
+            f"with all blocks, one unit wide, the network has {least[0]:,} parameters and {least[1]:,} FLOPs, so "
+            f"{task.recipe.budget} is met only where the search leaves blocks out"
+        )
+    return whole
+
+
+def narrowest(structure: Structure) -> Tensor:
+    """Parameters and FLOPs of a network with all its blocks, one unit a group, int64 [2]."""
+    keep = ~structure.space.removable
+    keep[[block.unit for block in structure.space.blocks]] = True
+    return structure.cost(policies.kit.one_per_group(structure.space, keep, keep.double()))
 
 
 class Supernet(nn.Module):
@@ -198,19 +222,31 @@ def rate(lr: float, published: int, steps: int) -> float:
 
 
 def chosen(task: Task, supernet: Supernet) -> nn.Module:
-    """The network of the options of largest weight, its widths times one factor to the budget, with new weights."""
+    """The network of the options of largest weight, its widths times one factor to the budget, with new weights.
+
+    Raises:
+        UnfitError: its blocks do not come to the budget however narrow they are. To leave out more of them would be
+            another search than the sources'.
+    """
     best = nn.functional.one_hot(supernet.probabilities().argmax(1), supernet.alpha.shape[1]).float()
     keep, whole = supernet.choices.gates(best).cpu() > 0.5, supernet.whole
     blocks = torch.zeros_like(keep)
     blocks[[block.unit for block in whole.space.blocks]] = True
     model = task.network()
     whole.cut(keep | ~blocks, model)
-    rest = Structure(model, task)
+    rest, limits = Structure(model, task), task.limits()
+    least = narrowest(rest)
+    if bool((least > limits.tensor()).any()):
+        raise UnfitError(
+            f"the blocks that the search has chosen have {least[0]:,} parameters and {least[1]:,} FLOPs one unit wide, "
+            f"more than {task.recipe.budget} allows, and a search like this knows no budget for them; give a larger "
+            "--budget, or another --first-seed"
+        )
     alive = rest.space.everything()
     for place, units in rest.space.unit_of.items():
         before = whole.space.unit_of.get(place)
         if before is not None and len(before) == len(units):  # of what is left out nothing is left
             owned = (units >= 0) & (before >= 0)
             alive[units[owned]] = keep[before[owned]]
-    rest.cut(rest.widened(alive, alive.double(), task.limits()))
+    rest.cut(rest.widened(alive, alive.double(), limits))
     return initialised(model)
