@@ -1,4 +1,4 @@
-"""A run that is ended early: what enters then has no effect at first, and learns if the network trains on."""
+"""Units that enter without an effect, at the end of a run or by a policy's wish: outputs stay, and the units learn."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchgrow import Budget, Grower
+from torchgrow import Budget, Grower, TorchgrowError
 from torchgrow.lab.models import ResNet
 from torchgrow.policies import Late, Policy, View
 
@@ -51,14 +51,14 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Policy, bool]] = {
 }
 
 
-def begun(name: str) -> tuple[Grower, Tensor, Tensor]:
-    """A run after two of its updates, with inputs and labels."""
+def begun(name: str, updates: int = 20) -> tuple[Grower, Tensor, Tensor]:
+    """A run after two of its updates, with inputs and labels; with 6 in all, the next one grows."""
     build, policy, depth = MODELS[name]
     torch.manual_seed(0)
     model = build().double()
     x = torch.randint(10, (8, 5)) if name == "LSTM" else torch.randn(8, 3, 8, 8).double()
     optimizer, budget = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9), Budget(params="90%")
-    grower = Grower(model, optimizer, example_inputs=x, budget=budget, updates=20, policy=policy, depth=depth)
+    grower = Grower(model, optimizer, example_inputs=x, budget=budget, updates=updates, policy=policy, depth=depth)
     labels = torch.randint(4, (8,))
     for _ in range(2):
         steps(grower, x, labels, 2)
@@ -93,19 +93,21 @@ def reading(grower: Grower, units: Tensor) -> dict[int, list[Tensor]]:
     return found
 
 
+@pytest.mark.parametrize("early", [True, False], ids=["finish", "update"])
 @pytest.mark.parametrize("name", MODELS)
-def test_units_that_enter_at_the_end_change_nothing_and_learn(name: str) -> None:
+def test_silent_units_change_nothing_and_learn(name: str, early: bool) -> None:
     """Outputs stay to rounding, also those of an average that follows; each unit has a gradient when it is trained on.
 
     Zero weights where a unit is produced would leave outputs as they are too, but a ReLU has no gradient at 0: those
     units stayed at zero for good.
     """
-    grower, x, labels = begun(name)
+    grower, x, labels = begun(name, 20 if early else 6)
     average = torch.optim.swa_utils.AveragedModel(grower.model) if name != "LSTM" else None
     if average is not None:
         grower.follow(average)
     old, before = grower.keep.clone(), scores(grower.model, x)
-    grower.finish()
+    assert grower.policy.newborns == "silent"
+    grower.finish() if early else grower.update()
     entered = grower.keep & ~old
     assert int(entered.sum()) > 3
     torch.testing.assert_close(scores(grower.model, x), before, rtol=1e-12, atol=1e-12)
@@ -116,3 +118,57 @@ def test_units_that_enter_at_the_end_change_nothing_and_learn(name: str) -> None
     assert found.keys() == set(torch.nonzero(grower.space.present(entered)).flatten().tolist())
     dead = [unit for unit, gradients in found.items() if all(float(g.abs().max()) == 0 for g in gradients)]
     assert len(dead) <= len(found) // 8, dead  # a ReLU may be at rest for all of a small batch
+
+
+def test_fresh_units_change_outputs() -> None:
+    """So that the law above is not one of nothing."""
+    torch.manual_seed(0)
+    model = conv(True).double()
+    x, optimizer, budget = torch.randn(8, 3, 8, 8).double(), torch.optim.SGD(model.parameters(), 0.05), Budget("90%")
+    grower = Grower(model, optimizer, example_inputs=x, budget=budget, updates=4, policy=Late(newborns="fresh"))
+    steps(grower, x, torch.randint(4, (8,)), 2)
+    grower.update()
+    before = scores(grower.model, x)
+    assert grower.update().born > 3
+    assert not torch.allclose(scores(grower.model, x), before, rtol=1e-3)
+
+
+def test_units_that_come_back_keep_their_weights() -> None:
+    """Silent are only those that never lived."""
+    torch.manual_seed(0)
+    model = conv(True).double()
+    x, optimizer = torch.randn(8, 3, 8, 8).double(), torch.optim.SGD(model.parameters(), 0.05)
+    grower = Grower(
+        model, optimizer, example_inputs=x, budget=Budget("100%"), updates=9, start="frame", policy=ThereAndBack()
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert grower.update().detached > 3
+    assert grower.update().regrown > 3
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+class ThereAndBack(Policy):
+    """Half of all units leave, and come back."""
+
+    newborns = "silent"
+
+    def seed(self, view: View) -> Tensor:
+        return view.space.everything()
+
+    def update(self, view: View) -> tuple[Tensor, bool]:
+        keep = view.space.everything()
+        if view.update == 1:
+            keep[torch.nonzero(view.space.removable).flatten()[::2]] = False
+        return keep, False
+
+
+def test_how_newborns_enter_is_checked() -> None:
+    with pytest.raises(TorchgrowError, match=r"Late\(newborns='zero'\): newborns must be one of \('fresh', 'silent'\)"):
+        Late(newborns="zero")
+    model, policy = conv(True), ThereAndBack()
+    policy.newborns = "zero"
+    with pytest.raises(TorchgrowError, match=r"ThereAndBack\(newborns='zero'\): newborns must be one of"):
+        Grower(
+            model, torch.optim.SGD(model.parameters(), 0.1), example_inputs=torch.randn(2, 3, 8, 8),
+            budget=Budget("100%"), updates=3, start="frame", policy=policy,
+        )  # fmt: skip

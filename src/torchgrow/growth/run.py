@@ -20,6 +20,7 @@ from ..onednn_guard import guard_
 from ..persistence.portable import owned_
 from ..persistence.randomness import random_state
 from ..policies import Policy, View
+from ..policies.policy import NEWBORNS
 from ..structure.limits import Budget
 from ..structure.optimizer_slots import Layout
 from ..structure.optimizers import check_optimizers, first_rate, untrained_hint
@@ -87,6 +88,7 @@ class Run:
             history=[],
         )
         view = plan.view(0, space.everything(), 1.0, self.state.generator, lambda: dict(model.named_parameters()))
+        policy.check(newborns=NEWBORNS)
         chosen = plan.legal(policy.seed(view), policy, "seed")
         seed = chosen if plan.start is None else plan.start
         self.ranks = Ranks()
@@ -235,7 +237,9 @@ class Run:
         if wanted[1] or number >= self.plan.updates - 1:
             keep = self.plan.fitted(keep, policy, view)
         policy.applied(replace(view, keep=keep))
-        return self._change_to(keep, policy, generator, start, batches)
+        born = self.plan.space.present(keep) & ~self.state.ever
+        silent = born if policy.newborns == "silent" else None
+        return self._change_to(keep, policy, generator, start, batches, silent=silent)
 
     def _finish(self, batches: Iterable[Any] | None, early: bool = False) -> Event:
         start, old = time.perf_counter(), self.live.keep

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..renamed import frames_to_user
 from .kit import around, fit, none, one_per_group, pools, top_share
-from .policy import Policy, View
+from .policy import NEWBORNS, Policy, View
 from .shapes import limits_of, stages
 
 
@@ -28,7 +28,7 @@ class Late(Policy):
     small one is a part of it: the units that live go on, and no group gets more than twice as many with the default.
 
     SPARKLING (arXiv 2602.02472) doubles widths at half of the training, zero/one-layer expansion (arXiv 2511.04981)
-    adds layers at 0.8 of it. New units start with the initial weights of the frame.
+    adds layers at 0.8 of it. New units have no effect at first, as in Net2Net (arXiv 1511.05641).
 
     Attributes:
         until: share of the updates in which the structure is small.
@@ -36,6 +36,7 @@ class Late(Policy):
         grow: "width": groups, all layers are there from the start; "layers": those that may be left out come late,
             groups have their widths from the start; "both".
         layer_lag: as of `Default`.
+        newborns: as of `Policy`.
         grown: bool [n], the structure at the budget.
     """
 
@@ -43,9 +44,11 @@ class Late(Policy):
     factor: float = 2.0
     grow: str = "width"
     layer_lag: float = 3.0
+    newborns: str = "silent"
 
     def __post_init__(self) -> None:
-        self.check(until=(0, 1), factor=(1, 1e6), grow=("width", "layers", "both"), layer_lag=(1, 1e3))
+        self.check(until=(0, 1), factor=(1, 1e6), layer_lag=(1, 1e3))
+        self.check(grow=("width", "layers", "both"), newborns=NEWBORNS)
 
     def seed(self, view: View) -> Tensor:
         """The small structure; of a run with a start the grown one has it, as far as the budget holds."""

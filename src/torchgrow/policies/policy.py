@@ -20,6 +20,10 @@ RECORDED = {"final_inverse_temperature": "heat"}
 """Settings that states and results rows store under an earlier name."""
 
 
+NEWBORNS = ("fresh", "silent")
+"""How units may enter; see `Policy.newborns`."""
+
+
 @dataclass(frozen=True)
 class View:
     """A read-only view of a run for policies; a new one for every call.
@@ -65,6 +69,8 @@ class Policy(ABC):
         gate: what present units are scaled by (m of Eq 1), float64 [n] in (0, 1]; None: they count in full, and
             nothing is folded into the weights.
         sensitive: whether `step` is given the sensitivity, which costs a little in every optimizer step.
+        newborns: how units enter that were never live: "fresh", with their initial weights; "silent", with weights of 0
+            where they are read (a layer: with its last ones), so that outputs stay, but for norms over units.
         multiples: multiples at which widths are held when the grower trims or fills up, int64 [groups]; None: any.
         pressure: a number for the history: lambda of Eq 4.
         temperature: numbers for the history, float64 [n]: beta of Eq 7; None where there is none.
@@ -72,6 +78,7 @@ class Policy(ABC):
 
     gate: Tensor | None = None
     sensitive: ClassVar[bool] = False
+    newborns: str = "fresh"
     multiples: Tensor | None = None
     pressure: float = 0.0
     temperature: Tensor | None = None
