@@ -249,6 +249,16 @@ def test_no_formula_is_left_in_a_picture() -> None:
             assert "mathdefault" not in panel.svg("a", "b"), picture.name
 
 
+def test_a_picture_of_the_page_says_what_it_is_of(tmp_path: Path) -> None:
+    found = task(several("uniform", [90.0, 91.0]), several("default", [91.0]))
+    (first, *_) = (picture for picture in pictures.PICTURES if picture.draw(found))
+    for svg, _, name in page._shown(first, found, "a", tmp_path).panels:
+        files = tmp_path / f"{Path(name).name}.svg"
+        told = f"{found.name}; {found.rows[0]['budget']}; seeds 0, 1".replace("<", "&lt;")
+        assert told in files.read_text()
+        assert told in svg
+
+
 def test_a_headline_is_of_one_budget(tmp_path: Path) -> None:
     """Where nothing was grown, too: the budget that most methods stand at, and it says which."""
     found = [*several("uniform", [70.0], budget="params <= 10%"), *several("uniform", [90.0, 91.0])]

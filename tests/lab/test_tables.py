@@ -5,9 +5,11 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from torchgrow.lab import metrics, pages, recipes, results, run
@@ -221,3 +223,21 @@ def test_a_narrow_terminal_breaks_no_word(width: int) -> None:
 def test_a_wide_terminal_shows_all_in_one_line() -> None:
     assert not any("not shown" in line for line in printed(100))
     assert sum("(100%)" in line for line in printed(100)) == 3
+
+
+def test_a_picture_says_what_it_is_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Recipe, budgets and seeds: it may be seen without the page that it stands in."""
+    seen: list[Figure] = []
+
+    def canvas(figure: Figure) -> Any:
+        seen.append(figure)
+        return SimpleNamespace(print_png=lambda path: None)
+
+    monkeypatch.setattr(results, "FigureCanvasAgg", canvas)
+    costs = dict.fromkeys(("params", "dense_params", "flops", "dense_flops", "train_flops", "dense_train_flops"), 10)
+    rows = [{**row(name), **costs, "seed": seed} for name in ("dense", "uniform", "default") for seed in (0, 1, 2)]
+    rows = [{**one, "budget": None} if one["method"] == "dense" else one for one in rows]
+    results.draw(rows, tmp_path / "picture.png")
+    draw_sizes(rows[:1], tmp_path / "sizes.png")
+    told = [figure.get_supxlabel() for figure in seen]
+    assert told == [f"{RECIPE.name}; params <= 36%; seeds 0 to 2", f"{RECIPE.name}; seed 0"]

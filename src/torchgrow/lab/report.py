@@ -1,6 +1,7 @@
 """Pictures of a run, drawn from the files in its folder alone."""
 
 import json
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,22 @@ def draw(folder: Path) -> list[str]:
         f"{metric.name}.png": _scores(records, metric, results.get("before", {}).get(metric.name)),
         **({"widths.png": _widths(records, frame)} if any(record["updates"] for record in records) else {}),
     }
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name, figure in figures.items():
+        if config:
+            say_of(figure, config["name"], [config["budget"]], [config["seed"]])
         FigureCanvasAgg(figure).print_png(folder / name)
     return list(figures)
+
+
+def say_of(figure: Figure, recipe: str, budgets: Iterable[str | None], seeds: Iterable[int]) -> None:
+    """Write below a picture what it is of: it may be seen without the page, or the folder, that it stands in."""
+    known, numbers = [budget for budget in dict.fromkeys(budgets) if budget], sorted(set(seeds))
+    row = numbers == list(range(numbers[0], numbers[-1] + 1)) and len(numbers) > 2
+    listed = f"{numbers[0]} to {numbers[-1]}" if row else ", ".join(map(str, numbers))
+    text = [recipe, *([", ".join(known)] if known else []), f"seed{'s' * (len(numbers) > 1)} {listed}"]
+    figure.supxlabel(textwrap.fill("; ".join(text), int(11 * figure.get_figwidth())), fontsize=7)
 
 
 def _curves(records: list[dict[str, Any]]) -> Iterable[tuple[str, list[dict[str, Any]]]]:

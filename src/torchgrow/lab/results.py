@@ -19,7 +19,7 @@ from torchgrow.lab.display import short
 from torchgrow.lab.fitted import Fitted
 from torchgrow.lab.metrics import Metric, metric_of
 from torchgrow.lab.names import PUBLISHED
-from torchgrow.lab.report import COLOURS, colour
+from torchgrow.lab.report import COLOURS, colour, say_of
 
 SHARES = {
     "flops": "dense_flops",
@@ -199,7 +199,14 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for ax in axes:
         if ax.get_legend_handles_labels()[0]:
             ax.legend(loc="upper left", bbox_to_anchor=(0, -0.15), fontsize=7, frameon=False)
+    _of(figure, rows)
     FigureCanvasAgg(figure).print_png(path)
+
+
+def _of(figure: Figure, rows: Sequence[dict[str, Any]]) -> None:
+    """Write below a picture which rows it is of."""
+    names = ", ".join(dict.fromkeys(row["recipe"] for row in rows))
+    say_of(figure, names, [row["budget"] for row in rows], [row["seed"] for row in rows])
 
 
 def draw_sizes(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -247,6 +254,7 @@ def draw_sizes(rows: Sequence[dict[str, Any]], path: Path) -> None:
     ax.set(xlabel="parameters (log scale)", ylabel=f"{metric.on} {metric.name}{metric.unit}")
     ax.set_title(f"{rows[0]['recipe']}: means of {seeds} seeds, 95 % intervals", loc="left", fontsize=11)
     ax.legend(loc="lower right", frameon=False)
+    _of(figure, rows)
     FigureCanvasAgg(figure).print_png(path)
 
 

@@ -23,6 +23,7 @@ from torchgrow.lab.evidence.rows import Task, grows, in_words, read
 from torchgrow.lab.evidence.verdict import scored, verdicts
 from torchgrow.lab.names import FIXED, SYSTEMS
 from torchgrow.lab.pages import Row, gap
+from torchgrow.lab.report import say_of
 
 HERE = Path(__file__).parent
 _TOLD = ("name", "model", "model_arguments", "dataset", "samples", "method", "budget", "seed", "growing", "system")
@@ -158,6 +159,7 @@ def _shown(picture: Picture, task: Task, prefix: str, folder: Path) -> Shown:
     panels = []
     for number, panel in enumerate(picture.draw(task), start=1):
         name = f"{prefix}-{picture.name}-{number}"
+        say_of(panel.figure, task.name, [row["budget"] for row in task.fine], [row["seed"] for row in task.fine])
         panel.write(folder / name)
         panels.append((Markup(panel.svg(name, picture.caption)), panel.wide, f"{folder.name}/{name}"))
     return Shown(picture, panels)
