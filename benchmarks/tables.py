@@ -274,7 +274,7 @@ def by_arm(found: list[Row], arms: list[str]) -> list[list[str]]:
     body = []
     for task, judged in dict.fromkeys((row["task"], row["judged"]) for row in found):
         own = [[r for r in found if (r["task"], r["judged"], r["arm"]) == (task, judged, arm)] for arm in arms]
-        cells = [spread([row["accuracy"] for row in rows], 1) for rows in own]
+        cells = [spread([row["accuracy"] for row in rows], 1) if rows else "" for rows in own]
         body.append([task, judged, str(len(own[0])), str(own[0][0]["epochs"]), *cells])
     return body
 
@@ -302,6 +302,26 @@ def birth() -> str:
         "scale of the frame (`rescale=False`) and of the widths planned; direct: the network of the second, from fresh "
         f"weights.\n\nCommand: `python benchmarks/birth.py`. Measured on {machine(found, 'versions')}.\n\n"
         + "\n\n".join(tables)
+    )
+
+
+def newborns() -> str:
+    """Accuracy by how units enter that come in the middle of a run."""
+    found = rows("newborns.jsonl")
+    if not found:
+        return "Not measured yet."
+    arms = ["fresh", "silent", "paired", "warm", "direct"]
+    head = ["network", "images", "seeds", "epochs", *(f"{arm} %" for arm in arms)]
+    flops = {(row["task"], row["seed"], row["arm"]): row["train_flops"] for row in found}
+    more = [cost / flops[task, seed, "fresh"] for (task, seed, arm), cost in flops.items() if arm == "direct"]
+    return (
+        "Policy `Late`: half of every group, or one layer of every stage, until the middle of the run, then all that "
+        "the budget holds (10 % of the parameters on digits, 36 % on 10,000 images of CIFAR-10). Units that come have "
+        "initial weights (fresh); weights of 0 where they are read, so that outputs stay (silent); weights in pairs "
+        "that cancel (paired); or initial weights and steps that grow to full length over 100 (warm). Direct: the "
+        f"final structure from scratch, for {min(more):.2f} to {max(more):.2f} times the training FLOPs.\n\n"
+        "Command: `python benchmarks/newborns.py --cifar10 FOLDER`. Measured on "
+        f"{machine(found, 'versions')}, shared with other runs.\n\n" + grid(head, by_arm(found, arms))
     )
 
 
@@ -334,6 +354,7 @@ def page() -> str:
         "## Methods side by side\n\n" + comparisons(COMPARISONS, PICTURES.name),
         "## Layers and channels\n\n" + depth(),
         "## Initial weights at the scale of the widths planned\n\n" + birth(),
+        "## Units that come in the middle of a run\n\n" + newborns(),
         "## Trained networks made smaller\n\n" + shrinking(rows("shrinking.jsonl")),
         "## Biases that take over from units that leave\n\n" + compensation(rows("compensation.jsonl")),
         "## Published networks made smaller\n\n" + published(rows("published.jsonl")),

@@ -242,10 +242,9 @@ class Run:
         return self._change_to(keep, policy, generator, start, batches, silent=silent)
 
     def _finish(self, batches: Iterable[Any] | None, early: bool = False) -> Event:
-        start, old = time.perf_counter(), self.live.keep
+        start, old, generator = time.perf_counter(), self.live.keep, self.state.generator
         keep = self.plan.fitted(old, self.policy, self.view(len(self.state.history) - 1))
-        generator, silent = self.state.generator, keep & ~old
-        return self._change_to(keep, self.policy, generator, start, batches, silent=silent, last=True, early=early)
+        return self._change_to(keep, self.policy, generator, start, batches, silent=keep & ~old, last=True, early=early)
 
     def _change_to(
         self,
