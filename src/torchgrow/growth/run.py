@@ -238,9 +238,8 @@ class Run:
 
     def _finish(self, early: bool = False) -> Event:
         start, old = time.perf_counter(), self.live.keep
-        keep = self.plan.fitted(old, self.policy, self.view(len(self.state.history) - 1))
-        generator, zeroed = self.state.generator, keep & ~old
-        return self._change_to(keep, self.policy, generator, start, zeroed=zeroed, last=True, early=early)
+        new = self.plan.fitted(old, self.policy, self.view(len(self.state.history) - 1))
+        return self._change_to(new, self.policy, self.state.generator, start, zeroed=new & ~old, last=True, early=early)
 
     def _change_to(
         self,
