@@ -128,10 +128,10 @@ def test_a_second_thread_is_refused_and_changes_nothing(monkeypatch: pytest.Monk
     state, real = grower.state_dict(), Run.update
     entered, leave = threading.Event(), threading.Event()
 
-    def slow(own: Run) -> Event:
+    def slow(own: Run, batches: Any = None) -> Event:
         entered.set()
         leave.wait(20)
-        return real(own)
+        return real(own, batches)
 
     monkeypatch.setattr(Run, "update", slow)
     first = threading.Thread(target=grower.update)

@@ -102,14 +102,14 @@ def test_nothing_is_trained_twice(compared: Compared, no_training: None) -> None
 def test_another_recipe_reuses_no_row(compared: Compared, change: dict[str, Any], no_training: None) -> None:
     out, _ = compared
     seeds = (change.pop("seed", 0),)
-    with pytest.raises(AssertionError, match="something was trained"):
+    with pytest.raises(TorchgrowError, match="AssertionError: something was trained"):
         run(out, "uniform", replace(RECIPE, **change), seeds)
 
 
 def test_another_way_to_grow_reuses_no_row_but_the_twins(compared: Compared, no_training: None) -> None:
     out, _ = compared
     run(out, "uniform", replace(RECIPE, preset="paper"))
-    with pytest.raises(AssertionError, match="something was trained"):
+    with pytest.raises(TorchgrowError, match="AssertionError: something was trained"):
         run(out, "default:peak=1")
 
 
@@ -150,7 +150,7 @@ def test_default_is_the_recipes_own_way_to_grow(tmp_path: Path, compared: Compar
     assert growing("default:hold=0.2", own) == decided(replace(Method.default(), hold=0.2, prune="worth"))
     assert growing("direct", own) == growing("default", own)
     assert growing("paper", own) == decided(Method.paper())
-    with pytest.raises(AssertionError, match="something was trained"):
+    with pytest.raises(TorchgrowError, match="AssertionError: something was trained"):
         run(compared[0], "default", own)
     deep = {**decided(Method.default()), "layer_lag": 3.0}
     assert growing("default", replace(RECIPE, depth=True)) == deep
@@ -163,7 +163,7 @@ def test_what_decides_nothing_is_not_part_of_a_row(compared: Compared, no_traini
     assert run(out, "uniform", deep) == [row for row in rows if row["method"] == "uniform"]
     assert "channels_last" not in rows[0]["config"]
     for method, changed in [("default", deep), ("direct", deep), ("uniform", replace(RECIPE, channels_last=True))]:
-        with pytest.raises(AssertionError, match="something was trained"):
+        with pytest.raises(TorchgrowError, match="AssertionError: something was trained"):
             run(out, method, changed)
 
 
@@ -384,7 +384,7 @@ def test_pictures_show_the_plane_of_every_budget_and_the_score_along_them(
 ) -> None:
     def row(method: str, budget: str | None, score: float, params: int, training: float) -> Row:
         costs = {"params": params, "dense_params": 100, "flops": 1, "dense_flops": 10}
-        return {"method": method, "budget": budget, "accuracy": score, **costs} | {
+        return {"recipe": "mine", "seed": 0, "method": method, "budget": budget, "accuracy": score, **costs} | {
             "train_flops": training,
             "dense_train_flops": 10,
         }
@@ -395,7 +395,7 @@ def test_pictures_show_the_plane_of_every_budget_and_the_score_along_them(
         row("uniform", "params <= 20%", 72.0, 20, 3),
         row("uniform", "params <= 50%", 80.0, 50, 5),
         row("uniform", "flops <= 50%", 81.0, 40, 5),
-        {"method": "l1", "budget": "params <= 50%", "error": "no"},
+        {"recipe": "mine", "seed": 0, "method": "l1", "budget": "params <= 50%", "error": "no"},
     ]
     panels = drawn(rows, tmp_path / "all.png", monkeypatch)
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")

@@ -115,7 +115,7 @@ def test_where_nothing_is_trained_or_measured_it_is_refused() -> None:
     assert plain.rises is None
 
 
-class Stop(Exception):
+class Stop(BaseException):
     """Stands for a kill."""
 
 

@@ -154,7 +154,7 @@ def test_without_torchvision_the_command_that_installs_it_is_named(monkeypatch: 
         frames.from_torchvision("mnasnet1_0")
 
 
-class Stop(Exception):
+class Stop(BaseException):
     """Stands for a kill."""
 
 
