@@ -130,12 +130,11 @@ def test_a_killed_rank_is_started_anew_and_the_run_ends_as_if_nothing_had_been(
     [
         ("--data nowhere --out new", "no CIFAR-10 in nowhere: the folder does not exist"),
         ("--out {taken}", "exists already and is not overwritten"),
-        ("--resume {taken}", "is not a run: it has no config.json"),
     ],
 )
 def test_what_is_wrong_with_data_or_folders_is_said_once_and_plainly(argument: str, text: str, tmp_path: Path) -> None:
     """Process 0 finds it; the other one says the same, and nothing of sockets."""
-    command = {"--data": ["run", "resnet20-cifar10", *RUN[2:]], "--out": RUN, "--resume": ["run"]}[argument.split()[0]]
+    command = {"--data": ["run", "resnet20-cifar10", *RUN[2:]], "--out": RUN}[argument.split()[0]]
     command = [*command, *argument.format(taken=tmp_path).split()]
     done = subprocess.run(
         [*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "torchgrow", *command],
