@@ -3,9 +3,9 @@
 Policy `Late` holds half of every group, or the first layer of every stage, until the middle of the run; then the rest
 enters at once, under a constant learning rate that falls linearly over the last 30 %. What differs is how they enter:
 
-- `fresh`: with initial weights.
+- `fresh`: with initial weights, the default.
 - `silent`: with outgoing weights of 0 (layers: with a last scale of 0), so that outputs do not jump, as in
-  Net2Net (Chen et al., 2016, arXiv 1511.05641). The default of `Late`.
+  Net2Net (Chen et al., 2016, arXiv 1511.05641): `newborns="silent"`.
 - `paired`: in pairs of equal incoming weights and outgoing ones of opposite sign (V, V) and (Z, -Z), as in Firefly and
   GradMax's comparison (Evci et al., 2022, arXiv 2201.05125): outputs do not jump, and all weights have gradients.
 - `warm`: fresh, and steps of their entries grow from 0 to full length over the first 100.

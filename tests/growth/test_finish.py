@@ -41,13 +41,21 @@ def conv(norm: bool) -> nn.Module:
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Policy, bool]] = {
-    "batch norm": (lambda: conv(True), Late(), False),
-    "no norm": (lambda: conv(False), Late(), False),
-    "residual": (lambda: ResNet(depth=14, widths=(8, 16, 16), classes=4), Late(), False),
-    "layers": (lambda: ResNet(depth=14, widths=(8, 16, 16), classes=4), Late(grow="both", layer_lag=1.0), True),
-    "MLP": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 4)), Late(), False),
-    "LSTM": (Words, Late(), False),
-    "gates": (lambda: conv(True), Gated(), False),
+    "batch norm": (lambda: conv(True), Late(newborns="silent"), False),
+    "no norm": (lambda: conv(False), Late(newborns="silent"), False),
+    "residual": (lambda: ResNet(depth=14, widths=(8, 16, 16), classes=4), Late(newborns="silent"), False),
+    "layers": (
+        lambda: ResNet(depth=14, widths=(8, 16, 16), classes=4),
+        Late(grow="both", layer_lag=1.0, newborns="silent"),
+        True,
+    ),
+    "MLP": (
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 4)),
+        Late(newborns="silent"),
+        False,
+    ),
+    "LSTM": (Words, Late(newborns="silent"), False),
+    "gates": (lambda: conv(True), Gated(newborns="silent"), False),
 }
 
 
@@ -125,7 +133,7 @@ def test_fresh_units_change_outputs() -> None:
     torch.manual_seed(0)
     model = conv(True).double()
     x, optimizer, budget = torch.randn(8, 3, 8, 8).double(), torch.optim.SGD(model.parameters(), 0.05), Budget("90%")
-    grower = Grower(model, optimizer, example_inputs=x, budget=budget, updates=4, policy=Late(newborns="fresh"))
+    grower = Grower(model, optimizer, example_inputs=x, budget=budget, updates=4, policy=Late())
     steps(grower, x, torch.randint(4, (8,)), 2)
     grower.update()
     before = scores(grower.model, x)

@@ -28,7 +28,7 @@ class Late(Policy):
     small one is a part of it: the units that live go on, and no group gets more than twice as many with the default.
 
     SPARKLING (arXiv 2602.02472) doubles widths at half of the training, zero/one-layer expansion (arXiv 2511.04981)
-    adds layers at 0.8 of it. New units have no effect at first, as in Net2Net (arXiv 1511.05641).
+    adds layers at 0.8 of it. `newborns="silent"` is the way of Net2Net (arXiv 1511.05641).
 
     Attributes:
         until: share of the updates in which the structure is small.
@@ -44,7 +44,7 @@ class Late(Policy):
     factor: float = 2.0
     grow: str = "width"
     layer_lag: float = 3.0
-    newborns: str = "silent"
+    newborns: str = "fresh"
 
     def __post_init__(self) -> None:
         self.check(until=(0, 1), factor=(1, 1e6), layer_lag=(1, 1e3))
