@@ -12,7 +12,7 @@ there is not done again.
 import argparse
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +64,30 @@ TASKS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], torch.opti
 """Network, optimizer, epochs."""
 
 
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, data: ImageData, epochs: int, seed: int) -> Iterator[int]:
+    """Train, the rate falling to 0 in the last 30 % of the steps; yields after each, counted from 1."""
+    generator, total, taken = torch.Generator().manual_seed(seed), epochs * (len(data.train) // BATCH), 0
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (total - step) / (0.3 * total)))
+    for _ in range(epochs):
+        for x, labels in data.train_batches(batch_size=BATCH, shift=1, mirror=False, generator=generator):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), labels).backward()
+            optimizer.step()
+            schedule.step()
+            taken += 1
+            yield taken
+
+
 def train(
     model: nn.Module, task: str, data: ImageData, seed: int, rescale: bool | None, preset: str = "default"
 ) -> float:
     """Train a network, grown unless `rescale` is None, and return its accuracy in percent."""
     _, optimizer_of, epochs = TASKS[task]
-    optimizer, generator = optimizer_of(model), torch.Generator().manual_seed(seed)
-    steps = epochs * (len(data.train) // BATCH)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (steps - step) / (0.3 * steps)))
-    every, grower = max(1, steps // epochs // UPDATES_AN_EPOCH), None
+    optimizer, an_epoch = optimizer_of(model), len(data.train) // BATCH
+    every, grower = max(1, an_epoch // UPDATES_AN_EPOCH), None
     if rescale is not None:
         example, budget = data.example(), Budget(params=SHARE)
-        updates = steps // every
+        updates = epochs * an_epoch // every
         grower = Grower(
             model,
             optimizer,
@@ -86,16 +98,9 @@ def train(
             rescale=rescale,
             preset=preset,
         )
-    taken = 0
-    for _ in range(epochs):
-        for x, labels in data.train_batches(batch_size=BATCH, shift=1, mirror=False, generator=generator):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), labels).backward()
-            optimizer.step()
-            schedule.step()
-            taken += 1
-            if grower and taken % every == 0 and not grower.finished:
-                grower.update()
+    for taken in steps(model, optimizer, data, epochs, seed):
+        if grower and taken % every == 0 and not grower.finished:
+            grower.update()
     model.eval()
     with torch.no_grad():
         hits = sum(int((model(x).argmax(1) == labels).sum()) for x, labels in data.test_batches())

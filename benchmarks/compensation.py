@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from birth import BATCH, steps
 from rich.console import Console
 from torch import nn
 
@@ -25,7 +26,7 @@ from torchgrow.lab.environment import environment
 from torchgrow.policies import Shrink
 
 RESULTS = Path(__file__).parent.parent / "results" / "compensation.jsonl"
-BATCH, LEARNING_RATE, MEASURED = 64, 0.05, 8
+LEARNING_RATE, MEASURED = 0.05, 8
 SHARES, IMPORTANCES = ("50%", "25%"), ("l1", "group_norm")
 
 
@@ -53,16 +54,9 @@ def trained(name: str, data: ImageData, seed: int) -> nn.Module:
     """A network after its epochs of SGD with momentum, the rate falling to 0 in the last 30 % of the steps."""
     build, epochs = NETWORKS[name]
     torch.manual_seed(seed)
-    model, generator = build(), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9)
-    steps = epochs * (len(data.train) // BATCH)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (steps - step) / (0.3 * steps)))
-    for _ in range(epochs):
-        for x, labels in data.train_batches(batch_size=BATCH, shift=1, mirror=False, generator=generator):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), labels).backward()
-            optimizer.step()
-            schedule.step()
+    model = build()
+    for _ in steps(model, torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=0.9), data, epochs, seed):
+        pass
     return model.eval()
 
 

@@ -175,6 +175,28 @@ class Entering:
             parameter.copy_(before + factor * (parameter - before))
 
 
+def begun(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    task: Task,
+    data: ImageData,
+    policy: Late,
+    updates: int,
+    seed: int,
+) -> Grower:
+    """The run of a task, at its beginning."""
+    return Grower(
+        model,
+        optimizer,
+        example_inputs=data.example(),
+        budget=Budget(params=task.share),
+        updates=updates,
+        policy=policy,
+        seed=seed,
+        depth=task.grow == "layers",
+    )
+
+
 def train(model: nn.Module, task: Task, data: ImageData, seed: int, arm: str) -> dict[str, Any]:
     """Train a network, grown unless the arm is "direct"; returns what it came to."""
     optimizer, generator = task.optimizer(model.parameters()), torch.Generator().manual_seed(seed)
@@ -185,11 +207,7 @@ def train(model: nn.Module, task: Task, data: ImageData, seed: int, arm: str) ->
     updates = task.epochs * (steps // every)
     if arm != "direct":
         policy = Late(grow=task.grow, layer_lag=1.0, newborns="silent" if arm == "silent" else "fresh")
-        budget, example = Budget(params=task.share), data.example()
-        grower = Grower(
-            model, optimizer, example_inputs=example, budget=budget, updates=updates, policy=policy, seed=seed,
-            depth=task.grow == "layers",
-        )  # fmt: skip
+        grower = begun(model, optimizer, task, data, policy, updates, seed)
     entering = Entering(model, grower.space, arm) if grower else None
     for _ in range(task.epochs):
         batches = data.train_batches(
@@ -236,13 +254,10 @@ def frame_and_found(task: Task, data: ImageData, seed: int) -> tuple[nn.Module, 
     frame = task.build().to(memory_format=torch.channels_last if task.cifar10 else torch.preserve_format)
 
     def found() -> nn.Module:
+        """The grown structure with new weights."""
         model = copy.deepcopy(frame)
         optimizer = task.optimizer(model.parameters())
-        grower = Grower(
-            model, optimizer, example_inputs=data.example(), budget=Budget(params=task.share), updates=1,
-            policy=Late(until=0.0, grow=task.grow, layer_lag=1.0), seed=seed, depth=task.grow == "layers",
-        )  # fmt: skip
-        grower.finish()
+        begun(model, optimizer, task, data, Late(until=0.0, grow=task.grow, layer_lag=1.0), 1, seed).finish()
         torch.manual_seed(seed)
         return initialised(model)
 
