@@ -125,31 +125,48 @@ def test_a_killed_rank_is_started_anew_and_the_run_ends_as_if_nothing_had_been(
     assert ends[0] == ends[1]
 
 
-@pytest.mark.parametrize(
-    ("argument", "text"),
-    [
-        ("--data nowhere --out new", "no CIFAR-10 in nowhere: the folder does not exist"),
-        ("--out {taken}", "exists already and is not overwritten"),
-    ],
-)
-def test_what_is_wrong_with_data_or_folders_is_said_once_and_plainly(argument: str, text: str, tmp_path: Path) -> None:
-    """Process 0 finds it; the other one says the same, and nothing of sockets."""
-    command = {"--data": ["run", "resnet20-cifar10", *RUN[2:]], "--out": RUN}[argument.split()[0]]
-    command = [*command, *argument.format(taken=tmp_path).split()]
+WRONG = """
+import json, os, sys
+from torchgrow.__main__ import main
+
+for n, arguments in enumerate(json.loads(sys.argv[1])):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(n)  # a process group of its own
+    sys.argv[1:] = arguments
+    try:
+        main()
+    except SystemExit as ended:
+        print(f"exit {ended.code}")
+"""
+
+
+def test_what_is_wrong_with_data_or_folders_is_said_once_and_plainly(tmp_path: Path) -> None:
+    """Process 0 finds it; the other one says the same, and nothing of sockets. Three commands by the same processes."""
+    script, taken = tmp_path / "wrong.py", str(tmp_path)
+    script.write_text(WRONG)
+    commands = {
+        "no CIFAR-10 in nowhere: the folder does not exist": [
+            *("run", "resnet20-cifar10", *RUN[2:]),
+            *("--data", "nowhere", "--out", "new"),
+        ],
+        "exists already and is not overwritten": [*RUN, "--out", taken],
+        "is not a run: it has no config.json": ["run", "--resume", taken],
+    }
     done = subprocess.run(
-        [*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "torchgrow", *command],
+        [*TORCHRUN, "--standalone", "--nproc-per-node=2", str(script), json.dumps(list(commands.values()))],
         env=ENV,
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=240,
     )
+    assert done.stdout.split("\n").count("exit 1") == 2 * len(commands), done.stdout + done.stderr
     ours = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    assert done.returncode == 1
-    assert ours
-    assert all(text in line for line in ours), done.stderr
+    for text in commands:
+        assert [line for line in ours if text in line], done.stderr
+    assert all(any(text in line for text in commands) for line in ours), done.stderr
     assert "torchgrow/lab" not in done.stderr, "a traceback of ours"
     assert "gloo" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["wrong.py"]
 
 
 def test_who_waits_for_one_that_has_ended_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,8 @@ TEXT = replace(
 )
 THREE_BLOCKS = replace(DIGITS, build=partial(models.ResNet, depth=8, widths=(8, 8, 8), in_channels=1))
 """Half of the network of `DIGITS`, none of whose blocks can be left out."""
+TWO_STAGES = replace(DIGITS, build=partial(models.Staged, unit="basic", units=(1, 2), widths=(4, 8), in_channels=1))
+"""As many blocks, one of which can."""
 
 IMAGES = [name for name in SYSTEMS if name != "iss"]
 BEGIN = {"l1-norm", "thinet", "pfp", "bar", "netadapt", "shrink"}
@@ -165,7 +167,7 @@ def test_a_system_that_was_stopped_ends_as_the_unbroken_one(
     name: str, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within a phase and between two, with the state of hooks and of random numbers."""
-    recipe = DIGITS if name in LEAVE_LAYERS_OUT else THREE_BLOCKS
+    recipe = TWO_STAGES if name in LEAVE_LAYERS_OUT else THREE_BLOCKS
     (whole,) = [row for row in run(tmp_path / "whole", name, recipe) if row["method"] == name]
     left = after
 
@@ -201,7 +203,7 @@ class Dropped(models.ResNet):
 def test_a_search_that_was_stopped_trains_only_what_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NetAdapt, in its third step: the first two are not searched again, and all ends as the unbroken one."""
     recipe = replace(DIGITS, build=partial(Dropped, depth=8, widths=(4, 8, 8), in_channels=1))
-    monkeypatch.setitem(systems._SYSTEMS, "netadapt", partial(NetAdapt, most=5, short=1))
+    monkeypatch.setitem(systems._SYSTEMS, "netadapt", partial(NetAdapt, most=4, short=1))
     trained, most = list[nn.Module](), 10000
     original = NetAdapt._trained
 
@@ -214,7 +216,7 @@ def test_a_search_that_was_stopped_trains_only_what_it_chose(tmp_path: Path, mon
     monkeypatch.setattr(NetAdapt, "_trained", counted)
     (whole,) = [row for row in run(tmp_path / "whole", "netadapt", recipe) if row["method"] == "netadapt"]
     searched = [len(list(same)) for _, same in itertools.groupby(map(id, trained))]
-    assert len(searched) > 3  # candidates of each step
+    assert len(searched) >= 3  # candidates of each step
     most = searched[0] + searched[1] + 1
     trained.clear()
     with pytest.raises(Stop):

@@ -39,7 +39,7 @@ def uniform_width(
     if fits(1.0):
         return 1.0
     low, high = 0.0, 1.0
-    for _ in range(30):  # far finer than one channel of any layer
+    for _ in range(20):  # far finer than one channel of any layer
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low

@@ -344,4 +344,5 @@ def live_positions(units: Tensor, keep: Tensor) -> Tensor:
     """Bool vector: which positions of an axis live when the units in `keep` (bool [n]) do."""
     if keep.numel() == 0:
         return torch.ones_like(units, dtype=torch.bool)
-    return keep[units.clamp(min=0)] | (units < 0)
+    positions = units.numpy()  # numpy: these vectors are short and asked for by the thousand
+    return torch.from_numpy(keep.numpy().take(positions, mode="clip") | (positions < 0))
