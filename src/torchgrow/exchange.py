@@ -121,7 +121,7 @@ class Exchange:
         for buffer in model.buffers():
             if not buffer.is_meta:
                 held = buffer.detach()  # shares contents and version, not the graph
-                contents = partial(_as_before, held, held.clone(), held._version)
+                contents = partial(as_before, held, held.clone(), held._version)
                 self._add([], [partial(setattr, buffer, "data", buffer.data), contents])
 
     def after(self, call: Callable[..., object], *arguments: Any) -> None:
@@ -157,7 +157,8 @@ def _as_now(mapping: MutableMapping[Any, Any], key: Any) -> Call:
     return partial(setitem, mapping, key, mapping[key]) if key in mapping else partial(mapping.pop, key, None)
 
 
-def _as_before(tensor: Tensor, before: Tensor, version: int) -> None:
+@torch.no_grad()
+def as_before(tensor: Tensor, before: Tensor, version: int) -> None:
     """Copy contents back, if anything was written."""
     if tensor._version != version:
         tensor.copy_(before)

@@ -1,6 +1,8 @@
 """Law 1: a compact network computes what the frame computes with the absent units zeroed; and what fails is frozen."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -254,3 +256,52 @@ def test_rounding_that_a_network_blows_up_is_looked_at_again(monkeypatch: pytest
     assert torch.equal(prover.frame.get_parameter("0.weight"), before)
     assert prover.error(prover.draw(0.5))[0] == 1e-15
     assert not torch.equal(prover.frame.get_parameter("0.weight"), before)
+
+
+class Late(nn.Module):
+    """Multiplies by random numbers, but for its first calls; where that is kept, nothing is restored."""
+
+    calls, quiet = 0, 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        Late.calls += 1
+        x = self.first(x).relu()
+        return self.last(x * torch.rand_like(x) if Late.calls > Late.quiet else x)
+
+
+class Coin(nn.Module):
+    """Random numbers of its own while it trains."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.bernoulli(torch.full_like(x, 0.9)) if self.training else x
+
+
+def test_random_numbers_that_come_late_are_the_same_everywhere_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations are watched for them only in passes that drew some at first; the others are run again if they do."""
+    monkeypatch.setattr(Late, "calls", 0)
+    monkeypatch.setattr(Late, "quiet", 10_000)
+    torch.manual_seed(0)
+    model, example = Late(), torch.randn(4, 5)
+    expected = trace(model, example)
+    assert int(expected.removable.sum()) == 7
+    most = Late.calls
+    assert most > 15
+    for quiet in range(most):
+        monkeypatch.setattr(Late, "calls", 0)
+        monkeypatch.setattr(Late, "quiet", quiet)
+        assert torch.equal(trace(model, example).removable, expected.removable), quiet
+
+
+@pytest.mark.parametrize(
+    ("between", "drawing"),
+    [(nn.ReLU, False), (partial(nn.Dropout, 0.0), True), (nn.Dropout, True), (Coin, True)],
+)
+def test_only_passes_without_random_numbers_go_unwatched(between: Callable[[], nn.Module], drawing: bool) -> None:
+    model, example = nn.Sequential(nn.Linear(5, 7), between(), nn.Linear(7, 3)), torch.randn(4, 5)
+    prover = Prover(model, replay(model, example), example, seed=1)
+    assert {one for one in prover.passes if not one.training or not drawing} == prover.still
+    assert {one.training for one in prover.passes} == {False, True}

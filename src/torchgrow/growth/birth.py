@@ -42,19 +42,10 @@ MOST = 2**20
 """Values of a tensor that are looked at, about."""
 
 
-def _fan_in(shape: Shape) -> float:
-    return float(math.prod(shape[1:]))
-
-
-def _fan_out(shape: Shape) -> float:
-    return float(shape[0] * math.prod(shape[2:]))
-
-
-def _mean_fan(shape: Shape) -> float:
-    return (_fan_in(shape) + _fan_out(shape)) / 2
-
-
-FANS: dict[str, Callable[[Shape], float]] = {"in": _fan_in, "out": _fan_out, "mean": _mean_fan}
+def _of_shape(shape: Shape) -> dict[str, float]:
+    """Fans of a weight."""
+    inputs, outputs = float(math.prod(shape[1:])), float(shape[0] * math.prod(shape[2:]))
+    return {"in": inputs, "out": outputs, "mean": (inputs + outputs) / 2}
 
 
 @dataclass(frozen=True)
@@ -128,7 +119,7 @@ def birth_scales(
     for tensors in kinds.values():
         votes = Counter(rule for tensor in tensors for rule in tensor.rules())
         for tensor in tensors:
-            best = max(tensor.rules(), key=lambda rule: votes[rule], default=None)  # of several the first in `FANS`
+            best = max(tensor.rules(), key=lambda rule: votes[rule], default=None)  # of several the first
             if best is None or votes[best] < sum(tensor.alike(other) for other in tensors):
                 continue
             if tensor.beyond(best):
@@ -188,13 +179,14 @@ def _fans(module: nn.Module, key: str, shapes: Mapping[str, tuple[Shape, Shape]]
         hidden = next(pair for name, pair in shapes.items() if name.startswith("weight_hh"))
         own["hidden"] = (float(hidden[0][0] // _gates(module)), float(hidden[1][0] // _gates(module)))
     if len(frame) == 2 or (len(frame) > 2 and isinstance(module, _ConvNd)):  # of others, an axis may be of experts
-        return own | {name: (fan(frame), fan(live)) for name, fan in FANS.items() if fan(frame) > 0 and fan(live) > 0}
+        fans = _of_shape(live)
+        return own | {name: (fan, fans[name]) for name, fan in _of_shape(frame).items() if fan > 0 and fans[name] > 0}
     if own or len(frame) != 1:
         return own
     weight = shapes.get("weight")
     if key != "bias" or weight is None or len(weight[0]) < 2:
         return {}
-    return {"in": (_fan_in(weight[0]), _fan_in(weight[1]))}
+    return {"in": (_of_shape(weight[0])["in"], _of_shape(weight[1])["in"])}
 
 
 def _gates(module: nn.Module) -> int:

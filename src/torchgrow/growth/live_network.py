@@ -96,10 +96,6 @@ class LiveNetwork:
         """Of the model and its followers."""
         return [buffer for bank in self.banks for buffer in bank.model.buffers()]
 
-    def all_parameters(self) -> list[Tensor]:
-        """Of the model and its followers."""
-        return [parameter for bank in self.banks for parameter in bank.model.parameters()]
-
     def fold(self, keep: Tensor, raw: Mapping[str, Tensor], gate: Tensor | None) -> Fold:
         """Positions of the units of a structure and what is folded there; empty if the policy needs neither."""
         asked = gate is not None or self.policy.sensitive

@@ -93,7 +93,7 @@ def prune_(
     plan = _planned(model, space, budget, seed)
     keep = _chosen(model, plan, policy or Shrink(importance="group_norm"))
     shifts = shifts_of(model, space, space.everything(), keep, batches)
-    expected = None if space.proven or space.blocks else _without(model, space, keep, example_inputs)
+    expected = None if space.proven or space.blocks else _outputs(zero_(model, space, keep), example_inputs)
     shrink_(model, space, keep, store=False)
     guard_(model)
     if expected is not None:
@@ -223,8 +223,8 @@ def _loss_with(
 
 
 @torch.no_grad()
-def zero_(model: nn.Module, space: Space, keep: Tensor) -> None:
-    """Set all units and layers that a structure (bool [n]) does not have to zero, in place."""
+def zero_(model: nn.Module, space: Space, keep: Tensor) -> nn.Module:
+    """Set all units and layers that a structure (bool [n]) does not have to zero, in place; returns the model."""
     tensors = dict(model.named_parameters())
     for name in space.parameters:
         if space.absent(name, keep):
@@ -233,12 +233,7 @@ def zero_(model: nn.Module, space: Space, keep: Tensor) -> None:
         for axis in space.cut_axes.get(name, ()):
             dead = torch.nonzero(~live_positions(space.unit_of[name, axis], keep)).flatten()
             tensors[name].index_fill_(axis, dead.to(tensors[name].device), 0)
-
-
-def _without(model: nn.Module, space: Space, keep: Tensor, example_inputs: Any) -> list[Tensor]:
-    """Outputs of the model with all units that will be removed set to zero, in place."""
-    zero_(model, space, keep)
-    return _outputs(model, example_inputs)
+    return model
 
 
 @torch.no_grad()

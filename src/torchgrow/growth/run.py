@@ -196,7 +196,7 @@ class Run:
         exchange = Exchange()
         network.into(exchange, live, policy)
         exchange.fields(self.policy, **vars(policy))
-        self.state.take_over(exchange, here)
+        exchange.fields(self.state, **vars(here))
         note(self, exchange, here.history, here.finished)
         self.ranks.invalidate(exchange)
         forget_compiled()
@@ -294,7 +294,7 @@ class Run:
         limits, updates, shapes = plan.limits, plan.updates, sorted(plan.space.shapes.items())
         weights: list[Tensor | str] = []
         if keep is not None:
-            weights += self.live.all_parameters()
+            weights += [parameter for bank in self.live.banks for parameter in bank.model.parameters()]
             for optimizer in self.optimizers:
                 weights += [slot for p in optimizer.state.values() for slot in p.values() if isinstance(slot, Tensor)]
         return {

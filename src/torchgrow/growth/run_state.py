@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..errors import SavedModelError, StructureError, TorchgrowError
-from ..exchange import Exchange
 from ..persistence.plain_data import Field
 from ..policies import Policy
 from ..structure.cost import CostModel
@@ -100,10 +99,6 @@ class RunState:
             finished=finished,
             early=saved["early"].flag() if saved["early"].value is not None else len(history) <= updates,
         )
-
-    def take_over(self, exchange: Exchange, other: RunState) -> None:
-        """Have `exchange` copy all fields of the other."""
-        exchange.fields(self, **vars(other))
 
 
 def event_of(costs: CostModel, state: RunState, keep: Tensor, old: Tensor, policy: Policy, start: float) -> Event:

@@ -141,12 +141,11 @@ def _in_containers(model: nn.Module, seen: dict[str, list[_Call]]) -> list[Block
     def inside(block: Block, others: Sequence[Block]) -> bool:
         return any(block.modules != other.modules and other.holds(block.modules[0]) for other in others)
 
-    found = [x for x in found if not _sequence(model.get_submodule(x.modules[0])) or not inside(x, every)]
+    def sequence(block: Block) -> bool:
+        return type(model.get_submodule(block.modules[0])).forward is nn.Sequential.forward
+
+    found = [block for block in found if not sequence(block) or not inside(block, every)]
     return [block for block in found if not any(inside(other, [block]) for other in found)]
-
-
-def _sequence(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 def _composite(module: nn.Module) -> bool:

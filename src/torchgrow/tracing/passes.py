@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
 
 from ..default_device import gpus_in_use
 from ..errors import TraceError
+from ..exchange import as_before
 from .nested import leaves
 
 HIGH, LOW = 0, 1
@@ -226,7 +227,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         seen.add(id(value))
         if isinstance(value, Tensor):
             if value.layout == torch.strided and not value.is_meta and not value.is_inference():
-                undo.append(partial(_write_back, value, value.detach().clone(), value._version))
+                undo.append(partial(as_before, value, value.detach().clone(), value._version))
         elif isinstance(value, np.random.Generator):
             undo.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
         elif isinstance(value, random.Random):
@@ -254,12 +255,6 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 def _refill(container: Any, entries: Any) -> None:
     container.clear()
     (container.update if isinstance(container, (dict, set)) else container.extend)(entries)
-
-
-def _write_back(tensor: Tensor, value: Tensor, version: int) -> None:
-    if tensor._version != version:
-        with torch.no_grad():
-            tensor.copy_(value)
 
 
 COINS = frozenset({"bernoulli"})
@@ -360,18 +355,22 @@ RECURRENT = frozenset({torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu})
 
 
 class Steady(TorchFunctionMode):
-    """Switches dropout off everywhere."""
+    """Switches dropout off everywhere; `used` tells whether there was any."""
+
+    used = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function of torch."""
         kwargs = dict(kwargs or {})
         if func in LEAVING_OUT:
             position, name = LEAVING_OUT[func]
+            self.used |= bool(args[position] if len(args) > position else kwargs.get(name, True))
             if len(args) > position:
                 args = (*args[:position], False, *args[position + 1 :])
             else:
                 kwargs[name] = False
         elif func in RECURRENT:
             at = 5 if isinstance(args[3], bool) else 6  # packed sequences have their lengths before the state
+            self.used |= bool(args[at])
             args = (*args[:at], 0.0, *args[at + 1 :])
         return func(*args, **kwargs)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..default_device import gpus_in_use
 from ..errors import TraceError
 from ..structure.bank import Bank
 from ..structure.record import skip_
@@ -37,6 +38,10 @@ A weight-normalised row of true zeros is 0 / 0, which is no answer to compare wi
 """
 
 
+class _DrawnError(Exception):
+    """A forward drew random numbers where its first run had drawn none."""
+
+
 class Prover:
     """A randomised float64 copy of a frame, on which subsets of units are tried."""
 
@@ -62,6 +67,7 @@ class Prover:
                 given.copy_(torch.randn(given.shape, generator=self.generator, dtype=torch.float64))
         self.small: set[int] = set()  # examples too small for statistics over a batch
         self.restless = False  # whether a forward writes into the parameters every time
+        self.still: set[Pass] = set()  # passes that draw no random numbers: a mode would see every operation in vain
         try:
             self.passes = self._settled(storages(model))
             plain = self._outputs()
@@ -88,7 +94,7 @@ class Prover:
         while waiting:
             one = waiting.pop(0)
             try:
-                with self._running(one, original) as chance:
+                with self._running(one, original) as (chance, steady):
                     before = fingerprint(self.frame)
                     call(self.frame, fresh(self.examples[one.example]))
                     wrote |= fingerprint(self.frame) != before
@@ -102,9 +108,12 @@ class Prover:
                     waiting.insert(0, one)
                 continue
             found.append(one)
+            if not (chance.count or steady.used or gpus_in_use()):
+                self.still.add(one)
             if chance.decides and one.draw == HIGH:
                 waiting += one.drawn_anew()
         if wrote:
+            self.still.clear()
             self._randomize()
             for one in found:
                 with self._running(one, {}):
@@ -115,12 +124,16 @@ class Prover:
         return found
 
     @contextmanager
-    def _running(self, one: Pass, original: dict[int, str]) -> Iterator[Chance]:
+    def _running(self, one: Pass, original: dict[int, str]) -> Iterator[tuple[Chance, Steady]]:
         """A context in which all runs share random numbers, modes and state."""
-        small = one.training and one.example in self.small
-        with running(self.frame, one, still_norms=small) as chance, _no_fast_path(), Steady(), chance:
-            chance.original = original
-            yield chance
+        small, steady, still = one.training and one.example in self.small, Steady(), one in self.still
+        with running(self.frame, one, still_norms=small) as chance, _no_fast_path():
+            before = torch.get_rng_state() if still else None
+            with nullcontext() if still else steady, nullcontext() if still else chance:
+                chance.original = original
+                yield chance, steady
+            if before is not None and not torch.equal(before, torch.get_rng_state()):
+                raise _DrawnError
 
     def _randomize(self) -> None:
         """Scales and offsets around 1, statistics away from 0 and 1, and weights neither large nor small.
@@ -248,6 +261,13 @@ class Prover:
             keep: the units of the network: given states are cut as it is.
             shown: units whose entries of carried outputs are compared; those of removed units are dropped.
         """
+        try:
+            return _plain(self._outputs_now(keep, shown))
+        except _DrawnError:  # after all
+            self.still.clear()
+            return _plain(self._outputs_now(keep, shown))
+
+    def _outputs_now(self, keep: Tensor | None, shown: Tensor | None) -> list[Tensor]:
         found: list[Tensor] = []
         with unchanged(self.frame):
             for one in self.passes:
@@ -264,15 +284,20 @@ class Prover:
                 found += own
                 for parameter, value in zip(self.frame.parameters(), values, strict=False):
                     parameter.data = value
-        found = [part for x in found for part in (x.unbind() if x.is_nested else [x])]
-        found = [x.to_dense() if x.layout != torch.strided else x for x in found]
-        return [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in found]
+        return found
 
     def _cut_states(self, example: Any, keep: Tensor) -> Any:
         """An example with its carried states cut to the units in `keep`."""
         units, whole = {state.input: state.units for state in self.space.carried}, self.space.everything()
         cut = iter([recut(x, units.get(i, {}), whole, keep) for i, x in enumerate(tensors(example))])
         return mapped(example, lambda x: next(cut))
+
+
+def _plain(found: list[Tensor]) -> list[Tensor]:
+    """As dense tensors of real numbers, nested ones part by part."""
+    found = [part for x in found for part in (x.unbind() if x.is_nested else [x])]
+    found = [x.to_dense() if x.layout != torch.strided else x for x in found]
+    return [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in found]
 
 
 def _gap(found: list[Tensor], expected: list[Tensor]) -> float:
