@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,27 +59,6 @@ def test_two_nodes_make_one_run(nodes: tuple[Path, list[str]]) -> None:
     assert (out / "network" / "structure.json").exists()
 
 
-def test_a_mismatch_reaches_the_user(tmp_path: Path) -> None:
-    """Every rank with another seed: all end with exit code 1 and say why, and the folder keeps the reason."""
-    command = " ".join([sys.executable, "-m", "torchgrow", *RUN, "--out", str(tmp_path / "run"), "--seed", "$RANK"])
-    done = subprocess.run(
-        [*TORCHRUN, "--standalone", "--nproc-per-node=2", "--no-python", "sh", "-c", command],
-        env=ENV,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 1
-    for rank in (0, 1):
-        assert f"error (rank {rank}): the ranks do not agree" in done.stderr
-    assert "exitcode  : 1 " in done.stderr
-    assert "exitcode  : 0 " not in done.stderr
-    assert "Different from rank 0: draws of rank 1; policy of rank 1. To put it right: give Grower the same seed" in (
-        done.stderr
-    )
-    assert "draws of rank 1" in (tmp_path / "run.partial" / "stopped.txt").read_text()
-
-
 FALLS = """
 import os, signal, sys
 from torchgrow import Grower
@@ -129,44 +109,64 @@ WRONG = """
 import json, os, sys
 from torchgrow.__main__ import main
 
-for n, arguments in enumerate(json.loads(sys.argv[1])):
+for n, command in enumerate(json.loads(sys.argv[1])):
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(n)  # a process group of its own
-    sys.argv[1:] = arguments
+    sys.argv[1:] = [argument.replace("RANK", os.environ["RANK"]) for argument in command]
     try:
         main()
     except SystemExit as ended:
-        print(f"exit {ended.code}")
+        code = ended.code
+        print(f"exit {code}")
+sys.exit(code)
 """
 
 
-def test_what_is_wrong_with_data_or_folders_is_said_once_and_plainly(tmp_path: Path) -> None:
-    """Process 0 finds it; the other one says the same, and nothing of sockets. Three commands by the same processes."""
-    script, taken = tmp_path / "wrong.py", str(tmp_path)
-    script.write_text(WRONG)
-    commands = {
-        "no CIFAR-10 in nowhere: the folder does not exist": [
-            *("run", "resnet20-cifar10", *RUN[2:]),
-            *("--data", "nowhere", "--out", "new"),
-        ],
-        "exists already and is not overwritten": [*RUN, "--out", taken],
-        "is not a run: it has no config.json": ["run", "--resume", taken],
-    }
-    done = subprocess.run(
-        [*TORCHRUN, "--standalone", "--nproc-per-node=2", str(script), json.dumps(list(commands.values()))],
-        env=ENV,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Commands that cannot go well, one after the other by the same two processes; the last one's exit is theirs."""
+    folder = tmp_path_factory.mktemp("wrong")
+    (folder / "wrong.py").write_text(WRONG)
+    commands = [
+        ["run", "resnet20-cifar10", *RUN[2:], "--data", "nowhere", "--out", "new"],
+        [*RUN, "--out", str(folder)],
+        ["run", "--resume", str(folder)],
+        [*RUN, "--out", str(folder / "run"), "--seed", "RANK"],
+    ]
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "wrong.py", json.dumps(commands)]
+    done = subprocess.run(command, env=ENV, cwd=folder, capture_output=True, text=True, timeout=240)
     assert done.stdout.split("\n").count("exit 1") == 2 * len(commands), done.stdout + done.stderr
+    return folder, done
+
+
+def test_what_is_wrong_with_data_or_folders_is_said_once_and_plainly(wrong: Any) -> None:
+    """Process 0 finds it; the other one says the same, and nothing of sockets."""
+    folder, done = wrong
+    texts = (
+        "no CIFAR-10 in nowhere: the folder does not exist",
+        "exists already and is not overwritten",
+        "is not a run: it has no config.json",
+    )
     ours = [line for line in done.stderr.splitlines() if line.startswith("error")]
-    for text in commands:
+    for text in texts:
         assert [line for line in ours if text in line], done.stderr
-    assert all(any(text in line for text in commands) for line in ours), done.stderr
+    assert all(any(text in line for text in (*texts, "the ranks do not agree")) for line in ours), done.stderr
     assert "torchgrow/lab" not in done.stderr, "a traceback of ours"
     assert "gloo" not in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["wrong.py"]
+    assert sorted(path.name for path in folder.iterdir()) == ["run.partial", "wrong.py"]
+
+
+def test_a_mismatch_reaches_the_user(wrong: Any) -> None:
+    """Every rank with another seed: all end with exit code 1 and say why, and the folder keeps the reason."""
+    folder, done = wrong
+    assert done.returncode == 1
+    for rank in (0, 1):
+        assert f"error (rank {rank}): the ranks do not agree" in done.stderr
+    assert "exitcode  : 1 " in done.stderr
+    assert "exitcode  : 0 " not in done.stderr
+    assert "Different from rank 0: draws of rank 1; policy of rank 1. To put it right: give Grower the same seed" in (
+        done.stderr
+    )
+    assert "draws of rank 1" in (folder / "run.partial" / "stopped.txt").read_text()
 
 
 def test_who_waits_for_one_that_has_ended_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
