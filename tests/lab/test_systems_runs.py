@@ -230,12 +230,12 @@ def test_a_search_that_was_stopped_trains_only_what_it_chose(tmp_path: Path, mon
 
 
 def test_phases_that_are_done_are_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(tmp_path, "sfp")
+    run(tmp_path, "sfp", THREE_BLOCKS)
     (folder,) = [path.parent for path in (tmp_path / ".digits").glob("*/phases.json")]
     (tmp_path / "digits.jsonl").write_text("")
     steps = []
     monkeypatch.setattr("torchgrow.lab.train._step", lambda *_: steps.append(1))
-    (row,) = run(tmp_path, "sfp")
+    (row,) = run(tmp_path, "sfp", THREE_BLOCKS)
     assert not steps
     assert len(row["epochs"]) == 2
     assert torch.tensor(row["accuracy"]) >= 0
@@ -260,7 +260,7 @@ def test_an_unknown_system_is_refused_with_the_names_that_there_are(tmp_path: Pa
 
 def test_shrink_is_the_dense_network_a_grower_and_a_plain_loop(tmp_path: Path) -> None:
     """Fine-tuned by hand: half the epochs, a tenth of the rate, the recipe's schedule; an update every step of two."""
-    recipe = replace(DIGITS, epochs=8, threads=1)
+    recipe = replace(THREE_BLOCKS, epochs=8, threads=1)
     row = next(r for r in run(tmp_path, "shrink:until=0.5,importance=l1", recipe) if r["method"] != "dense")
     assert [(one["name"], one["epochs"]) for one in row["phases"]] == [("dense", 8), ("fine-tuning", 4)]
     (saved,) = (tmp_path / ".digits").glob("*/network")
