@@ -30,6 +30,8 @@ DIGITS = replace(
     warmup=0.0,
 )
 """Two epochs of 64 digits, to half the parameters of a ResNet of a few channels."""
+THREE_BLOCKS = replace(DIGITS, build=partial(models.ResNet, depth=8, widths=(8, 8, 8), in_channels=1))
+"""Half of the network of `DIGITS`, none of whose blocks can be left out."""
 
 
 def images(n: int) -> Images:

@@ -28,7 +28,7 @@ from torchgrow.lab.results import difference, draw, sweeps, verdict
 
 RECIPE = replace(
     DIGITS,
-    build=partial(models.ResNet, depth=14, widths=(8, 16, 32), in_channels=1),
+    build=partial(models.ResNet, depth=8, widths=(8, 16, 32), in_channels=1),
     subset=128,
     budget=Budget(params="20%"),
 )
@@ -162,9 +162,11 @@ def test_what_decides_nothing_is_not_part_of_a_row(compared: Compared, no_traini
     deep = replace(RECIPE, depth=True)
     assert run(out, "uniform", deep) == [row for row in rows if row["method"] == "uniform"]
     assert "channels_last" not in rows[0]["config"]
-    for method, changed in [("default", deep), ("direct", deep), ("uniform", replace(RECIPE, channels_last=True))]:
-        with pytest.raises(TorchgrowError, match="AssertionError: something was trained"):
-            run(out, method, changed)
+    for method, same in [("default", False), ("direct", False), ("uniform", True)]:
+        keys = {Job(method=method, recipe=recipe, data=(1,)).key() for recipe in (RECIPE, deep)}
+        assert (len(keys) == 1) == same, method
+    with pytest.raises(TorchgrowError, match="AssertionError: something was trained"):
+        run(out, "uniform", replace(RECIPE, channels_last=True))
 
 
 def test_images_lie_as_asked_and_thin_convolutions_are_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

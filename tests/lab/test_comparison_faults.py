@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
-from small_tasks import DIGITS
+from small_tasks import DIGITS, THREE_BLOCKS
 from torchgrow import Budget, TorchgrowError
 from torchgrow.lab import models, train
 from torchgrow.lab.baselines import twin_width
@@ -42,7 +42,7 @@ class Pair(Flat):
         return super().forward(x), x
 
 
-def run(out: Path, methods: str, recipe: Recipe = DIGITS, **more: Any) -> Any:
+def run(out: Path, methods: str, recipe: Recipe = THREE_BLOCKS, **more: Any) -> Any:
     return compare(recipe, methods=methods.split(), seeds=[0], console=Console(quiet=True), out=out, **more)
 
 
@@ -180,7 +180,7 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_trained(
     monkeypatch.setattr("torchgrow.lab.compare.training.fit", fit)
     monkeypatch.setattr("torchgrow.lab.systems.netadapt.NetAdapt._search", fit)
     methods = "l1-norm sfp thinet pfp bar morphnet netadapt autogrow darts proxyless shrink shrink:until=0.3"
-    rows = run(tmp_path, methods, budgets=[Budget(params=20)])
+    rows = run(tmp_path, methods, DIGITS, budgets=[Budget(params=20)])
     assert trained == []
     assert [row["method"] for row in rows] == methods.split()
     text = "the budget is below the smallest network here, of {} parameters and .* FLOPs; give a larger --budget"
@@ -188,7 +188,7 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_trained(
         least = 179 if row["method"] in ("autogrow", "darts", "proxyless") else 325
         assert re.fullmatch(text.format(least), row["error"]), row["error"]
     with pytest.raises(TorchgrowError, match=r"dense, seed 0, .*: a network began to train"):
-        run(tmp_path, "dense sfp", budgets=[Budget(params=20)])
+        run(tmp_path, "dense sfp", DIGITS, budgets=[Budget(params=20)])
     assert trained == ["dense"]
     with pytest.raises(TorchgrowError, match="1 of 2 could not be trained: autogrow"):
         run(tmp_path, "autogrow sfp", budgets=[Budget(params=300)])

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from small_tasks import DIGITS
+from small_tasks import DIGITS, THREE_BLOCKS
 from torchgrow.lab import train
 from torchgrow.lab.compare import compare
 from torchgrow.lab.compare.job import Job
@@ -64,7 +64,7 @@ def test_an_epoch_that_is_trained_again_counts_once(
         raise KeyboardInterrupt
 
     def run() -> None:
-        compare(replace(DIGITS, epochs=3), methods=[method], seeds=[0], console=Console(quiet=True), out=tmp_path)
+        compare(replace(THREE_BLOCKS, epochs=3), methods=[method], seeds=[0], console=Console(quiet=True), out=tmp_path)
 
     with monkeypatch.context() as patched:
         patched.setattr(f"torchgrow.lab.{place}.fit", fit)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torchgrow
-from small_tasks import DIGITS
+from small_tasks import DIGITS, THREE_BLOCKS
 from tiny_cifar import write_batches
 from torchgrow import Budget, TorchgrowError
 from torchgrow.lab import frames, models, recipes, systems, train
@@ -39,8 +39,6 @@ TEXT = replace(
     lr_milestones=(0.5,),
     threads=1,
 )
-THREE_BLOCKS = replace(DIGITS, build=partial(models.ResNet, depth=8, widths=(8, 8, 8), in_channels=1))
-"""Half of the network of `DIGITS`, none of whose blocks can be left out."""
 TWO_STAGES = replace(DIGITS, build=partial(models.Staged, unit="basic", units=(1, 2), widths=(4, 8), in_channels=1))
 """As many blocks, one of which can."""
 
