@@ -191,7 +191,7 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_trained(
         run(tmp_path, "dense sfp", DIGITS, budgets=[Budget(params=20)])
     assert trained == ["dense"]
     with pytest.raises(TorchgrowError, match="1 of 2 could not be trained: autogrow"):
-        run(tmp_path, "autogrow sfp", budgets=[Budget(params=300)])
+        run(tmp_path, "autogrow sfp", DIGITS, budgets=[Budget(params=300)])
 
 
 def test_the_uniform_twin_is_within_all_that_is_budgeted() -> None:
