@@ -345,4 +345,4 @@ def live_positions(units: Tensor, keep: Tensor) -> Tensor:
     if keep.numel() == 0:
         return torch.ones_like(units, dtype=torch.bool)
     positions = units.numpy()  # numpy: these vectors are short and asked for by the thousand
-    return torch.from_numpy(keep.numpy().take(positions, mode="clip") | (positions < 0))
+    return torch.from_numpy(keep.numpy()[positions.clip(0)] | (positions < 0))
