@@ -15,31 +15,23 @@ THIN = 16
 def guard_(model: nn.Module) -> list[str]:
     """Make the strided 1x1 `nn.Conv2d` of a model safe to train on a CPU at any width, in place; names them.
 
-    A growing network reaches widths where PyTorch writes outside its memory: the weight gradient of a
-    convolution with kernel 1, a stride > 1, no padding, one group, input sizes that are multiples of the
-    stride, channels_last layout and fewer than 8 (AVX2) or 16 (AVX-512) input channels. It shows as `double
-    free or corruption`, a crash some steps later, an endless wait, or *wrong weight gradients alone*.
+    A growing network reaches widths where PyTorch writes outside its memory: the weight gradient of a convolution with
+    kernel 1, a stride > 1, no padding, one group, input sizes that are multiples of the stride, channels_last layout
+    and fewer than 8 (AVX2) or 16 (AVX-512) input channels. It shows as `double free or corruption`, a crash some steps
+    later, an endless wait, or *wrong weight gradients alone*. Seen with torch 2.13.0 and 2.14.1 (oneDNN 3.12) on AMD,
+    with AVX2 from 8x8 inputs on, with AVX-512 from 48x48. Conv1d, Conv3d, other kernels and float64 were safe.
 
-    Seen with torch 2.13.0 and 2.14.1 (oneDNN 3.12) on AMD: with AVX2 from 8x8 inputs on, in float32; with
-    AVX-512 from 48x48 on, in float32 and bfloat16. Channels_last may come from the input
-    (`from_numpy(nhwc).permute(0, 3, 1, 2)` has it), from the *weight*
-    (`model.to(memory_format=torch.channels_last)`, whatever the input), or from `torch.compile`, which
-    chooses it by itself; the layout of the output's gradient does not matter. Conv1d, Conv3d, other kernels,
-    stride 1, padding, groups and float64 were safe.
+    Channels_last may come from the input, from the *weight*, or from `torch.compile`, which chooses it by itself. So
+    `x.contiguous()` is no cure, but this is: drop the last row, which such a convolution never reads. The size is then
+    no multiple of the stride, and oneDNN takes another path. Outputs and gradients stay the same.
 
-    So `x.contiguous()` is no cure, but this is: drop the last row, which such a convolution never reads. The
-    size is then no multiple of the stride, and oneDNN takes another path. Outputs and gradients stay the
-    same, the input's too (zero in that row).
+    The guard is a forward pre-hook. It hands on the very same tensor unless gradients are on, the tensor is on the CPU
+    and thin, and the layout is (or, compiled, may become) channels_last. There it breaks a compiled graph in two, so
+    `fullgraph=True` refuses. `torch.jit.script` compiles it along, for any layout. Copies and pickles keep it.
 
-    The guard is a forward pre-hook. It hands on the very same tensor unless gradients are on, the tensor is
-    on the CPU and thin, and the layout is (or, compiled, may become) channels_last. There it breaks a
-    compiled graph in two, so `fullgraph=True` refuses. `torch.jit.script` compiles it along, for any layout.
-    Calling it again adds nothing; copies and pickles of the model keep it.
-
-    Not covered: `F.conv2d` called directly, `conv(input=x)` by keyword, and a ConvTranspose2d with kernel 1,
-    stride s, `output_padding` s - 1 and fewer than 16 output channels, which fails alike. To be removed once
-    every supported torch has a fix of https://github.com/uxlfoundation/oneDNN/issues/6035:
-    tests/test_onednn_guard.py reports XPASS with such a torch.
+    Not covered: `F.conv2d` called directly, `conv(input=x)` by keyword, and a ConvTranspose2d with kernel 1, stride s,
+    `output_padding` s - 1 and fewer than 16 output channels, which fails alike. To be removed once every supported
+    torch has a fix of https://github.com/uxlfoundation/oneDNN/issues/6035: tests/test_onednn_guard.py says XPASS then.
     """
     names = []
     for name, module in model.named_modules():

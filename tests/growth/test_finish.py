@@ -180,3 +180,25 @@ def test_how_newborns_enter_is_checked() -> None:
             model, torch.optim.SGD(model.parameters(), 0.1), example_inputs=torch.randn(2, 3, 8, 8),
             budget=Budget("100%"), updates=3, start="frame", policy=policy,
         )  # fmt: skip
+
+
+def test_gates_of_units_that_enter_in_the_end_do_not_hold_them_back() -> None:
+    """A gate of 1e-6 is folded in for good: read by zeros, such a unit would have next to no gradients."""
+
+    class Closed(Late):
+        def seed(self, view: View) -> Tensor:
+            small = super().seed(view)
+            self.gate = torch.where(view.space.present(small), 1.0, 1e-6).double()
+            return small
+
+    torch.manual_seed(0)
+    model = conv(False).double()
+    x, optimizer = torch.randn(8, 3, 8, 8).double(), torch.optim.SGD(model.parameters(), 0.05)
+    grower = Grower(model, optimizer, example_inputs=x, budget=Budget("90%"), updates=20, policy=Closed())
+    steps(grower, x, torch.randint(4, (8,)), 2)
+    old = grower.keep.clone()
+    grower.finish()
+    rows = grower.space.unit_of["0.weight", 0]
+    entered = ~old[rows[grower.keep[rows]]]
+    assert int(entered.sum()) > 3
+    assert float(model.get_parameter("0.weight").detach().abs().amax((1, 2, 3))[entered].min()) > 1e-3

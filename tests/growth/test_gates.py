@@ -127,6 +127,27 @@ def test_clipping(kind: str) -> None:
     pair.compare()
 
 
+def test_to_maximise_the_negative_loss_is_to_minimise_the_loss() -> None:
+    """The indicators descend what the weights descend, also where the optimizer is told to ascend."""
+    found = []
+    for sign in (1, -1):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3)).double()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, maximize=sign < 0)
+        x, labels = torch.randn(32, 8).double(), torch.arange(32) % 3
+        settings: dict[str, Any] = {"budget": Budget(params="50%"), "updates": 6, "preset": "paper"}
+        grower = Grower(model, optimizer, example_inputs=x, **settings)
+        for _ in range(6):
+            for _ in range(5):
+                optimizer.zero_grad()
+                (sign * F.cross_entropy(model(x), labels)).backward()
+                optimizer.step()
+            grower.update()
+        found.append((indicators_of(grower).s, [event.params for event in grower.history]))
+    assert found[0][1] == found[1][1]
+    assert torch.equal(found[0][0], found[1][0])
+
+
 def test_gradients_stay_those_of_the_live_weights() -> None:
     """The step borrows .grad and gives it back, the very same tensor and bits."""
     pair = make_pair(OPTIMIZERS["momentum"])
@@ -163,7 +184,7 @@ def test_copies_of_the_weights_are_folded_with_them() -> None:
 
 @pytest.mark.parametrize("make", [free, lambda m: Madgrad(m.parameters(), 0.01)], ids=["schedule-free", "madgrad"])
 def test_after_the_end_copies_do_not_pull_the_weights_back(make: Make) -> None:
-    """They keep the gates that the weights keep, and are 0 for units that entered in silence."""
+    """They keep the gates that the weights keep, 1 of units that entered in the end, and are 0 where these are read."""
     torch.manual_seed(0)
     model = SmallResNet().double()
     grower = Grower(
@@ -173,11 +194,13 @@ def test_after_the_end_copies_do_not_pull_the_weights_back(make: Make) -> None:
         F.cross_entropy(model(batch(number)[0]), batch(number)[1]).backward()
         grower.optimizer.step()
         grower.optimizer.zero_grad()
+        old = grower.keep.clone()
         grower.update() if number < 2 else grower.finish()
+    gate = indicators_of(grower).gate.masked_fill(grower.keep & ~old, 1)
     fold = grower.run.live.gates.fold
     assert fold is not None
     folded = silent = 0
-    for p, factor in zip(fold.parameters, fold.factors(indicators_of(grower).gate), strict=True):
+    for p, factor in zip(fold.parameters, fold.factors(gate), strict=True):
         state = grower.optimizer.state[p]
         away = (state.get("z", state.get("x0")) - p.detach()).abs()
         assert bool((away <= 0.05 * factor).all()), "further than the few steps went"

@@ -153,6 +153,27 @@ def test_a_parameter_that_no_example_uses_keeps_what_it_could_read() -> None:
     assert "example_inputs=[..., ...]" in reasons[0].reason
 
 
+class Scaled(nn.Module):
+    """One output, scaled by a parameter of one row and one column that no unit meets."""
+
+    def __init__(self, layer: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 1)
+        self.scale = nn.Linear(1, 1, bias=False) if layer else nn.Parameter(torch.ones(1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.b(F.relu(self.a(x)))
+        return self.scale(out) if isinstance(self.scale, nn.Linear) else out * self.scale
+
+
+@pytest.mark.parametrize("layer", [True, False])
+def test_a_parameter_that_meets_no_unit_is_used_all_the_same(layer: bool) -> None:
+    """It was taken for one of another run, which could read anything: nothing of the model could go."""
+    space = trace(Scaled(layer), torch.randn(4, 8))
+    assert space.widths(space.everything()) == {"a": 6}
+    assert not any("no example used" in str(frozen) for frozen in space.frozen)
+
+
 def test_several_examples_reach_what_one_does_not() -> None:
     model = Levels()
     space = trace(model, [(X, LOW), (X, BOTH)])

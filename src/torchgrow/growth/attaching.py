@@ -19,12 +19,7 @@ from .gates import attached
 
 
 def check_free(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Refuse a model and optimizers that another, unfinished grower uses.
-
-    Raises:
-        StructureError: the model, a part of it or a model around it is growing.
-        OptimizerError: an optimizer trains a network that is growing.
-    """
+    """Refuse what another, unfinished grower uses: model (`StructureError`) or optimizers (`OptimizerError`)."""
     advice = (
         "go on with the grower that is there, or end it with grower.finish() before another one begins. To begin anew, "
         "build model and optimizer anew (in a notebook: run their cell again too)"

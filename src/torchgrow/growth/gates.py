@@ -397,7 +397,10 @@ class _Hooks:
             if parameter.dtype != raw.dtype or parameter.device != raw.device:
                 raise TrainingError(converted(name, parameter, raw.dtype, raw.device))
         gradients = [parameter.grad for parameter in fold.parameters]
-        gradient = fold.gate_gradient(gradients)
+        risen = {id(p) for group in self.optimizer.param_groups if group.get("maximize") for p in group["params"]}
+        gradient = fold.gate_gradient(  # of what is minimised
+            [-g if g is not None and id(p) in risen else g for p, g in zip(fold.parameters, gradients, strict=True)]
+        )
         scale = getattr(self.optimizer, "grad_scale", None)  # fused optimizers unscale inside step
         overflow = getattr(self.optimizer, "found_inf", None)
         if scale is not None:

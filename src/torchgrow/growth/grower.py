@@ -149,7 +149,8 @@ class Grower(Shown):
         """End the run now: the network is brought to the budget, the bank is emptied, the hooks come off.
 
         Called before update T-1 the network may change once more. Units that enter here have no effect at first, as the
-        weights by which they are read are 0: outputs stay, but for norms over units; training on makes use of them.
+        weights by which they are read are 0: outputs stay, and training on makes use of them. Some could not learn so
+        and enter as ever: plain layers, branches that end in a ReLU, units in a norm or sum over them, tied weights.
         With `batches` biases take over from units that leave, as in `update`.
 
         Raises:
@@ -278,7 +279,11 @@ class Grower(Shown):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         """Refuse to be copied or pickled: a grower belongs to one model and one optimizer."""
-        _refuse_copy()
+        raise TorchgrowError(
+            "a Grower cannot be copied or pickled: it hangs on the objects of its model and optimizer. To store a run "
+            "use torchgrow.save_checkpoint(folder, grower); to branch off, build model, optimizer and Grower anew and "
+            "call other.load_state_dict(grower.state_dict()); for the network alone copy.deepcopy(grower.model)"
+        )
 
 
 @contextmanager
@@ -328,12 +333,3 @@ def _policy(preset: str | Method | None, policy: Policy | None, *, layers: bool)
     if isinstance(preset, Method):
         return policy_of(preset)
     return None if preset is None else named(preset, layers=layers)
-
-
-def _refuse_copy() -> NoReturn:
-    """Say what to do instead of copying a grower."""
-    raise TorchgrowError(
-        "a Grower cannot be copied or pickled: it hangs on the objects of its model and optimizer. To store a run "
-        "use torchgrow.save_checkpoint(folder, grower); to branch off, build model, optimizer and Grower anew and "
-        "call other.load_state_dict(grower.state_dict()); for the network alone copy.deepcopy(grower.model)"
-    )

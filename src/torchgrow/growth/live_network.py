@@ -185,6 +185,8 @@ class LiveNetwork:
         reshapes = changes[0].reshapes
         for change in changes:
             change.into(exchange)
+        for bank in self.banks:
+            _means_anew(exchange, bank, keep)
         raw = {}
         if installed is not None:
             self.gates.install(exchange, *installed)
@@ -279,6 +281,17 @@ def _followed(
         own, value = change.swaps[name].new, folded[name].to(change.swaps[name].new)
         change.swaps[name].new = torch.where(own == raw[name].to(own), value, own)
     return change
+
+
+def _means_anew(exchange: Exchange, bank: Bank, keep: Tensor) -> None:
+    """Statistics that are means over all batches (momentum=None) begin anew where units come that have seen none."""
+    for path, norm in bank.model.named_modules():
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.momentum is not None:
+            continue
+        vector, counted = bank.space.unit_of.get((f"{path}.running_mean", 0)), norm.num_batches_tracked
+        came = None if vector is None else live_positions(vector, keep) & ~live_positions(vector, bank.keep)
+        if came is not None and counted is not None and bool(came.any()):
+            exchange.write(counted, torch.zeros_like(counted))
 
 
 def _silence(space: Space, change: Change, keep: Tensor, silent: Tensor) -> None:

@@ -105,11 +105,7 @@ def prune_(
 
 
 def _check(model: nn.Module, budget: Budget, policy: Shrink | None) -> None:
-    """Refuse early what would fail late.
-
-    Raises:
-        TorchgrowError: no budget, no such policy, a model without weights, or one that a grower holds.
-    """
+    """Refuse (`TorchgrowError`) no budget, no such policy, a model without weights, and one that a grower holds."""
     if not isinstance(budget, Budget) or not isinstance(policy, (Shrink, type(None))):
         raise TorchgrowError(
             'prune_ takes budget=torchgrow.Budget(params="50%") and policy=torchgrow.policies.Shrink(importance="l1"), '
@@ -123,12 +119,7 @@ def _check(model: nn.Module, budget: Budget, policy: Shrink | None) -> None:
 
 
 def _planned(model: nn.Module, space: Space, budget: Budget, seed: int) -> Plan:
-    """A plan of two updates.
-
-    Raises:
-        StructureError: nothing can go.
-        BudgetError: the budget is out of reach.
-    """
+    """A plan of two updates; a `StructureError` if nothing can go, a `BudgetError` if it is out of reach."""
     if not bool(space.removable.any()):
         reasons = "; ".join(str(frozen) for frozen in space.frozen[:5]) or "the model has no units"
         raise StructureError(f"nothing can be cut here, because {reasons}")
@@ -190,11 +181,7 @@ def measure_rises(
 
 
 def _check_measured(model: nn.Module, importance: str) -> None:
-    """Refuse what `measure_rises` cannot do.
-
-    Raises:
-        TorchgrowError: there are no weights, or importance wants gradients.
-    """
+    """Refuse (`TorchgrowError`) a model without weights, and importance that wants gradients."""
     if Shrink(importance=importance).sensitive or is_meta(model):
         raise TorchgrowError(
             f"measure_rises needs a trained model with its weights and an importance that needs no gradients, got "
@@ -206,11 +193,7 @@ def _check_measured(model: nn.Module, importance: str) -> None:
 def _loss_with(
     model: nn.Module, space: Space, evaluate: Callable[[nn.Module], float], batches: list[Any], keep: Tensor
 ) -> float:
-    """The loss of a copy that has the units of a structure (bool [n]) only.
-
-    Raises:
-        TorchgrowError: it is not finite.
-    """
+    """The loss of a copy with the units of a structure (bool [n]) only; a `TorchgrowError` if it is not finite."""
     copied = twin(model)
     zero_(copied, space, keep)
     if batches:
@@ -249,11 +232,7 @@ def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
 
 
 def _compare(found: list[Tensor], expected: list[Tensor]) -> None:
-    """Raise if the cut has changed what the model computes.
-
-    Raises:
-        StructureError: it does.
-    """
+    """Raise a `StructureError` if the cut has changed what the model computes."""
     worst = 0.0 if len(found) == len(expected) else math.inf
     for a, b in zip(found, expected, strict=False):
         gap = (
@@ -270,11 +249,7 @@ def _compare(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def _chosen(model: nn.Module, plan: Plan, policy: Shrink) -> Tensor:
-    """The structure (bool [n]) that a policy takes at the end of its plan, at the budget.
-
-    Raises:
-        TorchgrowError: importance "taylor" and no gradients.
-    """
+    """The structure (bool [n]) at the end of a policy's plan; a `TorchgrowError` if it wants gradients and has none."""
     chosen, generator = replace(policy, until=1.0), torch.Generator()
     weights = dict(model.named_parameters())
     view = plan.view(0, plan.space.everything(), 1.0, generator.manual_seed(plan.seed), lambda: weights)

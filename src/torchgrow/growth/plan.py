@@ -55,11 +55,7 @@ class Plan:
 
     @classmethod
     def of(cls, model: nn.Module, space: Space, budget: Budget, updates: int, seed: int) -> Plan:
-        """The plan for a model of this space.
-
-        Raises:
-            BudgetError: the budget is out of reach; the message names the feasible range.
-        """
+        """The plan for a model of this space; a `BudgetError` names what is feasible if the budget is out of reach."""
         costs = CostModel(space)
         frame_cost = costs.cost(space.everything())
         tell_share(model, budget, frame_cost)

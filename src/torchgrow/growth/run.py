@@ -109,7 +109,7 @@ class Run:
 
     @classmethod
     def begin(cls, asked: Asked, policy: Policy | None, space: Space, example_inputs: Any, exchange: Exchange) -> Run:
-        """Bring a model to the structure that its run begins with.
+        """Bring a model to the structure that its run begins with; errors are as for `Grower`.
 
         Args:
             asked: the grower, with its arguments.
@@ -117,9 +117,6 @@ class Run:
             space: of the model.
             example_inputs: for the device.
             exchange: its `undo` takes all of it back.
-
-        Raises:
-            OptimizerError, BudgetError, StructureError: as for `Grower`.
         """
         model, optimizers = asked.model, asked.optimizers
         layouts = check_optimizers(optimizers, model)
@@ -265,6 +262,8 @@ class Run:
         first, before = not state.history, previous if state.history else keep
         check_plain(policy, batches)
         gate = self.plan.checked(policy, "gate", torch.float64, self.plan.space.present(keep))
+        if last and gate is not None and silent is not None:
+            gate = gate.masked_fill(silent, 1)  # for good: by a small one they would never learn
         shifts = shifts_of(self.live.model, self.plan.space, before, keep, batches, self.ranks.exchanged)
         how = {"first": first, "last": last, "as_is": first and self.plan.start is not None}
         reshapes = self.live.change(exchange, keep, gate, silent=silent, shifts=shifts, **how)

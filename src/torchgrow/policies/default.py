@@ -32,7 +32,8 @@ class Default(Policy):
         prune: what goes where the plan falls: "alike": the same share of every group; "worth": by importance per cost.
         align: widths of groups with at least 2 x align units are held at multiples of it, or below it.
         rank: in its pool, in (0, 1), the best lowest, float64 [n].
-        importance: running mean of (dL/dm)^2 (Molchanov et al., 2019) over steps in which a unit lived, float64 [n].
+        importance: running mean of (dL/dm)^2 (Molchanov et al., 2019), from 0 when a unit enters on, float64 [n]: one
+            that has lived for less than some 100 steps counts less than it is worth.
     """
 
     ramp: float = 0.03

@@ -70,7 +70,7 @@ class Policy(ABC):
             nothing is folded into the weights.
         sensitive: whether `step` is given the sensitivity, which costs a little in every optimizer step.
         newborns: how units enter that were never live: "fresh", with their initial weights; "silent", with weights of 0
-            where they are read (a layer: with its last ones), so that outputs stay, but for norms over units.
+            where they are read (a layer: with its last ones), so that outputs stay, if they learn so: `Space.columns`.
         multiples: multiples at which widths are held when the grower trims or fills up, int64 [groups]; None: any.
         pressure: a number for the history: lambda of Eq 4.
         temperature: numbers for the history, float64 [n]: beta of Eq 7; None where there is none.

@@ -189,7 +189,7 @@ class Space:
         fold: for every (tensor, axis) place that carries gates, int64 unit ids, -1 where no gate sits; axis
             `WHOLE` (-1) and one id for a tensor that carries the gate of its layer.
         columns: likewise, the places where units are read: where these weights are 0, the unit has no effect, but it is
-            computed, and has gradients.
+            computed, and has gradients. Units of which that is not true have none.
         attributes: module attributes that count an axis.
         frozen: what can never be removed, and why; what keeps most parameters first.
         carried: tensors that go from one call of the model to the next, and are cut as it is.

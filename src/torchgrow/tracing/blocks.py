@@ -242,9 +242,10 @@ def gated(space: Space, frame: nn.Module, run: Callable[[], Any], tolerance: flo
     for below in names.values():
         below.sort(key=lambda name: order.get(name.rpartition(".")[0], 0))
     values = {name: tensors[name].detach().clone() for below in names.values() for name in below}
-    holds: dict[int, tuple[bool, bool]] = {}
+    holds, moved = dict[int, tuple[bool, bool]](), dict[int, Tensor]()
 
     def judge(block: Block, x: Tensor, y: Tensor) -> None:
+        moved[block.unit] = y - x
         bound = tolerance * max(float(x.abs().max()), 1e-12)
         holds[block.unit] = float((y - x).abs().max()) <= bound, float(y.abs().max()) <= bound
 
@@ -263,11 +264,19 @@ def gated(space: Space, frame: nn.Module, run: Callable[[], Any], tolerance: flo
                 if not holds[unit][0 if kinds[unit][0] else 1]:
                     tensors[name].zero_()
                     gates[unit].append(name)
+        sides = []
+        for small in (1e-3, -1e-3):  # what a ReLU gives never changes sign with them, and has no gradient at 0
+            for name in itertools.chain.from_iterable(gates.values()):
+                tensors[name].copy_(small * values[name])
+            run()
+            sides.append(dict(moved))
         for name, value in values.items():
             tensors[name].copy_(value)
     whole = {(name, WHOLE): torch.tensor([block.unit]) for block in space.blocks for name in gates[block.unit]}
+    turns = {unit for unit in gates if kinds[unit][0] and bool((sides[0][unit] * sides[1][unit] < 0).any())}
+    silent = {place: unit for place, unit in whole.items() if int(unit) in turns}
     blocks = tuple(replace(block, residual=kinds[block.unit][0]) for block in space.blocks)
-    space = replace(space, fold={**space.fold, **whole}, columns={**space.columns, **whole}, blocks=blocks)
+    space = replace(space, fold={**space.fold, **whole}, columns={**space.columns, **silent}, blocks=blocks)
     for block in blocks:
         if not any(kinds[block.unit]) or not gates[block.unit]:
             reason = "with its weights at zero the layer returns neither its input nor zero"

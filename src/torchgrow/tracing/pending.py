@@ -55,6 +55,8 @@ class Pending:
         handler = step.operation.handler
         self.context.used(step.notes)
         if handler not in COUNTED and not any(note.labelled for note in step.notes):
+            for used in step.notes:  # such as a parameter of one number a row and column
+                used.used = True
             return
         self.context.op = f"{step.func.namespace}.{step.operation.name}"
         self.context.module, self.context.line, self.context.fresh = step.module, step.line, step.fresh

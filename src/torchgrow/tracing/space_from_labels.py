@@ -102,7 +102,7 @@ class Findings:
             flops=terms,
             batch=batch,
             fold=self._scaling_places(unit_of, units, self._by_producer(units, real.numel())),
-            columns=self._scaling_places(unit_of, units, np.zeros(real.numel(), dtype=np.bool_)),
+            columns=self._columns(unit_of, units, real.numel()),
             attributes=self._attributes(unit_of, units),
             frozen=self._frozen(),
             carried=tuple(
@@ -156,6 +156,24 @@ class Findings:
                     scales[place] = np.where(found if old is None else found | (old >= 0), vector, -1)
                 here[scaled] = False
         return {place: torch.from_numpy(vector) for place, vector in scales.items()}
+
+    def _columns(self, unit_of: dict[Place, Tensor], units: Callable[[Tensor], Tensor], n: int) -> dict[Place, Tensor]:
+        """Where units are read, of those that nothing reads without weights, and that learn when these are 0.
+
+        Some reader has gradients then: one of values that are produced by other weights than those.
+        """
+        found = self._scaling_places(unit_of, units, np.zeros(n, dtype=np.bool_))
+        learns, summed = np.zeros(n, dtype=np.bool_), np.zeros(n, dtype=np.bool_)
+        for read in self.reads:
+            mine, zeroed = units(read.produced.symbols).flatten().numpy(), np.zeros(n + 1, dtype=np.bool_)
+            for place in read.produced.sources & found.keys():
+                zeroed[found[place].numpy()] = True
+            if read.weight.sources:
+                learns[mine[(mine >= 0) & ~zeroed[mine]]] = True
+            else:
+                summed[mine[mine >= 0]] = True
+        silent = torch.from_numpy(np.append(learns & ~summed, False))
+        return {x: torch.where(silent[vector], vector, -1) for x, vector in found.items() if bool(silent[vector].any())}
 
     def _attributes(self, unit_of: dict[Place, Tensor], units: Callable[[Tensor], Tensor]) -> tuple[Attribute, ...]:
         """Attributes of torch.nn modules that count an axis."""
