@@ -19,7 +19,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 RUN_ELSEWHERE = {
     "distributed.md": "growth/test_distributed.py",
     "extending.md": "tracing/test_extending.py",
-    "integrations.md": "integrations/test_integrations.py",
+    "integrations.md": "integrations/test_page.py",
 }
 """Pages with tests of their own: blocks that need several processes or frameworks, or that checks are woven into."""
 

@@ -6,11 +6,8 @@ Needs lightning, transformers and accelerate, each only for its own tests.
 import copy
 import itertools
 import logging
-import re
 import warnings
 from collections.abc import Iterator
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import torchgrow
+from borrowed import on_budget, same
 from torchgrow import Budget, Grower, TorchgrowError, portable_
 from torchgrow.integrations.borrowed_loop import BorrowedLoop, one_process
 
@@ -35,16 +33,6 @@ class KilledError(Exception):
 def net() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
-
-
-def same(model: nn.Module, other: nn.Module) -> bool:
-    one, two = model.state_dict(), other.state_dict()
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
-def on_budget(grower: Grower) -> bool:
-    assert grower.limits.params is not None
-    return grower.finished and 0.8 * grower.limits.params < grower.cost().params <= grower.limits.params
 
 
 # --- what they share; needs no framework ---
@@ -81,6 +69,11 @@ def test_a_loop_that_begins_twice_grows_once() -> None:
 
 
 def test_what_a_loop_refuses() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TorchgrowError, match=r"nothing says how many updates .* GrowCallback\(\.\.\., updates=20\)"):
+        BorrowedLoop(BUDGET, None, None, {}).begin(model, [optimizer], X[:2], None)
+    assert model[0].out_features == 32
     one_process(1, "this loop")
     with pytest.raises(TorchgrowError, match="this loop has 2: it wraps the model once"):
         one_process(2, "this loop")
@@ -220,6 +213,25 @@ def test_lightning_by_steps(lightning: Any) -> None:
     fit(lightning, grow)
     assert grow.grower.updates == 6 * 4 // 5
     assert on_budget(grow.grower)
+
+
+def test_lightning_plans_as_long_as_the_trainer_goes_on(lightning: Any) -> None:
+    """Of `max_epochs` and `max_steps` what comes first; where neither ends `fit`, the user says so."""
+    for given, settings, planned in (
+        ({"epochs": -1, "max_steps": 24}, {}, 6),
+        ({"epochs": 100, "max_steps": 22}, {}, 6),
+        ({"epochs": 3, "max_steps": 1000}, {}, 3),
+        ({"epochs": -1, "max_steps": 12, "accumulate_grad_batches": 2}, {}, 6),
+        ({"epochs": -1, "max_steps": 24}, {"every_n_steps": 4}, 6),
+        ({"epochs": -1, "max_time": {"seconds": 2}}, {"updates": 3, "every_n_steps": 4}, 3),
+    ):
+        grow = lightning_grow(**settings)
+        fit(lightning, grow, **given)
+        assert grow.grower.updates == planned
+        assert on_budget(grow.grower)
+    for settings in ({}, {"every_n_steps": 4}):
+        with pytest.raises(TorchgrowError, match="nothing says how many updates this training has room for"):
+            fit(lightning, lightning_grow(**settings), epochs=-1, max_time={"minutes": 2})
 
 
 # --- transformers ---
@@ -363,6 +375,50 @@ def test_from_pretrained(transformers: Any, tmp_path: Path) -> None:
         from_pretrained(transformers.BertModel, tmp_path)
 
 
+def test_from_pretrained_where_files_have_other_names(transformers: Any, tmp_path: Path) -> None:
+    """transformers may write other names than the model's own, as of ViT, and translates them when it loads."""
+    from torchgrow.integrations.pretrained import from_pretrained
+
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=16, patch_size=8
+    )
+    x = torch.randn(2, 3, 16, 16)
+    for share in ("100%", "80%"):
+        model = transformers.ViTForImageClassification(config).eval()
+        torchgrow.prune_(model, x, budget=Budget(params=share))
+        model.save_pretrained(tmp_path / share)
+        for kind in (transformers.ViTForImageClassification, transformers.AutoModelForImageClassification):
+            found = from_pretrained(kind, tmp_path / share)
+            assert type(found) is transformers.ViTForImageClassification
+            assert same(found, model)
+            assert torch.equal(found(x).logits, model(x).logits)
+
+
+class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    """Data without a length."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(TEXTS)
+
+
+def test_trainer_with_data_of_no_length(transformers: Any, tmp_path: Path) -> None:
+    """It counts as many epochs as there are integers, for each of which an update was planned, for ever."""
+
+    def streamed(grow: Any) -> Any:
+        made = trainer(transformers, tmp_path, grow, max_steps=12)
+        made.train_dataset = Stream()
+        return made
+
+    with pytest.raises(TorchgrowError, match=r"nothing says how many updates .*: its data has no length"):
+        streamed(trainer_grow()).train()
+    for settings, planned in (({"every_n_steps": 4}, 3), ({"updates": 2}, 2)):
+        grow = trainer_grow(**settings)
+        streamed(grow).train()
+        assert grow.grower.updates == planned
+        assert on_budget(grow.grower)
+
+
 # --- accelerate ---
 
 
@@ -399,38 +455,3 @@ def test_accelerate_saves_and_loads(tmp_path: Path) -> None:
     frame = portable_(net())
     frame.load_state_dict(copy.deepcopy(resumed[1].state_dict()))
     assert same(frame, resumed[1])
-
-
-# --- docs/integrations.md ---
-
-PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
-SECTIONS = dict(re.findall(r"^## (.*)\n(?:.*\n)*?```python\n((?:.*\n)*?)```", PAGE.read_text(), re.MULTILINE))
-NEEDS = {
-    "Plain PyTorch": "torch",
-    "Lightning": "lightning.pytorch",
-    "Trainer of transformers": "transformers",
-    "accelerate": "accelerate",
-    "timm": "timm",
-}
-
-
-def test_every_section_has_a_block() -> None:
-    assert SECTIONS.keys() == NEEDS.keys()
-    assert PAGE.read_text().count("```python") == len(SECTIONS)
-
-
-@pytest.mark.parametrize("section", NEEDS)
-def test_the_page_runs_as_it_stands(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for needed in (NEEDS[section], "accelerate" if section == "Trainer of transformers" else "torch"):
-        pytest.importorskip(needed)
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    names: dict[str, Any] = {"__name__": "__main__"}
-    with warnings.catch_warnings(), redirect_stdout(StringIO()):
-        warnings.simplefilter("ignore")
-        exec(compile(SECTIONS[section], section, "exec"), names)
-    grower: Any = names["grower"] if "grower" in names else names["grow"].grower if "grow" in names else None
-    assert on_budget(grower)
-    small: Any = names.get("small", names.get("frame"))
-    if section in ("Plain PyTorch", "Trainer of transformers"):
-        assert same(small, grower.model)

@@ -261,3 +261,12 @@ def test_variants_of_the_network_survive() -> None:
 def test_what_is_not_the_record_of_a_recipe(field: str, value: Any, message: str) -> None:
     with pytest.raises(TorchgrowError, match=message):
         from_json({**get("digits").as_json(), field: value})
+
+
+def test_what_a_stopped_run_left_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    for config, command in ("", "run"), ("{}", "run"), ('{"search": {}}', "search"):
+        (tmp_path / "out.partial" / "config.json").write_text(config)
+        text = rf"out\.partial is what an earlier run left .*torchgrow {command} --resume .* choose another --out"
+        with pytest.raises(TorchgrowError, match=text):
+            RunFolder(tmp_path / "out")

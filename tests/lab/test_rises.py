@@ -97,6 +97,8 @@ def test_where_nothing_is_trained_or_measured_it_is_refused() -> None:
         match=r"preset must be without allocation=measured where nothing is trained \(torchgrow shrink digits --from",
     ):
         replace(recipes.get("digits"), preset="shrink:allocation=measured")
+    with pytest.raises(TorchgrowError, match="preset must be one that sees which trained units matter, such as shrink"):
+        replace(recipes.get("digits"), preset="late", weights="weights.pt")
     with pytest.raises(TorchgrowError, match='rises and allocation="measured" go together'):
         named("shrink:allocation=measured")
     model = normed()

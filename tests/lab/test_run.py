@@ -270,12 +270,6 @@ def test_a_folder_that_is_taken_is_refused_before_it_costs_anything(
     assert list(tmp_path.iterdir()) == before
 
 
-def test_what_a_stopped_run_left_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "out.partial").mkdir()
-    with pytest.raises(TorchgrowError, match=r"out\.partial is what an earlier run left .* choose another --out"):
-        RunFolder(tmp_path / "out")
-
-
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(TorchgrowError, match=r"cannot be made: .*; choose another --out"):

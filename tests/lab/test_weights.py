@@ -66,6 +66,19 @@ def test_a_network_that_was_cut_comes_from_its_state_dict_too(tmp_path: Path) ->
         assert weights.digest(weights.network(path, two_layers)) == weights.digest(model)
 
 
+def test_a_file_beside_a_saved_network_is_the_file(tmp_path: Path) -> None:
+    """Whatever was named there, the saved network was taken, also for a name that was mistyped."""
+    saved, other = two_layers(), two_layers()
+    torchgrow.save(saved, tmp_path / "saved")
+    torch.save(other.state_dict(), tmp_path / "saved" / "best.pt")
+    assert weights.digest(weights.network(tmp_path / "saved" / "best.pt", two_layers)) == weights.digest(other)
+    for name in ("typo.pt", "structure.jsn"):
+        with pytest.raises(TorchgrowError, match=name):
+            weights.network(tmp_path / "saved" / name, two_layers)
+        with pytest.raises(TorchgrowError, match=name):
+            weights.classes_in(tmp_path / "saved" / name, two_layers)
+
+
 def test_weights_have_a_digest() -> None:
     one, other = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     assert weights.digest(one) == weights.digest(other)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,25 +57,29 @@ class Course:
         )
 
 
-def course(seed: Tensor, planned: Sequence[Tensor] | None, frame: Cost, limits: Limits, settled: int) -> Course:
+def course(
+    seed: Tensor, planned: Callable[[int], Tensor | None], frame: Cost, limits: Limits, settled: int, updates: int
+) -> Course:
     """The course of a run in what its budget limits first.
 
-    `seed` and, for every update, `planned` are parameters and FLOPs, int64 [2]; None where nothing is planned.
+    `seed` and, by update, `planned` are parameters and FLOPs, int64 [2]; None where nothing is planned. Of more than
+    1,000 updates it is looked at some.
     """
     which = 0 if limits.params is not None else 1
     end = limits.params if limits.params is not None else limits.flops
     assert end is not None
-    costs = [int(cost[which]) for cost in planned or ()]
-    peak = max(costs, default=None)
+    numbers = (*range(0, updates, 1 + updates // 1000), updates)
+    costs = {number: int(cost[which]) for number in numbers if (cost := planned(number)) is not None}
+    peak = max(costs.values(), default=None)
     return Course(
         unit=("parameters", "FLOPs")[which],
         frame=(frame.params, frame.flops)[which],
         seed=int(seed[which]),
         peak=peak,
         end=end,
-        full_size=None if peak is None else costs.index(peak),
+        full_size=next((number for number, cost in costs.items() if cost == peak), None),
         settled=settled,
-        updates=len(costs) - 1 if costs else settled,
+        updates=updates if costs else settled,
     )
 
 

@@ -135,9 +135,8 @@ class Run:
     def course(self) -> Course:
         """See `Grower.course`."""
         plan, policy = self.plan, self.policy
-        costs = [policy.planned(self.view(number)) for number in range(plan.updates + 1)]
-        planned = [cost for cost in costs if cost is not None]
-        return course(self.seed_cost, planned, plan.frame_cost, plan.limits, policy.final(plan.updates))
+        ends = policy.final(plan.updates), plan.updates
+        return course(self.seed_cost, lambda n: policy.planned(self.view(n)), plan.frame_cost, plan.limits, *ends)
 
     def update(self, batches: Iterable[Any] | None = None) -> Event:
         """See `Grower.update`."""

@@ -415,8 +415,8 @@ def _rungs(shares: Sequence[float], length: int) -> list[int]:
     """Rungs in the unit of `train`, each later than the one before."""
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise TorchgrowError(f"length={length!r} must be a whole number of epochs or steps, those of a whole training")
-    several = isinstance(shares, (list, tuple)) and all(isinstance(share, (int, float)) for share in shares)
-    if not several or not shares or shares[-1] > 1 or any(a >= b for a, b in pairwise((0.0, *shares))):
+    several = isinstance(shares, (list, tuple)) and all(isinstance(x, (int, float)) and x is not True for x in shares)
+    if not several or not shares or not shares[-1] <= 1 or not all(a < b for a, b in pairwise((0.0, *shares))):
         raise TorchgrowError(f"rungs={shares!r} must be rising shares of a whole training, such as {RUNGS}")
     found: list[int] = []
     for share in shares:

@@ -49,13 +49,23 @@ class BorrowedLoop:
         model: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
         example_inputs: Any,
-        planned: int,
+        planned: int | None,
         followers: Sequence[nn.Module] = (),
     ) -> dict[str, Any]:
         """Begin a run, or resume that of the last call of the loop; a finished run stays finished.
 
+        Args:
+            model: what grows.
+            optimizers: of it.
+            example_inputs: as for `Grower`.
+            planned: epochs, or spans of `every_n_steps`, of the loop; None if it cannot say how long it goes on.
+            followers: averages of the model.
+
         Returns:
             The state dict that the loop has tried to load into the model meanwhile; empty if there was none.
+
+        Raises:
+            TorchgrowError: nothing says how many updates there will be.
         """
         found = aside(model)
         for follower in followers:
@@ -68,12 +78,18 @@ class BorrowedLoop:
             self.offset += len(before.history) - 1 - self.offset
             state = before.release()
         updates = self.updates if before is None else before.updates
+        updates = planned if updates is None else updates
+        if updates is None:
+            raise TorchgrowError(
+                "nothing says how many updates this training has room for: its data has no length, or only time ends "
+                "it. Say how many you plan, GrowCallback(..., updates=20), and every_n_steps if there are no epochs"
+            )
         self.grower = Grower(
             model,
             list(optimizers),
             example_inputs=example_inputs,
             budget=self.budget,
-            updates=planned if updates is None else updates,
+            updates=max(1, updates),
             **self.settings,
         )
         for follower in followers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -25,7 +26,8 @@ class GrowCallback(Callback):
     Args:
         budget: what the network may cost in the end.
         example_inputs: a small batch for tracing, as for `Grower`; it goes to the device of the module.
-        updates: planned updates; None for `max_epochs`, or `max_steps // every_n_steps`.
+        updates: planned updates; None for as many as epochs, or spans of `every_n_steps`, until `max_epochs` or
+            `max_steps`. To be given where only `max_time` ends `fit`, or the data has no length.
         net: name of the part that grows, as in `get_submodule`; "" for the whole module.
         every_n_steps: optimizer steps between two updates; None for one update an epoch.
         **settings: further arguments of `Grower`, such as `depth` or `policy`.
@@ -34,7 +36,8 @@ class GrowCallback(Callback):
         grower: the Grower, once `fit` has begun.
 
     Raises:
-        TorchgrowError: several processes; or a checkpoint holds a grown network, but no run to go on with.
+        TorchgrowError: several processes; or nothing says how many updates there will be; or a checkpoint holds a
+            grown network, but no run to go on with.
     """
 
     def __init__(
@@ -69,15 +72,26 @@ class GrowCallback(Callback):
             one_process(trainer.world_size, "this Trainer")
             self.loop.wait(*nets)
 
+    def _planned(self, trainer: Trainer) -> int | None:
+        """Epochs, or spans of `every_n_steps`, until `max_epochs` or `max_steps`; None if neither says so."""
+        steps, every = trainer.estimated_stepping_batches, self.loop.every_n_steps  # infinite where not known
+        if every is not None:
+            return int(steps) // every if math.isfinite(steps) else None
+        trainer.fit_loop.setup_data()  # so that the number of batches is known
+        batches = trainer.num_training_batches
+        if trainer.max_steps > 0 and math.isfinite(batches):
+            return math.ceil(steps / max(1, math.ceil(batches / trainer.accumulate_grad_batches)))
+        return trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Optimizers exist, but are not restored yet."""
-        every, epochs, steps = self.loop.every_n_steps, trainer.max_epochs or 0, trainer.max_steps
-        planned = (steps if steps > 0 else int(trainer.estimated_stepping_batches)) // every if every else epochs
         saved = self._waiting.get("grower", {}).get("settings", {}).get("updates")
-        planned = saved if type(saved) is int else planned  # a resumed run that trains longer still grows as planned
+        planned = saved if type(saved) is int else None  # a resumed run that trains longer still grows as planned
+        if planned is None and self.loop.updates is None:
+            planned = self._planned(trainer)
         net, *averages = self._nets(trainer, pl_module)
         inputs = trainer.strategy.batch_to_device(self.example_inputs)
-        found = self.loop.begin(net, trainer.optimizers, inputs, max(1, planned), averages)
+        found = self.loop.begin(net, trainer.optimizers, inputs, planned, averages)
         if found and not self._waiting:
             raise TorchgrowError(
                 "the checkpoint holds a grown network, but no run of GrowCallback to go on with: it was saved without "

@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+import torch
+from safetensors import safe_open
 from transformers import AutoConfig
 
 from ..errors import SavedModelError
-from ..persistence.portable import portable_
+from ..persistence.portable import KEY, portable_
 
 
 def from_pretrained(kind: Any, folder: str | Path) -> Any:
     """A grown model that a Trainer or `save_pretrained` saved; transformers' own from_pretrained refuses its shapes.
+
+    The weights are loaded by transformers, whose names in files may differ from those in the model.
 
     Args:
         kind: the model's class, or an Auto class such as `AutoModelForSequenceClassification`.
@@ -25,22 +28,35 @@ def from_pretrained(kind: Any, folder: str | Path) -> Any:
     Raises:
         SavedModelError: weights are missing or of another model; the message names some.
     """
-    files = sorted(Path(folder).glob("model*.safetensors"))
-    if not files:
+    records: dict[str, torch.Tensor] = {}
+    for file in sorted(Path(folder).glob("model*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            records |= {name: tensors.get_tensor(name) for name in tensors.keys() if name.endswith(KEY)}  # noqa: SIM118
+    if not list(Path(folder).glob("model*.safetensors")):
         raise SavedModelError(
             f"{folder} has no model.safetensors; save with trainer.save_model or model.save_pretrained"
         )
-    config = AutoConfig.from_pretrained(folder)
-    model = portable_(kind.from_config(config) if hasattr(kind, "from_config") else kind(config))
-    found = model.load_state_dict({k: v for file in files for k, v in load_file(file).items()}, strict=False)
-    model.tie_weights()
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {
-        n for n, _ in model.named_parameters()
-    }
-    missing = sorted({*found.missing_keys} - tied)
-    if missing or found.unexpected_keys:
+    if hasattr(kind, "from_config"):
+        with torch.device("meta"):
+            kind = type(kind.from_config(AutoConfig.from_pretrained(folder)))
+
+    class Cut(kind):
+        """Has the shapes in the folder as soon as it is built."""
+
+        _keys_to_ignore_on_load_unexpected = (*(kind._keys_to_ignore_on_load_unexpected or ()), KEY)
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            portable_(self).load_state_dict(dict(records), strict=False)
+            portable_(self, on=False)  # transformers would look for a parameter of every name in its state dict
+
+    Cut.__name__, Cut.__module__ = kind.__name__, kind.__module__  # by which transformers knows how names differ
+    model, found = Cut.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
+    wrong = {name: sorted(map(str, found[f"{name}_keys"]))[:3] for name in ("missing", "unexpected", "mismatched")}
+    if any(wrong.values()):
         raise SavedModelError(
-            f"{folder} does not fit {type(model).__name__}: missing {missing[:3]}, foreign "
-            f"{found.unexpected_keys[:3]}; give the class that was saved"
+            f"{folder} does not fit {kind.__name__}: missing {wrong['missing']}, foreign {wrong['unexpected']}, of "
+            f"another size {wrong['mismatched']}; give the class that was saved"
         )
-    return model.eval()
+    model.__class__ = kind
+    return portable_(model).eval()

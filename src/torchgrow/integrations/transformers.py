@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ class GrowCallback(TrainerCallback):
 
     Args:
         budget: what the network may cost in the end.
-        updates: planned updates; None for the number of epochs, or of spans of `every_n_steps`.
+        updates: planned updates; None for the number of epochs, or of spans of `every_n_steps`. To be given, or
+            `every_n_steps`, where the data has no length.
         every_n_steps: optimizer steps between two updates; None for one update an epoch.
         example_inputs: as for `Grower`; None for two samples of the training data, without labels.
         resume_from: the checkpoint that a run resumes from, if it does not lie in the output folder.
@@ -42,7 +44,8 @@ class GrowCallback(TrainerCallback):
         grower: the Grower, once `train()` has begun.
 
     Raises:
-        TorchgrowError: several processes; or the run of a checkpoint is not there, or another.
+        TorchgrowError: several processes; or nothing says how many updates there will be; or the run of a checkpoint is
+            not there, or another.
     """
 
     def __init__(
@@ -75,11 +78,12 @@ class GrowCallback(TrainerCallback):
         resumed = state.global_step > 0 and self.loop.grower is None
         if resumed:
             optimizer.state.clear()  # of the saved structure; the run has it too
-        planned = state.max_steps // every if every else math.ceil(state.num_train_epochs)
+        epochs = math.ceil(state.num_train_epochs)
+        planned = state.max_steps // every if every else epochs if epochs < sys.maxsize else None  # data of no length
         inputs = self._example(given["train_dataloader"]) if self.example_inputs is None else self.example_inputs
         device = next(given["model"].parameters()).device
         inputs = mapped(inputs, lambda x: x.to(device))
-        found = self.loop.begin(given["model"], [optimizer], inputs, max(1, planned))
+        found = self.loop.begin(given["model"], [optimizer], inputs, planned)
         if resumed:
             folder = Path(self.resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}") / "torchgrow"
             if not folder.is_dir():

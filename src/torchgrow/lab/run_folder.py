@@ -137,7 +137,7 @@ class RunFolder:
         if not (self.path / LOCK).exists():  # a folder made anew would hold half of the run, and look whole
             raise TorchgrowError(
                 f"{self.path} was moved or deleted while this run was writing to it; put it back and go on with it "
-                f"(torchgrow run --resume {self.out}), or start anew"
+                f"(the same command, with --resume {self.out} alone), or start anew"
             )
         write_whole(self.path / name, text)
 
@@ -163,9 +163,14 @@ def check_new(out: Path) -> None:
 
 
 def _taken(out: Path) -> TorchgrowError:
+    try:
+        config = json.loads(Path(f"{out}.partial", "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = {}
     return TorchgrowError(
-        f"{out}.partial is what an earlier run left when it was stopped, or a run that still goes on; "
-        f"go on with it (torchgrow run --resume {out}), look through it and delete it, or choose another --out"
+        f"{out}.partial is what an earlier run left when it was stopped, or a run that still goes on; go on with it "
+        f"(torchgrow {'search' if 'search' in config else 'run'} --resume {out}), look through it and delete it, or "
+        "choose another --out"
     )
 
 

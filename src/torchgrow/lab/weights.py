@@ -38,7 +38,7 @@ def network(path: Path, build: Callable[..., nn.Module]) -> nn.Module:
     Raises:
         TorchgrowError: the weights cannot be read, are of another network, or no numbers; names are in the message.
     """
-    path = path.parent if _is_saved(path.parent) else path  # a file in such a folder
+    path = _folder(path)
     if _is_saved(path):
         model = torchgrow.load(path, partial(build, 1.0))
     else:
@@ -66,7 +66,7 @@ def classes_in(path: Path, build: Callable[..., nn.Module]) -> int | None:
     Raises:
         TorchgrowError: the weights cannot be read.
     """
-    path = path.parent if _is_saved(path.parent) else path
+    path = _folder(path)
     few, many = _shapes(build, 3), _shapes(build, 5)
     given = load_file(path / "model.safetensors") if _is_saved(path) else _inner(_read(path), few)
     heads = [name for name in few if few[name] != many.get(name, ()) and few[name][0] == 3 and name in given]
@@ -81,6 +81,12 @@ def digest(model: nn.Module) -> str:
         if isinstance(tensor, Tensor):
             found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def _folder(path: Path) -> Path:
+    """The folder that `torchgrow.save` wrote where one of its files is named; else the path itself."""
+    own = path.name in ("model.safetensors", "structure.json") and path.is_file()
+    return path.parent if own and _is_saved(path.parent) else path
 
 
 def _is_saved(path: Path) -> bool:

@@ -166,6 +166,8 @@ class Recipe:
         measured = isinstance(policy, policies.Shrink) and policy.rises is not None
         trained = f"without allocation=measured where nothing is trained (torchgrow shrink {self.name} --from WEIGHTS)"
         need("preset", not measured or bool(self.weights), trained)
+        blind = isinstance(policy, policies.Late) and bool(self.weights)
+        need("preset", not blind, "one that sees which trained units matter, such as shrink: late takes them by place")
         need("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
         need("seed", self.seed >= 0, "at least 0")
         need("threads", self.threads is None or self.threads >= 1, "at least 1, or None")
