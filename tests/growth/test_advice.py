@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchgrow import Budget, Grower
 from torchgrow.growth.advice import trained
+from torchgrow.policies import Default, View
 
 X = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -57,6 +58,25 @@ def test_the_course_is_what_happens() -> None:
     assert course.peak == int(1.5 * course.end) >= max(costs) > 0.9 * course.peak
     assert len(set(costs[course.settled + 1 :])) == 1
     assert max(costs[: course.full_size + 2]) == max(costs)
+
+
+def test_the_course_of_very_many_updates_is_looked_at_some() -> None:
+    """It took as long as there are updates: with one a step, minutes; with data of no length, for ever."""
+    settings: dict[str, Any] = {"ramp": 0.2, "peak": 1.5, "hold": 0.5, "settle": 0.3}
+    asked = []
+
+    class Counted(Default):
+        def planned(self, view: View) -> Tensor:
+            asked.append(view.update)
+            return super().planned(view)
+
+    grower = grow(plain(), updates=1_000_000, policy=Counted(**settings))
+    course, exact = grower.course(), grow(plain(), updates=1000, policy=Default(**settings)).course()
+    assert len(asked) < 3000
+    assert course.full_size is not None
+    assert exact.full_size is not None
+    assert abs(course.full_size - 1000 * exact.full_size) <= 1000
+    assert (course.seed, course.peak, course.end, course.updates) == (exact.seed, exact.peak, exact.end, 1_000_000)
 
 
 def test_the_course_in_words() -> None:
