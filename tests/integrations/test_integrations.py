@@ -73,6 +73,8 @@ def test_what_a_loop_refuses() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(TorchgrowError, match=r"nothing says how many updates .* GrowCallback\(\.\.\., updates=20\)"):
         BorrowedLoop(BUDGET, None, None, {}).begin(model, [optimizer], X[:2], None)
+    with pytest.raises(TorchgrowError, match="updates=0 must be a whole number >= 1"):
+        BorrowedLoop(BUDGET, 0, None, {}).begin(model, [optimizer], X[:2], 3)
     assert model[0].out_features == 32
     one_process(1, "this loop")
     with pytest.raises(TorchgrowError, match="this loop has 2: it wraps the model once"):

@@ -62,8 +62,8 @@ def course(
 ) -> Course:
     """The course of a run in what its budget limits first.
 
-    `seed` and, by update, `planned` are parameters and FLOPs, int64 [2]; None where nothing is planned. Of more than
-    1,000 updates it is looked at some.
+    `seed` and, by update, `planned` are parameters and FLOPs, int64 [2]; None where nothing is planned. With more than
+    1,000 updates only some of them are looked at.
     """
     which = 0 if limits.params is not None else 1
     end = limits.params if limits.params is not None else limits.flops

@@ -78,8 +78,7 @@ class BorrowedLoop:
             self.offset += len(before.history) - 1 - self.offset
             state = before.release()
         updates = self.updates if before is None else before.updates
-        updates = planned if updates is None else updates
-        if updates is None:
+        if updates is None and planned is None:
             raise TorchgrowError(
                 "nothing says how many updates this training has room for: its data has no length, or only time ends "
                 "it. Say how many you plan, GrowCallback(..., updates=20), and every_n_steps if there are no epochs"
@@ -89,7 +88,7 @@ class BorrowedLoop:
             list(optimizers),
             example_inputs=example_inputs,
             budget=self.budget,
-            updates=max(1, updates),
+            updates=max(1, planned or 0) if updates is None else updates,
             **self.settings,
         )
         for follower in followers:
