@@ -134,7 +134,7 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
     ]
     command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "wrong.py", json.dumps(commands)]
     done = subprocess.run(command, env=ENV, cwd=folder, capture_output=True, text=True, timeout=240)
-    assert done.stdout.split("\n").count("exit 1") == 2 * len(commands), done.stdout + done.stderr
+    assert done.stdout.count("exit 1") == 2 * len(commands), done.stdout + done.stderr  # two may share a line
     return folder, done
 
 
