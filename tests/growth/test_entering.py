@@ -32,14 +32,15 @@ class Outside(Layer):
 
 
 class Tied(nn.Module):
-    """An autoencoder that reads its units by the weights that produce them."""
+    """An autoencoder that reads its units by the weights that produce them, perhaps with a norm between."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm: bool = False) -> None:
         super().__init__()
         self.weight, self.out = nn.Parameter(torch.randn(32, 8) / 3), nn.Linear(8, 4)
+        self.norm = nn.BatchNorm1d(32) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(F.linear(F.relu(F.linear(x, self.weight)), self.weight.t()))
+        return self.out(F.linear(F.relu(self.norm(F.linear(x, self.weight))), self.weight.t()))
 
 
 class Summed(nn.Module):
@@ -63,6 +64,7 @@ WITH_EFFECT: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "plain layers": (lambda: layers(*(Layer(F.relu, plain=True) for _ in range(3))), True),
     "branches that end in a ReLU": (lambda: layers(*(Layer(F.relu) for _ in range(3))), True),
     "tied weights": (Tied, False),
+    "tied weights around a norm": (lambda: Tied(norm=True), False),
     "a norm over units": (lambda: Summed(norm=True), False),
     "a sum over units": (lambda: Summed(norm=False), False),
 }

@@ -98,11 +98,7 @@ class Plan:
         return Shrink() if beyond else named("default", layers=layers)
 
     def legal(self, keep: Any, policy: Policy, asked: str) -> Tensor:
-        """A structure as a policy wants it, with what cannot be removed and one unit of every group.
-
-        Raises:
-            TorchgrowError: it is no structure; the message names the policy.
-        """
+        """A structure as a policy wants it (else a `TorchgrowError`), with what stays and one unit of every group."""
         n = self.space.n_units
         if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != (n,):
             found = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__

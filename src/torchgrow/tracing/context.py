@@ -118,9 +118,10 @@ class TraceContext:
         self.freeze(labels, reason)
         return None
 
-    def read(self, produced: Labelled, weight: Labelled) -> None:
-        """Note a contraction."""
-        self.found.reads.append(Read(produced, weight))
+    def read(self, produced: Labelled | None, weight: Labelled) -> None:
+        """Note a contraction, of values without labels too."""
+        self.found.reads += [] if produced is None else [Read(produced, weight)]
+        self.found.summed |= weight.sources
 
     def flop(self, constant: int, *counted: Labelled | int) -> None:
         """Count FLOPs."""

@@ -44,6 +44,7 @@ class Findings:
         tensors: its parameters and buffers.
         symbols: the symbols of every axis of two or more positions.
         reads: contractions.
+        summed: axes of tensors that contractions sum over; what is summed over along two is also what produces.
         freezings: what was frozen, in order.
         flop_terms: constant, counted symbols, module.
         counted: int attributes that rules have seen counting symbols, by (module, name).
@@ -57,6 +58,7 @@ class Findings:
     tensors: dict[str, Tensor]
     symbols: dict[Place, Tensor] = field(default_factory=dict)
     reads: list[Read] = field(default_factory=list)
+    summed: set[Place] = field(default_factory=set)
     freezings: list[Freezing] = field(default_factory=list)
     flop_terms: list[tuple[int, list[Tensor], str]] = field(default_factory=list)
     counted: dict[tuple[str, str], Tensor] = field(default_factory=dict)
@@ -166,7 +168,7 @@ class Findings:
         learns, summed = np.zeros(n, dtype=np.bool_), np.zeros(n, dtype=np.bool_)
         for read in self.reads:
             mine, zeroed = units(read.produced.symbols).flatten().numpy(), np.zeros(n + 1, dtype=np.bool_)
-            for place in read.produced.sources & found.keys():
+            for place in read.produced.sources & found.keys() | {x for x in found if (x[0], 1 - x[1]) in self.summed}:
                 zeroed[found[place].numpy()] = True
             if read.weight.sources:
                 learns[mine[(mine >= 0) & ~zeroed[mine]]] = True

@@ -26,9 +26,10 @@ def contract(ctx: Context, produced: Side, weight: Side) -> None:
             ctx.freeze(labels, "")
         sides.append(None if follows else labels)
     produced, weight = sides
+    if weight is not None:
+        ctx.read(produced, weight)
     if produced is not None and weight is not None:
         ctx.unify(produced, weight)
-        ctx.read(produced, weight)
     elif weight is not None:
         ctx.freeze(weight, "reads values that cannot be removed")
     elif produced is not None:

@@ -34,7 +34,7 @@ class Context(Protocol):
     def freeze_if_used(self, out: Tensor, labels: Labelled, reason: str) -> None:
         """Freeze as soon as anything reads `out`; an unused result freezes nothing."""
 
-    def read(self, produced: Labelled, weight: Labelled) -> None:
+    def read(self, produced: Labelled | None, weight: Labelled) -> None:
         """Note that a contraction reads `produced` through the columns `weight`."""
 
     def flop(self, constant: int, *counted: Labelled | int) -> None:
