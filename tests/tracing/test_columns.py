@@ -9,7 +9,7 @@ from torch import Tensor
 
 import zoo
 from drawn import without
-from torchgrow import shrink_
+from torchgrow import shrink_, trace
 
 
 def doubled(x: Any) -> Any:
@@ -50,3 +50,23 @@ def test_units_that_nothing_reads_have_no_effect(name: str) -> None:
         torch.testing.assert_close(whole, small, rtol=1e-9, atol=1e-11)
     if not bool(keep.all()):
         assert any(not torch.equal(one, other) for one, other in zip(before, outputs(model, x), strict=True))
+
+
+class Scores(torch.nn.Module):
+    """Attention whose queries and keys have an inner width of their own: each weight is summed over along two axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = torch.nn.Linear(8, 6), torch.nn.Linear(8, 6), torch.nn.Linear(8, 10)
+        self.out = torch.nn.Linear(10, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.softmax(self.q(x) @ self.k(x).transpose(1, 2), -1) @ self.v(x))
+
+
+def test_keys_are_silent_since_queries_are_not() -> None:
+    """What reads a unit may be produced itself; it is no case of weights that read what they produce."""
+    space = trace(Scores(), torch.randn(2, 5, 8))
+    read = torch.cat(list(space.columns.values()))
+    assert set(read[read >= 0].tolist()) == set(torch.nonzero(space.removable).flatten().tolist())
+    assert space.widths(space.everything()) == {"q": 6, "v": 10}

@@ -13,11 +13,7 @@ from ..tracing.nested import mapped, tensors
 
 
 def carried_over(space: Space, state: Any, old: Tensor, new: Tensor) -> Any:
-    """Re-cut a carried state from structure `old` to `new` (bool [n]); see `Grower.carry`.
-
-    Raises:
-        StructureError: nothing was declared as carried, or the state is not the one of the structure before.
-    """
+    """Re-cut a carried state from structure `old` to `new` (bool [n]); see `Grower.carry`."""
     carried = space.carried
     if not carried:
         raise StructureError(

@@ -23,11 +23,7 @@ from .run import Run
 
 
 def teacher_of(run: Run) -> nn.Module:
-    """See `Grower.teacher`.
-
-    Raises:
-        TorchgrowError: the frame as it was is gone, or the model cannot be copied.
-    """
+    """See `Grower.teacher`."""
     state, live = run.state, run.live
     if len(state.history) > 1 or any(live.gates.taken) or state.finished:
         raise TorchgrowError(

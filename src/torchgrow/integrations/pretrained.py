@@ -28,14 +28,14 @@ def from_pretrained(kind: Any, folder: str | Path) -> Any:
     Raises:
         SavedModelError: weights are missing or of another model; the message names some.
     """
-    records: dict[str, torch.Tensor] = {}
-    for file in sorted(Path(folder).glob("model*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            records |= {name: tensors.get_tensor(name) for name in tensors.keys() if name.endswith(KEY)}  # noqa: SIM118
-    if not list(Path(folder).glob("model*.safetensors")):
+    files, records = list(Path(folder).glob("model*.safetensors")), dict[str, torch.Tensor]()
+    if not files:
         raise SavedModelError(
             f"{folder} has no model.safetensors; save with trainer.save_model or model.save_pretrained"
         )
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            records |= {name: tensors.get_tensor(name) for name in tensors.keys() if name.endswith(KEY)}  # noqa: SIM118
     if hasattr(kind, "from_config"):
         with torch.device("meta"):
             kind = type(kind.from_config(AutoConfig.from_pretrained(folder)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 
@@ -165,16 +166,23 @@ class Findings:
         Some reader has gradients then: one of values that are produced by other weights than those.
         """
         found = self._scaling_places(unit_of, units, np.zeros(n, dtype=np.bool_))
-        learns, summed = np.zeros(n, dtype=np.bool_), np.zeros(n, dtype=np.bool_)
+        over = Counter(name for name, _ in self.summed)
+        learns, bare, tied, wide = np.zeros((4, n + 1), dtype=np.bool_)  # the last entry of each is of no unit
         for read in self.reads:
             mine, zeroed = units(read.produced.symbols).flatten().numpy(), np.zeros(n + 1, dtype=np.bool_)
-            for place in read.produced.sources & found.keys() | {x for x in found if (x[0], 1 - x[1]) in self.summed}:
+            for place in read.produced.sources & found.keys():
                 zeroed[found[place].numpy()] = True
             if read.weight.sources:
-                learns[mine[(mine >= 0) & ~zeroed[mine]]] = True
+                learns[mine[~zeroed[mine]]] = True
             else:
-                summed[mine[mine >= 0]] = True
-        silent = torch.from_numpy(np.append(learns & ~summed, False))
+                bare[mine] = True
+        for place, vector in unit_of.items():  # tied: read by what produces them, wide: produced by another matrix too
+            read_here = found.get(place, torch.full_like(vector, -1))
+            if over[place[0]] > 1:
+                tied[read_here.numpy()] = True
+            if place[0] in self.parameters and self.tensors[place[0]].dim() > 1:
+                wide[vector[read_here < 0].numpy()] = True
+        silent = torch.from_numpy(learns & ~bare & (wide | ~tied) & (np.arange(n + 1) < n))
         return {x: torch.where(silent[vector], vector, -1) for x, vector in found.items() if bool(silent[vector].any())}
 
     def _attributes(self, unit_of: dict[Place, Tensor], units: Callable[[Tensor], Tensor]) -> tuple[Attribute, ...]:
