@@ -166,7 +166,7 @@ class Findings:
         Some reader has gradients then: one of values that are produced by other weights than those.
         """
         found = self._scaling_places(unit_of, units, np.zeros(n, dtype=np.bool_))
-        over = Counter(name for name, _ in self.summed)
+        over, parameters = Counter(name for name, _ in self.summed), set(self.parameters)
         learns, bare, tied, wide = np.zeros((4, n + 1), dtype=np.bool_)  # the last entry of each is of no unit
         for read in self.reads:
             mine, zeroed = units(read.produced.symbols).flatten().numpy(), np.zeros(n + 1, dtype=np.bool_)
@@ -180,7 +180,7 @@ class Findings:
             read_here = found.get(place, torch.full_like(vector, -1))
             if over[place[0]] > 1:
                 tied[read_here.numpy()] = True
-            if place[0] in self.parameters and self.tensors[place[0]].dim() > 1:
+            if place[0] in parameters and self.tensors[place[0]].dim() > 1:
                 wide[vector[read_here < 0].numpy()] = True
         silent = torch.from_numpy(learns & ~bare & (wide | ~tied) & (np.arange(n + 1) < n))
         return {x: torch.where(silent[vector], vector, -1) for x, vector in found.items() if bool(silent[vector].any())}
