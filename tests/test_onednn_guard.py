@@ -57,7 +57,7 @@ def train_dangerously(which: str, isa: str) -> subprocess.CompletedProcess[str]:
     if MALLOC_DEBUG.exists():
         env |= {"LD_PRELOAD": str(MALLOC_DEBUG), "GLIBC_TUNABLES": "glibc.malloc.check=3"}
     command = [sys.executable, "-c", DANGER, which]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=30)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("isa", ["AVX2", "DEFAULT"])

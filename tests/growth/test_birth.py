@@ -436,3 +436,40 @@ def test_networks_with_everything_are_as_they_were() -> None:
         grower = Grower(model, optimizer, example_inputs=torch.randn(2, 60), budget=Budget(params="100%"), updates=4)
     assert not grower.run.plan.scales
     assert birth_scales(mlp(), grower.space, grower.space.everything()) == {}
+
+
+class Masters(torch.optim.Optimizer):
+    """SGD on copies of the weights that are there from the start on; `counts` says whether it counts its steps."""
+
+    def __init__(self, parameters: Any, counts: bool) -> None:
+        super().__init__(parameters, {"lr": 1e-9})
+        for parameter in self.param_groups[0]["params"]:
+            own = {"master": parameter.detach().clone()}
+            self.state[parameter] = {"step": 0, **own} if counts else own
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            state["master"].sub_(1e-9 * parameter.grad)
+            parameter.copy_(state["master"])
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_copies_of_the_weights_in_an_optimizer_get_the_same_scale(counts: bool) -> None:
+    """Else the first step would take it back; and copies are no sign of training."""
+    torch.manual_seed(0)
+    model, x = mlp(), torch.randn(8, 60)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = Masters(model.parameters(), counts)
+    budget = Budget(params="10%")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        grower = Grower(model, optimizer, example_inputs=x, budget=budget, updates=4, start="seed")
+    grown = {name: p.detach().clone() for name, p in model.named_parameters()}
+    scaled = [name for name, p in grown.items() if not bool(torch.isin(p, before[name]).all())]
+    assert scaled
+    model(x).square().mean().backward()
+    optimizer.step()
+    assert all(torch.allclose(p, grown[name], atol=1e-6) for name, p in model.named_parameters())
+    grower.finish()

@@ -198,3 +198,19 @@ def test_a_carried_state_is_cut_after_a_resume_as_before(tmp_path: Path) -> None
     extra = load_checkpoint(tmp_path, again)
     for a, b in zip(whole.carry(state), again.carry(extra), strict=True):
         assert torch.equal(a, b)
+
+
+def test_sparse_gradients_are_in_the_state_too() -> None:
+    """Of a step that was not taken yet; they come back dense."""
+    torch.manual_seed(0)
+    model, words = nn.Sequential(nn.Embedding(20, 8, sparse=True), nn.Linear(8, 2)), torch.randint(0, 20, (4, 6))
+    optimizer = torch.optim.Adagrad(model.parameters(), 0.1)
+    grower = Grower(model, optimizer, example_inputs=words, budget=Budget(params="60%"), updates=3, start="frame")
+    model(words).square().mean().backward()
+    wanted = [p.grad.to_dense().clone() for p in model.parameters() if p.grad is not None]
+    state = grower.state_dict()
+    optimizer.zero_grad()
+    grower.load_state_dict(state)
+    assert all(p.grad is not None and torch.equal(p.grad, g) for p, g in zip(model.parameters(), wanted, strict=True))
+    optimizer.step()
+    grower.update()

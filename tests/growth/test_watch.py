@@ -62,6 +62,40 @@ def test_a_new_optimizer_in_the_middle_of_a_run(preset: str, end: str) -> None:
     assert len(grower.history) == 3
 
 
+@pytest.mark.parametrize("preset", ["default", "late", "random"])
+@pytest.mark.parametrize("end", ["update", "finish"])
+@pytest.mark.parametrize("ago", [0, 2])
+def test_the_best_weights_come_back_before_the_run_ends(preset: str, end: str, ago: int) -> None:
+    """Early stopping: update(), load the best state dict (of this structure, or an earlier one), no step, the end."""
+    grower, states = grown(preset), []
+    for _ in range(4):
+        train(grower)
+        grower.update()
+        states.append(copy.deepcopy(grower.model.state_dict()))
+    train(grower)
+    if ago:
+        grower.update()
+    grower.model.load_state_dict(states[-1 - ago])
+    getattr(grower, end)()
+    train(grower, torch.optim.Adam(grower.model.parameters(), 0.01))
+    if not grower.finished:
+        with pytest.raises(TrainingError, match=r"such as the best ones, come in by model\.load_state_dict"):
+            grower.update()
+
+
+def test_a_state_that_a_follower_loads_hides_no_other_optimizer() -> None:
+    grower = grown()
+    average = copy.deepcopy(grower.model)
+    grower.follow(average)
+    train(grower)
+    grower.update()
+    train(grower, torch.optim.Adam(grower.model.parameters(), 0.01))
+    average.load_state_dict(average.state_dict())
+    copy.deepcopy(grower.model).load_state_dict(grower.model.state_dict())
+    with pytest.raises(TrainingError, match=r"the SGD that Grower was given took no step"):
+        grower.update()
+
+
 def by_hand(grower: Grower) -> None:
     with torch.no_grad():
         for parameter in grower.model.parameters():

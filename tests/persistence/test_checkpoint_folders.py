@@ -120,10 +120,44 @@ def test_another_scheduler_changes_nothing(tmp_path: Path) -> None:
     other = make()
     schedule = torch.optim.lr_scheduler.OneCycleLR(other.optimizer, 0.2, total_steps=20)
     before, was = everything(other), copy.deepcopy(schedule.state_dict())
-    with pytest.raises(SavedModelError, match=r"checkpoint\['scheduler'\] is .* it must be of the kind of"):
+    with pytest.raises(SavedModelError, match=r"checkpoint\['scheduler'\] lacks .*'_schedule_phases'.* foreign"):
         load_checkpoint(tmp_path, other, scheduler=schedule)
     assert differences(before, everything(other)) == []
     assert schedule.state_dict() == was
+
+
+class Plateau:
+    """A schedule of one's own, whose state fills up as it goes."""
+
+    def __init__(self) -> None:
+        self.best: Any = None
+        self.seen: list[float] = []
+        self.drops: dict[str, float] = {}
+
+    def step(self, loss: float) -> None:
+        self.best = torch.tensor(loss) if self.best is None else torch.minimum(self.best, torch.tensor(loss))
+        self.drops |= {str(len(self.seen)): loss} if self.seen and loss > self.seen[-1] else {}
+        self.seen.append(loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "seen": list(self.seen), "drops": dict(self.drops)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.seen, self.drops = state["best"], list(state["seen"]), dict(state["drops"])
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_a_schedule_whose_state_fills_up(tmp_path: Path, steps: int) -> None:
+    """It loads into one that is new, and into one that has seen fewer or more."""
+    schedule, again = Plateau(), Plateau()
+    for loss in (1.0, 0.5, 0.7):
+        schedule.step(loss)
+    save_checkpoint(tmp_path, scheduler=schedule)
+    for i in range(steps):
+        again.step(float(i))
+    load_checkpoint(tmp_path, scheduler=again)
+    assert again.state_dict() == schedule.state_dict()
+    assert again.drops == {"2": 0.7}
 
 
 def test_a_scheduler_comes_back_when_the_grower_does_not_fit(tmp_path: Path) -> None:

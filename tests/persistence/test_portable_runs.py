@@ -9,7 +9,8 @@ from torch import nn
 
 from portables import FRAMES, IMAGES, WORDS, begun, build, grown, network, run, same, saved, step
 from torchgrow import Budget, Grower, StructureError, TorchgrowError, portable_
-from torchgrow.persistence.portable import KEY, aside, put_aside_
+from torchgrow.integrations.borrowed_loop import aside, put_aside_
+from torchgrow.persistence.portable import KEY
 
 
 @pytest.mark.parametrize("name", ["images", "words"])

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,18 @@ from torch.optim.swa_utils import AveragedModel
 import records
 from damage import reseal
 from records import Block, Network, cut, example, network
-from torchgrow import Budget, Grower, OptimizerError, SavedModelError, StructureError, load, save, shrink_, trace
+from torchgrow import (
+    Budget,
+    Grower,
+    OptimizerError,
+    SavedModelError,
+    StructureError,
+    load,
+    prune_,
+    save,
+    shrink_,
+    trace,
+)
 
 
 @functools.lru_cache
@@ -389,3 +401,24 @@ def test_a_second_grower_is_refused_until_the_first_has_finished(tmp_path: Path)
     save(model, tmp_path / "net")
     again = load(tmp_path / "net", lambda: nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2)))
     assert same(again, model, x)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_growing_network_is_free(copied: Callable[[nn.Module], nn.Module]) -> None:
+    """Its structure is known, it is not of the run: it is pruned, or grown on, while that goes on."""
+    x = torch.randn(8, 4)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    grower = Grower(model, optimizer, example_inputs=x, budget=Budget(params="60%"), updates=4)
+    model(x).square().mean().backward()
+    optimizer.step()
+    grower.update()
+    best = copied(model)
+    with pytest.raises(StructureError, match=r"growing already"):
+        prune_(model, x, budget=Budget(params=40))
+    assert prune_(best, x, budget=Budget(params=40))
+    again = copied(model)
+    trained = torch.optim.SGD(again.parameters(), 0.1)
+    Grower(again, trained, example_inputs=x, budget=Budget(params=40), updates=2, start="frame").finish()
+    grower.finish()
+    assert max(sum(p.numel() for p in one.parameters()) for one in (best, again)) <= 40

@@ -72,7 +72,7 @@ def test_a_shape_is_the_largest_of_its_ratios_and_then_filled(
     """Against the literal one; what `fit` adds to that is what still fits, and it adds to it only."""
     space = chain(widths, [1] * (len(widths) + 1))
     costs = CostModel(space)
-    low, high = (int(costs.both(x)[0]) for x in (costs.smallest(), costs.sizes))
+    low, high = (int(costs.both(x)[0]) for x in (costs.space.least, costs.sizes))
     most = Limits(low + int(share * (high - low)), None)
     shape = Shape("drawn", {}, {f"g{g}": ratios[g] for g in range(len(widths))})
     keep = shape.fitted(view_of(space, most, 2))
@@ -188,6 +188,6 @@ def test_counts_do_not_see_inside_layers_that_are_left_out() -> None:
 def test_what_is_no_shape_is_refused_and_told(shape: Shape, error: Any, text: str) -> None:
     space = space_of("layered")
     costs = CostModel(space)
-    least = int(costs.both(costs.smallest())[0])
+    least = int(costs.both(costs.space.least)[0])
     with pytest.raises(error, match=re.escape(text)):
         shape.fitted(view_of(space, Limits(least + 1, None), 2))

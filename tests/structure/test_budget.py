@@ -76,7 +76,7 @@ def problems(draw: st.DrawFn) -> tuple[Space, Tensor, Tensor, Limits]:
             keep[units[0]] = True
     score = torch.randint(0, 6, (space.n_units,), generator=generator).double()  # with ties
     costs = CostModel(space)
-    low, high = costs.both(costs.smallest()).tolist(), costs.both(costs.sizes).tolist()
+    low, high = costs.both(costs.space.least).tolist(), costs.both(costs.sizes).tolist()
     kind = draw(st.sampled_from(["params", "flops", "both"]))
     params = draw(st.integers(low[0], high[0])) if kind != "flops" else None
     flops = draw(st.integers(low[1], high[1])) if kind != "params" else None
@@ -210,7 +210,7 @@ def test_what_is_shed_is_worth_least(
     costs, generator = CostModel(space), torch.Generator().manual_seed(seed)
     worth = torch.rand(space.n_units, generator=generator, dtype=torch.float64)
     before = space.everything()
-    least, full = costs.both(costs.smallest()), costs.both(costs.sizes)
+    least, full = costs.both(costs.space.least), costs.both(costs.sizes)
     allowed = least + ((full - least).double() * share).long()
     if by != "both":
         allowed[1 if by == "params" else 0] = torch.iinfo(torch.int64).max

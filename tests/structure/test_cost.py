@@ -113,7 +113,7 @@ def test_by_hand() -> None:
     keep = space.everything()
     keep[[0, 1, 8]] = False
     assert costs.cost(keep) == by_hand(4, 4)
-    assert costs.both(costs.smallest()).tolist() == [by_hand(1, 1).params, by_hand(1, 1).flops]
+    assert costs.both(costs.space.least).tolist() == [by_hand(1, 1).params, by_hand(1, 1).flops]
     many = torch.tensor([[6, 5], [1, 1], [3, 2]])
     expected = [by_hand(*live) for live in many.tolist()]
     assert costs.both(many).tolist() == [[cost.params, cost.flops] for cost in expected]
@@ -135,7 +135,7 @@ def test_tied_once_frozen_included_buffers_not() -> None:
 def test_what_must_stay_counts_as_stuck() -> None:
     space = replay(zoo.build("plain"), zoo.inputs("plain"))
     costs = CostModel(space.freeze([0, 1, 2], space.frozen[0]))
-    assert costs.smallest().tolist() == [3, 1]
+    assert costs.space.least.tolist() == [3, 1]
 
 
 def test_a_batch_does_not_matter() -> None:

@@ -314,6 +314,19 @@ def test_a_sparse_parameter_is_refused_with_the_fix() -> None:
         verify(model, torch.randn(4, 3))
 
 
+@pytest.mark.parametrize("buffer", [False, True])
+def test_weights_tied_by_their_memory_are_refused_with_the_fix(buffer: bool) -> None:
+    """Growing would give each its own, and they would drift apart; one parameter under two names is tied for good."""
+    words, head = nn.Embedding(12, 8), nn.Linear(8, 12, bias=False)
+    model = nn.Sequential(words, head)
+    if buffer:
+        model.register_buffer("weights", words.weight.data)
+    else:
+        head.weight.data = words.weight.data
+    with pytest.raises(TraceError, match=r"(1\.weight|weights) and 0\.weight are two tensors in one memory.*make them"):
+        trace(model, torch.randint(0, 12, (4, 3)))
+
+
 def test_a_constant_is_judged_by_what_it_was_when_it_was_used() -> None:
     """Labels are looked at some operations later."""
     states = []

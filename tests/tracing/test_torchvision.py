@@ -41,7 +41,7 @@ def test_small_members_of_the_families(name: str) -> None:
     space = replay(model, example)
     assert int(space.removable.sum()) == units
     costs = CostModel(space)
-    assert 1 - costs.both(costs.smallest())[0] / costs.both(costs.sizes)[0] > least
+    assert 1 - costs.both(costs.space.least)[0] / costs.both(costs.sizes)[0] > least
     prover = Prover(model, space, example, seed=0)
     assert prover.error(prover.draw(0.4))[0] <= TOLERANCE
 

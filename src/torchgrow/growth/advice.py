@@ -89,7 +89,8 @@ def summary(name: str, budget: Budget, way: Course, costs: CostModel, keep: Tens
     now, frame = costs.cost(keep), costs.cost(space.everything())
     widths, full = space.widths(keep), space.widths(space.everything())
     lines = [
-        f"{name}: {frame.params:,} parameters, {frame.flops:,} FLOPs a sample (2 x MACs); budget {budget}",
+        f"{name}: {frame.params:,} parameters, {frame.flops:,} FLOPs a sample (2 x MACs; of {space.batch} in the "
+        f"example); budget {budget}",
         f"  goes   {way}",
         f"  now    {now.params:,} parameters ({now.params / max(1, frame.params):.2%}), {now.flops:,} FLOPs "
         f"({now.flops / max(1, frame.flops):.2%}), after {done} updates",
@@ -127,7 +128,7 @@ def trained(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()) 
     The signs: an optimizer has stepped; a batch norm has seen batches; or a quarter of the weight matrices have a
     singular value far above those of random matrices (Marchenko and Pastur, 1967), since gradients have low rank.
     """
-    if any(_stepped(state) for optimizer in optimizers for state in optimizer.state.values()):
+    if any(_stepped(parameter, state) for one in optimizers for parameter, state in one.state.items()):
         return "its optimizer has stepped"
     for name, buffer in model.named_buffers():
         if name.rpartition(".")[2] == "num_batches_tracked" and not buffer.is_meta and bool(buffer.any()):
@@ -139,11 +140,12 @@ def trained(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()) 
     return f"{far} of {len(seen)} weight matrices are far from random ones" if far * 4 >= len(seen) > 0 else ""
 
 
-def _stepped(state: dict[str, Any]) -> bool:
-    """Whether the state of a parameter shows a step; some optimizers create it before the first one."""
+def _stepped(parameter: Any, state: dict[str, Any]) -> bool:
+    """Whether the state of a parameter shows a step; some optimizers create it, copies too, before the first one."""
     if "step" in state:
         return float(state["step"]) > 0
-    return any(isinstance(slot, Tensor) and bool(slot.any()) for slot in state.values())
+    slots = [slot for slot in state.values() if isinstance(slot, Tensor) and bool(slot.any())]
+    return any(slot.shape != parameter.shape or not torch.equal(slot.to(parameter), parameter) for slot in slots)
 
 
 @torch.no_grad()

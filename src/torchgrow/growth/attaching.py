@@ -24,7 +24,7 @@ def check_free(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) ->
         "go on with the grower that is there, or end it with grower.finish() before another one begins. To begin anew, "
         "build model and optimizer anew (in a notebook: run their cell again too)"
     )
-    for growth in growths(model):
+    for growth in (one for one in growths(model) if not one.copied):
         raise StructureError(f"{type(model).__name__} is growing already: {growth}; {advice}")
     for optimizer in optimizers:
         if attached(optimizer):

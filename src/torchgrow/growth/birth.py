@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..exchange import Exchange
+from ..structure.optimizer_slots import Layout
 from ..structure.space import Space, live_positions
 from ..structure.store import Births, is_meta
 from ..structure.surgery import scale_
@@ -131,10 +132,14 @@ def birth_scales(
     return scales
 
 
-def rescale_(model: nn.Module, scales: Mapping[str, float], exchange: Exchange) -> None:
-    """Multiply parameters by name, in place; the exchange's `undo` takes it back. Those on the meta device are not."""
+def rescale_(model: nn.Module, scales: Mapping[str, float], exchange: Exchange, layouts: Sequence[Layout] = ()) -> None:
+    """Multiply parameters by name, and optimizers' copies, unless on the meta device; the exchange's `undo` undoes."""
     if not is_meta(model):
-        scale_(dict(model.named_parameters()), scales, exchange)
+        tensors = dict(model.named_parameters())
+        scale_(tensors, scales, exchange)
+        for layout in layouts:
+            for (i, _), slot in layout.copies([tensors[name] for name in scales]).items():
+                scale_({"": slot}, {"": list(scales.values())[i]}, exchange)
 
 
 def _random(model: nn.Module, space: Space, planned: Tensor, full: Callable[[str], Tensor]) -> Iterator[_Tensor]:

@@ -133,13 +133,8 @@ def shifts_of(
 ) -> dict[str, Tensor]:
     """What biases take over from units that leave: W[:, gone] mean(a[gone]), for exact readers that stay.
 
-    Args:
-        model: with the units `before`; nothing of it changes.
-        space: its space.
-        before: the live units, bool [n].
-        keep: those that stay or come, bool [n].
-        batches: see `Grower.update`; read only if units leave.
-        gather: returns what every rank has; all call it, and means are over all of them.
+    The model has the units `before` (bool [n]), and nothing of it changes; `keep` stay or come. `batches` (see
+    `Grower.update`) are read only if units leave. `gather` returns what every rank has: means are over all of them.
 
     Returns:
         By name of the bias, float64 on the host, of the bias's present size.

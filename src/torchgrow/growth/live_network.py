@@ -230,8 +230,6 @@ class LiveNetwork:
             swap.fold_copies(factor)
         return [change, *followed], (fold, factors, copies)
 
-    # --- copies that follow ---
-
     def follow(self, module: nn.Module) -> None:
         """Take a copy along from now on; see `Grower.follow`.
 

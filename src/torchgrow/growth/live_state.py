@@ -52,7 +52,7 @@ def state_of(live: LiveNetwork, finished: bool) -> dict[str, Any]:
         "keep": bank.keep.clone(),
         "trained": bank.trained.clone(),
         "network": copies(of_state(live.model)),
-        "gradients": copies({name: p.grad for name, p in live.parameters.items() if p.grad is not None}),
+        "gradients": copies({name: p.grad.to_dense() for name, p in live.parameters.items() if p.grad is not None}),
         "raw": copies(fold.contents),
         "steps": live.gates.state_dict(),
         "bank": {name: store_state(store) for name, store in full.items()},

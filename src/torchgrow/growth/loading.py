@@ -106,6 +106,13 @@ class Loading:
                 stacklevel=frames_to_user(),
             )
 
+    def took(self, model: nn.Module) -> None:
+        """See `Owner.took`: no other optimizer has changed these weights."""
+        if model is self.run.live.model and not self.finished:
+            exchange = Exchange()
+            self.run.live.watch.begin(exchange, self.run.live.contents())
+            exchange.make()
+
     def _allowed(self, model: nn.Module, record: Record, left_out: Collection[str]) -> Tensor:
         """The structure (bool [n]) of a record, if it may be loaded into this model now."""
         if model is not self.run.live.model:

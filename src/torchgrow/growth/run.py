@@ -97,7 +97,7 @@ class Run:
         learnt = plan.start is not None or warn_if_trained(model, self.optimizers, seed)
         if plan.rescale and not any(self.ranks.gather(learnt)):
             self.plan = plan = plan.scaled(model, policy, view, seed, trained_names(model, self.optimizers))
-            rescale_(model, plan.scales, exchange)
+            rescale_(model, plan.scales, exchange, layouts)
         self.live = LiveNetwork(model, plan, layouts, policy, self._step, device, exchange)
         self.seed_cost = plan.costs.both(plan.costs.live(seed))
         log.info("%s goes %s", type(model).__name__, self.course())
@@ -111,12 +111,7 @@ class Run:
     def begin(cls, asked: Asked, policy: Policy | None, space: Space, example_inputs: Any, exchange: Exchange) -> Run:
         """Bring a model to the structure that its run begins with; errors are as for `Grower`.
 
-        Args:
-            asked: the grower, with its arguments.
-            policy: decides which units live; None: one that suits the start.
-            space: of the model.
-            example_inputs: for the device.
-            exchange: its `undo` takes all of it back.
+        Without a policy it is one that suits the start. `example_inputs` tell the device. `undo` takes all of it back.
         """
         model, optimizers = asked.model, asked.optimizers
         layouts = check_optimizers(optimizers, model)
@@ -211,8 +206,6 @@ class Run:
         keep = self.live.keep if self.state.history else self.plan.space.everything()
         rate = self.state.rate(self.optimizers[0])
         return self.plan.view(number, keep, rate, self.state.generator, self.live.contents)
-
-    # --- how it is done ---
 
     def _step(self, sensitivity: Tensor) -> None:
         """Call the policy after an optimizer step."""

@@ -63,7 +63,8 @@ class Watch:
                     f"{_listed(strange)} changed since the last update, but the {type(optimizer).__name__}{which} that "
                     "Grower was given took no step: another optimizer trains the network, whose steps the grower does "
                     "not see and whose state it cannot cut. Go on with the one that was given (new settings go into "
-                    "optimizer.param_groups), and take a step with it before update(). Nothing was changed"
+                    "optimizer.param_groups), and take a step with it before update(). Weights that are to be others, "
+                    "such as the best ones, come in by model.load_state_dict. Nothing was changed"
                 )
         strange = [name for name in self._loose() if name in moved]
         if strange:

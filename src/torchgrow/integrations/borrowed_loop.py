@@ -6,12 +6,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import TorchgrowError
 from ..growth.grower import Grower
-from ..persistence.portable import KEY, aside, put_aside_
+from ..persistence.portable import ASIDE, KEY, portable_
 from ..structure.limits import Budget
+
+
+def put_aside_(model: nn.Module) -> None:
+    """Have the next state dicts of another structure put aside, and the model keep what it has."""
+    vars(portable_(model)).setdefault(ASIDE, {})
+
+
+def aside(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict that was put aside, by names of the module; further state dicts are loaded again."""
+    return vars(model).pop(ASIDE, {})
 
 
 class BorrowedLoop:

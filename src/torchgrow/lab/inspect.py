@@ -153,7 +153,7 @@ def inspect(
     carried: Any = getattr(model, "carried", None)  # how a recurrent network says what it hands on to its next call
     space = trace(model, inputs, carried=carried, depth=depth)
     costs = CostModel(space)
-    frame, least = Cost(*costs.both(costs.sizes).tolist()), Cost(*costs.both(costs.smallest()).tolist())
+    frame, least = Cost(*costs.both(costs.sizes).tolist()), Cost(*costs.both(costs.space.least).tolist())
     parts = _parts(space, costs, frame)
     exact, verdict = None, "nothing to prove"
     if any(part.removable for part in parts):
@@ -202,7 +202,7 @@ def _parts(space: Space, costs: CostModel, frame: Cost) -> tuple[Part, ...]:
             cut.add(module)
         first, count = whole.get(module, (index, 0))
         whole[module] = (first, count + math.prod(space.shapes[name]))
-    smallest = costs.smallest()
+    smallest = costs.space.least
     found = [
         (
             first,

@@ -84,7 +84,7 @@ class Field:
         return self.value
 
     def like(self, present: Any) -> Any:
-        """A value of the kind of `present`: same type, numbers finite where those are, same shape of containers."""
+        """A value of the kind of `present`: same type, numbers finite where those are, plain containers of any size."""
         if not alike(self.value, present):
             self.refuse(f"of the kind of {str(present)[:60]}")
         return self.value
@@ -110,9 +110,9 @@ def alike(value: Any, present: Any) -> bool:
         return (fits and abs(value) <= LARGEST) or (wild and fits and not math.isnan(value))
     if isinstance(present, Tensor):
         return isinstance(value, Tensor) and (value.shape, value.dtype) == (present.shape, present.dtype)
+    if type(value) is type(present) and (isinstance(present, (list, dict)) or not present) and plain(present):
+        return plain(value)  # it may have grown
     if isinstance(present, (list, tuple)):
-        if not present and type(value) is type(present):
-            return plain(value)
         fits = type(value) is type(present) and len(value) == len(present)
         return fits and all(map(alike, value, present))
     if isinstance(present, dict):
@@ -122,9 +122,9 @@ def alike(value: Any, present: Any) -> bool:
 
 
 def plain(value: Any) -> bool:
-    """Whether it is a number, text, or a list of them: what may stand where nothing stood before."""
-    if isinstance(value, (list, tuple)):
-        return all(map(plain, value))
+    """Whether it is a number, text, or a list or dict of them: what may stand where nothing stood before."""
+    if isinstance(value, (list, tuple, dict)):
+        return all(map(plain, value.values() if isinstance(value, dict) else value))
     return isinstance(value, str) or (isinstance(value, (int, float)) and abs(value) <= LARGEST)
 
 

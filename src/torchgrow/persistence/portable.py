@@ -154,6 +154,9 @@ class Owner(Protocol):
                 the rest of them is stored.
         """
 
+    def took(self, model: nn.Module) -> None:
+        """Note that a model of its own has other weights now, by a state dict."""
+
 
 _owners: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Owner]] = weakref.WeakKeyDictionary()
 """By model, its grower. Not an attribute of the model: a copy of it is not the grower's."""
@@ -162,16 +165,15 @@ _owners: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Owner]] = weakref.Weak
 def owned_(model: nn.Module, owner: Owner) -> None:
     """Make a model portable, and ask its grower before it is cut."""
     _owners[portable_(model)] = weakref.ref(owner)
+    if tell_owner not in model._load_state_dict_post_hooks.values():
+        model.register_load_state_dict_post_hook(tell_owner)
 
 
-def put_aside_(model: nn.Module) -> None:
-    """Have the next state dicts of another structure put aside, and the model keep what it has."""
-    vars(portable_(model)).setdefault(ASIDE, {})
-
-
-def aside(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict that was put aside, by names of the module; further state dicts are loaded again."""
-    return vars(model).pop(ASIDE, {})
+def tell_owner(module: nn.Module, keys: Any) -> None:
+    """The hook after `load_state_dict()` of what grows; of a copy, which keeps it, nobody is told."""
+    owner = _owners[module]() if module in _owners else None
+    if owner is not None:
+        owner.took(module)
 
 
 # --- out ---

@@ -178,10 +178,6 @@ def _along(tensor: Tensor, axis: int, power: int) -> Tensor:
     if not power:
         return torch.full((tensor.shape[axis],), tensor.numel() / max(1, tensor.shape[axis]), dtype=torch.float64)
     rows = tensor.movedim(axis, 0)
-    parts = [row.reshape(len(row), -1).double().abs().pow(power).sum(1) for row in rows.split(_at_once(rows))]
+    at_once = max(1, 2**20 // max(1, rows[0].numel() if len(rows) else 1))  # about a million entries are converted
+    parts = [row.reshape(len(row), -1).double().abs().pow(power).sum(1) for row in rows.split(at_once)]
     return torch.cat(parts).cpu()
-
-
-def _at_once(rows: Tensor) -> int:
-    """How many rows of a tensor to convert together: about a million entries."""
-    return max(1, 2**20 // max(1, rows[0].numel() if len(rows) else 1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from .optimizer_trial import Slot
 from .optimizers import layouts_of
 from .record import Growth, Record, mark_of, recorded, rewrite
 from .space import PassThrough, Space, live_positions
-from .store import Births, Index, Store, gather, index_of, is_meta, laid_out, memory_order, scatter_
+from .store import Births, Index, Store, gather, index_of, is_meta, laid_out, memory_order, same_index, scatter_
 from .surgery import materialise_, named_tensors, replace_
 
 
@@ -154,7 +155,8 @@ class Bank:
         self.names = _all_names(model)
         self.base = self.record = recorded(model.named_modules())  # of earlier cuts
         self.growth: Growth | None = None
-        self.adapted = _adaptable_and_cut(model, space)
+        cut = [name for name, axes in space.cut_axes.items() if axes]
+        self.adapted = tuple(p for p in adaptable(model) if any(name.startswith(f"{p}." if p else "") for name in cut))
         self.scales = dict(scales or {})
         self.births = Births(model, seed, scales) if is_meta(model) else None
         adapt_(model, self.adapted)
@@ -205,7 +207,7 @@ class Bank:
             tensor, old, new = self.tensors[name], self.index[name], index_of(self.space, name, keep)
             index[name] = new
             gated = values is not None and name in values
-            if not gated and _same(old, new):
+            if not gated and same_index(old, new):
                 continue
             live = values[name] if values is not None and gated else tensor.detach()
             self.full[name].write(old, live.cpu())
@@ -312,11 +314,10 @@ class Bank:
 
     def blank(self) -> dict[str, Store]:
         """Stores for all tensors that can be cut, to be filled from a state."""
-        return {name: self._store(name) if self.births else self._whole(name) for name in self.space.cut_axes}
-
-    def _whole(self, name: str) -> Store:
-        shape, dtype = self.space.shapes[name], self.tensors[name].dtype
-        return Store(lambda: torch.zeros(shape, dtype=dtype), shape, dtype, whole=True)
+        if self.births is not None:
+            return {name: self._store(name) for name in self.space.cut_axes}
+        kinds = {name: (self.space.shapes[name], self.tensors[name].dtype) for name in self.space.cut_axes}
+        return {name: Store(partial(torch.zeros, s, dtype=d), s, d, whole=True) for name, (s, d) in kinds.items()}
 
     def empty_slot(self, name: str, dtype: torch.dtype, slot: Slot) -> Store:
         """Storage for an optimizer slot before its first step; for a copy of the weights, the stored weights."""
@@ -392,18 +393,6 @@ def _all_names(model: nn.Module) -> dict[str, list[str]]:
     for name, tensor in every:
         names.setdefault(first[id(tensor)], []).append(name)
     return names
-
-
-def _adaptable_and_cut(model: nn.Module, space: Space) -> tuple[str, ...]:
-    """Modules that need their adapter: some units in them or below them can be removed."""
-    cut = [name for name, axes in space.cut_axes.items() if axes]
-    return tuple(path for path in adaptable(model) if any(name.startswith(f"{path}." if path else "") for name in cut))
-
-
-def _same(a: Index | None, b: Index | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.keys() == b.keys() and all(torch.equal(a[axis], b[axis]) for axis in a)
 
 
 def _places(space: Space, name: str, index: Index | None, units: Tensor) -> dict[int, Tensor]:

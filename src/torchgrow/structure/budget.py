@@ -20,7 +20,7 @@ def check_feasible(budget: Budget, limits: Limits, costs: CostModel) -> None:
     Raises:
         BudgetError: names the feasible range.
     """
-    least, full = costs.both(costs.smallest()).tolist(), costs.both(costs.sizes).tolist()
+    least, full = costs.both(costs.space.least).tolist(), costs.both(costs.sizes).tolist()
     for name, limit, low, high in zip(("params", "flops"), (limits.params, limits.flops), least, full, strict=True):
         if limit is None:
             continue
@@ -61,13 +61,8 @@ def shed(space: Space, costs: CostModel, keep: Tensor, importance: Tensor, allow
     marginal costs, which have changed, are recomputed.
     One unit of every group stays, of layers none need to.
 
-    Args:
-        space: the space.
-        costs: its cost model.
-        keep: bool [n], the structure to start from.
-        importance: float64 [n], not negative; what a unit adds to the importance of its group.
-        allowed: int64 [2], parameters and FLOPs, known to be feasible.
-        steps: int64 [G], the multiple at which each group's width is held; 1, or None for all, for any width.
+    It starts from `keep`, bool [n]. `importance`, float64 [n], is not negative: what a unit adds to that of its group.
+    `allowed`, int64 [2], is known to be feasible. `steps`: as for `fit`.
     """
     keep, live = keep.clone(), costs.live(keep)
     order = torch.argsort(importance, stable=True)

@@ -115,10 +115,6 @@ class CostModel:
         params, flops = self.both(self.live(keep)).tolist()
         return Cost(params, flops)
 
-    def smallest(self) -> Tensor:
-        """Fewest live units per group, int64 [G]: what cannot be removed, and at least one; of layers none."""
-        return self.space.least
-
     def _counts(self, live: Tensor) -> Tensor:
         """Live positions of every row, [..., R], of live units per group [..., G]."""
         counts = self._base.expand(*live.shape[:-1], -1).to(live.dtype, copy=True)

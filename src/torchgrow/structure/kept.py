@@ -10,18 +10,14 @@ from torch import Tensor
 from ..errors import StructureError
 from .bank import Bank
 from .record import Record, skip_of
-from .store import Index
+from .store import same_index
 
 
 def keep_of(bank: Bank, record: Record, left_out: Collection[str], what: str, *, earlier: bool = False) -> Tensor:
-    """The units (bool [n]) that a record of the same first frame keeps.
+    """The units (bool [n]) of a bank's frame that a record of a network of the same first frame keeps.
 
-    Args:
-        bank: of the frame.
-        record: of the network.
-        left_out: its modules that are left out.
-        what: where the record comes from, for errors.
-        earlier: whether layers left out may hold outdated positions: they are not updated while they are left out.
+    `left_out` are modules of the network; with `earlier` they may hold outdated positions, since they are not updated
+    while they are left out. `what` says in errors where the record comes from.
 
     Raises:
         StructureError: it is no structure of this space; the message names a tensor.
@@ -44,7 +40,7 @@ def keep_of(bank: Bank, record: Record, left_out: Collection[str], what: str, *,
     keep = space.check_keep(keep)
     here = bank.record_of(keep)
     there = [name for name in space.cut_axes if not name.startswith(below)]
-    strange = [name for name in there if not _alike(here.kept.get(name, {}), record.kept.get(name, {}))]
+    strange = [name for name in there if not same_index(here.kept.get(name, {}), record.kept.get(name, {}))]
     absent = {path for path, module in bank.model.named_modules() if earlier and skip_of(module) is not None}
     strange += sorted(set(left_out) ^ (bank.skipped(keep).keys() | absent))
     if strange:
@@ -54,7 +50,3 @@ def keep_of(bank: Bank, record: Record, left_out: Collection[str], what: str, *,
             "saved, or load it into a model of its own: torchgrow.portable_(build()). Nothing was changed"
         )
     return keep
-
-
-def _alike(one: Index, other: Index) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[axis], other[axis]) for axis in one)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -36,12 +37,18 @@ class Growth:
         done: calls so far.
         limits: what the budget limits: (what, its number now, the most it may be).
         finished: whether the structure is final.
+        copied: whether it came with a copy or pickle of the model, which no grower holds.
     """
 
     updates: int
     done: int = 0
     limits: tuple[tuple[str, int, int], ...] = ()
     finished: bool = False
+    copied: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles get."""
+        return {**vars(self), "copied": True}
 
     def __str__(self) -> str:
         """Where the run stands, in words."""

@@ -134,6 +134,13 @@ def _never() -> Tensor:
     raise AssertionError("a store that holds all of a tensor needs no initial values")
 
 
+def same_index(a: Index | None, b: Index | None) -> bool:
+    """Whether two indices name the same positions."""
+    if a is None or b is None:
+        return a is b
+    return a.keys() == b.keys() and all(torch.equal(a[axis], b[axis]) for axis in a)
+
+
 def _covers(box: Index, index: Index) -> bool:
     return all(axis in index and bool(torch.isin(index[axis], held).all()) for axis, held in box.items())
 

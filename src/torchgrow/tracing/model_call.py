@@ -97,6 +97,22 @@ def check_model(model: nn.Module, example_inputs: Any) -> None:
             raise TraceError(
                 f"{name} is {tensor.layout}, quantized={tensor.is_quantized}; only dense tensors can be cut"
             )
+    _check_apart(tensors)
+
+
+def _check_apart(tensors: list[tuple[str, Tensor]]) -> None:
+    """Refuse weights that share memory with another tensor, but not the object: each would get memory of its own."""
+    first: dict[int, str] = {}
+    for name, tensor in tensors:  # parameters first
+        plain = type(tensor.data) is Tensor and tensor.layout == torch.strided and not tensor.is_meta and tensor.numel()
+        other = first.get(tensor.data_ptr(), name) if plain else name
+        if plain and isinstance(tensor, nn.Parameter):
+            first[tensor.data_ptr()] = name
+        if other != name:
+            raise TraceError(
+                f"{name} and {other} are two tensors in one memory, which growing would part; make them one "
+                f"parameter (model.{name} = model.{other}), or give one of them memory of its own, by clone()"
+            )
 
 
 def _check_examples(examples: list[Any]) -> None:

@@ -159,10 +159,8 @@ def too_small(error: Exception) -> bool:
 def running(model: nn.Module, one: Pass, *, still_norms: bool = False) -> Iterator[Chance]:
     """The mode of a pass, without gradients; buffers and random states are as before afterwards.
 
-    Args:
-        model: a copy: it stays in the mode of the pass, and keeps what its forward writes elsewhere.
-        one: the pass.
-        still_norms: leave batch norms in evaluation mode, for a batch that is too small to have statistics.
+    The model, a copy, stays in that mode, and keeps what its forward writes elsewhere. With `still_norms` batch norms
+    are in evaluation mode, for a batch that is too small to have statistics.
     """
     model.train() if one.training else model.eval()
     modules = list(model.modules())

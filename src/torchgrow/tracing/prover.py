@@ -257,9 +257,7 @@ class Prover:
     def _outputs(self, keep: Tensor | None = None, *, shown: Tensor | None = None) -> list[Tensor]:
         """All tensors and numbers that the network returns, in all passes, from the same state every time.
 
-        Args:
-            keep: the units of the network: given states are cut as it is.
-            shown: units whose entries of carried outputs are compared; those of removed units are dropped.
+        Given states are cut to the units in `keep`, as it is; of carried outputs, entries in `shown` count.
         """
         try:
             return _plain(self._outputs_now(keep, shown))

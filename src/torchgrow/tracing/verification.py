@@ -208,7 +208,7 @@ def trace(
             return space if proof else _undecided_frozen(model, space, example_inputs)
         proven = prove(model, space, example_inputs)
         costs = CostModel(proven)
-        least = int(costs.both(costs.smallest())[0])
+        least = int(costs.both(costs.space.least)[0])
         if best is None or least <= best[0]:  # at equal cost, the later one, whose reasons name the place
             best = least, proven
         broken = _broken_parts(space, proven)
@@ -271,7 +271,7 @@ def verify(
     ways = (False, True) if space.blocks else (False,)
     errors = [prover.error(prover.draw(fraction, whole=whole))[0] for _ in range(count) for whole in ways]
     costs = CostModel(space)
-    full, least = int(costs.both(costs.sizes)[0]), int(costs.both(costs.smallest())[0])
+    full, least = int(costs.both(costs.sizes)[0]), int(costs.both(costs.space.least)[0])
     worst = max(errors, default=0.0)
     return Report(
         ok=worst <= TOLERANCE,

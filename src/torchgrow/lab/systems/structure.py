@@ -115,7 +115,7 @@ class Structure:
         Raises:
             UnfitError: not even that fits.
         """
-        least = self.costs.both(self.costs.smallest())
+        least = self.costs.both(self.costs.space.least)
         if bool((least > limits.tensor()).any()):
             raise UnfitError(
                 f"the budget is below the smallest network here, of {least[0]:,} parameters and {least[1]:,} FLOPs; "
