@@ -70,7 +70,7 @@ def make(
         example_inputs=batch(0)[0],
         budget=budget or Budget(params="50%"),
         updates=updates,
-        preset=preset if isinstance(preset, str) else None,
+        preset=preset if isinstance(preset, str) and policy is None else None,
         policy=policy if isinstance(preset, str) else preset,
         seed=seed,
     )

@@ -19,7 +19,7 @@ from growing import breaking, differences, everything
 from layered import Residual, Stages
 from lookalikes import SlowWeights
 from readers import FLAT, LAWS, PICTURES, WAYS, Odd, Transposed, convolutions, mlp
-from torchgrow import Budget, Grower, Space, TorchgrowError
+from torchgrow import Budget, Grower, Space, TorchgrowError, prune_
 from torchgrow.policies import Paper, Policy, Shrink, View
 from torchgrow.structure.bank import Bank
 from torchgrow.structure.kept import keep_of
@@ -382,3 +382,21 @@ def test_a_compiled_network_is_measured_as_it_is_written() -> None:
         begin(model, FLAT[0]).update(FLAT)
     torch.compiler.reset()
     assert not differences(dict(models[0].state_dict()), dict(models[1].state_dict()))
+
+
+class Stream(torch.utils.data.IterableDataset[Tensor]):
+    """Data of no length."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from torch.randn(3, 8, 6, generator=torch.Generator().manual_seed(0)).unbind()
+
+
+def test_a_loader_of_no_length_does() -> None:
+    """As for `recalibrate`; the same batches in a list do the same."""
+    found = []
+    for batches in (torch.utils.data.DataLoader(Stream(), batch_size=None), list(Stream())):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+        prune_(model, torch.randn(4, 6), budget=Budget(params="50%"), batches=batches)
+        found.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *found))

@@ -413,7 +413,7 @@ def test_verify_with_depth() -> None:
 
 def test_a_network_whose_layers_were_left_out_grows_again(tmp_path: Any) -> None:
     """What is gone is gone: it is no block of the new frame, and the record names it still."""
-    first = make(Residual, budget=Budget(params="70%"))
+    first = make(Residual, budget=Budget(params="40%"))
     while not first.finished:
         first.update()
     model, left = first.model, first.depths()["stage"]

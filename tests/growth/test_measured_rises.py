@@ -211,3 +211,9 @@ def test_what_cannot_be_measured_is_refused() -> None:
         torchgrow.measure_rises(model, x, lambda m: 0.0, importance="taylor")
     with pytest.raises(TorchgrowError, match="on the meta device"):
         torchgrow.measure_rises(copy.deepcopy(model).to("meta"), x, lambda m: 0.0)
+
+
+@pytest.mark.parametrize("rise", [float("nan"), float("inf"), "0.1", None])
+def test_rises_must_be_numbers(rise: Any) -> None:
+    with pytest.raises(TorchgrowError, match=r"rises\['2'\] is .*, it must be a finite number, as measure_rises gives"):
+        torchgrow.policies.Shrink(allocation="measured", rises={"0": 0.5, "2": rise})

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import torchgrow
 from growing import batch, differences, everything, make, run, sgd, train
 from oracle import SmallResNet
 from own_policy import cubic, source
-from torchgrow import Grower, Method, TorchgrowError, load_checkpoint, save_checkpoint
+from torchgrow import Budget, Grower, Method, TorchgrowError, load_checkpoint, save_checkpoint
 from torchgrow.policies import Default, Paper, Policy, Random, Shrink, View, kit, named, policy_of
 
 
@@ -232,6 +232,23 @@ def test_a_policy_without_its_two_methods_is_told_at_once() -> None:
 def test_a_name_in_place_of_a_policy_is_refused() -> None:
     with pytest.raises(TorchgrowError, match=r"policy must be an object such as .*Paper\(\), got 'paper'; names go to"):
         grown("paper")  # type: ignore[arg-type]
+
+
+def test_a_name_and_a_policy_together_are_refused() -> None:
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(
+        TorchgrowError, match=r"preset='paper' and policy=Default\(\.\.\.\) both say how to grow; give one"
+    ):
+        Grower(
+            model,
+            optimizer,
+            example_inputs=torch.ones(1, 4),
+            budget=Budget(params="50%"),
+            updates=2,
+            preset="paper",
+            policy=Default(),
+        )
 
 
 def test_the_budget_holds_whatever_is_wanted() -> None:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from chains import chain
 from growing import view_of
-from torchgrow import Budget, Cost, Space
+from torchgrow import Budget, Cost, Space, trace
 from torchgrow.policies import Default, kit
 from torchgrow.policies.kit import gap
 from torchgrow.structure.budget import fit, shed
@@ -245,3 +245,45 @@ def test_what_is_shed_is_cheap_for_what_it_saves() -> None:
     keep = shed(space, costs, space.everything(), worth, allowed, torch.ones(2, dtype=torch.int64))
     assert keep[:8].sum() < 8
     assert keep[8:].sum() == 8
+
+
+class Branch(torch.nn.Module):
+    """A residual block of two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out_of = torch.nn.Linear(8, 20), torch.nn.Linear(20, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add a branch."""
+        return x + self.out_of(torch.relu(self.into(x)))
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_layer_that_is_left_out_enters_with_fewer_units_where_it_fits_only_so(
+    share: float, seed: int, steps: int
+) -> None:
+    """Afterwards neither a unit nor a layer with the fewest units inside fits any more."""
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Sequential(*[Branch() for _ in range(4)]))
+    space = trace(model, torch.randn(4, 5), depth=True, protect=["0"])
+    costs = CostModel(space)
+    keep, layers = space.everything(), [block.unit for block in space.blocks]
+    keep[layers] = False
+    limits = Limits(int(share * costs.cost(space.everything()).params), None)
+    multiples = torch.full((space.n_groups,), steps)
+    found = fit(space, costs, keep, torch.rand(space.n_units), limits, multiples)
+    assert costs.cost(found).params <= limits.params  # type: ignore[operator]
+    assert costs.cost(found).params > 0.93 * limits.params  # type: ignore[operator]
+    for unit in torch.nonzero(~found).flatten().tolist():
+        more = found.clone()
+        more[unit] = True
+        if unit in layers:
+            inside = torch.nonzero(space.owner == unit).flatten()
+            more[inside] = False
+            more[inside[:1]] = True
+        elif int(space.owner[unit]) >= 0 and not found[space.owner[unit]]:
+            continue
+        assert costs.cost(more).params > limits.params  # type: ignore[operator]

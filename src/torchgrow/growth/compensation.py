@@ -143,7 +143,7 @@ def shifts_of(
         TorchgrowError: there are no batches, or a mean is not finite.
     """
     leave = batches is not None and bool((before & ~keep).any())
-    every = [one for one in gather(_watched(model, batches or ()) if leave else None) if one]
+    every = [one for one in gather(_watched(model, () if batches is None else batches) if leave else None) if one]
     others, read = set[str]().union(*(one for _, one in every)), dict[str, list[Read]]()
     for weight, one in (item for found, _ in every for item in found.items()):
         read.setdefault(weight, []).append(one)

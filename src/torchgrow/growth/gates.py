@@ -34,15 +34,11 @@ def converted(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.devic
 
 
 class Fold:
-    """The gated parameters of one live structure.
+    """The gated parameters of one live structure, `keep` (bool [n]); gates of layers left out have no place.
 
-    Args:
-        space: the space.
-        parameters: the model's parameters by name, at their live size.
-        keep: bool [n], the live units; gates of layers left out have no place.
-        raw: raw live values of gated parameters; for those not named, the present contents.
-        gated: whether there are gates. Without them parameters hold raw contents and no copies are kept; only the
-            positions of units are used, for m dL/dm with m = 1.
+    `parameters`, by name, are at their live size, and so are the values in `raw`; of those not named there, the present
+    contents are. If not `gated`, parameters hold raw contents and no copies are kept; only the positions of units are
+    used, for m dL/dm with m = 1.
     """
 
     def __init__(

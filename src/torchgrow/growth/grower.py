@@ -312,14 +312,14 @@ def _check(budget: Budget, updates: int, rescale: bool) -> None:
 
 
 def _policy(preset: str | Method | None, policy: Policy | None, *, layers: bool) -> Policy | None:
-    """A copy of the policy that was asked for; None for the default.
-
-    Raises:
-        TorchgrowError: it is no policy, or not the name of one.
-    """
+    """A copy of the policy that was asked for; None for the default; a `TorchgrowError` if it is none, or two are."""
     if policy is not None and not isinstance(policy, Policy):
         raise TorchgrowError(
             f"policy must be an object such as torchgrow.policies.Paper(), got {policy!r}; names go to preset="
+        )
+    if policy is not None and preset is not None:
+        raise TorchgrowError(
+            f"preset={preset!r} and policy={type(policy).__name__}(...) both say how to grow; give one"
         )
     if isinstance(preset, Method):
         warnings.warn(

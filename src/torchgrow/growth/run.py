@@ -60,13 +60,8 @@ class Asked(Protocol):
 class Run:
     """A run: the live network, how far it has come, and the policy that decides, on all ranks alike.
 
-    Args:
-        model: the frame, which is brought to its seed.
-        plan: what the run is planned with.
-        policy: decides which units live; its attributes change in place.
-        layouts: of the optimizers that train the model.
-        device: of the real tensors of a frame on the meta device.
-        exchange: its `undo` takes all of it back.
+    The model, a frame, is brought to its seed, which `exchange.undo` takes back. Attributes of the policy change in
+    place. `device`: of the real tensors of a frame on the meta device.
     """
 
     def __init__(

@@ -62,12 +62,8 @@ def write_folder(
 ) -> None:
     """Write a record and tensors as a folder that appears complete or not at all; an existing one is replaced.
 
-    Args:
-        target: the folder; its parents are made.
-        record: JSON-able; gets the field `sha256`.
-        tensors: to be stored as they are, contiguous.
-        names: file names of the record and of the tensors.
-        alone: whether the caller holds the lock of the folder above, which is taken here for the last step otherwise.
+    Its parents are made. The record, JSON-able, gets the field `sha256`; tensors are contiguous. `names` are those of
+    the two files. `alone`: the caller holds the lock of the folder above; else it is taken at the end.
 
     Raises:
         SavedModelError: it could not be written (disk full, folder read-only); what stood there still does.
@@ -227,13 +223,10 @@ def _exchanged(one: Path, other: Path) -> bool:
 def read_folder(
     source: Path, names: tuple[str, str], formats: Collection[int], what: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what `write_folder` wrote. The record's fields are for the caller to check.
+    """Read what `write_folder` wrote, by the same `names`. The record's fields are for the caller to check.
 
-    Args:
-        source: the folder.
-        names: file names of the record and of the tensors.
-        formats: values of the record's field `format` that can be read; from 2 on folders are sealed.
-        what: the folder in words, with how to make one, e.g. "a saved model; save one with torchgrow.save".
+    `formats`: values of its field `format` that can be read; from 2 on folders are sealed. `what`: the folder in words,
+    with how to make one, e.g. "a saved model; save one with torchgrow.save".
 
     Raises:
         SavedModelError: files are missing, damaged or of another format.

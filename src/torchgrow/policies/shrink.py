@@ -58,6 +58,9 @@ class Shrink(Policy):
                 'allocation="measured" go together: rises = torchgrow.measure_rises(model, example_inputs, evaluate), '
                 'then Shrink(allocation="measured", rises=rises)'
             )
+        for name, rise in (self.rises or {}).items():
+            if not isinstance(rise, (int, float)) or not math.isfinite(rise):
+                raise TorchgrowError(f"rises[{name!r}] is {rise!r}, it must be a finite number, as measure_rises gives")
 
     @property
     def sensitive(self) -> bool:  # type: ignore[override]

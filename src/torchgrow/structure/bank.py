@@ -181,10 +181,8 @@ class Bank:
     ) -> Change:
         """Write the live tensors back and compute those for `keep` (bool [n]). The model does not change yet.
 
-        Args:
-            keep: the live units.
-            values: what to write back instead of a parameter's own contents (raw values of gated ones).
-            copies: likewise for slots that are copies of one, by name and key.
+        `values` are written back instead of parameters' own contents (raw values of gated ones), and `copies`, by name
+        and key, instead of slots that are copies of one.
         """
         if self.space.cut_axes and not self.full:
             raise StructureError("the bank has been emptied: what was stored in it is gone, so the structure is final")

@@ -105,52 +105,90 @@ def fit(
     Drops units in order of rising score until the cost is within the limits. Then adds, in order of falling
     score, units that bring their group to the next multiple of its step, and fills what remains with single
     units of the groups where one costs the fewest FLOPs. One unit of every group stays, of layers none need to; units
-    inside a layer that is left out cost nothing and stay as they are.
+    inside a layer that is left out cost nothing and stay as they are, unless the layer fits only with fewer of them.
 
-    Args:
-        space: the space.
-        costs: its cost model.
-        keep: bool [n], the structure to start from.
-        score: float [n]; units of higher score stay longer.
-        limits: absolute limits, known to be feasible.
-        steps: int64 [G], the multiple at which each group's width is held; 1, or None for all, for any width.
+    `keep`, bool [n], is where it starts, of `score`, float [n], higher ones stay longer, `limits` are known to be
+    feasible, and `steps`, int64 [G], are the multiples at which widths are held; None: any width.
     """
-    allowed, keep, owner = limits.tensor(), keep.clone(), space.owner.tolist()
-    order = torch.argsort(score, stable=True).tolist()
-    group_of, floor, tally = space.group_of.tolist(), space.least.tolist(), Tally(costs, costs.live(keep))
-    droppable = (keep & space.removable).tolist()
-    for unit in order:
-        if tally.fits(allowed):
-            break
-        if droppable[unit] and tally.live[group_of[unit]] > floor[group_of[unit]]:
-            keep[unit] = False
-            tally.change(group_of[unit], -1)
-    best_first = [unit for unit in reversed(order) if not keep[unit]]
-    absent: dict[int, list[int]] = {}  # by group, best first; groups in the order of their best unit
-    for unit in best_first:
-        absent.setdefault(group_of[unit], []).append(unit)
+    filling = _Filling(space, costs, keep, torch.argsort(score, stable=True).tolist(), limits.tensor(), steps)
+    filling.drop()
+    filling.fill()
+    layers = {block.unit for block in space.blocks if bool(space.removable[block.unit])}
+    for layer in (unit for unit in reversed(filling.order) if unit in layers):
+        if filling.enters_thin(layer):
+            filling.fill()
+    return filling.keep
 
-    def add(candidates: list[int], steps: list[int]) -> None:
+
+class _Filling:
+    """A structure on its way to the budget; units in `order`, the worst first."""
+
+    def __init__(
+        self, space: Space, costs: CostModel, keep: Tensor, order: list[int], allowed: Tensor, steps: Tensor | None
+    ) -> None:
+        self.costs, self.keep, self.order, self.allowed = costs, keep.clone(), order, allowed
+        self.removable, self.owner, self.group_of = (x.tolist() for x in (space.removable, space.owner, space.group_of))
+        self.floor, self.tally = space.least.tolist(), Tally(costs, costs.live(keep))
+        self.ones = [1] * space.n_groups
+        self.steps = self.ones if steps is None else steps.tolist()
+        self.absent: dict[int, list[int]] = {}  # by group, best first
+
+    def drop(self) -> None:
+        """Until the cost is within the limits."""
+        for unit in self.order:
+            if self.tally.fits(self.allowed):
+                break
+            group = self.group_of[unit]
+            if self.keep[unit] and self.removable[unit] and self.tally.live[group] > self.floor[group]:
+                self.keep[unit] = False
+                self.tally.change(group, -1)
+
+    def fill(self) -> None:
+        """Until no unit fits."""
+        best_first = [unit for unit in reversed(self.order) if not self.keep[unit]]
+        self.absent = {}
+        for unit in best_first:
+            self.absent.setdefault(self.group_of[unit], []).append(unit)
+        self._add(best_first, self.steps)
+        live = torch.tensor(self.tally.live, dtype=torch.int64)
+        flops = self.costs.each(live, torch.ones_like(live))[:, 1].tolist()
+        cheapest_first = sorted((u for u in best_first if not self.keep[u]), key=lambda u: flops[self.group_of[u]])
+        before = None
+        while before is None or not torch.equal(before, self.keep):  # a layer that came in may have room inside
+            before = self.keep.clone()
+            self._add(cheapest_first, self.ones)
+
+    def _add(self, candidates: list[int], steps: list[int]) -> None:
         """Bring the candidates' groups from step to step while that fits."""
         closed: set[int] = set()  # costs only grow, so a group that does not fit once never fits again
         for unit in candidates:
-            group = group_of[unit]
-            if group in closed or keep[unit] or (owner[unit] >= 0 and not keep[owner[unit]]):
+            group = self.group_of[unit]
+            if group in closed or self.keep[unit] or not self._has_place(unit):
                 continue
-            count = min(steps[group] - tally.live[group] % steps[group], len(absent[group]))
-            if tally.change(group, count, allowed):
-                entering, absent[group] = absent[group][:count], absent[group][count:]
-                keep[entering] = True
+            count = min(steps[group] - self.tally.live[group] % steps[group], len(self.absent[group]))
+            if self.tally.change(group, count, self.allowed):
+                entering, self.absent[group] = self.absent[group][:count], self.absent[group][count:]
+                self.keep[entering] = True
             else:
                 closed.add(group)
 
-    ones = [1] * space.n_groups
-    add(best_first, ones if steps is None else steps.tolist())
-    live = torch.tensor(tally.live, dtype=torch.int64)
-    flops = costs.each(live, torch.ones_like(live))[:, 1].tolist()
-    cheapest_first = sorted((u for u in best_first if not keep[u]), key=lambda u: flops[group_of[u]])
-    before = None
-    while before is None or not torch.equal(before, keep):  # a layer that came in may have room inside
-        before = keep.clone()
-        add(cheapest_first, ones)
-    return keep
+    def _has_place(self, unit: int) -> bool:
+        return self.owner[unit] < 0 or bool(self.keep[self.owner[unit]])
+
+    def enters_thin(self, layer: int) -> bool:
+        """Whether a layer that is left out fits with the fewest units inside; it then has those."""
+        if self.keep[layer] or not self._has_place(layer):
+            return False
+        inside = [unit for unit in self.order if self.owner[unit] == layer and self.keep[unit]]
+        surplus = {group: self.tally.live[group] - self.floor[group] for group in {self.group_of[u] for u in inside}}
+        for group, count in surplus.items():
+            self.tally.change(group, -count)
+        if not self.tally.change(self.group_of[layer], 1, self.allowed):
+            for group, count in surplus.items():
+                self.tally.change(group, count)
+            return False
+        self.keep[layer] = True
+        for group, count in surplus.items():
+            leaving = [unit for unit in inside if self.group_of[unit] == group and self.removable[unit]]
+            self.keep[torch.tensor(leaving[:count], dtype=torch.int64)] = False
+        return True

@@ -180,15 +180,10 @@ def _form_of_settings(group: dict[str, Any]) -> Any:
 
 
 class _Run:
-    """Steps of a copy of an optimizer on stand-ins.
+    """Steps of a copy of an optimizer on stand-ins, `stands`, which it holds and nothing else.
 
-    Args:
-        optimizer: stays as it is.
-        stands: what it holds in the copy, and nothing else.
-        mapped: whether the copy begins with state as the original's, made over for the stand-ins, or with none.
-        shift: begin with other weights.
-        turn: all gradients with the other sign.
-        closure: give one to every step.
+    It begins with state as the original's, made over for them, if `mapped`, else with none; with other weights by
+    `shift`. `turn`: all gradients have the other sign. `closure`: every step is given one.
 
     Attributes:
         probe: the copy, after the steps.

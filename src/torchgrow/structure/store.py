@@ -86,11 +86,7 @@ def laid_out(tensor: Tensor, order: Sequence[int]) -> Tensor:
 class Store:
     """One tensor of the frame, of which only the smallest box of positions that were ever written is held.
 
-    Args:
-        full: gives the tensor as it is where nothing has been written.
-        shape: its shape.
-        dtype: its dtype.
-        whole: hold all of it from the start.
+    `full` gives the tensor as it is where nothing has been written. `whole`: hold all of it from the start.
     """
 
     def __init__(self, full: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, *, whole: bool) -> None:
@@ -156,12 +152,7 @@ def is_meta(model: nn.Module) -> bool:
 
 
 class Births:
-    """Initial values of a frame on the meta device, one module at a time.
-
-    Args:
-        model: the frame; a copy is kept, which costs nothing.
-        seed: of all values.
-        scales: what to multiply tensors by, by name.
+    """Initial values of a frame on the meta device, one module at a time; `scales`: what to multiply tensors by.
 
     Raises:
         TraceError: parameters or buffers that no `reset_parameters` of their module sets.

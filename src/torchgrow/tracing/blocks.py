@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TraceError
+from ..structure.record import skip_of
 from ..structure.space import WHOLE, Block, FlopTerm, Frozen, PassThrough, Space
 from ..structure.store import is_meta
 from .model_call import call, examples_of, fresh
@@ -66,7 +67,7 @@ def find(model: nn.Module, example_inputs: Any, wanted: bool | Sequence[Named]) 
     model = twin(model)
     seen = _calls(model, examples_of(example_inputs)[0])
     found = _in_containers(model, seen) if wanted is True else [_named(model, seen, name) for name in wanted]
-    if not found:
+    if not found and all(skip_of(module) is None for module in model.modules()):  # else just those that stay are left
         raise TraceError(
             "depth=True, but no container of the model holds blocks of one class that follow each other and return a "
             "tensor like the one they are given; name the layers that may be left out (depth=['blocks.1', ...]), or "
@@ -133,7 +134,8 @@ def _in_containers(model: nn.Module, seen: dict[str, list[_Call]]) -> list[Block
             alike = type(model.get_submodule(before)) is type(model.get_submodule(after))
             if alike and len(one) == len(other) == 1 and one[0].result is other[0].entering is not None:
                 linked |= {before, after}
-        blocks = [path for path in paths if path in linked and _composite(model.get_submodule(path))]
+        there = [path for path in paths if path in linked and skip_of(model.get_submodule(path)) is None]
+        blocks = [path for path in there if _composite(model.get_submodule(path))]
         fine = [path for path in blocks if not _fault(model, seen, path)]
         every += [Block(0, (path,), stage, PassThrough()) for path in blocks]
         found += [Block(0, (path,), stage, seen[path][0].skip) for path in (fine if fine != blocks else fine[1:])]

@@ -48,14 +48,10 @@ class Readers(TorchFunctionMode):
 
 
 class Dispatch(TorchDispatchMode):
-    """Sees every operation.
+    """Sees every operation. `context` is what is known, `pending` are steps whose labels wait.
 
-    Args:
-        context: what is known.
-        pending: steps whose labels wait.
-        hooks: which module is running.
-        values: whether to compute convolutions, matrix products and the like of what depends on the inputs. Labels do
-            not need them, and a forward seldom looks at values; where it does, `ValuesRead` is raised.
+    Without `values`, convolutions, matrix products and the like of what depends on the inputs are not computed. Labels
+    do not need them, and a forward seldom looks at values; where it does, `ValuesRead` is raised.
     """
 
     def __init__(self, context: TraceContext, pending: Pending, hooks: ModuleHooks, *, values: bool = True) -> None:

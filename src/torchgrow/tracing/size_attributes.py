@@ -121,11 +121,8 @@ def choices(
 ) -> Iterator[list[Guess]]:
     """Choices to try, in this order: what worked before, sure guesses, these without lists, strong guesses, all.
 
-    Args:
-        found: guesses, sure ones first, then strong ones.
-        known: names of attributes that followed elsewhere in this model.
-        thorough: then let one count where several would count the same, leave out or add single guesses, and in the
-            end try every subset of a few attributes.
+    In `found` sure guesses come first, then strong ones; attributes in `known` followed elsewhere. `thorough`: then let
+    one count where several would count the same, leave out or add single ones, and at last try all subsets of a few.
     """
     sure, strong = ([g for g in found if g.sure], [g for g in found if g.strong])
     served = [g for g in found if g.attribute.name in known]

@@ -102,12 +102,9 @@ def explained(
     A list that holds all the sizes explains them at once. Else each part is one attribute, a product or a sum of
     two, or a multiple of one; one part may be what is left over. Pieces of one attribute are alike.
 
-    Args:
-        sizes: of the parts, in order.
-        held: what attributes hold.
-        careful: whether to take for a multiple what may also be a product, a sum or left over: more pieces are alike
-            then, and all of these spellings are served.
-        said: whether the forward names the size of the last part too; a slice does not.
+    `held` is what attributes hold. With `careful`, what may be a multiple is one, and no product, sum or rest: more
+    pieces are alike then, and all of these spellings are served. `said`: the forward names the last size too, as slices
+    do not.
     """
     if any(len(values) > 1 and values == tuple(sizes) for values in held):
         return list(sizes), []
