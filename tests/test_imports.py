@@ -26,9 +26,9 @@ APART = {"tracing": "persistence"}
 LAB_ORDER = [
     "__init__", "names", "user_files", "frames", "weights", "devices", "fitted", "processes", "environment", "metrics",
     "models", "segmentation", "recurrent", "attention", "text", "streamed", "images", "folders", "shapes", "data",
-    "recipes", "from_recipe", "large_batches", "hooks", "checkpoints", "train", "rises", "trained", "baselines",
-    "display", "report", "run_folder", "results", "systems", "compare", "pages", "evidence", "run", "search", "sources",
-    "inspect",
+    "recipes", "from_recipe", "own_networks", "large_batches", "hooks", "checkpoints", "train", "rises", "trained",
+    "baselines", "display", "report", "run_folder", "results", "systems", "compare", "pages", "evidence", "run",
+    "search", "sources", "inspect",
 ]  # fmt: skip
 BEYOND = {
     "checkpoints": {"torchgrow.patience"},

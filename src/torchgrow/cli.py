@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib.metadata import version as installed
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -69,8 +70,8 @@ PRESETS = (*GROWN, "shrink", "late")
 """Names of `torchgrow.PRESETS`, which would import PyTorch."""
 
 _PRESET_HELP = (
-    f"How to grow: {', '.join(PRESETS)}; with other values behind a colon, as in default:peak=1,ramp=0.2. "
-    "Default: the recipe's."
+    f"How to grow: {', '.join(PRESETS)}; with other values behind a colon, as in default:ramp=0.2, "
+    "and commas between several. Default: the recipe's."
 )
 _BESIDE_HELP = (
     "Networks to train beside the grown one, with spaces between: dense, uniform (the grown one's size), "
@@ -85,8 +86,7 @@ _IMAGES_HELP = (
     "Folder of CIFAR-10, or with train/CLASS/* and val/CLASS/*; of a recipe, as for `torchgrow run`. Digits need none."
 )
 _HOW_HELP = (
-    "How to shrink: shrink, with other values behind a colon, as in shrink:until=0.3,importance=l1 or "
-    "shrink:allocation=measured."
+    "How to shrink: shrink, with other values behind a colon, as in shrink:until=0.3, and commas between several."
 )
 _CANDIDATES_HELP = "How many shapes to try. Default: as many as, trained and all, cost less than one dense training."
 _RUNGS_HELP = "Shares of the epochs after each of which the worse half goes. Default: '0.2 0.3 0.5'."
@@ -217,6 +217,8 @@ def shrink(
     """Shrink a trained network to a budget while fine-tuning it, from all of it down.
 
     For example: torchgrow shrink torchvision:resnet18 --from weights.pt --budget flops=50% --data FOLDER
+
+    Layer by layer, by what the loss rises: the same with --preset shrink:allocation=measured
     """
     with _clean_exit(Console(stderr=True)):
         edits: dict[str, Any] = {"epochs": epochs, "lr": lr, "schedule": schedule, "batch_size": batch_size}
@@ -254,7 +256,7 @@ def _shrinking(
     if weights is None or edits["budget"] is None:
         raise TorchgrowError(
             "say where the trained weights are and what the network may cost, as in torchgrow shrink "
-            f"{model} --from {weights or 'weights.pt'} --budget flops=50%"
+            f"{quote(model)} --from {quote(str(weights or 'weights.pt'))} --budget flops=50%"
         )
     if model not in names.RECIPES and not is_file(model) and not is_library(model):
         raise TorchgrowError(f"there is no model {model!r}; what works: {names.SHRINKABLE}")
@@ -328,7 +330,7 @@ def compare(
             help=f"Names with spaces between: {', '.join(names.FIXED)}; systems of other papers: "
             f"{', '.join(name for name in names.SYSTEMS if name != 'shrink')}; shrink, the trained dense one made "
             f"smaller, shrink:until=0.3 and so on; or ways to grow: {', '.join(GROWN)}, "
-            "default:peak=1,ramp=0.2 and so on."
+            "default:ramp=0.2 and so on."
         ),
     ] = "dense uniform default",
     seeds: Annotated[int, typer.Option(min=1, help="How many; they are counted from 0.")] = 3,
@@ -426,12 +428,13 @@ def inspect_model(
             seen = inspect.inspect(
                 network, inputs, name=model, budget=asked, proof=proof, depth=depth, tell=status.update
             )
-        if svg:
-            inspect.draw(seen, svg)
     if as_json:
         typer.echo(json.dumps(seen.as_json(), indent=2))
     else:
         _console().print(inspect.render(seen))
+    with _clean_exit(errors):
+        if svg:  # last: what was found is shown whatever becomes of the file
+            inspect.draw(seen, svg)
     if seen.nothing_can_change:
         raise typer.Exit(3)
     if seen.exact is False or seen.feasible is False:

@@ -17,7 +17,7 @@ def report(
             metavar="RUN...", help="Run folders, results files of `torchgrow compare` (.jsonl), or folders of those."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The page; its pictures go into a folder of its name.")] = Path(
+    out: Annotated[Path, typer.Option(help="The page; its pictures go into NAME-pictures beside it.")] = Path(
         "report.html"
     ),
 ) -> None:
@@ -33,7 +33,7 @@ def report(
             shown.print("Not measured in these runs, and what measures it:")
         for line in absent:
             shown.print(f"  {line}", highlight=False, soft_wrap=True)
-        shown.print(f"Pictures: {out.with_suffix('')}", f"Page: {out}", sep="\n", soft_wrap=True)
+        shown.print(f"Pictures: {page.pictures_of(out)}", f"Page: {out}", sep="\n", soft_wrap=True)
 
 
 def table(

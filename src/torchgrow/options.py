@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
     from torchgrow.lab.recipes import Recipe
 
 BUDGET_HELP = (
-    "What the grown network may cost: '36%' or 0.36 (of the parameters), 'params=36%', 'flops=50%', "
-    "'params=36%,flops=40%', or absolute, as in 'params=100k'. Default: the recipe's."
+    "What the grown network may cost: '36%' or 0.36 (of the parameters), 'params=36%', 'flops=50%', both with a comma "
+    "between, or absolute, as in 'params=100k'. Default: the recipe's."
 )
 PRECISION_HELP = f"Of the forward and backward pass: {', '.join(names.PRECISIONS)}. Default: the recipe's."
 LAYOUT_HELP = "Layout of images in memory, which decides seconds. Default: the recipe's."
@@ -69,7 +70,9 @@ def one_budget(given: list[str] | None) -> Budget | None:
 def check_alone(run: Path, command: str, *, alone: bool, device: str) -> None:
     """What goes on takes no other options."""
     if not alone:
-        raise TorchgrowError(f"a resumed run takes everything from its folder: torchgrow {command} --resume {run}")
+        raise TorchgrowError(
+            f"a resumed run takes everything from its folder: torchgrow {command} --resume {quote(str(run))}"
+        )
     check_device(device)
 
 

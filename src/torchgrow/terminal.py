@@ -35,8 +35,11 @@ def clean_exit(errors: Console) -> Iterator[None]:
 
 
 def console() -> Console:
-    """Where results go: what goes into a file need not fit a window."""
-    found = Console()
+    """Where results go: what goes into a file need not fit a window.
+
+    It is printed as it is: brackets and colons are often part of a path, and mean no style or picture.
+    """
+    found = Console(markup=False, emoji=False)
     if not found.is_terminal:
         found.width = 160
     return found

@@ -201,6 +201,25 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert list(json.loads((out / "results.json").read_text())) == ["grown"]
 
 
+def test_paths_are_printed_as_they_are(tmp_path: Path) -> None:
+    """Brackets are no style, and a word between colons no picture."""
+    out = tmp_path / "sh [b=1] :dog:"
+    done = invoke("run", "digits", "--out", out, "--epochs", "2", "--subset", "64", "--no-twins")
+    assert done.exit_code == 0, done.output
+    said = done.output.replace("\n", "")
+    assert f"Everything about this run: {out}As one page: torchgrow report '{out}'" in said
+    assert f"  {out / 'cost.png'}" in said
+    again = invoke("run", "--resume", out, "--seed", "1")
+    assert f"takes everything from its folder: torchgrow run --resume '{out}'" in again.output.replace("\n", "")
+
+
+@pytest.mark.parametrize("command", ["run", "shrink", "search", "compare", "list", "inspect", "report", "table"])
+def test_help_is_whole_in_80_columns(command: str) -> None:
+    said = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"}).output
+    assert "…" not in said
+    assert max(map(len, said.splitlines())) <= 80
+
+
 # --- failures that are not the user's
 
 

@@ -94,7 +94,7 @@ def test_the_page_is_whole_and_asks_for_nothing(made: Any) -> None:
     assert [name for name, count in seen.ids.items() if count > 1] == []
     assert set(seen.labels) <= set(seen.ids)
     assert len(seen.labels) == 2 * text.count("<svg ") > 20
-    files = {path.name for path in (made[0].parent / "it").iterdir()}
+    files = {path.name for path in (made[0].parent / "it-pictures").iterdir()}
     asked = {name for name in seen.asks if not name.startswith("data:")}
     assert {name.partition("/")[2] for name in asked} == files, "nothing but its own pictures"
     assert all((made[0].parent / name).stat().st_size > 1000 for name in asked)
@@ -295,6 +295,16 @@ def test_results_of_other_measurements_are_refused_and_rows_count_once(tmp_path:
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(TorchgrowError, match="is damaged"):
         rows.read([run])
+
+
+def test_pictures_stay_out_of_a_run_that_is_called_like_the_page(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run")
+    before = sorted(run.rglob("*"))
+    done = invoke("report", run, "--out", tmp_path / "run.html")
+    assert done.exit_code == 0, done.output
+    assert sorted(run.rglob("*")) == before
+    assert len(list((tmp_path / "run-pictures").glob("*.svg"))) > 3
+    assert "run-pictures" in done.output
 
 
 def test_the_page_has_a_name_of_its_own(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchgrow import Budget, TorchgrowError
 from torchgrow.lab import data, processes, run, shapes
+from torchgrow.lab.from_recipe import with_data
 from torchgrow.lab.images import ImageData
 from torchgrow.lab.metrics import ACCURACY, MIOU, VOID
 from torchgrow.lab.names import SCALES
@@ -441,3 +442,29 @@ def test_drawn_shapes_need_no_folder() -> None:
     loaded = data.load_images("shapes", side=16, subset=8)
     assert len(loaded.train) == 8
     assert int(loaded.test.labels.max()) + 1 == len(shapes.SHAPES)
+
+
+class Own(nn.Sequential):
+    def __init__(self, width: float = 1.0, classes: int = 1) -> None:
+        n = max(1, round(8 * width))
+        pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        super().__init__(nn.Conv2d(3, n, 3), nn.ReLU(), *pooled, nn.Linear(n, classes))
+
+
+def two(width: float = 1.0) -> nn.Module:
+    return Own(width, 2)
+
+
+def one(width: float = 1.0) -> nn.Module:
+    return Own(width)
+
+
+@pytest.mark.parametrize("build", [Own, two])
+def test_a_network_of_ones_own_learns_the_classes_of_a_folder(build: Any, tmp_path: Path) -> None:
+    """Whether it takes their number or has them."""
+    recipe = replace(get("resnet18-imagenette"), name="mine", build=build, side=16, epochs=2, depth=False)
+    folder = write_classes(tmp_path / "data")
+    done = run.run(recipe, console=Console(quiet=True), out=tmp_path / "out", folder=folder, beside=())
+    assert json.loads((done / "results.json").read_text())["grown"]["accuracy"] >= 0
+    with pytest.raises(TorchgrowError, match=r"\[2, 1\] for 2 images of 2 classes; .* build\(width=1\.0, classes=10\)"):
+        with_data(replace(recipe, build=one), Console(quiet=True), folder)

@@ -52,6 +52,9 @@ def seven():
 def leave():
     raise SystemExit("bye")
 
+def words():
+    return nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3))
+
 ready = Net()
 ANSWER = 42
 """
@@ -274,6 +277,17 @@ def test_the_picture_names_every_group_and_equals_itself(file: Path, tmp_path: P
     assert (tmp_path / "groups.svg").read_bytes() == before
 
 
+@pytest.mark.parametrize("place", ["nowhere/x.svg", "there"])
+def test_a_picture_that_cannot_be_written_keeps_nothing_from_the_user(file: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "there").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    done = invoke("nets.py:build", "--svg", place, "--no-proof")
+    assert done.exit_code == 1
+    assert f"error: {place} cannot be written: " in plain(done.stderr)
+    assert "can go, down to" in plain(done.stdout)
+    assert [path for path in sorted(tmp_path.rglob("*")) if "__pycache__" not in str(path)] == before
+
+
 def test_nothing_can_change(file: Path) -> None:
     done = invoke("nets.py:stiff")
     assert done.exit_code == 3
@@ -438,7 +452,14 @@ def test_models_too_large_for_memory_are_not_built(monkeypatch: pytest.MonkeyPat
         (["bad.py:build"], "bad.py failed (line 2): ZeroDivisionError: division by zero; run it with python"),
         (["typo.py:build"], "typo.py failed: SyntaxError"),
         (["nets.py:build", "--budget", "half"], "cannot read the budget 'half'"),
-        (["nets.py:build", "--svg", "nowhere/x.svg", "--no-proof"], "nowhere/x.svg cannot be written: No such file"),
+        (
+            ["nets.py:words", "--input", "2x7"],
+            "; for word numbers (integers) let the function return (model, example_in",
+        ),
+        (
+            ["nets.py:words", "--input", "2x7"],
+            "nets.py:words cannot read what --input makes, numbers with fractions: Expected tensor",
+        ),
     ],
 )
 def test_errors_are_one_clean_message(

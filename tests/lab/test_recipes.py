@@ -4,10 +4,12 @@ import json
 import re
 from dataclasses import FrozenInstanceError, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from torchgrow import TorchgrowError
 from torchgrow.lab import models, recipes
@@ -87,6 +89,8 @@ def test_config_holds_what_a_variant_changed() -> None:
         ("subset", 0, "at least 1"),
         ("precision", "float16", "one of float32, bfloat16"),
         ("seed", -1, "at least 0"),
+        ("seed", 2**63, f"at least 0 and at most {2**63 - 1}"),
+        ("freeze", (nn.ReLU(),), "what JSON can hold, since runs record it"),
         ("threads", 0, "at least 1"),
     ],
 )
@@ -166,3 +170,74 @@ def test_size_variant_refuses_what_has_none() -> None:
         with_size(get("digits"), "small")
     with pytest.raises(TorchgrowError, match="size is one of small, medium, large, got 'huge'"):
         with_size(get("lstm-ptb"), "huge")
+
+
+class Flat(nn.Sequential):
+    def __init__(self, hidden: int = 64, width: float = 1.0, act: type[nn.Module] = nn.ReLU) -> None:
+        units = max(1, round(hidden * width))
+        super().__init__(nn.Flatten(), nn.Linear(64, units), act(), nn.Linear(units, 10))
+
+
+class Maker:
+    def __call__(self, width: float = 1.0) -> nn.Module:
+        return Flat(width=width)
+
+
+@pytest.mark.parametrize("field", ["build", "build_grown"])
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (partial(Flat, 128), r"given 1 arguments by position, which .* by keyword: partial\(Flat, hidden=128\)"),
+        (
+            partial(partial(Flat, 128, 0.5), act=nn.GELU),
+            r"given 2 .* by keyword: partial\(Flat, hidden=128, width=0\.5\)",
+        ),
+        (partial(Flat, act=nn.GELU), r"given act=<class .*GELU'>, .*: return Flat\(width=width, act=\.\.\.\)"),
+        (Maker(), r"an object of Maker, .*: def build\(width=1\.0\): return maker\(width\)"),
+    ],
+)
+def test_a_network_that_its_record_would_not_give_again_is_refused(field: str, build: Any, text: str) -> None:
+    with pytest.raises(TorchgrowError, match=f"recipe 'digits': {field} is {text}"):
+        replace(get("digits"), **{field: build})
+
+
+OWN = """
+from dataclasses import replace
+from functools import partial
+from torch import nn
+from torchgrow.lab.recipes import get
+
+class Net(nn.Linear):
+    def __init__(self, hidden=1, width=1.0):
+        super().__init__(64, hidden)
+
+def grown(hidden=1, width=1.0):
+    return nn.Linear(8, hidden)
+
+def recipe():
+    return replace(get("digits"), name="mine", build=partial(Net, hidden=3), build_grown=partial(grown, hidden=4))
+"""
+
+
+def test_the_record_of_a_recipe_in_a_file_gives_its_networks_again(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    recipe = get(f"{tmp_path / 'own.py'}:recipe")
+    again = recipes.from_json(json.loads(json.dumps(recipe.as_json())))
+    for one in (recipe, again):
+        assert one.build_grown is not None
+        assert str(one.build()) == "Net(in_features=64, out_features=3, bias=True)"
+        assert str(one.build_grown()) == "Linear(in_features=8, out_features=4, bias=True)"
+
+
+def test_a_network_gets_the_number_of_classes_or_words_if_it_takes_it() -> None:
+    def narrow(width: float = 1.0) -> nn.Module:
+        return Flat(width=width)
+
+    def open_to_all(width: float = 1.0, **more: int) -> nn.Module:
+        return Flat(width=width)
+
+    for make in (recipes.Recipe.with_classes, recipes.Recipe.with_words):
+        assert make(replace(get("digits"), build=narrow, build_grown=narrow), 7).build is narrow
+        assert isinstance(make(replace(get("digits"), build=open_to_all), 7).build, partial)
+    assert replace(get("digits"), build=narrow, build_grown=narrow).with_classes(7).build_grown is narrow
+    assert get("digits").with_classes(7).build().fc.out_features == 7  # type: ignore[union-attr]

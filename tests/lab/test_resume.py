@@ -265,6 +265,8 @@ def test_what_is_not_the_record_of_a_recipe(field: str, value: Any, message: str
 
 def test_what_a_stopped_run_left_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
+    with pytest.raises(TorchgrowError, match=r"out\.partial is there, and has no config\.json .* choose another --out"):
+        RunFolder(tmp_path / "out")
     for config, command in ("", "run"), ("{}", "run"), ('{"search": {}}', "search"):
         (tmp_path / "out.partial" / "config.json").write_text(config)
         text = rf"out\.partial is what an earlier run left .*torchgrow {command} --resume .* choose another --out"

@@ -439,7 +439,10 @@ def test_commit_of_a_foreign_repository_is_not_ours(monkeypatch: pytest.MonkeyPa
     assert environment()["commit"] is None
 
 
-@pytest.mark.parametrize(("number", "text"), [(0, "0"), (987, "987"), (37_912, "37.9k"), (1.5e6, "1.5M"), (2e15, "2P")])
+SHORT = {0: "0", 987: "987", 37_912: "37.9k", 999_499: "999k", 999_987: "1M", 999.9: "1k", 1.5e6: "1.5M", 2e15: "2P"}
+
+
+@pytest.mark.parametrize(("number", "text"), SHORT.items())
 def test_short_numbers(number: float, text: str) -> None:
     assert short(number) == text
 

@@ -371,3 +371,48 @@ def test_the_live_panel_shows_perplexity() -> None:
 
 def test_text_data_is_judged_by_perplexity() -> None:
     assert TextData.metric is PERPLEXITY
+
+
+class Own(nn.Sequential):
+    def __init__(self, width: float = 1.0, words: int = 2) -> None:
+        features = max(1, round(16 * width))
+        super().__init__(nn.Embedding(words, features), nn.Linear(features, 8), nn.ReLU(), nn.Linear(8, words))
+
+
+def hundred(width: float = 1.0) -> nn.Module:
+    return Own(width, 100)
+
+
+def few(width: float = 1.0) -> nn.Module:
+    return Own(width)
+
+
+def deaf(width: float = 1.0) -> nn.Module:
+    return nn.Sequential(nn.Embedding(100, 4), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("build", [Own, hundred])
+def test_a_network_of_ones_own_learns_the_words_of_a_text(build: Any, tmp_path: Path, folder: Path) -> None:
+    """Whether it takes their number or has enough of them."""
+    recipe = replace(TINY, name="mine", build=build, freeze=(), epochs=2, budget=Budget(params="90%"))
+    out = run.run(recipe, console=Console(quiet=True), out=tmp_path / "out", folder=folder, beside=())
+    assert json.loads((out / "results.json").read_text())["grown"]["perplexity"] < 1000
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (few, r"or its network on word numbers \[2, 5\], failed: IndexError: .*, and words=9 if it has a parameter of"),
+        (
+            deaf,
+            r"returns 10 times 2 scores for 10 words of a vocabulary of 9; let it return \[2, 5, 9\], as with build",
+        ),
+        (int, r"failed: AttributeError: .*; build takes a width factor"),
+    ],
+)
+def test_a_network_of_ones_own_that_cannot_learn_a_text_is_told(
+    build: Any, text: str, tmp_path: Path, folder: Path
+) -> None:
+    with pytest.raises(TorchgrowError, match=text):
+        run.run(replace(TINY, name="mine", build=build), console=Console(quiet=True), out=tmp_path / "o", folder=folder)
+    assert not (tmp_path / "o.partial").exists()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -22,6 +23,7 @@ from stopping import Stop, stopping
 from torchgrow import Budget, TorchgrowError
 from torchgrow.cli import app
 from torchgrow.lab import checkpoints, report, run, search
+from torchgrow.lab.evidence import rows
 from torchgrow.lab.from_recipe import extent, make_network, make_optimizer, with_data
 from torchgrow.lab.models import ResNet
 from torchgrow.lab.recipes import get
@@ -199,10 +201,22 @@ def test_rungs_to_the_very_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert end(tmp_path / "out") == end(whole)
 
 
-def test_held_out_images_judge_where_that_is_asked_for(tmp_path: Path, folder: Path) -> None:
+def test_held_out_images_judge_where_that_is_asked_for(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report and the run's own pictures say so."""
     out = start(tmp_path / "out", beside=(), validate=True)
     assert read(out, "config.json")["search"]["validate"] is True
     assert read(out, "results.json")["searched"] != read(folder, "results.json")["searched"]
+    said = [(task.judged_on, task.setting().rpartition(", ")[2]) for one in (out, folder) for task in rows.read([one])]
+    assert said == [("held-out", "judged by training images held out"), ("test", "judged by test data")]
+    drawn: list[Figure] = []
+    monkeypatch.setattr(report, "say_of", lambda figure, *_: drawn.append(figure))
+    for one, word in ((out, "Held-out accuracy"), (folder, "Test accuracy")):
+        drawn.clear()
+        report.draw(one)
+        titles = [axes.get_title("left") + axes.get_title() for figure in drawn for axes in figure.axes]
+        assert sum(word in title for title in titles) == 2 + (one is folder), titles
 
 
 def test_the_tables_tell_trials_and_costs(tmp_path: Path) -> None:
@@ -285,3 +299,18 @@ def test_resume_takes_nothing_else(calls: Any) -> None:
         done = CliRunner().invoke(app, ["search", "--resume", "runs/x", *more])
         assert done.exit_code == 1
         assert "everything from its folder: torchgrow search --resume runs/x" in " ".join(done.output.split())
+
+
+def test_a_search_is_resumed_by_the_name_of_the_folder_one_stands_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one.partial").mkdir()
+    monkeypatch.chdir(tmp_path / "one.partial")
+    with pytest.raises(TorchgrowError, match=r"one\.partial is not a run that was stopped: it has no config\.json"):
+        search.resume(Path(), console=quiet())
+
+
+def test_the_seed_after_the_last_one_is_the_first(tmp_path: Path) -> None:
+    recipe = replace(TINY, seed=2**63 - 1, epochs=2, subset=64)
+    search.search(recipe, console=quiet(), out=tmp_path / "out", beside=(), candidates=2, rungs=(0.5,), anew=True)
+    assert read(tmp_path / "out", "config.json")["seed"] == 2**63 - 1

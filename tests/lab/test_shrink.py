@@ -32,6 +32,7 @@ from torchgrow.lab.compare import compare
 from torchgrow.lab.recipes.foreign import of_model
 from torchgrow.lab.run_folder import RunFolder
 from torchgrow.lab.train import evaluate
+from torchgrow.lab.trained import loading
 from torchgrow.lab.user_files import is_library
 
 MINE = """
@@ -170,6 +171,10 @@ def test_the_line_that_is_printed_loads_it(finished: Any) -> None:
     exec("\n".join(lines[start : start + 3]), found)
     results = json.loads((finished[0] / "results.json").read_text())
     assert evaluate(found["model"], data.load_images("digits"))[0] == results["shrunk"]["accuracy"]
+
+
+def test_whatever_is_in_a_path_the_line_that_loads_holds_it() -> None:
+    assert r'torchgrow.load("a \"b\" [c]/network", lambda: ' in loading(recipes.get("digits"), Path('a "b" [c]'))
 
 
 def test_it_is_filed_apart(base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,8 +61,8 @@ def test_the_vocabulary_holds_the_most_frequent_words(tmp_path: Path) -> None:
     assert read(data, "train").endswith("<unk> <eos>")
 
 
-def test_val_and_dev_mean_valid(tmp_path: Path) -> None:
-    for name in ("val", "dev"):
+def test_validation_val_and_dev_mean_valid(tmp_path: Path) -> None:
+    for name in ("val", "dev", "wiki.validation"):
         folder = write(tmp_path / name, valid=None)
         (folder / f"{name}.txt").write_text(LINES["valid"])
         assert read(load_text(folder=folder), "valid") == "the <unk> sat <eos>"
@@ -84,7 +84,8 @@ def test_the_manual_needs_no_download() -> None:
     [
         (
             {"valid": None},
-            "no valid text in .*: found ptb.test.txt, ptb.train.txt. What works: a folder with three",
+            "no valid text in .*: found ptb.test.txt, ptb.train.txt. What works: a folder with three .*"
+            "train; valid, validation, val or dev; and test",
         ),
         ({"train": None, "valid": None}, "no train text in .*: found ptb.test.txt"),
         ({"train": ""}, "ptb.train.txt is empty, or holds a single word; a text to train or judge by has many"),

@@ -19,7 +19,8 @@ _MOST_GROUPS = 24  # rows of the widths chart; a taller panel than the terminal 
 
 
 def short(number: float) -> str:
-    """A count in three digits or so: 987, 37.9k, 1.50M, 2.31G."""
+    """A count in three digits at most: 987, 37.9k, 1.5M, 2.31G; 999,987 is 1M."""
+    number = float(f"{number:.3g}")  # first, for it may come to the next unit
     for factor, suffix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= factor:
             return f"{number / factor:.3g}{suffix}"

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from torch import Tensor
 from torchvision.datasets import ImageFolder
@@ -181,7 +182,7 @@ def _in_memory(images: Streamed, place: Path) -> Images:
         )
     pixels = torch.empty(len(images), 3, side, side, dtype=torch.uint8)
     masks = torch.empty(len(images) if images.masked else 0, side, side, dtype=torch.int64)
-    each = track(range(len(images)), f"reading {place.stem}", console=Console(stderr=True))
+    each = track(range(len(images)), escape(f"reading {place.stem}"), console=Console(stderr=True))
     for i in each:
         picture, mask = images.open(i)
         pixels[i] = _squeezed(picture, side, Image.Resampling.BILINEAR).permute(2, 0, 1)

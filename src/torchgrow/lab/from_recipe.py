@@ -15,7 +15,7 @@ from torchgrow.lab import processes
 from torchgrow.lab.data import Data, ImageData, train_steps
 from torchgrow.lab.data import load as load_data
 from torchgrow.lab.devices import random_kept
-from torchgrow.lab.metrics import ACCURACY, MIOU
+from torchgrow.lab.metrics import ACCURACY, MIOU, scores_of
 from torchgrow.lab.names import RECIPES
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.text import TextData
@@ -55,11 +55,7 @@ def with_data(
         if recipe.channels_last:
             raise TorchgrowError("a text has no channels; leave --channels-last out")
         recipe = recipe.with_words(len(data.vocabulary))
-        with random_kept():  # whether it carries a state decides how long a text must be, and about its order
-            model = make_network(recipe.build, 1.0, torch.device("cpu"), meta=recipe.meta)
-        check_order(recipe, type(model))
-        extent(model, data, recipe)
-        return recipe, data
+        return _tried_on_words(recipe, data), data
     _check_batch(recipe, data)
     if recipe.dataset in ("imagefolder", "shapes", "shape-masks") and not recipe.weights:
         most = max(int(images.labels.max()) for images in (data.train, data.test))  # a subset may lack a class
@@ -71,6 +67,36 @@ def with_data(
     if recipe.name not in RECIPES and not (recipe.meta or recipe.weights):
         _tried(recipe, data)
     return recipe, data
+
+
+def _tried_on_words(recipe: Recipe, data: TextData) -> Recipe:
+    """Build the network of a text, for whether it carries a state decides how long the text must be, and about its
+    order; run one that nobody has trained here yet once, before anything is written.
+
+    Raises:
+        TorchgrowError: it fails, it gives something else than a score for every word, or the text is too short.
+    """
+    x, words = data.example().cpu().clone(), len(data.vocabulary)
+    x[-1, -1] = words - 1  # also the last one has to be known
+    what = f"recipe {recipe.name!r}: build(1.0), or its network on word numbers {list(x.shape)}, failed"
+    fix = (
+        f"build takes a width factor, and words={words} if it has a parameter of that name, and returns a module that "
+        f"takes numbers below {words} and returns scores, [N, steps, {words}]"
+    )
+    with explained(what, fix), random_kept(), torch.no_grad():
+        model: Any = make_network(recipe.build, 1.0, torch.device("cpu"), meta=recipe.meta)
+        check_order(recipe, type(model))
+        extent(model, data, recipe)
+        if recipe.name in RECIPES or recipe.meta or recipe.weights:
+            return recipe
+        scores, _ = scores_of(model.eval(), x, model.start(len(x)) if hasattr(model, "carried") else None)
+    if scores.shape[0] != x.numel() or scores.shape[-1] < words:
+        raise TorchgrowError(
+            f"recipe {recipe.name!r}: the network returns {scores.shape[0]} times {scores.shape[-1]} scores for "
+            f"{x.numel()} words of a vocabulary of {words}; let it return {[*x.shape, words]}, as with "
+            "build(width=1.0, words=100), which is given their number"
+        )
+    return recipe
 
 
 def check_order(recipe: Recipe, kind: Any) -> None:
@@ -109,7 +135,10 @@ def _tried(recipe: Recipe, data: ImageData) -> None:
     """
     x = data.example()
     what = f"recipe {recipe.name!r}: build(1.0), or its network on images {list(x.shape)}, failed"
-    fix = "build takes a width factor and returns a module that takes such images and returns scores, [N, classes]"
+    fix = (
+        "build takes a width factor, and classes where the data says how many if it has a parameter of that name, and "
+        "returns a module that takes such images and returns scores, [N, classes]"
+    )
     with explained(what, fix), random_kept(), torch.no_grad():
         scores = make_network(recipe.build, 1.0, data.device).eval()(x)
     if not isinstance(scores, Tensor):
@@ -120,7 +149,8 @@ def _tried(recipe: Recipe, data: ImageData) -> None:
     if data.metric is ACCURACY and (scores.dim() != 2 or scores.shape[1] < classes):
         raise TorchgrowError(
             f"recipe {recipe.name!r}: the network returns {list(scores.shape)} for {len(x)} images of {classes} "
-            f"classes; let it return [{len(x)}, {classes}]"
+            f"classes; let it return [{len(x)}, {classes}], in folders as with build(width=1.0, classes=10), which is "
+            "given their number"
         )
 
 

@@ -404,6 +404,8 @@ def draw(seen: Inspection, path: Path) -> None:
         partial.write_bytes(picture.getvalue())
         rename(partial, path)
     except OSError as error:
+        if partial.is_file():
+            partial.unlink()
         raise TorchgrowError(f"{path} cannot be written: {error.strerror}; choose another --svg") from error
 
 

@@ -3,6 +3,7 @@
 import json
 import textwrap
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +62,17 @@ def draw(folder: Path) -> list[str]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     frame = json.loads((folder / "frame.json").read_text(encoding="utf-8"))
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     metric = metric_of(records[0])
+    if config.get("search", {}).get("validate"):
+        metric = replace(metric, on="held-out")
     figures = {
         **({"size.png": _sizes(results, metric)} if len(results) > 1 else {}),
         "cost.png": _cost(records, frame),
         f"{metric.name}.png": _scores(records, metric, results.get("before", {}).get(metric.name)),
         **({"widths.png": _widths(records, frame)} if any(record["updates"] for record in records) else {}),
     }
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name, figure in figures.items():
         if config:
             say_of(figure, config["name"], [config["budget"]], [config["seed"]])

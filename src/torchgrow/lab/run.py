@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -33,10 +34,11 @@ from torchgrow.lab.from_recipe import (
     with_data,
 )
 from torchgrow.lab.metrics import metric_of
+from torchgrow.lab.own_networks import told_apart
 from torchgrow.lab.recipes import Recipe, from_json, with_own_classes
 from torchgrow.lab.report import label
 from torchgrow.lab.results import verdict
-from torchgrow.lab.run_folder import Onlooker, RunFolder, check_new, default_out
+from torchgrow.lab.run_folder import Onlooker, RunFolder, check_new, default_out, resuming
 from torchgrow.lab.text import TextData
 from torchgrow.lab.train import Epoch, fit, judged
 from torchgrow.lab.trained import Start, begin, loading, what_it_cost
@@ -157,6 +159,7 @@ def _run(
             check_new(out)  # before it costs data, tracing and measuring
         recipe, data = with_data(recipe, console, folder, download=download, device=chosen(device))
     start = begin(recipe, data, {}) if recipe.weights else None  # what is wrong with it leaves no folder
+    record = {**recipe.as_json(), **told_apart(recipe)}
     run_folder = None
     with processes.first_alone():
         run_folder = RunFolder(out or default_out(_filed(recipe))) if processes.rank() == 0 else None
@@ -164,7 +167,7 @@ def _run(
         how = {"data": folder and str(folder.absolute()), "samples": list(sizes(data)), **how}
         text = {"text": data.source} if isinstance(data, TextData) else {}
         run_folder.write_json("environment.json", environment(data.device))
-        run_folder.write_json("config.json", {**recipe.as_json(), **text, "run": how})
+        run_folder.write_json("config.json", {**record, **text, "run": how})
     out = processes.told(run_folder.out if run_folder else Path())
     return _go(recipe, data, run_folder or Onlooker(out), console, start)
 
@@ -198,7 +201,7 @@ def _resume(run: Path, console: Console, folder: Path | None, device: str) -> Pa
         run_folder = RunFolder(target, resume=True) if first else Onlooker(target)
     config = run_folder.read_json("config.json")
     if "search" in config:
-        raise TorchgrowError(f"{run} is a search that was stopped; go on with it by: torchgrow search --resume {run}")
+        raise TorchgrowError(f"{run} is a search that was stopped; go on with it by: {resuming(run, config)}")
     recipe, how = from_json(config), config.get("run")
     if not isinstance(how, dict) or how.keys() - {"samples"} != {"data", "beside", "checkpoint_every"}:
         raise TorchgrowError(f"{run_folder.path / 'config.json'} does not say how the run was started; start it anew")
@@ -241,7 +244,7 @@ def _go(recipe: Recipe, data: Data, run_folder: RunFolder, console: Console, sta
         if isinstance(error, (KeyboardInterrupt, TorchgrowError, OSError, MemoryError)):
             console.print(
                 f"What was measured before the stop is in {run_folder.path}\n"
-                f"Go on from the last checkpoint with: torchgrow run --resume {run_folder.out}",
+                f"Go on from the last checkpoint with: {resuming(run_folder.out, {})}",
                 soft_wrap=True,
             )
         raise
@@ -258,7 +261,7 @@ def _go(recipe: Recipe, data: Data, run_folder: RunFolder, console: Console, sta
             console.print(line, soft_wrap=True)
     console.print("Pictures:", *(f"  {run_folder.out / picture}" for picture in pictures), sep="\n", soft_wrap=True)
     console.print(f"Everything about this run: {run_folder.out}", soft_wrap=True)
-    console.print(f"As one page: torchgrow report {run_folder.out}", soft_wrap=True)
+    console.print(f"As one page: torchgrow report {quote(str(run_folder.out))}", soft_wrap=True)
     return run_folder.out
 
 

@@ -4,8 +4,10 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from types import TracebackType
 from typing import Any
 
@@ -137,7 +139,7 @@ class RunFolder:
         if not (self.path / LOCK).exists():  # a folder made anew would hold half of the run, and look whole
             raise TorchgrowError(
                 f"{self.path} was moved or deleted while this run was writing to it; put it back and go on with it "
-                f"(the same command, with --resume {self.out} alone), or start anew"
+                f"(the same command, with --resume {quote(str(self.out))} alone), or start anew"
             )
         write_whole(self.path / name, text)
 
@@ -167,11 +169,20 @@ def _taken(out: Path) -> TorchgrowError:
         config = json.loads(Path(f"{out}.partial", "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = {}
+    if not Path(f"{out}.partial", "config.json").exists():
+        return TorchgrowError(
+            f"{out}.partial is there, and has no config.json to go on by: it is no run, or one that has just begun; "
+            "look through it and delete it, or choose another --out"
+        )
     return TorchgrowError(
         f"{out}.partial is what an earlier run left when it was stopped, or a run that still goes on; go on with it "
-        f"(torchgrow {'search' if 'search' in config else 'run'} --resume {out}), look through it and delete it, or "
-        "choose another --out"
+        f"({resuming(out, config)}), look through it and delete it, or choose another --out"
     )
+
+
+def resuming(out: Path, config: Mapping[str, Any]) -> str:
+    """The command that goes on with a run or a search, for a shell to read."""
+    return f"torchgrow {'search' if 'search' in config else 'run'} --resume {quote(str(out))}"
 
 
 def _not_made(path: Path, why: str | None) -> TorchgrowError:

@@ -21,9 +21,11 @@ from torchgrow.lab.display import Display, short
 from torchgrow.lab.environment import environment
 from torchgrow.lab.fitted import Fitted
 from torchgrow.lab.from_recipe import example, extent, make_network, make_optimizer, with_data
+from torchgrow.lab.own_networks import told_apart
 from torchgrow.lab.recipes import Recipe, from_json
+from torchgrow.lab.recipes.recipe import MOST_SEED
 from torchgrow.lab.run import Result, as_before, checked, result_of, score_of, table, train_network
-from torchgrow.lab.run_folder import RunFolder, check_new, default_out
+from torchgrow.lab.run_folder import RunFolder, check_new, default_out, resuming
 from torchgrow.lab.train import Epoch, fit
 
 SEARCHED = "searched"
@@ -77,10 +79,11 @@ def search(
     recipe, data = with_data(recipe, console, folder, download=download, held_out=validate, device=chosen(device))
     how = {"candidates": candidates, "rungs": list(rungs), "anew": anew, "validate": validate}
     found = _search(recipe, data, _Trials(recipe, data), how)  # what is wrong with it leaves no folder
+    record = {**recipe.as_json(), **told_apart(recipe)}
     run_folder = RunFolder(out or default_out(f"searched-{recipe.name}"))
     begun = {"data": folder and str(folder.absolute()), "beside": names, "checkpoint_every": None}
     run_folder.write_json("environment.json", environment(data.device))
-    run_folder.write_json("config.json", {**recipe.as_json(), "run": begun, "search": how})
+    run_folder.write_json("config.json", {**record, "run": begun, "search": how})
     return _go(recipe, data, run_folder, found, console)
 
 
@@ -99,11 +102,12 @@ def resume(run: Path, *, console: Console, folder: Path | None = None, device: s
     Raises:
         TorchgrowError: it is finished, no search, damaged, or another process is at it.
     """
+    run = run if run.name else run.resolve()  # "." has no name
     run_folder = RunFolder(run.with_name(run.name.removesuffix(".partial")), resume=True)
     config = run_folder.read_json("config.json")
     recipe, begun, how = from_json(config), config.get("run"), config.get("search")
     if not isinstance(begun, dict) or not isinstance(how, dict):
-        raise TorchgrowError(f"{run} is a run without a search; go on with it by: torchgrow run --resume {run}")
+        raise TorchgrowError(f"{run} is a run without a search; go on with it by: {resuming(run, {})}")
     as_before(run_folder, device, console)
     folder = folder or (Path(begun["data"]) if begun["data"] else None)
     recipe, data = with_data(recipe, console, folder, held_out=how["validate"], device=chosen(device))
@@ -234,7 +238,7 @@ def _go(recipe: Recipe, data: Data, run_folder: RunFolder, begun: tuple[Search, 
         if isinstance(error, (KeyboardInterrupt, TorchgrowError, OSError, MemoryError)):
             console.print(
                 f"What was measured before the stop is in {run_folder.path}\n"
-                f"Go on from there with: torchgrow search --resume {run_folder.out}",
+                f"Go on from there with: {resuming(run_folder.out, {'search': True})}",
                 soft_wrap=True,
             )
         raise
@@ -279,7 +283,7 @@ def _winner(recipe: Recipe, data: Data, run_folder: RunFolder, found: Search, tr
     frame = measure(make_network(recipe.build, 1.0, data.device), data.example())
     display.start(SEARCHED, epochs=whole, frame=frame, limits={}, full={})
     if anew:
-        recipe = replace(recipe, seed=recipe.seed + 1)
+        recipe = replace(recipe, seed=(recipe.seed + 1) % (MOST_SEED + 1))
         model = found.fresh(trial, recipe.seed)
         torch.manual_seed(recipe.seed)
         checkpoints = Checkpoints(folder=run_folder.path / "checkpoints" / SEARCHED)

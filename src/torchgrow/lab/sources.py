@@ -162,12 +162,35 @@ def _from_file(name: str, shapes: tuple[Shape, ...]) -> tuple[nn.Module, Any]:
     made, inputs = frames.from_file(name)
     if shapes:
         inputs = _images(shapes, ())
+        _check_reads(made, inputs, name)
     if inputs is None:
         raise TorchgrowError(
             f"no inputs are known for {name}; give their shape with --input 1x3x224x224, or return (model, "
             "example_inputs)"
         )
     return made, inputs
+
+
+@torch.no_grad()
+def _check_reads(model: nn.Module, inputs: Any, name: str) -> None:
+    """Tell what --input cannot make where a model with an embedding does not take it.
+
+    Raises:
+        TorchgrowError: it does not.
+    """
+    if not any(isinstance(module, nn.Embedding) for module in model.modules()):
+        return
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()(*inputs if isinstance(inputs, tuple) else (inputs,))  # evaluation leaves statistics alone
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise TorchgrowError(
+            f"{name} cannot read what --input makes, numbers with fractions: {error}; for word numbers (integers) let "
+            "the function return (model, example_inputs)"
+        ) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 _LIBRARIES: dict[str, Callable[[str, tuple[Shape, ...]], tuple[nn.Module, Any]]] = {

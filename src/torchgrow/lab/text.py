@@ -19,12 +19,12 @@ from torchgrow.lab.metrics import PERPLEXITY, Metric
 UNKNOWN, END = "<unk>", "<eos>"
 MOST_WORDS = 10_000  # of the vocabulary, as in the usual form of the Penn Treebank; rarer words are <unk>
 
-_SPLITS = {"train": ("train",), "valid": ("valid", "val", "dev"), "test": ("test",)}
+_SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
 _EVALUATION_COLUMNS = 20
 _HELP = (
-    "What works: a folder with three text files named like ptb.train.txt, ptb.valid.txt and ptb.test.txt (train, "
-    "valid and test anywhere in the names), words separated by blanks, one sentence a line; or no folder at all, for "
-    "the manual that comes with Python"
+    "What works: a folder with three text files named like ptb.train.txt, ptb.valid.txt and ptb.test.txt (of the words "
+    "train; valid, validation, val or dev; and test, each has one in its name, apart from other letters), words "
+    "separated by blanks, one sentence a line; or no folder at all, for the manual that comes with Python"
 )
 
 
@@ -131,8 +131,8 @@ def load_text(*, folder: Path | None = None, steps: int = 35, subset: int | None
     ``<unk>``, and the end of a line ``<eos>``.
 
     Args:
-        folder: with three files, of which one has "train" in its name, one "valid", "val" or "dev", one "test".
-            Default: the topics of Python's own help, cut into 90, 5 and 5 %.
+        folder: with three files, of which one has the word "train" in its name, one "valid", "validation", "val" or
+            "dev", one "test". Default: the topics of Python's own help, cut into 90, 5 and 5 %.
         steps: words a sample.
         subset: words of the training text to keep, from its beginning. Default: all.
 

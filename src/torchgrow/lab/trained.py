@@ -1,5 +1,6 @@
 """The beginning of a run that shrinks a trained network: that network, its score, and its copy as a teacher."""
 
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -171,15 +172,20 @@ def loading(recipe: Recipe, out: Path) -> str:
     kind, _, rest = str(arguments.get("model", "")).partition(":")
     classes = f", num_classes={arguments['classes']}" if "classes" in arguments else ""
     if kind == "torchvision":
-        imports, factory = "import torchvision", f'lambda: torchvision.models.get_model("{rest}"{classes})'
+        imports, factory = "import torchvision", f"lambda: torchvision.models.get_model({_text(rest)}{classes})"
     elif kind == "timm":
-        imports, factory = "import timm", f'lambda: timm.create_model("{rest}"{classes})'
+        imports, factory = "import timm", f"lambda: timm.create_model({_text(rest)}{classes})"
     elif recipe.source and "model" not in arguments:  # a recipe in a user's file, whose network may be there too
-        imports, factory = "from torchgrow.lab import recipes", f'recipes.get("{recipe.source}").build'
+        imports, factory = "from torchgrow.lab import recipes", f"recipes.get({_text(recipe.source)}).build"
     else:
         build = recipe.build
         while isinstance(build, partial):
             build = build.func
         given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         imports, factory = f"from {build.__module__} import {name}", f"lambda: {name}({given})"
-    return f'import torchgrow\n{imports}\nmodel = torchgrow.load("{out / "network"}", {factory})'
+    return f"import torchgrow\n{imports}\nmodel = torchgrow.load({_text(out / 'network')}, {factory})"
+
+
+def _text(value: object) -> str:
+    """A text as Python code has it, whatever is in it."""
+    return json.dumps(str(value), ensure_ascii=False)

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -216,7 +217,7 @@ def _give(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     if wrong:
         raise TorchgrowError(
             f"the weights in {path} are not those of this {type(model).__name__}: {'; '.join(wrong)}. Name the model "
-            f"they were saved from: torchgrow shrink MODEL --from {path}"
+            f"they were saved from: torchgrow shrink MODEL --from {quote(str(path))}"
         )
     model.load_state_dict(versioned(state, model), strict=False)
 

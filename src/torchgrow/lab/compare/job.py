@@ -7,6 +7,7 @@ from typing import Any
 
 from torchgrow import TorchgrowError, policies
 from torchgrow.lab.names import FIXED, UNBUDGETED, is_system
+from torchgrow.lab.own_networks import told_apart
 from torchgrow.lab.recipes import Recipe
 from torchgrow.lab.systems import BEGIN_TRAINED, system
 
@@ -94,6 +95,7 @@ class Job:
         them all.
         """
         config = {**self.recipe.as_json(), "method": self.method, "samples": list(self.data), "validate": self.validate}
+        config |= told_apart(self.recipe)  # rows of recipes of ours from before there was this stay good
         if self.method in UNBUDGETED:
             del config["budget"]
         base = replace(self, method=after(self.method) or self.method)

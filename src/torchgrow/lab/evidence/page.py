@@ -44,7 +44,7 @@ class Shown:
 
 
 def write(sources: Sequence[Path], out: Path) -> list[str]:
-    """Write the page and, into a folder of its name beside it, every picture as SVG and PNG.
+    """Write the page and, into the folder ``NAME-pictures`` beside it, every picture as SVG and PNG.
 
     Args:
         sources: as for `torchgrow.lab.evidence.rows.read`.
@@ -93,9 +93,14 @@ def write(sources: Sequence[Path], out: Path) -> list[str]:
     return [f"{picture.title} ({picture.of_paper}): {picture.command}" for picture in absent]
 
 
+def pictures_of(page: Path) -> Path:
+    """The folder of its pictures: with a name of its own, since a page is often called as the run it shows."""
+    return page.with_name(f"{page.stem}-pictures")
+
+
 def _folder_of(page: Path) -> Path:
     """The folder of its pictures, made; nothing was drawn yet."""
-    folder = page.with_suffix("")
+    folder = pictures_of(page)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

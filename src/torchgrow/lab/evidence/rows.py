@@ -157,7 +157,10 @@ def _of_run(folder: Path) -> list[Row]:
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         seen = _samples(records, frame, taught=config.get("distil", 0) > 0)
         same = {key: value for key, value in decisive(config).items() if key not in ("run", "text", "search")}
-        same |= {"samples": config["run"].get("samples", [seen]), "validate": False}
+        same |= {
+            "samples": config["run"].get("samples", [seen]),
+            "validate": bool(config.get("search", {}).get("validate")),
+        }
         length = 3 * frame["flops"] * seen * (config["epochs"] + config["then"])
         return [
             {

@@ -1,8 +1,10 @@
 """The settings of a training run, checked when they are made, and as JSON."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import Parameter, signature
 from math import ceil, inf, isfinite
 from typing import Any
 
@@ -18,6 +20,9 @@ STREAMED = ("imagefolder", "voc")
 PAPER_UPDATES = 160
 """Of the paper's runs: one after each epoch."""
 
+MOST_SEED = 2**63 - 1
+"""PyTorch takes up to twice as many, but JSON readers and tensors of seeds do not."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -27,7 +32,9 @@ class Recipe:
         name: what the user types.
         dataset: one of `torchgrow.lab.names.DATASETS`.
         build: ``build(width)`` makes the network with every channel count scaled by ``width``, a factor;
-            at 1.0, its default, it is the frame that the grown network may become and the dense twin is.
+            at 1.0, its default, it is the frame that the grown network may become and the dense twin is. A class or a
+            function, or a `functools.partial` of one with keywords that JSON can hold, since runs record it by name.
+            It gets ``classes=`` (of images in folders) or ``words=`` (of a text) as the data has, if it takes that.
         build_grown: makes the frame of the grown network if that differs in what is no parameter, such as dropout.
         budget: what the grown network may cost.
         depth: whether layers grow too, as for `torchgrow.Grower`.
@@ -169,8 +176,41 @@ class Recipe:
         blind = isinstance(policy, policies.Late) and bool(self.weights)
         need("preset", not blind, "one that sees which trained units matter, such as shrink: late takes them by place")
         need("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
-        need("seed", self.seed >= 0, "at least 0")
+        need("seed", 0 <= self.seed <= MOST_SEED, f"at least 0 and at most {MOST_SEED}")
         need("threads", self.threads is None or self.threads >= 1, "at least 1, or None")
+        for field in ("build", "build_grown"):
+            self._check_network(field)
+        for field, value in self.as_json().items():
+            need(field, field == "model" or _is_json(value), "what JSON can hold, since runs record it")
+
+    def _check_network(self, field: str) -> None:
+        """Refuse a network that could not be told from the record of a run, before there is one to go on with."""
+        build = getattr(self, field)
+        while isinstance(build, partial):
+            if build.args:
+                names = [p.name for p in _parameters(build.func) if p.kind is Parameter.POSITIONAL_OR_KEYWORD]
+                given = [*names, *["NAME"] * len(build.args)][: len(build.args)]
+                what = getattr(build.func, "__name__", "build")
+                fix = ", ".join(f"{name}={value!r}" for name, value in zip(given, build.args, strict=True))
+                raise TorchgrowError(
+                    f"recipe {self.name!r}: {field} is given {len(build.args)} arguments by position, which the record "
+                    f"of a run does not hold; give them by keyword: partial({what}, {fix})"
+                )
+            for name, value in build.keywords.items():
+                if not _is_json(value):
+                    what = getattr(build.func, "__name__", "Net")
+                    raise TorchgrowError(
+                        f"recipe {self.name!r}: {field} is given {name}={value!r}, which JSON cannot hold, so the "
+                        "record of a run does not; let a function of your file give it: "
+                        f"def build(width=1.0): return {what}(width=width, {name}=...)"
+                    )
+            build = build.func
+        if build is not None and not hasattr(build, "__name__"):
+            raise TorchgrowError(
+                f"recipe {self.name!r}: {field} is an object of {type(build).__name__}, and runs record a network by "
+                "the name of its class or function; let a function of your file call it: "
+                "def build(width=1.0): return maker(width)"
+            )
 
     def updates_an_epoch(self) -> int:
         """How often the grower updates in each epoch."""
@@ -190,13 +230,14 @@ class Recipe:
         return [round(fraction * (epochs or self.epochs)) for fraction in self.lr_milestones]
 
     def with_words(self, words: int) -> "Recipe":
-        """The recipe with networks for a vocabulary of so many words."""
-        grown = self.build_grown and partial(self.build_grown, words=words)
-        return replace(self, build=partial(self.build, words=words), build_grown=grown)
+        """The recipe with networks for a vocabulary of so many words, as far as what builds them takes ``words``."""
+        grown = self.build_grown and _given(self.build_grown, "words", words)
+        return replace(self, build=_given(self.build, "words", words), build_grown=grown)
 
     def with_classes(self, classes: int) -> "Recipe":
-        """The recipe with networks of so many outputs."""
-        return replace(self, build=partial(self.build, classes=classes))
+        """The recipe with networks of so many outputs, as far as what builds them takes ``classes``."""
+        grown = self.build_grown and _given(self.build_grown, "classes", classes)
+        return replace(self, build=_given(self.build, "classes", classes), build_grown=grown)
 
     def as_json(self) -> dict[str, Any]:
         """All fields as JSON can hold them; ``build`` and ``build_grown`` by their class and arguments."""
@@ -217,6 +258,30 @@ def is_small(scale: str) -> bool:
     if scale not in SCALES:
         raise TorchgrowError(f"scale is one of {', '.join(SCALES)} or {SMOKE}, got {scale!r}")
     return scale == "small"
+
+
+def takes(build: Callable[..., nn.Module], name: str) -> bool:
+    """Whether what builds a network takes a keyword of that name."""
+    return any(p.name == name or p.kind is Parameter.VAR_KEYWORD for p in _parameters(build))
+
+
+def _given(build: Callable[..., nn.Module], name: str, value: int) -> Callable[..., nn.Module]:
+    return partial(build, **{name: value}) if takes(build, name) else build
+
+
+def _parameters(build: Callable[..., nn.Module]) -> list[Parameter]:
+    try:
+        return list(signature(build).parameters.values())
+    except (TypeError, ValueError):  # compiled, without a signature
+        return []
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _described(build: Callable[..., nn.Module]) -> tuple[str, dict[str, Any]]:

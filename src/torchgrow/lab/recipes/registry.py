@@ -111,18 +111,24 @@ def from_json(config: dict[str, Any]) -> Recipe:
     try:
         config = {**LATER, **config}
         base = of_model(config["source"]) if config.get("model") in MODELS else get(config["source"] or config["name"])
-        build = base.build.func if isinstance(base.build, partial) else base.build
+        build = _bare(base.build)
         if config["model"] != build.__name__:
             raise TorchgrowError(f"the network of recipe {base.name!r} is {build.__name__}, not {config['model']}")
         changed = {name: config[name] for name in vars(base) if name not in ("build", "build_grown", "budget")}
         changed = {name: tuple(v) if isinstance(v, list) else v for name, v in changed.items()}
-        grown = partial(build, **_arguments(config["grown_arguments"])) if "grown_arguments" in config else None
+        given = config.get("grown_arguments")
+        grown = None if given is None else partial(_bare(base.build_grown or base.build), **_arguments(given))
         limits = dict(part.split(" <= ") for part in config["budget"].split(" and "))
         budget = Budget(**limits)
         own = partial(build, **_arguments(config["model_arguments"]))
         return replace(base, build=own, build_grown=grown, budget=budget, **changed)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise TorchgrowError(f"this is not the record of a recipe: {error!r}") from error
+
+
+def _bare(build: Callable[..., Any]) -> Callable[..., Any]:
+    """What builds a network, without the arguments it is given."""
+    return build.func if isinstance(build, partial) else build
 
 
 def _arguments(recorded: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,76 @@
+"""Networks of users' files: what tells one from another where their recipes say the same of both."""
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from torchgrow import TorchgrowError
+from torchgrow.lab.compare import Job, compare
+from torchgrow.lab.own_networks import told_apart
+from torchgrow.lab.recipes import get
+
+OWN = """
+from dataclasses import replace
+from torch import nn
+from torch.nn import functional as F
+from torchgrow.lab.recipes import get
+
+class Net(nn.Sequential):
+    def __init__(self, width=1.0, hidden=8):
+        n = max(1, round(hidden * width))
+        super().__init__(nn.Flatten(), nn.Linear(64, n), nn.ReLU(), nn.Linear(n, 10))
+
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+def recipe():
+    return replace(get("digits"), name="own", build=lambda width=1.0: Net(width), depth=False, epochs=2, subset=64)
+"""
+
+
+def test_another_network_in_the_same_file_reuses_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told by sizes, by modules, or by nothing but the code of a class; the same one reuses its row."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    edits = (("8", "8"), ("hidden=8", "hidden=16"), ("nn.ReLU", "nn.Tanh"), ("F.relu", "F.gelu"), ("8", "8"))
+    keys, sizes = list[str](), list[int]()
+    for second, (old, new) in enumerate(edits):
+        Path("own.py").write_text(OWN.replace(old, new))
+        os.utime("own.py", (second, second))  # Python takes a file of the same size and time for the same
+        recipe = get("own.py:recipe")
+        before = torch.get_rng_state()
+        keys.append(Job(method="dense", recipe=recipe, data=(64, 360)).key())
+        assert torch.equal(torch.get_rng_state(), before)
+        sizes.append(
+            compare(recipe, methods=["dense"], seeds=[0], console=Console(quiet=True), out=tmp_path / "out")[0][
+                "params"
+            ]
+        )
+    assert len(set(keys)) == 4
+    assert keys[0] == keys[-1]
+    assert sizes == [610, 1210, 610, 610, 610]
+    assert len((tmp_path / "out" / "own.jsonl").read_text().splitlines()) == 4
+    assert "network" not in Job(method="dense", recipe=get("digits"), data=(1437, 360)).config()
+
+
+def sized(hidden: int) -> Any:
+    return lambda width=1.0: nn.Linear(4, hidden)
+
+
+def test_what_is_told_apart() -> None:
+    """Networks of the same name by what they are, each time alike; ours and trained ones by their records."""
+    mine = replace(get("digits"), name="mine", source="own.py:mine")
+    first, same, other = (told_apart(replace(mine, build=sized(hidden))) for hidden in (3, 3, 5))
+    assert first == same != other
+    lazy = replace(mine, build=lambda width=1.0: nn.Sequential(nn.LazyLinear(3)))
+    assert told_apart(lazy) == told_apart(replace(lazy, meta=True))
+    assert told_apart(get("digits")) == told_apart(replace(mine, weights="w.pt")) == {}
+    with pytest.raises(TorchgrowError, match=r"recipe 'mine': build\(1\.0\) failed: ZeroDivisionError"):
+        told_apart(replace(mine, build=lambda width=1.0: 1 // 0))  # type: ignore[arg-type,return-value]
