@@ -274,7 +274,7 @@ def test_a_layer_that_is_left_out_enters_with_fewer_units_where_it_fits_only_so(
     keep[layers] = False
     limits = Limits(int(share * costs.cost(space.everything()).params), None)
     multiples = torch.full((space.n_groups,), steps)
-    found = fit(space, costs, keep, torch.rand(space.n_units), limits, multiples)
+    found = fit(space, costs, keep, torch.rand(space.n_units), limits, multiples, thin=True)
     assert costs.cost(found).params <= limits.params  # type: ignore[operator]
     assert costs.cost(found).params > 0.93 * limits.params  # type: ignore[operator]
     for unit in torch.nonzero(~found).flatten().tolist():

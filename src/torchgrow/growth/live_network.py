@@ -102,8 +102,6 @@ class LiveNetwork:
         space = self.space if asked else replace(self.space, fold={})
         return Fold(space, self.parameters if asked else {}, keep, raw, gated=gate is not None)
 
-    # --- consistency checks ---
-
     def check(self) -> None:
         """Check that the parameter objects of the model are those that optimizer and bank work on.
 
@@ -148,8 +146,6 @@ class LiveNetwork:
         self.check()
         self.gates.recover()
         self.watch.check_trained(self.contents(), self.gates.taken)
-
-    # --- a change of structure ---
 
     def change(
         self,

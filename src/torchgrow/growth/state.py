@@ -23,9 +23,6 @@ def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-# --- the frame ---
-
-
 def fingerprint(space: Space, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What must be equal in the frame that loads a state: shapes and dtypes by name, and all units."""
     units = hashlib.sha256()

@@ -98,14 +98,20 @@ def shed(space: Space, costs: CostModel, keep: Tensor, importance: Tensor, allow
 
 
 def fit(
-    space: Space, costs: CostModel, keep: Tensor, score: Tensor, limits: Limits, steps: Tensor | None = None
+    space: Space,
+    costs: CostModel,
+    keep: Tensor,
+    score: Tensor,
+    limits: Limits,
+    steps: Tensor | None = None,
+    thin: bool = False,
 ) -> Tensor:
     """The structure nearest to `keep` that uses the budget: never above it, and no removable unit fits any more.
 
     Drops units in order of rising score until the cost is within the limits. Then adds, in order of falling
     score, units that bring their group to the next multiple of its step, and fills what remains with single
     units of the groups where one costs the fewest FLOPs. One unit of every group stays, of layers none need to; units
-    inside a layer that is left out cost nothing and stay as they are, unless the layer fits only with fewer of them.
+    inside a layer that is left out cost nothing and stay as they are. With `thin` a layer may come with fewer of them.
 
     `keep`, bool [n], is where it starts, of `score`, float [n], higher ones stay longer, `limits` are known to be
     feasible, and `steps`, int64 [G], are the multiples at which widths are held; None: any width.
@@ -113,7 +119,7 @@ def fit(
     filling = _Filling(space, costs, keep, torch.argsort(score, stable=True).tolist(), limits.tensor(), steps)
     filling.drop()
     filling.fill()
-    layers = {block.unit for block in space.blocks if bool(space.removable[block.unit])}
+    layers = {block.unit for block in space.blocks if thin and bool(space.removable[block.unit])}
     for layer in (unit for unit in reversed(filling.order) if unit in layers):
         if filling.enters_thin(layer):
             filling.fill()
@@ -129,8 +135,7 @@ class _Filling:
         self.costs, self.keep, self.order, self.allowed = costs, keep.clone(), order, allowed
         self.removable, self.owner, self.group_of = (x.tolist() for x in (space.removable, space.owner, space.group_of))
         self.floor, self.tally = space.least.tolist(), Tally(costs, costs.live(keep))
-        self.ones = [1] * space.n_groups
-        self.steps = self.ones if steps is None else steps.tolist()
+        self.steps = [1] * space.n_groups if steps is None else steps.tolist()
         self.absent: dict[int, list[int]] = {}  # by group, best first
 
     def drop(self) -> None:
@@ -156,7 +161,7 @@ class _Filling:
         before = None
         while before is None or not torch.equal(before, self.keep):  # a layer that came in may have room inside
             before = self.keep.clone()
-            self._add(cheapest_first, self.ones)
+            self._add(cheapest_first, [1] * len(self.floor))
 
     def _add(self, candidates: list[int], steps: list[int]) -> None:
         """Bring the candidates' groups from step to step while that fits."""
