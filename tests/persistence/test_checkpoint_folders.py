@@ -120,7 +120,7 @@ def test_another_scheduler_changes_nothing(tmp_path: Path) -> None:
     other = make()
     schedule = torch.optim.lr_scheduler.OneCycleLR(other.optimizer, 0.2, total_steps=20)
     before, was = everything(other), copy.deepcopy(schedule.state_dict())
-    with pytest.raises(SavedModelError, match=r"checkpoint\['scheduler'\] lacks .*'_schedule_phases'.* foreign"):
+    with pytest.raises(SavedModelError, match=r"checkpoint\['scheduler'\] is .* it must be of the kind of"):
         load_checkpoint(tmp_path, other, scheduler=schedule)
     assert differences(before, everything(other)) == []
     assert schedule.state_dict() == was
@@ -158,6 +158,27 @@ def test_a_schedule_whose_state_fills_up(tmp_path: Path, steps: int) -> None:
     load_checkpoint(tmp_path, scheduler=again)
     assert again.state_dict() == schedule.state_dict()
     assert again.drops == {"2": 0.7}
+
+
+class Listed:
+    """A schedule whose state is no dict with text for keys."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+    def state_dict(self) -> Any:
+        return self.state
+
+    def load_state_dict(self, state: Any) -> None:
+        self.state = state
+
+
+@pytest.mark.parametrize(("saved", "fresh"), [([1, 2.5], []), ({3: 0.1, 7: 0.2}, {3: 0.0, 7: 0.0})])
+def test_a_schedule_may_keep_what_it_likes(tmp_path: Path, saved: Any, fresh: Any) -> None:
+    schedule: Any = Listed(fresh)
+    save_checkpoint(tmp_path, scheduler=Listed(saved))
+    load_checkpoint(tmp_path, scheduler=schedule)
+    assert schedule.state == saved
 
 
 def test_a_scheduler_comes_back_when_the_grower_does_not_fit(tmp_path: Path) -> None:

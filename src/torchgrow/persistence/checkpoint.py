@@ -200,9 +200,7 @@ def load_checkpoint(
         try:
             if scheduler is not None:
                 present = scheduler.state_dict()
-                fields = contents["scheduler"].fields(present)
-                filled = {key for key, one in fields.items() if present[key] is None and isinstance(one.value, Tensor)}
-                state = {k: one.value if k in filled else one.like(present[k]) for k, one in fields.items()}
+                state = contents["scheduler"].like(present)
                 before = present
                 scheduler.load_state_dict(state)
             if grower is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -84,7 +85,7 @@ class Field:
         return self.value
 
     def like(self, present: Any) -> Any:
-        """A value of the kind of `present`: same type, numbers finite where those are, plain containers of any size."""
+        """A value of the kind of `present`: same type and names, finite numbers; what is inside may fill up."""
         if not alike(self.value, present):
             self.refuse(f"of the kind of {str(present)[:60]}")
         return self.value
@@ -100,24 +101,25 @@ class Field:
         return state
 
 
-def alike(value: Any, present: Any) -> bool:
-    """Whether a value is of the kind of `present`, as for `Field.like`; where that is None, any plain one is."""
+def alike(value: Any, present: Any, inside: bool = False) -> bool:
+    """As for `Field.like`: None may be any plain value, `inside` of another a tensor too; lists and dicts may grow."""
     if present is None or isinstance(present, bool):
-        return value is None or isinstance(value, bool) or (present is None and plain(value))
+        filled = present is None and (plain(value) or (inside and isinstance(value, Tensor)))
+        return value is None or isinstance(value, bool) or filled
     if isinstance(present, (int, float)):
         wild = isinstance(present, float) and not math.isfinite(present)
         fits = isinstance(value, (int, float)) and not isinstance(value, bool)
         return (fits and abs(value) <= LARGEST) or (wild and fits and not math.isnan(value))
     if isinstance(present, Tensor):
         return isinstance(value, Tensor) and (value.shape, value.dtype) == (present.shape, present.dtype)
-    if type(value) is type(present) and (isinstance(present, (list, dict)) or not present) and plain(present):
-        return plain(value)  # it may have grown
+    if type(value) is type(present) and ((inside and plain(present) and type(present) is not tuple) or not present):
+        return plain(value)
     if isinstance(present, (list, tuple)):
         fits = type(value) is type(present) and len(value) == len(present)
-        return fits and all(map(alike, value, present))
+        return fits and all(map(partial(alike, inside=True), value, present))
     if isinstance(present, dict):
         fits = isinstance(value, dict) and value.keys() == present.keys()
-        return fits and all(alike(value[key], item) for key, item in present.items())
+        return fits and all(alike(value[key], item, inside=True) for key, item in present.items())
     return type(value) is type(present)
 
 

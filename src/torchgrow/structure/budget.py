@@ -140,11 +140,12 @@ class _Filling:
 
     def drop(self) -> None:
         """Until the cost is within the limits."""
+        present = self.keep.tolist()  # asking a tensor for one entry after the other takes far longer
         for unit in self.order:
             if self.tally.fits(self.allowed):
                 break
             group = self.group_of[unit]
-            if self.keep[unit] and self.removable[unit] and self.tally.live[group] > self.floor[group]:
+            if present[unit] and self.removable[unit] and self.tally.live[group] > self.floor[group]:
                 self.keep[unit] = False
                 self.tally.change(group, -1)
 
