@@ -22,13 +22,18 @@ from torch import nn
 from torch.nn import functional as F
 from torchgrow.lab.recipes import get
 
+SCALE = 1.0
+
+def head(x):  # a comment
+    return x * SCALE
+
 class Net(nn.Sequential):
     def __init__(self, width=1.0, hidden=8):
         n = max(1, round(hidden * width))
         super().__init__(nn.Flatten(), nn.Linear(64, n), nn.ReLU(), nn.Linear(n, 10))
 
     def forward(self, x):
-        return F.relu(super().forward(x))
+        return head(F.relu(super().forward(x)))
 
 def recipe():
     return replace(get("digits"), name="own", build=lambda width=1.0: Net(width), depth=False, epochs=2, subset=64)
@@ -36,10 +41,18 @@ def recipe():
 
 
 def test_another_network_in_the_same_file_reuses_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Told by sizes, by modules, or by nothing but the code of a class; the same one reuses its row."""
+    """Told by sizes, modules, or the code of a class and of what it names; a comment makes no other network."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    edits = (("8", "8"), ("hidden=8", "hidden=16"), ("nn.ReLU", "nn.Tanh"), ("F.relu", "F.gelu"), ("8", "8"))
+    edits = (
+        ("8", "8"),
+        ("hidden=8", "hidden=16"),
+        ("nn.ReLU", "nn.Tanh"),
+        ("F.relu", "F.gelu"),
+        ("x * SCALE", "x / SCALE"),
+        ("SCALE = 1.0", "SCALE = 2.0"),
+        ("# a comment", "# another comment"),
+    )
     keys, sizes = list[str](), list[int]()
     for second, (old, new) in enumerate(edits):
         Path("own.py").write_text(OWN.replace(old, new))
@@ -53,10 +66,10 @@ def test_another_network_in_the_same_file_reuses_no_row(tmp_path: Path, monkeypa
                 "params"
             ]
         )
-    assert len(set(keys)) == 4
+    assert len(set(keys)) == 6
     assert keys[0] == keys[-1]
-    assert sizes == [610, 1210, 610, 610, 610]
-    assert len((tmp_path / "out" / "own.jsonl").read_text().splitlines()) == 4
+    assert sizes == [610, 1210, 610, 610, 610, 610, 610]
+    assert len((tmp_path / "out" / "own.jsonl").read_text().splitlines()) == 6
     assert "network" not in Job(method="dense", recipe=get("digits"), data=(1437, 360)).config()
 
 
