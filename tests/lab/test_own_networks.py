@@ -1,5 +1,6 @@
 """Networks of users' files: what tells one from another where their recipes say the same of both."""
 
+import io
 import os
 import sys
 from dataclasses import replace
@@ -13,8 +14,11 @@ from torch import nn
 
 from torchgrow import TorchgrowError
 from torchgrow.lab.compare import Job, compare
+from torchgrow.lab.environment import environment
 from torchgrow.lab.own_networks import told_apart
 from torchgrow.lab.recipes import get
+from torchgrow.lab.run import as_before
+from torchgrow.lab.run_folder import RunFolder
 
 OWN = """
 from dataclasses import replace
@@ -87,3 +91,15 @@ def test_what_is_told_apart() -> None:
     assert told_apart(get("digits")) == told_apart(replace(mine, weights="w.pt")) == {}
     with pytest.raises(TorchgrowError, match=r"recipe 'mine': build\(1\.0\) failed: ZeroDivisionError"):
         told_apart(replace(mine, build=lambda width=1.0: 1 // 0))  # type: ignore[arg-type,return-value]
+
+
+def test_a_resumed_run_tells_that_its_network_changed(tmp_path: Path) -> None:
+    began = replace(get("digits"), source="own.py:mine", build=sized(3))
+    run_folder = RunFolder(tmp_path / "out")
+    run_folder.write_json("environment.json", environment(torch.device("cpu")))
+    run_folder.write_json("config.json", {**began.as_json(), **told_apart(began)})
+    for hidden, changed in ((3, False), (5, True)):
+        console = Console(record=True, file=io.StringIO())
+        as_before(run_folder, replace(began, build=sized(hidden)), "cpu", console)
+        told = "Note: the code of the network in own.py:mine is not what the run began with; what is left is trained"
+        assert (told in console.export_text()) == changed

@@ -205,7 +205,7 @@ def _resume(run: Path, console: Console, folder: Path | None, device: str) -> Pa
     recipe, how = from_json(config), config.get("run")
     if not isinstance(how, dict) or how.keys() - {"samples"} != {"data", "beside", "checkpoint_every"}:
         raise TorchgrowError(f"{run_folder.path / 'config.json'} does not say how the run was started; start it anew")
-    as_before(run_folder, device, console)
+    as_before(run_folder, recipe, device, console)
     folder = folder or (Path(how["data"]) if how["data"] else None)
     with processes.first_alone():
         recipe, data = with_data(recipe, console, folder, device=chosen(device))
@@ -215,7 +215,7 @@ def _resume(run: Path, console: Console, folder: Path | None, device: str) -> Pa
     return _go(recipe, data, run_folder, console, start)
 
 
-def as_before(run_folder: RunFolder, device: str, console: Console) -> None:
+def as_before(run_folder: RunFolder, recipe: Recipe, device: str, console: Console) -> None:
     """Take the number of threads that a run had, and tell what else differs here from where it began."""
     before, here = run_folder.read_json("environment.json"), environment(chosen(device))
     if type(before.get("threads")) is int and before["threads"] > 0:
@@ -226,6 +226,12 @@ def as_before(run_folder: RunFolder, device: str, console: Console) -> None:
                 f"Note: {name} is {here.get(name)} and was {before.get(name)}; results may differ in the last bits",
                 soft_wrap=True,
             )
+    if run_folder.read_json("config.json").get("network") not in (None, told_apart(recipe).get("network")):
+        console.print(
+            f"Note: the code of the network in {recipe.source} is not what the run began with; what is left is trained "
+            "with the code of now. To train all with it, start anew under another --out",
+            soft_wrap=True,
+        )
 
 
 def _go(recipe: Recipe, data: Data, run_folder: RunFolder, console: Console, start: Start | None) -> Path:

@@ -108,7 +108,7 @@ def resume(run: Path, *, console: Console, folder: Path | None = None, device: s
     recipe, begun, how = from_json(config), config.get("run"), config.get("search")
     if not isinstance(begun, dict) or not isinstance(how, dict):
         raise TorchgrowError(f"{run} is a run without a search; go on with it by: {resuming(run, {})}")
-    as_before(run_folder, device, console)
+    as_before(run_folder, recipe, device, console)
     folder = folder or (Path(begun["data"]) if begun["data"] else None)
     recipe, data = with_data(recipe, console, folder, held_out=how["validate"], device=chosen(device))
     return _go(recipe, data, run_folder, _search(recipe, data, _Trials(recipe, data), how), console)
