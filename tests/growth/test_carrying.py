@@ -211,7 +211,7 @@ def test_a_wrong_state_is_caught_by_the_proof_and_its_group_frozen() -> None:
     space = replay(model, example("lstm-stack", model), carried={1: 1})
     first, *rest = space.carried
     wrong = replace(space, carried=(replace(first, units={2: first.units[2].flip(0)}), *rest))
-    proven = prove(model, wrong, example("lstm-stack", model))
+    proven, _ = prove(model, wrong, example("lstm-stack", model))
     frozen = [f for f in proven.frozen if f.op == "proof"]
     assert [f.module for f in frozen] == ["rnns.0.weight_ih_l0[0]"]
     assert int(proven.removable.sum()) == CASES["lstm-stack"].units - 6

@@ -24,7 +24,7 @@ from ..structure.store import is_meta
 from ..tracing.blocks import Named
 from ..tracing.model_call import Carries
 from ..tracing.requests import Couples
-from ..tracing.verification import prove, trace
+from ..tracing.verification import proven
 from .attaching import check_free
 from .carrying import carried_over
 from .event import Event
@@ -110,9 +110,7 @@ class Grower(Shown):
         self.optimizers, self._inside = optimizers_of(optimizer), dict[str, int]()
         check_free(model, self.optimizers)
         with _all_or_nothing(model) as exchange:
-            space = trace(model, example_inputs, protect=protect, couple=couple, carried=carried, depth=depth)
-            if not space.proven:  # a frame on the meta device
-                space = prove(model, space, example_inputs)
+            space = proven(model, example_inputs, protect=protect, couple=couple, carried=carried, depth=depth)
             self.run = Run.begin(self, chosen, space, example_inputs, exchange)
         self.policy, self.optimizer, self.ranks = self.run.policy, self.optimizers[0], self.run.ranks
         plan = self.run.plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -162,11 +163,14 @@ class Prover:
                     assert module.running_var is not None
                     module.running_var.copy_(draw[1] + 0.5)
 
-    def draw(self, fraction: float | str, groups: list[int] | None = None, *, whole: bool = False) -> Tensor:
+    def draw(
+        self, fraction: float | str, groups: list[int] | None = None, *, turn: int = 0, whole: bool = False
+    ) -> Tensor:
         """A keep vector that drops about `fraction` of the removable units of each group (all groups if None).
 
-        "ends" drops the first and the last one (the first only where that would leave none). With `whole` all layers
-        stay: units inside a layer that is left out would not be tried.
+        "ends" drops the first and the last one (the first only where that would leave none). Groups of one size lose
+        different numbers of units, for one attribute may count them all; over some turns (0, 1, ...) any two of them
+        differ. With `whole` all layers stay: units inside a layer that is left out would not be tried.
         """
         space = self.space
         keep = space.everything()
@@ -174,21 +178,27 @@ class Prover:
         layers = torch.tensor(
             [s.unit for s in space.blocks if int(space.group_of[s.unit]) in groups], dtype=torch.int64
         )
+        ranks = Counter[int]()
 
-        def chosen(count: int) -> Tensor:
+        def chosen(count: int, most: int, rank: int = 0) -> Tensor:
             """Which of so many."""
             if isinstance(fraction, str):
-                return torch.tensor([0, -1])
-            return torch.randperm(count, generator=self.generator)[: max(1, round(fraction * count))]
+                return torch.tensor([0, -1])[:most]
+            ways, fewest = (most, 1) if most > 1 else (2, 0)  # of two units, none or one
+            step = rank // ways**turn % ways  # 0, 1, -1, 2, -2, ... units more
+            more = (step + 1) // 2 * (1 if step % 2 else -1)
+            number = fewest + (min(max(1, round(fraction * count)), most) - fewest + more) % ways
+            return torch.randperm(count, generator=self.generator)[:number]
 
         for group in groups:
             units = torch.nonzero((space.group_of == group) & space.removable).flatten()
-            size = int((space.group_of == group).sum())
-            keep[units[chosen(units.numel())[: min(units.numel(), size - 1)]]] = False
+            most = min(units.numel(), int((space.group_of == group).sum()) - 1)
+            keep[units[chosen(units.numel(), most, ranks[most])]] = False
+            ranks[most] += 1
         keep[layers] = True
         layers = layers[space.removable[layers]]
         if layers.numel() and not whole:
-            keep[layers[chosen(layers.numel())]] = False
+            keep[layers[chosen(layers.numel(), layers.numel())]] = False
         return keep
 
     def error(self, keep: Tensor) -> tuple[float, str]:

@@ -7,10 +7,11 @@ groups and frozen with the reason; nothing unproven is ever removed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -77,26 +78,33 @@ class Report:
         )
 
 
-def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) -> Space:
+def prove(
+    model: nn.Module, space: Space, example_inputs: Any, seed: int = 0
+) -> tuple[Space, list[tuple[Place, Place]]]:
     """Try the space on a randomised copy; freeze every group that is not exact, with the reason.
 
     Where a size kept in an attribute may be the reason, the attribute is made to follow, if that proves exact.
+
+    Returns:
+        The space, and the axes to couple before all is tried again: of frozen groups that one attribute may count.
     """
     space = _without_lone_units(space)
     free = _free_groups(space)
     if not free:
-        return replace(space, proven=True)
+        return replace(space, proven=True), []
     prover = Prover(model, space, example_inputs, seed)
     if space.blocks:
         space = prover.space = prover.bank.space = gated(space, prover.frame, prover._outputs, TOLERANCE)
         free = _free_groups(space)
-    draws = [(fraction, whole) for whole in ((False, True) if space.blocks else (False,)) for fraction in FRACTIONS]
+    ways = (False, True) if space.blocks else (False,)
+    draws = [(turn, fraction, whole) for whole in ways for turn, fraction in enumerate[float | str](FRACTIONS)]
     found: list[Guess] | None = None
+    ties: list[tuple[Place, Place]] = []
     hopeless: set[frozenset[tuple[type[nn.Module], str]]] = set()
     while free:
         failed: dict[int, str] = {}
-        for fraction, whole in draws:
-            draw = prover.draw(fraction, free, whole=whole)
+        for turn, fraction, whole in draws:
+            draw = prover.draw(fraction, free, turn=turn, whole=whole)
             if prover.error(draw)[0] <= TOLERANCE:
                 continue
             if found is None:
@@ -113,19 +121,34 @@ def prove(model: nn.Module, space: Space, example_inputs: Any, seed: int = 0) ->
                     hopeless.add(kind)
             break
         else:
-            return replace(prover.space, proven=True)
+            return replace(prover.space, proven=True), ties
         space = prover.space
+        ties += _ties(space, found or [], failed)
         for group, reason in failed.items():
             units = torch.nonzero(space.group_of == group).flatten()
             space = frozen_for(space, units, "proof", space.group_names[group], reason)
         free = _free_groups(space)
         prover.space = prover.bank.space = space
-    return replace(prover.space, proven=True)
+    return replace(prover.space, proven=True), ties
 
 
 def _only(space: Space, groups: list[int], draw: Tensor) -> Tensor:
     """A keep vector that drops what `draw` does, in these groups only."""
     return draw | ~torch.isin(space.group_of, torch.tensor(groups))
+
+
+def _ties(space: Space, found: list[Guess], failed: Iterable[int]) -> Iterator[tuple[Place, Place]]:
+    """Pairs of axes that lie alike in groups that failed, where one attribute may count both groups."""
+    alike: dict[tuple[str, str, bytes], dict[int, Place]] = {}
+    for guess in found:
+        for group in guess.groups.intersection(failed):
+            units = torch.nonzero(space.group_of == group).flatten()
+            for place, vector in space.unit_of.items():
+                if bool(torch.isin(vector, units).all()):
+                    order = torch.searchsorted(units, vector).numpy().tobytes()
+                    alike.setdefault((guess.attribute.module, guess.attribute.name, order), {}).setdefault(group, place)
+    for places in alike.values():
+        yield from pairwise(places.values())
 
 
 def _without_lone_units(space: Space) -> Space:
@@ -190,28 +213,48 @@ def trace(
             False: labels are followed on a copy on the meta device, and nothing is tried; what attributes count stays.
 
     Returns:
-        The space, in which every removable unit came out exact (relative error at most 1e-9 in float64).
+        The space, in which every removable unit came out exact (relative error at most 1e-9 in float64). Groups that
+        one attribute counts are cut alike.
 
     Raises:
         TraceError: the model cannot be run or traced; the message says what works.
     """
-    if not proof and not is_meta(model):
+    if is_meta(model) or not proof:
         check_model(model, example_inputs)
-        model = twin(model, meta=True)
+        frame = model if is_meta(model) else twin(model, meta=True)
+        blocks = find(frame, example_inputs, depth)
+        space = replay(frame, example_inputs, protect=protect, couple=couple, carried=carried, blocks=blocks)
+        space = with_layers(space, blocks)
+        return space if proof else _undecided_frozen(frame, space, example_inputs)
+    return proven(model, example_inputs, protect=protect, couple=couple, carried=carried, depth=depth)
+
+
+def proven(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    protect: Sequence[str | Place],
+    couple: Couples,
+    depth: bool | Sequence[Named],
+    carried: Carries | None,
+) -> Space:
+    """What `trace` returns, proven even for a model on the meta device: on a copy that is not."""
     blocks = find(model, example_inputs, depth)
     failed: dict[tuple[str, str], int] = {}
+    ties: list[tuple[Place, Place]] = []
     best: tuple[int, Space] | None = None
-    run = partial(replay, model, example_inputs, protect=protect, couple=couple, carried=carried, blocks=blocks)
+    run = partial(replay, model, example_inputs, protect=protect, carried=carried, blocks=blocks)
     while True:
-        space = with_layers(run(failed=failed), blocks)
-        if is_meta(model):
-            return space if proof else _undecided_frozen(model, space, example_inputs)
-        proven = prove(model, space, example_inputs)
-        costs = CostModel(proven)
+        space = with_layers(run(failed=failed, couple=(*couple, *ties)), blocks)
+        found, tied = prove(model, space, example_inputs)
+        if any(pair not in ties for pair in tied):
+            ties += tied  # what one attribute counts is cut alike
+            continue
+        costs = CostModel(found)
         least = int(costs.both(costs.space.least)[0])
         if best is None or least <= best[0]:  # at equal cost, the later one, whose reasons name the place
-            best = least, proven
-        broken = _broken_parts(space, proven)
+            best = least, found
+        broken = _broken_parts(space, found)
         if not broken:
             return best[1]
         failed.update({place: failed.get(place, 0) + 1 for place in broken})  # at 2 the cut counts as fixed
@@ -248,7 +291,7 @@ def verify(
     Args:
         model: the frame.
         example_inputs: as for `trace`.
-        fraction: share of the units removed from every group, in (0, 1).
+        fraction: share of the units removed from a group, in (0, 1); groups of one size lose different numbers.
         seed: of weights and subsets.
         trials: number of random subsets.
         protect: as for `trace`.
@@ -269,7 +312,8 @@ def verify(
     prover = Prover(model, space, example_inputs, seed)
     count = trials if _free_groups(space) else 0
     ways = (False, True) if space.blocks else (False,)
-    errors = [prover.error(prover.draw(fraction, whole=whole))[0] for _ in range(count) for whole in ways]
+    draws = [prover.draw(fraction, turn=turn, whole=whole) for turn in range(count) for whole in ways]
+    errors = [prover.error(draw)[0] for draw in draws]
     costs = CostModel(space)
     full, least = int(costs.both(costs.sizes)[0]), int(costs.both(costs.space.least)[0])
     worst = max(errors, default=0.0)
