@@ -87,6 +87,38 @@ def test_a_missing_axis_is_caught_as_a_failing_network() -> None:
     assert proven.widths(proven.everything()) == {"b": 5}
 
 
+class Narrow(nn.Module):
+    """fc(8, 16) -> fc(16, 12), where a width below `width` takes another way; at 0 it squeezes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).relu())
+        return self.c(x[..., None].squeeze() if self.width == 0 else x.relu() if x.shape[1] >= self.width else x.tanh())
+
+
+@pytest.mark.parametrize(("width", "fewest"), [(0, 2), (2, 2), (3, 4), (4, 4), (7, 12)])
+def test_a_narrow_network_that_goes_another_way_is_never_reached(width: int, fewest: int) -> None:
+    """As many units stay as make it exact; all of them where many would have to."""
+    x = torch.randn(5, 8)
+    space = trace(Narrow(width), x)
+    assert space.least.tolist() == [1, fewest]
+    told = [frozen.reason.partition("the compact network")[0] for frozen in space.frozen if frozen.op == "proof"]
+    assert sorted(told) == ([f"with fewer than {n} of them " for n in (2, 4) if n <= fewest] if fewest < 12 else [""])
+    keep = space.everything()
+    keep[space.removable] = False
+    for group in range(space.n_groups):
+        units = torch.nonzero(space.group_of == group).flatten()
+        keep[units[: int(space.least[group])]] = True
+    model = Narrow(width).double()
+    expected = zeroed(model, space, keep)(x.double())
+    shrink_(model, space, keep)
+    torch.testing.assert_close(model(x.double()), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_a_size_fixed_in_the_forward_is_found_by_the_proof() -> None:
     class Fixed(nn.Module):
         """c3(3, 6) -> view [N, 6, 64] with the 6 written out -> mean -> fc(6, 5) -> fc(5, 2)"""

@@ -168,9 +168,10 @@ class Prover:
     ) -> Tensor:
         """A keep vector that drops about `fraction` of the removable units of each group (all groups if None).
 
-        "ends" drops the first and the last one (the first only where that would leave none). Groups of one size lose
-        different numbers of units, for one attribute may count them all; over some turns (0, 1, ...) any two of them
-        differ. With `whole` all layers stay: units inside a layer that is left out would not be tried.
+        "ends" drops the first and the last one (the first only where that would leave none), "most" all but the fewest
+        that a group keeps. Of a share, groups of one size lose different numbers of units, for one attribute may count
+        them all: over some turns (0, 1, ...) any two of them differ. With `whole` all layers stay: units inside a layer
+        that is left out would not be tried.
         """
         space = self.space
         keep = space.everything()
@@ -182,8 +183,10 @@ class Prover:
 
         def chosen(count: int, most: int, rank: int = 0) -> Tensor:
             """Which of so many."""
-            if isinstance(fraction, str):
+            if fraction == "ends":
                 return torch.tensor([0, -1])[:most]
+            if isinstance(fraction, str):
+                return torch.randperm(count, generator=self.generator)[:most]
             ways, fewest = (most, 1) if most > 1 else (2, 0)  # of two units, none or one
             step = rank // ways**turn % ways  # 0, 1, -1, 2, -2, ... units more
             more = (step + 1) // 2 * (1 if step % 2 else -1)

@@ -32,11 +32,12 @@ from .requests import Couples
 from .size_attributes import Guess, guesses
 from .tracer import replay
 
-FRACTIONS = (0.3, "ends", 0.7, 0.5)
-"""What the proof tries to remove from every group: random shares, and the first and the last unit ("ends").
+FRACTIONS = (0.3, "ends", 0.7, 0.5, "most")
+"""What the proof removes from every group: random shares, the first and the last unit ("ends"), all but one ("most").
 
 Operations that depend on the order of channels (a roll by a fixed number, a cut at a fixed place) can agree by
-chance on a random subset; the ends of an axis give them away. Where layers may go, every share is tried with all of
+chance on a random subset; the ends of an axis give them away. Single units are what runs begin with, and a forward
+may go another way there, by `squeeze()` or a test of its own. Where layers may go, every share is tried with all of
 them there too: with few, one might be left out in all draws, and the units inside it be tried in none.
 """
 
@@ -126,6 +127,9 @@ def prove(
         ties += _ties(space, found or [], failed)
         for group, reason in failed.items():
             units = torch.nonzero(space.group_of == group).flatten()
+            fewest = 2 * int(space.least[group])
+            if fraction == "most" and fewest < len(units):  # more of them were exact
+                units, reason = units[:fewest], f"with fewer than {fewest} of them {reason}"
             space = frozen_for(space, units, "proof", space.group_names[group], reason)
         free = _free_groups(space)
         prover.space = prover.bank.space = space
@@ -219,8 +223,8 @@ def trace(
     Raises:
         TraceError: the model cannot be run or traced; the message says what works.
     """
+    check_model(model, example_inputs)
     if is_meta(model) or not proof:
-        check_model(model, example_inputs)
         frame = model if is_meta(model) else twin(model, meta=True)
         blocks = find(frame, example_inputs, depth)
         space = replay(frame, example_inputs, protect=protect, couple=couple, carried=carried, blocks=blocks)
