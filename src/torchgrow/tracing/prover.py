@@ -185,12 +185,7 @@ class Prover:
             """Which of so many."""
             if fraction == "ends":
                 return torch.tensor([0, -1])[:most]
-            if isinstance(fraction, str):
-                return torch.randperm(count, generator=self.generator)[:most]
-            ways, fewest = (most, 1) if most > 1 else (2, 0)  # of two units, none or one
-            step = rank // ways**turn % ways  # 0, 1, -1, 2, -2, ... units more
-            more = (step + 1) // 2 * (1 if step % 2 else -1)
-            number = fewest + (min(max(1, round(fraction * count)), most) - fewest + more) % ways
+            number = most if isinstance(fraction, str) else _number(round(fraction * count), most, rank, turn)
             return torch.randperm(count, generator=self.generator)[:number]
 
         for group in groups:
@@ -284,7 +279,7 @@ class Prover:
             for one in self.passes:
                 example = self.examples[one.example]
                 if keep is not None and self.space.carried:
-                    example = self._cut_states(example, keep)
+                    example = _cut_states(self.space, example, keep)
                 values = [p.detach().clone() for p in self.frame.parameters()] if self.restless else []
                 with self._running(one, {}):
                     outputs = call(self.frame, fresh(example))
@@ -297,11 +292,20 @@ class Prover:
                     parameter.data = value
         return found
 
-    def _cut_states(self, example: Any, keep: Tensor) -> Any:
-        """An example with its carried states cut to the units in `keep`."""
-        units, whole = {state.input: state.units for state in self.space.carried}, self.space.everything()
-        cut = iter([recut(x, units.get(i, {}), whole, keep) for i, x in enumerate(tensors(example))])
-        return mapped(example, lambda x: next(cut))
+
+def _cut_states(space: Space, example: Any, keep: Tensor) -> Any:
+    """An example with its carried states cut to the units in `keep`."""
+    units, whole = {state.input: state.units for state in space.carried}, space.everything()
+    cut = iter([recut(x, units.get(i, {}), whole, keep) for i, x in enumerate(tensors(example))])
+    return mapped(example, lambda x: next(cut))
+
+
+def _number(about: int, most: int, rank: int, turn: int) -> int:
+    """About so many of 1 to `most`, and of two units none or one; over the turns another series for every rank."""
+    ways, fewest = (most, 1) if most > 1 else (2, 0)
+    step = rank // ways**turn % ways
+    more = (step + 1) // 2 * (1 if step % 2 else -1)  # 0, 1, -1, 2, -2, ...
+    return fewest + (min(max(1, about), most) - fewest + more) % ways
 
 
 def _plain(found: list[Tensor]) -> list[Tensor]:
