@@ -63,7 +63,7 @@ class Shape:
         place = torch.arange(space.n_units) - (torch.cumsum(sizes, 0) - sizes)[space.group_of[order]]
         rank = torch.empty(space.n_units, dtype=torch.float64)
         group = space.group_of[order]
-        rank[order] = (place + 0.5).double() / sizes[group] / torch.tensor(multiples, dtype=torch.float64)[group]
+        rank[order] = (place.double() + 0.5) / sizes[group] / torch.tensor(multiples, dtype=torch.float64)[group]
         for stage, units in stages(space).items():
             wanted = self.depths.get(stage, len(units))
             rank[units[:wanted]], rank[units[wanted:]] = -1.0, torch.inf

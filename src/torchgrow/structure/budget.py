@@ -80,7 +80,7 @@ def shed(space: Space, costs: CostModel, keep: Tensor, importance: Tensor, allow
     while bool(((excess := costs.both(live) - allowed) > 0).any()):
         saved = (costs.both(live) - costs.each(live, -torch.ones_like(live))).double()  # [G, 2], of one unit
         saved = torch.where(excess > 0, saved / allowed, 0.0)
-        target, gained = (excess.clamp(min=0) / allowed).double() / 10, torch.zeros(2, dtype=torch.float64)
+        target, gained = (excess.clamp(min=0).float() / allowed).double() / 10, torch.zeros(2, dtype=torch.float64)
         first = [cheapest(group, saved) for group in range(space.n_groups)]
         heap = [one for one in first if one is not None]
         heapify(heap)
