@@ -258,7 +258,7 @@ def dynamics(space: Space, network: Network, policy: Paper, updates: int, steps:
         if update == updates - 1:
             landed = float(costs.both(costs.live(keep))[bound] / view.limits[bound])
         if exactly or update >= updates - 1:
-            keep = fit(space, costs, keep, policy.score(view), limits, ones)
+            keep = fit(space, costs, keep, policy.score(view), view.limits, ones)
         policy.applied(replace(view, keep=keep))
     settled = max(SHOWN_AFTER[-1] * updates // network.epochs, 1)
     swings = [float((b - a).abs().max()) for a, b in zip(widths[settled:-2], widths[settled + 1 : -1], strict=True)]

@@ -71,3 +71,18 @@ def test_importance_is_a_running_mean_of_squares() -> None:
         policy.step(here, torch.full((here.space.n_units,), float(k), dtype=torch.float64))
         expected = 0.99 * expected + 0.01 * k**2
     assert policy.importance.tolist() == pytest.approx([expected] * here.space.n_units)
+
+
+def test_structures_are_fitted_and_cut_to_the_limits_that_a_policy_sees() -> None:
+    """`fit` and `shed` take `View.limits` as they are, whichever of the two costs is limited."""
+    space = chain([12, 12], [4, 4, 4])
+    for limits in (Limits(120, None), Limits(None, 240), Limits(120, 240)):
+        view = view_of(space, limits, updates=5)
+        score = torch.arange(space.n_units, dtype=torch.float64)
+        for start in (view.keep, kit.smallest(space, score)):
+            found = kit.fit(space, view.costs, start, score, view.limits)
+            more = [found | (torch.arange(space.n_units) == unit) for unit in torch.nonzero(~found).flatten().tolist()]
+            assert bool((view.cost(found) <= view.limits).all())
+            assert not any(bool((view.cost(one) <= view.limits).all()) for one in more)
+        cut = kit.shed(space, view.costs, view.keep, score, view.limits, kit.multiples(space, 1))
+        assert bool((view.cost(cut) <= view.limits).all())

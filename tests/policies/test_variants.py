@@ -157,7 +157,7 @@ def test_random_draws_do_not_drift() -> None:
     for update in range(1, 151):
         view = replace(view, update=update, keep=keep)
         keep, _ = policy.update(view)
-        keep = fit(space, costs, keep, policy.score(view), limits, ones)
+        keep = fit(space, costs, keep, policy.score(view), limits.tensor(), ones)
         policy.applied(replace(view, keep=keep))
         drawn.append(keep)
     often = torch.stack(drawn).double().mean(0).reshape(3, 12)

@@ -88,7 +88,7 @@ def problems(draw: st.DrawFn) -> tuple[Space, Tensor, Tensor, Limits]:
 def test_fit_is_the_literal_greedy_one(problem: tuple[Space, Tensor, Tensor, Limits]) -> None:
     space, keep, score, limits = problem
     steps = torch.ones(space.n_groups, dtype=torch.int64)
-    found = fit(space, CostModel(space), keep, score, limits, steps)
+    found = fit(space, CostModel(space), keep, score, limits.tensor(), steps)
     assert torch.equal(found, slow_fit(space, keep, score, limits))
 
 
@@ -99,7 +99,7 @@ def test_fit_guarantees_the_budget_at_any_step(problem: tuple[Space, Tensor, Ten
     space, keep, score, limits = problem
     before, costs = keep.clone(), CostModel(space)
     steps = torch.full((space.n_groups,), step)
-    found = fit(space, costs, keep, score, limits, steps)
+    found = fit(space, costs, keep, score, limits.tensor(), steps)
     assert torch.equal(keep, before)
     assert within(space, found, limits)
     for unit in torch.nonzero(~found).flatten().tolist():
@@ -109,7 +109,7 @@ def test_fit_guarantees_the_budget_at_any_step(problem: tuple[Space, Tensor, Ten
     space.check_keep(found)
     if within(space, keep, limits):
         assert bool((found | ~keep).all())
-    assert torch.equal(fit(space, costs, found, -score, limits, steps), found)
+    assert torch.equal(fit(space, costs, found, -score, limits.tensor(), steps), found)
     assert costs.both(costs.live(found)).tolist() == list(counted(space, found))
 
 
@@ -158,8 +158,8 @@ def test_memory_grows_with_the_network() -> None:
         policy, view = Default(), view_of(space, limits, updates=5)
         seed = policy.seed(view)
         policy.target(view)
-        fit(space, costs, seed, policy.score(view), limits, steps)
-        fit(space, costs, space.everything(), policy.score(view), limits, steps)
+        fit(space, costs, seed, policy.score(view), limits.tensor(), steps)
+        fit(space, costs, space.everything(), policy.score(view), limits.tensor(), steps)
         worth = torch.rand(space.n_units, dtype=torch.float64)
         shed(space, costs, space.everything(), worth, limits.tensor(), steps)
     assert largest.elements <= 20 * space.n_units
@@ -274,7 +274,7 @@ def test_a_layer_that_is_left_out_enters_with_fewer_units_where_it_fits_only_so(
     keep[layers] = False
     limits = Limits(int(share * costs.cost(space.everything()).params), None)
     multiples = torch.full((space.n_groups,), steps)
-    found = fit(space, costs, keep, torch.rand(space.n_units), limits, multiples, thin=True)
+    found = fit(space, costs, keep, torch.rand(space.n_units), limits.tensor(), multiples, thin=True)
     assert costs.cost(found).params <= limits.params  # type: ignore[operator]
     assert costs.cost(found).params > 0.93 * limits.params  # type: ignore[operator]
     for unit in torch.nonzero(~found).flatten().tolist():

@@ -158,8 +158,8 @@ def outlier(matrix: Tensor) -> float | None:
     spread = float(matrix.std())
     if not spread > 0:
         return None
-    vector = torch.ones(columns, device=matrix.device) / columns**0.5
-    vector = vector + torch.linspace(-0.5, 0.5, columns, device=matrix.device)
+    vector = torch.linspace(-0.5, 0.5, columns, dtype=matrix.dtype, device=matrix.device)
+    vector = torch.ones_like(vector) / columns**0.5 + vector
     largest = 0.0
     for _ in range(12):  # of power iteration: a lower bound of the largest, near enough here
         image = matrix.T @ (matrix @ (vector / vector.norm()))

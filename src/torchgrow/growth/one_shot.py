@@ -20,7 +20,7 @@ from ..policies.importance import IMPORTANCES, names_of
 from ..policies.kit import pools
 from ..renamed import renamed_arguments
 from ..structure.cost import Cost, CostModel
-from ..structure.limits import Budget
+from ..structure.limits import Budget, Limits
 from ..structure.space import Place, Space, live_positions
 from ..structure.store import gather, index_of, is_meta
 from ..tracing.blocks import Named
@@ -166,8 +166,7 @@ def measure_rises(
     _check_measured(model, importance)
     space = trace(model, example_inputs, protect=protect, couple=couple, depth=depth, carried=carried)
     whole, generator, weights = space.everything(), torch.Generator().manual_seed(0), dict(model.named_parameters())
-    limits = torch.full((2,), torch.iinfo(torch.int64).max)
-    view = View(space, CostModel(space), limits, 0, 2, whole, 1.0, generator, None, lambda: weights)
+    view = View(space, CostModel(space), Limits(None, None).tensor(), 0, 2, whole, 1.0, generator, None, lambda: weights)
     order = IMPORTANCES[importance](view, torch.zeros(space.n_units, dtype=torch.float64))
     loss = partial(_loss_with, model, space, evaluate, list(batches))
     before, found = loss(whole), dict[str, float]()

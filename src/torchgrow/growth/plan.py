@@ -117,7 +117,7 @@ class Plan:
                 f"tensor of {keep.numel()} numbers, one a unit; nothing was changed"
             )
         multiples = self.checked(policy, "multiples", torch.int64)
-        return fit(self.space, self.costs, keep, score.cpu(), self.limits, multiples, thin=True)
+        return fit(self.space, self.costs, keep, score.cpu(), self.limit_tensor, multiples, thin=True)
 
     def checked(self, policy: Policy, name: str, kind: torch.dtype, of: Tensor | slice = slice(None)) -> Tensor | None:
         """The gate of units, or the multiples of groups, of a policy: None, or as its documentation says."""

@@ -391,7 +391,7 @@ def _given(plan: Plan, one: Any) -> Tensor:
     if one.shape == space.removable.shape and one.dtype == torch.bool:
         one = one | ~space.removable
     keep = one_per_group(space, space.check_keep(one), torch.zeros(space.n_units))
-    return fit(space, plan.costs, keep, keep.double(), plan.limits)
+    return fit(space, plan.costs, keep, keep.double(), plan.limit_tensor)
 
 
 # --- numbers ---

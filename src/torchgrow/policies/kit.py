@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..structure.budget import aligned, fit, shed
+from ..structure.limits import UNLIMITED
 from ..structure.space import Space
 from .policy import View
 
@@ -144,7 +145,7 @@ def trapezoid(view: View, start: Tensor, peak: float, ramp: float, hold: float, 
         hold: share of the updates until it is left.
         final: the update at which the budget is reached.
     """
-    frame, limited = view.cost(view.space.everything()), view.limits < torch.iinfo(torch.int64).max
+    frame, limited = view.cost(view.space.everything()), view.limits < UNLIMITED
     top = torch.minimum((view.limits.double() * peak).clamp(max=2.0**62).long(), frame.maximum(view.limits))
     rising = math.ceil(ramp * view.updates)
     falling = max(rising, math.ceil(hold * view.updates))
@@ -200,9 +201,8 @@ def evenly(view: View) -> Tensor:
 def gap(view: View, keep: Tensor) -> float:
     """U - u_G of Eq 4, target less present sparsity; of two budgets the one nearer to being violated counts."""
     frame, now = view.cost(view.space.everything()).tolist(), view.cost(keep).tolist()
-    unlimited = torch.iinfo(torch.int64).max
     costs = zip(view.limits.tolist(), frame, now, strict=True)
-    return max(present / full - limit / full for limit, full, present in costs if limit < unlimited and full)
+    return max(present / full - limit / full for limit, full, present in costs if limit < UNLIMITED and full)
 
 
 def gumbel(view: View) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..renamed import frames_to_user
 from .kit import around, fit, none, one_per_group, pools, top_share
 from .policy import NEWBORNS, Policy, View
-from .shapes import limits_of, stages
+from .shapes import stages
 
 
 @dataclass(eq=False)
@@ -54,7 +54,7 @@ class Late(Policy):
         """The small structure; of a run with a start the grown one has it, as far as the budget holds."""
         self.rank = self._ranks(view)
         keep = top_share(view, self.rank, view.limits)
-        self.grown = fit(view.space, view.costs, keep, -self.rank, limits_of(view))
+        self.grown = fit(view.space, view.costs, keep, -self.rank, view.limits)
         if view.start is not None:
             return view.start
         small = self._small(view)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..errors import BudgetError, StructureError
-from ..structure.limits import Limits
 from ..structure.space import Space, has_units
 from .kit import fit, largest_share, none, one_per_group
 from .policy import View
@@ -63,7 +62,7 @@ class Shape:
         place = torch.arange(space.n_units) - (torch.cumsum(sizes, 0) - sizes)[space.group_of[order]]
         rank = torch.empty(space.n_units, dtype=torch.float64)
         group = space.group_of[order]
-        rank[order] = (place + 0.5).double() / sizes[group] / torch.tensor(multiples, dtype=torch.float64)[group]
+        rank[order] = (place.double() + 0.5) / sizes[group] / torch.tensor(multiples, dtype=torch.float64)[group]
         for stage, units in stages(space).items():
             wanted = self.depths.get(stage, len(units))
             rank[units[:wanted]], rank[units[wanted:]] = -1.0, torch.inf
@@ -88,7 +87,7 @@ class Shape:
                 f"shape {self.name!r} costs {view.cost(keep).tolist()} (parameters, FLOPs) with one unit in every "
                 "group, more than the budget allows; give it fewer layers (depths)"
             )
-        return fit(space, view.costs, keep, -rank, limits_of(view))
+        return fit(space, view.costs, keep, -rank, view.limits)
 
     def and_(self, other: Shape) -> Shape:
         """Both together."""
@@ -120,13 +119,6 @@ EVEN = Shape("even")
 
 def _matches(name: str, pattern: str) -> bool:
     return name == pattern or fnmatchcase(name, pattern)
-
-
-def limits_of(view: View) -> Limits:
-    """The budget of a run in numbers."""
-    unlimited = torch.iinfo(torch.int64).max
-    params, flops = (None if limit == unlimited else limit for limit in view.limits.tolist())
-    return Limits(params, flops)
 
 
 def stages(space: Space) -> dict[str, list[int]]:

@@ -80,7 +80,7 @@ def shed(space: Space, costs: CostModel, keep: Tensor, importance: Tensor, allow
     while bool(((excess := costs.both(live) - allowed) > 0).any()):
         saved = (costs.both(live) - costs.each(live, -torch.ones_like(live))).double()  # [G, 2], of one unit
         saved = torch.where(excess > 0, saved / allowed, 0.0)
-        target, gained = (excess.clamp(min=0) / allowed).double() / 10, torch.zeros(2, dtype=torch.float64)
+        target, gained = (excess.clamp(min=0).float() / allowed).double() / 10, torch.zeros(2, dtype=torch.float64)
         first = [cheapest(group, saved) for group in range(space.n_groups)]
         heap = [one for one in first if one is not None]
         heapify(heap)
@@ -102,7 +102,7 @@ def fit(
     costs: CostModel,
     keep: Tensor,
     score: Tensor,
-    limits: Limits,
+    allowed: Tensor,
     steps: Tensor | None = None,
     thin: bool = False,
 ) -> Tensor:
@@ -113,10 +113,11 @@ def fit(
     units of the groups where one costs the fewest FLOPs. One unit of every group stays, of layers none need to; units
     inside a layer that is left out cost nothing and stay as they are. With `thin` a layer may come with fewer of them.
 
-    `keep`, bool [n], is where it starts, of `score`, float [n], higher ones stay longer, `limits` are known to be
-    feasible, and `steps`, int64 [G], are the multiples at which widths are held; None: any width.
+    `keep`, bool [n], is where it starts, of `score`, float [n], higher ones stay longer, `allowed`, int64 [2], are
+    limits (as in `View.limits`) known to be feasible, and `steps`, int64 [G], multiples at which widths are held; None:
+    any width.
     """
-    filling = _Filling(space, costs, keep, torch.argsort(score, stable=True).tolist(), limits.tensor(), steps)
+    filling = _Filling(space, costs, keep, torch.argsort(score, stable=True).tolist(), allowed, steps)
     filling.drop()
     filling.fill()
     layers = {block.unit for block in space.blocks if thin and bool(space.removable[block.unit])}

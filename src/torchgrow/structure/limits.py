@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 Amount = str | int | float | None
 
+UNLIMITED = 2**63 - 1
+"""The limit of what is not limited, where limits are a tensor: the largest int64."""
+
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _NUMBER = re.compile(r"((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(%|[kmgt]?)")
 
@@ -28,11 +31,10 @@ class Limits:
     flops: int | None
 
     def tensor(self) -> Tensor:
-        """int64 [2]: parameters and FLOPs, the largest integer where there is no limit."""
+        """int64 [2]: parameters and FLOPs, `UNLIMITED` where there is no limit."""
         import torch
 
-        most = torch.iinfo(torch.int64).max
-        return torch.tensor([most if x is None else x for x in (self.params, self.flops)])
+        return torch.tensor([UNLIMITED if x is None else x for x in (self.params, self.flops)])
 
 
 @dataclass(frozen=True)

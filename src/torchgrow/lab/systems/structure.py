@@ -107,7 +107,7 @@ class Structure:
         """
         self.check(limits)
         keep = policies.kit.one_per_group(self.space, keep.clone(), score)
-        return policies.kit.fit(self.space, self.costs, keep, score, limits)
+        return policies.kit.fit(self.space, self.costs, keep, score, limits.tensor())
 
     def check(self, limits: Limits) -> None:
         """Compare the smallest structure with the limits: what cannot go, one unit a group, no layer that may go.

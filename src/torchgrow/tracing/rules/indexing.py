@@ -137,7 +137,7 @@ def _stand_in(ctx: Context, target: Tensor, axes: Sequence[int], within: range) 
     rest = [axis for axis in range(target.dim()) if axis not in axes]
     shape = [target.shape[axis] for axis in rest]
     shape[within.start : within.start] = [1] * len(within)
-    result = torch.full([1] * len(shape), 0.0 if ctx.zero(target) else 1.0)
+    result = torch.full([1] * len(shape), 0.0 if ctx.zero(target) else 1.0, dtype=torch.float64)
     for axis, own in zip(rest, [k for k in range(len(shape)) if k not in within], strict=True):
         if not ctx.constant_along(target, axis):
             result = result + torch.arange(target.shape[axis]).reshape(
