@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchgrow import load, save, shrink_, trace, verify
+from torchgrow import Budget, Grower, load, save, shrink_, trace, verify
 from torchgrow.structure.attributes import get, held
 from torchgrow.structure.space import Attribute
 from torchgrow.tracing.size_attributes import Guess, choices
@@ -140,6 +140,56 @@ def test_a_size_greater_than_that_of_an_axis_that_is_cut_is_saved(tmp_path: Path
         lambda: nn.Sequential(Ghost(), nn.Linear(15, 3)), "0.a.weight", torch.randn(ROWS), tmp_path
     )
     assert model.get_submodule("0").oup == 12
+
+
+class View(nn.Module):
+    """As `nn.Unflatten`, from an attribute of its own."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(-1, self.channels, 2, 2)
+
+
+def decoder(inner: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 24), nn.ReLU(), nn.Sequential(inner), nn.ConvTranspose2d(6, 3, 2))
+
+
+# Modules without tensors that view an axis as several, after which 6 units remain, and how.
+VIEWS: dict[str, Callable[[], nn.Module]] = {
+    "unflatten": lambda: decoder(nn.Unflatten(1, (6, 2, 2))),
+    "unflatten, a list": lambda: decoder(nn.Unflatten(1, [6, 2, 2])),  # type: ignore[arg-type]
+    "unflatten, a size": lambda: decoder(nn.Unflatten(1, torch.Size([6, 2, 2]))),
+    "a view": lambda: decoder(View(6)),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_the_size_of_an_axis_that_a_module_without_tensors_splits_off_follows(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    report = verify(VIEWS[name](), torch.randn(ROWS), fraction=0.4)
+    assert report.ok, report
+    assert list(report.groups.values()) == [6], report
+    cut_saved_and_loaded(VIEWS[name], "0.weight", torch.randn(ROWS), tmp_path)
+
+
+def test_a_decoder_grows_and_grows_on(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = decoder(nn.Unflatten(1, (6, 2, 2))), torch.randn(ROWS)
+    for most in (150, 110):
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        grower = Grower(model, optimizer, example_inputs=x, budget=Budget(params=most), updates=2)
+        for _ in range(2):
+            model(x).square().mean().backward()
+            optimizer.step()
+            grower.update()
+        save(model, tmp_path / "net")
+        again = load(tmp_path / "net", lambda: decoder(nn.Unflatten(1, (6, 2, 2))))
+        torch.testing.assert_close(again(x), model(x))
+        model = again
+    assert 1 <= model.get_submodule("2.0").unflattened_size[0] < 6
 
 
 def test_one_place_of_a_list_may_be_chance() -> None:
