@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchgrow import load, save, shrink_, trace, verify
+from torchgrow import Budget, Grower, load, save, shrink_, trace, verify
+from torchgrow.structure.attributes import get, held
 from torchgrow.structure.space import Attribute
 from torchgrow.tracing.size_attributes import Guess, choices
 
@@ -94,25 +95,101 @@ def test_a_cut_at_a_fixed_place_is_named(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["two", "a tuple", "a list", "one of a list"])
-def test_sizes_in_attributes_are_cut_saved_loaded_and_put_back(name: str, tmp_path: Path) -> None:
-    cut, wide, held, _ = CUTS[name]
+def cut_saved_and_loaded(build: Callable[[], nn.Module], rows: str, x: Tensor, folder: Path) -> nn.Module:
+    """A model of which every third unit on the rows of a weight has gone, once it is shown to load as it is."""
     torch.manual_seed(0)
-    model, x = Cut(cut, wide, **held), torch.randn(ROWS)
-    for attribute, value in held.items():
-        assert getattr(model, attribute) is value
+    model = build()
     space = trace(model, x)
     keep = space.everything()
-    keep[[unit for unit in space.unit_of["a.weight", 0].tolist() if unit % 3 == 0]] = False
+    keep[[unit for unit in space.unit_of[rows, 0].tolist() if unit % 3 == 0]] = False
     shrink_(model, space, keep)
-    assert all(type(getattr(model, attribute)) is type(value) for attribute, value in held.items())
-    assert held == CUTS[name][2], "what other modules may share was written to"
+    assert {a.name: get(model.get_submodule(a.module), a.name) for a in space.attributes} == {
+        a.name: int(keep[a.units].sum()) for a in space.attributes
+    }
     expected = model(x)
-    save(model, tmp_path / "net")
-    loaded = load(tmp_path / "net", lambda: Cut(cut, wide, **held))
+    save(model, folder / "net")
+    loaded = load(folder / "net", build)
     torch.testing.assert_close(loaded(x), expected)
-    for attribute in held:
-        assert getattr(loaded, attribute) == getattr(model, attribute)
+    for path, module in loaded.named_modules():
+        assert held(module) == held(model.get_submodule(path))
+    return model
+
+
+@pytest.mark.parametrize("name", ["two", "a tuple", "a list", "one of a list"])
+def test_sizes_in_attributes_are_cut_saved_loaded_and_put_back(name: str, tmp_path: Path) -> None:
+    cut, wide, sizes, _ = CUTS[name]
+    model = cut_saved_and_loaded(lambda: Cut(cut, wide, **sizes), "a.weight", torch.randn(ROWS), tmp_path)
+    assert all(type(getattr(model, attribute)) is type(value) for attribute, value in sizes.items())
+    assert sizes == CUTS[name][2], "what other modules may share was written to"
+
+
+class Ghost(nn.Module):
+    """a(5, 8) and what b(8, 8) makes of it, side by side, without the last: 15"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.oup = nn.Linear(5, 8), nn.Linear(8, 8), 15
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        return torch.cat([y, self.b(y).relu()], 1)[:, : self.oup]
+
+
+def test_a_size_greater_than_that_of_an_axis_that_is_cut_is_saved(tmp_path: Path) -> None:
+    model = cut_saved_and_loaded(
+        lambda: nn.Sequential(Ghost(), nn.Linear(15, 3)), "0.a.weight", torch.randn(ROWS), tmp_path
+    )
+    assert model.get_submodule("0").oup == 12
+
+
+class View(nn.Module):
+    """As `nn.Unflatten`, from an attribute of its own."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(-1, self.channels, 2, 2)
+
+
+def decoder(inner: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 24), nn.ReLU(), nn.Sequential(inner), nn.ConvTranspose2d(6, 3, 2))
+
+
+# Modules without tensors that view an axis as several, after which 6 units remain, and how.
+VIEWS: dict[str, Callable[[], nn.Module]] = {
+    "unflatten": lambda: decoder(nn.Unflatten(1, (6, 2, 2))),
+    "unflatten, a list": lambda: decoder(nn.Unflatten(1, [6, 2, 2])),  # type: ignore[arg-type]
+    "unflatten, a size": lambda: decoder(nn.Unflatten(1, torch.Size([6, 2, 2]))),
+    "a view": lambda: decoder(View(6)),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_the_size_of_an_axis_that_a_module_without_tensors_splits_off_follows(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    report = verify(VIEWS[name](), torch.randn(ROWS), fraction=0.4)
+    assert report.ok, report
+    assert list(report.groups.values()) == [6], report
+    cut_saved_and_loaded(VIEWS[name], "0.weight", torch.randn(ROWS), tmp_path)
+
+
+def test_a_decoder_grows_and_grows_on(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = decoder(nn.Unflatten(1, (6, 2, 2))), torch.randn(ROWS)
+    for most in (150, 110):
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        grower = Grower(model, optimizer, example_inputs=x, budget=Budget(params=most), updates=2)
+        for _ in range(2):
+            model(x).square().mean().backward()
+            optimizer.step()
+            grower.update()
+        save(model, tmp_path / "net")
+        again = load(tmp_path / "net", lambda: decoder(nn.Unflatten(1, (6, 2, 2))))
+        torch.testing.assert_close(again(x), model(x))
+        model = again
+    assert 1 <= model.get_submodule("2.0").unflattened_size[0] < 6
 
 
 def test_one_place_of_a_list_may_be_chance() -> None:

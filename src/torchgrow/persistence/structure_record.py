@@ -121,8 +121,8 @@ def _piece(path: str, number: int, whole: int, kept: Mapping[str, Index], shapes
             live = torch.zeros(shapes[tensor][axis] + 1, dtype=torch.int64)
             live[positions + 1] = 1
             before = live.cumsum(0)
-            starts = torch.nonzero(before[whole:] - before[: len(before) - whole] == number)
-            if whole < len(before) and starts.numel():
+            starts = torch.nonzero(before[whole:] - before[:-whole] == number)  # none, where the axis is shorter
+            if starts.numel():
                 return tensor, axis, 0, int(starts[0])
     return None
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Size, nn
 
 LEVELS = 3
 """How many modules upwards to look for an attribute that counts an axis: the module itself, its parent, and so on."""
@@ -15,16 +15,23 @@ PLACE = re.compile(r"(\w+)\[(\d+)\]")
 
 Sizes = tuple[int, ...]
 
+LISTS = (list, tuple, Size)
+"""Types of attributes whose entries are looked at."""
+
 
 def held(module: nn.Module) -> dict[str, Sizes]:
-    """Int attributes of a module of the user, by name: (8,) for an int, all entries of a list or tuple of ints."""
-    if type(module).__module__.startswith("torch.nn."):  # those are known, not guessed
-        return {}
+    """Int attributes of a module of the user, by name: (8,) for an int, all entries of a list or tuple of ints.
+
+    Modules of torch.nn are known, not guessed; only the sizes that `nn.Unflatten` is given are the user's.
+    """
     found: dict[str, Sizes] = {}
+    theirs = type(module).__module__.startswith("torch.nn.")
     for name, value in vars(module).items():
+        if theirs and not (name == "unflattened_size" and isinstance(module, nn.Unflatten)):
+            continue
         if type(value) is int:
             found[name] = (value,)
-        elif type(value) in (list, tuple) and value and all(type(entry) is int for entry in value):
+        elif type(value) in LISTS and value and all(type(entry) is int for entry in value):
             found[name] = tuple(value)
     return found
 
@@ -58,7 +65,7 @@ def get(module: nn.Module, name: str) -> int | None:
     value = vars(module).get(place[1] if place else name)
     if place:
         i = int(place[2])
-        value = value[i] if isinstance(value, (list, tuple)) and i < len(value) else None
+        value = value[i] if type(value) in LISTS and i < len(value) else None
     return value if type(value) is int else None
 
 
@@ -79,5 +86,5 @@ def replaced(module: nn.Module, numbers: Mapping[str, int]) -> dict[str, Any]:
         value = found.get(place[1], vars(module)[place[1]])
         entries = list(value)
         entries[int(place[2])] = number
-        found[place[1]] = tuple(entries) if isinstance(value, tuple) else entries
+        found[place[1]] = type(value)(entries)
     return found

@@ -194,6 +194,7 @@ class Space:
         frozen: what can never be removed, and why; what keeps most parameters first.
         carried: tensors that go from one call of the model to the next, and are cut as it is.
         parts: where the forward cuts an axis at places that attributes may hold.
+        views: axes that a view has split off: the module whose forward does, and the unit ids along the axis.
         proven: whether the units were tried on the model itself; never on the meta device, where nothing can run.
         blocks: modules that may be left out; each is a unit.
         cut_axes: for every tensor that surgery changes, the axes that carry units.
@@ -216,6 +217,7 @@ class Space:
     frozen: tuple[Frozen, ...] = ()
     carried: tuple[Carried, ...] = ()
     parts: tuple[Parts, ...] = ()
+    views: tuple[tuple[str, Tensor], ...] = ()
     proven: bool = False
     blocks: tuple[Block, ...] = ()
     cut_axes: Mapping[str, tuple[int, ...]] = field(init=False, repr=False)

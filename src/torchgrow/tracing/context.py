@@ -28,7 +28,6 @@ class TraceContext:
         self.classes = UnionFind()
         self.found = Findings(model, self.classes, tuple(name for name, _ in model.named_parameters()), tensors)
         self.notes: dict[int, Note] = {}  # by id; removed when the tensor dies
-        self.split_labelled: list[Labelled] = []
         self.ends = 0, 0, 0  # of the symbols of parameters, of buffers, of carried states; followers come after
         self.modules, self.failed = dict(model.named_modules()), failed or {}
         self.fresh: Fresh | None = None  # what the operation whose labels are looked at writes to
@@ -209,7 +208,7 @@ class TraceContext:
 
     def split_view(self, labels: Labelled) -> None:
         """Note labels whose live positions must form a box."""
-        self.split_labelled.append(labels)
+        self.found.views.append((self.module, labels))
 
     def _label(self, tensors: dict[str, Tensor]) -> None:
         """Fresh symbols for every axis of every parameter and buffer; sparse buffers stay whole."""

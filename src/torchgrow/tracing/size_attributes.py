@@ -94,14 +94,21 @@ def guesses(model: nn.Module, space: Space) -> list[Guess]:
 
 
 def _axes(space: Space) -> Iterator[Counted]:
-    """Axes that are cut alike all along."""
-    for tensor, axes in space.cut_axes.items():
-        for axis in axes:
-            vector = space.unit_of[tensor, axis]
-            if bool((vector < 0).any()):
-                continue
-            if space.group_of[vector].unique().numel() == 1 and bool(space.removable[vector].any()):
-                yield Counted(tuple(above(tensor.rpartition(".")[0])), vector, cut=False)
+    """Axes that are cut alike all along: of tensors, and those with a unit at each position that views split off.
+
+    The module of such a view may have no tensors, as `nn.Unflatten` has none.
+    """
+    own = [
+        (tensor.rpartition(".")[0], space.unit_of[tensor, axis])
+        for tensor, axes in space.cut_axes.items()
+        for axis in axes
+    ]
+    split = [(path, vector) for path, vector in space.views if vector.unique().numel() == vector.numel()]
+    for path, vector in own + split:
+        if bool((vector < 0).any()):
+            continue
+        if space.group_of[vector].unique().numel() == 1 and bool(space.removable[vector].any()):
+            yield Counted(tuple(above(path)), vector, cut=False)
 
 
 def _cut_off(model: nn.Module, space: Space) -> Iterator[Counted]:

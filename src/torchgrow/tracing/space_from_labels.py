@@ -51,6 +51,7 @@ class Findings:
         counted: int attributes that rules have seen counting symbols, by (module, name).
         carried: for tensors that the model is given again: which input, which output, and the symbols per axis.
         parts: cuts at places that attributes may hold, with symbols in place of units.
+        views: labels that vary along several axes, and the module that ran when they came to do so.
     """
 
     model: nn.Module
@@ -65,6 +66,7 @@ class Findings:
     counted: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     carried: list[tuple[int, int, dict[int, Tensor]]] = field(default_factory=list)
     parts: list[Parts] = field(default_factory=list)
+    views: list[tuple[str, Labelled]] = field(default_factory=list)
 
     def space(self, batch: int) -> Space:
         """The space, before the proof; `batch` is the number of samples in the example inputs."""
@@ -113,6 +115,11 @@ class Findings:
                 for i, o, symbols in sorted(self.carried, key=lambda state: state[0])
             ),
             parts=tuple(replace(cut, pieces=tuple(units(piece) for piece in cut.pieces)) for cut in self.parts),
+            views=tuple(
+                (module, units(labels.symbols.movedim(axis, 0).flatten(1)[:, 0]))
+                for module, labels in self.views
+                for axis in labels.axes
+            ),
         )
         return self._without_unread(space, units)
 

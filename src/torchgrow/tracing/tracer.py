@@ -113,7 +113,7 @@ class Tracer:
         self._join()
         if not counting:
             self._freeze_unused()
-        for labels in self.context.split_labelled:
+        for _, labels in self.context.found.views:
             self._make_box(labels)
         self.context.notes.clear()
 
