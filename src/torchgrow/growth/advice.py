@@ -24,27 +24,16 @@ SMALLEST_SIDE, LARGEST_MATRIX, MATRICES = 8, 2**22, 12
 
 @dataclass(frozen=True)
 class Course:
-    """How the cost goes over a run, in parameters or FLOPs of one sample.
+    """How the cost goes over a run, in parameters or FLOPs of one sample."""
 
-    Attributes:
-        unit: "parameters" or "FLOPs".
-        frame: the whole model.
-        seed: what the run starts from.
-        peak: the most that is planned on the way; None where nothing is planned (the paper's controller).
-        end: the budget.
-        full_size: the update at which the network has reached its peak; None likewise.
-        settled: the update from which on the structure is final.
-        updates: in the run.
-    """
-
-    unit: str
-    frame: int
-    seed: int
-    peak: int | None
-    end: int
-    full_size: int | None
-    settled: int
-    updates: int
+    unit: str  # "parameters" or "FLOPs"
+    frame: int  # the whole model
+    seed: int  # what the run starts from
+    peak: int | None  # the most that is planned on the way; None where nothing is planned (the paper's controller)
+    end: int  # the budget
+    full_size: int | None  # the update at which the network has reached its peak; None likewise
+    settled: int  # the update from which on the structure is final
+    updates: int  # in the run
 
     def __str__(self) -> str:
         share = [f"{100 * cost / max(1, self.frame):.3g} %" for cost in (self.seed, self.peak or 0, self.end)]

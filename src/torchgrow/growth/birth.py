@@ -102,12 +102,8 @@ def birth_scales(
     rescaled are weights to which no rule with a fan fits, or to which one fixed variance fits as well, as in
     transformers. If any tensor has values that its rule cannot draw, the model was trained and nothing is rescaled.
 
-    Args:
-        model: the frame, untrained.
-        space: of it.
-        planned: bool [n], a structure of the widths that the run is to end with.
-        seed: of all values of a frame on the meta device.
-        held: names of the parameters that will be trained; others are not rescaled. None: all.
+    `planned` (bool [n]) is a structure of the widths that the run is to end with, and `held` are the names of the
+    parameters that will be trained: others are not rescaled. `seed`: of all values of a frame on the meta device.
     """
     kinds: dict[str, list[_Tensor]] = {}
     full = Births(model, seed).full if is_meta(model) else model.get_parameter

@@ -160,14 +160,9 @@ class Folding:
 
     Slots that are copies of gated weights are folded along with them: between steps, too, an optimizer may mix both.
 
-    Args:
-        layouts: of the user's optimizers; their own loop is not changed.
-        on_step: called with m dL/dm (float64 [n]) when the indicators shall move.
-        gate: returns the present gates, float64 [n]; None where there are none.
-
-    Attributes:
-        fold: all gated parameters of the present structure.
-        moved: whether the indicators were moved since `begin`.
+    `layouts` are of the user's optimizers. `on_step` is called with m dL/dm (float64 [n]) when the indicators shall
+    move, and `gate` returns the present gates (float64 [n]), or None. `fold` are all gated parameters of the present
+    structure; `moved` tells whether the indicators were moved since `begin`.
     """
 
     def __init__(

@@ -30,14 +30,9 @@ from .watch import Watch
 class LiveNetwork:
     """A model that grows, the storage for inactive units, its gates, and the copies that follow it.
 
-    Args:
-        model: the frame, at full size; `change` cuts it.
-        plan: of the run.
-        layouts: of the optimizers that train it.
-        policy: its gates are folded in, and it is called after steps; the run changes this object in place.
-        on_step: called after optimizer steps with m dL/dm, float64 [n].
-        device: of the real tensors of a frame on the meta device.
-        exchange: its `undo` will bring the model back.
+    `model` is the frame, at full size; `change` cuts it, and `undo` of `exchange` will bring it back. `layouts` are of
+    the optimizers that train it. The gates of `policy` are folded in; the run changes this object in place. `on_step`
+    is called after optimizer steps with m dL/dm, float64 [n]. `device`: of the real tensors of a frame on meta.
 
     Attributes:
         bank: storage for everything at full size.
@@ -161,18 +156,11 @@ class LiveNetwork:
     ) -> bool:
         """Have `exchange` make `keep` the live structure of the model and its followers; nothing is written before.
 
-        Args:
-            exchange: makes it.
-            keep: bool [n].
-            gate: that the weights shall be folded with, float64 [n], or None.
-            first: whether it is the first change of the run, so that everything is written.
-            last: the hooks come off and the banks are emptied.
-            silent: bool [n], units that enter without an effect, as the weights by which they are read are 0.
-            as_is: whether live units keep their function although they get gates: raw weights are divided by the gates.
-            shifts: what biases take over from units that leave; see `compensation.shifts_of`.
-
-        Returns:
-            Whether a tensor will have another shape.
+        Weights will be folded with `gate` (float64 [n]). At the `first` change everything is written; at the `last` the
+        hooks come off and the banks are emptied. `silent` units (bool [n]) enter without an effect: the weights by
+        which they are read are 0. `as_is`: live units keep their function although they get gates, as raw weights are
+        divided by them. Biases take over `shifts` from units that leave (`compensation.shifts_of`). Returns whether a
+        tensor will have another shape.
         """
         stays = not first and torch.equal(keep, self.keep) and self.gates.folded_with(gate)
         changes, installed = (

@@ -64,16 +64,11 @@ class Loading:
 
         During the run this is like an update to that structure: optimizer state is re-cut, units that leave are stored,
         followers change too. After the run nothing is stored any more, so optimizer state of tensors that change is
-        reset.
-
-        See `Owner.loaded`.
+        reset, with a warning. See `Owner.loaded`.
 
         Raises:
             StructureError: the model is a follower, the run could not have reached this structure, or its policy has
                 gates.
-
-        Warns:
-            UserWarning: the run is over, and the structure is another than the one it ended with.
         """
         run, exchange = self.run, Exchange()
         live, state, space = run.live, run.state, run.plan.space

@@ -166,7 +166,9 @@ def measure_rises(
     _check_measured(model, importance)
     space = trace(model, example_inputs, protect=protect, couple=couple, depth=depth, carried=carried)
     whole, generator, weights = space.everything(), torch.Generator().manual_seed(0), dict(model.named_parameters())
-    view = View(space, CostModel(space), Limits(None, None).tensor(), 0, 2, whole, 1.0, generator, None, lambda: weights)
+    view = View(
+        space, CostModel(space), Limits(None, None).tensor(), 0, 2, whole, 1.0, generator, None, lambda: weights
+    )
     order = IMPORTANCES[importance](view, torch.zeros(space.n_units, dtype=torch.float64))
     loss = partial(_loss_with, model, space, evaluate, list(batches))
     before, found = loss(whole), dict[str, float]()

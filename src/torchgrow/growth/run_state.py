@@ -19,27 +19,16 @@ from .event import Event, read_event
 
 @dataclass
 class RunState:
-    """What changes in a run, beside network, policy and optimizers.
+    """What changes in a run, beside network, policy and optimizers."""
 
-    Attributes:
-        generator: of all draws.
-        before: bool [n], the structure before the last change.
-        ever: bool [n], units that were present at some time.
-        initial_lr: highest learning rate at the start of the run or since.
-        history: an event for the seed and one for every update.
-        finished: whether the structure is final.
-        early: whether `finish()` ended the run, before `update()` could.
-        released: whether `release()` did, so that another run continues from its state; not saved.
-    """
-
-    generator: torch.Generator
-    before: Tensor
-    ever: Tensor
-    initial_lr: float
-    history: list[Event]
-    finished: bool = False
-    early: bool = False
-    released: bool = False
+    generator: torch.Generator  # of all draws
+    before: Tensor  # bool [n], the structure before the last change
+    ever: Tensor  # bool [n], units that were present at some time
+    initial_lr: float  # highest learning rate at the start of the run or since
+    history: list[Event]  # an event for the seed and one for every update
+    finished: bool = False  # whether the structure is final
+    early: bool = False  # whether `finish()` ended the run, before `update()` could
+    released: bool = False  # whether `release()` did, so that another run continues from its state; not saved
 
     def state_dict(self) -> dict[str, Any]:
         """All of it as plain data, copied."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import BudgetError, StructureError
 from ..structure.space import Space, has_units
-from .kit import fit, largest_share, none, one_per_group
+from .kit import fit, top_share
 from .policy import View
 
 LEVELS = (2 / 3, 1 / 3, 0.0)
@@ -76,12 +76,7 @@ class Shape:
             StructureError: as for `ranks`.
         """
         space, rank = view.space, self.ranks(view.space)
-        must = one_per_group(space, none(space), -rank)
-
-        def keep_at(factor: float) -> Tensor:
-            return (rank < factor) | must
-
-        keep = keep_at(largest_share(view, rank, keep_at, view.limits))
+        keep = top_share(view, rank, view.limits)
         if bool((view.cost(keep) > view.limits).any()):
             raise BudgetError(
                 f"shape {self.name!r} costs {view.cost(keep).tolist()} (parameters, FLOPs) with one unit in every "

@@ -18,27 +18,16 @@ from .rules.registry import RULES, Rule
 
 @dataclass(slots=True)
 class Note:
-    """What the tracer knows of a tensor.
+    """What the tracer knows of a tensor."""
 
-    Attributes:
-        tensor: the tensor it is about.
-        labelled: its labels; None if no rule has set them.
-        from_input: whether it was computed from the inputs.
-        filled: whether it was made with one value everywhere.
-        deferred: labels that are frozen as soon as it is used.
-        shadow: on the meta device, its real values, if no weight influences them.
-        name: of a parameter or buffer.
-        used: whether a rule has asked for its labels.
-    """
-
-    tensor: ref[Tensor]
-    labelled: tuple[Labelled, ...] | None = None
-    from_input: bool = False
-    filled: bool = False
-    deferred: tuple[tuple[Labelled, Frozen], ...] = ()
-    shadow: Tensor | None = None
-    name: str = ""
-    used: bool = False
+    tensor: ref[Tensor]  # the tensor it is about
+    labelled: tuple[Labelled, ...] | None = None  # its labels; None if no rule has set them
+    from_input: bool = False  # whether it was computed from the inputs
+    filled: bool = False  # whether it was made with one value everywhere
+    deferred: tuple[tuple[Labelled, Frozen], ...] = ()  # labels that are frozen as soon as it is used
+    shadow: Tensor | None = None  # on the meta device, its real values, if no weight influences them
+    name: str = ""  # of a parameter or buffer
+    used: bool = False  # whether a rule has asked for its labels
 
 
 BY_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}

@@ -41,17 +41,11 @@ SUBSETS = 6
 
 @dataclass(frozen=True)
 class Counted:
-    """Positions that attributes of some modules may count: an axis, or a piece of one that the forward cuts off.
+    """Positions that attributes of some modules may count: an axis, or a piece of one that the forward cuts off."""
 
-    Attributes:
-        near: qualified names of the modules.
-        units: int64 unit ids, -1 for positions that always live.
-        cut: whether it is a piece cut off: an attribute of that size is most likely its size.
-    """
-
-    near: tuple[str, ...]
-    units: Tensor
-    cut: bool
+    near: tuple[str, ...]  # qualified names of the modules
+    units: Tensor  # int64 unit ids, -1 for positions that always live
+    cut: bool  # whether it is a piece cut off: an attribute of that size is most likely its size
 
 
 def guesses(model: nn.Module, space: Space) -> list[Guess]:

@@ -36,36 +36,25 @@ class Freezing:
 
 @dataclass
 class Findings:
-    """The findings of a replay.
+    """The findings of a replay."""
 
-    Attributes:
-        model: the frame.
-        classes: which symbols are equal, and which can never go.
-        parameters: names of its parameters.
-        tensors: its parameters and buffers.
-        symbols: the symbols of every axis of two or more positions.
-        reads: contractions.
-        summed: axes of tensors that contractions sum over; what is summed over along two is also what produces.
-        freezings: what was frozen, in order.
-        flop_terms: constant, counted symbols, module.
-        counted: int attributes that rules have seen counting symbols, by (module, name).
-        carried: for tensors that the model is given again: which input, which output, and the symbols per axis.
-        parts: cuts at places that attributes may hold, with symbols in place of units.
-        views: labels that vary along several axes, and the module that ran when they came to do so.
-    """
-
-    model: nn.Module
-    classes: UnionFind
-    parameters: tuple[str, ...]
-    tensors: dict[str, Tensor]
-    symbols: dict[Place, Tensor] = field(default_factory=dict)
-    reads: list[Read] = field(default_factory=list)
+    model: nn.Module  # the frame
+    classes: UnionFind  # which symbols are equal, and which can never go
+    parameters: tuple[str, ...]  # names of its parameters
+    tensors: dict[str, Tensor]  # its parameters and buffers
+    symbols: dict[Place, Tensor] = field(default_factory=dict)  # the symbols of every axis of two or more positions
+    reads: list[Read] = field(default_factory=list)  # contractions
+    # axes of tensors that contractions sum over; what is summed over along two is also what produces
     summed: set[Place] = field(default_factory=set)
-    freezings: list[Freezing] = field(default_factory=list)
-    flop_terms: list[tuple[int, list[Tensor], str]] = field(default_factory=list)
+    freezings: list[Freezing] = field(default_factory=list)  # what was frozen, in order
+    flop_terms: list[tuple[int, list[Tensor], str]] = field(default_factory=list)  # constant, counted symbols, module
+    # int attributes that rules have seen counting symbols, by (module, name)
     counted: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    # for tensors that the model is given again: which input, which output, and the symbols per axis
     carried: list[tuple[int, int, dict[int, Tensor]]] = field(default_factory=list)
+    # cuts at places that attributes may hold, with symbols in place of units
     parts: list[Parts] = field(default_factory=list)
+    # labels that vary along several axes, and the module that ran when they came to do so
     views: list[tuple[str, Labelled]] = field(default_factory=list)
 
     def space(self, batch: int) -> Space:

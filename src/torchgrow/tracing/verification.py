@@ -84,10 +84,8 @@ def prove(
 ) -> tuple[Space, list[tuple[Place, Place]]]:
     """Try the space on a randomised copy; freeze every group that is not exact, with the reason.
 
-    Where a size kept in an attribute may be the reason, the attribute is made to follow, if that proves exact.
-
-    Returns:
-        The space, and the axes to couple before all is tried again: of frozen groups that one attribute may count.
+    Where a size kept in an attribute may be the reason, the attribute is made to follow, if that proves exact. Returned
+    are also the axes to couple before all is tried again: of frozen groups that one attribute may count.
     """
     space = _without_lone_units(space)
     free = _free_groups(space)
@@ -234,20 +232,14 @@ def trace(
 
 
 def proven(
-    model: nn.Module,
-    example_inputs: Any,
-    *,
-    protect: Sequence[str | Place],
-    couple: Couples,
-    depth: bool | Sequence[Named],
-    carried: Carries | None,
+    model: nn.Module, example_inputs: Any, *, couple: Couples, depth: bool | Sequence[Named], **asked: Any
 ) -> Space:
     """What `trace` returns, proven even for a model on the meta device: on a copy that is not."""
     blocks = find(model, example_inputs, depth)
     failed: dict[tuple[str, str], int] = {}
     ties: list[tuple[Place, Place]] = []
     best: tuple[int, Space] | None = None
-    run = partial(replay, model, example_inputs, protect=protect, carried=carried, blocks=blocks)
+    run = partial(replay, model, example_inputs, blocks=blocks, **asked)
     while True:
         space = with_layers(run(failed=failed, couple=(*couple, *ties)), blocks)
         found, tied = prove(model, space, example_inputs)
