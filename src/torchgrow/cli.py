@@ -187,7 +187,9 @@ def shrink(
     budget: Annotated[list[str] | None, typer.Option(help=_SMALL_HELP)] = None,
     data: Annotated[Path | None, typer.Option(help=_IMAGES_HELP)] = None,
     download: Download = False,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training images, or text. Default: 10.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the training data; 1 is a rough cut. Default: 10.")
+    ] = None,
     lr: Annotated[
         float | None, typer.Option(help="Learning rate. Default: a tenth of the recipe's; 0.01 without one.")
     ] = None,

@@ -25,7 +25,10 @@ DATA_HELP = "Folder with the data. Default: data/cifar10, data/images or data/vo
 RESUME_HELP = "Continue this run folder where it was stopped; takes --data and --device, nothing else."
 
 Subset = Annotated[int | None, typer.Option(help="Train on this many images, or words, only.")]
-Epochs = Annotated[int | None, typer.Option(help="Passes over the training images, or text.")]
+Epochs = Annotated[
+    int | None,
+    typer.Option(help="Passes over the training images, or text; 2 or more with --preset random or milestones."),
+]
 Scale = Annotated[
     str | None, typer.Option(help="small (fits two CPU cores), full (as published) or smoke (seconds, no data).")
 ]

@@ -153,7 +153,7 @@ def test_threads(ran: Any) -> None:
         (["--budget", "half"], "error: cannot read the budget 'half'"),
         (["--budget", "0%"], "error:"),
         (["--budget", "101%"], "error:"),
-        (["--epochs", "0"], "error: recipe 'digits': epochs must be at least 2"),
+        (["--epochs", "0"], "error: recipe 'digits': epochs must be at least 1"),
         (
             ["--preset", "fast"],
             "error: recipe 'digits': preset 'fast' is unknown; use one of ['default', 'global',",

@@ -57,6 +57,18 @@ def test_config_survives_json(name: str) -> None:
     assert config["budget"] == str(get(name).budget)
 
 
+def test_one_epoch_is_enough_where_the_structure_changes_twice_in_it() -> None:
+    one = replace(get("digits"), epochs=1)
+    assert replace(one, preset="paper").updates_an_epoch() == 160
+    replace(one, preset="random", updates_per_epoch=2)
+    text = "recipe 'digits': epochs must be at least 2 with '.*', whose structure changes once in an epoch, got 1"
+    for edits in ({"preset": "random"}, {"updates_per_epoch": 1}):
+        with pytest.raises(TorchgrowError, match=text):
+            replace(one, **edits)
+    with pytest.raises(TorchgrowError, match="schedule must be another one where there is one epoch, since milestones"):
+        replace(one, schedule="milestones", warmup=0.0)
+
+
 def test_config_holds_what_a_variant_changed() -> None:
     recipe = replace(get("digits"), build=partial(get("digits").build, depth=8))
     assert recipe.as_json()["model_arguments"]["depth"] == 8
@@ -75,7 +87,7 @@ def test_config_holds_what_a_variant_changed() -> None:
         ("decay", 0.0, "a share of the run, above 0"),
         ("decay", 1.1, "a share of the run, above 0 and at most 1 - warmup"),
         ("clip", 0.0, "above 0"),
-        ("epochs", 1, "at least 2"),
+        ("epochs", 0, "at least 1"),
         ("batch_size", 1, "at least 2"),
         ("lr", 0.0, "above 0"),
         ("lr", float("inf"), "above 0, and finite"),

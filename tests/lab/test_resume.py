@@ -254,7 +254,7 @@ def test_variants_of_the_network_survive() -> None:
         ("model", "Evil", r"the network of recipe 'digits' is ResNet, not Evil"),
         ("budget", "params", r"not the record of a recipe"),
         ("epochs", "3", r"not the record of a recipe: TypeError"),
-        ("epochs", 1, r"epochs must be at least 2"),
+        ("epochs", 0, r"epochs must be at least 1"),
         ("model_arguments", [1], r"not the record of a recipe"),
     ],
 )

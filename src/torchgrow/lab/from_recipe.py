@@ -57,6 +57,7 @@ def with_data(
         recipe = recipe.with_words(len(data.vocabulary))
         return _tried_on_words(recipe, data), data
     _check_batch(recipe, data)
+    check_updates(recipe, extent(nn.Module(), data, recipe)[0])
     if recipe.dataset in ("imagefolder", "shapes", "shape-masks") and not recipe.weights:
         most = max(int(images.labels.max()) for images in (data.train, data.test))  # a subset may lack a class
         recipe = recipe.with_classes(1 + most)
@@ -86,7 +87,7 @@ def _tried_on_words(recipe: Recipe, data: TextData) -> Recipe:
     with explained(what, fix), random_kept(), torch.no_grad():
         model: Any = make_network(recipe.build, 1.0, torch.device("cpu"), meta=recipe.meta)
         check_order(recipe, type(model))
-        extent(model, data, recipe)
+        check_updates(recipe, extent(model, data, recipe)[0])
         if recipe.name in RECIPES or recipe.meta or recipe.weights:
             return recipe
         scores, _ = scores_of(model.eval(), x, model.start(len(x)) if hasattr(model, "carried") else None)
@@ -113,6 +114,23 @@ def check_order(recipe: Recipe, kind: Any) -> None:
         raise TorchgrowError(
             f"recipe {recipe.name!r}: largest_batch={recipe.largest_batch} puts batches together, and "
             f"{kind.__name__} carries a state from one to the next; leave largest_batch (--largest-batch) out"
+        )
+
+
+def check_updates(recipe: Recipe, steps: int) -> None:
+    """Refuse a training in which the structure could not change before the last evaluation.
+
+    Args:
+        recipe: how often it changes.
+        steps: of an epoch.
+
+    Raises:
+        TorchgrowError: there is a single update, at the very end.
+    """
+    if updates_in(recipe, steps) < 2:
+        raise TorchgrowError(
+            f"recipe {recipe.name!r}: one epoch has {steps} step{'s' * (steps > 1)} here, too few for two updates of "
+            "the structure; take --epochs 2, more data (--subset) or a smaller batch"
         )
 
 
@@ -290,7 +308,7 @@ def make_grower(
         optimizer,
         example_inputs=inputs,
         budget=recipe.budget,
-        updates=recipe.epochs * (len(updates_within(recipe, extent(model, data, recipe)[0])) + 1),
+        updates=updates_in(recipe, extent(model, data, recipe)[0]),
         start="frame" if recipe.weights else "seed",
         policy=policies.named(recipe.preset, layers=bool(recipe.depth), rises=rises),
         seed=recipe.seed,
@@ -304,3 +322,8 @@ def updates_within(recipe: Recipe, steps: int) -> set[int]:
     """After which of an epoch's steps the grower updates, the last one left out; fewer if there are fewer steps."""
     often = recipe.updates_an_epoch()
     return {steps * part // often for part in range(1, often)} - {0}
+
+
+def updates_in(recipe: Recipe, steps: int) -> int:
+    """How often the grower updates in a run whose epochs have so many steps."""
+    return recipe.epochs * (len(updates_within(recipe, steps)) + 1)

@@ -155,10 +155,12 @@ def _of_run(folder: Path) -> list[Row]:
             for name in ("config", "frame", "results", "environment")
         )
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        seen = _samples(records, frame, taught=config.get("distil", 0) > 0)
+        told = config["run"].get("samples")
+        single = told and records[-1]["epoch"] == 1  # no epoch before it to count from
+        seen = told[0] if single else _samples(records, frame, taught=config.get("distil", 0) > 0)
         same = {key: value for key, value in decisive(config).items() if key not in ("run", "text", "search")}
         same |= {
-            "samples": config["run"].get("samples", [seen]),
+            "samples": told or [seen],
             "validate": bool(config.get("search", {}).get("validate")),
         }
         length = 3 * frame["flops"] * seen * (config["epochs"] + config["then"])

@@ -39,7 +39,8 @@ class Recipe:
         budget: what the grown network may cost.
         depth: whether layers grow too, as for `torchgrow.Grower`.
         meta: whether the grown network's frame is built on the meta device, where what never grows costs nothing.
-        epochs: passes over the training images, or text.
+        epochs: passes over the training images, or text; one is enough where the grower updates twice in it, but for a
+            schedule of milestones, which lie between epochs.
         then: more of them once the structure is final, with the schedule anew (fine-tuning; the train phase after
             the grow phase, where an architecture is searched). Networks that do not grow train on just so.
         updates_per_epoch: how often the grower updates in each, the last time at its end; at most once a step.
@@ -136,7 +137,7 @@ class Recipe:
                 raise TorchgrowError(f"recipe {self.name!r}: {field} must be {rule}, got {getattr(self, field)!r}")
 
         need("dataset", self.dataset in DATASETS, f"one of {', '.join(DATASETS)}")
-        need("epochs", self.epochs >= 2, "at least 2 (passes over the training images or text)")
+        need("epochs", self.epochs >= 1, "at least 1 (passes over the training images or text)")
         need("then", self.then >= 0, "at least 0 (more passes after growth)")
         need("side", self.side >= 8, "at least 8 (pixels)")
         need("updates_per_epoch", self.updates_per_epoch is None or self.updates_per_epoch >= 1, "at least 1")
@@ -146,6 +147,8 @@ class Recipe:
         need("steps", self.steps >= 1, "at least 1 (words)")
         need("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         need("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+        whole = self.epochs >= 2 or self.schedule != "milestones" or not self.lr_milestones
+        need("schedule", whole, "another one where there is one epoch, since milestones lie between whole epochs")
         need("warmup", 0 <= self.warmup < 1, "a share of the run, at least 0 and below 1")
         need("warmup", self.warmup == 0 or self.schedule != "milestones", "0 with milestones, which do not warm up")
         need("decay", 0 < self.decay <= 1 - self.warmup, "a share of the run, above 0 and at most 1 - warmup")
@@ -170,6 +173,8 @@ class Recipe:
             policy = self.policy()
         except TorchgrowError as error:
             raise TorchgrowError(f"recipe {self.name!r}: {error}") from None
+        often = self.epochs * self.updates_an_epoch() >= 2
+        need("epochs", often, f"at least 2 with {self.preset!r}, whose structure changes once in an epoch")
         measured = isinstance(policy, policies.Shrink) and policy.rises is not None
         trained = f"without allocation=measured where nothing is trained (torchgrow shrink {self.name} --from WEIGHTS)"
         need("preset", not measured or bool(self.weights), trained)

@@ -17,7 +17,7 @@ from torchgrow import Space
 from torchgrow.lab.from_recipe import make_network
 from torchgrow.lab.hooks import Hooks
 from torchgrow.lab.systems.structure import Structure
-from torchgrow.lab.systems.system import Phase, Task, UnfitError, as_dense, scaled, tuned
+from torchgrow.lab.systems.system import Phase, Task, UnfitError, scaled, tuned
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class ISS:
         model = make_network(recipe.build_grown or recipe.build, 1.0, task.data.device)
         whole = Structure(model, task)
         groups = Groups(model, whole.space, self.strength / recipe.steps, self.threshold)
-        training = tuned(recipe, as_dense(recipe).epochs, 1.0, (1 / 3, 2 / 3))
+        training = tuned(recipe, scaled(1, 1, recipe), 1.0, (1 / 3, 2 / 3))
         yield Phase(name="group penalty", model=model, recipe=training, hooks=groups)
         squares = groups.squares().detach().cpu().double()
         keep = whole.at_most((squares > 0) | ~groups.recurrent, squares, task.limits())
