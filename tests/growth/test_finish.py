@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torchgrow import Budget, Grower, TorchgrowError
 from torchgrow.lab.models import ResNet
-from torchgrow.policies import Late, Policy, View
+from torchgrow.policies import Late, Policy, Shrink, View
 
 
 class Words(nn.Module):
@@ -202,3 +202,33 @@ def test_gates_of_units_that_enter_in_the_end_do_not_hold_them_back() -> None:
     entered = ~old[rows[grower.keep[rows]]]
     assert int(entered.sum()) > 3
     assert float(model.get_parameter("0.weight").detach().abs().amax((1, 2, 3))[entered].min()) > 1e-3
+
+
+class Counting(Shrink):
+    """Draws in `score`, and counts how often it was asked."""
+
+    def seed(self, view: View) -> Tensor:
+        self.asked = 0
+        return super().seed(view)
+
+    def score(self, view: View) -> Tensor:
+        self.asked += 1
+        return super().score(view)
+
+
+def test_a_finish_that_is_refused_has_drawn_and_changed_nothing() -> None:
+    """Neither the run's generator nor the policy; the run goes on as if it had not been tried."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    policy = Counting(importance="random")
+    budget, inputs = Budget(params="40%"), torch.randn(4, 8)
+    grower = Grower(model, optimizer, example_inputs=inputs, budget=budget, updates=3, policy=policy, start="frame")
+    before = grower.run.state.generator.get_state(), grower.policy.state_dict()
+    with pytest.raises(TorchgrowError, match="batch"):
+        grower.finish([])
+    assert torch.equal(grower.run.state.generator.get_state(), before[0])
+    assert grower.policy.state_dict().keys() == before[1].keys()
+    assert grower.policy.asked == 0  # type: ignore[attr-defined]
+    grower.finish()
+    assert grower.policy.asked == 1  # type: ignore[attr-defined]

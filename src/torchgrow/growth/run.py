@@ -207,10 +207,7 @@ class Run:
         self.policy.step(self.view(len(self.state.history) - 1), sensitivity)
 
     def _update(self, number: int, batches: Iterable[Any] | None) -> Event:
-        start = time.perf_counter()
-        generator = torch.Generator()
-        generator.set_state(self.state.generator.get_state())
-        policy, view = self.policy.copied(), replace(self.view(number), generator=generator)
+        start, (policy, view) = time.perf_counter(), self._asked(number)
         wanted = policy.update(view)
         if not isinstance(wanted, tuple) or len(wanted) != 2:
             raise TorchgrowError(
@@ -223,12 +220,18 @@ class Run:
         policy.applied(replace(view, keep=keep))
         born = self.plan.space.present(keep) & ~self.state.ever
         silent = born if policy.newborns == "silent" else None
-        return self._change_to(keep, policy, generator, start, batches, silent=silent)
+        return self._change_to(keep, policy, view.generator, start, batches, silent=silent)
 
     def _finish(self, batches: Iterable[Any] | None, early: bool = False) -> Event:
-        start, old, generator = time.perf_counter(), self.live.keep, self.state.generator
-        keep = self.plan.fitted(old, self.policy, self.view(len(self.state.history) - 1))
-        return self._change_to(keep, self.policy, generator, start, batches, silent=keep & ~old, last=True, early=early)
+        start, old, (policy, view) = time.perf_counter(), self.live.keep, self._asked(len(self.state.history) - 1)
+        keep = self.plan.fitted(old, policy, view)
+        silent = keep & ~old
+        return self._change_to(keep, policy, view.generator, start, batches, silent=silent, last=True, early=early)
+
+    def _asked(self, number: int) -> tuple[Policy, View]:
+        """The policy, and the run at an update, as copies: if the change is refused, what they drew has not been."""
+        generator = torch.Generator().set_state(self.state.generator.get_state())
+        return self.policy.copied(), replace(self.view(number), generator=generator)
 
     def _change_to(
         self,
