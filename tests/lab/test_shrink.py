@@ -219,9 +219,6 @@ def test_one_epoch_is_a_rough_cut(base: Any, tmp_path: Path) -> None:
     records, results, _, _ = end(tmp_path / "out")
     assert len(records) == 1
     assert results["before"]["flops"] // 2 >= results["shrunk"]["flops"] == records[0]["flops"]
-    assert "epoch 1/1" in plain(done.output)
-    done = CliRunner().invoke(app, ["report", str(tmp_path / "out"), "--out", str(tmp_path / "page.html")])
-    assert done.exit_code == 0, done.output
     done = shrunk(base, tmp_path / "other", "--epochs", 1, "--batch-size", 256)
     text = "error: recipe 'mine': one epoch has 1 step here, too few for two updates of the structure; take --epochs 2"
     assert text in plain(done.output)
@@ -258,11 +255,9 @@ def killed(work: Callable[[], object], owner: Any, name: str, call: int) -> int:
 @pytest.mark.parametrize("more", [(), ("--epochs", 1)], ids=["two epochs", "one epoch"])
 def test_a_killed_run_goes_on_bit_for_bit(base: Any, tmp_path: Path, more: tuple[Any, ...]) -> None:
     """In the first epoch, half shrunk, then at its end: the teacher is of the weights, not of what is left."""
-    assert shrunk(base, tmp_path / "whole", "--distil", *more).exit_code == 0
-    assert (
-        killed(partial(shrunk, base, tmp_path / "out", "--distil", *more), train, "distillation_loss", 7)
-        == signal.SIGKILL
-    )
+    more = ("--distil", *more)
+    assert shrunk(base, tmp_path / "whole", *more).exit_code == 0
+    assert killed(partial(shrunk, base, tmp_path / "out", *more), train, "distillation_loss", 7) == signal.SIGKILL
     again = partial(invoke, "--resume", tmp_path / "out")
     assert killed(again, RunFolder, "append", 1) == signal.SIGKILL
     done = again()
