@@ -17,6 +17,9 @@ from .labels import FIXED, Array, Labelled, UnionFind
 UNREAD = "is computed, but nothing reads it in any run; add an example that does: example_inputs=[..., ...]"
 """Reason for freezing units that nothing reads."""
 
+ZEROS = "reads nothing but zeros in any run; add an example with more steps: example_inputs=[..., ...]"
+"""Reason for freezing columns that would be cut apart from the rows that they read in longer runs."""
+
 
 @dataclass
 class Read:
@@ -51,6 +54,7 @@ class Findings:
         counted: int attributes that rules have seen counting symbols, by (module, name).
         carried: for tensors that the model is given again: which input, which output, and the symbols per axis.
         parts: cuts at places that attributes may hold, with symbols in place of units.
+        zeros: symbols of zeros that are the initial states of cells, perhaps.
         views: labels that vary along several axes, and the module that ran when they came to do so.
     """
 
@@ -67,6 +71,7 @@ class Findings:
     carried: list[tuple[int, int, dict[int, Tensor]]] = field(default_factory=list)
     parts: list[Parts] = field(default_factory=list)
     views: list[tuple[str, Labelled]] = field(default_factory=list)
+    zeros: list[Tensor] = field(default_factory=list)
 
     def space(self, batch: int) -> Space:
         """The space, before the proof; `batch` is the number of samples in the example inputs."""
@@ -124,7 +129,15 @@ class Findings:
         return self._without_unread(space, units)
 
     def _without_unread(self, space: Space, units: Callable[[Tensor], Tensor]) -> Space:
-        """Freeze units that nothing reads: nothing can be proven about their readers."""
+        """Freeze units that nothing reads, or that read nothing but zeros: of others nothing would be proven."""
+        fed = space.everything()
+        for found in map(units, self.zeros):
+            fed[found[found >= 0]] = False
+        for place, found in space.unit_of.items():
+            if place not in self.summed:
+                fed[found[found >= 0]] = True
+        if not bool(fed.all()):
+            space = frozen_for(space, torch.nonzero(~fed).flatten(), "zeros", "", ZEROS)
         unread = space.everything()
         for symbols in [read.produced.symbols for read in self.reads]:
             found = units(symbols).flatten()
