@@ -337,3 +337,21 @@ def test_only_passes_without_random_numbers_go_unwatched(between: Callable[[], n
     prover = Prover(model, replay(model, example), example, seed=1)
     assert {one for one in prover.passes if not one.training or not drawing} == prover.still
     assert {one.training for one in prover.passes} == {False, True}
+
+
+class Literal(nn.Module):
+    """A number in the forward that only a proof finds: the view fails on a narrower layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 12), nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.a(x))
+        return self.b(y.view(-1, 12))
+
+
+def test_the_proof_names_the_line_that_fails() -> None:
+    (frozen,) = [one for one in trace(Literal(), torch.randn(2, 4)).frozen if one.op == "proof"]
+    line = Literal.forward.__code__.co_firstlineno + 2
+    assert frozen.line == f"test_prover.py:{line}", frozen

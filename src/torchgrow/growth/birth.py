@@ -51,24 +51,16 @@ def _of_shape(shape: Shape) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A parameter whose initial values are random: the fans that its variance could come from, by name.
+    """A parameter whose initial values are random: the fans that its variance could come from, by name."""
 
-    Attributes:
-        kind: parameters of one kind are taken to follow one rule.
-        fans: in the frame, and in the network planned.
-        mean: its size, in standard errors.
-        top: the largest of its values, less what rounding may add.
-        trained: whether they are none that any rule draws: their mean is not 0, or they are far from independent.
-    """
-
-    kind: str
+    kind: str  # parameters of one kind are taken to follow one rule
     name: str
-    fans: Mapping[str, tuple[float, float]]
+    fans: Mapping[str, tuple[float, float]]  # in the frame, and in the network planned
     variance: float
     count: int
-    mean: float
-    top: float
-    trained: bool
+    mean: float  # its size, in standard errors
+    top: float  # the largest of its values, less what rounding may add
+    trained: bool  # whether they are none that any rule draws: their mean is not 0, or they are far from independent
 
     @property
     def miss(self) -> float:

@@ -25,33 +25,19 @@ from .start import SEED
 
 @dataclass(frozen=True)
 class Plan:
-    """The constants of a run.
+    """The constants of a run."""
 
-    Attributes:
-        space: the units of the frame, n of them.
-        costs: of all its networks.
-        frame_cost: of the frame.
-        budget: as it was given.
-        limits: the same in numbers.
-        updates: how many there will be.
-        seed: of all draws.
-        start: bool [n], the structure it begins with; None: the policy chooses.
-        begins: the same, as stored in a state.
-        rescale: whether fresh weights begin at the scale of the widths that are planned.
-        scales: what that multiplies them by, by name.
-    """
-
-    space: Space
-    costs: CostModel
-    frame_cost: Cost
-    budget: Budget
-    limits: Limits
-    updates: int
-    seed: int
-    start: Tensor | None = None
-    begins: str = SEED
-    rescale: bool = True
-    scales: Mapping[str, float] = field(default_factory=dict)
+    space: Space  # the units of the frame, n of them
+    costs: CostModel  # of all its networks
+    frame_cost: Cost  # of the frame
+    budget: Budget  # as it was given
+    limits: Limits  # the same in numbers
+    updates: int  # how many there will be
+    seed: int  # of all draws
+    start: Tensor | None = None  # bool [n], the structure it begins with; None: the policy chooses
+    begins: str = SEED  # the same, as stored in a state
+    rescale: bool = True  # whether fresh weights begin at the scale of the widths that are planned
+    scales: Mapping[str, float] = field(default_factory=dict)  # what that multiplies them by, by name
 
     @classmethod
     def of(cls, model: nn.Module, space: Space, budget: Budget, updates: int, seed: int) -> Plan:

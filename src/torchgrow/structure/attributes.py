@@ -62,7 +62,7 @@ def around(modules: Mapping[str, nn.Module], path: str) -> Iterator[str]:
 def get(module: nn.Module, name: str) -> int | None:
     """The value of an attribute, or of a place in one; None if there is no such int."""
     place = PLACE.fullmatch(name)
-    value = vars(module).get(place[1] if place else name)
+    value: Any = vars(module).get(place[1] if place else name)
     if place:
         i = int(place[2])
         value = value[i] if type(value) in LISTS and i < len(value) else None

@@ -26,19 +26,12 @@ MOMENTS = CORRECTED | {"exp_avg", "max_exp_avg_sq"}
 
 @dataclass(frozen=True)
 class LiveSlot:
-    """An optimizer slot with an element for each of its parameter's.
+    """An optimizer slot with an element for each of its parameter's."""
 
-    Attributes:
-        state: of the parameter, where it stands.
-        key: under which.
-        kind: as its trial showed.
-        tensor: it, of the parameter's shape; shares memory with what stands there.
-    """
-
-    state: dict[str, Any]
-    key: str
-    kind: Slot
-    tensor: Tensor
+    state: dict[str, Any]  # of the parameter, where it stands
+    key: str  # under which
+    kind: Slot  # as its trial showed
+    tensor: Tensor  # it, of the parameter's shape; shares memory with what stands there
 
 
 class Layout:

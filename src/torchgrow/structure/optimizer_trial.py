@@ -39,34 +39,23 @@ Signature = tuple[int, int, torch.dtype]
 
 @dataclass(frozen=True)
 class Slot:
-    """One entry of an optimizer's state of a parameter.
+    """One entry of an optimizer's state of a parameter."""
 
-    Attributes:
-        kind: "number" is one for the whole parameter (a step count); the others have an element for each of its own.
-            A "copy" follows the weights, a "direction" changes its sign with the gradients, a "magnitude" does not;
-            of an "unknown" the trial showed nothing.
-        sample: what the trial left: the number itself, or an empty tensor of the slot's dtype.
-        flat: whether the elements are kept as a vector.
-        late: whether it was not there after the first step.
-    """
-
+    # "number" is one for the whole parameter (a step count); the others have an element for each of its own. A
+    # "copy" follows the weights, a "direction" changes its sign with the gradients, a "magnitude" does not; of
+    # an "unknown" the trial showed nothing
     kind: Kind
-    sample: Any
-    flat: bool = False
-    late: bool = False
+    sample: Any  # what the trial left: the number itself, or an empty tensor of the slot's dtype
+    flat: bool = False  # whether the elements are kept as a vector
+    late: bool = False  # whether it was not there after the first step
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial showed.
+    """What a trial showed."""
 
-    Attributes:
-        slots: by signature and name.
-        settings: of every group as the steps left them, by its number.
-    """
-
-    slots: dict[Signature, dict[str, Slot]]
-    settings: dict[int, dict[str, Any]]
+    slots: dict[Signature, dict[str, Slot]]  # by signature and name
+    settings: dict[int, dict[str, Any]]  # of every group as the steps left them, by its number
 
 
 def take_trial(optimizer: torch.optim.Optimizer) -> Trial:
@@ -118,19 +107,12 @@ def take_trial(optimizer: torch.optim.Optimizer) -> Trial:
 
 @dataclass(frozen=True)
 class _StandIn:
-    """A parameter of the trial.
+    """A parameter of the trial."""
 
-    Attributes:
-        groups: numbers of the groups that it stands for, all of like settings.
-        real: the largest parameter of its kind there.
-        shape: its own.
-        full: whether that is the real one's shape, up to `SIDE`; else it is a small one.
-    """
-
-    groups: tuple[int, ...]
-    real: Tensor
-    shape: tuple[int, ...]
-    full: bool
+    groups: tuple[int, ...]  # numbers of the groups that it stands for, all of like settings
+    real: Tensor  # the largest parameter of its kind there
+    shape: tuple[int, ...]  # its own
+    full: bool  # whether that is the real one's shape, up to `SIDE`; else it is a small one
 
     @property
     def dims(self) -> int:

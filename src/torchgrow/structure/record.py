@@ -30,21 +30,13 @@ Named = tuple[str, str]
 
 @dataclass
 class Growth:
-    """How far a run has come: one object for a whole run, which all its records hold.
+    """How far a run has come: one object for a whole run, which all its records hold."""
 
-    Attributes:
-        updates: planned calls of `update()`.
-        done: calls so far.
-        limits: what the budget limits: (what, its number now, the most it may be).
-        finished: whether the structure is final.
-        copied: whether it came with a copy or pickle of the model, which no grower holds.
-    """
-
-    updates: int
-    done: int = 0
-    limits: tuple[tuple[str, int, int], ...] = ()
-    finished: bool = False
-    copied: bool = False
+    updates: int  # planned calls of `update()`
+    done: int = 0  # calls so far
+    limits: tuple[tuple[str, int, int], ...] = ()  # what the budget limits: (what, its number now, the most it may be)
+    finished: bool = False  # whether the structure is final
+    copied: bool = False  # whether it came with a copy or pickle of the model, which no grower holds
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles get."""
@@ -60,23 +52,16 @@ class Growth:
 
 @dataclass(frozen=True)
 class Record:
-    """All cuts of a model, relative to the first frame; tied tensors appear under all their names.
+    """All cuts of a model, relative to the first frame; tied tensors appear under all their names."""
 
-    Attributes:
-        shapes: full shapes of the tensors that can be cut.
-        kept: per cut tensor and axis the live positions in the frame; of layers left out those that would live.
-        wholes: values in the frame of the int attributes that count an axis.
-        attributes: their values now.
-        blocks: modules that are left out together, if they are.
-        growth: the run that the structure is of; None for one that was cut, or loaded.
-    """
-
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # full shapes of the tensors that can be cut
+    # per cut tensor and axis the live positions in the frame; of layers left out those that would live
     kept: Mapping[str, Index] = field(default_factory=dict)
+    # values in the frame of the int attributes that count an axis
     wholes: Mapping[Named, int] = field(default_factory=dict)
-    attributes: Mapping[Named, int] = field(default_factory=dict)
-    blocks: tuple[tuple[str, ...], ...] = ()
-    growth: Growth | None = None
+    attributes: Mapping[Named, int] = field(default_factory=dict)  # their values now
+    blocks: tuple[tuple[str, ...], ...] = ()  # modules that are left out together, if they are
+    growth: Growth | None = None  # the run that the structure is of; None for one that was cut, or loaded
 
     def on(self, base: Record) -> Record:
         """This record, of a frame that `base` had cut already, relative to the frame of `base`."""

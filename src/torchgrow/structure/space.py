@@ -330,10 +330,10 @@ class Space:
         return replace(self, removable=removable, frozen=(*self.frozen, frozen))
 
 
-def frozen_for(space: Space, units: Tensor, op: str, module: str, reason: str) -> Space:
+def frozen_for(space: Space, units: Tensor, op: str, module: str, reason: str, line: str = "") -> Space:
     """The space with units (their ids) no longer removable, for a reason that is about all of their places."""
     places = tuple(place for place, vector in space.unit_of.items() if bool(torch.isin(vector, units).any()))
-    return space.freeze(units.tolist(), Frozen(op, module, "", reason, places))
+    return space.freeze(units.tolist(), Frozen(op, module, line, reason, places))
 
 
 def has_units(units: Tensor) -> bool:

@@ -150,9 +150,11 @@ class TraceContext:
         """Whether they have met only followers so far."""
         return bool((self.classes.find(labels.symbols) >= self.ends[2]).all())
 
-    def follower(self, size: int) -> Labelled:
+    def follower(self, size: int, *, zeros: bool = False) -> Labelled:
         """Fresh symbols: no tensor of the model has them."""
-        return Labelled(self.classes.new(size) << 1, compact=True)
+        symbols = self.classes.new(size)
+        self.found.zeros += [symbols] if zeros else []
+        return Labelled(symbols << 1, compact=True)
 
     def constant_along(self, tensor: Tensor, axis: int) -> bool:
         """Constant by construction (stride 0), or by value where it does not depend on inputs."""

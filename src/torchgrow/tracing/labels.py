@@ -43,18 +43,13 @@ class Lazy(Generic[T]):
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """Labels of a tensor along some of its axes.
+    """Labels of a tensor along some of its axes."""
 
-    Attributes:
-        packed: int64, symbol * 2 + zero. `zero` says: this position is zero when its sources are zero, that is,
-            where the parameters in `sources` carry its unit. Packing lets data movement replay both at once.
-        sources: the places that decide it (empty for constants).
-        compact: known to be as `compressed` leaves it.
-    """
-
+    # int64, symbol * 2 + zero. `zero` says: this position is zero when its sources are zero, that is, where the
+    # parameters in `sources` carry its unit. Packing lets data movement replay both at once
     packed: Tensor
-    sources: frozenset[Place] = frozenset()
-    compact: bool = False
+    sources: frozenset[Place] = frozenset()  # the places that decide it (empty for constants)
+    compact: bool = False  # known to be as `compressed` leaves it
     with_silence = renamed_attribute("with_silence", "with_zeros")
 
     @Lazy

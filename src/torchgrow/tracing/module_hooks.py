@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
@@ -130,6 +131,16 @@ def user_line() -> tuple[str, int] | None:
             return frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def line_of(error: BaseException) -> str:
+    """`file:line` of the innermost frame of the model itself in which an error was raised; empty, if it was in none."""
+    frames = [
+        (frame.f_code.co_filename, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if not _inner(frame.f_globals.get("__name__", ""))
+    ]
+    return f"{frames[-1][0].rpartition('/')[2]}:{frames[-1][1]}" if frames else ""
 
 
 TOOLS = (__name__.partition(".")[0], "torch", "contextlib", "functools", "einops", "opt_einsum")

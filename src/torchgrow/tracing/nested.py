@@ -46,17 +46,11 @@ HEAP_TYPE = 1 << 9
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor, a number, an array, or what cannot be opened.
+    """A tensor, a number, an array, or what cannot be opened."""
 
-    Attributes:
-        value: itself.
-        path: how to reach it, such as `output.features[2].handle`.
-        entries: position or name of the top-level entry it lies in; a named tuple's have both.
-    """
-
-    value: Any
-    path: str
-    entries: tuple[Hashable, ...] = ()
+    value: Any  # itself
+    path: str  # how to reach it, such as `output.features[2].handle`
+    entries: tuple[Hashable, ...] = ()  # position or name of the top-level entry it lies in; a named tuple's have both
 
 
 def leaves(value: Any, name: str) -> list[Leaf]:

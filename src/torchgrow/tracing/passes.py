@@ -40,17 +40,11 @@ DRAWS = (LOW, 2, 3)
 
 @dataclass(frozen=True)
 class Pass:
-    """One run of a model.
+    """One run of a model."""
 
-    Attributes:
-        example: which of the example inputs.
-        training: in training mode.
-        draw: which random numbers.
-    """
-
-    example: int = 0
-    training: bool = False
-    draw: int = HIGH
+    example: int = 0  # which of the example inputs
+    training: bool = False  # in training mode
+    draw: int = HIGH  # which random numbers
 
     def drawn_anew(self) -> list[Pass]:
         """The same run on other random numbers."""

@@ -19,6 +19,7 @@ from ..structure.space import WHOLE, Space, live_positions
 from ..structure.store import Births, is_meta
 from ..structure.surgery import recut
 from .model_call import call, examples_of, fresh
+from .module_hooks import line_of
 from .nested import mapped, put_out, tensors
 from .passes import BARE, HIGH, Chance, Pass, Steady, fingerprint, passes, running, storages, too_small, twin, unchanged
 from .size_attributes import Guess, choices
@@ -199,8 +200,8 @@ class Prover:
             keep[layers[chosen(layers.numel(), layers.numel())]] = False
         return keep
 
-    def error(self, keep: Tensor) -> tuple[float, str]:
-        """Relative error between compact network and zeroed frame, and what went wrong if the first fails.
+    def error(self, keep: Tensor) -> tuple[float, tuple[str, str]]:
+        """Relative error between compact network and zeroed frame; what went wrong if the first fails, and the line.
 
         An error that may be rounding, blown up by a deep network, is looked at again on other random weights: a
         mistake in the structure shows on all of them.
@@ -215,19 +216,20 @@ class Prover:
             worst, reason = self._error(keep)
         return worst, reason
 
-    def _error(self, keep: Tensor) -> tuple[float, str]:
+    def _error(self, keep: Tensor) -> tuple[float, tuple[str, str]]:
         try:  # first, since most cuts that are wrong fail at once, where the frame takes its time
             self.bank.recut_(keep)
             found = self._outputs(keep)
         except Exception as error:
-            return float("inf"), f"the compact network fails: {type(error).__name__}: {str(error).splitlines()[0]}"
+            text = f"the compact network fails: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            return float("inf"), (text, line_of(error))
         finally:
             self.bank.recut_(self.space.everything())
         try:
             worst = _gap(found, self._expected(keep))
         finally:
             self.bank.recut_(self.space.everything())
-        return worst, f"the compact network's outputs differ by {worst:.1e}"
+        return worst, (f"the compact network's outputs differ by {worst:.1e}", "")
 
     def _expected(self, keep: Tensor) -> list[Tensor]:
         """Outputs of the frame with the absent units zeroed; they stay zeroed."""

@@ -17,6 +17,9 @@ from .labels import FIXED, Array, Labelled, UnionFind
 UNREAD = "is computed, but nothing reads it in any run; add an example that does: example_inputs=[..., ...]"
 """Reason for freezing units that nothing reads."""
 
+ZEROS = "reads nothing but zeros in any run; add an example with more steps: example_inputs=[..., ...]"
+"""Reason for freezing columns that would be cut apart from the rows that they read in longer runs."""
+
 
 @dataclass
 class Read:
@@ -56,6 +59,7 @@ class Findings:
     parts: list[Parts] = field(default_factory=list)
     # labels that vary along several axes, and the module that ran when they came to do so
     views: list[tuple[str, Labelled]] = field(default_factory=list)
+    zeros: list[Tensor] = field(default_factory=list)  # symbols of zeros, perhaps the initial states of cells
 
     def space(self, batch: int) -> Space:
         """The space, before the proof; `batch` is the number of samples in the example inputs."""
@@ -113,7 +117,15 @@ class Findings:
         return self._without_unread(space, units)
 
     def _without_unread(self, space: Space, units: Callable[[Tensor], Tensor]) -> Space:
-        """Freeze units that nothing reads: nothing can be proven about their readers."""
+        """Freeze units that nothing reads, or that read nothing but zeros: of others nothing would be proven."""
+        fed = space.everything()
+        for found in map(units, self.zeros):
+            fed[found[found >= 0]] = False
+        for place, found in space.unit_of.items():
+            if place not in self.summed:
+                fed[found[found >= 0]] = True
+        if not bool(fed.all()):
+            space = frozen_for(space, torch.nonzero(~fed).flatten(), "zeros", "", ZEROS)
         unread = space.everything()
         for symbols in [read.produced.symbols for read in self.reads]:
             found = units(symbols).flatten()

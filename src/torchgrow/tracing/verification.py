@@ -101,7 +101,7 @@ def prove(
     ties: list[tuple[Place, Place]] = []
     hopeless: set[frozenset[tuple[type[nn.Module], str]]] = set()
     while free:
-        failed: dict[int, str] = {}
+        failed: dict[int, tuple[str, str]] = {}
         for turn, fraction, whole in draws:
             draw = prover.draw(fraction, free, turn=turn, whole=whole)
             if prover.error(draw)[0] <= TOLERANCE:
@@ -123,12 +123,12 @@ def prove(
             return replace(prover.space, proven=True), ties
         space = prover.space
         ties += _ties(space, found or [], failed)
-        for group, reason in failed.items():
+        for group, (reason, line) in failed.items():
             units = torch.nonzero(space.group_of == group).flatten()
             fewest = 2 * int(space.least[group])
             if fraction == "most" and fewest < len(units):  # more of them were exact
                 units, reason = units[:fewest], f"with fewer than {fewest} of them {reason}"
-            space = frozen_for(space, units, "proof", space.group_names[group], reason)
+            space = frozen_for(space, units, "proof", space.group_names[group], reason, line)
         free = _free_groups(space)
         prover.space = prover.bank.space = space
     return replace(prover.space, proven=True), ties
@@ -168,7 +168,7 @@ def _free_groups(space: Space) -> list[int]:
     return torch.nonzero(sizes > space.least).flatten().tolist()
 
 
-def _failing(prover: Prover, groups: list[int], draw: Tensor) -> dict[int, str]:
+def _failing(prover: Prover, groups: list[int], draw: Tensor) -> dict[int, tuple[str, str]]:
     """The groups that break exactness when cut as in `draw` (a keep vector), found by bisection."""
     error, reason = prover.error(_only(prover.space, groups, draw))
     if error <= TOLERANCE:

@@ -219,12 +219,20 @@ def constant(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
         ctx.set_labelled(out, [labels.with_zeros(zero) for labels in ctx.labelled(named["self"])])
 
 
-@rule("cat", "concat", "concatenate")
+@rule("cat", "concat", "concatenate", counted=True)
 def cat(ctx: Context, func: Any, named: dict[str, Any], out: Any) -> None:
-    """Labels are laid side by side; a part without labels is FIXED."""
+    """Labels are laid side by side; a part without labels is FIXED, but for zeros beside others.
+
+    Of these, the initial state of a recurrent cell, there may be as many as units. Only the proof can tell; on the meta
+    device there is none.
+    """
     parts = [part for part in named["tensors"] if part.dim() == out.dim()]  # torch leaves out empty vectors
     dim = named.get("dim", 0) % out.dim()
     operands = [(part, ctx.labelled(part)) for part in parts]
+    if any(labelled or ctx.depends_on_input(part) for part, labelled in operands):
+        for part, labelled in operands:
+            if part.shape[dim] > 1 and not part.is_meta and ctx.zero(part):
+                labelled.append(placed(ctx.follower(part.shape[dim], zeros=True), out.dim(), dim))
     others = [axis for axis in range(out.dim()) if axis != dim]
     harmonize(ctx, operands, others, out.dim(), "concatenates parts with different or no labels")
     along = [[labels for labels in labelled if dim in labels.axes] for _, labelled in operands]

@@ -19,17 +19,11 @@ from .registry import RANDOM, RULES, Context, rule
 
 @dataclass(frozen=True)
 class StandIn:
-    """An argument tensor whose values are not used.
+    """An argument tensor whose values are not used."""
 
-    Attributes:
-        index: which of the labelled operands it is; None for another tensor computed from the inputs.
-        rank: number of its axes.
-        dtype: its type.
-    """
-
-    index: int | None
-    rank: int
-    dtype: torch.dtype
+    index: int | None  # which of the labelled operands it is; None for another tensor computed from the inputs
+    rank: int  # number of its axes
+    dtype: torch.dtype  # its type
 
 
 def zero_if(ctx: Context, func: Any, named: dict[str, Any], carriers: Sequence[Tensor]) -> tuple[set[int], bool]:

@@ -49,8 +49,11 @@ class Context(Protocol):
     def follows(self, labels: Labelled) -> bool:
         """Whether they have met only followers so far."""
 
-    def follower(self, size: int) -> Labelled:
-        """New labels along one axis of no fixed size: as many positions as those they are tied to."""
+    def follower(self, size: int, *, zeros: bool = False) -> Labelled:
+        """New labels along one axis of no fixed size: as many positions as those they are tied to.
+
+        Those of `zeros` must meet units that something else than these produces.
+        """
 
     def constant_along(self, tensor: Tensor, axis: int) -> bool:
         """Whether an unlabelled tensor has the same values all along an axis, whatever the inputs are."""
@@ -89,7 +92,7 @@ MODULE_RULES: dict[type, Rule] = {}
 """Modules that are traced as one operation."""
 
 COUNTED: set[Rule] = set()
-"""Rules that count FLOPs, and so must run even without labels."""
+"""Rules that count FLOPs or make labels, and so must run even without any."""
 
 
 def rule(*names: str, counted: bool = False) -> Callable[[Rule], Rule]:
