@@ -409,7 +409,9 @@ def inspect_model(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     svg: Annotated[Path | None, typer.Option(help="Draw the groups into this SVG file.")] = None,
     proof: Annotated[bool, typer.Option(help="Prove exactness a second time, on other random weights.")] = True,
-    depth: Annotated[bool, typer.Option("--depth", help="Ask about layers too, which may be left out.")] = False,
+    depth: Annotated[
+        bool | None, typer.Option(help="Ask about layers too. Default: as the recipe says; else no.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Show what torchgrow can do on a model, and why it cannot do more.
@@ -426,9 +428,11 @@ def inspect_model(
         sizes = [sources.parse_shape(text) for text in shapes or ()]
         # What a file prints while it runs must not end up in the JSON.
         with errors.status("building the model") as status, redirect_stdout(sys.stderr):
-            network, inputs = moved(sources.load(model, sizes), chosen(device))
+            network, inputs, layers = sources.load_with_depth(model, sizes)
+            network, inputs = moved((network, inputs), chosen(device))
+            layers = layers if depth is None else depth
             seen = inspect.inspect(
-                network, inputs, name=model, budget=asked, proof=proof, depth=depth, tell=status.update
+                network, inputs, name=model, budget=asked, proof=proof, depth=layers, tell=status.update
             )
     if as_json:
         typer.echo(json.dumps(seen.as_json(), indent=2))

@@ -326,6 +326,21 @@ def test_recipes_and_torchvision() -> None:
     assert json.loads(done.stdout)["inputs"] == [[1, 3, 32, 32]]
 
 
+def test_a_recipe_says_whether_layers_go_and_may_stand_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import replace\nfrom torchgrow.lab.recipes import get\n"
+        "def recipe():\n    return replace(get('digits'), name='mine')\n"
+    )
+    for name in ("digits", f"{tmp_path / 'mine.py'}:recipe"):
+        found = {}
+        for option in ((), ("--depth",), ("--no-depth",)):
+            done = invoke(name, "--json", "--no-proof", *option)
+            assert done.exit_code == 0, done.output
+            found[option] = json.loads(done.stdout)["parts"]
+        assert found[()] == found["--depth",]
+        assert len(found[()]) > len(found["--no-depth",])
+
+
 def test_models_and_inputs_are_the_same_every_time() -> None:
     first, x = sources.load("digits")
     torch.manual_seed(5)

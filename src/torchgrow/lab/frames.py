@@ -159,7 +159,16 @@ def from_file(name: str) -> tuple[nn.Module, Any]:
     Raises:
         TorchgrowError: there is no such function, it fails, or it returns something else.
     """
-    made, inputs = made_in(name, "the model"), None
+    return as_model(name, called(name))
+
+
+def called(name: str) -> Any:
+    """What the function of ``path/to/file.py:function`` returns; a model that stands there ready made as it is.
+
+    Raises:
+        TorchgrowError: there is no such function, or it fails.
+    """
+    made = made_in(name, "the model")
     path, _, function = name.rpartition(":")
     if not callable(made):
         raise TorchgrowError(f"{path} has no callable {function!r}; name a function that returns the model")
@@ -167,6 +176,16 @@ def from_file(name: str) -> tuple[nn.Module, Any]:
         file = str(Path(path).resolve())
         with explained(f"{name} failed", "it is called without arguments and must return the model", file):
             made = made()
+    return made
+
+
+def as_model(name: str, made: Any) -> tuple[nn.Module, Any]:
+    """The model that a function returned, and the example inputs it came with, or None.
+
+    Raises:
+        TorchgrowError: it returned something else.
+    """
+    inputs = None
     if isinstance(made, tuple) and len(made) == 2:
         made, inputs = made
     if not isinstance(made, nn.Module):

@@ -45,27 +45,36 @@ def load(name: str, shapes: Iterable[Shape] = ()) -> tuple[nn.Module, Any]:
     Raises:
         TorchgrowError: there is no such model, it cannot be built, or no inputs are known for it.
     """
+    return load_with_depth(name, shapes)[:2]
+
+
+def load_with_depth(name: str, shapes: Iterable[Shape] = ()) -> tuple[nn.Module, Any, bool]:
+    """As `load`, and whether layers may be left out too, as a recipe says; False of what is no recipe."""
     with torch.random.fork_rng(devices=()):  # the same answer every time, and no trace of it in the caller's state
         torch.default_generator.manual_seed(0)
         return _load(name, tuple(shapes))
 
 
-def _load(name: str, shapes: tuple[Shape, ...]) -> tuple[nn.Module, Any]:
+def _load(name: str, shapes: tuple[Shape, ...]) -> tuple[nn.Module, Any, bool]:
     kind, _, rest = name.partition(":")
     if kind in _LIBRARIES and rest:
-        return _LIBRARIES[kind](rest, shapes)
+        return *_LIBRARIES[kind](rest, shapes), False
     if is_file(name):
-        return _from_file(name, shapes)
+        made = frames.called(name)
+        return _of_recipe(made, shapes) if isinstance(made, recipes.Recipe) else (*_in_file(name, made, shapes), False)
     if name in recipes.RECIPES:
-        recipe = recipes.get(name)
-        network = recipe.build()
-        if recipe.dataset in _RECIPE_IMAGES:
-            return network, _images(shapes, _RECIPE_IMAGES[recipe.dataset])
-        return network, _words(network, shapes, recipe)
+        return _of_recipe(recipes.get(name), shapes)
     full = {known: known for known in recipes.RECIPES} | {known: f"torchvision:{known}" for known in zoo.list_models()}
     near = [full[known] for known in difflib.get_close_matches(rest or name, full, 3)]
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise TorchgrowError(f"there is no model {name!r}{hint}; what works: {MODELS}")
+
+
+def _of_recipe(recipe: recipes.Recipe, shapes: tuple[Shape, ...]) -> tuple[nn.Module, Any, bool]:
+    network = recipe.build()
+    if recipe.dataset == "text":
+        return network, _words(network, shapes, recipe), recipe.depth
+    return network, _images(shapes, _RECIPE_IMAGES.get(recipe.dataset, (3, recipe.side, recipe.side))), recipe.depth
 
 
 def _images(shapes: tuple[Shape, ...], default: Shape) -> Any:
@@ -158,8 +167,8 @@ def _tokens_or_pixels(full: str, model: Any, config: Any, shapes: tuple[Shape, .
     return inputs
 
 
-def _from_file(name: str, shapes: tuple[Shape, ...]) -> tuple[nn.Module, Any]:
-    made, inputs = frames.from_file(name)
+def _in_file(name: str, made: Any, shapes: tuple[Shape, ...]) -> tuple[nn.Module, Any]:
+    made, inputs = frames.as_model(name, made)
     if shapes:
         inputs = _images(shapes, ())
         _check_reads(made, inputs, name)
