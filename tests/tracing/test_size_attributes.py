@@ -160,7 +160,7 @@ def decoder(inner: nn.Module) -> nn.Module:
 # Modules without tensors that view an axis as several, after which 6 units remain, and how.
 VIEWS: dict[str, Callable[[], nn.Module]] = {
     "unflatten": lambda: decoder(nn.Unflatten(1, (6, 2, 2))),
-    "unflatten, a list": lambda: decoder(nn.Unflatten(1, [6, 2, 2])),  # type: ignore[arg-type]
+    "unflatten, a list": lambda: decoder(nn.Unflatten(1, [6, 2, 2])),
     "unflatten, a size": lambda: decoder(nn.Unflatten(1, torch.Size([6, 2, 2]))),
     "a view": lambda: decoder(View(6)),
 }
@@ -189,7 +189,9 @@ def test_a_decoder_grows_and_grows_on(tmp_path: Path) -> None:
         again = load(tmp_path / "net", lambda: decoder(nn.Unflatten(1, (6, 2, 2))))
         torch.testing.assert_close(again(x), model(x))
         model = again
-    assert 1 <= model.get_submodule("2.0").unflattened_size[0] < 6
+    unflatten = model.get_submodule("2.0")
+    assert isinstance(unflatten, nn.Unflatten)
+    assert 1 <= unflatten.unflattened_size[0] < 6
 
 
 def test_one_place_of_a_list_may_be_chance() -> None:
