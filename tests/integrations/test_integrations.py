@@ -97,7 +97,17 @@ def lightning() -> Iterator[Any]:
         yield framework
 
 
-def fit(L: Any, *callbacks: Any, epochs: int = 6, ckpt: Path | None = None, module: Any = None, **settings: Any) -> Any:
+def fit(
+    L: Any,
+    *callbacks: Any,
+    epochs: int = 6,
+    ckpt: Path | None = None,
+    tested: Path | None = None,
+    module: Any = None,
+    **settings: Any,
+) -> Any:
+    """Train, with a checkpoint that was validated before, on another module."""
+
     class Task(L.LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
@@ -120,6 +130,8 @@ def fit(L: Any, *callbacks: Any, epochs: int = 6, ckpt: Path | None = None, modu
     trainer = L.Trainer(
         max_epochs=epochs, accelerator="cpu", callbacks=list(callbacks), enable_checkpointing=saves, **settings
     )
+    if tested is not None:
+        trainer.validate(Task(), data, ckpt_path=tested, verbose=False)
     trainer.fit(Task() if module is None else module, data, data, ckpt_path=ckpt)
     return trainer
 
@@ -197,6 +209,18 @@ def test_lightning_ends_on_the_budget_and_grows_once(lightning: Any) -> None:
     fit(lightning, grow, module=trainer.lightning_module, epochs=2)
     assert grow.grower is grower
     assert grower.cost() == cost
+
+
+def test_lightning_goes_on_from_the_checkpoint_of_fit_alone(lightning: Any, tmp_path: Path) -> None:
+    """What `validate(ckpt_path=...)` loads is no run that the next `fit` goes on with."""
+    save = lightning.callbacks.ModelCheckpoint(tmp_path, monitor="loss", save_top_k=-1, filename="{epoch}")
+    whole = fit(lightning, first := lightning_grow(), save)
+    again = fit(lightning, grow := lightning_grow(), tested=tmp_path / "epoch=3.ckpt")
+    assert [e.widths for e in grow.grower.history] == [e.widths for e in first.grower.history]
+    assert same(again.lightning_module, whole.lightning_module)
+    grower = first.grower
+    fit(lightning, first, tested=tmp_path / "epoch=3.ckpt", module=whole.lightning_module, epochs=1)
+    assert first.grower is grower
 
 
 def test_lightning_goes_on_after_an_exception(lightning: Any) -> None:

@@ -69,6 +69,7 @@ class GrowCallback(Callback):
         nets = self._nets(trainer, pl_module)
         portable_(nets[0])
         if stage == "fit":
+            self._waiting = {}  # what test(ckpt_path=...) has loaded is no run to go on with
             one_process(trainer.world_size, "this Trainer")
             self.loop.wait(*nets)
 
