@@ -83,6 +83,43 @@ def test_what_a_loop_refuses() -> None:
         BorrowedLoop(BUDGET, None, 0, {})
 
 
+def test_a_loop_of_one_epoch_plans_by_steps(caplog: pytest.LogCaptureFixture) -> None:
+    for epochs, steps, room, every in (
+        (1, 24, 12, 2),
+        (1, 4, 4, 1),
+        (1, 1, 1, None),
+        (2, 24, 2, None),
+        (None, 9, None, None),
+    ):
+        loop = BorrowedLoop(BUDGET, None, None, {})
+        caplog.clear()
+        assert loop.plan(epochs, steps) == room
+        assert loop.every_n_steps == every
+        assert ("updates come every" in caplog.text) == (every is not None)
+    other = BorrowedLoop(BUDGET, None, None, {})
+    other.go_on({"offset": 1, "every_n_steps": 2})
+    assert (other.offset, other.every_n_steps) == (1, 2)
+    for every in (24, 50):
+        with pytest.warns(
+            UserWarning, match=rf"room for {24 // every} updates .*={every}: .* Give every_n_steps=2 or less"
+        ):
+            assert BorrowedLoop(BUDGET, None, every, {}).plan(6, 24) == 24 // every
+
+
+def test_a_loop_that_ends_early_says_what_is_untrained() -> None:
+    loop, model = BorrowedLoop(BUDGET, None, None, {}), net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loop.begin(model, [optimizer], X[:2], 1000)
+    for due in (0, 1, 2):
+        nn.functional.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+        loop.update(due)
+    with pytest.warns(UserWarning, match=r"after 2 of 1000 planned updates: \d+ of \d+ units .* updates=3\) or fewer"):
+        loop.end()
+    assert loop.grower is not None
+    assert on_budget(loop.grower)
+
+
 # --- Lightning ---
 
 
@@ -92,7 +129,14 @@ def lightning() -> Iterator[Any]:
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        for text in ("treespec", "num_workers", "Be aware that when using", "Checkpoint directory", "logged in the"):
+        for text in (
+            "treespec",
+            "num_workers",
+            "Be aware that when using",
+            "Checkpoint directory",
+            "logged in the",
+            "resuming from a checkpoint that",
+        ):
             warnings.filterwarnings("ignore", message=f".*{text}")
         yield framework
 
@@ -104,6 +148,7 @@ def fit(
     ckpt: Path | None = None,
     tested: Path | None = None,
     module: Any = None,
+    samples: tuple[Tensor, Tensor] = (X, Y),
     **settings: Any,
 ) -> Any:
     """Train, with a checkpoint that was validated before, on another module."""
@@ -124,7 +169,7 @@ def fit(
             return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)]
 
     torch.manual_seed(5)
-    data = DataLoader(TensorDataset(X, Y), batch_size=16, shuffle=False)
+    data = DataLoader(TensorDataset(*samples), batch_size=16, shuffle=False)
     settings = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, **settings}
     saves = any(isinstance(one, L.callbacks.ModelCheckpoint) for one in callbacks)
     trainer = L.Trainer(
@@ -241,6 +286,19 @@ def test_lightning_by_steps(lightning: Any) -> None:
     assert on_budget(grow.grower)
 
 
+def test_lightning_of_one_epoch_goes_on_bit_for_bit(lightning: Any, tmp_path: Path) -> None:
+    """All samples are one, since Lightning keeps no place within an epoch."""
+    samples = X[:1].repeat(64, 1), Y[:1].repeat(64)
+    straight = fit(lightning, grow := lightning_grow(), epochs=1, samples=samples)
+    assert on_budget(grow.grower)
+    assert grow.grower.updates == 4
+    save = lightning.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    fit(lightning, lightning_grow(), save, epochs=1, samples=samples)
+    resumed = fit(lightning, again := lightning_grow(), ckpt=tmp_path / "step=2.ckpt", epochs=1, samples=samples)
+    assert same(straight.lightning_module, resumed.lightning_module)
+    assert len(again.grower.history) == len(grow.grower.history)
+
+
 def test_lightning_plans_as_long_as_the_trainer_goes_on(lightning: Any) -> None:
     """Of `max_epochs` and `max_steps` what comes first; where neither ends `fit`, the user says so."""
     for given, settings, planned in (
@@ -316,6 +374,12 @@ def at_step(transformers: Any, step: int) -> Any:
                 raise KilledError
 
     return Killer()
+
+
+def test_trainer_of_one_epoch_grows_while_it_trains(transformers: Any, tmp_path: Path) -> None:
+    trainer(transformers, tmp_path, grow := trainer_grow(), epochs=1).train()
+    assert grow.grower.updates == 4
+    assert on_budget(grow.grower)
 
 
 @pytest.mark.parametrize(("every", "step"), [(None, 12), (3, 10)])

@@ -29,7 +29,8 @@ class GrowCallback(Callback):
         updates: planned updates; None for as many as epochs, or spans of `every_n_steps`, until `max_epochs` or
             `max_steps`. To be given where only `max_time` ends `fit`, or the data has no length.
         net: name of the part that grows, as in `get_submodule`; "" for the whole module.
-        every_n_steps: optimizer steps between two updates; None for one update an epoch.
+        every_n_steps: optimizer steps between two updates; None for one update an epoch, or, where `fit` has one
+            epoch and `updates` is None, for ten updates or more.
         **settings: further arguments of `Grower`, such as `depth` or `policy`.
 
     Attributes:
@@ -38,6 +39,9 @@ class GrowCallback(Callback):
     Raises:
         TorchgrowError: several processes; or nothing says how many updates there will be; or a checkpoint holds a
             grown network, but no run to go on with.
+
+    Warns:
+        UserWarning: `every_n_steps` is too long for this `fit`; or it ended so early that units are untrained.
     """
 
     def __init__(
@@ -75,20 +79,20 @@ class GrowCallback(Callback):
 
     def _planned(self, trainer: Trainer) -> int | None:
         """Epochs, or spans of `every_n_steps`, until `max_epochs` or `max_steps`; None if neither says so."""
-        steps, every = trainer.estimated_stepping_batches, self.loop.every_n_steps  # infinite where not known
-        if every is not None:
-            return int(steps) // every if math.isfinite(steps) else None
+        steps = trainer.estimated_stepping_batches  # infinite or -1 where not known
+        known = int(steps) if math.isfinite(steps) and steps >= 0 else None
         trainer.fit_loop.setup_data()  # so that the number of batches is known
         batches = trainer.num_training_batches
+        epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
         if trainer.max_steps > 0 and math.isfinite(batches):
-            return math.ceil(steps / max(1, math.ceil(batches / trainer.accumulate_grad_batches)))
-        return trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
+            epochs = math.ceil(steps / max(1, math.ceil(batches / trainer.accumulate_grad_batches)))
+        return self.loop.plan(epochs, known)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Optimizers exist, but are not restored yet."""
         saved = self._waiting.get("grower", {}).get("settings", {}).get("updates")
         planned = saved if type(saved) is int else None  # a resumed run that trains longer still grows as planned
-        if planned is None and self.loop.updates is None:
+        if planned is None and self.loop.updates is None and self.loop.grower is None:
             planned = self._planned(trainer)
         net, *averages = self._nets(trainer, pl_module)
         inputs = trainer.strategy.batch_to_device(self.example_inputs)
@@ -107,7 +111,8 @@ class GrowCallback(Callback):
             for optimizer in trainer.optimizers:
                 optimizer.state.clear()  # of the saved structure; the run has it too
             self.loop.grower.load_state_dict(self._waiting["grower"])
-            self.loop.offset, self._waiting = self._waiting["offset"], {}
+            self.loop.go_on(self._waiting)
+            self._waiting = {}
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """If the checkpoint is at the last epoch nothing was trained, and its state is still to be loaded."""

@@ -35,7 +35,8 @@ class GrowCallback(TrainerCallback):
         budget: what the network may cost in the end.
         updates: planned updates; None for the number of epochs, or of spans of `every_n_steps`. To be given, or
             `every_n_steps`, where the data has no length.
-        every_n_steps: optimizer steps between two updates; None for one update an epoch.
+        every_n_steps: optimizer steps between two updates; None for one update an epoch, or, where there is one epoch
+            and `updates` is None, for ten updates or more.
         example_inputs: as for `Grower`; None for two samples of the training data, without labels.
         resume_from: the checkpoint that a run resumes from, if it does not lie in the output folder.
         **settings: further arguments of `Grower`, such as `depth` or `policy`.
@@ -46,6 +47,9 @@ class GrowCallback(TrainerCallback):
     Raises:
         TorchgrowError: several processes; or nothing says how many updates there will be; or the run of a checkpoint is
             not there, or another.
+
+    Warns:
+        UserWarning: `every_n_steps` is too long for this training; or it ended so early that units are untrained.
     """
 
     def __init__(
@@ -73,13 +77,15 @@ class GrowCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Model and optimizer exist, restored if there is a checkpoint."""
         one_process(args.world_size, "this Trainer")
-        optimizer, every = given["optimizer"], self.loop.every_n_steps
+        optimizer = given["optimizer"]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # in accelerate's wrapper, which takes no hooks
         resumed = state.global_step > 0 and self.loop.grower is None
         if resumed:
             optimizer.state.clear()  # of the saved structure; the run has it too
         epochs = math.ceil(state.num_train_epochs)
-        planned = state.max_steps // every if every else epochs if epochs < sys.maxsize else None  # data of no length
+        planned = None
+        if self.loop.updates is None and self.loop.grower is None:
+            planned = self.loop.plan(epochs if epochs < sys.maxsize else None, state.max_steps)  # data of no length
         inputs = self._example(given["train_dataloader"]) if self.example_inputs is None else self.example_inputs
         device = next(given["model"].parameters()).device
         inputs = mapped(inputs, lambda x: x.to(device))
@@ -92,7 +98,7 @@ class GrowCallback(TrainerCallback):
                     "GrowCallback: name the checkpoint, GrowCallback(..., resume_from=folder), and save without "
                     "save_only_model"
                 )
-            self.loop.offset = load_checkpoint(folder, self.loop.grower)["offset"]
+            self.loop.go_on(load_checkpoint(folder, self.loop.grower))
             self.loop.check_same(found, str(folder))
 
     @staticmethod
@@ -120,7 +126,7 @@ class GrowCallback(TrainerCallback):
         """Beside the Trainer's own checkpoint."""
         if self.loop.grower is not None and not args.save_only_model:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "torchgrow"
-            save_checkpoint(folder, self.loop.grower, extra={"offset": self.loop.offset}, keep=1)
+            save_checkpoint(folder, self.loop.grower, extra=self.loop.place(), keep=1)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Called at every end of training except by an exception; the best model is loaded."""
