@@ -382,16 +382,26 @@ def test_trainer_of_one_epoch_grows_while_it_trains(transformers: Any, tmp_path:
     assert on_budget(grow.grower)
 
 
-@pytest.mark.parametrize(("every", "step"), [(None, 12), (3, 10)])
+@pytest.mark.parametrize(("every", "step"), [(None, 12), (None, 5), (None, 7), (3, 10)])
 def test_trainer_goes_on_bit_for_bit(transformers: Any, tmp_path: Path, every: int | None, step: int) -> None:
-    straight = trainer(transformers, tmp_path / "a", grow := trainer_grow(every_n_steps=every))
+    """Also from within an epoch, and with updates at the same steps."""
+
+    class Made(transformers.TrainerCallback):  # type: ignore[misc]
+        def __init__(self, grow: Any) -> None:
+            self.grow, self.counts = grow, list[int]()
+
+        def on_step_end(self, *_: Any, **given: Any) -> None:
+            self.counts.append(len(self.grow.grower.history))
+
+    straight = trainer(transformers, tmp_path / "a", grow := trainer_grow(every_n_steps=every), whole := Made(grow))
     straight.train()
     assert on_budget(grow.grower)
     saves: dict[str, Any] = {"save_strategy": "steps", "save_steps": step}
     with pytest.raises(KilledError):
         trainer(transformers, tmp_path, trainer_grow(every_n_steps=every), at_step(transformers, step), **saves).train()
-    resumed = trainer(transformers, tmp_path, again := trainer_grow(every_n_steps=every))
+    resumed = trainer(transformers, tmp_path, again := trainer_grow(every_n_steps=every), rest := Made(again))
     resumed.train(resume_from_checkpoint=True)
+    assert rest.counts == whole.counts[step:]
     assert same(straight.model, resumed.model)
     assert len(again.grower.history) == len(grow.grower.history)
 

@@ -110,7 +110,10 @@ class GrowCallback(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """The epoch before is evaluated and saved."""
-        if self.loop.every_n_steps is None and self.loop.update(round(state.epoch or 0)):
+        behind = math.floor(
+            (state.epoch or 0) + 1e-6
+        )  # whole epochs: a resumed one may be begun; its sum of parts rounds
+        if self.loop.every_n_steps is None and self.loop.update(behind):
             self._search_anew(state)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
