@@ -136,9 +136,14 @@ def lightning() -> Iterator[Any]:
             "Checkpoint directory",
             "logged in the",
             "resuming from a checkpoint that",
+            "will run with no optimizer",
         ):
             warnings.filterwarnings("ignore", message=f".*{text}")
         yield framework
+
+
+class Plain:
+    """What a task of `fit` has of its own: nothing."""
 
 
 def fit(
@@ -148,12 +153,13 @@ def fit(
     ckpt: Path | None = None,
     tested: Path | None = None,
     module: Any = None,
+    task: type = Plain,
     samples: tuple[Tensor, Tensor] = (X, Y),
     **settings: Any,
 ) -> Any:
     """Train, with a checkpoint that was validated before, on another module."""
 
-    class Task(L.LightningModule):  # type: ignore[misc]
+    class Base(L.LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.net = portable_(net())
@@ -167,6 +173,9 @@ def fit(
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.AdamW(self.parameters(), lr=2e-3)
             return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)]
+
+    class Task(task, Base):  # type: ignore[misc]
+        pass
 
     torch.manual_seed(5)
     data = DataLoader(TensorDataset(*samples), batch_size=16, shuffle=False)
@@ -266,6 +275,58 @@ def test_lightning_goes_on_from_the_checkpoint_of_fit_alone(lightning: Any, tmp_
     grower = first.grower
     fit(lightning, first, tested=tmp_path / "epoch=3.ckpt", module=whole.lightning_module, epochs=1)
     assert first.grower is grower
+
+
+class Two:
+    """A part that grows and one that does not, with an optimizer each; the second steps in every other batch."""
+
+    automatic_optimization = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head: Any = nn.Linear(3, 3)
+
+    def training_step(self: Any, batch: list[Tensor], number: int) -> None:
+        first, second = self.optimizers()
+        first.zero_grad()
+        second.zero_grad()
+        self.manual_backward(nn.functional.cross_entropy(self.head(self.net(batch[0])), batch[1]))
+        first.step()
+        if number % 2:
+            second.step()
+
+    def configure_optimizers(self: Any) -> Any:
+        return [torch.optim.Adam(self.net.parameters(), 2e-3), torch.optim.Adam(self.head.parameters(), 2e-3)]
+
+
+class Shared(Two):
+    def configure_optimizers(self: Any) -> Any:
+        return torch.optim.Adam(self.parameters())
+
+
+class Without(Two):
+    def configure_optimizers(self: Any) -> Any:
+        return None
+
+
+def test_lightning_grows_a_part_with_an_optimizer_of_its_own(lightning: Any, tmp_path: Path) -> None:
+    straight = fit(lightning, grow := lightning_grow(), task=Two)
+    assert on_budget(grow.grower)
+    assert grow.grower.optimizers == tuple(straight.optimizers[:1])
+    save = lightning.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    with pytest.raises(KilledError):
+        fit(lightning, lightning_grow(), killer(lightning, 3), save, task=Two)
+    assert same(
+        fit(lightning, lightning_grow(), ckpt=tmp_path / "last.ckpt", task=Two).lightning_module,
+        straight.lightning_module,
+    )
+
+
+def test_lightning_names_the_optimizer_it_needs(lightning: Any) -> None:
+    shared = r"the Adam of configure_optimizers trains net='net' and other parameters too.* Give each an optimizer"
+    for task, text in ((Shared, shared), (Without, r"needs an optimizer that trains what grows, .* of net='net'")):
+        with pytest.raises(TorchgrowError, match=text):
+            fit(lightning, lightning_grow(), task=task)
 
 
 def test_lightning_goes_on_after_an_exception(lightning: Any) -> None:

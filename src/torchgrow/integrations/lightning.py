@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
+from torch.optim import Optimizer
 
 from ..errors import TorchgrowError
 from ..persistence.portable import portable_
@@ -37,8 +38,9 @@ class GrowCallback(Callback):
         grower: the Grower, once `fit` has begun.
 
     Raises:
-        TorchgrowError: several processes; or nothing says how many updates there will be; or a checkpoint holds a
-            grown network, but no run to go on with.
+        TorchgrowError: several processes; or no optimizer trains `net`, or one that does
+            trains other parts too; or nothing says how many updates there will be; or a checkpoint holds a grown
+            network, but no run to go on with.
 
     Warns:
         UserWarning: `every_n_steps` is too long for this `fit`; or it ended so early that units are untrained.
@@ -77,6 +79,27 @@ class GrowCallback(Callback):
             one_process(trainer.world_size, "this Trainer")
             self.loop.wait(*nets)
 
+    def _optimizers(self, trainer: Trainer, net: nn.Module) -> list[Optimizer]:
+        """Those that train what grows; others, as of the other half of a GAN, are not its own."""
+        own, found = {id(p) for p in net.parameters()}, list[Optimizer]()
+        for optimizer in trainer.optimizers:
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            if held & own and held - own and self.net:
+                raise TorchgrowError(
+                    f"the {type(optimizer).__name__} of configure_optimizers trains net={self.net!r} and other "
+                    "parameters too, and an update re-cuts all that an optimizer holds. Give each an optimizer, "
+                    "with self.automatic_optimization = False; or grow the whole module but the rest, "
+                    'GrowCallback(..., net="", protect=["head"]), with inputs of its forward'
+                )
+            if held & own:
+                found.append(optimizer)
+        if not found:
+            raise TorchgrowError(
+                "GrowCallback needs an optimizer that trains what grows, and configure_optimizers returns none that "
+                f"holds parameters of net={self.net!r}: return torch.optim.AdamW(self.parameters()), say"
+            )
+        return found
+
     def _planned(self, trainer: Trainer) -> int | None:
         """Epochs, or spans of `every_n_steps`, until `max_epochs` or `max_steps`; None if neither says so."""
         steps = trainer.estimated_stepping_batches  # infinite or -1 where not known
@@ -96,7 +119,7 @@ class GrowCallback(Callback):
             planned = self._planned(trainer)
         net, *averages = self._nets(trainer, pl_module)
         inputs = trainer.strategy.batch_to_device(self.example_inputs)
-        found = self.loop.begin(net, trainer.optimizers, inputs, planned, averages)
+        found = self.loop.begin(net, self._optimizers(trainer, net), inputs, planned, averages)
         if found and not self._waiting:
             raise TorchgrowError(
                 "the checkpoint holds a grown network, but no run of GrowCallback to go on with: it was saved without "
@@ -108,7 +131,7 @@ class GrowCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Optimizers and schedules are restored."""
         if self._waiting and self.loop.grower is not None:
-            for optimizer in trainer.optimizers:
+            for optimizer in self.loop.grower.optimizers:
                 optimizer.state.clear()  # of the saved structure; the run has it too
             self.loop.grower.load_state_dict(self._waiting["grower"])
             self.loop.go_on(self._waiting)
