@@ -329,6 +329,11 @@ def test_lightning_names_the_optimizer_it_needs(lightning: Any) -> None:
             fit(lightning, lightning_grow(), task=task)
 
 
+def test_lightning_refuses_an_average_that_cannot_follow(lightning: Any) -> None:
+    with pytest.raises(TorchgrowError, match=r"StochasticWeightAveraging .* use lightning\S+EMAWeightAveraging"):
+        fit(lightning, lightning_grow(), lightning.callbacks.StochasticWeightAveraging(1e-3))
+
+
 def test_lightning_goes_on_after_an_exception(lightning: Any) -> None:
     grow = lightning_grow()
     with pytest.raises(KilledError):

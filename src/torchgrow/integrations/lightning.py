@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import nn
 from torch.optim import Optimizer
 
@@ -38,7 +39,7 @@ class GrowCallback(Callback):
         grower: the Grower, once `fit` has begun.
 
     Raises:
-        TorchgrowError: several processes; or no optimizer trains `net`, or one that does
+        TorchgrowError: several processes; or StochasticWeightAveraging; or no optimizer trains `net`, or one that does
             trains other parts too; or nothing says how many updates there will be; or a checkpoint holds a grown
             network, but no run to go on with.
 
@@ -76,6 +77,11 @@ class GrowCallback(Callback):
         portable_(nets[0])
         if stage == "fit":
             self._waiting = {}  # what test(ckpt_path=...) has loaded is no run to go on with
+            if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):
+                raise TorchgrowError(
+                    "StochasticWeightAveraging keeps a copy of the whole module that an update cannot follow; use "
+                    "lightning.pytorch.callbacks.EMAWeightAveraging or WeightAveraging, whose averages follow"
+                )
             one_process(trainer.world_size, "this Trainer")
             self.loop.wait(*nets)
 
