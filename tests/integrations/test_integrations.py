@@ -322,6 +322,18 @@ def test_lightning_grows_a_part_with_an_optimizer_of_its_own(lightning: Any, tmp
     )
 
 
+def test_lightning_counts_batches_where_the_module_steps_by_itself(lightning: Any) -> None:
+    class Sizes(lightning.Callback):  # type: ignore[misc]
+        def on_train_batch_end(self, *_: Any) -> None:
+            made.append(len(grow.grower.history) - 1)
+
+    made: list[int] = []
+    fit(lightning, grow := lightning_grow(every_n_steps=4), Sizes(), task=Two)
+    assert made == [number // 4 for number in range(24)]
+    fit(lightning, grow := lightning_grow(), task=Two, epochs=-1, max_steps=36)
+    assert grow.grower.updates == 5
+
+
 def test_lightning_names_the_optimizer_it_needs(lightning: Any) -> None:
     shared = r"the Adam of configure_optimizers trains net='net' and other parameters too.* Give each an optimizer"
     for task, text in ((Shared, shared), (Without, r"needs an optimizer that trains what grows, .* of net='net'")):

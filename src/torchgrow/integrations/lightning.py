@@ -32,7 +32,7 @@ class GrowCallback(Callback):
             `max_steps`. To be given where only `max_time` ends `fit`, or the data has no length.
         net: name of the part that grows, as in `get_submodule`; "" for the whole module.
         every_n_steps: optimizer steps between two updates; None for one update an epoch, or, where `fit` has one
-            epoch and `updates` is None, for ten updates or more.
+            epoch and `updates` is None, for ten updates or more. With manual optimization a batch counts as a step.
         **settings: further arguments of `Grower`, such as `depth` or `policy`.
 
     Attributes:
@@ -109,6 +109,8 @@ class GrowCallback(Callback):
     def _planned(self, trainer: Trainer) -> int | None:
         """Epochs, or spans of `every_n_steps`, until `max_epochs` or `max_steps`; None if neither says so."""
         steps = trainer.estimated_stepping_batches  # infinite or -1 where not known
+        if trainer.max_steps > 0 and not trainer.lightning_module.automatic_optimization:
+            steps = min(steps, math.ceil(trainer.max_steps / len(trainer.optimizers)))  # which counts those of each
         known = int(steps) if math.isfinite(steps) and steps >= 0 else None
         trainer.fit_loop.setup_data()  # so that the number of batches is known
         batches = trainer.num_training_batches
@@ -157,7 +159,9 @@ class GrowCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """The batch before is validated and saved."""
         if self.loop.every_n_steps is not None:
-            self.loop.update(trainer.global_step // self.loop.every_n_steps)
+            by_itself = not pl_module.automatic_optimization  # global_step then counts the steps of every optimizer
+            steps = trainer.fit_loop.epoch_loop.total_batch_idx if by_itself else trainer.global_step
+            self.loop.update(steps // self.loop.every_n_steps)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called at every end of training except by an exception."""
