@@ -529,6 +529,19 @@ def test_trainer_ends_on_the_budget_and_grows_once(transformers: Any, tmp_path: 
     )
 
 
+def test_trainer_of_an_encoder_and_a_decoder(transformers: Any, tmp_path: Path) -> None:
+    """Whose decoder makes its inputs of the labels."""
+    made = trainer(transformers, tmp_path, grow := trainer_grow(), epochs=2)
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0, pad_token_id=0
+    )
+    made.model = made.model_wrapped = transformers.T5ForConditionalGeneration(config)
+    made.train_dataset = [{"input_ids": w, "labels": w} for w in WORDS]
+    made.train()
+    assert on_budget(grow.grower)
+
+
 def test_from_pretrained(transformers: Any, tmp_path: Path) -> None:
     from torchgrow.integrations.pretrained import from_pretrained
 

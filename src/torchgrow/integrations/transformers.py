@@ -37,7 +37,8 @@ class GrowCallback(TrainerCallback):
             `every_n_steps`, where the data has no length.
         every_n_steps: optimizer steps between two updates; None for one update an epoch, or, where there is one epoch
             and `updates` is None, for ten updates or more.
-        example_inputs: as for `Grower`; None for two samples of the training data, without labels.
+        example_inputs: as for `Grower`; None for two samples of the training data, without labels; a decoder reads
+            these as its inputs.
         resume_from: the checkpoint that a run resumes from, if it does not lie in the output folder.
         **settings: further arguments of `Grower`, such as `depth` or `policy`.
 
@@ -86,7 +87,11 @@ class GrowCallback(TrainerCallback):
         planned = None
         if self.loop.updates is None and self.loop.grower is None:
             planned = self.loop.plan(epochs if epochs < sys.maxsize else None, state.max_steps)  # data of no length
-        inputs = self._example(given["train_dataloader"]) if self.example_inputs is None else self.example_inputs
+        inputs = (
+            self._example(given["train_dataloader"], given["model"])
+            if self.example_inputs is None
+            else self.example_inputs
+        )
         device = next(given["model"].parameters()).device
         inputs = mapped(inputs, lambda x: x.to(device))
         found = self.loop.begin(given["model"], [optimizer], inputs, planned)
@@ -102,11 +107,15 @@ class GrowCallback(TrainerCallback):
             self.loop.check_same(found, str(folder))
 
     @staticmethod
-    def _example(loader: Any) -> Any:
+    def _example(loader: Any, model: Any) -> Any:
         """Two samples of the first batch, without labels; the loop's own random numbers stay as they are."""
         with torch.random.fork_rng(devices=gpus_in_use()):
             batch = next(iter(loader))
-        return {name: x[:2] for name, x in batch.items() if name not in ("labels", "label", "label_ids")}
+        found = {name: x[:2] for name, x in batch.items() if name not in ("labels", "label", "label_ids")}
+        shifted = getattr(model, "prepare_decoder_input_ids_from_labels", None)  # of T5 and other encoder-decoders
+        if shifted is not None and "labels" in batch and "decoder_input_ids" not in batch:
+            found["decoder_input_ids"] = shifted(batch["labels"][:2].to(next(model.parameters()).device))
+        return found
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """The epoch before is evaluated and saved."""
