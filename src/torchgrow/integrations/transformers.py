@@ -28,8 +28,9 @@ class GrowCallback(TrainerCallback):
     structure the search for the best model restarts, so that `load_best_model_at_end` and early stopping compare
     networks of one structure. When `train()` ends, also early, the network is brought to its budget; a `train()` after
     that trains on and grows nothing. Every checkpoint has a folder `torchgrow` with the whole run, and
-    `train(resume_from_checkpoint=True)` resumes bit for bit. `from_pretrained` of this module loads what the Trainer
-    or `save_pretrained` saved.
+    `train(resume_from_checkpoint=True)` resumes bit for bit; not with the Trainer's `model_init`, which makes a model
+    that the callback does not see before the checkpoint is loaded into it. `from_pretrained` of this module loads what
+    the Trainer or `save_pretrained` saved.
 
     Args:
         budget: what the network may cost in the end.
