@@ -1,9 +1,21 @@
-"""What tests of growing inside other frameworks' loops look at in the end."""
+"""What tests of growing inside other frameworks' loops train, and what they look at in the end."""
 
 import torch
 from torch import nn
 
-from torchgrow import Grower
+from torchgrow import Budget, Grower
+
+BUDGET = Budget(params="50%")
+X, Y = torch.randn(64, 6, generator=torch.Generator().manual_seed(1)), torch.arange(64) % 3
+
+
+class KilledError(Exception):
+    pass
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
 
 
 def same(model: nn.Module, other: nn.Module) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +14,10 @@ from ..errors import TorchgrowError
 from ..growth.grower import Grower
 from ..persistence.portable import ASIDE, KEY, portable_
 from ..structure.limits import Budget
+
+log = logging.getLogger("torchgrow")
+SPANS = 10
+"""Updates at least, where one an epoch would be too few and the steps allow for them."""
 
 
 def put_aside_(model: nn.Module) -> None:
@@ -54,6 +60,42 @@ class BorrowedLoop:
             for model in models:
                 put_aside_(model)
 
+    def plan(self, epochs: int | None, steps: int | None) -> int | None:
+        """Updates that the loop has room for; where epochs give no room, they come every few steps from now on.
+
+        The last update of a run comes when the loop ends, so that a plan of one trains nothing but the seed.
+
+        Args:
+            epochs: of the loop; None if it cannot say.
+            steps: of the optimizer, in the whole loop; None if it cannot say.
+
+        Returns:
+            Epochs, or spans of `every_n_steps`; None if the loop cannot say.
+
+        Warns:
+            UserWarning: `every_n_steps` is too long for this loop.
+        """
+        every = self.every_n_steps
+        room = epochs if every is None else None if steps is None else steps // every
+        if room is None or room > 1 or not steps:
+            return room
+        enough = max(1, steps // SPANS)
+        if every is not None:
+            warnings.warn(
+                f"this training of {steps} optimizer steps has room for {room} updates with every_n_steps={every}: the "
+                f"structure changes only when it ends, and nothing trains it. Give every_n_steps={enough} or less",
+                stacklevel=2,
+            )
+        elif steps > 1:
+            self.every_n_steps, room = enough, steps // enough
+            log.warning(
+                "this training has one epoch, so updates come every %d of its %d optimizer steps; every_n_steps= of "
+                "GrowCallback sets another distance",
+                enough,
+                steps,
+            )
+        return room
+
     def begin(
         self,
         model: nn.Module,
@@ -68,7 +110,7 @@ class BorrowedLoop:
             model: what grows.
             optimizers: of it.
             example_inputs: as for `Grower`.
-            planned: epochs, or spans of `every_n_steps`, of the loop; None if it cannot say how long it goes on.
+            planned: what `plan` returned; None also where `updates` was given or the run has begun.
             followers: averages of the model.
 
         Returns:
@@ -121,13 +163,37 @@ class BorrowedLoop:
         return not torch.equal(before, grower.keep)
 
     def end(self) -> None:
-        """Bring the network to its budget."""
-        if self.grower is not None and not self.grower.finished:
-            self.grower.finish()
+        """Bring the network to its budget.
+
+        Warns:
+            UserWarning: the loop ended so early that units came only now.
+        """
+        grower = self.grower
+        if grower is None or grower.finished:
+            return
+        made = len(grower.history) - 1
+        born = grower.finish().born
+        if born:
+            warnings.warn(
+                f"training ended after {made} of {grower.updates} planned updates: {born:,} of "
+                f"{int(grower.keep.sum()):,} units came only now and are untrained. Plan as many as it makes, "
+                f"GrowCallback(..., updates={made + 1}) or fewer, and every_n_steps= where epochs are few",
+                stacklevel=2,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The run as plain data; empty before it begins."""
-        return {} if self.grower is None else {"grower": self.grower.state_dict(), "offset": self.offset}
+        return {} if self.grower is None else {"grower": self.grower.state_dict(), **self.place()}
+
+    def place(self) -> dict[str, Any]:
+        """Where the loop stands, beside the state of the grower."""
+        return {"offset": self.offset, "every_n_steps": self.every_n_steps}
+
+    def go_on(self, place: dict[str, Any]) -> None:
+        """Take over the `place` of a saved loop; `every_n_steps` of the user's, if given, stays."""
+        self.offset = place["offset"]
+        if self.every_n_steps is None:
+            self.every_n_steps = place.get("every_n_steps")
 
     def check_same(self, found: dict[str, Any], where: str) -> None:
         """Refuse weights that are not those of the run that was loaded.

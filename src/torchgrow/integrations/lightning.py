@@ -6,7 +6,9 @@ import math
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import nn
+from torch.optim import Optimizer
 
 from ..errors import TorchgrowError
 from ..persistence.portable import portable_
@@ -29,15 +31,20 @@ class GrowCallback(Callback):
         updates: planned updates; None for as many as epochs, or spans of `every_n_steps`, until `max_epochs` or
             `max_steps`. To be given where only `max_time` ends `fit`, or the data has no length.
         net: name of the part that grows, as in `get_submodule`; "" for the whole module.
-        every_n_steps: optimizer steps between two updates; None for one update an epoch.
+        every_n_steps: optimizer steps between two updates; None for one update an epoch, or, where `fit` has one
+            epoch and `updates` is None, for ten updates or more. With manual optimization a batch counts as a step.
         **settings: further arguments of `Grower`, such as `depth` or `policy`.
 
     Attributes:
         grower: the Grower, once `fit` has begun.
 
     Raises:
-        TorchgrowError: several processes; or nothing says how many updates there will be; or a checkpoint holds a
-            grown network, but no run to go on with.
+        TorchgrowError: several processes; or StochasticWeightAveraging; or no optimizer trains `net`, or one that does
+            trains other parts too; or nothing says how many updates there will be; or a checkpoint holds a grown
+            network, but no run to go on with.
+
+    Warns:
+        UserWarning: `every_n_steps` is too long for this `fit`; or it ended so early that units are untrained.
     """
 
     def __init__(
@@ -70,29 +77,57 @@ class GrowCallback(Callback):
         portable_(nets[0])
         if stage == "fit":
             self._waiting = {}  # what test(ckpt_path=...) has loaded is no run to go on with
+            if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):
+                raise TorchgrowError(
+                    "StochasticWeightAveraging keeps a copy of the whole module that an update cannot follow; use "
+                    "lightning.pytorch.callbacks.EMAWeightAveraging or WeightAveraging, whose averages follow"
+                )
             one_process(trainer.world_size, "this Trainer")
             self.loop.wait(*nets)
 
+    def _optimizers(self, trainer: Trainer, net: nn.Module) -> list[Optimizer]:
+        """Those that train what grows; others, as of the other half of a GAN, are not its own."""
+        own, found = {id(p) for p in net.parameters()}, list[Optimizer]()
+        for optimizer in trainer.optimizers:
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            if held & own and held - own and self.net:
+                raise TorchgrowError(
+                    f"the {type(optimizer).__name__} of configure_optimizers trains net={self.net!r} and other "
+                    "parameters too, and an update re-cuts all that an optimizer holds. Give each an optimizer, "
+                    "with self.automatic_optimization = False; or grow the whole module but the rest, "
+                    'GrowCallback(..., net="", protect=["head"]), with inputs of its forward'
+                )
+            if held & own:
+                found.append(optimizer)
+        if not found:
+            raise TorchgrowError(
+                "GrowCallback needs an optimizer that trains what grows, and configure_optimizers returns none that "
+                f"holds parameters of net={self.net!r}: return torch.optim.AdamW(self.parameters()), say"
+            )
+        return found
+
     def _planned(self, trainer: Trainer) -> int | None:
         """Epochs, or spans of `every_n_steps`, until `max_epochs` or `max_steps`; None if neither says so."""
-        steps, every = trainer.estimated_stepping_batches, self.loop.every_n_steps  # infinite where not known
-        if every is not None:
-            return int(steps) // every if math.isfinite(steps) else None
+        steps = trainer.estimated_stepping_batches  # infinite or -1 where not known
+        if trainer.max_steps > 0 and not trainer.lightning_module.automatic_optimization:
+            steps = min(steps, math.ceil(trainer.max_steps / len(trainer.optimizers)))  # which counts those of each
+        known = int(steps) if math.isfinite(steps) and steps >= 0 else None
         trainer.fit_loop.setup_data()  # so that the number of batches is known
         batches = trainer.num_training_batches
+        epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
         if trainer.max_steps > 0 and math.isfinite(batches):
-            return math.ceil(steps / max(1, math.ceil(batches / trainer.accumulate_grad_batches)))
-        return trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
+            epochs = math.ceil(steps / max(1, math.ceil(batches / trainer.accumulate_grad_batches)))
+        return self.loop.plan(epochs, known)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Optimizers exist, but are not restored yet."""
         saved = self._waiting.get("grower", {}).get("settings", {}).get("updates")
         planned = saved if type(saved) is int else None  # a resumed run that trains longer still grows as planned
-        if planned is None and self.loop.updates is None:
+        if planned is None and self.loop.updates is None and self.loop.grower is None:
             planned = self._planned(trainer)
         net, *averages = self._nets(trainer, pl_module)
         inputs = trainer.strategy.batch_to_device(self.example_inputs)
-        found = self.loop.begin(net, trainer.optimizers, inputs, planned, averages)
+        found = self.loop.begin(net, self._optimizers(trainer, net), inputs, planned, averages)
         if found and not self._waiting:
             raise TorchgrowError(
                 "the checkpoint holds a grown network, but no run of GrowCallback to go on with: it was saved without "
@@ -104,10 +139,11 @@ class GrowCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Optimizers and schedules are restored."""
         if self._waiting and self.loop.grower is not None:
-            for optimizer in trainer.optimizers:
+            for optimizer in self.loop.grower.optimizers:
                 optimizer.state.clear()  # of the saved structure; the run has it too
             self.loop.grower.load_state_dict(self._waiting["grower"])
-            self.loop.offset, self._waiting = self._waiting["offset"], {}
+            self.loop.go_on(self._waiting)
+            self._waiting = {}
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """If the checkpoint is at the last epoch nothing was trained, and its state is still to be loaded."""
@@ -123,7 +159,9 @@ class GrowCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """The batch before is validated and saved."""
         if self.loop.every_n_steps is not None:
-            self.loop.update(trainer.global_step // self.loop.every_n_steps)
+            by_itself = not pl_module.automatic_optimization  # global_step then counts the steps of every optimizer
+            steps = trainer.fit_loop.epoch_loop.total_batch_idx if by_itself else trainer.global_step
+            self.loop.update(steps // self.loop.every_n_steps)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called at every end of training except by an exception."""

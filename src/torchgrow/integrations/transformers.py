@@ -28,15 +28,18 @@ class GrowCallback(TrainerCallback):
     structure the search for the best model restarts, so that `load_best_model_at_end` and early stopping compare
     networks of one structure. When `train()` ends, also early, the network is brought to its budget; a `train()` after
     that trains on and grows nothing. Every checkpoint has a folder `torchgrow` with the whole run, and
-    `train(resume_from_checkpoint=True)` resumes bit for bit. `from_pretrained` of this module loads what the Trainer
-    or `save_pretrained` saved.
+    `train(resume_from_checkpoint=True)` resumes bit for bit; not with the Trainer's `model_init`, which makes a model
+    that the callback does not see before the checkpoint is loaded into it. `from_pretrained` of this module loads what
+    the Trainer or `save_pretrained` saved.
 
     Args:
         budget: what the network may cost in the end.
         updates: planned updates; None for the number of epochs, or of spans of `every_n_steps`. To be given, or
             `every_n_steps`, where the data has no length.
-        every_n_steps: optimizer steps between two updates; None for one update an epoch.
-        example_inputs: as for `Grower`; None for two samples of the training data, without labels.
+        every_n_steps: optimizer steps between two updates; None for one update an epoch, or, where there is one epoch
+            and `updates` is None, for ten updates or more.
+        example_inputs: as for `Grower`; None for two samples of the training data, without labels; a decoder reads
+            these as its inputs.
         resume_from: the checkpoint that a run resumes from, if it does not lie in the output folder.
         **settings: further arguments of `Grower`, such as `depth` or `policy`.
 
@@ -46,6 +49,9 @@ class GrowCallback(TrainerCallback):
     Raises:
         TorchgrowError: several processes; or nothing says how many updates there will be; or the run of a checkpoint is
             not there, or another.
+
+    Warns:
+        UserWarning: `every_n_steps` is too long for this training; or it ended so early that units are untrained.
     """
 
     def __init__(
@@ -73,14 +79,20 @@ class GrowCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Model and optimizer exist, restored if there is a checkpoint."""
         one_process(args.world_size, "this Trainer")
-        optimizer, every = given["optimizer"], self.loop.every_n_steps
+        optimizer = given["optimizer"]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # in accelerate's wrapper, which takes no hooks
         resumed = state.global_step > 0 and self.loop.grower is None
         if resumed:
             optimizer.state.clear()  # of the saved structure; the run has it too
         epochs = math.ceil(state.num_train_epochs)
-        planned = state.max_steps // every if every else epochs if epochs < sys.maxsize else None  # data of no length
-        inputs = self._example(given["train_dataloader"]) if self.example_inputs is None else self.example_inputs
+        planned = None
+        if self.loop.updates is None and self.loop.grower is None:
+            planned = self.loop.plan(epochs if epochs < sys.maxsize else None, state.max_steps)  # data of no length
+        inputs = (
+            self._example(given["train_dataloader"], given["model"])
+            if self.example_inputs is None
+            else self.example_inputs
+        )
         device = next(given["model"].parameters()).device
         inputs = mapped(inputs, lambda x: x.to(device))
         found = self.loop.begin(given["model"], [optimizer], inputs, planned)
@@ -92,19 +104,26 @@ class GrowCallback(TrainerCallback):
                     "GrowCallback: name the checkpoint, GrowCallback(..., resume_from=folder), and save without "
                     "save_only_model"
                 )
-            self.loop.offset = load_checkpoint(folder, self.loop.grower)["offset"]
+            self.loop.go_on(load_checkpoint(folder, self.loop.grower))
             self.loop.check_same(found, str(folder))
 
     @staticmethod
-    def _example(loader: Any) -> Any:
+    def _example(loader: Any, model: Any) -> Any:
         """Two samples of the first batch, without labels; the loop's own random numbers stay as they are."""
         with torch.random.fork_rng(devices=gpus_in_use()):
             batch = next(iter(loader))
-        return {name: x[:2] for name, x in batch.items() if name not in ("labels", "label", "label_ids")}
+        found = {name: x[:2] for name, x in batch.items() if name not in ("labels", "label", "label_ids")}
+        shifted = getattr(model, "prepare_decoder_input_ids_from_labels", None)  # of T5 and other encoder-decoders
+        if shifted is not None and "labels" in batch and "decoder_input_ids" not in batch:
+            found["decoder_input_ids"] = shifted(batch["labels"][:2].to(next(model.parameters()).device))
+        return found
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """The epoch before is evaluated and saved."""
-        if self.loop.every_n_steps is None and self.loop.update(round(state.epoch or 0)):
+        behind = math.floor(
+            (state.epoch or 0) + 1e-6
+        )  # whole epochs: a resumed one may be begun; its sum of parts rounds
+        if self.loop.every_n_steps is None and self.loop.update(behind):
             self._search_anew(state)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -120,7 +139,7 @@ class GrowCallback(TrainerCallback):
         """Beside the Trainer's own checkpoint."""
         if self.loop.grower is not None and not args.save_only_model:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "torchgrow"
-            save_checkpoint(folder, self.loop.grower, extra={"offset": self.loop.offset}, keep=1)
+            save_checkpoint(folder, self.loop.grower, extra=self.loop.place(), keep=1)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Called at every end of training except by an exception; the best model is loaded."""
