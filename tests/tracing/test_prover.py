@@ -1,5 +1,6 @@
 """Law 1: a compact network computes what the frame computes with the absent units zeroed; and what fails is frozen."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -117,6 +118,52 @@ def test_a_narrow_network_that_goes_another_way_is_never_reached(width: int, few
     expected = zeroed(model, space, keep)(x.double())
     shrink_(model, space, keep)
     torch.testing.assert_close(model(x.double()), expected, rtol=1e-12, atol=1e-12)
+
+
+class Residual(nn.Module):
+    """x + fc(6, 8)(fc(8, 6)(x))"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(self.a(x).relu())
+
+
+class Alias(nn.Module):
+    """Four blocks, the first of which stays; without the other three their input is their output, and written into."""
+
+    def __init__(self, *, fails: bool) -> None:
+        super().__init__()
+        self.fails = fails
+        self.first, self.blocks, self.last = (
+            nn.Linear(4, 8),
+            nn.ModuleList(Residual() for _ in range(4)),
+            nn.Linear(8, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = before = self.blocks[0](self.first(x))
+        for block in list(self.blocks)[1:]:
+            x = block(x)
+        if self.fails and x is before:
+            raise ValueError("nothing left")
+        return self.last(torch.tanh((x if self.fails else x.mul_(2.0)) + before))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_layers_that_cannot_all_go_are_frozen_and_the_proof_ends(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = itertools.count()
+    error = Prover.error
+    monkeypatch.setattr(
+        Prover, "error", lambda self, keep: error(self, keep) if next(tried) < 200 else pytest.fail("no end")
+    )
+    space = trace(Alias(fails=fails), torch.randn(2, 4), depth=True)
+    assert len(space.blocks) == 3
+    assert not any(bool(space.removable[block.unit]) for block in space.blocks)
+    assert all(frozen.places or "fewer" not in frozen.reason for frozen in space.frozen)
+    assert int(space.removable.sum()) >= 8 + 4 * 6 - 2  # units inside stay free, but for those of the bisection
 
 
 def test_a_size_fixed_in_the_forward_is_found_by_the_proof() -> None:

@@ -126,7 +126,7 @@ def prove(
         for group, (reason, line) in failed.items():
             units = torch.nonzero(space.group_of == group).flatten()
             fewest = 2 * int(space.least[group])
-            if fraction == "most" and fewest < len(units):  # more of them were exact
+            if fraction == "most" and 0 < fewest < len(units):  # more of them were exact; of layers none need stay
                 units, reason = units[:fewest], f"with fewer than {fewest} of them {reason}"
             space = frozen_for(space, units, "proof", space.group_names[group], reason, line)
         free = _free_groups(space)
