@@ -83,15 +83,21 @@ def test_a_loop_of_one_epoch_plans_by_steps(caplog: pytest.LogCaptureFixture) ->
             assert BorrowedLoop(BUDGET, None, every, {}).plan(6, 24) == 24 // every
 
 
-def test_a_loop_that_ends_early_says_what_is_untrained() -> None:
+@pytest.mark.parametrize(
+    ("made", "fix"),
+    [(2, r"GrowCallback\(\.\.\., updates=3\) or fewer, and every_n"), (0, "untrained. Give every_n_steps=")],
+)
+def test_a_loop_that_ends_early_says_what_is_untrained(made: int, fix: str) -> None:
+    """Without any update a plan of one would be the same again."""
     loop, model = BorrowedLoop(BUDGET, None, None, {}), net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loop.begin(model, [optimizer], X[:2], 1000)
-    for due in (0, 1, 2):
+    for due in range(made + 1):
         nn.functional.cross_entropy(model(X), Y).backward()
         optimizer.step()
         loop.update(due)
-    with pytest.warns(UserWarning, match=r"after 2 of 1000 planned updates: \d+ of \d+ units .* updates=3\) or fewer"):
+    text = rf"after {made} of 1000 planned updates: \d+ of \d+ units .*{fix}"
+    with pytest.warns(UserWarning, match=text):
         loop.end()
     assert loop.grower is not None
     assert on_budget(loop.grower)

@@ -174,10 +174,11 @@ class BorrowedLoop:
         made = len(grower.history) - 1
         born = grower.finish().born
         if born:
+            fits = f"Plan as many as it makes, GrowCallback(..., updates={made + 1}) or fewer, and" if made else "Give"
             warnings.warn(
                 f"training ended after {made} of {grower.updates} planned updates: {born:,} of "
-                f"{int(grower.keep.sum()):,} units came only now and are untrained. Plan as many as it makes, "
-                f"GrowCallback(..., updates={made + 1}) or fewer, and every_n_steps= where epochs are few",
+                f"{int(grower.keep.sum()):,} units came only now and are untrained. {fits} every_n_steps= where epochs "
+                "are few",
                 stacklevel=2,
             )
 

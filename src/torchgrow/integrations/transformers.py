@@ -120,9 +120,7 @@ class GrowCallback(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """The epoch before is evaluated and saved."""
-        behind = math.floor(
-            (state.epoch or 0) + 1e-6
-        )  # whole epochs: a resumed one may be begun; its sum of parts rounds
+        behind = math.floor((state.epoch or 0) + 1e-6)  # a resumed one may be begun, and a sum of parts rounds
         if self.loop.every_n_steps is None and self.loop.update(behind):
             self._search_anew(state)
 
