@@ -29,7 +29,7 @@ from ..tracing.nested import put_out
 from ..tracing.passes import twin
 from ..tracing.requests import Couples
 from ..tracing.verification import trace
-from .attaching import check_free
+from .attaching import check_free, check_removable
 from .compensation import shifts_of
 from .gates import Fold
 from .plan import Plan
@@ -120,9 +120,7 @@ def _check(model: nn.Module, budget: Budget, policy: Shrink | None) -> None:
 
 def _planned(model: nn.Module, space: Space, budget: Budget, seed: int) -> Plan:
     """A plan of two updates; a `StructureError` if nothing can go, a `BudgetError` if it is out of reach."""
-    if not bool(space.removable.any()):
-        reasons = "; ".join(str(frozen) for frozen in space.frozen[:5]) or "the model has no units"
-        raise StructureError(f"nothing can be cut here, because {reasons}")
+    check_removable(space, "be cut")
     return Plan.of(model, space, budget, updates=2, seed=seed)
 
 
@@ -166,7 +164,9 @@ def measure_rises(
     _check_measured(model, importance)
     space = trace(model, example_inputs, protect=protect, couple=couple, depth=depth, carried=carried)
     whole, generator, weights = space.everything(), torch.Generator().manual_seed(0), dict(model.named_parameters())
-    view = View(space, CostModel(space), Limits(None, None).tensor(), 0, 2, whole, 1.0, generator, None, lambda: weights)
+    view = View(
+        space, CostModel(space), Limits(None, None).tensor(), 0, 2, whole, 1.0, generator, None, lambda: weights
+    )
     order = IMPORTANCES[importance](view, torch.zeros(space.n_units, dtype=torch.float64))
     loss = partial(_loss_with, model, space, evaluate, list(batches))
     before, found = loss(whole), dict[str, float]()

@@ -48,7 +48,8 @@ class Paper(Policy):
     def __post_init__(self) -> None:
         self.check(settle=(0, 1), momentum=(0, 1), final_inverse_temperature=(1, 1e6), lr=(0, 1e3))
         self.check(penalised=("present", "all"), start=(0, 10), paced=(True, False), relaxation=("sigmoid", "gumbel"))
-        self.check(temperature_rises=("unit", "global", "learning_rate"))
+        self.check(temperature_rises=("unit", "global", "learning_rate"), weight_decay=(0, 1e3))
+        self.check(lambda_base=(0, 1e6), layer_lambda_base=(0, 1e6))
 
     def seed(self, view: View) -> Tensor:
         """One unit per group, at random."""
