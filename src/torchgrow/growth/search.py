@@ -35,6 +35,7 @@ from ..tracing.model_call import Carries
 from ..tracing.requests import Couples
 from ..tracing.verification import trace
 from .advice import trained
+from .attaching import check_removable, pin_untrained
 from .birth import birth_scales, rescale_
 from .plan import Plan
 from .shown import depths_of
@@ -266,7 +267,7 @@ def search(
 
     Args:
         factory: makes the frame, the largest network there may be, with new weights; called for every candidate, with
-            PyTorch seeded, so without seeds of its own.
+            PyTorch seeded, so without seeds of its own. Layers that it freezes (requires_grad False) keep their widths.
         budget: what each candidate uses exactly.
         example_inputs: as for `trace`.
         train: `train(trial, more)` trains `trial.model` further, by `more` epochs or steps (your unit), and returns
@@ -286,13 +287,15 @@ def search(
 
     Raises:
         TraceError, BudgetError: as for `Grower`.
-        StructureError: a candidate of yours is none of this frame.
+        StructureError: a candidate of yours is none of this frame, or nothing in it can be cut.
         TorchgrowError: a number lies outside.
     """
     at = _rungs(rungs, length)
     _check(budget, candidates, samples, train)
     frame = _frame(factory, seed)
     space = trace(frame, example_inputs, protect=protect, couple=couple, depth=depth, carried=carried)
+    space = pin_untrained(space, {name for name, p in frame.named_parameters() if p.requires_grad})  # as Grower does
+    check_removable(space, "be cut")
     plan = Plan.of(frame, space, budget, updates=2, seed=seed)
     trials = [
         Trial(number, name, keep, plan.costs.cost(keep), space.widths(keep), depths_of(frame, space, keep))
