@@ -27,7 +27,7 @@ from ..policies.shapes import Shape, counts, proposals, stages, told
 from ..renamed import frames_to_user, renamed_arguments
 from ..structure.cost import Cost
 from ..structure.limits import Budget
-from ..structure.space import Place
+from ..structure.space import Place, Space
 from ..structure.store import is_meta
 from ..structure.surgery import named_tensors
 from ..tracing.blocks import Named
@@ -294,14 +294,19 @@ def search(
     _check(budget, candidates, samples, train)
     frame = _frame(factory, seed)
     space = trace(frame, example_inputs, protect=protect, couple=couple, depth=depth, carried=carried)
-    space = pin_untrained(space, {name for name, p in frame.named_parameters() if p.requires_grad})  # as Grower does
-    check_removable(space, "be cut")
-    plan = Plan.of(frame, space, budget, updates=2, seed=seed)
+    plan = _planned(frame, space, budget, seed)
     trials = [
         Trial(number, name, keep, plan.costs.cost(keep), space.widths(keep), depths_of(frame, space, keep))
         for number, (name, keep) in enumerate(_candidates(plan, at, length, candidates))
     ]
     return Search(factory, train, plan, trials, at, length, samples)
+
+
+def _planned(frame: nn.Module, space: Space, budget: Budget, seed: int) -> Plan:
+    """A plan in which frozen layers keep their widths, as in a run, in which the winner may grow on."""
+    space = pin_untrained(space, {name for name, p in frame.named_parameters() if p.requires_grad})
+    check_removable(space, "be cut")
+    return Plan.of(frame, space, budget, updates=2, seed=seed)
 
 
 def _frame(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
