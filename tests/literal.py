@@ -79,7 +79,7 @@ def make_pair(make: Make, penalty: float = 0.0, model: nn.Module | None = None) 
         grower.policy.applied(replace(grower.run.view(1), keep=keep))
     grower.run._change_to(keep, grower.policy, grower.run.state.generator, time.perf_counter())
     policy: Any = grower.policy
-    policy.penalty = penalty
+    policy.penalty = torch.full_like(policy.s, penalty)
     assert not bool(keep.all())
     assert bool((indicators.gate[space.removable] < 0.2).any())
     begun_as(grower, frame)

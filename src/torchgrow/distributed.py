@@ -44,23 +44,17 @@ PARTS = {
 
 
 class Ranks:
-    """The processes that hold one copy of the network each; made on all of them at the same time.
-
-    Attributes:
-        rank: of this process.
-        size: number of processes, 1 without torch.distributed.
-        random: by rank, the random state when the last update began, which draws none of these numbers; empty before.
-    """
+    """The processes that hold one copy of the network each; made on all of them at the same time."""
 
     def __init__(self) -> None:
-        self.rank, self.size = here()
+        self.rank, self.size = here()  # of this process, and how many there are
         # A separate group: messages must never mix with those of a user's DDP. It is not kept alive
         # beyond destroy_process_group(): its threads must not outlive the interpreter.
         self._held: weakref.ref[dist.ProcessGroup] | None = None
         if self.size > 1:
             self._held = weakref.ref(cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=TIMEOUT)))
         self._agreed = False
-        self.random: list[Any] = []
+        self.random: list[Any] = []  # states by rank when the last update began, which draws none of these numbers
         self._wrappers: weakref.WeakSet[Wrapper] = weakref.WeakSet()
 
     @property

@@ -17,7 +17,7 @@ import torchgrow
 from growing import differences
 from layered import Stages, batch
 from oracle import SmallResNet
-from torchgrow import Budget, BudgetError, Grower, Search, TorchgrowError, TrainingError, Trial, measure
+from torchgrow import Budget, BudgetError, Grower, Search, StructureError, TorchgrowError, TrainingError, Trial, measure
 from torchgrow.policies import Shape
 from torchgrow.structure.cost import CostModel
 
@@ -367,3 +367,56 @@ def test_a_factory_that_returns_one_network_again_is_refused() -> None:
 @pytest.mark.parametrize("number", [np.float32(0.5), np.int64(3), torch.tensor([0.25])])
 def test_a_loss_may_be_any_single_number(number: Any) -> None:
     assert searched(lambda trial, more: number).run().losses[-1] == float(number)
+
+
+def frozen(trained: bool = False) -> nn.Module:
+    """Its first layer is frozen, or not."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    model[0].requires_grad_(trained)
+    return model
+
+
+def looked_for(trained: bool = False) -> Any:
+    inputs = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    search = torchgrow.search(
+        lambda: frozen(trained),
+        Budget(params="60%"),
+        example_inputs=inputs,
+        train=lambda trial, more: trial.model(inputs).square().mean().item(),  # type: ignore[misc]
+        length=10,
+        candidates=1,
+    )
+    return search.run().model
+
+
+def grown_on(start: nn.Module) -> Grower:
+    model, inputs = frozen(), torch.randn(4, 8)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    return Grower(model, optimizer, example_inputs=inputs, budget=Budget(params="80%"), updates=3, start=start)
+
+
+def test_frozen_layers_keep_their_widths_and_the_winner_grows_on() -> None:
+    """As in a Grower: no gradient says anything about their units."""
+    winner: Any = looked_for()
+    assert winner[0].out_features == 16
+    assert winner[2].out_features < 16
+    grower: Any = grown_on(winner)
+    assert grower.model[2].out_features == winner[2].out_features
+
+
+def test_a_network_cut_where_nothing_is_trained_here_is_told_what_to_train() -> None:
+    with pytest.raises(
+        StructureError, match=r"start is of a structure .*what is trained.*requires_grad.*or train it on"
+    ):
+        grown_on(looked_for(trained=True))
+
+
+def test_a_frame_with_nothing_to_cut_is_no_frame_to_search() -> None:
+    with pytest.raises(StructureError, match=r"nothing can be cut here, because .*"):
+        torchgrow.search(
+            lambda: frozen().requires_grad_(False),
+            Budget(params="60%"),
+            example_inputs=torch.randn(4, 8),
+            train=lambda trial, more: 0.0,
+            length=10,
+        )

@@ -50,6 +50,13 @@ def trained_names(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer])
     return {name for name, p in model.named_parameters() if id(p) in held and p.requires_grad}
 
 
+def check_removable(space: Space, what: str, hint: str = "") -> None:
+    """Refuse (`StructureError`) a space in which nothing can "grow", or "be cut"."""
+    if not bool(space.removable.any()):
+        reasons = "; ".join(str(frozen) for frozen in space.frozen[:5]) or "the model has no units"
+        raise StructureError(f"nothing can {what} here, because {reasons}{hint}")
+
+
 def pin_untrained(space: Space, trained: set[str]) -> Space:
     """Mark units as not removable if their gate has no place, or only untrained ones: no gradient would reach it."""
     gated = torch.zeros(space.n_units, dtype=torch.bool)

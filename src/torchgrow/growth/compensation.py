@@ -38,19 +38,14 @@ Read = tuple[str, int, Tensor, int]
 
 
 class Readers(TorchFunctionMode):
-    """While it is on, notes what exact readers read, and which parameters are used otherwise.
-
-    Attributes:
-        read: what exact readers read, by names of their weights.
-        others: names of parameters that no exact reader uses, or that a forward uses twice.
-        seen: names of parameters that the present forward has used.
-    """
+    """While it is on, notes what exact readers read, and which parameters are used otherwise."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self.read: dict[str, Read] = {}
-        self.others, self.seen = set[str](), set[str]()
+        self.read: dict[str, Read] = {}  # what exact readers read, by names of their weights
+        self.others = set[str]()  # parameters that no exact reader uses, or that a forward uses twice
+        self.seen = set[str]()  # those that the present forward has used
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Make the call, and note it."""

@@ -113,8 +113,7 @@ class Fold:
 
     def folded(self, factors: list[Tensor]) -> dict[str, Tensor]:
         """Folded contents of every gated parameter, as new tensors."""
-        gated = zip(self.contents.items(), factors, strict=True)
-        return {name: raw * factor for (name, raw), factor in gated}
+        return {name: raw * factor for (name, raw), factor in zip(self.contents.items(), factors, strict=True)}
 
     def gate_gradient(self, gradients: list[Tensor | None]) -> Tensor:
         """The product m dL/dm for every unit, float64 [n], from the gradients of the folded parameters.
@@ -397,9 +396,8 @@ class _Hooks:
         if scale is not None:
             gradient = gradient / float(scale)
         if overflow is None and not bool(torch.isfinite(gradient).all()):
-            bad = [
-                n for n, g in zip(fold.names, gradients, strict=True) if g is not None and not bool(g.isfinite().all())
-            ]
+            given = zip(fold.names, gradients, strict=True)
+            bad = [name for name, g in given if g is not None and not bool(g.isfinite().all())]
             raise TrainingError(
                 f"gradients of {', '.join(bad[:3]) or 'gated weights'} are NaN or infinite; nothing was changed. "
                 "Skip this batch (optimizer.zero_grad()), lower the learning rate, or clip the gradients"
@@ -408,9 +406,8 @@ class _Hooks:
         if not fold.gated:
             return
         self.adopt_edits()
-        present = [
-            (p, g, f) for p, g, f in zip(fold.parameters, gradients, self._factors, strict=True) if g is not None
-        ]
+        gated = zip(fold.parameters, gradients, self._factors, strict=True)
+        present = [(p, g, f) for p, g, f in gated if g is not None]
         products = torch._foreach_mul([g for _, g, _ in present], [f for _, _, f in present]) if present else ()
         self._lent = [(p, g, product) for (p, g, _), product in zip(present, products, strict=True)]
         self._unfolded = True

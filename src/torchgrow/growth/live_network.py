@@ -33,14 +33,6 @@ class LiveNetwork:
     `model` is the frame, at full size; `change` cuts it, and `undo` of `exchange` will bring it back. `layouts` are of
     the optimizers that train it. The gates of `policy` are folded in; the run changes this object in place. `on_step`
     is called after optimizer steps with m dL/dm, float64 [n]. `device`: of the real tensors of a frame on meta.
-
-    Attributes:
-        bank: storage for everything at full size.
-        parameters: of the model, by name; the objects stay the same throughout.
-        gates: what is folded into the weights around every optimizer step.
-        followers: the banks of the copies.
-        wrappers: the copies as they were given, which may be wrappers around a model.
-        copies: those of the followers that started with the frame's weights.
     """
 
     def __init__(
@@ -59,15 +51,15 @@ class LiveNetwork:
             model, space, seed=plan.seed, device=device, layouts=layouts, exchange=exchange, scales=plan.scales
         )
         self.bank.growth = Growth(plan.updates)
-        self.parameters = dict(model.named_parameters())
+        self.parameters = dict(model.named_parameters())  # the objects stay the same throughout
         self.watch = Watch(space, [layout.optimizer for layout in layouts], self.parameters)
         cut = {n: t for n, t in named_tensors(model).items() if n in self.parameters or n in space.cut_axes}
         self._kinds = {name: (tensor.dtype, tensor.device) for name, tensor in cut.items()}
         self.gated = sorted({name for name, _ in space.fold})
         self.gates = Folding(layouts, on_step, lambda: policy.gate)
-        self.followers: list[Bank] = []
-        self.wrappers: list[nn.Module] = []
-        self.copies: list[Bank] = []
+        self.followers: list[Bank] = []  # the banks of the copies
+        self.wrappers: list[nn.Module] = []  # the copies as they were given, which may be wrappers around a model
+        self.copies: list[Bank] = []  # those of the followers that started with the frame's weights
 
     @property
     def keep(self) -> Tensor:

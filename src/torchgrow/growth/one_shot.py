@@ -18,7 +18,6 @@ from ..persistence.portable import shrink_
 from ..policies import Shrink, View
 from ..policies.importance import IMPORTANCES, names_of
 from ..policies.kit import pools
-from ..renamed import renamed_arguments
 from ..structure.cost import Cost, CostModel
 from ..structure.limits import Budget, Limits
 from ..structure.space import Place, Space, live_positions
@@ -29,7 +28,7 @@ from ..tracing.nested import put_out
 from ..tracing.passes import twin
 from ..tracing.requests import Couples
 from ..tracing.verification import trace
-from .attaching import check_free
+from .attaching import check_free, check_removable
 from .compensation import shifts_of
 from .gates import Fold
 from .plan import Plan
@@ -43,7 +42,6 @@ TENTH = 0.1
 
 
 @on_host()
-@renamed_arguments(freeze="protect")
 def prune_(
     model: nn.Module,
     example_inputs: Any,
@@ -120,9 +118,7 @@ def _check(model: nn.Module, budget: Budget, policy: Shrink | None) -> None:
 
 def _planned(model: nn.Module, space: Space, budget: Budget, seed: int) -> Plan:
     """A plan of two updates; a `StructureError` if nothing can go, a `BudgetError` if it is out of reach."""
-    if not bool(space.removable.any()):
-        reasons = "; ".join(str(frozen) for frozen in space.frozen[:5]) or "the model has no units"
-        raise StructureError(f"nothing can be cut here, because {reasons}")
+    check_removable(space, "be cut")
     return Plan.of(model, space, budget, updates=2, seed=seed)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import Ranks
-from ..errors import StructureError, TorchgrowError
+from ..errors import TorchgrowError
 from ..exchange import Exchange, forget_compiled
 from ..onednn_guard import guard_
 from ..persistence.portable import owned_
@@ -28,7 +28,7 @@ from ..structure.space import Space
 from ..tracing.model_call import examples_of
 from ..tracing.nested import tensors
 from .advice import Course, course, warn_if_trained
-from .attaching import pin_untrained, trained_names
+from .attaching import check_removable, pin_untrained, trained_names
 from .birth import rescale_
 from .compensation import check_plain, shifts_of
 from .event import Event
@@ -39,7 +39,7 @@ from .plan import Plan
 from .run_state import RunState, event_of, read_keep
 from .saved import FORMAT, examine
 from .start import begin, check_unspent, name_of
-from .state import fingerprint, read_policy
+from .state import fingerprint, policy_state, read_policy
 from .watch import warn_idle, warn_spread
 
 log = logging.getLogger("torchgrow")
@@ -97,7 +97,7 @@ class Run:
         self.seed_cost = plan.costs.both(plan.costs.live(seed))
         log.info("%s goes %s", type(model).__name__, self.course())
         policy.applied(replace(view, keep=seed))
-        policy.state_dict()  # state that cannot be saved is refused now, not at the first checkpoint
+        self.kinds = policy.state_dict()
         self._change_to(seed, policy, self.state.generator, time.perf_counter(), exchange=exchange)
         self.loading = Loading(self)
         owned_(model, self.loading)
@@ -111,9 +111,7 @@ class Run:
         model, optimizers = asked.model, asked.optimizers
         layouts = check_optimizers(optimizers, model)
         space = pin_untrained(space, trained_names(model, optimizers))
-        if not bool(space.removable.any()):
-            reasons = "; ".join(str(frozen) for frozen in space.frozen[:5]) or "the model has no units"
-            raise StructureError(f"nothing can grow here, because {reasons}{untrained_hint(optimizers, model)}")
+        check_removable(space, "grow", untrained_hint(optimizers, model))
         plan = Plan.of(model, space, asked.budget, asked.updates, asked.seed)
         check_unspent(asked.start, optimizers)
         keep = begin(asked.start, model, space, exchange)
@@ -166,7 +164,7 @@ class Run:
             "format": FORMAT,
             "frame": fingerprint(self.live.space, self.live.bank.tensors),
             "settings": self.plan.settings(self.policy),
-            "policy": self.policy.state_dict(),
+            "policy": policy_state(self.policy, self.kinds),
             **self.state.state_dict(),
             **state_of(self.live, self.state.finished),
         }
@@ -178,7 +176,7 @@ class Run:
         keep = read_keep(saved["keep"], plan.space)
         here = RunState.read(saved, plan.costs, keep, plan.updates)
         network = LiveState.read(saved, live, keep, here.finished)
-        policy = read_policy(saved["policy"], self.policy, len(here.history))
+        policy = read_policy(saved["policy"], self.policy, self.kinds, len(here.history))
         exchange = Exchange()
         network.into(exchange, live, policy)
         exchange.fields(self.policy, **vars(policy))
@@ -203,8 +201,19 @@ class Run:
         return self.plan.view(number, keep, rate, self.state.generator, self.live.contents)
 
     def _step(self, sensitivity: Tensor) -> None:
-        """Call the policy after an optimizer step."""
-        self.policy.step(self.view(len(self.state.history) - 1), sensitivity)
+        """Call the policy after an optimizer step; by wrong gates nothing is folded, the old ones stay."""
+        policy, view = self.policy, self.view(len(self.state.history) - 1)
+        gate = None if policy.gate is None else policy.gate.clone()  # it may be written in place
+        try:
+            policy.step(view, sensitivity)
+            if gate is not None:  # on the host, of few numbers: a GPU is not waited for
+                present = self.plan.space.present(self.live.keep)
+                if self.plan.checked(policy, "gate", torch.float64, present) is None:
+                    policy_state(policy, self.kinds)  # it went
+        except BaseException:
+            if gate is not None:
+                policy.gate = gate
+            raise
 
     def _update(self, number: int, batches: Iterable[Any] | None) -> Event:
         start, (policy, view) = time.perf_counter(), self._asked(number)
@@ -252,6 +261,7 @@ class Run:
         first, before = not state.history, previous if state.history else keep
         check_plain(policy, batches)
         gate = self.plan.checked(policy, "gate", torch.float64, self.plan.space.present(keep))
+        policy_state(policy, self.kinds)  # what no checkpoint could bring back is refused now, not when it is loaded
         if last and gate is not None and silent is not None:
             gate = gate.masked_fill(silent, 1)  # for good: by a small one they would never learn
         shifts = shifts_of(self.live.model, self.plan.space, before, keep, batches, self.ranks.exchanged)

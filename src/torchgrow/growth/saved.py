@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import SavedModelError
 from ..persistence.checkpoint import Resumable
-from ..persistence.plain_data import Field
+from ..persistence.plain_data import Field, same
 from .start import SEED
 from .state import check_frame
 
@@ -59,7 +59,7 @@ def examine(state: Any, frame: dict[str, Any], settings: Mapping[str, Any], unbo
                 "the state is of a version in which fresh weights had the frame's scale, and units not yet "
                 "initialised would start at another one here; construct Grower(..., rescale=False). Nothing was changed"
             )
-        if type(found) is not type(settings[key]) or found != settings[key]:
+        if not same(found, settings[key]):
             raise SavedModelError(
                 f"the state is of a run with {key}={str(found)[:60]}, this Grower has {settings[key]}; "
                 "construct it with the budget, updates, preset, start and seed of the saved run. Nothing was changed"

@@ -24,10 +24,10 @@ from ..onednn_guard import guard_
 from ..persistence.portable import shrink_
 from ..policies.kit import fit, one_per_group
 from ..policies.shapes import Shape, counts, proposals, stages, told
-from ..renamed import frames_to_user, renamed_arguments
+from ..renamed import frames_to_user
 from ..structure.cost import Cost
 from ..structure.limits import Budget
-from ..structure.space import Place
+from ..structure.space import Place, Space
 from ..structure.store import is_meta
 from ..structure.surgery import named_tensors
 from ..tracing.blocks import Named
@@ -35,6 +35,7 @@ from ..tracing.model_call import Carries
 from ..tracing.requests import Couples
 from ..tracing.verification import trace
 from .advice import trained
+from .attaching import check_removable, pin_untrained
 from .birth import birth_scales, rescale_
 from .plan import Plan
 from .shown import depths_of
@@ -240,7 +241,6 @@ class Search:
 
 
 @on_host()
-@renamed_arguments(freeze="protect")
 def search(
     factory: Callable[[], nn.Module],
     budget: Budget,
@@ -266,7 +266,7 @@ def search(
 
     Args:
         factory: makes the frame, the largest network there may be, with new weights; called for every candidate, with
-            PyTorch seeded, so without seeds of its own.
+            PyTorch seeded, so without seeds of its own. Layers that it freezes (requires_grad False) keep their widths.
         budget: what each candidate uses exactly.
         example_inputs: as for `trace`.
         train: `train(trial, more)` trains `trial.model` further, by `more` epochs or steps (your unit), and returns
@@ -286,19 +286,26 @@ def search(
 
     Raises:
         TraceError, BudgetError: as for `Grower`.
-        StructureError: a candidate of yours is none of this frame.
+        StructureError: a candidate of yours is none of this frame, or nothing in it can be cut.
         TorchgrowError: a number lies outside.
     """
     at = _rungs(rungs, length)
     _check(budget, candidates, samples, train)
     frame = _frame(factory, seed)
     space = trace(frame, example_inputs, protect=protect, couple=couple, depth=depth, carried=carried)
-    plan = Plan.of(frame, space, budget, updates=2, seed=seed)
+    plan = _planned(frame, space, budget, seed)
     trials = [
         Trial(number, name, keep, plan.costs.cost(keep), space.widths(keep), depths_of(frame, space, keep))
         for number, (name, keep) in enumerate(_candidates(plan, at, length, candidates))
     ]
     return Search(factory, train, plan, trials, at, length, samples)
+
+
+def _planned(frame: nn.Module, space: Space, budget: Budget, seed: int) -> Plan:
+    """A plan in which frozen layers keep their widths, as in a run, in which the winner may grow on."""
+    space = pin_untrained(space, {name for name, p in frame.named_parameters() if p.requires_grad})
+    check_removable(space, "be cut")
+    return Plan.of(frame, space, budget, updates=2, seed=seed)
 
 
 def _frame(factory: Callable[[], nn.Module], seed: int) -> nn.Module:

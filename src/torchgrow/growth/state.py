@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SavedModelError
+from ..errors import SavedModelError, TorchgrowError
 from ..persistence.plain_data import Field, is_data
 from ..policies.paper import Paper
 from ..policies.policy import Policy
@@ -113,11 +113,35 @@ UNPACED = {"pace": 1.0, "steps": 0}
 """State of `Paper` that older versions lack, whose runs all went at the paper's own pace."""
 
 
-def read_policy(field: Field, policy: Policy, events: int) -> Policy:
-    """A copy of the present policy with a saved state of so many events; see `Policy.state_dict`."""
-    here, once = policy.state_dict(), UNPACED if isinstance(policy, Paper) and not policy.paced else {}
+def policy_state(policy: Policy, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a policy, known to load into a new run; `kinds`: its state when the run began.
+
+    Raises:
+        TorchgrowError: an attribute came, went, or is of another kind; the message names it.
+    """
+    state = policy.state_dict()
+    for key in {**kinds, **state}:
+        now, before = (Field(one[key]).told if key in one else "not there" for one in (state, kinds))
+        try:
+            fits = key in state and key in kinds
+            _like(Field(state[key]), kinds[key]) if fits else None
+        except SavedModelError:
+            fits = False
+        if not fits:
+            freely = "what comes, goes or grows may do so in a list or dict that seed has set"
+            raise TorchgrowError(
+                f"{type(policy).__name__}.{key} is {now} and was {before} when the run began, so that no run could "
+                "load a checkpoint of it. Set it in seed, and keep its kind, dtype and shape, and its numbers finite; "
+                f"{'a gate of ones scales nothing' if key == 'gate' else freely}. Nothing was changed"
+            )
+    return state
+
+
+def read_policy(field: Field, policy: Policy, here: Mapping[str, Any], events: int) -> Policy:
+    """A copy of the present policy with a saved state of so many events, of the kinds of the state `here`."""
+    once = UNPACED if isinstance(policy, Paper) and not policy.paced else {}
     read_fields = field.fields(here.keys() - once.keys(), once.keys())
-    found = {key: once[key] if one.value is None else _like(one, here[key]) for key, one in read_fields.items()}
+    found = {k: once[k] if f.value is None and k in once else _like(f, here[k]) for k, f in read_fields.items()}
     wrong = policy.check_state(found, events)
     if wrong:
         raise SavedModelError(f"{field.path} of {type(policy).__name__} is damaged: {wrong}; nothing was changed")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,10 +25,13 @@ class Field:
 
     def refuse(self, wanted: str) -> NoReturn:
         """The error: what was found and what was expected."""
-        value = self.value
-        kind = type(value).__name__
-        found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"{str(value)[:60]} ({kind})"
-        raise SavedModelError(f"{self.path} is {found}, it must be {wanted}; nothing was changed")
+        raise SavedModelError(f"{self.path} is {self.told}, it must be {wanted}; nothing was changed")
+
+    @property
+    def told(self) -> str:
+        """The value in an error text."""
+        value, kind = self.value, type(self.value).__name__
+        return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"{str(value)[:60]} ({kind})"
 
     def fields(self, names: Iterable[str] | None = None, later: Iterable[str] = ()) -> dict[str, Field]:
         """The fields of a dict with text for keys; with `names`, with just these keys and those in `later`.
@@ -128,6 +132,32 @@ def plain(value: Any) -> bool:
     if isinstance(value, (list, tuple, dict)):
         return all(map(plain, value.values() if isinstance(value, dict) else value))
     return isinstance(value, str) or (isinstance(value, (int, float)) and abs(value) <= LARGEST)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two plain values are equal; 1 is 1.0, but not True, and a list is a tuple."""
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    kinds = {type(one), type(other)}
+    return (len(kinds) == 1 or kinds == {int, float}) and not isinstance(one, Tensor) and bool(one == other)
+
+
+def simple(value: Any) -> Any:
+    """A setting as plain data, with NumPy's numbers as Python's.
+
+    Raises:
+        ValueError: it is none, or holds NaN, which equals nothing.
+    """
+    value = value.item() if isinstance(value, np.generic) else value
+    if type(value) in (list, tuple):
+        return type(value)(map(simple, value))
+    if isinstance(value, Mapping):
+        return {simple(key): simple(item) for key, item in value.items()}
+    if value is None or (type(value) in (bool, int, float, str) and value == value):
+        return value
+    raise ValueError(value)
 
 
 def is_data(value: Any) -> bool:

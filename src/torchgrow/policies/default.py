@@ -12,10 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .kit import aligned, around, deal, largest_share, multiples, settled, shed, smallest, staggered, trapezoid
+from .kit import around, deal, layers, multiples, running, settled, shed, smallest, staggered, trapezoid, within
 from .policy import Policy, View
-
-MEMORY = 0.99  # of the running mean of importance, per step
 
 
 @dataclass(eq=False)
@@ -53,17 +51,17 @@ class Default(Policy):
         """One unit per group, no layer that can be left out; ranks in random order."""
         space = view.space
         self.rank = around(space, staggered(view, self.layer_lag), view.start)
-        self.importance, layers = torch.zeros_like(self.rank), [block.unit for block in space.blocks]
+        self.importance, grown = torch.zeros_like(self.rank), layers(space)
         self.multiples = self._steps = multiples(space, self.align)
         self._most = torch.ones_like(self.rank)  # a layer beyond the budget would be trained only to be removed again
-        self._most[layers] = self._within(view, view.limits)[1] if layers else 1.0
+        self._most[grown] = within(view, self.rank, view.limits, self._steps, self._most)[1] if space.blocks else 1.0
         seed = smallest(space, self.rank) if view.start is None else view.start
         self._start = view.cost(seed)
         return seed
 
     def step(self, view: View, sensitivity: Tensor) -> None:
         """Update the running mean of importance."""
-        self.importance = MEMORY * self.importance + (1 - MEMORY) * sensitivity**2
+        self.importance = running(self.importance, sensitivity)
 
     def update(self, view: View) -> tuple[Tensor, bool]:
         """The largest structure within the plan: live units by importance, then others."""
@@ -75,7 +73,7 @@ class Default(Policy):
         exactly = torch.equal(planned := self.planned(view), view.limits) or view.update == final
         if self.prune == "worth" and bool((view.cost(view.keep) > planned).any()):
             return shed(view.space, view.costs, view.keep, self.importance.sqrt(), planned, self._steps), exactly
-        return self._within(view, planned)[0], exactly
+        return within(view, self.rank, planned, self._steps, self._most)[0], exactly
 
     def score(self, view: View) -> Tensor:
         """The lower the rank, the longer a unit stays."""
@@ -83,7 +81,7 @@ class Default(Policy):
 
     def target(self, view: View) -> Tensor:
         """The best-ranked units now, at the budget."""
-        return self._within(view, view.limits)[0]
+        return within(view, self.rank, view.limits, self._steps, self._most)[0]
 
     def planned(self, view: View) -> Tensor:
         """Up to the peak, along it, and down to the budget."""
@@ -97,15 +95,3 @@ class Default(Policy):
         """Numbers that no run reaches."""
         fine = bool((state["rank"] >= 0).all() and (state["rank"] <= 1).all() and (state["importance"] >= 0).all())
         return "" if fine else "rank must lie in [0, 1], importance must not be negative"
-
-    def _within(self, view: View, allowed: Tensor) -> tuple[Tensor, float]:
-        """The best-ranked units of every pool, of all the same share: the largest that is allowed (int64 [2])."""
-        must = smallest(view.space, self.rank)
-
-        def keep_at(share: float) -> Tensor:
-            margin = self._most.clamp(max=share) - self.rank
-            keep = (margin > 0) | must
-            return keep if self.align == 1 else aligned(view.space, keep, must, margin, self._steps)
-
-        share = largest_share(view, self.rank, keep_at, allowed)
-        return keep_at(share), share

@@ -23,9 +23,12 @@ __all__ = [
     "gap",
     "gumbel",
     "largest_share",
+    "layers",
     "multiples",
     "one_per_group",
+    "places",
     "pools",
+    "running",
     "settled",
     "shed",
     "smallest",
@@ -33,7 +36,11 @@ __all__ = [
     "staggered",
     "top_share",
     "trapezoid",
+    "within",
 ]
+
+MEMORY = 0.99
+"""Of the running mean of importance, per step."""
 
 SMALLEST_GATE = 1e-6
 """Gates are kept at or above this, so that a raw weight can always be told from its folded value in float32."""
@@ -41,12 +48,10 @@ SMALLEST_GATE = 1e-6
 
 def pools(space: Space) -> list[Tensor]:
     """Interchangeable units (ids, int64): those of a group, then the layers of a stage."""
-    layer = torch.zeros(space.n_units, dtype=torch.bool)
     stages: dict[str, list[int]] = {}
     for block in space.blocks:
-        layer[block.unit] = True
         stages.setdefault(block.stage, []).append(block.unit)
-    units = torch.nonzero(~layer).flatten()
+    units = torch.nonzero(~layers(space)).flatten()
     groups = space.group_of[units]
     sizes = torch.bincount(groups, minlength=space.n_groups).tolist()
     by_group = units[torch.argsort(groups, stable=True)].split(sizes)
@@ -90,12 +95,12 @@ def staggered(view: View, layer_lag: float) -> Tensor:
 
     Of a stage of n layers they are p^layer_lag n; stages alternate, the last one first, so one layer enters at a time.
     """
-    layers, stages = {block.unit for block in view.space.blocks}, len({block.stage for block in view.space.blocks})
+    is_layer, stages = layers(view.space), len({block.stage for block in view.space.blocks})
     found, turn = torch.empty(view.space.n_units, dtype=torch.float64), 0
     for pool in pools(view.space):
         order = torch.randperm(pool.numel(), generator=view.generator).double()
         torch.rand(1, generator=view.generator, dtype=torch.float64)  # keeps the draws of earlier versions
-        is_stage = int(pool[0]) in layers
+        is_stage = bool(is_layer[pool[0]])
         lag, late = (layer_lag, turn / stages) if is_stage else (1.0, 0.0)
         turn += is_stage
         found[pool] = ((order + 1 - late) / pool.numel() * (1 - 1e-9)) ** (1 / lag)
@@ -176,13 +181,27 @@ def largest_share(view: View, ranks: Tensor, keep_at: Callable[[float], Tensor],
     return shares[low]
 
 
-def top_share(view: View, ranks: Tensor, allowed: Tensor) -> Tensor:
-    """The units of lowest rank, up to the largest rank that costs no more than allowed (int64 [2]); bool [n]."""
+def within(
+    view: View, ranks: Tensor, allowed: Tensor, steps: Tensor | None = None, most: Tensor | None = None
+) -> tuple[Tensor, float]:
+    """The units of rank below a share, and the share: the largest that costs no more than allowed (int64 [2]).
+
+    Held at multiples of `steps` (int64 [groups]); `most`, float64 [n], is the largest share that counts for a unit.
+    """
+    must = smallest(view.space, ranks)
 
     def keep_at(share: float) -> Tensor:
-        return one_per_group(view.space, ranks < share, -ranks)
+        margin = (share if most is None else most.clamp(max=share)) - ranks
+        keep = (margin > 0) | must
+        return keep if steps is None or bool((steps == 1).all()) else aligned(view.space, keep, must, margin, steps)
 
-    return keep_at(largest_share(view, ranks, keep_at, allowed))
+    share = largest_share(view, ranks, keep_at, allowed)
+    return keep_at(share), share
+
+
+def top_share(view: View, ranks: Tensor, allowed: Tensor) -> Tensor:
+    """The units of lowest rank, up to the largest rank that costs no more than allowed (int64 [2]); bool [n]."""
+    return within(view, ranks, allowed)[0]
 
 
 def settled(updates: int, share: float) -> int:
@@ -190,12 +209,29 @@ def settled(updates: int, share: float) -> int:
     return max(1, updates - max(1, math.ceil(share * updates)))
 
 
+def places(space: Space) -> Tensor:
+    """The place of every unit in its pool, in (0, 1), float64 [n]."""
+    found = torch.empty(space.n_units, dtype=torch.float64)
+    for pool in pools(space):
+        found[pool] = (torch.arange(pool.numel(), dtype=found.dtype) + 0.5) / pool.numel()
+    return found
+
+
+def layers(space: Space) -> Tensor:
+    """Which units are layers that may be left out, bool [n]."""
+    found = none(space)
+    found[[block.unit for block in space.blocks]] = True
+    return found
+
+
+def running(mean: Tensor, sensitivity: Tensor) -> Tensor:
+    """The running mean of (dL/dm)^2 after one more step, by which units matter."""
+    return MEMORY * mean + (1 - MEMORY) * sensitivity**2
+
+
 def evenly(view: View) -> Tensor:
     """The first units of every pool, of all the same share, as many as the budget allows; bool [n]."""
-    rank = torch.empty(view.space.n_units, dtype=torch.float64)
-    for pool in pools(view.space):
-        rank[pool] = (torch.arange(pool.numel(), dtype=rank.dtype) + 0.5) / pool.numel()
-    return top_share(view, rank, view.limits)
+    return top_share(view, places(view.space), view.limits)
 
 
 def gap(view: View, keep: Tensor) -> float:

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from ..renamed import frames_to_user
-from .kit import around, fit, none, one_per_group, pools, top_share
+from .kit import around, fit, layers, none, one_per_group, places, pools, top_share
 from .policy import NEWBORNS, Policy, View
-from .shapes import stages
 
 
 @dataclass(eq=False)
@@ -95,23 +94,19 @@ class Late(Policy):
 
     def _ranks(self, view: View) -> Tensor:
         """A number in (0, 1) for every unit by its place in its pool; those that a run starts with come first."""
-        rank = torch.zeros(view.space.n_units, dtype=torch.float64)
-        layers = {unit for units in stages(view.space).values() for unit in units}
-        for pool in pools(view.space):
-            lag = self.layer_lag if int(pool[0]) in layers else 1.0
-            place = (torch.arange(pool.numel(), dtype=torch.float64) + 0.5) / pool.numel()
-            rank[pool] = place ** (1 / lag)
+        place = places(view.space)
+        rank = torch.where(layers(view.space), place ** (1 / self.layer_lag), place)
         return around(view.space, rank, view.start)
 
     def _small(self, view: View) -> Tensor:
         """The part of the grown one that the run begins with: of groups the first ones, at least 1 / factor of them."""
         space, small = view.space, none(view.space)
-        layers = {unit for units in stages(space).values() for unit in units}
+        is_layer = layers(space)
         for pool in pools(space):
             own = pool[self.grown[pool]]
             own = own[torch.argsort(self.rank[own], stable=True)]
             first = own.numel()
-            if int(pool[0]) in layers:
+            if bool(is_layer[pool[0]]):
                 first = 0 if self.grow != "width" else first
             elif self.grow != "layers":
                 first = math.ceil(first / self.factor)

@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from .kit import largest_share, one_per_group, pools
+from .kit import places, pools, within
 from .policy import View
 
 UPDATES, STEPS = 160, 390
@@ -50,11 +50,8 @@ def starts(view: View, power: float, paced: bool) -> Tensor:
         first[pool] = min(0.5, pool.numel() ** -power)
     if not paced or view.updates >= UPDATES:
         return _living(view, torch.logit(first))
-    after = torch.zeros_like(first)  # the draw in which a unit is expected to enter
-    for pool in pools(view.space):
-        place = (torch.arange(pool.numel(), dtype=torch.float64) + 0.5) / pool.numel()
-        after[pool] = torch.log1p(-place) / torch.log1p(-first[pool])
-    full = largest_share(view, after, lambda x: one_per_group(view.space, after < x, -after), view.limits)
+    after = torch.log1p(-places(view.space)) / torch.log1p(-first)  # the draw in which a unit is expected to enter
+    full = within(view, after, view.limits)[1]
     draws = min(UPDATES / view.updates, max(1.0, full))
     return _living(view, torch.logit(-torch.expm1(draws * torch.log1p(-first))))
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .kit import SMALLEST_GATE, gap, gumbel, none, one_per_group, settled, smallest, spread
+from .kit import SMALLEST_GATE, gap, gumbel, layers, none, one_per_group, settled, smallest, spread
 from .pace import pace, starts
 from .policy import Policy, View
 
@@ -48,7 +48,8 @@ class Paper(Policy):
     def __post_init__(self) -> None:
         self.check(settle=(0, 1), momentum=(0, 1), final_inverse_temperature=(1, 1e6), lr=(0, 1e3))
         self.check(penalised=("present", "all"), start=(0, 10), paced=(True, False), relaxation=("sigmoid", "gumbel"))
-        self.check(temperature_rises=("unit", "global", "learning_rate"))
+        self.check(temperature_rises=("unit", "global", "learning_rate"), weight_decay=(0, 1e3))
+        self.check(lambda_base=(0, 1e6), layer_lambda_base=(0, 1e6))
 
     def seed(self, view: View) -> Tensor:
         """One unit per group, at random."""
@@ -57,7 +58,7 @@ class Paper(Policy):
         self.velocity, self.exponent, self.noise = (torch.zeros_like(self.s) for _ in range(3))
         base = self.lambda_base if self.lambda_base is not None else 1.0 if space.blocks else 0.5
         self._base, self.lambda_share = base, torch.ones_like(self.s)  # of lambda_1, by unit
-        self.lambda_share[[block.unit for block in space.blocks]] = self.layer_lambda_base / (base or 1.0)
+        self.lambda_share[layers(space)] = self.layer_lambda_base / (base or 1.0)
         self.gamma = self.final_inverse_temperature ** (1 / max(view.updates, 1))
         return smallest(space, spread(view))
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import TorchgrowError
-from ..persistence.plain_data import is_data
+from ..persistence.plain_data import is_data, simple
 from ..structure.cost import CostModel
 from ..structure.space import Space
 
@@ -131,11 +132,18 @@ class Policy(ABC):
     def check(self, **allowed: tuple[Any, ...]) -> None:
         """Refuse settings: of numbers the least and the most are given, of text and flags the choices.
 
+        A scalar of NumPy becomes a number; None passes where it is the default.
+
         Raises:
             TorchgrowError: one lies outside; the message names it.
         """
         for name, given in allowed.items():
             value, choices = getattr(self, name), isinstance(given[0], (str, bool))
+            if isinstance(value, np.generic):
+                value = value.item()
+                setattr(self, name, value)
+            if value is None and getattr(type(self), name, given) is None:
+                continue
             alike = isinstance(value, type(given[0]) if choices else (int, float))
             fits = alike and (value in given if choices else given[0] <= value <= given[1])
             if not fits:
@@ -145,8 +153,24 @@ class Policy(ABC):
     # --- called by the grower ---
 
     def settings(self) -> dict[str, Any]:
-        """Its dataclass fields by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)} if is_dataclass(self) else {}
+        """Its dataclass fields by name, as plain data: what a run that is resumed is compared by.
+
+        Raises:
+            TorchgrowError: one is no plain data.
+        """
+        found = dict[str, Any]()
+        names: list[str] = [field.name for field in fields(self)] if is_dataclass(self) else []
+        for name, value in ((name, getattr(self, name, None)) for name in names):
+            try:
+                found[name] = simple(value)
+            except ValueError:
+                raise TorchgrowError(
+                    f"{type(self).__name__}.{name} is a setting, {str(value)[:60]} ({type(value).__name__}), that no "
+                    "checkpoint could be compared by; settings are numbers (not NaN), text, None, and lists and dicts "
+                    "of them: write a tensor as a list, an enum or a function as its name, and what is made in the run "
+                    f"into another attribute, first set in seed. Nothing was changed"
+                ) from None
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """What changes in a run, as copies: all attributes but the settings and those that begin with "_".

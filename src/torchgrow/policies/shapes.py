@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import BudgetError, StructureError
 from ..structure.space import Space, has_units
-from .kit import fit, top_share
+from .kit import fit, layers, places, top_share
 from .policy import View
 
 LEVELS = (2 / 3, 1 / 3, 0.0)
@@ -57,12 +57,7 @@ class Shape:
         for pattern, multiple in self.widths.items():
             for number, name in enumerate(space.group_names):
                 multiples[number] *= multiple if _matches(name, pattern) else 1.0
-        sizes = torch.bincount(space.group_of, minlength=space.n_groups)
-        order = torch.argsort(space.group_of, stable=True)  # group by group, units in their own order
-        place = torch.arange(space.n_units) - (torch.cumsum(sizes, 0) - sizes)[space.group_of[order]]
-        rank = torch.empty(space.n_units, dtype=torch.float64)
-        group = space.group_of[order]
-        rank[order] = (place.double() + 0.5) / sizes[group] / torch.tensor(multiples, dtype=torch.float64)[group]
+        rank = places(space) / torch.tensor(multiples, dtype=torch.float64)[space.group_of]
         for stage, units in stages(space).items():
             wanted = self.depths.get(stage, len(units))
             rank[units[:wanted]], rank[units[wanted:]] = -1.0, torch.inf
@@ -127,8 +122,8 @@ def stages(space: Space) -> dict[str, list[int]]:
 def counts(space: Space, keep: Tensor) -> tuple[int, ...]:
     """How many units of every group are there, and how many layers of every stage: what tells structures apart."""
     live = torch.bincount(space.group_of[space.present(keep)], minlength=space.n_groups).tolist()
-    layers = {int(space.group_of[block.unit]) for block in space.blocks}
-    widths = (count for group, count in enumerate(live) if group not in layers)
+    own = set(space.group_of[layers(space)].tolist())
+    widths = (count for group, count in enumerate(live) if group not in own)
     return (*widths, *(int(keep[units].sum()) for units in stages(space).values()))
 
 
@@ -173,14 +168,14 @@ def _depths(space: Space) -> list[dict[str, int]]:
 def _homes(space: Space) -> dict[int, str]:
     """By group the innermost module that all its tensors lie in; "" is the model. Layers are no such groups."""
     homes: dict[int, list[str]] = {}
-    layers = {int(space.group_of[block.unit]) for block in space.blocks}
+    own = set(space.group_of[layers(space)].tolist())
     for (name, _), vector in space.unit_of.items():
         path = name.split(".")[:-1]
         for group in space.group_of[vector[vector >= 0]].unique().tolist() if has_units(vector) else ():
             before = homes.get(group, path)
             common = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, path, strict=False))
             homes[group] = [part for part, _ in common]
-    return {group: ".".join(path) for group, path in sorted(homes.items()) if group not in layers}
+    return {group: ".".join(path) for group, path in sorted(homes.items()) if group not in own}
 
 
 def _kinds(space: Space) -> list[Shape]:

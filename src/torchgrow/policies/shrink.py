@@ -12,11 +12,8 @@ from torch import Tensor
 
 from ..errors import TorchgrowError
 from .importance import IMPORTANCES, levelled, steepness
-from .kit import aligned, around, deal, largest_share, multiples, shed, smallest
+from .kit import around, deal, multiples, running, shed, within
 from .policy import Policy, View
-
-MEMORY = 0.99
-"""Of the running mean of (dL/dm)^2, per step."""
 
 
 @dataclass(eq=False)
@@ -79,7 +76,7 @@ class Shrink(Policy):
 
     def step(self, view: View, sensitivity: Tensor) -> None:
         """Update the running mean."""
-        self.squared = MEMORY * self.squared + (1 - MEMORY) * sensitivity**2
+        self.squared = running(self.squared, sensitivity)
 
     def update(self, view: View) -> tuple[Tensor, bool]:
         """The most important live units that cost no more than planned."""
@@ -90,7 +87,7 @@ class Shrink(Policy):
         self.rank = deal(view.space, self.rank, importance, view.keep)
         planned = self.planned(view)
         if self.allocation == "uniform":
-            return self._alike(view, planned), view.update == final
+            return within(view, self.rank, planned, self._steps)[0], view.update == final
         importance = importance.sqrt() if self.importance == "taylor" else importance
         importance = levelled(view, importance) if self.allocation == "levelled" else importance
         importance = steepness(view, self.rank, self.rises) if self.rises is not None else importance
@@ -114,13 +111,3 @@ class Shrink(Policy):
         """Numbers that no run reaches."""
         fine = bool((state["rank"] >= 0).all() and (state["rank"] <= 1).all() and (state["squared"] >= 0).all())
         return "" if fine else "rank must lie in [0, 1], squared must not be negative"
-
-    def _alike(self, view: View, allowed: Tensor) -> Tensor:
-        """The best-ranked units of every pool, of all the same share: the largest that is allowed (int64 [2])."""
-        must = smallest(view.space, self.rank)
-
-        def keep_at(share: float) -> Tensor:
-            keep = (self.rank < share) | must
-            return keep if self.align == 1 else aligned(view.space, keep, must, share - self.rank, self._steps)
-
-        return keep_at(largest_share(view, self.rank, keep_at, allowed))

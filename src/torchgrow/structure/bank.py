@@ -50,22 +50,17 @@ class _Swap:
 
 
 class Change:
-    """A change of structure, computed but not yet made.
-
-    Attributes:
-        swaps: by tensor name, what will be written; values may be replaced before the change is made.
-        order: by tensor name, the order of axes in memory, which stays.
-    """
+    """A change of structure, computed but not yet made."""
 
     def __init__(
         self,
         bank: Bank,
         keep: Tensor,
-        swaps: dict[str, _Swap],
+        swaps: dict[str, _Swap],  # by tensor name, what will be written
         index: dict[str, Index | None],
         record: Record,
         trained: Tensor | None = None,
-        order: dict[str, tuple[int, ...]] | None = None,
+        order: dict[str, tuple[int, ...]] | None = None,  # of axes in memory, by tensor name
     ) -> None:
         self.bank, self.keep, self.swaps, self.index, self.record = bank, keep, swaps, index, record
         self.order = bank.order if order is None else order
@@ -124,9 +119,6 @@ class Bank:
         exchange: its `undo` will bring a frame back to the meta device.
         stores: whether inactive units are stored; if not, they are lost.
         scales: what initial values are multiplied by, by name: of a frame on the meta device here, else before.
-
-    Attributes:
-        keep: bool [n], the units of the live model.
     """
 
     @on_host()
@@ -165,7 +157,7 @@ class Bank:
             name: memory_order(self.tensors[name], range(self.tensors[name].dim())) for name in space.cut_axes
         }
         self.slots: dict[tuple[str, str], Store] = {}
-        self.keep = space.everything()
+        self.keep = space.everything()  # the units of the live model
         self.index: dict[str, Index | None] = {name: {} for name in space.cut_axes}
         if self.births is not None:
             self._materialise(self.births, device, exchange or Exchange())

@@ -130,11 +130,7 @@ class CostModel:
 
 
 class Tally:
-    """What a structure costs while one group after the other changes: only products that contain it are recomputed.
-
-    Attributes:
-        live: live units per group as they are now.
-    """
+    """What a structure costs while one group after the other changes: only products that contain it are recomputed."""
 
     def __init__(self, costs: CostModel, live: Tensor) -> None:
         self._costs, self.live = costs, live.tolist()

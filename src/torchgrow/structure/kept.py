@@ -37,16 +37,22 @@ def keep_of(bank: Bank, record: Record, left_out: Collection[str], what: str, *,
         keep[gone] = False
     for block in space.blocks:
         keep[block.unit] = not all(path in left_out for path in block.modules)
-    keep = space.check_keep(keep)
+    keep = space.check_keep(keep | ~space.removable)  # what went and cannot go here shows below
     here = bank.record_of(keep)
     there = [name for name in space.cut_axes if not name.startswith(below)]
     strange = [name for name in there if not same_index(here.kept.get(name, {}), record.kept.get(name, {}))]
     absent = {path for path, module in bank.model.named_modules() if earlier and skip_of(module) is not None}
     strange += sorted(set(left_out) ^ (bank.skipped(keep).keys() | absent))
     if strange:
+        advice = (
+            "Build the frame that it was cut from, with the same protect, couple and depth, and train what may be "
+            "narrower in it (requires_grad, in an optimizer); or train it on as it is, without a Grower"
+            if earlier
+            else "Construct Grower as in the run that was saved, or load it into a model of its own: "
+            "torchgrow.portable_(build())"
+        )
         raise StructureError(
-            f"{what} is of a structure that this run cannot have, as {strange[0]} shows: its frame was "
-            "another, or other units could go there (protect, couple, depth). Construct Grower as in the run that was "
-            "saved, or load it into a model of its own: torchgrow.portable_(build()). Nothing was changed"
+            f"{what} is of a structure that this run cannot have, as {strange[0]} shows: its frame was another, or "
+            f"other units could go there (protect, couple, depth, what is trained). {advice}. Nothing was changed"
         )
     return keep

@@ -166,13 +166,6 @@ class _Run:
 
     It begins with state as the original's, made over for them, if `mapped`, else with none; with other weights by
     `shift`. `turn`: all gradients have the other sign. `closure`: every step is given one.
-
-    Attributes:
-        probe: the copy, after the steps.
-        weights: of every stand-in before them.
-        slots: of every stand-in after them.
-        early: keys of those that were there after the first.
-        settings: of the groups after them.
     """
 
     def __init__(
@@ -191,7 +184,7 @@ class _Run:
         for stand in stands:
             weight, moved = _random(stand, drawn), _random(stand, drawn)
             self.parameters.append(nn.Parameter(weight + moved if shift else weight))
-        self.weights = [parameter.detach().clone() for parameter in self.parameters]
+        self.weights = [parameter.detach().clone() for parameter in self.parameters]  # before the steps
         self.probe = self._copy(optimizer, mapped)
         kind = type(optimizer)
         step = kind.step
@@ -206,7 +199,7 @@ class _Run:
                     gradient = _random(stand, drawn)
                     parameter.grad = -gradient if turn else gradient
                 step(self.probe, *([lambda: 0.0] if closure else []))
-                if not number:
+                if not number:  # keys of the slots that are there after the first
                     self.early = [set(self.probe.state.get(parameter, {})) for parameter in self.parameters]
         self.slots = [dict(self.probe.state.get(parameter, {})) for parameter in self.parameters]
         keys = dict.fromkeys(stand.groups for stand in stands)

@@ -26,12 +26,7 @@ from .rules.registry import MODULE_RULES
 
 
 class ModuleHooks:
-    """The tracer's hooks.
-
-    Attributes:
-        stack: paths of the running modules.
-        whole: the running module that has a rule of its own.
-    """
+    """The tracer's hooks."""
 
     def __init__(self, model: nn.Module, context: TraceContext, pending: Pending, blocks: Sequence[Block] = ()) -> None:
         self.model, self.context, self.pending, self.blocks = model, context, pending, blocks
@@ -40,8 +35,8 @@ class ModuleHooks:
 
     def clear(self) -> None:
         """Forget all running modules."""
-        self.stack: list[str] = []
-        self.whole: nn.Module | None = None
+        self.stack: list[str] = []  # paths of the running modules
+        self.whole: nn.Module | None = None  # the running module that has a rule of its own
         self.entering: dict[int, Tensor] = {}  # inputs of the running blocks
 
     @contextmanager

@@ -260,16 +260,13 @@ class Chance(TorchDispatchMode):
 
     Args:
         draw: `HIGH`, `LOW`, or the number of a common draw.
-
-    Attributes:
-        decides: whether a single number was drawn, on which control flow may depend.
-        original: the memory of the original model, which the forward of its copy must not read.
     """
 
     def __init__(self, draw: int = HIGH) -> None:
         super().__init__()
-        self.draw, self.count, self.decides = draw, 0, False
-        self.original: Mapping[int, str] = {}
+        self.draw, self.count = draw, 0
+        self.decides = False  # whether a single number was drawn, on which control flow may depend
+        self.original: Mapping[int, str] = {}  # memory of the original model, which its copy's forward must not read
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation."""
