@@ -163,7 +163,30 @@ def test_layers_that_cannot_all_go_are_frozen_and_the_proof_ends(fails: bool, mo
     assert len(space.blocks) == 3
     assert not any(bool(space.removable[block.unit]) for block in space.blocks)
     assert all(frozen.places or "fewer" not in frozen.reason for frozen in space.frozen)
-    assert int(space.removable.sum()) >= 8 + 4 * 6 - 2  # units inside stay free, but for those of the bisection
+    assert int(space.removable.sum()) == 8 + 4 * 6  # all units inside stay free
+
+
+class Together(nn.Module):
+    """Four branches of widths 8, added up; where those named by `pair` are narrow together, another way is taken."""
+
+    def __init__(self, pair: tuple[int, int]) -> None:
+        super().__init__()
+        self.pair = pair
+        self.inner = nn.ModuleList(nn.Linear(5, 8) for _ in range(4))
+        self.outer = nn.ModuleList(nn.Linear(8, 3) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = [layer(x) for layer in self.inner]
+        narrow = sum(hidden[number].shape[1] for number in self.pair) < 4
+        return torch.stack(
+            [layer(one.tanh() if narrow else one) for layer, one in zip(self.outer, hidden, strict=True)]
+        ).sum(0)
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations(range(4), 2)))
+def test_only_groups_that_are_wrong_together_are_bound(pair: tuple[int, int]) -> None:
+    space = trace(Together(pair), torch.randn(5, 5))
+    assert space.least.tolist() == [2 if group in pair else 1 for group in range(4)]
 
 
 def test_a_size_fixed_in_the_forward_is_found_by_the_proof() -> None:

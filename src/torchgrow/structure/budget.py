@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..errors import BudgetError
-from ..renamed import renamed_arguments
 from .cost import CostModel, Tally
 from .limits import Budget, Limits
 from .space import Space
@@ -51,7 +50,6 @@ def aligned(space: Space, keep: Tensor, must: Tensor, margin: Tensor, multiples:
     return found
 
 
-@renamed_arguments(worth="importance")
 def shed(space: Space, costs: CostModel, keep: Tensor, importance: Tensor, allowed: Tensor, steps: Tensor) -> Tensor:
     """The structure within `keep` that costs no more than allowed and loses the least importance for what it saves.
 

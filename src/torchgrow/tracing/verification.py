@@ -42,10 +42,6 @@ them there too: with few, one might be left out in all draws, and the units insi
 """
 
 
-ALONE = "is the only unit of its group"
-"""Reason for freezing such units."""
-
-
 @dataclass(frozen=True)
 class Report:
     """Result of `verify`.
@@ -101,7 +97,7 @@ def prove(
     ties: list[tuple[Place, Place]] = []
     hopeless: set[frozenset[tuple[type[nn.Module], str]]] = set()
     while free:
-        failed: dict[int, tuple[str, str]] = {}
+        failed: dict[int, tuple[Tensor, tuple[str, str]]] = {}
         for turn, fraction, whole in draws:
             draw = prover.draw(fraction, free, turn=turn, whole=whole)
             if prover.error(draw)[0] <= TOLERANCE:
@@ -111,10 +107,10 @@ def prove(
                 if prover.adopt(found, draw):
                     continue
             failed = _failing(prover, free, draw)
-            for group in list(failed):
+            for group, (keep, _) in list(failed.items()):
                 mine = [guess for guess in found if group in guess.groups]
                 kind = frozenset((type(model.get_submodule(g.attribute.module)), g.attribute.name) for g in mine)
-                if prover.adopt(mine, _only(prover.space, [group], draw), thorough=kind not in hopeless):
+                if prover.adopt(mine, keep, thorough=kind not in hopeless):
                     del failed[group]
                 else:  # blocks of one class fail alike, and a thorough search takes a hundred runs
                     hopeless.add(kind)
@@ -123,7 +119,7 @@ def prove(
             return replace(prover.space, proven=True), ties
         space = prover.space
         ties += _ties(space, found or [], failed)
-        for group, (reason, line) in failed.items():
+        for group, (_, (reason, line)) in failed.items():
             units = torch.nonzero(space.group_of == group).flatten()
             fewest = 2 * int(space.least[group])
             if fraction == "most" and 0 < fewest < len(units):  # more of them were exact; of layers none need stay
@@ -158,7 +154,8 @@ def _without_lone_units(space: Space) -> Space:
     sizes = torch.bincount(space.group_of, minlength=space.n_groups)
     lone = torch.nonzero((sizes[space.group_of] == 1) & (space.least[space.group_of] > 0) & space.removable).flatten()
     for unit in lone[:, None]:
-        space = frozen_for(space, unit, "proof", space.group_names[int(space.group_of[unit])], ALONE)
+        name = space.group_names[int(space.group_of[unit])]
+        space = frozen_for(space, unit, "proof", name, "is the only unit of its group")
     return space
 
 
@@ -168,16 +165,22 @@ def _free_groups(space: Space) -> list[int]:
     return torch.nonzero(sizes > space.least).flatten().tolist()
 
 
-def _failing(prover: Prover, groups: list[int], draw: Tensor) -> dict[int, tuple[str, str]]:
-    """The groups that break exactness when cut as in `draw` (a keep vector), found by bisection."""
-    error, reason = prover.error(_only(prover.space, groups, draw))
+def _failing(
+    prover: Prover, groups: list[int], draw: Tensor, beside: Sequence[int] = ()
+) -> dict[int, tuple[Tensor, tuple[str, str]]]:
+    """Groups that break exactness if cut as in `draw` beside others; by group what shows it (bool [n]), and how."""
+    keep = _only(prover.space, [*groups, *beside], draw)
+    error, reason = prover.error(keep)
     if error <= TOLERANCE:
         return {}
     if len(groups) == 1:
-        return {groups[0]: reason}
-    half = len(groups) // 2
-    found = {**_failing(prover, groups[:half], draw), **_failing(prover, groups[half:], draw)}
-    return found or dict.fromkeys(groups, reason)  # exact alone, wrong together: none of them is proven
+        return {groups[0]: (keep, reason)}
+    first, second = groups[: len(groups) // 2], groups[len(groups) // 2 :]
+    found = {**_failing(prover, first, draw, beside), **_failing(prover, second, draw, beside)}
+    if not found:  # exact apart, wrong together: those in each that are wrong beside the other
+        found = _failing(prover, first, draw, (*beside, *second))
+        found |= _failing(prover, second, draw, (*beside, *found))
+    return found
 
 
 @on_host()
