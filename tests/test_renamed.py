@@ -38,10 +38,6 @@ def test_freeze_is_an_old_name_of_protect() -> None:
         )
     assert [Path(one.filename) for one in seen] == [Path(__file__)]
     assert grower.full_widths() == LEFT
-    cut = model()
-    with pytest.warns(DeprecationWarning, match="'freeze'"):
-        torchgrow.prune_(cut, X, budget=budget, freeze=["0"])  # type: ignore[call-arg]
-    assert cut[0].weight.shape == (8, 4)  # type: ignore[index]
 
 
 def test_both_names_at_once_are_refused() -> None:
@@ -86,14 +82,6 @@ def test_layers_are_an_old_name_of_what_is_labelled() -> None:
     said = "".join(str(one.message) for one in seen)
     for old, new in (("layers", "labelled"), ("set_layers", "set_labelled"), ("with_silence", "with_zeros")):
         assert f"the name {old!r} is deprecated and goes with the next version; write {new!r}" in said
-
-
-def test_heat_is_an_old_name_of_the_final_inverse_temperature() -> None:
-    with pytest.warns(DeprecationWarning, match="the name 'heat' is deprecated .* write 'final_inverse_temperature'"):
-        policy = Paper(heat=7.0)  # type: ignore[call-arg]
-    assert policy.final_inverse_temperature == 7.0
-    with pytest.warns(DeprecationWarning, match="'heat'"):
-        assert policy.heat == 7.0  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("preset", ["paper:heat=7", "paper:final_inverse_temperature=7"])

@@ -44,13 +44,6 @@ def renamed_attribute(old: str, new: str) -> Any:
     return property(get)
 
 
-def rename_settings(kind: Any, **names: str) -> None:
-    """Let a dataclass take and show fields by their old names too."""
-    kind.__init__ = renamed_arguments(**names)(kind.__init__)
-    for old, new in names.items():
-        setattr(kind, old, renamed_attribute(old, new))
-
-
 def _warn(old: str, new: str) -> None:
     warnings.warn(
         f"the name {old!r} is deprecated and goes with the next version; write {new!r}",

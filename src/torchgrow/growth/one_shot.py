@@ -88,7 +88,8 @@ def prune_(
     """
     _check(model, budget, policy)
     space = trace(model, example_inputs, protect=protect, couple=couple, depth=depth, carried=carried, proof=proof)
-    plan = _planned(model, space, budget, seed)
+    check_removable(space, "be cut")
+    plan = Plan.of(model, space, budget, updates=2, seed=seed)
     keep = _chosen(model, plan, policy or Shrink(importance="group_norm"))
     shifts = shifts_of(model, space, space.everything(), keep, batches)
     expected = None if space.proven or space.blocks else _outputs(zero_(model, space, keep), example_inputs)
@@ -114,12 +115,6 @@ def _check(model: nn.Module, budget: Budget, policy: Shrink | None) -> None:
             f"{type(model).__name__} is on the meta device: there are no weights to choose by; load them"
         )
     check_free(model, ())
-
-
-def _planned(model: nn.Module, space: Space, budget: Budget, seed: int) -> Plan:
-    """A plan of two updates; a `StructureError` if nothing can go, a `BudgetError` if it is out of reach."""
-    check_removable(space, "be cut")
-    return Plan.of(model, space, budget, updates=2, seed=seed)
 
 
 @on_host()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -121,19 +122,16 @@ def policy_state(policy: Policy, kinds: Mapping[str, Any]) -> dict[str, Any]:
     """
     state = policy.state_dict()
     for key in {**kinds, **state}:
+        with suppress(KeyError, SavedModelError):
+            _like(Field(state[key]), kinds[key])
+            continue
         now, before = (Field(one[key]).told if key in one else "not there" for one in (state, kinds))
-        try:
-            fits = key in state and key in kinds
-            _like(Field(state[key]), kinds[key]) if fits else None
-        except SavedModelError:
-            fits = False
-        if not fits:
-            freely = "what comes, goes or grows may do so in a list or dict that seed has set"
-            raise TorchgrowError(
-                f"{type(policy).__name__}.{key} is {now} and was {before} when the run began, so that no run could "
-                "load a checkpoint of it. Set it in seed, and keep its kind, dtype and shape, and its numbers finite; "
-                f"{'a gate of ones scales nothing' if key == 'gate' else freely}. Nothing was changed"
-            )
+        freely = "what comes, goes or grows may do so in a list or dict that seed has set"
+        raise TorchgrowError(
+            f"{type(policy).__name__}.{key} is {now} and was {before} when the run began, so that no run could "
+            "load a checkpoint of it. Set it in seed, and keep its kind, dtype and shape, and its numbers finite; "
+            f"{'a gate of ones scales nothing' if key == 'gate' else freely}. Nothing was changed"
+        )
     return state
 
 

@@ -21,19 +21,10 @@ from ..structure.record import Record, growths, join, mark_, mark_of, own_tensor
 from ..structure.space import PassThrough
 from ..structure.store import Index, live_shape
 from ..structure.surgery import materialise_, replace_
+from . import structure_record as form
 from .beside import has_extra_state, may_appear
 from .folder import pack, read_folder, real_folder, storable, unpack, write_folder
 from .portable import portable_
-from .structure_record import (
-    FORMATS,
-    check_convolutions,
-    check_form,
-    described,
-    left_out_with,
-    read_attributes,
-    read_kept,
-    read_skipped,
-)
 from .wrappers import plain_modules, stored_tensors, unwrapped
 
 WEIGHTS, STRUCTURE = "model.safetensors", "structure.json"
@@ -83,7 +74,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         for name, x in module._buffers.items():
             if name not in passing or x is None or x.layout == torch.strided:
                 buffers[join(path, name)] = None if x is None else name not in passing
-    structure = described(modules, tensors, record, packed, buffers)
+    structure = form.described(modules, tensors, record, packed, buffers)
     for growth in growths(model):
         warnings.warn(
             f"{type(model).__name__} is saved before its growth has finished: {growth}; call grower.finish() before "
@@ -161,13 +152,13 @@ def load(folder: str | os.PathLike[str], frame_factory: Callable[[], nn.Module])
         )
     source = Path(folder)
     what = "a saved model; save one with torchgrow.save, or take a checkpoint by torchgrow.load_checkpoint"
-    structure, tensors = read_folder(source, (STRUCTURE, WEIGHTS), FORMATS, what)
+    structure, tensors = read_folder(source, (STRUCTURE, WEIGHTS), form.FORMATS, what)
     if structure["format"] < 3:
         structure.setdefault("skipped", {})  # absent before depth
         structure.setdefault("extra_state", {})
     if structure["format"] < 4:
         structure.setdefault("buffers", {})
-    check_form(str(source / STRUCTURE), structure)
+    form.check_form(str(source / STRUCTURE), structure)
     with on_default():
         model = frame_factory()
     if not isinstance(model, nn.Module):
@@ -184,7 +175,7 @@ def _fill(source: Path, structure: dict[str, Any], tensors: dict[str, Tensor], f
     own = stored_tensors(modules)
     _check_fresh(modules, own)
     extra = {path: unpack(value, tensors) for path, value in structure["extra_state"].items()}
-    kept = read_kept(where, structure, own)
+    kept = form.read_kept(where, structure, own)
     late, dropped = _late(structure, modules, own, tensors)
     fixed = {name: tensor for name, tensor in own.items() if name not in dropped}  # tensors that take contents
     missing, foreign = sorted(fixed.keys() - tensors.keys()), sorted(tensors.keys() - fixed.keys() - {*late})
@@ -193,12 +184,12 @@ def _fill(source: Path, structure: dict[str, Any], tensors: dict[str, Tensor], f
             f"{source} does not fit the frame: missing {missing[:3]}, foreign {foreign[:3]}; "
             "frame_factory must build the same full-size model that was grown"
         )
-    skipped = read_skipped(where, structure, modules, own)
+    skipped = form.read_skipped(where, structure, modules, own)
     below = tuple(f"{path}." for path in skipped)
     free = {name for name in structure["buffers"] if name not in kept and not name.startswith(below)}
-    attributes = read_attributes(where, structure, modules, kept, own, below)
+    attributes = form.read_attributes(where, structure, modules, kept, own, below)
     _check_contents(source, fixed, tensors, kept, below, free)
-    check_convolutions(where, modules, tensors, attributes, below)
+    form.check_convolutions(where, modules, tensors, attributes, below)
     with_extra = {path for path, module in modules.items() if has_extra_state(module)}
     if extra.keys() != with_extra and structure["format"] >= 3:
         raise SavedModelError(
@@ -226,7 +217,7 @@ def _fill(source: Path, structure: dict[str, Any], tensors: dict[str, Tensor], f
         put(modules[path], name, number)
     for path, skip in skipped.items():
         skip_(modules[path], [""], {"": skip})
-    blocks = tuple((path, *left_out_with(structure, path)) for path in skipped)
+    blocks = tuple((path, *form.left_out_with(structure, path)) for path in skipped)
     mark_(modules.items(), Record(shapes, kept, wholes, attributes, blocks))
     for path, value in extra.items():
         _give_extra(where, path, modules[path], value)

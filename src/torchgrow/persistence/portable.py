@@ -27,17 +27,8 @@ from ..structure.bank import Bank, cut_
 from ..structure.record import Mark, Record, growths, mark_of, recorded, rewrite, skip_of
 from ..structure.space import PassThrough, Space
 from ..structure.store import Index, gather, laid_out, live_shape, memory_order
+from . import structure_record as form
 from .folder import SEAL, check_size, digest
-from .structure_record import (
-    FORMAT,
-    check_convolutions,
-    check_form,
-    described,
-    left_out_with,
-    read_attributes,
-    read_kept,
-    read_skipped,
-)
 from .wrappers import plain_modules, stored_tensors, unwrapped
 
 KEY = "torchgrow_structure__load_into_torchgrow_portable_"
@@ -202,7 +193,7 @@ def structure_of(module: nn.Module) -> tuple[dict[str, Any], Tensor] | None:
     known = _written.get(module)
     if known is None or [(path, id(mark)) for path, mark in known[0]] != [(path, id(mark)) for path, mark in marks]:
         try:
-            structure = described(modules, stored_tensors(modules), recorded(modules.items()), {}, {})
+            structure = form.described(modules, stored_tensors(modules), recorded(modules.items()), {}, {})
             text = json.dumps({**structure, SEAL: digest(structure)}).encode()
             check_size(text)
         except (SavedModelError, ValueError) as error:
@@ -281,9 +272,11 @@ def _read(blob: Any, key: str, module: nn.Module, state: Mapping[str, Any], pref
             f"{where} is damaged: {error or 'it takes too much memory'}. It is text, not numbers: of state dicts that "
             f"are averaged or converted take it from one of them, average[{key!r}] = one[{key!r}]"
         ) from error
-    if record.get("format") != FORMAT:
-        raise SavedModelError(f"{where} has format {record.get('format')!r}, this version of torchgrow reads {FORMAT}")
-    check_form(where, record)
+    if record.get("format") != form.FORMAT:
+        raise SavedModelError(
+            f"{where} has format {record.get('format')!r}, this version of torchgrow reads {form.FORMAT}"
+        )
+    form.check_form(where, record)
     return record
 
 
@@ -294,10 +287,10 @@ def _plan(
     modules = plain_modules(module)
     own, now = stored_tensors(modules), recorded(modules.items())
     frame = {name: _shaped(now.shapes.get(name, tuple(x.shape)), x) for name, x in own.items()}
-    kept = read_kept(where, structure, frame)
-    skipped = read_skipped(where, structure, modules, frame)
+    kept = form.read_kept(where, structure, frame)
+    skipped = form.read_skipped(where, structure, modules, frame)
     below = tuple(f"{path}." for path in skipped)
-    lowered = read_attributes(where, structure, modules, kept, frame, below, now.wholes)
+    lowered = form.read_attributes(where, structure, modules, kept, frame, below, now.wholes)
     attributes = {**now.wholes, **lowered}
     adaptable(module)  # imports the adapters of other libraries
     bare = [path for path in structure["adapted"] if not {type(modules.get(path))} & {*ADAPTERS, *ADAPTERS.values()}]
@@ -307,7 +300,7 @@ def _plan(
             "import the one it was saved with, or register it with torchgrow.adapter. Nothing was changed"
         )
     live = {n: (0,) if n.startswith(below) else live_shape(tuple(x.shape), kept.get(n, {})) for n, x in frame.items()}
-    check_convolutions(where, modules, {n: _shaped(live[n], x) for n, x in frame.items()}, attributes, below)
+    form.check_convolutions(where, modules, {n: _shaped(live[n], x) for n, x in frame.items()}, attributes, below)
     changing = [name for name, tensor in own.items() if name in kept or name in now.shapes or name.startswith(below)]
     names = {id(own[name]): name for name in changing}
     given: dict[str, Tensor] = {}
@@ -330,7 +323,7 @@ def _plan(
         contents[name] = _interim(name, own[name], old, new, live[name], name in given)
     wholes = {place: now.wholes.get(place) or get(modules[place[0]], place[1]) or 0 for place in attributes}
     shapes = {name: tuple(frame[name].shape) for name in changing}
-    blocks = tuple((path, *left_out_with(structure, path)) for path in skipped)
+    blocks = tuple((path, *form.left_out_with(structure, path)) for path in skipped)
     record = Record({**now.shapes, **shapes}, kept, wholes, attributes, tuple(dict.fromkeys((*now.blocks, *blocks))))
     if owner is not None:
         return partial(owner.loaded, module, record, skipped.keys(), contents)

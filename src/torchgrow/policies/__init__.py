@@ -1,6 +1,5 @@
 """Policies decide which units live. The grower applies the decision and keeps the budget."""
 
-from ..renamed import rename_settings
 from . import importance, kit
 from .default import Default
 from .late import Late
@@ -11,8 +10,6 @@ from .policy import Policy, View
 from .random import Random
 from .shapes import Shape
 from .shrink import Shrink
-
-rename_settings(Paper, heat="final_inverse_temperature")
 
 __all__ = [
     "Default",

@@ -16,8 +16,8 @@ from .notes import Fresh, Note
 from .passes import foreign
 from .space_from_labels import Findings, Freezing, Read
 
-Failed = Mapping[tuple[str, str], int]
-"""How often the proof has failed on a cut of an axis, by module and line."""
+Failed = Mapping[tuple[str, ...], int]
+"""How often a cut of an axis failed in the proof, by module and line; by operation too, where a choice was in vain."""
 
 
 class TraceContext:
@@ -30,6 +30,7 @@ class TraceContext:
         self.notes: dict[int, Note] = {}  # by id; removed when the tensor dies
         self.ends = 0, 0, 0  # of the symbols of parameters, of buffers, of carried states; followers come after
         self.modules, self.failed = dict(model.named_modules()), failed or {}
+        self.kept: dict[tuple[str, ...], list[Tensor]] = {}  # symbols that operations keep at others' cost
         self.fresh: Fresh | None = None  # what the operation whose labels are looked at writes to
         self.op, self.module = "", ""
         self.line: tuple[str, int] | None = None
@@ -207,6 +208,18 @@ class TraceContext:
     def part(self, pieces: Sequence[Tensor]) -> None:
         """Note a cut at places that attributes may hold."""
         self.found.parts.append(Parts(self.module, self._line(), tuple(pieces)))
+
+    def turned(self) -> bool:
+        """Whether, in an earlier trace, nothing could go of what was `disputed` here."""
+        return (self.module, self._line(), self.op) in self.failed
+
+    def disputed(self, kept: Sequence[Labelled]) -> None:
+        """Note labels that are kept at the cost of others."""
+        self.kept.setdefault((self.module, self._line(), self.op), []).extend(labels.symbols for labels in kept)
+
+    def in_vain(self) -> dict[tuple[str, ...], int]:
+        """Where nothing can go of what was `disputed`."""
+        return {at: 1 for at, kept in self.kept.items() if not any(bool(self.classes.find(x).any()) for x in kept)}
 
     def split_view(self, labels: Labelled) -> None:
         """Note labels whose live positions must form a box."""

@@ -292,13 +292,16 @@ def replay(
         TraceError: the model or the inputs cannot be traced; the message says what would work.
     """
     check_model(model, example_inputs)
-    tracer, settled, values = _on_a_copy(model, blocks, failed, values=False), False, False
+    failed, settled, values = dict(failed or {}), False, False
+    tracer = _on_a_copy(model, blocks, failed, values=values)
     wanted = frozen_by_name(tracer.context.found.symbols, protect), coupled(tracer.context.found.symbols, couple)
     while True:
         tracer.settled = settled
         try:
             tracer.run(example_inputs, carried, counting=counting)
-            break
+            if counting or failed.items() >= (vain := tracer.context.in_vain()).items():
+                break
+            failed |= vain
         except ValuesRead:
             values = True
         except Unsettled:

@@ -239,7 +239,7 @@ def proven(
 ) -> Space:
     """What `trace` returns, proven even for a model on the meta device: on a copy that is not."""
     blocks = find(model, example_inputs, depth)
-    failed: dict[tuple[str, str], int] = {}
+    failed: dict[tuple[str, ...], int] = {}
     ties: list[tuple[Place, Place]] = []
     best: tuple[int, Space] | None = None
     run = partial(replay, model, example_inputs, blocks=blocks, **asked)

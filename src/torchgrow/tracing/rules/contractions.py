@@ -200,11 +200,7 @@ def product(
         ctx.set_labelled(out, [])
         return
     of_a, of_b = aligned(of_a, rank), aligned(of_b, rank)
-    several = "sums over one of several labelled axes"
-    of_a = [x for x in of_a if x.axes == (rank - 1,)] + without_axes(
-        ctx, [x for x in of_a if x.axes != (rank - 1,)], [rank - 1], several)  # fmt: skip
-    of_b = [x for x in of_b if x.axes == (rank - 2,)] + without_axes(
-        ctx, [x for x in of_b if x.axes != (rank - 2,)], [rank - 2], several)  # fmt: skip
+    of_a, of_b = _summed(ctx, of_a, rank - 1), _summed(ctx, of_b, rank - 2)
     summed_a, summed_b = on_axis(of_a, rank - 1), on_axis(of_b, rank - 2)
     # Of zeros as the initial state of a recurrent cell there are as many as the columns that read them.
     if summed_a is not None or ctx.depends_on_input(a) or not ctx.constant_along(a, a.dim() - 1):
@@ -236,6 +232,17 @@ def product(
             result[result.index(mate)] = mate.with_zeros(mate.zero & labels.zero, mate.sources | labels.sources)
         result = [x if any(x.axes == y.axes for y in added) else x.with_zeros(False) for x in result]
     ctx.set_labelled(out, result)
+
+
+def _summed(ctx: Context, labelled: list[Labelled], axis: int) -> list[Labelled]:
+    """Labels that vary along a summed axis alone, or elsewhere alone; of both, elsewhere as long as that can go."""
+    alone, wide = on_axis(labelled, axis), [x for x in labelled if axis in x.axes and len(x.axes) > 1]
+    turned = alone is None and len(wide) == 1 and ctx.turned()
+    given_up = [k for k in wide[0].axes if k != axis] if turned else [axis]
+    kept = without_axes(ctx, wide, given_up, "sums over one of several labelled axes")
+    if alone is None and len(wide) == 1:
+        ctx.disputed(kept)
+    return [x for x in labelled if axis not in x.axes or len(x.axes) == 1] + kept
 
 
 @rule("linalg_solve_triangular")

@@ -51,17 +51,21 @@ def _apart(ctx: Context, labelled: Sequence[Labelled], joined: Callable[[Labelle
     """Labels after a view that joins axes; of two that now vary along one axis the second is frozen.
 
     A position there would belong to two units. Labels of parameters take precedence over followers, then the outer
-    axis over the inner one: heads, rather than what is the same in each of them. Of followers the inner one stays:
-    the outer one is the batch.
+    axis over the inner one: heads, rather than what is the same in each of them, as long as they can go. Of followers
+    the inner one stays: the outer one is the batch.
     """
     kept: list[Labelled] = []
     if len(labelled) > 1:
-        labelled = sorted(labelled, key=lambda x: (0, x.axes[0]) if ctx.owned(x) else (1, -x.axes[0]))
+        sign = -1 if ctx.turned() else 1
+        labelled = sorted(labelled, key=lambda x: (0, sign * x.axes[0]) if ctx.owned(x) else (1, -x.axes[0]))
     for labels in labelled:
         moved = joined(labels)
         if moved is None:
             continue
-        if any(not set(other.axes).isdisjoint(moved.axes) for other in kept):
+        rivals = [other for other in kept if not set(other.axes).isdisjoint(moved.axes)]
+        if rivals:
+            if ctx.owned(labels):
+                ctx.disputed(rivals)
             ctx.freeze(labels, "lies along one axis with other units")
         else:
             kept.append(moved)

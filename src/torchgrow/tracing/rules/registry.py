@@ -79,6 +79,12 @@ class Context(Protocol):
     def part(self, pieces: Sequence[Tensor]) -> None:
         """Note symbols of the pieces into which an axis is cut at places that attributes may hold."""
 
+    def turned(self) -> bool:
+        """Whether an operation keeps its second choice of labels: nothing could go of what it `disputed` before."""
+
+    def disputed(self, kept: Sequence[Labelled]) -> None:
+        """Note labels that an operation keeps at the cost of others."""
+
     def split_view(self, labels: Labelled) -> None:
         """Note labels that vary along several axes of a view: their live positions must form a box."""
 
