@@ -113,6 +113,43 @@ def test_the_paper_checks_its_constants(name: Any) -> None:
         Default(peak=None)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("number", [np.float64(0.5), np.float32(0.5), np.int64(3), np.bool_(True)])
+def test_numbers_of_numpy_in_the_state_are_numbers(number: Any) -> None:
+    def begin(policy: Any, view: View) -> None:
+        policy.best = number
+
+    policy = changing(begin, lambda policy, view: None)
+    grower = grown(policy)
+    assert type(grower.state_dict()["policy"]["best"]) is type(number.item())
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ({"range": (1, 2)}, r"Changing\.memory\['range'\] is of class tuple"),
+        ([0, {"a": [np.float64(1)]}], r"Changing\.memory\[1\]\['a'\]\[0\] is of class float64"),
+        ({"a": {3: 1}}, r"Changing\.memory\['a'\] has a key of class int"),
+        (len, r"Changing\.memory is of class builtin_function_or_method"),
+    ],
+)
+def test_what_cannot_be_kept_is_told_by_its_place(value: Any, told: str) -> None:
+    def begin(policy: Any, view: View) -> None:
+        policy.memory = value
+
+    with pytest.raises(TorchgrowError, match=rf"^{told}, which a checkpoint could not keep; hold tensors, numbers of"):
+        grown(changing(begin, lambda policy, view: None))
+
+
+def test_a_setting_that_hides_a_method_is_refused() -> None:
+    with pytest.raises(
+        TorchgrowError, match=r"^Hiding\.settings hides Policy\.settings\(\); give that setting another"
+    ):
+
+        @dataclass(eq=False)
+        class Hiding(Own):
+            settings: int = 0  # type: ignore[assignment]
+
+
 def halves(view: View) -> Tensor:
     return torch.full((view.space.n_units,), 0.5, dtype=torch.float64)
 

@@ -64,11 +64,8 @@ class Loading:
 
         During the run this is like an update to that structure: optimizer state is re-cut, units that leave are stored,
         followers change too. After the run nothing is stored any more, so optimizer state of tensors that change is
-        reset, with a warning. See `Owner.loaded`.
-
-        Raises:
-            StructureError: the model is a follower, the run could not have reached this structure, or its policy has
-                gates.
+        reset, with a warning. See `Owner.loaded`. Refused (`StructureError`) are followers, structures that the run
+        could not have reached, and policies with gates.
         """
         run, exchange = self.run, Exchange()
         live, state, space = run.live, run.state, run.plan.space

@@ -48,11 +48,7 @@ def begin(start: str | Tensor | nn.Module, model: nn.Module, space: Space, excha
     """The structure (bool [n]) that a run of a model begins with; None where its policy chooses.
 
     A network that was cut before gives the model its weights and buffers, at its places in the frame; the exchange's
-    `undo` takes them back.
-
-    Raises:
-        TorchgrowError: a frame without weights, or no such start.
-        StructureError: the units that are named cannot live alone, or the network is none of this frame.
+    `undo` takes them back. Errors are as for `Grower`.
     """
     if isinstance(start, str) and start == SEED:
         return None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SavedModelError, TorchgrowError
-from ..persistence.plain_data import Field, is_data
+from ..persistence.plain_data import Field, no_data
 from ..policies.paper import Paper
 from ..policies.policy import Policy
 from ..structure.space import Shapes, Space
@@ -151,7 +151,7 @@ def read_policy(field: Field, policy: Policy, here: Mapping[str, Any], events: i
 def _like(field: Field, present: Any) -> Any:
     """A value of the kind and shape of the present one, finite where that is; tensors on the host."""
     if isinstance(present, (list, dict)):  # which may have grown
-        if type(field.value) is not type(present) or not is_data(field.value):
+        if type(field.value) is not type(present) or no_data(field.value, ""):
             field.refuse(f"a {type(present).__name__} of tensors, numbers and text")
         return field.value
     if not isinstance(present, Tensor):

@@ -160,12 +160,12 @@ def simple(value: Any) -> Any:
     raise ValueError(value)
 
 
-def is_data(value: Any) -> bool:
-    """Whether a value is data."""
+def no_data(value: Any, path: str) -> str:
+    """What in a value is no data, as "path['a'][3] is of class tuple"; "" where all is."""
     if isinstance(value, dict):
-        return all(type(key) is str and is_data(one) for key, one in value.items())
-    return (
-        all(map(is_data, value))
-        if isinstance(value, list)
-        else isinstance(value, Tensor) or value is None or (type(value) in (bool, int, float, str))
-    )
+        odd = [f"{path} has a key of class {type(key).__name__}" for key in value if type(key) is not str]
+        return odd[0] if odd else next(filter(None, (no_data(one, f"{path}[{k!r}]") for k, one in value.items())), "")
+    if isinstance(value, list):
+        return next(filter(None, (no_data(one, f"{path}[{i}]") for i, one in enumerate(value))), "")
+    fine = value is None or isinstance(value, Tensor) or type(value) in (bool, int, float, str)
+    return "" if fine else f"{path} is of class {type(value).__name__}"

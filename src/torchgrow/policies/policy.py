@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -13,13 +14,12 @@ import torch
 from torch import Tensor
 
 from ..errors import TorchgrowError
-from ..persistence.plain_data import is_data, simple
+from ..persistence.plain_data import no_data, simple
 from ..structure.cost import CostModel
 from ..structure.space import Space
 
 RECORDED = {"final_inverse_temperature": "heat"}
 """Settings that states and results rows store under an earlier name."""
-
 
 NEWBORNS = ("fresh", "silent")
 """How units may enter; see `Policy.newborns`."""
@@ -83,6 +83,13 @@ class Policy(ABC):
     multiples: Tensor | None = None
     pressure: float = 0.0
     temperature: Tensor | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse (`TorchgrowError`) settings that hide a method, such as `settings`."""
+        super().__init_subclass__(**kwargs)
+        for name in inspect.get_annotations(cls):
+            if callable(getattr(Policy, name, None)):
+                raise TorchgrowError(f"{cls.__name__}.{name} hides Policy.{name}(); give that setting another name")
 
     @abstractmethod
     def seed(self, view: View) -> Tensor:
@@ -181,11 +188,11 @@ class Policy(ABC):
         own = self.settings()
         state = {key: _copy(v) for key, v in vars(self).items() if key not in own and not key.startswith("_")}
         for key, value in state.items():
-            if not is_data(value):
+            if odd := no_data(value, f"{type(self).__name__}.{key}"):
                 raise TorchgrowError(
-                    f"{type(self).__name__}.{key} is of class {type(value).__name__}, which a checkpoint could not "
-                    "keep; hold tensors, numbers, text, lists and dicts of them there, or name it "
-                    f"_{key} if it is made anew in seed and never changes"
+                    f"{odd}, which a checkpoint could not keep; hold tensors, numbers of Python (x.item()), text, and "
+                    f"lists and dicts by text of them there, or name it _{key} if it is made anew in seed and never "
+                    "changes"
                 )
         return state
 
@@ -205,7 +212,7 @@ class Policy(ABC):
 
 
 def _copy(value: Any) -> Any:
-    """A copy of data; other objects are returned unchanged."""
-    if isinstance(value, Tensor):
-        return value.clone()
+    """A copy of data, a number of NumPy as one of Python; other objects are returned unchanged."""
+    if isinstance(value, (Tensor, np.generic)):
+        return value.clone() if isinstance(value, Tensor) else value.item()
     return copy.deepcopy(value) if isinstance(value, (list, dict)) else value

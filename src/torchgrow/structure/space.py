@@ -24,7 +24,6 @@ from ..renamed import renamed_attribute
 Place = tuple[str, int]
 """A tensor name (as in `named_parameters` / `named_buffers`) and one of its axes."""
 
-
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of tensors by name."""
 

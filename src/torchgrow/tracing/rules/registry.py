@@ -91,7 +91,6 @@ class Context(Protocol):
 
 Rule = Callable[[Context, Any, dict[str, Any], Any], None]
 
-
 RULES: dict[str, Rule] = {}
 
 MODULE_RULES: dict[type, Rule] = {}
