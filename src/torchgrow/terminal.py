@@ -1,8 +1,11 @@
 """How commands speak: where results go, and errors without a traceback."""
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -11,9 +14,21 @@ from rich.text import Text
 from torchgrow import TorchgrowError
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as schedulers of clusters send it: a run ends as after Ctrl-C."""
+
+
+def _terminate(*_: Any) -> None:
+    raise Terminated
+
+
 @contextmanager
 def clean_exit(errors: Console) -> Iterator[None]:
     """Errors that torchgrow means to raise are for the user to read, without a traceback."""
+    main = threading.current_thread() is threading.main_thread()
+    ours = main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # else others do something about it
+    if ours:
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     except TorchgrowError as error:
@@ -29,9 +44,12 @@ def clean_exit(errors: Console) -> Iterator[None]:
         what = f"out of memory; a smaller batch or network may fit ({error})" if short else str(error)
         errors.print(Text.assemble(("error: ", "bold red"), what), soft_wrap=True)
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         errors.print("stopped")
-        raise typer.Exit(130) from None
+        raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def console() -> Console:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -191,6 +192,21 @@ def test_ctrl_c_says_where_to_look(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         "Go on from the last checkpoint with: torchgrow run --resume runs/digits stopped"
     )
     assert (tmp_path / "runs" / "digits.partial" / "config.json").exists()
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As schedulers of clusters send it; it said nothing, and left no stopped.txt."""
+
+    def terminated(*arguments: Any, **keywords: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("torchgrow.lab.run.fit", terminated)
+    monkeypatch.chdir(tmp_path)
+    done = invoke("run")
+    assert done.exit_code == 143
+    assert plain(done.output).endswith("torchgrow run --resume runs/digits stopped")
+    assert (tmp_path / "runs" / "digits.partial" / "stopped.txt").exists()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_whole_run(tmp_path: Path) -> None:

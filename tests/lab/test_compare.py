@@ -252,9 +252,10 @@ def test_half_a_line_is_no_row(tmp_path: Path) -> None:
     assert rows.read() == [{"a": 1}]
     rows.append({"a": 3})
     assert rows.read() == [{"a": 1}, {"a": 3}]
-    rows.path.write_text('{"a": 1}\n{"a"\n')
-    with pytest.raises(TorchgrowError, match=r"line 2 is damaged: .*; take it out"):
-        rows.read()
+    for damaged in (b'{"a"', b"[1]", b'{"a": "\xff"}', b"null"):
+        rows.path.write_bytes(b'{"a": 1}\n' + damaged + b"\n")
+        with pytest.raises(TorchgrowError, match=r"line 2 is damaged: .*; take it out"):
+            rows.read()
 
 
 def test_only_one_process_at_a_file(tmp_path: Path) -> None:

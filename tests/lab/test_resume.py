@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import warnings
 from collections import Counter
@@ -23,7 +24,7 @@ from torchgrow import Budget, TorchgrowError
 from torchgrow.lab import checkpoints, report, run
 from torchgrow.lab.models import ResNet
 from torchgrow.lab.recipes import RECIPES, from_json, get, with_shortcut
-from torchgrow.lab.run_folder import RunFolder
+from torchgrow.lab.run_folder import RunFolder, check_new
 
 BUILD = partial(ResNet, depth=8, widths=(4, 8, 16), in_channels=1)
 TINY = replace(
@@ -206,6 +207,42 @@ def test_damaged_records_say_so(
         run.resume(tmp_path / "out", console=quiet())
 
 
+def test_a_damaged_checkpoint_says_what_works_and_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: Any
+) -> None:
+    with monkeypatch.context() as patch:
+        stopping(patch, RunFolder, "append", 2)
+        with pytest.raises(Stop):
+            start(tmp_path / "out")
+    folder = tmp_path / "out.partial" / "checkpoints" / "grown"
+    for path in folder.rglob("*.json"):
+        path.write_text(path.read_text()[:-9])
+    console = Console(record=True, quiet=False, file=open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    with pytest.raises(TorchgrowError, match=r"To train this network anew, .*, delete .*checkpoints.grown and go on"):
+        run.resume(tmp_path / "out", console=console)
+    said = console.export_text()
+    console.file.close()
+    assert "What was measured before the stop is in" in said
+    assert "Go on from" not in said
+    shutil.rmtree(folder)
+    run.resume(tmp_path / "out", console=quiet())
+    assert end(tmp_path / "out") == unbroken
+
+
+def test_a_run_stopped_before_it_had_begun_can_start_again(tmp_path: Path) -> None:
+    partial_folder = tmp_path / "out.partial"
+    partial_folder.mkdir()
+    (partial_folder / "lock").touch()
+    (partial_folder / ".config.json").write_text('{"half')
+    with pytest.raises(TorchgrowError, match=r"out\.partial was stopped before it had begun, .* without --resume"):
+        run.resume(tmp_path / "out", console=quiet())
+    check_new(tmp_path / "out")
+    with RunFolder(tmp_path / "out"):
+        assert [path.name for path in partial_folder.iterdir()] == ["lock"]
+        with pytest.raises(TorchgrowError, match="another process is running in"):
+            RunFolder(tmp_path / "out")
+
+
 def test_a_checkpoint_of_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     partial_folder = stopped(tmp_path / "out", monkeypatch)
     torchgrow.save_checkpoint(partial_folder / "checkpoints" / "grown", extra={"epoch": 1})
@@ -265,6 +302,7 @@ def test_what_is_not_the_record_of_a_recipe(field: str, value: Any, message: str
 
 def test_what_a_stopped_run_left_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine.txt").touch()
     with pytest.raises(TorchgrowError, match=r"out\.partial is there, and has no config\.json .* choose another --out"):
         RunFolder(tmp_path / "out")
     for config, command in ("", "run"), ("{}", "run"), ('{"search": {}}', "search"):

@@ -443,7 +443,7 @@ def rest(path: Path) -> list[str]:
         (["MINE", "--from", "mine.py"], "error: TMP/mine.py cannot be read as weights: "),
         (["MINE", "--from", "."], "error: TMP is a folder without weights: --from takes a .pt, .pth or .safetensors"),
         (["MINE", "--from", "run"], "did you mean TMP/run/network?"),
-        (["MINE", "--from", "list.pt"], "error: TMP/list.pt holds no state dict, of names and tensors, but list"),
+        (["MINE", "--from", "list.pt"], "error: TMP/list.pt holds no state dict, of names and tensors: there is list"),
         (["MINE", "--from", "code.pt"], "files that would run code are not opened"),
         (
             ["MINE", "--from", "other.pt"],

@@ -43,10 +43,18 @@ def test_checkpoints_of_usual_programs_are_read(tmp_path: Path) -> None:
     save_model(tied, str(tmp_path / "tied.safetensors"))
     assert weights.digest(weights.network(tmp_path / "tied.safetensors", tied_layers)) == weights.digest(tied)
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({f"{who}.{name}": tensor for who in "ab" for name, tensor in state.items()}, "foreign a.0.weight"),
+        (
+            {f"{who}.{name}": tensor for who in "ab" for name, tensor in state.items()},
+            r"holds 2 networks of this kind, with 'a\.' and 'b\.' before their names; write the one to begin with",
+        ),
         ({f"module.{name}": state[name] for name in list(state)[1:]}, r"Sequential: missing 0.weight. Name"),
-        (state | {"1.bias": torch.full((4,), torch.nan)}, "are no numbers: 1.bias hold NaN, as after a training that"),
-        ({"big": state, "small": state}, "holds no state dict, of names and tensors, but big, small"),
+        (state | {"1.bias": torch.full((4,), torch.nan)}, "are no numbers: 1.bias hold NaN or infinity, as after"),
+        (state | {"1.bias": torch.full((4,), torch.inf)}, "are no numbers: 1.bias hold NaN or infinity, as after"),
+        (
+            {"big": state, "small": state},
+            r"holds 2 state dicts, big, small; .*torch\.load\(\".*weights\.pt\"\)\['small'\], \"weights\.pt\"\)",
+        ),
+        (state | {"epoch": 3}, "holds no state dict, of names and tensors: there is epoch; in the program that"),
     ]
     for given, message in wrong:
         torch.save(given, path)

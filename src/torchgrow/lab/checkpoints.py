@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchgrow import Grower, TorchgrowError, load_checkpoint, save_checkpoint
+from torchgrow import Grower, SavedModelError, TorchgrowError, load_checkpoint, save_checkpoint
 from torchgrow.lab.devices import moved
 from torchgrow.lab.hooks import Hooks
 from torchgrow.lab.weights import versioned
@@ -110,7 +110,13 @@ class Checkpoints:
         """Go on from the latest one, or from the start if there is none yet."""
         if not any(self.folder.glob("checkpoint-*")):
             return Progress()
-        extra = load_checkpoint(self.folder, grower, scheduler=schedule)
+        try:
+            extra = load_checkpoint(self.folder, grower, scheduler=schedule)
+        except SavedModelError as error:
+            raise SavedModelError(
+                f"{error}. To train this network anew, and keep the rest of the run, delete {self.folder} and go on "
+                "as before"
+            ) from error
         try:
             if hooks and "hooks" in extra:  # first, since they may decide which structure is loaded
                 hooks.load_state_dict(extra.pop("hooks"))

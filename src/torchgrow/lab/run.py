@@ -38,7 +38,7 @@ from torchgrow.lab.own_networks import told_apart
 from torchgrow.lab.recipes import Recipe, from_json, with_own_classes
 from torchgrow.lab.report import label
 from torchgrow.lab.results import verdict
-from torchgrow.lab.run_folder import Onlooker, RunFolder, check_new, default_out, resuming
+from torchgrow.lab.run_folder import Onlooker, RunFolder, check_new, default_out, resuming, where_it_stopped
 from torchgrow.lab.text import TextData
 from torchgrow.lab.train import Epoch, fit, judged
 from torchgrow.lab.trained import Start, begin, loading, what_it_cost
@@ -247,12 +247,9 @@ def _go(recipe: Recipe, data: Data, run_folder: RunFolder, console: Console, sta
             results = _train_all(recipe, data, run_folder, console, start)
             pictures = report.draw(run_folder.path) if first else []
     except BaseException as error:
-        if isinstance(error, (KeyboardInterrupt, TorchgrowError, OSError, MemoryError)):
-            console.print(
-                f"What was measured before the stop is in {run_folder.path}\n"
-                f"Go on from the last checkpoint with: {resuming(run_folder.out, {})}",
-                soft_wrap=True,
-            )
+        again = f"Go on from the last checkpoint with: {resuming(run_folder.out, {})}"
+        if told := where_it_stopped(error, run_folder, again):
+            console.print(told, soft_wrap=True)
         raise
     console.print(table(results))
     if any(name.startswith("uniform") for name in results):

@@ -11,7 +11,7 @@ from shlex import quote
 from types import TracebackType
 from typing import Any
 
-from torchgrow import TorchgrowError
+from torchgrow import SavedModelError, TorchgrowError, TrainingError
 from torchgrow.lab.checkpoints import write_whole
 from torchgrow.lab.train import Epoch
 from torchgrow.patience import rename
@@ -57,20 +57,25 @@ class RunFolder:
         self.path = out.with_name(out.name + ".partial")
         if resume and not (self.path / "config.json").exists():
             raise TorchgrowError(
-                f"{self.path} is not a run that was stopped: it has no config.json; name the --out of one that was, "
-                "without .partial"
+                f"{self.path} was stopped before it had begun, so nothing is lost; start it as the first time, "
+                "without --resume"
+                if _barren(self.path)
+                else f"{self.path} is not a run that was stopped: it has no config.json; name the --out of one that "
+                "was, without .partial"
             )
         try:
-            self.path.mkdir(parents=True, exist_ok=resume)
+            self.path.mkdir(parents=True, exist_ok=resume or _barren(self.path))
         except FileExistsError:  # since it was asked for
             raise _taken(out) from None
         except OSError as error:
             raise _not_made(self.path, error.strerror) from error
         self._lock: int | None = lock(self.path)
-        if resume:
-            (self.path / "stopped.txt").unlink(missing_ok=True)
-            for left in self.path.glob(".*"):  # half of a file or folder that was being written
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if not resume and (out.exists() or not _barren(self.path)):  # another one was quicker
+            self._let_go()
+            raise _taken(out)
+        (self.path / "stopped.txt").unlink(missing_ok=True)
+        for left in self.path.glob(".*"):  # half of a file or folder that was being written
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -116,9 +121,9 @@ class RunFolder:
     def epochs(self, network: str | None = None) -> list[Epoch]:
         """Whole lines of ``metrics.jsonl``: of all networks, or of one."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         try:
-            records = [Epoch(**json.loads(line)) for line in lines if line.endswith("\n")]
+            records = [Epoch(**json.loads(line)) for line in lines if line.endswith(b"\n")]
         except (ValueError, TypeError) as error:
             raise TorchgrowError(f"{path} is damaged: {error}; the run cannot go on, start it anew") from error
         return [record for record in records if network in (None, record.network)]
@@ -155,13 +160,29 @@ def check_new(out: Path) -> None:
             f"{out} exists already and is not overwritten; choose another --out, or move it away first"
         )
     path = out.with_name(out.name + ".partial")
-    if path.exists():
+    if path.exists() and not _barren(path):
         raise _taken(out)
     within = next(folder for folder in path.absolute().parents if folder.exists())
     if not within.is_dir():
         raise _not_made(path, f"{within} is a file")
     if not os.access(within, os.W_OK | os.X_OK):
         raise _not_made(path, f"nothing may be written in {within}")
+
+
+def _barren(path: Path) -> bool:
+    """Whether a folder is that of a run which was stopped before it wrote anything."""
+    return path.is_dir() and all(inside.name == LOCK or inside.name.startswith(".") for inside in path.iterdir())
+
+
+def where_it_stopped(error: BaseException, folder: "RunFolder", again: str) -> str:
+    """What is told of a run that an error has stopped; "" of a fault of ours, whose traceback tells more.
+
+    After a fault that would come again, in the training or in a file, there is nothing to go on with.
+    """
+    if not isinstance(error, (KeyboardInterrupt, TorchgrowError, OSError, MemoryError)):
+        return ""
+    kept = f"What was measured before the stop is in {folder.path}"
+    return kept if isinstance(error, (TrainingError, SavedModelError)) else f"{kept}\n{again}"
 
 
 def _taken(out: Path) -> TorchgrowError:

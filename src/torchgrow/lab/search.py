@@ -25,7 +25,7 @@ from torchgrow.lab.own_networks import told_apart
 from torchgrow.lab.recipes import Recipe, from_json
 from torchgrow.lab.recipes.recipe import MOST_SEED
 from torchgrow.lab.run import Result, as_before, checked, result_of, score_of, table, train_network
-from torchgrow.lab.run_folder import RunFolder, check_new, default_out, resuming
+from torchgrow.lab.run_folder import RunFolder, check_new, default_out, resuming, where_it_stopped
 from torchgrow.lab.train import Epoch, fit
 
 SEARCHED = "searched"
@@ -235,12 +235,9 @@ def _go(recipe: Recipe, data: Data, run_folder: RunFolder, begun: tuple[Search, 
                 results = _results(recipe, data, run_folder, found, trials)
             pictures = report.draw(run_folder.path)
     except BaseException as error:
-        if isinstance(error, (KeyboardInterrupt, TorchgrowError, OSError, MemoryError)):
-            console.print(
-                f"What was measured before the stop is in {run_folder.path}\n"
-                f"Go on from there with: {resuming(run_folder.out, {'search': True})}",
-                soft_wrap=True,
-            )
+        again = f"Go on from there with: {resuming(run_folder.out, {'search': True})}"
+        if told := where_it_stopped(error, run_folder, again):
+            console.print(told, soft_wrap=True)
         raise
     shares = {key: value / found.dense_flops for key, value in _spent(found, results).items()}
     console.print(_trials_table(found), table(results))

@@ -43,13 +43,23 @@ def network(path: Path, build: Callable[..., nn.Module]) -> nn.Module:
     if _is_saved(path):
         model = torchgrow.load(path, partial(build, 1.0))
     else:
-        model = build(1.0)
-        _give(model, _inner(_read(path), [name for name, _ in model.named_parameters()]), path)
-    odd = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if bool(tensor.isnan().any())]
+        model, given = build(1.0), _read(path)
+        names = [name for name, _ in model.named_parameters()]
+        if len(several := _fitting(given, names)) > 1:
+            one = max(several)
+            raise TorchgrowError(
+                f"{path} holds {len(several)} networks of this kind, with {' and '.join(map(repr, several))} before "
+                "their names; write the one to begin with into a file of its own: state = "
+                f'torch.load("{path}", weights_only=True); torch.save({{name.removeprefix({one!r}): state[name] for '
+                f'name in state if name.startswith({one!r})}}, "weights.pt")'
+            )
+        _give(model, _inner(given, names), path)
+    odd = [name for name, tensor in model.named_parameters() if not bool(tensor.isfinite().all())]
+    odd += [name for name, tensor in model.named_buffers() if bool(tensor.isnan().any())]  # masks may be infinite
     if odd:
         raise TorchgrowError(
-            f"the weights in {path} are no numbers: {_some(odd)} hold NaN, as after a training that diverged; take an "
-            "earlier checkpoint of it"
+            f"the weights in {path} are no numbers: {_some(odd)} hold NaN or infinity, as after a training that "
+            "diverged; take an earlier checkpoint of it"
         )
     return model.train()
 
@@ -132,14 +142,23 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise TorchgrowError(
             f"{path} cannot be read as weights: it is damaged, or holds more than tensors and plain data, such as a "
             "whole model, and files that would run code are not opened. In the program that trained the model: "
-            f'torch.save(model.state_dict(), "{path}")'
+            f'torch.save(model.state_dict(), "weights.pt")'
         ) from error
     state = _state_in(found)
     if not _is_state(state):
-        what = ", ".join(map(str, [*state][:5])) if isinstance(state, dict) else type(state).__name__
+        inside = [key for key, value in state.items() if _is_state(value)] if isinstance(state, dict) else []
+        if inside:
+            raise TorchgrowError(
+                f"{path} holds {len(inside)} state dicts, {', '.join(map(str, inside))}; write the one to begin with "
+                f'into a file of its own: torch.save(torch.load("{path}")[{inside[-1]!r}], "weights.pt")'
+            )
+        odd = (
+            [name for name, value in state.items() if not isinstance(value, Tensor)] if isinstance(state, dict) else []
+        )
+        what = _some([str(name) for name in odd]) or ("nothing" if isinstance(state, dict) else type(state).__name__)
         raise TorchgrowError(
-            f"{path} holds no state dict, of names and tensors, but {what or 'nothing'}; write one with "
-            f'torch.save(model.state_dict(), "{path}")'
+            f"{path} holds no state dict, of names and tensors: there is {what}; in the program that trained the "
+            'model: torch.save(model.state_dict(), "weights.pt")'
         )
     return state
 
@@ -171,11 +190,9 @@ def _inner(given: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """The tensors of a network that was saved within a wrapper, by the names of its parameters alone.
 
     DataParallel, torch.compile, an average and modules of Lightning put their own name before, and may have more
-    tensors beside the network. If parameters are missing, or two networks have all of them, nothing is taken out.
+    tensors beside the network. If parameters are missing nothing is taken out.
     """
-    own = [*names]
-    found = [name.removesuffix(own[0]) for name in given if own and name.endswith(own[0])]
-    fits = [prefix for prefix in found if all(prefix + name in given for name in own)]
+    fits = _fitting(given, names)
     whole = len(fits) == 1 and fits[0].endswith(".")
     inside = {name: tensor for name, tensor in given.items() if not whole or name.startswith(fits[0])}
     state: OrderedDict[str, Tensor] = OrderedDict(inside)
@@ -183,6 +200,13 @@ def _inner(given: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     for prefix in fits if whole else _PREFIXES:  # of what does not fit, the message has plain names
         consume_prefix_in_state_dict_if_present(state, prefix)
     return state
+
+
+def _fitting(given: Mapping[str, Tensor], names: Iterable[str]) -> list[str]:
+    """What stands before the names of a network's parameters, for every network that is there whole."""
+    own = [*names]
+    found = [name.removesuffix(own[0]) for name in given if own and name.endswith(own[0])]
+    return [prefix for prefix in found if all(prefix + name in given for name in own)]
 
 
 def versioned(state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:

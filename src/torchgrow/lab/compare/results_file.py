@@ -26,14 +26,14 @@ class Rows:
 
     def read(self) -> list[dict[str, Any]]:
         """All rows; a line that was cut short by a kill is none."""
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        rows = []
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        rows: list[dict[str, Any]] = []
         for number, line in enumerate(lines, start=1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 continue
             try:
-                rows.append(json.loads(line))
-            except ValueError as error:
+                rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError) as error:
                 raise TorchgrowError(f"{self.path}, line {number} is damaged: {error}; take it out") from error
         return rows
 
