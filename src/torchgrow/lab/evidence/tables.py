@@ -168,7 +168,7 @@ def _nearest(group: dict[str, Any], chosen: Task) -> tuple[Task, str]:
     how = f"a short run ({', '.join(few)})" if few else "as long as the paper's"
     size = f"{chosen.fine[0]['dense_params'] / 1e6:.3g} M parameters dense"
     kept = f", {in_words(budget)}" if budget != "none" else ""
-    return budgets[budget], f"{group['recipe']}, {how}; {chosen.setting()}; {size}{kept}."
+    return budgets[budget], f"{group['recipe']}, {how}. {chosen.setting()}; {size}{kept}."
 
 
 _SHAPE = ("widen", "widths", "depth", "units", "unit")
