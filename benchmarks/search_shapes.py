@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 python benchmarks/search_shapes.py order --recipe resnet20-cifar10 --data FOLDER --budget 36%
     python benchmarks/search_shapes.py show
 
-`search`: for every seed `torchgrow search`, whose winner goes on from what it has, and the uniform twin, with the same
-epochs, batches and schedule. Training FLOPs are those of the whole search. `order`: every candidate of a search is
+`search`: for every seed `torchgrow search`, whose winner goes on from what it has, and the uniform network, with the
+same epochs, batches and schedule. Training FLOPs are those of the whole search. `order`: every candidate of a search is
 trained to the end. `show`: means and paired differences; rank correlation (Spearman) with the final score, of the mean
 training loss of each epoch, and of the score of that epoch.
 

@@ -71,7 +71,7 @@ def grown_to(widths: tuple[int, ...]) -> tuple[nn.Module, torch.optim.Optimizer,
     for group in range(space.n_groups):
         units = torch.nonzero(space.group_of == group).flatten()
         keep[units[: widths[FRAME.index(units.numel())]]] = True
-    grower.run._change_to(keep, grower.policy, grower.run.state.generator, time.perf_counter())
+    grower.run.change_to(keep, grower.policy, grower.run.state.generator, time.perf_counter())
     return model, optimizer, grower
 
 

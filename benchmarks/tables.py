@@ -174,7 +174,7 @@ def depth() -> str:
         "method",
         "n",
         "test accuracy %",
-        "blocks of the stages, by seed",
+        "blocks of each stage (row of like blocks), by seed",
         "widths in use, by seed",
         "parameters",
         "FLOPs / 3-3-3",

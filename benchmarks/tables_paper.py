@@ -72,7 +72,7 @@ def dynamics(rows: list[Row]) -> str:
     return (
         "Budget dynamics of the policy `Paper` without any training, on the networks' real spaces and costs, with the "
         "paper's budgets, epochs and learning rates. In every cell: parameters kept in % / FLOPs kept in % (of MACs, "
-        "which the paper calls FLOPs, the same share) / saving, dense over mean FLOPs in training; *at*: the cost of "
+        "which the paper calls FLOPs, the same share) / saving, dense over mean FLOPs in training. *at*: the cost of "
         "the last draw over the budget, before it is brought to it exactly, where it is a fifth off. Distance: the "
         "mean |ln| of FLOPs, saving and that cost beside the paper's, over "
         f"{', '.join(network for network in networks if network in common)}. *present*, *all*: whose gates the norm "

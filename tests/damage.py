@@ -2,12 +2,13 @@
 
 import contextlib
 import copy
+import hashlib
 import json
 import random
 from pathlib import Path
 from typing import Any
 
-from torchgrow.persistence.folder import SEAL, _digest_of_file, digest
+from torchgrow.persistence.folder import SEAL, digest
 
 
 def reseal(folder: Path, record_name: str, tensors_name: str) -> None:
@@ -15,7 +16,8 @@ def reseal(folder: Path, record_name: str, tensors_name: str) -> None:
     record = json.loads((folder / record_name).read_bytes())
     if isinstance(record, dict) and SEAL in record:
         del record[SEAL]
-        seal = {record_name: digest(record), tensors_name: _digest_of_file(folder / tensors_name)}
+        tensors = hashlib.sha256((folder / tensors_name).read_bytes()).hexdigest()
+        seal = {record_name: digest(record), tensors_name: tensors}
         (folder / record_name).write_text(json.dumps({**record, SEAL: seal}))
 
 

@@ -77,7 +77,7 @@ def make_pair(make: Make, penalty: float = 0.0, model: nn.Module | None = None) 
     indicators.s = torch.randn(space.n_units, generator=generator, dtype=torch.float64)
     for _ in range(3):  # present and absent units have temperatures of their own
         grower.policy.applied(replace(grower.run.view(1), keep=keep))
-    grower.run._change_to(keep, grower.policy, grower.run.state.generator, time.perf_counter())
+    grower.run.change_to(keep, grower.policy, grower.run.state.generator, time.perf_counter())
     policy: Any = grower.policy
     policy.penalty = torch.full_like(policy.s, penalty)
     assert not bool(keep.all())

@@ -99,7 +99,7 @@ def test_where_the_old_network_cannot_be_put_back_it_is_said_where_it_is(
             raise PermissionError(13, "in use")
         source.replace(target)
 
-    monkeypatch.setattr(folder, "_exchanged", lambda *_: False)
+    monkeypatch.setattr(folder, "exchanged", lambda *_: False)
     monkeypatch.setattr(folder, "rename", failing)
     with pytest.raises(SavedModelError, match=r"net could not be written, and what was there is in .*\.net\..*\.old"):
         save(model, tmp_path / "net")

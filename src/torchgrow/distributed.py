@@ -98,7 +98,7 @@ class Ranks:
         if self._group is None:
             return
         held = parts()
-        mine = torch.tensor([1, *(_hash(held[part]) for part in PARTS)], dtype=torch.int64)
+        mine = torch.tensor([1, *(hash_of(held[part]) for part in PARTS)], dtype=torch.int64)
         self._agreed = True
         found = self._compare(mine)
         failed = [str(rank) for rank, (fine, *_) in enumerate(found) if not fine]
@@ -224,7 +224,7 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _hash(values: Iterable[Tensor | str]) -> int:
+def hash_of(values: Iterable[Tensor | str]) -> int:
     """64 bits of BLAKE2 over contents, types and shapes."""
     state = hashlib.blake2b(digest_size=8)
     for value in values:

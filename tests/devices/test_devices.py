@@ -187,7 +187,7 @@ def test_memory_is_given_back_when_nothing_holds_the_old_network(monkeypatch: py
     model, optimizer, grower = begun()
     then: list[int] = []
     afterwards: list[int] = []
-    monkeypatch.setattr("torchgrow.growth.run._give_back", lambda: then.append(held()))
+    monkeypatch.setattr("torchgrow.growth.run.give_back", lambda: then.append(held()))
     for step in range(6):
         train(model, optimizer, step)
         optimizer.zero_grad()

@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+import weakref
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from torchgrow import Budget, Grower, SavedModelError, trace
-from torchgrow.growth import birth
 from torchgrow.growth.birth import birth_scales
 from torchgrow.lab.baselines import initialised
 from torchgrow.policies import Default, Paper, Policy, Random, View
@@ -400,14 +400,23 @@ def test_a_frame_on_the_meta_device_begins_likewise() -> None:
         assert value == pytest.approx(fresh[name], rel=0.35), name
 
 
-def test_what_is_known_of_a_tensor_does_not_keep_it() -> None:
+def test_what_is_known_of_a_tensor_does_not_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A frame too large for memory is looked at without ever being there as a whole."""
     with torch.device("meta"):
         model = mlp("He")
     space = trace(model, torch.randn(2, 60))
-    found = list(birth._random(model, space, space.everything(), Births(model, 0).full))
-    assert len(found) == 8
-    assert not [value for one in found for value in vars(one).values() if isinstance(value, Tensor)]
+    original, seen = Births.full, list[weakref.ref[Any]]()
+    alive = list[int]()
+
+    def watched(self: Births, name: str) -> Tensor:
+        alive.append(sum(one() is not None for one in seen))
+        values = original(self, name).numpy()  # lives as long as a tensor that shares its memory
+        seen.append(weakref.ref(values))
+        return torch.from_numpy(values)
+
+    monkeypatch.setattr(Births, "full", watched)
+    birth_scales(model, space, space.everything())
+    assert alive == [0, *[1] * 7]
 
 
 def test_a_resumed_run_has_to_be_told_alike() -> None:

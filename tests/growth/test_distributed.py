@@ -19,7 +19,7 @@ from growing import differences, make, train
 from oracle import TwoLayers
 from ranks import EPOCHS, Plain, launch, plain
 from torchgrow import Budget, Grower, TorchgrowError, TraceError, load
-from torchgrow.distributed import _hash
+from torchgrow.distributed import hash_of
 
 DOCS = Path(__file__).parents[2] / "docs" / "distributed.md"
 SCENARIOS: list[Callable[..., Any]] = [
@@ -283,11 +283,11 @@ def test_hashes_see_contents_shapes_and_types() -> None:
     same = [[x], [x.clone()]]
     others = [[x + 1], [x.reshape(2, 3)], [x.double()], [x.to(torch.bfloat16)], [x, x], [x.flip(0)], ["x"], []]
     others += [[torch.tensor(1)], [torch.tensor([1])], [torch.tensor(True)], [torch.tensor(1 + 2j)]]
-    hashes = [_hash(values) for values in same + others]  # type: ignore[arg-type]
+    hashes = [hash_of(values) for values in same + others]  # type: ignore[arg-type]
     assert hashes[0] == hashes[1]
     assert len(set(hashes[1:])) == len(hashes) - 1
     assert all(-(2**63) <= value < 2**63 for value in hashes)
-    assert _hash([torch.zeros(3, 3)[:, 1]]) == _hash([torch.zeros(3)])
+    assert hash_of([torch.zeros(3, 3)[:, 1]]) == hash_of([torch.zeros(3)])
 
 
 def test_plain_grows() -> None:

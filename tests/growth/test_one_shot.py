@@ -18,6 +18,7 @@ from oracle import SmallResNet
 from torchgrow import Budget, BudgetError, OptimizerError, StructureError, TorchgrowError
 from torchgrow.policies import Shrink
 from torchgrow.structure.cost import CostModel
+from torchgrow.structure.record import RECORD
 
 X, LABELS = batch(0)
 
@@ -123,7 +124,7 @@ def test_what_cannot_be_cut_is_told_and_left_alone() -> None:
         with pytest.raises(kind, match=text):
             torchgrow.prune_(model, x, **{"budget": Budget(params="50%"), **more})
         assert not differences(before, model.state_dict())
-        assert not any("_torchgrow_record" in vars(module) for module in model.modules())
+        assert not any(RECORD in vars(module) for module in model.modules())
 
 
 def test_nothing_is_stored_unless_wanted() -> None:

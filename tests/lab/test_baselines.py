@@ -1,4 +1,4 @@
-"""The uniform twin: one factor for every width. What is of a structure from scratch."""
+"""The uniform network: one factor for every width. What is of a structure from scratch."""
 
 from functools import partial
 from typing import Any

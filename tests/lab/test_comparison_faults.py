@@ -178,7 +178,7 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_trained(
 
     monkeypatch.setattr("torchgrow.lab.systems.running.fit", fit)
     monkeypatch.setattr("torchgrow.lab.compare.training.fit", fit)
-    monkeypatch.setattr("torchgrow.lab.systems.netadapt.NetAdapt._search", fit)
+    monkeypatch.setattr("torchgrow.lab.systems.netadapt.NetAdapt.search", fit)
     methods = "l1-norm sfp thinet pfp bar morphnet netadapt autogrow darts proxyless shrink shrink:until=0.3"
     rows = run(tmp_path, methods, DIGITS, budgets=[Budget(params=20)])
     assert trained == []

@@ -239,7 +239,7 @@ def test_a_method_has_one_colour_on_a_page() -> None:
     found = task(several("paper:a", [80.0]), *odd)
     whole = drawing.styles(found.methods())
     for part in found.budgets().values():
-        assert pictures._looks(part) == whole
+        assert pictures.looks_of(part) == whole
 
 
 def test_no_formula_is_left_in_a_picture() -> None:
@@ -252,7 +252,7 @@ def test_no_formula_is_left_in_a_picture() -> None:
 def test_a_picture_of_the_page_says_what_it_is_of(tmp_path: Path) -> None:
     found = task(several("uniform", [90.0, 91.0]), several("default", [91.0]))
     (first, *_) = (picture for picture in pictures.PICTURES if picture.draw(found))
-    for svg, _, name in page._shown(first, found, "a", tmp_path).panels:
+    for svg, _, name in page.panels_of(first, found, "a", tmp_path).panels:
         files = tmp_path / f"{Path(name).name}.svg"
         told = f"{found.name}; {found.rows[0]['budget']}; seeds 0, 1".replace("<", "&lt;")
         assert told in files.read_text()
@@ -396,7 +396,7 @@ def test_the_table_has_all_methods_at_all_budgets() -> None:
     found = task(
         several("dense", [92.0]), several("uniform", [88.0]), several("default", [90.0], budget="flops <= 50%")
     )
-    assert [(budget, [line[:3] for line in lines]) for budget, lines in page._table(found)] == [
+    assert [(budget, [line[:3] for line in lines]) for budget, lines in page.table_lines(found)] == [
         ("at most 40 % of the parameters", [["dense", "1", "92.00"], ["uniform", "1", "88.00"]]),
         ("at most 50 % of the FLOPs", [["dense", "1", "92.00"], ["default", "1", "90.00"]]),
     ]

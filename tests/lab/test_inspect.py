@@ -191,7 +191,7 @@ def test_reasons_that_differ_by_the_proofs_digits_are_one() -> None:
         Frozen("proof", "b", "f.py:3", "outputs differ by 3.4e+00", (("b", 0), ("a", 0))),
         Frozen("proof", "", "", "fails", (("b.weight", 0),)),
     )
-    assert [(r.reason, r.places, r.params, r.where) for r in inspect._reasons(twice, {"a": 7, "b.weight": 9})] == [
+    assert [(r.reason, r.places, r.params, r.where) for r in inspect.reasons_of(twice, {"a": 7, "b.weight": 9})] == [
         ("fails", 1, 9, ("b.weight",)),
         ("outputs differ by 1.2e-01", 2, 7, ("a", "b (f.py:3)")),
     ]
@@ -245,7 +245,7 @@ def test_the_tree_is_nested_as_names_are() -> None:
         )
 
     names = ["stem", "layer.0.a", "layer.0.b", "layer.0", "layer.1.body.c", "head.fc"]
-    lines = inspect._branches(tuple(part(name) for name in names))
+    lines = inspect.branches(tuple(part(name) for name in names))
     assert [(label, part and part.name) for label, part in lines] == [
         ("stem", "stem"),
         ("layer", None),
@@ -261,7 +261,7 @@ def test_the_tree_is_nested_as_names_are() -> None:
     ("share", "text"), [(0.0, "0.0%"), (0.0001, "<0.1%"), (0.25, "25.0%"), (0.9997, ">99.9%"), (1.0, "100.0%")]
 )
 def test_shares_never_round_to_nothing_or_all(share: float, text: str) -> None:
-    assert inspect._percent(share) == text
+    assert inspect.percent(share) == text
 
 
 def test_the_picture_names_every_group_and_equals_itself(file: Path, tmp_path: Path) -> None:
@@ -353,7 +353,7 @@ def test_models_and_inputs_are_the_same_every_time() -> None:
 
 def test_every_recipe_has_inputs() -> None:
     drawn = {"shapes", "shape-masks"}  # of the scale smoke, which no recipe has as its own
-    assert {*sources._RECIPE_IMAGES, "text"} == set(DATASETS) - drawn
+    assert {*sources.RECIPE_IMAGES, "text"} == set(DATASETS) - drawn
     for name in recipes.RECIPES:
         model, inputs = sources.load(name)
         model.eval()(*inputs) if isinstance(inputs, tuple) else model.eval()(inputs)

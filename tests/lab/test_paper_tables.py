@@ -14,7 +14,7 @@ from torchgrow import TorchgrowError, measure
 from torchgrow.cli import app
 from torchgrow.lab import recipes
 from torchgrow.lab.compare import RESULTS
-from torchgrow.lab.evidence.tables import PAPER, _found, beside
+from torchgrow.lab.evidence.tables import PAPER, beside, found_structure
 from torchgrow.lab.models import MobileNetV1
 
 RESNET = {"name": "resnet20-cifar10", "model": "ResNet", "dataset": "cifar10", "samples": [50000, 10000]}
@@ -192,10 +192,10 @@ def test_what_a_system_ended_with_stands_in_the_table(tmp_path: Path) -> None:
     """Hidden units from its row, blocks from its last epoch: systems have no widths from epoch to epoch."""
     found = cifar("iss", 0, 80.0, widths={"lstm.0": 7, "lstm.1": 9})
     found["config"]["model"] = "LSTM"
-    assert _found(found) == "7, 9"
+    assert found_structure(found) == "7, 9"
     found = cifar("autogrow", 0, 80.0)
     found["epochs"][-1]["depths"] = {"layer1": 2, "layer2": 3}
-    assert _found(found) == "2-3"
+    assert found_structure(found) == "2-3"
 
 
 def test_of_settings_that_have_the_same_the_recipes_own_schedule_stands_here(tmp_path: Path) -> None:

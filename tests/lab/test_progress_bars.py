@@ -45,11 +45,11 @@ def test_time_left_is_never_below_nothing() -> None:
     bars = Bars(Progress(console=Console(file=said)), [job])
     for done in (3.5, 3.0):
         bars(job, done, 10)
-    assert bars._left() == 0.0
+    assert bars.seconds_left() == 0.0
     bars(job, 4.0, 10)
-    assert bars._left() > 0.0
+    assert bars.seconds_left() > 0.0
     bars(job, 11.0, 10)
-    assert bars._left() == 0.0
+    assert bars.seconds_left() == 0.0
 
 
 @pytest.mark.parametrize(("method", "place"), [("sfp", "systems.running"), ("uniform", "compare.training")])

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 import torchgrow.exchange
 import torchgrow.persistence.folder
+import torchgrow.policies.default
 from stopping import Stop, stopping
 from torchgrow import Budget, TorchgrowError
 from torchgrow.lab import checkpoints, report, run
@@ -138,7 +139,7 @@ KILLS = [
     (torchgrow.exchange, "writes", 9, "in an update"),  # a change is prepared, not made
     (os, "fsync", 9, "anywhere"),  # while a checkpoint is written
     (torchgrow.persistence.folder, "rename", 1, "anywhere"),  # a checkpoint is whole, but not in its place
-    (torchgrow.growth.gates._Hooks, "_after", 3, "anywhere"),  # in an optimizer step
+    (torchgrow.policies.default.Default, "step", 3, "anywhere"),  # in an optimizer step
 ]
 
 
@@ -183,7 +184,7 @@ def test_two_processes_at_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     first = RunFolder(tmp_path / "out", resume=True)
     with pytest.raises(TorchgrowError, match=r"another process is running in .*out\.partial; wait for it, or stop"):
         run.resume(partial_folder, console=quiet())
-    first._let_go()
+    first.let_go()
     run.resume(partial_folder, console=quiet())
 
 

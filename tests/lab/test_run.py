@@ -449,7 +449,7 @@ def test_short_numbers(number: float, text: str) -> None:
 
 def shown(display: Display, width: int = 100) -> str:
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(display._render())
+    console.print(display.render())
     return console.export_text()
 
 

@@ -365,7 +365,7 @@ def test_the_live_panel_shows_perplexity() -> None:
     display.epoch(
         train.Epoch(network="dense", epoch=1, **scores, params=1, flops=1, training_flops=1, seconds=1.0, lr=1.0)
     )
-    console.print(display._render())
+    console.print(display.render())
     assert "perplexity 54.60  loss 0.300" in console.export_text()
 
 

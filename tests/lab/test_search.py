@@ -233,12 +233,12 @@ def test_the_tables_tell_trials_and_costs(tmp_path: Path) -> None:
 
 def test_a_shape_that_diverges_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it comes along to the next rung for want of others; its whole rung counts as spent."""
-    original = torchgrow.lab.train._step
+    original = torchgrow.lab.train.train_step
 
     def step(where: str, loss: Any, *arguments: Any) -> float:
         return original(where, loss * (torch.nan if re.match("trial=[012]", where) else 1), *arguments)
 
-    monkeypatch.setattr(torchgrow.lab.train, "_step", step)
+    monkeypatch.setattr(torchgrow.lab.train, "train_step", step)
     out = start(tmp_path / "out", beside=())
     found, results = read(out, "search.json"), read(out, "results.json")
     assert found["winner"] == 3

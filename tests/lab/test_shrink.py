@@ -187,7 +187,7 @@ def test_it_is_filed_apart(base: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     assert (recipe.schedule, recipe.preset, recipe.std, more["beside"]) == ("linear", "shrink", (0.5,), ())
     assert shrunk(base, tmp_path / "out").exit_code == 0
     assert calls[1][0].lr == pytest.approx(recipes.get("digits").lr / 10)
-    assert run._filed(calls[1][0]) == "shrunk-mine"
+    assert run.filed_as(calls[1][0]) == "shrunk-mine"
     assert recipes.from_json(json.loads(json.dumps(recipe.as_json()))).as_json() == recipe.as_json()
     with pytest.raises(TorchgrowError, match="recipe 'mine' begins with weights, and networks are compared from"):
         compare(recipe, methods=["dense"], seeds=[0], console=Console(quiet=True), out=tmp_path)
@@ -281,7 +281,7 @@ def test_what_the_loss_rises_by_is_measured_once_and_counted(
     steps = [256 // 32 // 8] * 8  # an update after each, and the structure of it is the next step's
     passed = zip(steps, [frame["flops"], *(one["flops"] for one in first["updates"])], strict=False)
     assert first["training_flops"] == found["flops"] + sum(3 * 32 * many * flops for many, flops in passed)
-    assert killed(partial(shrunk, base, tmp_path / "out", *measured), train, "_step", 1) == signal.SIGKILL
+    assert killed(partial(shrunk, base, tmp_path / "out", *measured), train, "train_step", 1) == signal.SIGKILL
 
     def again(*_: Any, **__: Any) -> None:
         raise AssertionError("measured once more")

@@ -181,7 +181,7 @@ def test_what_is_discarded_is_zero_for_the_layers_behind_and_the_rest_is_scaled(
     model = Two(4)
     (reader,) = readers(model, trace(model, torch.randn(2, 1, SIDE, SIDE)))
     before = reader.weight().clone()
-    ThiNet()._reweigh(reader, torch.arange(4), torch.tensor([0, 3]), torch.tensor([2.0, 0.5]).double())
+    ThiNet().reweigh(reader, torch.arange(4), torch.tensor([0, 3]), torch.tensor([2.0, 0.5]).double())
     assert torch.equal(reader.weight(), before * torch.tensor([2.0, 0.0, 0.0, 0.5]))
 
 

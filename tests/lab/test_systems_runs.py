@@ -54,9 +54,9 @@ def run(out: Path, methods: str, recipe: Any = DIGITS) -> list[Row]:
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that search, in a few seconds, or in a few steps."""
-    monkeypatch.setitem(systems._SYSTEMS, "proxyless", partial(ProxylessNAS, warm=0, every=1))
-    monkeypatch.setitem(systems._SYSTEMS, "netadapt", partial(NetAdapt, most=2, short=1))
-    monkeypatch.setitem(systems._SYSTEMS, "morphnet", partial(MorphNet, strengths=(1.0,)))
+    monkeypatch.setitem(systems.CLASSES, "proxyless", partial(ProxylessNAS, warm=0, every=1))
+    monkeypatch.setitem(systems.CLASSES, "netadapt", partial(NetAdapt, most=2, short=1))
+    monkeypatch.setitem(systems.CLASSES, "morphnet", partial(MorphNet, strengths=(1.0,)))
 
 
 @pytest.mark.parametrize("deep", [False, True])
@@ -201,9 +201,9 @@ class Dropped(models.ResNet):
 def test_a_search_that_was_stopped_trains_only_what_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NetAdapt, in its third step: the first two are not searched again, and all ends as the unbroken one."""
     recipe = replace(DIGITS, build=partial(Dropped, depth=8, widths=(4, 8, 8), in_channels=1))
-    monkeypatch.setitem(systems._SYSTEMS, "netadapt", partial(NetAdapt, most=4, short=1))
+    monkeypatch.setitem(systems.CLASSES, "netadapt", partial(NetAdapt, most=4, short=1))
     trained, most = list[nn.Module](), 10000
-    original = NetAdapt._trained
+    original = NetAdapt.trained
 
     def counted(*arguments: Any) -> tuple[nn.Module, int]:
         if len(trained) == most:
@@ -211,7 +211,7 @@ def test_a_search_that_was_stopped_trains_only_what_it_chose(tmp_path: Path, mon
         trained.append(arguments[1].model)
         return original(*arguments)
 
-    monkeypatch.setattr(NetAdapt, "_trained", counted)
+    monkeypatch.setattr(NetAdapt, "trained", counted)
     (whole,) = [row for row in run(tmp_path / "whole", "netadapt", recipe) if row["method"] == "netadapt"]
     searched = [len(list(same)) for _, same in itertools.groupby(map(id, trained))]
     assert len(searched) >= 3  # candidates of each step
@@ -232,7 +232,7 @@ def test_phases_that_are_done_are_not_trained_again(tmp_path: Path, monkeypatch:
     (folder,) = [path.parent for path in (tmp_path / ".digits").glob("*/phases.json")]
     (tmp_path / "digits.jsonl").write_text("")
     steps = []
-    monkeypatch.setattr("torchgrow.lab.train._step", lambda *_: steps.append(1))
+    monkeypatch.setattr("torchgrow.lab.train.train_step", lambda *_: steps.append(1))
     (row,) = run(tmp_path, "sfp", THREE_BLOCKS)
     assert not steps
     assert len(row["epochs"]) == 2
@@ -243,7 +243,7 @@ def test_phases_that_are_done_are_not_trained_again(tmp_path: Path, monkeypatch:
 def test_the_constants_of_a_system_are_part_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(method="netadapt", recipe=DIGITS, data=(1,))
     before = job.key()
-    monkeypatch.setitem(systems._SYSTEMS, "netadapt", partial(NetAdapt, short=2))
+    monkeypatch.setitem(systems.CLASSES, "netadapt", partial(NetAdapt, short=2))
     assert job.key() != before
     assert "growing" not in job.config()
 

@@ -140,12 +140,12 @@ def test_budgets_are_summed_up_on_the_seeds_that_both_have(tables: Any) -> None:
     ("metric", "dense", "text"),
     [
         (metrics.ACCURACY, 70.0, "Of the way from uniform to dense, default goes 50 % (counted on seed 0, 1)."),
-        (metrics.ACCURACY, 50.0, "The dense network is hardly better than the uniform twin here"),
-        (metrics.ACCURACY, 60.0, "The dense network is hardly better than the uniform twin here"),
-        (metrics.ACCURACY, 60.2, "The dense network is hardly better than the uniform twin here"),
+        (metrics.ACCURACY, 50.0, "The dense network is hardly better than the uniform network here"),
+        (metrics.ACCURACY, 60.0, "The dense network is hardly better than the uniform network here"),
+        (metrics.ACCURACY, 60.2, "The dense network is hardly better than the uniform network here"),
         (metrics.ACCURACY, 60.5, "Of the way from uniform to dense, default goes 1000 %"),
         (metrics.PERPLEXITY, 50.0, "Of the way from uniform to dense, default goes -50 % (counted on seed 0, 1)."),
-        (metrics.PERPLEXITY, 70.0, "The dense network is hardly better than the uniform twin here"),
+        (metrics.PERPLEXITY, 70.0, "The dense network is hardly better than the uniform network here"),
     ],
 )
 def test_a_gap_is_won_back_only_where_there_is_one(tables: Any, metric: Any, dense: Any, text: str) -> None:

@@ -17,6 +17,7 @@ import torchgrow.persistence.folder
 import zoo
 from damage import reseal
 from torchgrow import SavedModelError, load, save, shrink_
+from torchgrow.structure.record import RECORD
 from torchgrow.tracing.model_call import call
 from torchgrow.tracing.prover import Prover
 from torchgrow.tracing.tracer import replay
@@ -247,7 +248,7 @@ def test_a_damaged_folder_is_refused_and_the_frame_stays_whole(name: str, folder
         load(folder, lambda: frame)
     assert all(torch.equal(value, before[key]) for key, value in frame.state_dict().items())
     assert frame.g.groups == 4
-    assert "_torchgrow_record" not in vars(frame)
+    assert RECORD not in vars(frame)
 
 
 def test_a_missing_folder_and_a_wrong_factory(folder: Path, tmp_path: Path) -> None:
@@ -356,9 +357,7 @@ def test_an_interrupted_save_leaves_nothing_or_the_old_folder(
     ):
         with monkeypatch.context() as patch:
             patch.setattr(torchgrow.persistence.folder if name == "save_file" else Path, name, broken)
-            patch.setattr(
-                torchgrow.persistence.folder, "_exchanged", lambda one, other: False
-            )  # as where the system cannot
+            patch.setattr(torchgrow.persistence.folder, "exchanged", lambda *_: False)  # as where the system cannot
             for target in (folder, tmp_path / "new") if name == "save_file" else (folder,):
                 with pytest.raises(error, match=text):
                     save(grown("plain"), target)
@@ -369,7 +368,7 @@ def test_an_interrupted_save_leaves_nothing_or_the_old_folder(
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems rename twice")
 def test_a_kill_in_mid_save_finds_the_old_or_the_new_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The two are exchanged in one step: whatever comes right before or after it, one of them has the name."""
-    exchange, seen = torchgrow.persistence.folder._exchanged, []
+    exchange, seen = torchgrow.persistence.folder.exchanged, []
     before = (folder / WEIGHTS).read_bytes()
 
     def watched(one: Path, other: Path) -> bool:
@@ -379,7 +378,7 @@ def test_a_kill_in_mid_save_finds_the_old_or_the_new_folder(folder: Path, monkey
         assert (one / WEIGHTS).read_bytes() == before
         return done
 
-    monkeypatch.setattr(torchgrow.persistence.folder, "_exchanged", watched)
+    monkeypatch.setattr(torchgrow.persistence.folder, "exchanged", watched)
     model = grown("plain")
     with torch.no_grad():
         next(model.parameters()).add_(1)

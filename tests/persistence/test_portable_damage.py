@@ -12,6 +12,7 @@ import torchgrow
 from portables import IMAGES, build, grown, network, reads, same, saved
 from torchgrow import SavedModelError, StructureError, portable_
 from torchgrow.persistence.portable import KEY
+from torchgrow.structure.record import RECORD
 
 
 def damaged(state: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def test_a_structure_that_cannot_be_written_is_told() -> None:
     model = network()
     layer: Any = model.depthwise
     layer.extra = 7
-    mark = vars(layer)["_torchgrow_record"]
+    mark = vars(layer)[RECORD]
     mark.record.attributes[mark.path, "extra"], mark.record.wholes[mark.path, "extra"] = 7, 999
     with pytest.warns(UserWarning, match="holds weights without their structure, since depthwise.extra went from 999"):
         assert KEY not in model.state_dict()

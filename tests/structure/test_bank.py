@@ -17,6 +17,7 @@ from cutting import OPTIMIZERS, half, step
 from growing import breaking
 from torchgrow import Bank, OptimizerError, Space, StructureError, shrink_, trace
 from torchgrow.exchange import uninterrupted
+from torchgrow.structure.record import RECORD
 from torchgrow.structure.store import gather, scatter_
 from torchgrow.structure.surgery import replace_
 
@@ -33,7 +34,7 @@ def everything_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
         names[tensor] = key
     for path, module in model.named_modules():
         found |= {f"{path}.{name}": value for name, value in vars(module).items() if type(value) is int}
-    found["record"] = copy.deepcopy(vars(model).get("_torchgrow_record"))
+    found["record"] = copy.deepcopy(vars(model).get(RECORD))
     if optimizer is not None:
         for tensor, state in optimizer.state.items():
             for key, value in state.items():
@@ -248,7 +249,7 @@ def test_a_failing_change_leaves_everything_as_it_was(
             except error:
                 assert_same(before, everything_of(model, optimizer))
                 assert bank.keep is keep
-                assert ("_torchgrow_record" in vars(model)) is not first
+                assert (RECORD in vars(model)) is not first
     assert 50 < call < 200
     step(model, optimizer, example)
     bank.resize_(half(space, seed=7))

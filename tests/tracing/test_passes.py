@@ -18,6 +18,7 @@ import zoo
 from torchgrow import Budget, Grower, Space, TraceError, measure, shrink_, trace, verify
 from torchgrow.lab import devices
 from torchgrow.persistence import randomness
+from torchgrow.tracing.dispatch import SHAPES
 from torchgrow.tracing.passes import RECURRENT, Pass, running
 from torchgrow.tracing.rules.registry import RULES
 
@@ -109,7 +110,7 @@ def test_the_proof_runs_in_training_mode_too(monkeypatch: pytest.MonkeyPatch) ->
     """Labels that know nothing of training are not believed."""
     model, x = IN_TRAINING["auxiliary head"][0](), torch.randn(4, 3, 8, 8)
     monkeypatch.setattr("torchgrow.tracing.tracer.passes", lambda examples: [Pass()])
-    monkeypatch.setattr("torchgrow.tracing.tracer.Tracer._freeze_unused", lambda self: None)
+    monkeypatch.setattr("torchgrow.tracing.tracer.Tracer.freeze_unused", lambda self: None)
     space = trace(model, x)
     assert space.widths(space.everything()) == {"b": 4}
     assert "proof" in [frozen.op for frozen in space.frozen if frozen.module == "a"]
@@ -285,19 +286,19 @@ def test_an_example_that_fails_in_both_modes_is_an_error() -> None:
 
 
 def test_a_fault_of_the_tracer_is_not_blamed_on_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(self: Any, *args: Any) -> Any:
+    def failing(*args: Any) -> Any:
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr("torchgrow.tracing.dispatch.Dispatch._shaped", failing)
+    monkeypatch.setitem(SHAPES, "convolution", failing)
     with pytest.raises(TraceError, match=r"tracing failed.*no such thing; the forward itself runs on these inputs"):
         trace(zoo.build("plain"), zoo.inputs("plain"))
 
 
 def test_a_stack_that_is_too_shallow_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(self: Any, *args: Any) -> Any:
+    def failing(*args: Any) -> Any:
         raise RecursionError("maximum recursion depth exceeded")
 
-    monkeypatch.setattr("torchgrow.tracing.dispatch.Dispatch._shaped", failing)
+    monkeypatch.setitem(SHAPES, "convolution", failing)
     with pytest.raises(TraceError, match=r"deeper stack than Python allows.*sys\.setrecursionlimit"):
         trace(zoo.build("plain"), zoo.inputs("plain"))
 

@@ -16,6 +16,7 @@ import torchgrow.tracing.verification
 import zoo
 from drawn import zeroed
 from torchgrow import Space, TraceError, shrink_, trace, verify
+from torchgrow.structure.record import RECORD
 from torchgrow.tracing.prover import TOLERANCE, Prover
 from torchgrow.tracing.tracer import replay
 from torchgrow.tracing.verification import prove
@@ -278,7 +279,7 @@ def test_the_model_is_left_as_it_was() -> None:
             assert after[key] is tensor, f"{key} of {name} is another object"
             assert torch.equal(tensor, value)
         assert all(torch.equal(model.get_parameter(key).grad, grad) for key, grad in grads.items())
-        assert "_torchgrow_record" not in vars(model)
+        assert RECORD not in vars(model)
 
 
 class Random(nn.Module):
@@ -353,7 +354,7 @@ def test_rounding_that_a_network_blows_up_is_looked_at_again(monkeypatch: pytest
     space = replay(model, x)
     prover = Prover(model, space, x, seed=0)
     before = prover.frame.get_parameter("0.weight").clone()
-    monkeypatch.setattr(torchgrow.tracing.prover, "_gap", lambda found, expected: next(gaps))
+    monkeypatch.setattr(torchgrow.tracing.prover, "relative_error", lambda found, expected: next(gaps))
     assert prover.error(prover.draw(0.5))[0] == 0.0
     assert torch.equal(prover.frame.get_parameter("0.weight"), before)
     assert prover.error(prover.draw(0.5))[0] == 1e-15

@@ -98,7 +98,7 @@ class Run:
         log.info("%s goes %s", type(model).__name__, self.course())
         policy.applied(replace(view, keep=seed))
         self.kinds = policy.state_dict()
-        self._change_to(seed, policy, self.state.generator, time.perf_counter(), exchange=exchange)
+        self.change_to(seed, policy, self.state.generator, time.perf_counter(), exchange=exchange)
         self.loading = Loading(self)
         owned_(model, self.loading)
 
@@ -229,20 +229,20 @@ class Run:
         policy.applied(replace(view, keep=keep))
         born = self.plan.space.present(keep) & ~self.state.ever
         silent = born if policy.newborns == "silent" else None
-        return self._change_to(keep, policy, view.generator, start, batches, silent=silent)
+        return self.change_to(keep, policy, view.generator, start, batches, silent=silent)
 
     def _finish(self, batches: Iterable[Any] | None, early: bool = False) -> Event:
         start, old, (policy, view) = time.perf_counter(), self.live.keep, self._asked(len(self.state.history) - 1)
         keep = self.plan.fitted(old, policy, view)
         silent = keep & ~old
-        return self._change_to(keep, policy, view.generator, start, batches, silent=silent, last=True, early=early)
+        return self.change_to(keep, policy, view.generator, start, batches, silent=silent, last=True, early=early)
 
     def _asked(self, number: int) -> tuple[Policy, View]:
         """The policy, and the run at an update, as copies: if the change is refused, what they drew has not been."""
         generator = torch.Generator().set_state(self.state.generator.get_state())
         return self.policy.copied(), replace(self.view(number), generator=generator)
 
-    def _change_to(
+    def change_to(
         self,
         keep: Tensor,
         policy: Policy,
@@ -282,7 +282,7 @@ class Run:
         exchange.make()
         if reshapes:
             del exchange  # for its undo it holds the storages of before
-            _give_back()
+            give_back()
         return event
 
     def _decided(
@@ -308,7 +308,7 @@ class Run:
         }
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Return free memory, of GPUs and of glibc: tensors of ever new sizes fragment it, and every update takes more."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

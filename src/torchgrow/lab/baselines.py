@@ -46,7 +46,7 @@ def uniform_width(
 
 
 def twin_width(recipe: Recipe, data: Data, *, params: int, flops: int) -> float:
-    """The width factor of the uniform twin: at most these parameters and FLOPs, of what is budgeted."""
+    """The width factor of the uniform network: at most these parameters and FLOPs, of what is budgeted."""
     widths = [uniform_width(recipe.build, params)] if recipe.budget.params is not None else []
     if recipe.budget.flops is not None:
         widths.append(uniform_width(recipe.build, flops, lambda model: measure(model, data.example()).flops))

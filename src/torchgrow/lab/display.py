@@ -65,7 +65,7 @@ class Display:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._network = ""
-        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
+        self._live = Live(console=console, get_renderable=self.render, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> "Display":
         if self.console.is_terminal:
@@ -108,7 +108,8 @@ class Display:
         """Print a line that stays, above the panel."""
         self.console.print(text, soft_wrap=True)
 
-    def _render(self) -> RenderableType:
+    def render(self) -> RenderableType:
+        """What the panel shows now."""
         if not self._network:
             return ""
         head = Table.grid(padding=(0, 2))

@@ -175,7 +175,7 @@ def inspect(
         least_params=least.params,
         least_flops=least.flops,
         parts=parts,
-        frozen=_reasons(space.frozen, {name: math.prod(space.shapes[name]) for name in space.parameters}),
+        frozen=reasons_of(space.frozen, {name: math.prod(space.shapes[name]) for name in space.parameters}),
         exact=exact,
         proof=verdict,
         budget=str(budget) if budget else None,
@@ -244,7 +244,7 @@ def _parts(space: Space, costs: CostModel, frame: Cost) -> tuple[Part, ...]:
     return tuple(part for _, part in sorted(found, key=lambda pair: pair[0]))
 
 
-def _reasons(frozen: tuple[Frozen, ...], sizes: Mapping[str, int]) -> tuple[Reason, ...]:
+def reasons_of(frozen: tuple[Frozen, ...], sizes: Mapping[str, int]) -> tuple[Reason, ...]:
     """Equal reasons as one, what keeps most parameters first; errors of the proof differ in their digits only.
 
     Args:
@@ -306,7 +306,7 @@ def _totals(seen: Inspection) -> Table:
         ("parameters", seen.params, seen.least_params, seen.removable_params),
         ("FLOPs", seen.flops, seen.least_flops, seen.removable_flops),
     ):
-        grid.add_row(label, f"{short(frame)}; {_percent(share)} can go, down to {short(least)}")
+        grid.add_row(label, f"{short(frame)}; {percent(share)} can go, down to {short(least)}")
     grid.add_row("proof", Text(seen.proof, style="bold red" if seen.exact is False else "green" if seen.exact else ""))
     if seen.budget:
         grid.add_row("budget", Text(seen.budget_verdict, style="green" if seen.feasible else "bold red"))
@@ -319,18 +319,18 @@ def _tree(parts: tuple[Part, ...]) -> Table:
     table.add_column("group", overflow="fold")
     for column in ("can go\nof units", "alone frees\nof parameters", "alone frees\nof FLOPs"):
         table.add_column(column, justify="right", no_wrap=True)
-    for label, part in _branches(parts):
+    for label, part in branches(parts):
         if part is None:
             table.add_row(Text(label, style="bold"))
         elif part.units:
-            cells = (f"{part.removable}/{part.units}", _percent(part.params_share), _percent(part.flops_share))
+            cells = (f"{part.removable}/{part.units}", percent(part.params_share), percent(part.flops_share))
             table.add_row(Text(label), *cells, style="" if part.removable else "dim")
         else:
             table.add_row(Text(label), "whole", "-", "-", style="dim")
     return table
 
 
-def _branches(parts: tuple[Part, ...]) -> list[tuple[str, Part | None]]:
+def branches(parts: tuple[Part, ...]) -> list[tuple[str, Part | None]]:
     """Lines of a tree by qualified names: label with branches drawn, and the part that stands there."""
     root: dict[str, Any] = {}
     for part in parts:
@@ -379,8 +379,8 @@ def _some(names: tuple[str, ...]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _percent(share: float) -> str:
-    """Never rounded to nothing or to all."""
+def percent(share: float) -> str:
+    """A share as text, never rounded to nothing or to all."""
     if 0 < share < 0.0005:
         return "<0.1%"
     return ">99.9%" if 0.9995 <= share < 1 else f"{share:.1%}"
@@ -426,8 +426,8 @@ def _figure(seen: Inspection) -> Figure:
         ends = [max(pair) for pair in zip(shares, touched, strict=True)] if ax is by_params else shares
         for row, (part, end) in enumerate(zip(parts, ends, strict=True)):
             share = part.params_share if ax is by_params else part.flops_share
-            kept = f"{_percent(end / 100)} kept" if ax is by_params else ""
-            label = _percent(share) if part.removable else kept
+            kept = f"{percent(end / 100)} kept" if ax is by_params else ""
+            label = percent(share) if part.removable else kept
             ax.annotate(label, (end, row), (3, 0), textcoords="offset points", va="center", fontsize=8, color="0.3")
         ax.set_xlim(0, 1.12 * max([*ends, 1]))  # room for the last number
         ax.grid(axis="x", alpha=0.3)
@@ -447,8 +447,8 @@ def _figure(seen: Inspection) -> Figure:
     units.tick_params(length=0)
     units.spines["right"].set_visible(False)
     figure.suptitle(
-        f"{seen.model}: {_percent(seen.removable_params)} of {short(seen.params)} parameters and "
-        f"{_percent(seen.removable_flops)} of {short(seen.flops)} FLOPs can go\n"
+        f"{seen.model}: {percent(seen.removable_params)} of {short(seen.params)} parameters and "
+        f"{percent(seen.removable_flops)} of {short(seen.flops)} FLOPs can go\n"
         "dark: goes if this group alone shrinks to its smallest; light: touched by it, but stays; grey: kept whole",
         fontsize=11,
     )

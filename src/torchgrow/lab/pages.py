@@ -54,7 +54,7 @@ def alike(folder: Path) -> dict[str, list[Row]]:
 
 
 LEAST_GAP = 0.005
-"""Of the dense network's score, from which on one to the uniform twin is one."""
+"""Of the dense network's score, from which on one to the uniform network is one."""
 
 VARYING = (
     "seed",
@@ -191,7 +191,7 @@ def length(config: Row) -> str:
 
 
 def _twins(found: list[Row]) -> list[Row]:
-    """Rows of the seeds at which growing and the uniform twin were both measured, at any budget."""
+    """Rows of the seeds at which growing and the uniform network were both measured, at any budget."""
     return [row for some in by_budget(found).values() for row in of_common_seeds(some, "uniform", "default")]
 
 
@@ -318,7 +318,7 @@ def compared(found: list[Row], budget: str, some: list[Row]) -> str:
 
 
 def won_back(some: list[Row], metric: Metric) -> str:
-    """How much of what the uniform twin loses to the dense network growing wins back, on the seeds of all three."""
+    """How much of what the uniform network loses to the dense network growing wins back, on the seeds of all three."""
     whole = of_common_seeds(some, "dense", "uniform", "default")
     if not whole:
         return ""
@@ -326,12 +326,12 @@ def won_back(some: list[Row], metric: Metric) -> str:
     counted = f"(counted on seed {', '.join(str(seed) for seed in sorted({row['seed'] for row in whole}))})."
     score = sum(row[metric.name] for row in whole if row["method"] == "dense")
     if (-dense if metric.lower_is_better else dense) <= LEAST_GAP * score:
-        return f"The dense network is hardly better than the uniform twin here, or not: no gap to win back {counted}"
+        return f"The dense network is hardly better than the uniform network here, or not: no gap to win back {counted}"
     return f"Of the way from uniform to dense, default goes {100 * grown / dense:.0f} % {counted}"
 
 
 def along(budgets: dict[str, list[Row]]) -> str:
-    """One table: growing beside the uniform twin at every budget, on the seeds that both have."""
+    """One table: growing beside the uniform network at every budget, on the seeds that both have."""
     body, first = [], next(iter(budgets.values()))
     metric = metric_of(next(row for row in first if "error" not in row))
     for budget, some in sorted(budgets.items(), key=lambda item: item[0].rpartition(" ")):
@@ -354,4 +354,4 @@ def along(budgets: dict[str, list[Row]]) -> str:
     for cost in ("parameters", "FLOPs", "all training FLOPs"):
         head += [f"uniform, {cost} / dense", f"default, {cost} / dense"]
     how = length(first[0]["config"])
-    return f"### {first[0]['recipe']}, {how}: growing beside the uniform twin along the budgets\n\n" + grid(head, body)
+    return f"### {first[0]['recipe']}, {how}: growing beside the uniform network by budget\n\n" + grid(head, body)

@@ -107,7 +107,7 @@ def run(
         raise TorchgrowError(f"a checkpoint can be written every 1 or more steps, not every {every}")
     beside = checked(beside)
     with processes.joined():
-        begun = _begun(_filed(recipe), out) if processes.restarted() else None
+        begun = _begun(filed_as(recipe), out) if processes.restarted() else None
         if begun:
             return _resume(begun, console, folder, device)
         return _run(recipe, console, out, folder, download, device, {"beside": beside, "checkpoint_every": every})
@@ -136,7 +136,7 @@ def _begun(name: str, out: Path | None) -> Path | None:
     return max(begun, key=lambda path: (path / "config.json").stat().st_mtime, default=None)
 
 
-def _filed(recipe: Recipe) -> str:
+def filed_as(recipe: Recipe) -> str:
     """What a run folder is called where nothing is said."""
     return f"shrunk-{recipe.name}" if recipe.weights else recipe.name
 
@@ -162,7 +162,7 @@ def _run(
     record = {**recipe.as_json(), **told_apart(recipe)}
     run_folder = None
     with processes.first_alone():
-        run_folder = RunFolder(out or default_out(_filed(recipe))) if processes.rank() == 0 else None
+        run_folder = RunFolder(out or default_out(filed_as(recipe))) if processes.rank() == 0 else None
     if run_folder:
         how = {"data": folder and str(folder.absolute()), "samples": list(sizes(data)), **how}
         text = {"text": data.source} if isinstance(data, TextData) else {}

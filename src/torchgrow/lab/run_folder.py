@@ -71,7 +71,7 @@ class RunFolder:
             raise _not_made(self.path, error.strerror) from error
         self._lock: int | None = lock(self.path)
         if not resume and (out.exists() or not _barren(self.path)):  # another one was quicker
-            self._let_go()
+            self.let_go()
             raise _taken(out)
         (self.path / "stopped.txt").unlink(missing_ok=True)
         for left in self.path.glob(".*"):  # half of a file or folder that was being written
@@ -86,16 +86,17 @@ class RunFolder:
         try:
             if error is None:
                 if fcntl is None:
-                    self._let_go()  # Windows renames no folder while a file in it is open
+                    self.let_go()  # Windows renames no folder while a file in it is open
                 rename(self.path, self.out)
                 (self.out / LOCK).unlink(missing_ok=True)
                 shutil.rmtree(self.out / "checkpoints", ignore_errors=True)  # the network has been saved
             elif self.path.is_dir():
                 (self.path / "stopped.txt").write_text(f"{type(error).__name__}: {error}\n", encoding="utf-8")
         finally:
-            self._let_go()
+            self.let_go()
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """Let other processes have the folder."""
         held, self._lock = self._lock, None
         if held is not None:
             os.close(held)

@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 _SAMPLES = 2
 _TOKENS = 16  # of a text, where nothing is said
 # The others read text.
-_RECIPE_IMAGES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "imagefolder": (3, 64, 64), "voc": (3, 64, 64)}
+RECIPE_IMAGES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "imagefolder": (3, 64, 64), "voc": (3, 64, 64)}
 
 
 def parse_shape(text: str) -> Shape:
@@ -74,7 +74,7 @@ def _of_recipe(recipe: recipes.Recipe, shapes: tuple[Shape, ...]) -> tuple[nn.Mo
     network = recipe.build()
     if recipe.dataset == "text":
         return network, _words(network, shapes, recipe), recipe.depth
-    return network, _images(shapes, _RECIPE_IMAGES.get(recipe.dataset, (3, recipe.side, recipe.side))), recipe.depth
+    return network, _images(shapes, RECIPE_IMAGES.get(recipe.dataset, (3, recipe.side, recipe.side))), recipe.depth
 
 
 def _images(shapes: tuple[Shape, ...], default: Shape) -> Any:

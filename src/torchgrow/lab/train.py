@@ -244,7 +244,7 @@ class _Run:
             loss = loss if penalty is None else loss + penalty
             where = f"{self.network}, epoch {progress.epoch}, step {step} of {steps}"
             with faster(self.optimizer, many):
-                value = _step(where, loss, self.model, self.optimizer, recipe)
+                value = train_step(where, loss, self.model, self.optimizer, recipe)
             self.hooks.stepped(progress.epoch - 1 + step / steps)
             for _ in range(many):
                 self.schedule.step()
@@ -334,7 +334,7 @@ def _batches(model: nn.Module, data: Data, recipe: Recipe, generator: torch.Gene
     )
 
 
-def _step(where: str, loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> float:
+def train_step(where: str, loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> float:
     """One optimizer step; returns the loss."""
     value = loss.item()
     if not math.isfinite(value):

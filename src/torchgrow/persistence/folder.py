@@ -194,7 +194,7 @@ def _swap_in(staging: Path, target: Path) -> None:
     if not target.exists():
         rename(staging, target)
         return
-    if _exchanged(staging, target):
+    if exchanged(staging, target):
         shutil.rmtree(staging, ignore_errors=True)  # the old one by now
         return
     old = target.with_name(f"{staging.name}.old")
@@ -210,7 +210,7 @@ def _swap_in(staging: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _exchanged(one: Path, other: Path) -> bool:
+def exchanged(one: Path, other: Path) -> bool:
     """Exchange two folders in one step, so that a kill at any moment finds a whole one in each place.
 
     False where the system or the file system cannot (Linux can, on most).

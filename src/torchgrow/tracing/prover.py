@@ -74,7 +74,7 @@ class Prover:
             self.passes = self._settled(storages(model))
             plain = self._outputs()
             self.bank = Bank(self.frame, space)
-            gap = _gap(self._outputs(), plain) if self.bank.adapted else 0.0
+            gap = relative_error(self._outputs(), plain) if self.bank.adapted else 0.0
         except TraceError:
             raise
         except Exception as error:
@@ -226,7 +226,7 @@ class Prover:
         finally:
             self.bank.recut_(self.space.everything())
         try:
-            worst = _gap(found, self._expected(keep))
+            worst = relative_error(found, self._expected(keep))
         finally:
             self.bank.recut_(self.space.everything())
         return worst, (f"the compact network's outputs differ by {worst:.1e}", "")
@@ -317,7 +317,7 @@ def _plain(found: list[Tensor]) -> list[Tensor]:
     return [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in found]
 
 
-def _gap(found: list[Tensor], expected: list[Tensor]) -> float:
+def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
     """Largest relative error of outputs; infinite where their number or shapes differ, or there is a NaN."""
     if len(found) != len(expected) or any(a.shape != b.shape for a, b in zip(found, expected, strict=True)):
         return float("inf")

@@ -112,7 +112,7 @@ class Tracer:
         self.context.line = None
         self._join()
         if not counting:
-            self._freeze_unused()
+            self.freeze_unused()
         for _, labels in self.context.found.views:
             self._make_box(labels)
         self.context.notes.clear()
@@ -217,7 +217,7 @@ class Tracer:
             self.context.classes.freeze(torch.from_numpy(np.flatnonzero(roots == FIXED)))
         self.context.label_anew()
 
-    def _freeze_unused(self) -> None:
+    def freeze_unused(self) -> None:
         """Freeze tensors that no run used, and everything that parameters among them might read in another run.
 
         The forward of a module can give a parameter what it was given, what its submodules return, and what it computes

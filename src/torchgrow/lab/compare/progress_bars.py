@@ -29,7 +29,7 @@ class Bars:
         """Note a finished epoch."""
         if not self._progress.console.is_terminal:
             total = int(self._epochs[job.key()][1])
-            left = 0.0 if record.epoch == total and len(self._names) == 1 else self._left()
+            left = 0.0 if record.epoch == total and len(self._names) == 1 else self.seconds_left()
             self._progress.console.print(f"{self._names[job.key()]}  {epoch_line(record, total, left)}", soft_wrap=True)
 
     def note(self, job: Job, line: str) -> None:
@@ -37,7 +37,7 @@ class Bars:
         self._start, self._begun = time.perf_counter(), {key: self._epochs[key][0] for key in self._begun}
         self.say(f"{self._names[job.key()]}  {line}")
 
-    def _left(self) -> float:
+    def seconds_left(self) -> float:
         """Seconds until all of these networks are trained, if an epoch of one takes as long as that of another."""
         done = sum(max(0.0, self._epochs[key][0] - begun) for key, begun in self._begun.items())
         missing = sum(max(0.0, total - done) for done, total in self._epochs.values())

@@ -123,10 +123,10 @@ def _part(number: int, task: Task, folder: Path) -> dict[str, Any]:
     shown, folded = list[Shown](), list[Shown]()
     for picture in PICTURES:
         if picture.all_budgets:
-            shown.append(_shown(picture, task, f"t{number}", folder))
+            shown.append(panels_of(picture, task, f"t{number}", folder))
             continue
         for place, budget in enumerate(grown):
-            one = _shown(picture, budgets[budget], f"t{number}-b{place}", folder)
+            one = panels_of(picture, budgets[budget], f"t{number}-b{place}", folder)
             (folded if place else shown).append(one)
     return {
         "number": number,
@@ -135,7 +135,7 @@ def _part(number: int, task: Task, folder: Path) -> dict[str, Any]:
         "verdicts": verdicts(task),
         "headline": _headline(budgets, grown[0]),
         "heads": _heads(task),
-        "table": _table(task),
+        "table": table_lines(task),
         "main_budget": "" if grown[0] == "none" else in_words(grown[0]),
         "shown": [one for one in shown if one.panels],
         "folded": [one for one in folded if one.panels],
@@ -160,7 +160,8 @@ def _headline(budgets: dict[str, Task], budget: str) -> str:
     return f"{scores} ({in_words(budget)})" if len(budgets) > 1 else scores
 
 
-def _shown(picture: Picture, task: Task, prefix: str, folder: Path) -> Shown:
+def panels_of(picture: Picture, task: Task, prefix: str, folder: Path) -> Shown:
+    """A picture of a task, its panels written to the folder."""
     panels = []
     for number, panel in enumerate(picture.draw(task), start=1):
         name = f"{prefix}-{picture.name}-{number}"
@@ -178,7 +179,7 @@ def _heads(task: Task) -> list[str]:
     return ["method", "n", f"{task.metric.name}{task.metric.unit}", *text, beside, *costs]
 
 
-def _table(task: Task) -> list[tuple[str, list[list[str]]]]:
+def table_lines(task: Task) -> list[tuple[str, list[list[str]]]]:
     """Lines of the table by budget; the dense network stands in each."""
     text, found = any("test_perplexity" in row for row in task.fine), []
     for budget, part in task.budgets().items():

@@ -40,7 +40,7 @@ class Picture:
     all_budgets: bool = False
 
 
-def _looks(task: Task) -> dict[str, dict[str, Any]]:
+def looks_of(task: Task) -> dict[str, dict[str, Any]]:
     """Of every method the same on all pictures of a setting."""
     return styles(task.beside or task.methods())
 
@@ -52,7 +52,7 @@ def _unit(task: Task) -> str:
 def _costs(task: Task) -> list[Panel]:
     """Score against what the final network costs."""
     panels = []
-    looks, groups = _looks(task), task.methods()
+    looks, groups = looks_of(task), task.methods()
     if sum(len(by_budget(rows)) for rows in groups.values()) < 2:
         return []
     low, high = shown_range(task.fine, task.metric)
@@ -97,7 +97,7 @@ def _points(ax: Axes, task: Task, groups: Sequence[list[Row]], part: str, label:
 def _sizes(task: Task) -> list[Panel]:
     """What the network costs in every epoch."""
     panels, groups = [], task.methods()
-    looks = _looks(task)
+    looks = looks_of(task)
     for part, name in (("params", "parameters"), ("flops", "FLOPs of one sample")):
         panel, ax = axes(f"{name[0].upper()}{name[1:]} over epochs", "epoch", name)
         series = {method: _by_epoch(rows, part) for method, rows in groups.items()}
@@ -149,7 +149,7 @@ def phase_starts(row: Row) -> dict[int, int]:
 def _spending(task: Task) -> list[Panel]:
     """Training FLOPs of every epoch, and of all of them together, as shares of the dense network's."""
     groups = {m: rows for m, rows in task.methods().items() if all(r["train_flops"] is not None for r in rows)}
-    looks = _looks(task)
+    looks = looks_of(task)
     if len(groups) < 2:
         return []
     panel, ax = axes("Training FLOPs of every epoch", "epoch", "share of a dense epoch (log scale)")
@@ -196,7 +196,7 @@ def _totals(groups: dict[str, list[Row]], looks: dict[str, dict[str, Any]]) -> P
 def _scores(task: Task) -> list[Panel]:
     """Score by epoch, and by training FLOPs spent."""
     panels, name, groups = [], task.metric.name, task.methods()
-    looks = _looks(task)
+    looks = looks_of(task)
     seen = [epoch[name] for row in task.fine for epoch in row["epochs"] if epoch.get(name) is not None]
     if not seen:
         return []
@@ -225,7 +225,7 @@ def _depths(task: Task) -> list[Panel]:
     if not deep:
         return []
     panel, ax = axes("Blocks over epochs", "epoch", "blocks, all stages")
-    looks = _looks(task)
+    looks = looks_of(task)
     for method, rows in deep.items():
         series: dict[float, list[float]] = defaultdict(list)
         for row in rows:
@@ -242,7 +242,7 @@ def _depths(task: Task) -> list[Panel]:
 
 def _sweep(task: Task) -> list[Panel]:
     """Score along several budgets of one kind."""
-    panels, looks = [], _looks(task)
+    panels, looks = [], looks_of(task)
     for kind, rows in sweeps(task.fine).items():
         name = {"params": "parameters", "flops": "FLOPs"}[kind]
         panel, ax = axes(f"Along the budgets of {name}", f"{name} left, share of the dense network", _unit(task))
@@ -267,7 +267,7 @@ def _pressure(task: Task) -> list[Panel]:
     if not groups:
         return []
     panel, ax = axes("Lambda over epochs", "epoch", "lambda (below 0: growth is rewarded)")
-    looks = _looks(task)
+    looks = looks_of(task)
     for method, rows in groups.items():
         curve(ax, _by_epoch(rows, "pressure"), method, looks[method])
     ax.axhline(0, color=INK, linewidth=0.8)

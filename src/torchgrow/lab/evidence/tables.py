@@ -28,7 +28,7 @@ _HERE: dict[str, Callable[[list[Row]], str]] = {
     "flops": lambda rows: f"{100 * mean(row['flops'] / row['dense_flops'] for row in rows):.1f}",
     "saving": lambda rows: _saving(rows),
     "test": lambda rows: spread([row["test_perplexity"] for row in rows]) if "test_perplexity" in rows[0] else "",
-    "found": lambda rows: _found(rows[0]),
+    "found": lambda rows: found_structure(rows[0]),
     "depth": lambda rows: _depth(rows[0]),
 }
 
@@ -168,7 +168,7 @@ def _nearest(group: dict[str, Any], chosen: Task) -> tuple[Task, str]:
     how = f"a short run ({', '.join(few)})" if few else "as long as the paper's"
     size = f"{chosen.fine[0]['dense_params'] / 1e6:.3g} M parameters dense"
     kept = f", {in_words(budget)}" if budget != "none" else ""
-    return budgets[budget], f"{group['recipe']}, {how}; {chosen.setting()}; {size}{kept}."
+    return budgets[budget], f"{group['recipe']}, {how}. {chosen.setting()}; {size}{kept}."
 
 
 _SHAPE = ("widen", "widths", "depth", "units", "unit")
@@ -265,7 +265,7 @@ def _depth(row: Row) -> str:
     return str(sum(blocks.values())) if blocks else ""
 
 
-def _found(row: Row) -> str:
+def found_structure(row: Row) -> str:
     """Blocks of the stages, or hidden units of an LSTM's layers, of the first seed."""
     last, config = row["epochs"][-1] if row["epochs"] else {}, row["config"]
     if config["model"] == "LSTM":

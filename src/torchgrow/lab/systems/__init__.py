@@ -38,7 +38,7 @@ __all__ = [
     "system",
 ]
 
-_SYSTEMS: dict[str, type[System]] = {
+CLASSES: dict[str, type[System]] = {
     "l1-norm": L1Norm,
     "sfp": SFP,
     "thinet": ThiNet,
@@ -52,6 +52,7 @@ _SYSTEMS: dict[str, type[System]] = {
     "iss": ISS,
     "shrink": Shrinking,
 }
+"""The class of every system, by its name."""
 
 BEGIN_TRAINED = ("l1-norm", "thinet", "pfp", "bar", "netadapt", "shrink")
 """Those that begin with the trained dense network, or learn from it."""
@@ -69,4 +70,4 @@ def system(name: str) -> System:
     Raises:
         TorchgrowError: there is no such setting.
     """
-    return Shrinking(name) if ":" in name else _SYSTEMS[name]()
+    return Shrinking(name) if ":" in name else CLASSES[name]()

@@ -126,7 +126,7 @@ class NetAdapt:
     def phases(self, task: Task) -> Iterator[Phase]:
         """Fine-tuning of what the search has found."""
         split, before = held_out(task.images("NetAdapt"), task.recipe.seed), random_state()
-        model, steps = self._search(task, split)
+        model, steps = self.search(task, split)
         set_random_state(before)  # a search that goes on from its records draws fewer
         whole = Structure(model, task)
         whole.cut(whole.within(whole.scores(policies.importance.l2), task.limits()))
@@ -135,7 +135,7 @@ class NetAdapt:
         recipe = tuned(task.recipe, epochs, self.lr, (1 / 3, 2 / 3))
         yield Phase(name="fine-tuning", model=model, recipe=recipe)
 
-    def _search(self, task: Task, split: ImageData) -> tuple[nn.Module, list[Step]]:
+    def search(self, task: Task, split: ImageData) -> tuple[nn.Module, list[Step]]:
         """The network before its last cut, and the steps that led to it."""
         limits, path = task.limits(), task.folder / SEARCH
         which = int(limits.flops is not None)
@@ -154,7 +154,7 @@ class NetAdapt:
                 break
             step = known[len(steps)] if len(steps) < len(known) else None
             if step and (step.group, step.width) in tried:
-                model = self._trained(whole, tried[step.group, step.width], task, split)[0]
+                model = self.trained(whole, tried[step.group, step.width], task, split)[0]
             else:
                 known = []  # an earlier version may have taken multiples of another group from here on
                 model, step = self._best(whole, tried, task, split)
@@ -201,7 +201,7 @@ class NetAdapt:
         """The candidate of best accuracy, the first of equals, and what all cost."""
         start, flops, found = time.perf_counter(), 0, list[tuple[float, int, int, nn.Module]]()
         for (group, width), keep in tried.items():
-            model, spent = self._trained(whole, keep, task, split)
+            model, spent = self.trained(whole, keep, task, split)
             accuracy = evaluate(model, split)[0]
             flops += spent + task.cost(model).flops * len(split.test)
             if not found or accuracy > found[0][0]:
@@ -210,7 +210,7 @@ class NetAdapt:
         seconds = time.perf_counter() - start
         return model, Step(group=group, width=width, accuracy=accuracy, flops=flops, seconds=seconds)
 
-    def _trained(self, whole: Structure, keep: Tensor, task: Task, split: ImageData) -> tuple[nn.Module, int]:
+    def trained(self, whole: Structure, keep: Tensor, task: Task, split: ImageData) -> tuple[nn.Module, int]:
         """A candidate after a few steps of training, on the same batches as every other, and the training FLOPs."""
         model, recipe = copy.deepcopy(whole.model), replace(task.recipe, lr=self.lr * task.recipe.lr)
         whole.cut(keep, model)

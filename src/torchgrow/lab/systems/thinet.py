@@ -89,7 +89,7 @@ class ThiNet:
             keep[units[gone]] = False
             kept = torch.nonzero(keep[units]).flatten()
             for reader, part in zip(mine, parts, strict=True):
-                self._reweigh(reader, units, kept, rescaled(part, kept))
+                self.reweigh(reader, units, kept, rescaled(part, kept))
         looks = sum(1 for _ in all_readers) * len(sample)
         task.spend("sampling", task.cost(model).flops * looks, time.perf_counter() - start)
         rest = whole.places(keep.double())
@@ -125,7 +125,7 @@ class ThiNet:
         return torch.cat(found)
 
     @torch.no_grad()
-    def _reweigh(self, reader: Reader, units: Tensor, kept: Tensor, scale: Tensor) -> None:
+    def reweigh(self, reader: Reader, units: Tensor, kept: Tensor, scale: Tensor) -> None:
         """Scale what the layer reads of units that are kept, and zero the rest, so that later layers see it."""
         factor = torch.ones(int(units.max()) + 1, dtype=torch.float64)
         factor[units] = 0.0
