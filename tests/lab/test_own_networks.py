@@ -17,6 +17,8 @@ from torchgrow.lab.compare import Job, compare
 from torchgrow.lab.environment import environment
 from torchgrow.lab.own_networks import told_apart
 from torchgrow.lab.recipes import get
+from torchgrow.lab.recipes.foreign import of_model
+from torchgrow.lab.recipes.registry import made
 from torchgrow.lab.run import as_before
 from torchgrow.lab.run_folder import RunFolder
 
@@ -82,13 +84,15 @@ def sized(hidden: int) -> Any:
 
 
 def test_what_is_told_apart() -> None:
-    """Networks of the same name by what they are, each time alike; ours and trained ones by their records."""
+    """Networks of the same name by what they are, each time alike; ours, and trained ones of libraries, by record."""
     mine = replace(get("digits"), name="mine", source="own.py:mine")
     first, same, other = (told_apart(replace(mine, build=sized(hidden))) for hidden in (3, 3, 5))
     assert first == same != other
     lazy = replace(mine, build=lambda width=1.0: nn.Sequential(nn.LazyLinear(3)))
     assert told_apart(lazy) == told_apart(replace(lazy, meta=True))
-    assert told_apart(get("digits")) == told_apart(replace(mine, weights="w.pt")) == {}
+    trained = replace(mine, build=sized(3), weights="w.pt")  # they do not say what is computed with them
+    assert told_apart(trained) == first
+    assert told_apart(get("digits")) == told_apart(replace(trained, source="torchvision:resnet18")) == {}
     with pytest.raises(TorchgrowError, match=r"recipe 'mine': build\(1\.0\) failed: ZeroDivisionError"):
         told_apart(replace(mine, build=lambda width=1.0: 1 // 0))  # type: ignore[arg-type,return-value]
 
@@ -103,3 +107,22 @@ def test_a_resumed_run_tells_that_its_network_changed(tmp_path: Path) -> None:
         as_before(run_folder, replace(began, build=sized(hidden)), "cpu", console)
         told = "Note: the code of the network in own.py:mine is not what the run began with; what is left is trained"
         assert (told in console.export_text()) == changed
+
+
+def test_a_network_that_stands_ready_made_in_a_file(tmp_path: Path) -> None:
+    """It was called, without arguments; the file is executed for every build, so each is a network of its own."""
+    (tmp_path / "mine.py").write_text("from torch import nn\n\nready = nn.Linear(4, 3)\n")
+    name = f"{tmp_path / 'mine.py'}:ready"
+    assert isinstance(made(name), nn.Linear)
+    one, other = (of_model(name).build(1.0) for _ in range(2))
+    assert isinstance(one, nn.Linear)
+    assert isinstance(other, nn.Linear)
+    assert one.weight is not other.weight
+
+
+def test_a_folder_of_transformers_says_the_size_of_its_pictures(tmp_path: Path) -> None:
+    """Most have no preprocessor_config.json: save_pretrained of a network writes none."""
+    (tmp_path / "config.json").write_text('{"image_size": 32}')
+    assert (of_model(f"hf:{tmp_path}").side, of_model(f"hf:{tmp_path}").mean) == (32, None)
+    (tmp_path / "preprocessor_config.json").write_text('{"crop_size": 24, "image_mean": [0.5, 0.5, 0.5]}')
+    assert (of_model(f"hf:{tmp_path}").side, of_model(f"hf:{tmp_path}").mean) == (24, (0.5, 0.5, 0.5))

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torchgrow.lab.devices import random_kept
 from torchgrow.lab.from_recipe import make_network
 from torchgrow.lab.recipes import Recipe
-from torchgrow.lab.user_files import explained
+from torchgrow.lab.user_files import explained, is_library
 
 _KNOWN = {"torch", "torchgrow", "torchvision", "timm", "transformers", "builtins", *sys.stdlib_module_names}
 """Packages whose classes and functions are known by their names."""
@@ -28,12 +28,12 @@ def told_apart(recipe: Recipe) -> dict[str, str]:
 
     It changes with the modules of the frame, the shapes of its tensors, and the code of its own classes and of the
     functions, classes and constants of the user's that this code names. Of a recipe of ours the name and the arguments
-    say all, and of a run that begins with weights these do.
+    say all, and of a library's network that begins with weights these do.
 
     Raises:
         TorchgrowError: the network cannot be built.
     """
-    if not recipe.source or recipe.weights:
+    if not recipe.source or (recipe.weights and is_library(recipe.source)):
         return {}
     fix = "build takes a width factor and returns a module"
     with explained(f"recipe {recipe.name!r}: build(1.0) failed", fix):

@@ -64,9 +64,12 @@ def _of_torchvision(name: str) -> dict[str, Any]:
 
 
 def _of_folder(folder: str) -> dict[str, Any]:
-    said = json.loads((Path(folder) / "preprocessor_config.json").read_text(encoding="utf-8"))
-    fields: dict[str, Any] = {field: tuple(map(float, said[f"image_{field}"])) for field in ("mean", "std")}
-    size = said.get("crop_size") or said.get("size") or {}
+    """Of what save_pretrained left of the pictures, if anything, and else of the network."""
+    files = [Path(folder) / f"{name}.json" for name in ("preprocessor_config", "config")]
+    said, network = (json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {} for file in files)
+    keys = {field: f"image_{field}" for field in ("mean", "std")}
+    fields: dict[str, Any] = {field: tuple(map(float, said[key])) for field, key in keys.items() if key in said}
+    size = said.get("crop_size") or said.get("size") or network.get("image_size") or {}
     size = size if isinstance(size, int) else size.get("height", size.get("shortest_edge"))
     return {**fields, "side": size} if isinstance(size, int) else fields
 

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from torchgrow import Budget, TorchgrowError
 from torchgrow.lab.recipes import images, sequences
 from torchgrow.lab.recipes.foreign import MODELS, of_model
@@ -80,7 +82,7 @@ def made(name: str, what: str = "a torchgrow.lab.recipes.Recipe") -> Any:
         TorchgrowError: there is no such file or function, or it fails.
     """
     found = made_in(name, what)
-    if callable(found):
+    if callable(found) and not isinstance(found, nn.Module):
         path = str(Path(name.rpartition(":")[0]).resolve())
         with explained(f"{name} failed", f"it is called without arguments and must return {what}", path):
             found = found()
