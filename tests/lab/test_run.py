@@ -262,6 +262,7 @@ def test_a_folder_that_is_taken_is_refused_before_it_costs_anything(
         out = tmp_path / "file" / "deep" / "out"
     else:
         (tmp_path / taken).mkdir()
+        (tmp_path / taken / "mine.txt").touch()
     for module in (run, search):
         monkeypatch.setattr(module, "with_data", lambda *_, **__: pytest.fail("data was read"))
     before = list(tmp_path.iterdir())

@@ -305,6 +305,7 @@ def test_a_search_is_resumed_by_the_name_of_the_folder_one_stands_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "one.partial").mkdir()
+    (tmp_path / "one.partial" / "mine.txt").touch()
     monkeypatch.chdir(tmp_path / "one.partial")
     with pytest.raises(TorchgrowError, match=r"one\.partial is not a run that was stopped: it has no config\.json"):
         search.resume(Path(), console=quiet())
