@@ -25,7 +25,8 @@ def _terminate(*_: Any) -> None:
 @contextmanager
 def clean_exit(errors: Console) -> Iterator[None]:
     """Errors that torchgrow means to raise are for the user to read, without a traceback."""
-    main = threading.current_thread() is threading.main_thread()
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # a rank that waits for others would never run a handler
+    main = alone and threading.current_thread() is threading.main_thread()
     ours = main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # else others do something about it
     if ours:
         signal.signal(signal.SIGTERM, _terminate)

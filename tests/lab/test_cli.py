@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 import torchgrow
 from torchgrow import Budget, TorchgrowError, cli
 from torchgrow.cli import app
 from torchgrow.lab import devices, names, recipes
+from torchgrow.terminal import clean_exit
 
 
 def invoke(*arguments: Any) -> Any:
@@ -207,6 +209,16 @@ def test_sigterm_ends_a_run_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch, tmp_
     assert plain(done.output).endswith("torchgrow run --resume runs/digits stopped")
     assert (tmp_path / "runs" / "digits.partial" / "stopped.txt").exists()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_sigterm_ends_a_rank_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may wait for the others in code that runs no handlers of Python."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with clean_exit(Console()):
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with clean_exit(Console()):
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
 
 
 def test_a_whole_run(tmp_path: Path) -> None:

@@ -124,5 +124,7 @@ def test_a_folder_of_transformers_says_the_size_of_its_pictures(tmp_path: Path) 
     """Most have no preprocessor_config.json: save_pretrained of a network writes none."""
     (tmp_path / "config.json").write_text('{"image_size": 32}')
     assert (of_model(f"hf:{tmp_path}").side, of_model(f"hf:{tmp_path}").mean) == (32, None)
+    (tmp_path / "config.json").write_text('{"image_size": [48, 48]}')
+    assert of_model(f"hf:{tmp_path}").side == 48
     (tmp_path / "preprocessor_config.json").write_text('{"crop_size": 24, "image_mean": [0.5, 0.5, 0.5]}')
     assert (of_model(f"hf:{tmp_path}").side, of_model(f"hf:{tmp_path}").mean) == (24, (0.5, 0.5, 0.5))

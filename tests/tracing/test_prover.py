@@ -190,6 +190,11 @@ def test_only_groups_that_are_wrong_together_are_bound(pair: tuple[int, int]) ->
     assert space.least.tolist() == [2 if group in pair else 1 for group in range(4)]
 
 
+def test_of_too_many_such_sets_all_groups_are_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchgrow.tracing.verification.TOGETHER", 0)
+    assert trace(Together((0, 2)), torch.randn(5, 5)).least.tolist() == [2, 2, 2, 2]
+
+
 def test_a_size_fixed_in_the_forward_is_found_by_the_proof() -> None:
     class Fixed(nn.Module):
         """c3(3, 6) -> view [N, 6, 64] with the 6 written out -> mean -> fc(6, 5) -> fc(5, 2)"""

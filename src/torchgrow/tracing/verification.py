@@ -35,11 +35,11 @@ from .tracer import replay
 FRACTIONS = (0.3, "ends", 0.7, 0.5, "most")
 """What the proof removes from every group: random shares, the first and the last unit ("ends"), all but one ("most").
 
-Operations that depend on the order of channels (a roll by a fixed number, a cut at a fixed place) can agree by
-chance on a random subset; the ends of an axis give them away. Single units are what runs begin with, and a forward
-may go another way there, by `squeeze()` or a test of its own. Where layers may go, every share is tried with all of
-them there too: with few, one might be left out in all draws, and the units inside it be tried in none.
+Operations that depend on the order of channels (a roll by a fixed number) can agree by chance on a random subset, not
+on the ends of an axis. Runs begin with single units, where a forward may go another way. Layers: with all of them too.
 """
+
+TOGETHER = 16  # sets of groups, exact in halves and wrong together, that are looked into; of further ones all stay
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def prove(
                 found = guesses(model, space)
                 if prover.adopt(found, draw):
                     continue
-            failed = _failing(prover, free, draw)
+            failed = _failing(prover, free, draw, iter(range(TOGETHER)))
             for group, (keep, _) in list(failed.items()):
                 mine = [guess for guess in found if group in guess.groups]
                 kind = frozenset((type(model.get_submodule(g.attribute.module)), g.attribute.name) for g in mine)
@@ -166,7 +166,7 @@ def _free_groups(space: Space) -> list[int]:
 
 
 def _failing(
-    prover: Prover, groups: list[int], draw: Tensor, beside: Sequence[int] = ()
+    prover: Prover, groups: list[int], draw: Tensor, tries: Iterator[int], beside: Sequence[int] = ()
 ) -> dict[int, tuple[Tensor, tuple[str, str]]]:
     """Groups that break exactness if cut as in `draw` beside others; by group what shows it (bool [n]), and how."""
     keep = _only(prover.space, [*groups, *beside], draw)
@@ -176,10 +176,12 @@ def _failing(
     if len(groups) == 1:
         return {groups[0]: (keep, reason)}
     first, second = groups[: len(groups) // 2], groups[len(groups) // 2 :]
-    found = {**_failing(prover, first, draw, beside), **_failing(prover, second, draw, beside)}
+    found = _failing(prover, first, draw, tries, beside) | _failing(prover, second, draw, tries, beside)
+    if not found and next(tries, None) is None:
+        return dict.fromkeys(groups, (keep, reason))
     if not found:  # exact apart, wrong together: those in each that are wrong beside the other
-        found = _failing(prover, first, draw, (*beside, *second))
-        found |= _failing(prover, second, draw, (*beside, *found))
+        found = _failing(prover, first, draw, tries, (*beside, *second))
+        found |= _failing(prover, second, draw, tries, (*beside, *found))
     return found
 
 

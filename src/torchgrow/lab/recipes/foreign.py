@@ -70,7 +70,8 @@ def _of_folder(folder: str) -> dict[str, Any]:
     keys = {field: f"image_{field}" for field in ("mean", "std")}
     fields: dict[str, Any] = {field: tuple(map(float, said[key])) for field, key in keys.items() if key in said}
     size = said.get("crop_size") or said.get("size") or network.get("image_size") or {}
-    size = size if isinstance(size, int) else size.get("height", size.get("shortest_edge"))
+    size = size.get("height", size.get("shortest_edge")) if isinstance(size, dict) else size
+    size = size[0] if isinstance(size, list) and size else size
     return {**fields, "side": size} if isinstance(size, int) else fields
 
 
