@@ -30,7 +30,7 @@ class Own(Optimizer):
         """Before the parameters of a group."""
 
     def move(self, p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Change a parameter by its gradient."""
 
 
 class ScheduleFree(Own):

@@ -235,11 +235,16 @@ def test_a_run_stopped_before_it_had_begun_can_start_again(tmp_path: Path) -> No
     partial_folder.mkdir()
     (partial_folder / "lock").touch()
     (partial_folder / ".config.json").write_text('{"half')
+    (partial_folder / ".mine").touch()
+    with pytest.raises(TorchgrowError, match=r"look through it and delete it, or choose another --out"):
+        check_new(tmp_path / "out")  # nothing of the user's is deleted
+    (partial_folder / ".mine").unlink()
+    (partial_folder / "environment.json").write_text("{}")
     with pytest.raises(TorchgrowError, match=r"out\.partial was stopped before it had begun, .* without --resume"):
         run.resume(tmp_path / "out", console=quiet())
     check_new(tmp_path / "out")
     with RunFolder(tmp_path / "out"):
-        assert [path.name for path in partial_folder.iterdir()] == ["lock"]
+        assert {path.name for path in partial_folder.iterdir()} == {"lock", "environment.json"}
         with pytest.raises(TorchgrowError, match="another process is running in"):
             RunFolder(tmp_path / "out")
 

@@ -27,6 +27,8 @@ except ImportError:  # Windows
 
 
 LOCK = "lock"
+FIRST = {LOCK, "environment.json", ".environment.json", ".config.json", "stopped.txt"}
+"""All that a run may have written before it has a config.json to go on by."""
 
 
 class RunFolder:
@@ -171,8 +173,8 @@ def check_new(out: Path) -> None:
 
 
 def _barren(path: Path) -> bool:
-    """Whether a folder is that of a run which was stopped before it wrote anything."""
-    return path.is_dir() and all(inside.name == LOCK or inside.name.startswith(".") for inside in path.iterdir())
+    """Whether a folder is that of a run which was stopped before it had begun; whatever else is in it is the user's."""
+    return path.is_dir() and {inside.name for inside in path.iterdir()} <= FIRST
 
 
 def where_it_stopped(error: BaseException, folder: "RunFolder", again: str) -> str:
